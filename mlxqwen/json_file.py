@@ -1,0 +1,153 @@
+"""JSON files from strangers: read whole, strictly and within bounds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlxqwen.errors import MlxqwenError
+
+__all__ = ["read_json_object"]
+
+MAX_DEPTH = 64
+MAX_INTEGER_DIGITS = 40
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB]")
+
+
+def read_json_object(
+    path: Path, *, error: type[MlxqwenError], max_bytes: int = 32 * 1024 * 1024
+) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Stricter than `json.load`: UTF-8 without a byte order mark, no key twice in an object, no `NaN` or
+    `Infinity` (nor a number that overflows to it), no lone surrogate, integers of at most 40 digits,
+    nesting of at most 64 levels.
+
+    Args:
+        path: the file.
+        error: what to raise.
+        max_bytes: the largest file that is read.
+
+    Raises:
+        MlxqwenError: of the type `error`, when the file cannot be read or holds anything else.
+    """
+    text = decode(path, read_bounded(path, error, max_bytes), error)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=object_without_duplicates,
+            parse_constant=refuse_constant,
+            parse_int=parse_short_integer,
+            parse_float=parse_finite_float,
+        )
+        check_tree(value, surrogates=SURROGATE_ESCAPE.search(text) is not None)
+    except json.JSONDecodeError as cause:
+        where = f"line {cause.lineno}, column {cause.colno}"
+        raise error(f"{path}: not valid JSON at {where}: {cause.msg}", hint=way_out(path)) from None
+    except RecursionError:
+        raise error(f"{path}: nested deeper than {MAX_DEPTH} levels", hint=way_out(path)) from None
+    except ValueError as cause:
+        raise error(f"{path}: {cause}", hint=way_out(path)) from None
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise error(f"{path}: found a JSON {found}, expected an object {{…}}", hint=way_out(path))
+    return value
+
+
+def way_out(path: Path) -> str:
+    return f"Download {path.name} again, or repair it."
+
+
+def read_bounded(path: Path, error: type[MlxqwenError], max_bytes: int) -> bytes:
+    """The bytes of a regular file; anything else (a pipe, a device) could block or never end."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise error(f"{path}: {kind}, expected a JSON file", hint="Put the file in its place.")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file", hint="Download the model's folder completely.") from None
+    except (OSError, ValueError) as cause:
+        reason = getattr(cause, "strerror", None) or cause
+        raise error(f"{path}: cannot be read: {reason}", hint="Check the file and its permissions.") from None
+    if len(data) > max_bytes:
+        raise error(f"{path}: larger than {max_bytes:,} bytes, the limit for this file", hint=way_out(path))
+    return data
+
+
+def decode(path: Path, data: bytes, error: type[MlxqwenError]) -> str:
+    if not data.strip():
+        raise error(f"{path}: the file is empty, expected a JSON object", hint=way_out(path))
+    if data.startswith(b"version https://git-lfs"):
+        raise error(
+            f"{path}: a git-lfs pointer, not the file itself",
+            hint="Run `git lfs pull` in the folder, or download the file again.",
+        )
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{path}: starts with a byte order mark", hint="Save the file as UTF-8 without it.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not UTF-8 at byte {cause.start}", hint=way_out(path)) from None
+
+
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} appears twice in one object")
+            seen.add(key)
+    return result
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_short_integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
+    return int(digits)
+
+
+def parse_finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def check_tree(root: Any, *, surrogates: bool) -> None:
+    """Bounds the depth; where the text has surrogate escapes, finds the unpaired ones."""
+    level = [root]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+                if surrogates:
+                    below.extend(value.keys())
+            elif isinstance(value, list):
+                below.extend(value)
+            elif surrogates and isinstance(value, str):
+                check_surrogates(value)
+        level = below
+
+
+def check_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the string {text[:40]!r} has an unpaired surrogate") from None
