@@ -1,0 +1,58 @@
+"""The sampling rules once more, in float64 numpy, written for plainness: the oracle of test_sampling.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxqwen.sampling import SamplingParams
+
+Floats = NDArray[np.float64]
+
+
+def penalised(
+    logits: Floats, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> Floats:
+    """Logits `[V]` after bias, repetition, frequency and presence penalty."""
+    scores = logits.copy()
+    for token, bias in (params.logit_bias or {}).items():
+        scores[token] += bias
+    for token in {*prompt, *generated}:
+        positive = scores[token] > 0
+        scores[token] *= 1 / params.repetition_penalty if positive else params.repetition_penalty
+    for token in set(generated):
+        scores[token] -= params.frequency_penalty * list(generated).count(token)
+        scores[token] -= params.presence_penalty
+    return scores
+
+
+def probabilities(
+    logits: Floats, params: SamplingParams, prompt: Sequence[int] = (), generated: Sequence[int] = ()
+) -> Floats:
+    """The truncated distribution `[V]`, summing to 1."""
+    scores = penalised(logits, params, prompt, generated)
+    if params.temperature == 0:
+        return np.eye(1, scores.size, int(scores.argmax()))[0]
+    scores = (scores - scores.max()) / params.temperature
+    if 0 < params.top_k < scores.size:
+        scores = np.where(scores < np.sort(scores)[-params.top_k], -np.inf, scores)
+    if params.top_p < 1:
+        order = np.argsort(-scores, kind="stable")
+        masses = _softmax(scores)[order]
+        before = np.cumsum(masses) - masses
+        scores[order[before >= params.top_p]] = -np.inf
+    if params.min_p > 0:
+        masses = _softmax(scores)
+        scores[masses < params.min_p * masses.max()] = -np.inf
+    return _softmax(scores)
+
+
+def total_variation(left: Floats, right: Floats) -> float:
+    return float(np.abs(left - right).sum() / 2)
+
+
+def _softmax(scores: Floats) -> Floats:
+    weights = np.exp(scores - scores.max())
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
