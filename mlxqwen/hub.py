@@ -1,0 +1,191 @@
+"""A model's name → a folder on disk: nothing (the packaged demo), a folder, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlxqwen.errors import HubError, OptionError
+
+__all__ = ["DEMO_FOLDER", "resolve_model"]
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+WANTED_FILES = ["*.safetensors", "*.json", "*.jinja"]
+UNWANTED_FILES = ["*/*"]  # other frameworks' copies of the weights lie in subfolders
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
+
+
+def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
+    """The folder of a model, downloaded if need be.
+
+    Args:
+        path_or_id: None for the demo model that comes with the package; an existing folder; or a hub id
+            such as `Qwen/Qwen3-0.6B`. Only weights, JSON files and chat templates are downloaded, never
+            code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
+            without the hub a complete earlier download is used.
+        revision: a branch, tag or commit of the hub's model.
+
+    Raises:
+        HubError: no such folder, or the model cannot be found or downloaded.
+        OptionError: a revision that is malformed, or given for something that is not on the hub.
+    """
+    if path_or_id is None:
+        refuse_revision(revision, "the demo model")
+        return existing_folder(DEMO_FOLDER, hint="The package is incomplete: install it again.")
+    name = os.fspath(path_or_id)
+    folder = expanded(name)
+    if folder.is_dir():
+        refuse_revision(revision, f"the folder {name}")
+        return folder
+    if looks_like_path(name) or isinstance(path_or_id, Path) or folder.is_file():
+        return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
+    if not HUB_ID.fullmatch(name):
+        raise HubError(
+            f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model",
+            hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B.",
+        )
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise OptionError(
+            f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash."
+        )
+    return downloaded(name, revision)
+
+
+def refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise OptionError(
+            f"revision: found {revision!r} for {what}",
+            hint="Only a model of the hub has revisions: leave it out.",
+        )
+
+
+def expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # a user that does not exist
+        return Path(name)
+
+
+def looks_like_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") != 1 and "/" in name or "\\" in name
+
+
+def existing_folder(folder: Path, *, hint: str) -> Path:
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise HubError(f"{folder}: a file, expected a model's folder", hint=f"Give {folder.parent} instead.")
+    raise HubError(f"{folder}: no such folder", hint=hint)
+
+
+def downloaded(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class TerminalBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": None})  # None: only on a terminal
+
+    try:
+        with quiet_log("huggingface_hub"):
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=WANTED_FILES,
+                ignore_patterns=UNWANTED_FILES,
+                tqdm_class=TerminalBar,
+            )
+    except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
+        raise hub_error(repo_id, revision, cause) from cause
+    check_model(repo_id, Path(folder))
+    return Path(folder)
+
+
+@contextmanager
+def quiet_log(name: str) -> Iterator[None]:
+    """Keeps warnings of a library off the terminal: what matters in them comes as an error of ours."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    if level == logging.WARNING:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_model(repo_id: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        missing = "config.json"
+    elif not any(folder.glob("*.safetensors")):
+        missing = "safetensors weights"
+    else:
+        return
+    raise HubError(
+        f"{repo_id}: the model has no {missing}",
+        hint="Choose a version of the model with safetensors weights; GGUF and PyTorch files are not read.",
+    )
+
+
+def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
+    """One clear error for whatever the hub's client raised."""
+    from huggingface_hub import errors
+
+    if isinstance(cause, errors.HFValidationError):
+        return HubError(f"{repo_id}: not a hub id: {first_line(cause)}", hint="Expected organisation/model.")
+    if isinstance(cause, errors.GatedRepoError):
+        return HubError(
+            f"{repo_id}: the model is gated",
+            hint="Accept its terms on its page, then set HF_TOKEN to a token of your account.",
+        )
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return HubError(
+            f"{repo_id}: not found on the hub: the name is misspelt, or the model is private",
+            hint="Check the name; for a private model set HF_TOKEN to a token that may read it.",
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return HubError(
+            f"{repo_id}: the model has no revision {revision or 'main'!r}",
+            hint="Give a branch, tag or commit of the model, or leave the revision out.",
+        )
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        return unreachable(repo_id, cause)
+    if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code == 401:
+        return HubError(
+            f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it."
+        )
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        return HubError(
+            f"{repo_id}: the disk is full",
+            hint="Free some space or point HF_HOME to a larger disk; files already complete are kept.",
+        )
+    return HubError(
+        f"{repo_id}: the download failed: {type(cause).__name__}: {first_line(cause)}",
+        hint="Run it again: files already complete are kept.",
+    )
+
+
+def unreachable(repo_id: str, cause: Exception) -> HubError:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    reason = cause.__cause__ or cause
+    if isinstance(reason, OfflineModeIsEnabled):
+        return HubError(
+            f"{repo_id}: not completely in the cache, and HF_HUB_OFFLINE forbids to download it",
+            hint="Unset HF_HUB_OFFLINE, or give a folder.",
+        )
+    return HubError(
+        f"{repo_id}: not completely in the cache, and the hub cannot be reached: {first_line(reason)}",
+        hint="Check the network and HF_ENDPOINT, or give a folder; files already complete are kept.",
+    )
+
+
+def first_line(cause: BaseException) -> str:
+    return str(cause).strip().split("\n", 1)[0]

@@ -1,0 +1,183 @@
+"""A small hub on 127.0.0.1, for downloads without a network: models in memory, served as huggingface.co does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["HubModel", "LoopbackHub", "running_hub"]
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class HubModel:
+    """One model: its files, and who may have them.
+
+    Attributes:
+        files: path → content.
+        revisions: the branches and tags that exist; all of them name one commit.
+        token: the only token that sees the model, or None for a public one.
+        gated: everyone sees the list of files, nobody may download them.
+        cuts: how often the server still breaks off in the middle of a file.
+        broken: files that the server fails to deliver.
+    """
+
+    files: dict[str, bytes]
+    revisions: set[str] = field(default_factory=lambda: {"main"})
+    token: str | None = None
+    gated: bool = False
+    cuts: int = 0
+    broken: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    authorization: str | None
+
+
+class LoopbackHub(ThreadingHTTPServer):
+    """The server; `requests` holds every request it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self, models: dict[str, HubModel]) -> None:
+        super().__init__(("127.0.0.1", 0), HubRequestHandler)
+        self.models = models
+        self.requests: list[Request] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def downloaded(self) -> set[str]:
+        """The files whose content was asked for."""
+        paths = [request.path for request in self.requests if request.method == "GET"]
+        return {path.split("/", 5)[5] for path in paths if "/resolve/" in path}
+
+
+class HubRequestHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_CONNECT(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Tests print nothing."""
+
+    @property
+    def hub(self) -> LoopbackHub:
+        return cast(LoopbackHub, self.server)
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        authorization = self.headers.get("Authorization")
+        self.hub.requests.append(Request(self.command, path, authorization))
+        match path.strip("/").split("/"):
+            case ["api", "models", owner, name, "revision", *revision]:
+                self.answer_for(f"{owner}/{name}", "/".join(revision), None)
+            case ["api", "models", owner, name, "tree", *revision]:
+                self.answer_for(f"{owner}/{name}", "/".join(revision), "tree")
+            case [owner, name, "resolve", revision, *file]:
+                self.answer_for(f"{owner}/{name}", revision, "/".join(file))
+            case _:
+                self.refuse(404, "")
+
+    def answer_for(self, repo_id: str, revision: str, wanted: str | None) -> None:
+        model = self.hub.models.get(repo_id)
+        authorization = self.headers.get("Authorization")
+        if model is None or (model.token is not None and authorization != f"Bearer {model.token}"):
+            self.refuse(401 if authorization is None else 404, "RepoNotFound")
+        elif revision not in model.revisions | {COMMIT}:
+            self.refuse(404, "RevisionNotFound")
+        elif wanted is None:
+            self.send_json(
+                {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]}
+            )
+        elif wanted == "tree":
+            self.send_json([tree_entry(path, content) for path, content in model.files.items()])
+        elif model.gated:
+            self.refuse(403, "GatedRepo")
+        elif wanted in model.broken and self.command == "GET":
+            self.refuse(500, "")
+        elif wanted in model.files:
+            self.send_file(model, model.files[wanted])
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def send_json(self, value: object) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def send_file(self, model: HubModel, content: bytes) -> None:
+        start = self.first_byte()
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{blob_id(content)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Accept-Ranges", "bytes")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if model.cuts > 0:
+            model.cuts -= 1
+            self.wfile.write(content[start : start + len(content) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(content[start:])
+
+    def first_byte(self) -> int:
+        """Of a `Range: bytes=N-` header; 0 without one."""
+        wanted = self.headers.get("Range")
+        return 0 if wanted is None else int(wanted.removeprefix("bytes=").rstrip("-"))
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", "Not for you")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def tree_entry(path: str, content: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+
+
+def blob_id(content: bytes) -> str:
+    """Git's name for a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def running_hub(models: dict[str, HubModel]) -> Iterator[LoopbackHub]:
+    """A hub that serves in a thread while the context lasts."""
+    with LoopbackHub(models) as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
