@@ -1,4 +1,4 @@
-"""A model's name → a folder on disk: nothing (the packaged demo), a folder, or a model of the Hugging Face hub."""
+"""A model's name → a folder on disk: nothing (the demo), a folder, or an id of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mlxqwen.errors import HubError, OptionError
 
@@ -74,7 +74,7 @@ def expanded(name: str) -> Path:
 
 
 def looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") != 1 and "/" in name or "\\" in name
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def existing_folder(folder: Path, *, hint: str) -> Path:
@@ -87,20 +87,11 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
-
-    class TerminalBar(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": None})  # None: only on a terminal
 
     try:
-        with quiet_log("huggingface_hub"):
+        with quiet_warnings(), progress_on_terminal_only():
             folder = snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=WANTED_FILES,
-                ignore_patterns=UNWANTED_FILES,
-                tqdm_class=TerminalBar,
+                repo_id, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
             )
     except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
         raise hub_error(repo_id, revision, cause) from cause
@@ -109,9 +100,9 @@ def downloaded(repo_id: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def quiet_log(name: str) -> Iterator[None]:
-    """Keeps warnings of a library off the terminal: what matters in them comes as an error of ours."""
-    logger = logging.getLogger(name)
+def quiet_warnings() -> Iterator[None]:
+    """Keeps the client's warnings off the terminal: what matters in them comes as an error of ours."""
+    logger = logging.getLogger("huggingface_hub")
     level = logger.level
     if level == logging.WARNING:
         logger.setLevel(logging.ERROR)
@@ -119,6 +110,22 @@ def quiet_log(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def progress_on_terminal_only() -> Iterator[None]:
+    """Hides the client's progress bars where they would fill a log, unless the user's environment decides."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ or are_progress_bars_disabled()
+    if decided or sys.stderr.isatty():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def check_model(repo_id: str, folder: Path) -> None:
