@@ -1,0 +1,158 @@
+"""Conversations as callers write them → plain JSON values that any chat template can be trusted with.
+
+The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out is a copy made of
+exact `str`, `int`, `float`, `bool`, `None`, `list` and `dict`, so that a template meets no object with methods of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxqwen.errors import MessagesError
+
+__all__ = ["find_lone_surrogate", "prepare_messages", "prepare_tools", "to_plain_json"]
+
+MAX_DEPTH = 64
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+
+def find_lone_surrogate(text: str) -> int | None:
+    """The position of the first half of a surrogate pair in `text`, which UTF-8 cannot spell; None if there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of `value` out of plain JSON types; tuples become lists.
+
+    Raises:
+        MessagesError: something else than JSON, nested deeper than 64 levels, or text that is not Unicode.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _plain_string(value, where)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if depth >= MAX_DEPTH:
+        raise MessagesError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        return {
+            _plain_key(key, where): to_plain_json(item, f"{where}.{key}", depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [to_plain_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+    raise MessagesError(
+        f"{where}: found {type(value).__name__}, expected text, a number, true, false, null, a list or a dict",
+        hint="Convert it to plain JSON values first.",
+    )
+
+
+def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A checked copy of a conversation.
+
+    Keys that are None are dropped, text parts of content are joined, missing content becomes "" beside tool calls or
+    reasoning, and reasoning is found under each of its three usual names.
+
+    Raises:
+        MessagesError: names the message and what is wrong with it.
+    """
+    if not isinstance(messages, list | tuple):
+        raise MessagesError(
+            f"messages: found {type(messages).__name__}, expected a list of messages",
+            hint='A message is a dict such as {"role": "user", "content": "Hello"}.',
+        )
+    if not messages:
+        raise MessagesError("messages: found an empty list, expected at least one message")
+    return [_prepare_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """A checked copy of a list of tools, each a JSON schema.
+
+    Raises:
+        MessagesError: not a list of dicts.
+    """
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple):
+        raise MessagesError(f"tools: found {type(tools).__name__}, expected a list of JSON schemas")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise MessagesError(
+                f"tools[{i}]: found {type(tool).__name__}, expected a dict",
+                hint='Describe the function by its JSON schema: {"type": "function", "function": {"name": …}}.',
+            )
+    return [to_plain_json(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+
+
+def _prepare_message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise MessagesError(
+            f"{where}: found {type(message).__name__}, expected a dict",
+            hint='A message is a dict such as {"role": "user", "content": "Hello"}.',
+        )
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        found = f"{role!r}" if "role" in message else "none"
+        raise MessagesError(
+            f"{where}: role: found {found}, expected a string such as user, assistant, system or tool"
+        )
+    plain = {key: value for key, value in to_plain_json(message, where).items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING_NAMES if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    may_lack_content = bool(plain.get("tool_calls")) or reasoning is not None
+    plain["content"] = _content_text(plain.get("content"), where, may_lack_content)
+    return plain
+
+
+def _content_text(content: object, where: str, may_be_missing: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if may_be_missing:
+            return ""
+        raise MessagesError(
+            f"{where}: content: found none, expected text", hint="Only tool calls may stand alone."
+        )
+    if not isinstance(content, list):
+        raise MessagesError(
+            f"{where}: content: found {type(content).__name__}, expected text or a list of parts"
+        )
+    return "".join(_part_text(part, f"{where}: content[{i}]") for i, part in enumerate(content))
+
+
+def _part_text(part: object, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise MessagesError(
+        f'{where}: found {kind!r}, expected {{"type": "text", "text": …}}',
+        hint="Qwen3 reads text only: leave images, audio and files out.",
+    )
+
+
+def _plain_string(text: str, where: str) -> str:
+    text = str.__str__(text)
+    position = find_lone_surrogate(text)
+    if position is not None:
+        raise MessagesError(
+            f"{where}: found half of a surrogate pair, {text[position]!a}, at character {position}",
+            hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
+        )
+    return text
+
+
+def _plain_key(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise MessagesError(f"{where}: found a key of type {type(key).__name__}, expected text")
+    return _plain_string(key, where)

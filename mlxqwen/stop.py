@@ -1,0 +1,77 @@
+"""Stop strings: the end of a reply named by its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlxqwen.errors import OptionError
+
+__all__ = ["StopStrings"]
+
+
+class StopStrings:
+    """Watches a stream of text for the first of several stop strings.
+
+    Matching knows no token boundaries: a stop may begin in one piece of text and end in another. Only text that
+    could still become a stop is held back. The stop that begins first wins; neither it nor what follows is shown.
+
+    Args:
+        stops: the strings to stop at, or one such string; none means that all text passes.
+
+    Raises:
+        OptionError: a stop is empty or not a string.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        if isinstance(stops, str):
+            stops = [stops]
+        for stop in stops:
+            if not isinstance(stop, str) or not stop:
+                raise OptionError(
+                    f"stop: found {stop!r}, expected a string of at least one character",
+                    hint="Without a stop string, generation ends where the model ends its reply.",
+                )
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Take the next piece of text.
+
+        Returns:
+            The text that is now safe to show, and whether a stop was found. Everything after a stop is dropped.
+        """
+        if self.found:
+            return "", True
+        buffer = self._held + text
+        match = self._first_match(buffer)
+        unfinished = self._first_unfinished(buffer)
+        # A stop that began earlier may still be completed: which of the two came first is not known yet.
+        self.found = match is not None and match <= unfinished
+        shown = unfinished if match is None or not self.found else match
+        self._held = "" if self.found else buffer[shown:]
+        return buffer[:shown], self.found
+
+    def finish(self) -> str:
+        """The text still held back, now that no more will come; `found` tells whether a stop was in it."""
+        held, self._held = self._held, ""
+        match = self._first_match(held)
+        if match is None:
+            return held
+        self.found = True
+        return held[:match]
+
+    def _first_match(self, text: str) -> int | None:
+        return min((start for stop in self._stops if (start := text.find(stop)) >= 0), default=None)
+
+    def _first_unfinished(self, text: str) -> int:
+        """Where the longest end of `text` that is the beginning of a stop starts; the length of `text` if none is."""
+        first = len(text)
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while 0 <= start < first:
+                if stop.startswith(text[start:]):
+                    first = start
+                else:
+                    start = text.find(stop[0], start + 1)
+        return first

@@ -1,0 +1,432 @@
+"""Text to token ids and back: `tokenizer.json`, streaming UTF-8, and the chat template of a checkpoint.
+
+The byte-level BPE that Qwen3 uses works on UTF-8 bytes, spelled as printable characters by GPT-2's table
+(https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so decoding maps
+tokens to bytes and decodes those.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+
+from mlxqwen.errors import OptionError, TemplateError, TokenizerError
+from mlxqwen.messages import find_lone_surrogate, prepare_messages, prepare_tools, to_plain_json
+
+__all__ = ["Detokenizer", "Tokenizer"]
+
+MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_TEXT_FILE_BYTES = 16 * 2**20
+MAX_NAMED_TEMPLATES = 64
+
+# Arguments that transformers' method of the same name takes and this one has no use for.
+_TRANSFORMERS_ARGUMENTS = frozenset(
+    {"max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "truncation"}
+)
+
+_T = TypeVar("_T")
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 stands for its own byte, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    table.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    return table
+
+
+class Tokenizer:
+    """The tokenizer and the chat templates of one checkpoint folder; see `from_folder`.
+
+    Args:
+        backend: a byte-level tokenizer of the `tokenizers` library; its truncation and padding are switched off.
+        config: what `tokenizer_config.json` holds.
+        chat_templates: template sources by name; `"default"` is the one used when nothing else is asked for.
+        source: the file that errors name.
+
+    Raises:
+        TokenizerError: the tokenizer is not byte-level, or the config has values of the wrong type.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: Mapping[str, Any] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+        *,
+        source: str = "tokenizer.json",
+    ) -> None:
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            found = "no decoder" if backend.decoder is None else f"decoder {type(backend.decoder).__name__}"
+            raise TokenizerError(
+                f"{source}: found {found}, expected ByteLevel",
+                hint="Only the byte-level tokenizers of the Qwen family are supported.",
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._source = source
+        self.chat_templates = dict(chat_templates or {})
+        self._added_tokens = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in self._added_tokens.items() if token.special)
+        self._bytes_of_id: dict[int, bytes] = {}
+        config = config or {}
+        self.bos_token = _token_string(config, "bos_token")
+        self.eos_token = _token_string(config, "eos_token")
+        self.pad_token = _token_string(config, "pad_token")
+        self.unk_token = _token_string(config, "unk_token")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of a checkpoint folder.
+
+        Templates come from `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else `chat_template.json`,
+        else `tokenizer_config.json`. Nothing in the folder is executed, `auto_map` is ignored.
+
+        Raises:
+            TokenizerError: a file is missing, damaged, too large, or of another kind of tokenizer.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path}: no such file",
+                hint="Copy tokenizer.json from the model's page; vocab.json and merges.txt alone are not enough.",
+            )
+        _check_size(path, MAX_TOKENIZER_BYTES)
+        backend = _guard_backend(
+            lambda: tokenizers.Tokenizer.from_file(str(path)),
+            f"{path}: not a readable tokenizer",
+            "Download tokenizer.json anew.",
+        )
+        config = _read_json_object(folder / "tokenizer_config.json")
+        return cls(backend, config, _read_templates(folder, config), source=str(path))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the default chat template; None if the checkpoint has none."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The number of token ids, added tokens included: one more than the largest id."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return max(size, max(self._added_tokens, default=-1) + 1)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of `bos_token`."""
+        return self._id_or_none(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`: the one that ends a chat turn."""
+        return self._id_or_none(self.eos_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of `pad_token`."""
+        return self._id_or_none(self.pad_token)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of the token spelled `token` in `tokenizer.json`; None if there is none."""
+        if not isinstance(token, str) or find_lone_surrogate(token) is not None:
+            return None
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`; added tokens such as `<|im_end|>` or `<think>` in it become their one id.
+
+        Raises:
+            OptionError: `text` is not a string, or holds half of a surrogate pair.
+        """
+        return self._encode(self._backend, text, add_special_tokens=True)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The token ids of `text` that nobody vouches for: no added token is recognised, `<think>` is seven letters.
+
+        Raises:
+            OptionError: `text` is not a string, or holds half of a surrogate pair.
+        """
+        return self._encode(self._plain_backend, text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.
+
+        Raises:
+            TokenizerError: no token has this id.
+        """
+        token_id = operator.index(token_id)
+        found = self._bytes_of_id.get(token_id)
+        if found is None:
+            found = self._bytes_of_id[token_id] = self._spell(token_id)
+        return found
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids, any integers in a sequence.
+            skip_special_tokens: leave out added tokens marked special, such as `<|im_end|>` (not `<think>`).
+
+        Raises:
+            TokenizerError: no token has one of the ids.
+        """
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        pieces = (self.token_bytes(token_id) for token_id in ids if int(token_id) not in skipped)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def detokenizer(self, *, skip_special_tokens: bool = False) -> Detokenizer:
+        """A streaming decoder: what it returns, joined, is exactly what `decode` gives for all ids at once."""
+        return Detokenizer(self.token_bytes, self._special_ids if skip_special_tokens else frozenset())
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        enable_thinking: bool | None = None,
+        continue_final_message: bool = False,
+        *,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int] | str:
+        """Render a conversation as the checkpoint's chat template says, as Hugging Face transformers does.
+
+        Args:
+            messages: dicts with `role` and `content`; content is a string or a list of `{"type": "text", "text": …}`
+                parts, which are joined. None as content becomes "" where the message has tool calls or reasoning.
+                Reasoning may be called `reasoning_content`, `reasoning` or `thinking`. Never modified.
+            tools: JSON schemas of the functions that the model may call.
+            add_generation_prompt: end with the header of an assistant turn.
+            tokenize: return ids instead of text.
+            enable_thinking: passed to the template; None leaves it undefined, as the template's own default.
+            continue_final_message: leave the last message open, so that the model goes on with it.
+            chat_template: the name of one of `chat_templates`, or a template's source. By default `tool_use` if there
+                are tools and such a template, else `default`.
+            **kwargs: further variables of the template.
+
+        Raises:
+            MessagesError: messages or tools that no template could render.
+            OptionError: arguments that contradict each other.
+            TemplateError: no template, or one that is broken, forbidden or too expensive.
+        """
+        from mlxqwen.chat_template import render_chat
+
+        for name in _TRANSFORMERS_ARGUMENTS & kwargs.keys():
+            if kwargs.pop(name):
+                raise OptionError(
+                    f"apply_chat_template: {name} is not supported",
+                    hint="Use tokenize=True for a list of ids or tokenize=False for text.",
+                )
+        if continue_final_message and add_generation_prompt:
+            raise OptionError(
+                "apply_chat_template: continue_final_message and add_generation_prompt exclude each other",
+                hint="Use the one to go on with the last message, the other to begin a new one.",
+            )
+        variables = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
+        }
+        variables = {name: token for name, token in variables.items() if token is not None}
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        variables |= {name: to_plain_json(value, name) for name, value in kwargs.items()}
+        text = render_chat(
+            self._choose_template(chat_template, tools),
+            prepare_messages(messages),
+            tools=prepare_tools(tools),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        return self._encode(self._backend, text, add_special_tokens=False) if tokenize else text
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        plain = tokenizers.Tokenizer(self._backend.model)
+        if self._backend.normalizer is not None:
+            plain.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            plain.pre_tokenizer = self._backend.pre_tokenizer
+        return plain
+
+    def _encode(self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise OptionError(f"encode: found {type(text).__name__}, expected a string")
+        position = find_lone_surrogate(text)
+        if position is not None:
+            raise OptionError(
+                f"encode: found half of a surrogate pair, {text[position]!a}, at character {position}",
+                hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
+            )
+        ids: list[int] = _guard_backend(
+            lambda: backend.encode(text, add_special_tokens=add_special_tokens).ids,
+            f"{self._source}: could not encode the text",
+            "The tokenizer may be damaged; download tokenizer.json anew.",
+        )
+        return ids
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            raise TokenizerError(
+                f"token id {token_id}: found no such token, expected an id below {self.vocab_size}",
+                hint="The ids come from another tokenizer, or from the padding at the end of the model's vocabulary.",
+            )
+        table = _byte_of_character()
+        try:
+            return bytes(table[character] for character in token)
+        except KeyError:
+            return bytes(token, "utf-8")
+
+    def _id_or_none(self, token: str | None) -> int | None:
+        return None if token is None else self.token_to_id(token)
+
+    def _choose_template(self, asked: str | None, tools: object) -> str:
+        if asked is not None:
+            return self.chat_templates.get(asked, asked)
+        if tools is not None and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if self.chat_template is not None:
+            return self.chat_template
+        if self.chat_templates:
+            raise TemplateError(
+                f"{self._source}: no chat template is the default, found {sorted(self.chat_templates)}",
+                hint="Name one of them: chat_template=….",
+            )
+        raise TemplateError(
+            f"{self._source}: the checkpoint has no chat template",
+            hint="Encode the prompt's text as it is, or give a template: chat_template=….",
+        )
+
+
+class Detokenizer:
+    """Token ids in, whole characters out, at a constant cost per token; from `Tokenizer.detokenizer`.
+
+    Args:
+        token_bytes: gives the bytes of a token.
+        skipped: ids that leave no text.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], skipped: frozenset[int] = frozenset()) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """The characters that this token completes; "" in the middle of one.
+
+        Raises:
+            TokenizerError: no token has this id.
+        """
+        if int(token_id) in self._skipped:
+            return ""
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What an unfinished character at the end becomes: U+FFFD, or "" if there is none. Ready for a new text then."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _guard_backend(call: Callable[[], _T], problem: str, hint: str) -> _T:
+    """Run code of the `tokenizers` library, whose errors are bare and whose panics pass by `except Exception`."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{problem}: {error}", hint=hint) from error
+
+
+def _token_string(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token of `tokenizer_config.json`: a string, an object with `content`, or null."""
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"tokenizer_config.json: {key}: found {type(value).__name__}, expected a string, null, or an object with content",
+            hint="Download tokenizer_config.json anew.",
+        )
+    return value
+
+
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise TokenizerError(
+            f"{path}: found {size} bytes, expected at most {limit}", hint="Download the model's files anew."
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        _check_size(path, MAX_TEXT_FILE_BYTES)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(
+            f"{path}: not readable as UTF-8 text: {error}", hint="Download it anew."
+        ) from error
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that may be missing: {} then."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not JSON: {error}", hint="Download it anew.") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(
+            f"{path}: found {type(value).__name__}, expected an object", hint="Download it anew."
+        )
+    return value
+
+
+def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    templates = {}
+    named = sorted((folder / "additional_chat_templates").glob("*.jinja"))[:MAX_NAMED_TEMPLATES]
+    for path in named:
+        templates[path.name.removesuffix(".jinja")] = _read_text(path)
+    default = folder / "chat_template.jinja"
+    if default.is_file():
+        templates["default"] = _read_text(default)
+    if templates:
+        return templates
+    legacy = folder / "chat_template.json"
+    if legacy.is_file():
+        return _templates_of(_read_json_object(legacy).get("chat_template"), str(legacy))
+    return _templates_of(config.get("chat_template"), str(folder / "tokenizer_config.json"))
+
+
+def _templates_of(value: object, source: str) -> dict[str, str]:
+    """A template as JSON files give it: a string, a list of {"name", "template"}, or name → template."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair):
+        return value
+    raise TokenizerError(
+        f'{source}: chat_template: expected a string or a list of {{"name", "template"}} objects',
+        hint="Download it anew.",
+    )
