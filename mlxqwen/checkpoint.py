@@ -66,7 +66,7 @@ MLX_DTYPES = {
 DOWNLOAD_AGAIN = "Download the file again, or convert the model again."
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abAB]")
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Checkpoint:
             CheckpointError: files missing, damaged, incomplete, or outside the folder.
             UnsupportedFormatError: weights in a foreign format.
         """
-        if not is_folder(folder):
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: no such folder", hint="Give the folder that holds the model.")
         index = folder / INDEX_NAME
         if os.path.lexists(index):
@@ -186,7 +186,7 @@ class Checkpoint:
 
 def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
     shards = list(dict.fromkeys(weight_map.values()))
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    absent = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if absent:
         raise CheckpointError(
             f"{folder / INDEX_NAME}: names {counted(absent, 'file')} not in the folder: {some_of(absent)}",
@@ -313,13 +313,6 @@ def no_weights(folder: Path) -> MlxqwenError:
         f"{folder}: found {found}, expected {SINGLE_NAME} or {INDEX_NAME}",
         hint="Give the folder that holds the model, and download it completely.",
     )
-
-
-def is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def listed(folder: Path) -> list[Path]:

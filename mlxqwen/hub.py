@@ -41,10 +41,10 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
         return existing_folder(DEMO_FOLDER, hint="The package is incomplete: install it again.")
     name = os.fspath(path_or_id)
     folder = expanded(name)
-    if folder.is_dir():
+    if name and os.path.isdir(folder):
         refuse_revision(revision, f"the folder {name}")
         return folder
-    if looks_like_path(name) or isinstance(path_or_id, Path) or folder.is_file():
+    if looks_like_path(name) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
     if not HUB_ID.fullmatch(name):
         raise HubError(
@@ -78,9 +78,9 @@ def looks_like_path(name: str) -> bool:
 
 
 def existing_folder(folder: Path, *, hint: str) -> Path:
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise HubError(f"{folder}: a file, expected a model's folder", hint=f"Give {folder.parent} instead.")
     raise HubError(f"{folder}: no such folder", hint=hint)
 
@@ -115,7 +115,11 @@ def quiet_warnings() -> Iterator[None]:
 @contextmanager
 def progress_on_terminal_only() -> Iterator[None]:
     """Hides the client's progress bars where they would fill a log, unless the user's environment decides."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ or are_progress_bars_disabled()
     if decided or sys.stderr.isatty():

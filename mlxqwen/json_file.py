@@ -15,7 +15,7 @@ __all__ = ["read_json_object"]
 
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 40
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB]")
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(

@@ -1,4 +1,4 @@
-"""A small hub on 127.0.0.1, for downloads without a network: models in memory, served as the real one does."""
+"""A small hub on 127.0.0.1, for downloads without a network: models in memory, served as the real one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,244 @@
+"""Against a hub of our own on loopback, in fresh processes: the client reads its environment once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxqwen.errors import HubError, MlxqwenError, OptionError
+from mlxqwen.hub import DEMO_FOLDER, resolve_model
+from tests.loopback_hub import COMMIT, HubModel, LoopbackHub, running_hub
+
+WANTED = {
+    "config.json": b'{"model_type": "qwen3"}',
+    "model.safetensors": bytes(range(256)) * 200,
+    "tokenizer.json": b'{"version": "1.0"}',
+    "chat_template.jinja": b"{{ messages }}",
+}
+UNWANTED = {
+    "modeling.py": b"raise SystemExit",
+    "pytorch_model.bin": b"PK",
+    "model.gguf": b"GGUF",
+    "README.md": b"#",
+    "onnx/config.json": b"{}",
+    "original/consolidated.safetensors": b"x",
+}
+RESOLVE = """
+import sys
+from mlxqwen.errors import MlxqwenError
+from mlxqwen.hub import resolve_model
+try:
+    print(resolve_model(sys.argv[1], revision=sys.argv[2] if len(sys.argv) > 2 else None))
+except MlxqwenError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+class Client:
+    """Calls `resolve_model` in a process of its own; whatever leaves 127.0.0.1 would reach `elsewhere`."""
+
+    def __init__(self, hub_url: str, elsewhere: LoopbackHub, home: Path) -> None:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.upper().startswith(("HF_", "HUGGING"))
+        }
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), elsewhere.url)
+        self.environment = {
+            **inherited,
+            **proxies,
+            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_ENDPOINT": hub_url,
+            "HF_HOME": str(home),
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", RESOLVE, *arguments],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def folder(self, *arguments: str, **environment: str) -> Path:
+        done = self.run(*arguments, **environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        return Path(done.stdout.strip())
+
+    def failure(self, *arguments: str, **environment: str) -> str:
+        done = self.run(*arguments, **environment)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert len(done.stderr.strip().splitlines()) <= 2
+        assert done.stderr.startswith("HubError: ")
+        return done.stderr
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    models = {
+        "org/model": HubModel({**WANTED, **UNWANTED}, revisions={"main", "v2"}),
+        "org/private": HubModel(WANTED, token="hf_secret"),
+        "org/gated": HubModel(WANTED, gated=True),
+        "org/unsteady": HubModel(WANTED, cuts=1),
+        "org/broken": HubModel(WANTED, broken={"tokenizer.json"}),
+        "org/gguf": HubModel({"model.gguf": b"GGUF"}),
+        "org/weightless": HubModel({"config.json": b"{}"}),
+    }
+    with running_hub(models) as server:
+        yield server
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[LoopbackHub]:
+    with running_hub({}) as server:
+        yield server
+        assert server.requests == []
+
+
+@pytest.fixture
+def client(hub: LoopbackHub, elsewhere: LoopbackHub, tmp_path: Path) -> Client:
+    return Client(hub.url, elsewhere, tmp_path / "home")
+
+
+def test_downloads_what_is_needed_and_serves_it_offline(hub: LoopbackHub, client: Client) -> None:
+    folder = client.folder("org/model")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WANTED
+    assert hub.downloaded() == set(WANTED)
+    assert folder.is_relative_to(client.environment["HF_HOME"])
+
+    hub.requests.clear()
+    assert client.folder("org/model", HF_HUB_OFFLINE="1") == folder
+    assert hub.requests == []
+    assert client.folder("org/model", HF_ENDPOINT="http://127.0.0.1:9") == folder
+
+
+def test_revisions(hub: LoopbackHub, client: Client) -> None:
+    assert client.folder("org/model", "v2").name == COMMIT
+    assert client.folder("org/model", COMMIT, HF_HUB_OFFLINE="1").name == COMMIT
+    assert "no revision 'v9'" in client.failure("org/model", "v9")
+
+
+def test_the_token_opens_a_private_model(hub: LoopbackHub, client: Client) -> None:
+    assert "misspelt, or the model is private" in client.failure("org/private")
+    client.folder("org/private", HF_TOKEN="hf_secret")
+    assert "Bearer hf_secret" in {request.authorization for request in hub.requests}
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "said"),
+    [
+        ("org/nothing", "not found on the hub"),
+        ("org/gated", "gated"),
+        ("org/gguf", "no config.json"),
+        ("org/weightless", "no safetensors weights"),
+        ("org/double--dash", "not a hub id"),
+    ],
+)
+def test_failures_have_one_clear_line(client: Client, repo_id: str, said: str) -> None:
+    assert said in client.failure(repo_id)
+
+
+def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> None:
+    folder = client.folder("org/unsteady")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WANTED
+
+    assert "download failed" in client.failure("org/broken")
+    assert "HF_HUB_OFFLINE" in client.failure("org/broken", HF_HUB_OFFLINE="1")
+    hub.models["org/broken"].broken.clear()
+    hub.requests.clear()
+    client.folder("org/broken")
+    assert hub.downloaded() == {"tokenizer.json"}
+
+
+def test_without_hub_and_cache(client: Client) -> None:
+    assert "HF_HUB_OFFLINE forbids" in client.failure("org/model", HF_HUB_OFFLINE="1")
+    assert "cannot be reached" in client.failure("org/model", HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def test_a_full_disk_is_told(client: Client) -> None:
+    """Writing past the size that the process may write fails as a full disk does, with another number."""
+    code = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{RESOLVE}".replace(
+        "\ntry:", "\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\ntry:"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "org/model"], env=client.environment, capture_output=True, text=True
+    )
+    assert "File too large" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_an_existing_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model(tmp_path) == tmp_path
+    assert resolve_model("org/model") == Path("org/model")
+    assert resolve_model("org") == Path("org")
+    assert resolve_model("~/org") == tmp_path / "org"
+
+
+def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxqwen.hub.DEMO_FOLDER", tmp_path)
+    assert resolve_model() == resolve_model(None) == tmp_path
+    assert DEMO_FOLDER.parent.name == "mlxqwen"
+    monkeypatch.setattr("mlxqwen.hub.DEMO_FOLDER", tmp_path / "demo")
+    with pytest.raises(HubError, match="install it again"):
+        resolve_model()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("./model", "no such folder"),
+        ("../org/model", "no such folder"),
+        ("~/no-such-folder-at-all", "no such folder"),
+        ("~nobody-of-this-name/x", "no such folder"),
+        ("org/model/files", "no such folder"),
+        ("models\\qwen", "no such folder"),
+        (Path("org/model"), "no such folder"),
+        ("qwen3", "neither an existing folder nor a hub id"),
+        ("", "neither"),
+        ("org/", "neither"),
+        ("org/a b", "neither"),
+        ("org/nul\0", "neither"),
+        ("org/\ud800", "neither"),
+        ("org/模型", "neither"),
+        ("x" * 5000, "neither"),
+    ],
+)
+def test_names_of_nothing(
+    name: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HubError, match=said) as caught:
+        resolve_model(name)
+    assert caught.value.hint
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    with pytest.raises(HubError, match="a file") as caught:
+        resolve_model(str(weights))
+    assert str(tmp_path) in caught.value.hint
+
+
+@pytest.mark.parametrize("revision", ["", "../../x", "/etc", "a//b", "a b", "-f", "x\0", "."])
+def test_malformed_revisions(revision: str) -> None:
+    with pytest.raises(OptionError, match="revision"):
+        resolve_model("org/model", revision=revision)
+
+
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
+    for place in (tmp_path, None):
+        with pytest.raises(MlxqwenError, match="revision"):
+            resolve_model(place, revision="main")

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlxqwen.errors import ConfigError
+from mlxqwen.json_file import read_json_object
+
+characters = st.characters(codec="utf-8")
+numbers = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+json_values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(characters),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(characters), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def read(tmp_path: Path, content: bytes | str, **options: int) -> dict[str, object]:
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_json_object(path, error=ConfigError, **options)
+
+
+@given(value=st.dictionaries(st.text(characters), json_values, max_size=4), escape=st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_reads_what_the_standard_library_writes(
+    tmp_path: Path, value: dict[str, object], escape: bool
+) -> None:
+    assert read(tmp_path, json.dumps(value, ensure_ascii=escape)) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"[1]", "list"),
+        (b"null", "NoneType"),
+        (b'{"a": 1,\n "b" 2}', "line 2, column 6"),
+        (b'{"a": 1} x', "line 1, column 10"),
+        (b'{"a": 1, "a": 2}', "'a' appears twice"),
+        (b'{"x": {"\\u0061": 1, "a": 2}}', "'a' appears twice"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": -Infinity}', "-Infinity"),
+        (b'{"a": 1e999}', "too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
+        (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"\\udc00": 1}', "surrogate"),
+        (b'{"a": ' * 65 + b"1" + b"}" * 65, "deeper than 64"),
+        (b'{"a": ' + b"[" * 200_000, "deeper than 64"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+    ],
+)
+def test_refuses(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+        read(tmp_path, content)
+    assert said in caught.value.problem
+    assert caught.value.hint
+
+
+def test_surrogate_pairs_are_characters(tmp_path: Path) -> None:
+    assert read(tmp_path, b'{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    assert read(tmp_path, b'{"a": 1}', max_bytes=8) == {"a": 1}
+    with pytest.raises(ConfigError, match="larger than 7 bytes"):
+        read(tmp_path, b'{"a": 1}', max_bytes=7)
+
+
+def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, said in [
+        ("missing.json", "no such file"),
+        ("", "a folder"),
+        ("pipe", "not a regular file"),
+        ("loop", "cannot be read"),
+        ("nul\0", "cannot be read"),
+        ("long" * 99, "cannot be read"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            read_json_object(tmp_path / name, error=ConfigError)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_refuses_a_file_without_permission(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.touch(mode=0o000)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        read_json_object(path, error=ConfigError)
