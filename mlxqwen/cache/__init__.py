@@ -1,0 +1,7 @@
+"""Key/value caches: placement (linear or ring) × storage (plain or quantized), for any batch size."""
+
+from __future__ import annotations
+
+from mlxqwen.cache.kv_cache import KVCache, load_cache, make_cache
+
+__all__ = ["KVCache", "load_cache", "make_cache"]

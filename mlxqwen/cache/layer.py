@@ -1,0 +1,92 @@
+"""One layer's keys and values, and attention over them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlxqwen.cache.placement import Placement, Step
+from mlxqwen.cache.storage import PlainStorage, Storage, Stored
+from mlxqwen.layers.rope import Rope
+
+__all__ = ["KVLayer"]
+
+
+class KVLayer:
+    """The cache of one attention layer; `plan` is the step that all layers share."""
+
+    def __init__(self, storage: Storage, keep: int) -> None:
+        self.storage = storage
+        self.keep = keep
+        self.keys: Stored = ()
+        self.values: Stored = ()
+        self.plan = Step(offset=0, length=0, visible=0, capacity=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, filled or not."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
+    ) -> mx.array:
+        """See `mlxqwen.layers.attention.LayerCache`."""
+        plan = self.plan
+        self.keys, seen_keys = _store(self.keys, self.storage.encode(rope(keys, plan.offset)), plan)
+        self.values, seen_values = _store(self.values, self.storage.encode(values), plan)
+        rotated = rope(queries, plan.offset)
+        if plan.sink_positions is None and isinstance(self.storage, PlainStorage):
+            return mx.fast.scaled_dot_product_attention(
+                rotated, seen_keys[0], seen_values[0], scale=scale, mask=plan.mask
+            )
+
+        B, heads, L, head_dim = queries.shape
+        kv_heads = keys.shape[1]
+
+        def scores(queries: mx.array, keys: Stored) -> mx.array:
+            grouped = (queries * scale).reshape(B, kv_heads, heads // kv_heads * L, head_dim)
+            return self.storage.scores(grouped, keys)
+
+        if plan.sink_positions is None:
+            logits = scores(rotated, seen_keys)
+        else:
+            at_sinks = rope.at(queries, plan.sink_positions)
+            sinks, window = _slots(seen_keys, 0, self.keep), _slots(seen_keys, self.keep, None)
+            logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
+        if plan.mask_array is not None:
+            by_head = logits.reshape(B, kv_heads, heads // kv_heads, L, -1)
+            by_head = mx.where(plan.mask_array[:, :, None], by_head, -mx.inf)
+            logits = by_head.reshape(logits.shape)
+        weights = mx.softmax(logits, axis=-1, precise=True)
+        return self.storage.mix(weights, seen_values).reshape(B, heads, L, head_dim)
+
+
+def _slots(stored: Stored, start: int, stop: int | None) -> Stored:
+    return tuple(part[..., start:stop, :] for part in stored)
+
+
+def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
+    """Put `new` where the plan says → (the buffers, what the queries look at)."""
+    pairs = [_store_part(old, part, plan) for old, part in zip(stored or [None] * len(new), new, strict=True)]
+    return tuple(buffer for buffer, _ in pairs), tuple(seen for _, seen in pairs)
+
+
+def _store_part(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.array, mx.array]:
+    if plan.gather is not None:
+        whole = new if buffer is None else mx.concatenate([buffer[..., : plan.visible, :], new], axis=-2)
+        return mx.take_along_axis(whole, plan.gather[:, None, :, None], axis=-2), whole
+    buffer = _with_room(buffer, new, plan.capacity)
+    if isinstance(plan.write_at, mx.array):
+        slots = mx.broadcast_to(plan.write_at[:, None, :, None], new.shape)
+        buffer = mx.put_along_axis(buffer, slots, new, axis=-2)
+    else:
+        buffer[..., plan.write_at : plan.write_at + plan.length, :] = new
+    return buffer, buffer if plan.visible == buffer.shape[-2] else buffer[..., : plan.visible, :]
+
+
+def _with_room(buffer: mx.array | None, like: mx.array, capacity: int) -> mx.array:
+    B, heads, _, width = like.shape
+    held = 0 if buffer is None else buffer.shape[-2]
+    if buffer is not None and held >= capacity:
+        return buffer
+    room = mx.zeros((B, heads, capacity - held, width), dtype=like.dtype)
+    return room if buffer is None else mx.concatenate([buffer, room], axis=-2)

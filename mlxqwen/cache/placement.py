@@ -1,0 +1,182 @@
+"""Where tokens go in a key/value cache, and which of them a query may see.
+
+A slot knows the absolute position it holds, so masks follow from positions alone, never from how a prompt was cut into
+chunks. Every plan is made once for a step and shared by all layers. Shapes: `B` rows, `L` new tokens a row, `S` slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+__all__ = ["LinearPlacement", "Placement", "RingPlacement", "Step"]
+
+_GROWTH = 256  # slots; buffers grow by multiples of this
+
+
+@dataclass
+class Step:
+    """What every layer does with the next `L` tokens.
+
+    Args:
+        offset: the position of the first new token, one for all rows or int32 `[B]`.
+        length: `L`.
+        visible: how many stored slots the queries look at.
+        capacity: how many slots the buffers must have.
+        write_at: the slot of the first new token (the others follow), or the slots of all, int32 `[B, L]`; unused
+            with `gather`.
+        gather: int32 `[B, slots]`; the queries look at the stored slots *and* the new tokens behind them, and
+            afterwards slot `s` keeps entry `gather[:, s]` of that whole. Used where new tokens push out old ones that
+            earlier queries of the same chunk still see.
+        mask: `[B, 1, L, S]` booleans, or "causal" (the last query sees all), or None (every query sees all).
+        sink_positions: int32 `[B, L]`: where queries stand when they look at the sinks, if that is not where they stand
+            for everything else.
+    """
+
+    offset: int | mx.array
+    length: int
+    visible: int
+    capacity: int
+    write_at: int | mx.array = 0
+    gather: mx.array | None = None
+    mask: mx.array | str | None = None
+    sink_positions: mx.array | None = None
+
+    @cached_property
+    def mask_array(self) -> mx.array | None:
+        """`mask` with "causal" spelled out."""
+        if not isinstance(self.mask, str):
+            return self.mask
+        slots = mx.arange(self.visible)
+        queries = mx.arange(self.visible - self.length, self.visible)
+        return (slots[None, :] <= queries[:, None])[None, None]
+
+
+class Placement:
+    """The positions that rows have reached, and the plan for the next tokens."""
+
+    window: int | None = None
+    keep: int = 0
+
+    def __init__(self, batch_size: int) -> None:
+        self.offsets = [0] * batch_size
+        self.reserved = 0
+
+    def slots_for(self, length: int) -> int:
+        """Slots that a row of `length` tokens fills."""
+        return length if self.window is None else min(length, self.window)
+
+    def advance(self, length: int, lengths: Sequence[int] | None) -> Step:
+        """Plan for `length` more tokens a row, of which the first `lengths[b]` of row `b` count, and move there."""
+        lengths = [length] * len(self.offsets) if lengths is None else list(lengths)
+        step = self._plan(length, lengths)
+        self.offsets = [offset + count for offset, count in zip(self.offsets, lengths, strict=True)]
+        return step
+
+    def can_trim_to(self, length: int) -> bool:
+        """Whether what the first `length` tokens left is still there."""
+        return length <= min(self.offsets)
+
+    def _plan(self, length: int, lengths: list[int]) -> Step:
+        raise NotImplementedError
+
+    def _plan_line(self, length: int, lengths: list[int]) -> Step:
+        """Token `p` in slot `p`. Padding lands in slots that later tokens overwrite before anyone sees them."""
+        end = max(self.offsets) + length
+        capacity = self.capacity_for(end)
+        if len(set(self.offsets)) == 1 and min(lengths) == length:
+            mask = "causal" if length > 1 else None
+            return Step(self.offsets[0], length, end, capacity, write_at=self.offsets[0], mask=mask)
+        offset = mx.array(self.offsets, dtype=mx.int32)
+        positions = offset[:, None] + mx.arange(length)
+        mask = mx.arange(end)[None, None, :] <= positions[:, :, None]
+        return Step(offset, length, end, capacity, write_at=positions, mask=mask[:, None])
+
+    def capacity_for(self, slots: int) -> int:
+        """Slots to allocate so that `slots` fit: whole growth steps, what was reserved, never more than the window."""
+        rounded = -(-max(slots, self.reserved) // _GROWTH) * _GROWTH
+        return rounded if self.window is None else min(rounded, self.window)
+
+
+class LinearPlacement(Placement):
+    """Every token stays; the buffers grow in steps."""
+
+    def _plan(self, length: int, lengths: list[int]) -> Step:
+        return self._plan_line(length, lengths)
+
+
+class RingPlacement(Placement):
+    """The first `keep` tokens (sinks) and the last `window - keep`; the query at `i` sees `i - j < window - keep` and sinks.
+
+    Up to `window` tokens this is a line. Beyond, the slots after the sinks are a ring, and queries look at the sinks as if
+    they stood at position `window - 1`, so that the distance stays within what the model was trained on (Xiao et al.,
+    "Efficient Streaming Language Models with Attention Sinks", 2023).
+    """
+
+    def __init__(self, batch_size: int, window: int, keep: int) -> None:
+        super().__init__(batch_size)
+        self.window: int = window
+        self.keep = keep
+
+    def can_trim_to(self, length: int) -> bool:
+        return super().can_trim_to(length) and (max(self.offsets) <= self.window or set(self.offsets) == {length})
+
+    def _plan(self, length: int, lengths: list[int]) -> Step:
+        if max(self.offsets) + length <= self.window:
+            return self._plan_line(length, lengths)
+        uniform = len(set(self.offsets)) == 1 and min(lengths) == length
+        offset = mx.array(self.offsets, dtype=mx.int32)
+        step = Step(
+            offset=self.offsets[0] if uniform else offset,
+            length=length,
+            visible=self.slots_for(max(self.offsets)),
+            capacity=self.window,
+        )
+        positions = offset[:, None] + mx.arange(length)
+        if self.keep and max(self.offsets) + length > self.window:
+            step.sink_positions = mx.minimum(positions, self.window - 1)
+        if length == 1 and min(lengths) == 1:
+            self._plan_decode(step, offset, uniform)
+        else:
+            self._plan_chunk(step, offset, positions, lengths)
+        return step
+
+    def _plan_decode(self, step: Step, offset: mx.array, uniform: bool) -> None:
+        """One token a row: it takes the slot of the one token that it no longer sees."""
+        step.visible = self.window
+        if uniform:
+            step.write_at = self._slot(self.offsets[0])
+            return
+        step.write_at = mx.array([[self._slot(o)] for o in self.offsets], dtype=mx.int32)
+        step.mask = (self._slot_positions(offset + 1, self.window) >= 0)[:, None, None]
+
+    def _plan_chunk(self, step: Step, offset: mx.array, positions: mx.array, lengths: list[int]) -> None:
+        """Several tokens: all of the old slots are still seen by some query, so store after looking."""
+        stored = step.visible
+        held = self._slot_positions(offset, stored)
+        seen = mx.concatenate([held, positions], axis=1)[:, None, :]
+        queries = positions[:, :, None]
+        in_window = (queries - seen < self.window - self.keep) | (seen < self.keep)
+        step.mask = ((seen >= 0) & (seen <= queries) & in_window)[:, None]
+
+        slots = self.slots_for(max(o + n for o, n in zip(self.offsets, lengths, strict=True)))
+        end = offset + mx.array(lengths, dtype=mx.int32)
+        will_hold = self._slot_positions(end, slots)
+        from_chunk = stored + will_hold - offset[:, None]
+        from_store = mx.minimum(mx.arange(slots), max(stored - 1, 0))
+        step.gather = mx.where(will_hold >= offset[:, None], from_chunk, from_store).astype(mx.int32)
+
+    def _slot(self, position: int) -> int:
+        if position < self.keep:
+            return position
+        return self.keep + (position - self.keep) % (self.window - self.keep)
+
+    def _slot_positions(self, end: mx.array, slots: int) -> mx.array:
+        """The positions that the first `slots` slots hold in rows of `end` `[B]` tokens; −1 where they hold none."""
+        slot, last = mx.arange(slots)[None, :], end[:, None] - 1
+        newest = last - mx.remainder(last - slot, self.window - self.keep)
+        held = mx.where(slot < self.keep, slot, newest)
+        return mx.where((held >= slot) & (slot <= last), held, -1)

@@ -1,0 +1,239 @@
+"""Token ids in → token ids out: prefill, the decode loop, batches. Knows nothing of text.
+
+Rows of a batch are padded on the right and masked by position, so that each gets what it would get alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.device import Device, current_device
+from mlxqwen.errors import CacheError, ContextLengthError, OptionError
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.sampling import Sampler, SamplingParams, check_token
+
+__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_PREFILL_CHUNK", "GeneratedToken", "TokenStream", "generate_tokens"]
+
+DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
+DEFAULT_PREFILL_CHUNK = 512
+UNBOUNDED = 1 << 62
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token of one row; `finish_reason` is set on the row's last: "stop" for an end token, "length" for the limit."""
+
+    row: int
+    token: int
+    finish_reason: FinishReason | None = None
+
+
+def generate_tokens(
+    model: Qwen3ForCausalLM,
+    prompts: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    eos_token_ids: Collection[int] | None = None,
+    cache: KVCache | None = None,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    on_prefill: Callable[[int, int], None] | None = None,
+    device: Device | None = None,
+) -> TokenStream:
+    """Continue one prompt, or many at once, token by token.
+
+    Args:
+        model: the model.
+        prompts: ids of one prompt, or of one a row.
+        sampling: how to draw, for all rows or for each; by default from the model's own distribution. A row with a seed
+            draws what it would draw alone with that seed.
+        max_tokens: at most this many tokens a row, and never more than the context has room for.
+        eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
+        cache: holds what came before the prompts, and in the end everything but the last token. Made if not given.
+        prefill_chunk: prompt tokens a step; memory grows with it.
+        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each.
+        device: the machine; by default this one.
+
+    Returns:
+        An iterator of `GeneratedToken`; rows come in order within a step. Nothing runs before the first is asked for.
+
+    Raises:
+        ContextLengthError: a prompt leaves no room for an answer.
+        OptionError: an empty prompt, ids outside the vocabulary, or values out of range.
+        CacheError: a cache of another number of rows.
+        GenerationError: while iterating, if the model's logits are NaN.
+    """
+    rows = _rows(prompts, model.config.vocab_size)
+    if prefill_chunk < 1:
+        raise OptionError(f"prefill_chunk: found {prefill_chunk}, expected at least 1")
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens: found {max_tokens}, expected at least 1")
+    params = [sampling or SamplingParams()] * len(rows) if not isinstance(sampling, Sequence) else list(sampling)
+    if len(params) != len(rows):
+        raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
+    if cache is None:
+        cache = make_cache(model, batch_size=len(rows))
+    elif cache.batch_size != len(rows):
+        raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
+    limits = [
+        min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))
+        for offset, row in zip(cache.offsets, rows, strict=True)
+    ]
+    return TokenStream(
+        model,
+        rows,
+        Sampler(params, rows, model.config.vocab_size),
+        limits,
+        frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids),
+        cache,
+        prefill_chunk,
+        on_prefill,
+        device or current_device(),
+    )
+
+
+def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: int | None) -> int:
+    """Tokens that fit behind the prompt; without end in a ring. Raises `ContextLengthError` if there are none."""
+    context = model.config.context_length
+    if max_kv_size is not None:
+        return UNBOUNDED
+    if prompt_tokens >= context:
+        raise ContextLengthError(
+            f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,} has to hold prompt and answer",
+            hint="Shorten it, extend the context with --yarn-factor (yarn_factor=), or slide over it with --max-kv-size "
+            "(max_kv_size=).",
+        )
+    return context - prompt_tokens
+
+
+def _rows(prompts: Sequence[int] | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """One list of ids a row, checked."""
+    if isinstance(prompts, mx.array):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        raise OptionError(f"prompts: found {type(prompts).__name__}, expected token ids", hint="Encode the text first.")
+    nested = [list(row) if isinstance(row, Sequence) else row for row in prompts]
+    rows = nested if nested and all(isinstance(row, list) for row in nested) else [nested]
+    for row in rows:
+        if not row:
+            raise OptionError("prompt: found no tokens, expected at least one")
+        for token in row:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+    return rows
+
+
+class TokenStream:
+    """The running generation behind `generate_tokens`: iterate it, and `stop` rows that are to end early."""
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        rows: list[list[int]],
+        sampler: Sampler,
+        limits: list[int],
+        eos_token_ids: frozenset[int],
+        cache: KVCache,
+        prefill_chunk: int,
+        on_prefill: Callable[[int, int], None] | None,
+        device: Device,
+    ) -> None:
+        self.cache = cache
+        self._model = model
+        self._rows = rows
+        self._sampler = sampler
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._prefill_chunk = prefill_chunk
+        self._on_prefill = on_prefill
+        self._overlap = device.overlaps_steps
+        self._finished: set[int] = set()
+        self._tokens = self._run()
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        return self
+
+    def __next__(self) -> GeneratedToken:
+        return next(self._tokens)
+
+    def stop(self, row: int) -> None:
+        """End `row` here: no further token of it is computed."""
+        self._finished.add(row)
+
+    def close(self) -> None:
+        """End all rows."""
+        self._tokens.close()
+
+    def _run(self) -> Iterator[GeneratedToken]:
+        active = list(range(len(self._rows)))
+        drawn = self._sampler(self._prefill())
+        mx.async_eval(drawn)
+        count = 0
+        while active:
+            count += 1
+            ahead = None
+            if self._overlap and any(count < self._limits[row] for row in active):
+                ahead = self._step(drawn)
+            tokens = [check_token(token) for token in drawn.tolist()]
+            for row, token in zip(active, tokens, strict=True):
+                reason = self._reason(row, token, count)
+                if row not in self._finished:
+                    yield GeneratedToken(row, token, reason)
+                if reason is not None:
+                    self._finished.add(row)
+            going = [place for place, row in enumerate(active) if row not in self._finished]
+            active = [active[place] for place in going]
+            if not active:
+                return
+            if ahead is None:
+                if len(going) < len(tokens):
+                    drawn = self._leave(drawn, going)
+                drawn = self._step(drawn)
+            else:
+                drawn = self._leave(ahead, going) if len(going) < len(tokens) else ahead
+
+    def _reason(self, row: int, token: int, count: int) -> FinishReason | None:
+        if token in self._eos_token_ids:
+            return "stop"
+        return "length" if count >= self._limits[row] else None
+
+    def _step(self, tokens: mx.array) -> mx.array:
+        """Feed one token a row → the next ones, on their way."""
+        hidden = self._model.model(tokens[:, None], self.cache)
+        drawn = self._sampler(self._model.logits(hidden)[:, -1])
+        mx.async_eval(drawn)
+        return drawn
+
+    def _leave(self, tokens: mx.array, going: list[int]) -> mx.array:
+        """Drop the rows that have ended, so that nobody pays for them."""
+        self.cache.keep_rows(going)
+        self._sampler.keep_rows(going)
+        return tokens[mx.array(going, dtype=mx.int32)]
+
+    def _prefill(self) -> mx.array:
+        """All prompts through the model in chunks → the logits `[B, vocab_size]` behind each one's last token."""
+        longest = max(map(len, self._rows))
+        self.cache.reserve(self.cache.offset + longest + 1)
+        last_hidden: list[mx.array | None] = [None] * len(self._rows)
+        if self._on_prefill:
+            self._on_prefill(0, longest)
+        for start in range(0, longest, self._prefill_chunk):
+            length = min(self._prefill_chunk, longest - start)
+            pieces = [row[start : start + length] for row in self._rows]
+            lengths = [len(piece) for piece in pieces]
+            padded = mx.array([piece + [0] * (length - len(piece)) for piece in pieces], dtype=mx.int32)
+            hidden = self._model.model(padded, self.cache, lengths=lengths)
+            for place, row in enumerate(self._rows):
+                if start < len(row) <= start + length:
+                    last_hidden[place] = hidden[place, len(row) - start - 1]
+            mx.eval(self.cache.state, [one for one in last_hidden if one is not None])
+            if self._on_prefill:
+                self._on_prefill(start + length, longest)
+        return self._model.logits(mx.stack([one for one in last_hidden if one is not None]))

@@ -1,0 +1,284 @@
+"""Where files meet the model: names, shapes, quantization, dtypes and memory are checked here.
+
+A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in MLX's
+(affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxqwen.checkpoint import Checkpoint, TensorInfo
+from mlxqwen.config import ModelConfig, Quantization
+from mlxqwen.device import Device, current_device
+from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
+from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
+from mlxqwen.model import Qwen3ForCausalLM
+
+__all__ = ["load_model", "parse_dtype"]
+
+logger = logging.getLogger("mlxqwen")
+
+_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+_FOREIGN = {
+    "fp8": "FP8",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj)\.weight")
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """A compute dtype by name ("bfloat16", "float16", "float32") or as MLX's own. Raises `OptionError`."""
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is None or found in _DTYPES.values():
+        return found
+    raise OptionError(f"dtype: found {dtype!s}, expected bfloat16, float16 or float32")
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    yarn_factor: float | None = None,
+    force: bool = False,
+    device: Device | None = None,
+) -> Qwen3ForCausalLM:
+    """Load the weights of a folder; no tokenizer is needed.
+
+    Args:
+        folder: holds `config.json` and safetensors files.
+        dtype: what to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
+        rope_scaling: replaces the RoPE scaling of `config.json`, in the same form.
+        yarn_factor: extends the trained context this many times by YaRN.
+        force: load even what does not fit this machine.
+        device: the machine to load for; by default this one.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint that can be run.
+        OptionError: an argument out of range.
+        InsufficientMemoryError: the weights do not fit, and `force` is not set.
+    """
+    chosen = parse_dtype(dtype)
+    folder, device = Path(folder), device or current_device()
+    config = ModelConfig.from_folder(folder)
+    if rope_scaling is not None and yarn_factor is not None:
+        raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
+    if rope_scaling is not None:
+        config = config.with_rope_scaling(rope_scaling)
+    if yarn_factor is not None:
+        config = config.with_yarn(yarn_factor)
+    checkpoint = Checkpoint.open(folder)
+    _refuse_foreign(folder, config, checkpoint)
+    for note in checkpoint.notes:
+        logger.warning(note)
+
+    model = Qwen3ForCausalLM(config)
+    sources = _match(checkpoint, model, config)
+    compute = chosen or device.compute_dtype(_checkpoint_dtype(checkpoint, sources))
+    expected = dict(tree_flatten(model.parameters()))
+    nbytes = sum(
+        array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size)
+        for array in expected.values()
+    )
+    if nbytes > device.usable_memory and not force:
+        raise InsufficientMemoryError(
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {str(compute).rpartition('.')[2]}, this machine can "
+            f"hold {device.usable_memory / 1e9:.1f} GB",
+            hint="Use a smaller or more strongly quantized release, a narrower dtype, or force it.",
+        )
+    _fill(model, checkpoint, sources, compute)
+    return model
+
+
+def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Name a format that is not run as it is, from the config's word or the tensors' own."""
+    method = config.foreign_quantization
+    if method is None and config.quantization is None:
+        suffixes = {name.rpartition(".")[2]: info.dtype for name, info in checkpoint.tensors.items()}
+        if any(dtype.startswith("F8") for dtype in suffixes.values()) or "weight_scale_inv" in suffixes:
+            method = "fp8"
+        elif "qweight" in suffixes:
+            method = "gptq" if "g_idx" in suffixes else "awq"
+    if method is not None:
+        name = _FOREIGN.get(method, method)
+        raise UnsupportedFormatError(
+            f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
+            hint=f"This version of mlxqwen does not run {name}; use the BF16 release or an MLX one of the same model.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The tensors of the checkpoint that make up one parameter: one, several to stack, or a part of a fused one."""
+
+    tensors: tuple[TensorInfo, ...]
+    rows: slice | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.tensors[0].shape
+        if self.rows is not None:
+            half = len(range(*self.rows.indices(shape[1])))
+            return (shape[0], half, *shape[2:])
+        return shape if len(self.tensors) == 1 else (len(self.tensors), *shape)
+
+
+def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
+    """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
+    sources: dict[str, _Source] = {}
+    experts: dict[str, dict[int, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            parameter = f"{match[1]}.switch_mlp.{match[3]}.weight"
+            experts.setdefault(parameter, {})[int(match[2])] = info
+        elif name.endswith(".mlp.experts.gate_up_proj") and len(info.shape) == 3:
+            half = info.shape[1] // 2
+            module = name.removesuffix("experts.gate_up_proj") + "switch_mlp"
+            sources[f"{module}.gate_proj.weight"] = _Source((info,), slice(0, half))
+            sources[f"{module}.up_proj.weight"] = _Source((info,), slice(half, None))
+        elif name.endswith(".mlp.experts.down_proj"):
+            sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = _Source((info,))
+        elif not _ROTARY_BUFFER.fullmatch(name):
+            sources[name] = _Source((info,))
+    for parameter, stack in experts.items():
+        sources[parameter] = _Source(tuple(stack[expert] for expert in sorted(stack)))
+    return sources
+
+
+def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig) -> dict[str, _Source]:
+    """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
+    sources = _sources(checkpoint)
+    if config.tie_word_embeddings:
+        head = [name for name in sources if name.startswith("lm_head.")]
+        if head:
+            logger.warning("%s: ignored, since config.json ties it to the embeddings", ", ".join(head))
+        sources = {name: source for name, source in sources.items() if name not in head}
+    _quantize(model, checkpoint, sources, config.quantization)
+    expected = dict(tree_flatten(model.parameters()))
+    missing = [name for name in expected if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensors are missing: {_some(missing)}",
+            hint="Fetch the model again, or check that config.json belongs to these weights.",
+        )
+    unexpected = [name for name in sources if name not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensors that config.json has no place for: {_some(unexpected)}",
+            hint="Check that config.json belongs to these weights.",
+        )
+    for name, array in expected.items():
+        _check(name, array, sources[name], config)
+    return sources
+
+
+def _quantize(
+    model: Qwen3ForCausalLM,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, _Source],
+    quantization: Quantization | None,
+) -> None:
+    """Replace the modules whose weights come with scales by quantized ones."""
+    replaced: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if f"{path}.scales" not in sources or not isinstance(module, nn.Linear | nn.Embedding | SwitchLinear):
+            continue
+        affine = None if quantization is None else quantization.of(path)
+        if affine is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {path} is quantized, but config.json does not say how",
+                hint="The folder needs the config.json that was written with its weights.",
+            )
+        *stack, rows, width = module.weight.shape
+        if width % affine.group_size:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {path} is {width} wide, which groups of {affine.group_size} do not divide",
+                hint="Check that config.json belongs to these weights.",
+            )
+        if isinstance(module, SwitchLinear):
+            replaced.append((path, QuantizedSwitchLinear(width, rows, stack[0], affine)))
+        else:
+            replaced.append((path, module.to_quantized(affine.group_size, affine.bits)))
+    model.update_modules(tree_unflatten(replaced))
+
+
+def _check(name: str, expected: mx.array, source: _Source, config: ModelConfig) -> None:
+    """Raise unless `source` has the parameter's shape and a dtype that it can be made of."""
+    first = source.tensors[0]
+    if config.moe is not None and len(source.tensors) not in (1, config.moe.num_experts):
+        raise CheckpointError(
+            f"{first.path}: {name} has {len(source.tensors)} experts, expected {config.moe.num_experts}",
+            hint="Fetch the model again, or check that config.json belongs to these weights.",
+        )
+    packed = expected.dtype == mx.uint32
+    for info in source.tensors:
+        if info.shape != first.shape or source.shape != tuple(expected.shape):
+            raise CheckpointError(
+                f"{info.path}: {info.name} has shape {list(info.shape)}, expected {_expected_shape(source, expected)}",
+                hint="Check that config.json belongs to these weights.",
+            )
+        if info.dtype not in ({"U32"} if packed else _FLOATS):
+            raise CheckpointError(
+                f"{info.path}: {info.name} has dtype {info.dtype}, expected {'U32' if packed else 'BF16, F16 or F32'}",
+                hint="This version of mlxqwen runs BF16, F16, F32 and MLX-quantized weights.",
+            )
+
+
+def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
+    shape = list(expected.shape)
+    if source.rows is not None:
+        return [shape[0], 2 * shape[1], *shape[2:]]
+    return shape if len(source.tensors) == 1 else shape[1:]
+
+
+def _checkpoint_dtype(checkpoint: Checkpoint, sources: Mapping[str, _Source]) -> mx.Dtype:
+    """The dtype that activations have in this checkpoint: that of the embeddings' numbers."""
+    name = "model.embed_tokens"
+    source = sources.get(f"{name}.scales") or sources[f"{name}.weight"]
+    return _FLOATS[source.tensors[0].dtype]
+
+
+def _fill(
+    model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
+) -> None:
+    """Read the weights, in `dtype` but for packed codes, a layer at a time so that little is held twice."""
+    arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
+    by_layer: dict[str, list[tuple[str, mx.array]]] = {}
+    for name, source in sources.items():
+        parts = [arrays[info.name] for info in source.tensors]
+        array = parts[0] if len(parts) == 1 else mx.stack(parts)
+        if source.rows is not None:
+            array = array[:, source.rows]
+        if array.dtype != mx.uint32:
+            array = array.astype(dtype)
+        by_layer.setdefault(".".join(name.split(".")[:3]), []).append((name, array))
+    arrays.clear()
+    for layer in list(by_layer):
+        weights = by_layer.pop(layer)
+        try:
+            mx.eval([array for _, array in weights])
+        except RuntimeError as error:  # MLX's word for a file that shrank or failed under its hands
+            raise CheckpointError(f"{checkpoint.folder}: the weights of {layer} could not be read: {error}") from None
+        model.update(tree_unflatten(weights))
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

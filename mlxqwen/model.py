@@ -1,0 +1,101 @@
+"""Qwen3, dense or mixture of experts layer by layer.
+
+Shapes: `B` rows, `L` tokens a row. Modules are named as their tensors are in the checkpoints, so that a weight's name is
+the path to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxqwen.config import ModelConfig
+from mlxqwen.layers.attention import Attention, LayerCache
+from mlxqwen.layers.mlp import MLP
+from mlxqwen.layers.moe import SparseMoeBlock
+from mlxqwen.layers.rope import Rope
+
+__all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
+
+
+class ModelCache(Protocol):
+    """What the model asks of a key/value cache."""
+
+    def begin(
+        self, batch_size: int, length: int, lengths: Sequence[int] | None = None
+    ) -> Sequence[LayerCache]:
+        """Make room for `length` more tokens in each of `batch_size` rows; one cache a layer.
+
+        Of row `b` only the first `lengths[b]` tokens count (all by default), the rest is padding.
+        """
+        ...
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each on a normalised copy and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int, rope: Rope) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, rope)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.moe is not None and config.moe.routes(layer):
+            self.mlp: nn.Module = SparseMoeBlock(config.hidden_size, config.moe)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3Model(nn.Module):
+    """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        B, L = tokens.shape
+        caches = [None] * len(self.layers) if cache is None else cache.begin(B, L, lengths)
+        hidden = self.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, layer_cache)
+        return self.norm(hidden)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Tokens `[B, L]` → logits `[B, L, vocab_size]` of the token that comes next."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """`lengths`: in rows padded on the right, how many tokens of each count; needs a cache."""
+        return self.logits(self.model(tokens, cache, lengths=lengths))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states `[..., hidden_size]` → logits `[..., vocab_size]`."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that activations are computed in."""
+        return self.model.norm.weight.dtype
