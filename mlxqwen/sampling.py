@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -30,6 +31,7 @@ __all__ = [
 
 BAD_TOKEN = -1
 _BLOCK = 128
+_NO_DISTRIBUTION = "logits: found NaN, +inf or nothing but -inf, expected numbers to draw a token from"
 _SMALLEST_TEMPERATURE = 1e-30
 
 
@@ -219,23 +221,18 @@ def _nested(tokens: int | Sequence[int]) -> list[int]:
 def _row_logprobs(
     logits: mx.array, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> mx.array:
-    history = _History(params, prompt, logits.shape[-1])
+    _check_ids("reply", generated, logits.size)
+    history = _History(params, prompt, logits.size)
     history.add(mx.array(list(generated), dtype=mx.int32))
-    scores = history.adjust(logits.astype(mx.float32))
-    peak = mx.max(scores)
-    if not mx.isfinite(peak).item():
-        raise GenerationError(
-            "logits: found NaN, +inf or nothing but -inf, expected numbers to draw a token from"
-        )
+    scores = history.adjust(logits)
+    if not mx.isfinite(scores.peak).item():
+        raise GenerationError(_NO_DISTRIBUTION)
     if params.greedy:
-        return mx.where(mx.arange(scores.size) == mx.argmax(scores), 0.0, -mx.inf)
-    scaled = _scale(scores, peak, params)
-    if _is_ranked(params):
-        kept = _Ranking(scores, peak, params).mask()
-    else:
-        kept = scaled >= _min_p_floor(params)
-    weights = mx.where(kept, mx.exp(scaled), 0.0)
-    return mx.where(kept, scaled - mx.log(_running_sum(weights)[-1]), -mx.inf)
+        return mx.where(mx.arange(logits.size) == scores.best, 0.0, -mx.inf)
+    scaled = scores.scaled(params.temperature)
+    kept = _Ranking(scores, params).mask() if _is_ranked(params) else scaled >= _min_p_floor(params)
+    total = _running_sum(mx.where(kept, mx.exp(scaled), 0.0))[-1]
+    return mx.where(kept, scaled - mx.log(total), -mx.inf)
 
 
 class Sampler:
@@ -260,6 +257,7 @@ class Sampler:
             raise OptionError(
                 f"Sampler: found {len(params)} params and {len(prompts)} prompts, expected as many"
             )
+        self._vocab_size = vocab_size
         self._rows = [_Row(one, prompt, vocab_size) for one, prompt in zip(params, prompts, strict=True)]
 
     def __call__(self, logits: mx.array) -> mx.array:
@@ -267,8 +265,9 @@ class Sampler:
 
         A row of NaN, +inf or nothing but -inf gives a token that `check_token` refuses.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(self._rows):
-            raise OptionError(f"logits: found shape {logits.shape}, expected [{len(self._rows)}, V]")
+        expected = (len(self._rows), self._vocab_size)
+        if logits.shape != expected:
+            raise OptionError(f"logits: found shape {logits.shape}, expected {expected}")
         return mx.stack([row.draw(logits[i]) for i, row in enumerate(self._rows)])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -284,7 +283,7 @@ def check_token(token: int) -> int:
     """
     if token == BAD_TOKEN:
         raise GenerationError(
-            "logits: found NaN, +inf or nothing but -inf, expected numbers to draw a token from",
+            _NO_DISTRIBUTION,
             hint="the weights may be damaged, or the compute dtype too narrow: try --dtype float32",
         )
     return token
@@ -299,60 +298,154 @@ class _Row:
         self._key = mx.random.key(secrets.randbits(64) if params.seed is None else params.seed)
 
     def draw(self, logits: mx.array) -> mx.array:
-        scores = self._history.adjust(logits.astype(mx.float32))
-        peak = mx.max(scores)
-        token = mx.where(mx.isfinite(peak), self._pick(scores, peak), BAD_TOKEN)
+        scores = self._history.adjust(logits)
+        token = mx.where(mx.isfinite(scores.peak), self._pick(scores), BAD_TOKEN)
         self._history.add(token[None])
         return token
 
-    def _pick(self, scores: mx.array, peak: mx.array) -> mx.array:
+    def _pick(self, scores: _Scores) -> mx.array:
         if self._params.greedy:
-            return mx.argmax(scores).astype(mx.int32)
+            return scores.best
         self._key, key = mx.random.split(self._key)
-        uniform = mx.random.uniform(shape=(2,), key=key)
+        uniform = mx.random.uniform(shape=(3,), key=key)
         if _is_ranked(self._params):
-            return _Ranking(scores, peak, self._params).draw(uniform)
-        scaled = _scale(scores, peak, self._params)
+            return _Ranking(scores, self._params).draw(uniform)
+        scaled = scores.scaled(self._params.temperature)
         return _pick(mx.where(scaled >= _min_p_floor(self._params), mx.exp(scaled), 0.0), uniform)
 
 
+class _Scores:
+    """One row of float32 logits `[V]`, and what rounding took from them where a penalty changed them.
+
+    Tokens are ordered by their float32 `values`. Weights also use the rest, as float32 alone puts up to 5e-4
+    on a penalised logit of 1e4.
+    """
+
+    def __init__(self, values: mx.array, rest: mx.array | None = None) -> None:
+        self.values = values
+        self._rest = rest
+        self.block_peaks = mx.max(_in_blocks(values, -mx.inf), axis=-1)
+        self.peak = mx.max(self.block_peaks)
+
+    @property
+    def best(self) -> mx.array:
+        """The most likely token, the lowest id among equals: an argmax in two steps, which is quicker."""
+        block = mx.argmax(self.block_peaks)
+        return (block * _BLOCK + mx.argmax(_in_blocks(self.values, -mx.inf)[block])).astype(mx.int32)
+
+    def scaled(self, temperature: float, ids: mx.array | None = None) -> mx.array:
+        """Log-weights of all tokens or of `ids`, 0 at the peak. Subtracting first keeps huge logits exact."""
+        values = self.values if ids is None else self.values[ids]
+        gap = values - self.peak
+        if self._rest is not None:
+            gap = gap + ((self._rest if ids is None else self._rest[ids]) - self._rest[self.best])
+        return gap / max(temperature, _SMALLEST_TEMPERATURE)
+
+
 class _History:
-    """What bias and penalties need to know of one row; holds nothing while they are off."""
+    """What bias and penalties need to know of one row; holds nothing while they are off.
+
+    Only the tokens that something can change are computed, and those with twice float32's digits.
+    """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
         self._params = params
         self._counts: mx.array | None = None
         self._seen: mx.array | None = None
-        self._bias: mx.array | None = None
+        self._bias: _Pair | None = None
+        touched: set[int] = set()
         if params.presence_penalty or params.frequency_penalty:
             self._counts = mx.zeros(vocab_size)
         if params.repetition_penalty != 1.0:
             _check_ids("prompt", prompt, vocab_size)
-            self._seen = mx.zeros(vocab_size, dtype=mx.bool_)
-            self._seen[mx.array(list(prompt), dtype=mx.int32)] = True
+            touched.update(prompt)
+            self._seen = mx.zeros(vocab_size).at[mx.array(list(prompt), dtype=mx.int32)].add(1.0)
         if params.logit_bias:
             _check_ids("logit_bias", params.logit_bias, vocab_size)
+            touched.update(params.logit_bias)
             ids = mx.array(list(params.logit_bias), dtype=mx.int32)
-            self._bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(params.logit_bias.values())))
+            high, low = zip(*(_split(bias) for bias in params.logit_bias.values()), strict=True)
+            zeros = mx.zeros(vocab_size)
+            self._bias = zeros.at[ids].add(mx.array(high)), zeros.at[ids].add(mx.array(low))
+        self._touched = mx.array(sorted(touched), dtype=mx.int32)
 
     def add(self, tokens: mx.array) -> None:
+        """Take note of drawn tokens, int32 `[n]`."""
+        if self._counts is None and self._seen is None:
+            return
+        self._touched = mx.concatenate([self._touched, tokens])
         if self._counts is not None:
             self._counts = self._counts.at[tokens].add(1.0)
         if self._seen is not None:
-            self._seen[tokens] = True
+            self._seen = self._seen.at[tokens].add(1.0)
 
-    def adjust(self, scores: mx.array) -> mx.array:
-        """Bias and penalties on float32 `[V]`."""
+    def adjust(self, logits: mx.array) -> _Scores:
+        """Bias and penalties on logits `[V]` of any float dtype."""
+        scores = logits.astype(mx.float32)
+        ids = self._touched
+        if ids.size == 0:
+            return _Scores(scores)
+        pair = scores[ids], mx.zeros(ids.shape)
         if self._bias is not None:
-            scores = scores + self._bias
+            pair = _add(pair, (self._bias[0][ids], self._bias[1][ids]))
         if self._seen is not None:
-            penalty = self._params.repetition_penalty
-            punished = mx.where(scores > 0, scores / penalty, scores * penalty)
-            scores = mx.where(self._seen, punished, scores)
+            pair = self._repeated(pair, self._seen[ids] > 0)
         if self._counts is not None:
-            scores = scores - self._params.frequency_penalty * self._counts
-            scores = scores - self._params.presence_penalty * (self._counts > 0)
-        return scores
+            counts = self._counts[ids]
+            pair = _add(pair, _times((counts, mx.zeros(ids.shape)), -self._params.frequency_penalty))
+            present = (counts > 0).astype(mx.float32)
+            pair = _add(pair, _times((present, mx.zeros(ids.shape)), -self._params.presence_penalty))
+        values = mx.put_along_axis(scores, ids, pair[0], axis=0)
+        return _Scores(values, mx.put_along_axis(mx.zeros_like(scores), ids, pair[1], axis=0))
+
+    def _repeated(self, pair: _Pair, seen: mx.array) -> _Pair:
+        penalty = self._params.repetition_penalty
+        less, more = _times(pair, 1.0 / penalty), _times(pair, penalty)
+        positive = pair[0] > 0
+        high, low = (
+            mx.where(seen, mx.where(positive, a, b), c) for a, b, c in zip(less, more, pair, strict=True)
+        )
+        return high, low
+
+
+# A number as the unevaluated sum of two float32: the rounded value and what rounding took from it.
+# Sums and products after Knuth, "The Art of Computer Programming", volume 2, 4.2.2, and Dekker (1971).
+_Pair = tuple[mx.array, mx.array]
+
+
+def _split(number: float) -> tuple[float, float]:
+    """A Python float as the sum of two float32."""
+    high = struct.unpack("f", struct.pack("f", number))[0]
+    return high, number - high
+
+
+def _normalised(value: mx.array, rest: mx.array) -> _Pair:
+    high = value + rest
+    return high, mx.where(mx.isfinite(high), rest - (high - value), 0.0)
+
+
+def _add(left: _Pair, right: _Pair) -> _Pair:
+    total = left[0] + right[0]
+    added = total - left[0]
+    lost = (left[0] - (total - added)) + (right[0] - added)
+    return _normalised(total, mx.where(mx.isfinite(total), lost + left[1] + right[1], 0.0))
+
+
+def _times(pair: _Pair, number: float) -> _Pair:
+    high, low = _split(number)
+    product = pair[0] * high
+    upper = _upper_bits(pair[0])
+    factor = mx.array(high)
+    factor_upper = _upper_bits(factor)
+    lower, factor_lower = pair[0] - upper, factor - factor_upper
+    lost = upper * factor_upper - product + upper * factor_lower + lower * factor_upper + lower * factor_lower
+    rest = lost + pair[0] * low + pair[1] * high
+    return _normalised(product, mx.where(mx.isfinite(product), rest, 0.0))
+
+
+def _upper_bits(values: mx.array) -> mx.array:
+    """float32 with the lower 12 bits of the fraction cleared, so that products of such are exact."""
+    return mx.view(mx.view(values, mx.uint32) & 0xFFFFF000, mx.float32)
 
 
 def _check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
@@ -367,11 +460,6 @@ def _is_ranked(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0
 
 
-def _scale(scores: mx.array, peak: mx.array, params: SamplingParams) -> mx.array:
-    """Log-weights at the temperature, 0 at the peak. Subtracting first keeps huge logits exact."""
-    return (scores - peak) / max(params.temperature, _SMALLEST_TEMPERATURE)
-
-
 def _min_p_floor(params: SamplingParams) -> float:
     return math.log(params.min_p) if params.min_p > 0.0 else -math.inf
 
@@ -384,72 +472,89 @@ class _Ranking:
     outside the n tie with the last.
     """
 
-    def __init__(self, scores: mx.array, peak: mx.array, params: SamplingParams) -> None:
-        size = min(params.top_k or scores.size, scores.size)
-        self._all = scores
+    def __init__(self, scores: _Scores, params: SamplingParams) -> None:
+        size = min(params.top_k or scores.values.size, scores.values.size)
+        self._all = scores.values
         self._size = size
-        self._scores = scores[_largest(scores, size)]
-        scaled = _scale(self._scores, peak, params)
+        self._ids = _largest(scores, size)
+        self._best = scores.values[self._ids]
+        scaled = scores.scaled(params.temperature, self._ids)
         self._weights = mx.exp(scaled)
-        self._mass = _running_sum(self._weights)
-        last = self._scores[-1]
-        ties = mx.sum(scores == last) - mx.sum(self._scores == last)
+        last = self._best[-1]
+        ties = mx.sum(self._all == last) - mx.sum(self._best == last)
         kept = size + ties
         if params.top_p < 1.0:
-            target = params.top_p * (self._mass[-1] + ties * self._weights[-1])
-            reached = mx.sum(self._mass[:-1] < target) + 1
-            beyond = mx.clip(mx.ceil((target - self._mass[-1]) / self._weights[-1]), 0, ties)
-            kept = mx.where(self._mass[-1] < target, size + beyond.astype(mx.int32), reached)
+            kept = self._reaching(params.top_p, ties)
         if params.min_p > 0.0:
             likely = mx.sum(scaled >= _min_p_floor(params))
             kept = mx.where(likely < size, mx.minimum(likely, kept), kept)
-        self._kept = kept.astype(mx.int32)
+        self._kept = kept
+
+    def _reaching(self, top_p: float, ties: mx.array) -> mx.array:
+        """How many tokens have less than `top_p` of the mass before them."""
+        mass = _running_sum(self._weights)
+        weight = self._weights[-1]
+        target = top_p * (mass[-1] + ties * weight)
+        inside = mx.sum(mass[:-1] < target) + 1
+        beyond = mx.clip(mx.ceil((target - mass[-1]) / weight), 0, ties).astype(mx.int32)
+        return mx.where(mass[-1] < target, self._size + beyond, inside)
 
     def mask(self) -> mx.array:
         """Which of the vocabulary are kept: bool `[V]`."""
-        last = self._scores[mx.minimum(self._kept, self._size) - 1]
-        equal = self._all == last
-        above = mx.sum(self._scores > last)
-        first_equals = mx.cumsum(equal.astype(mx.int32)) <= self._kept - above
-        return (self._all > last) | (equal & first_equals)
+        lowest = self._best[mx.minimum(self._kept, self._size) - 1]
+        equal = self._all == lowest
+        above = mx.sum(self._best > lowest)
+        return (self._all > lowest) | (equal & (mx.cumsum(equal.astype(mx.int32)) <= self._kept - above))
 
     def draw(self, uniform: mx.array) -> mx.array:
-        """A kept token, from two uniform numbers; int32, no shape."""
+        """A kept token, from three uniform numbers; int32, no shape."""
         weights = mx.where(mx.arange(self._size) < self._kept, self._weights, 0.0)
         beyond = mx.maximum(self._kept - self._size, 0)
-        inside = _pick(weights, uniform)
-        mass = _running_sum(weights)[-1]
-        over = uniform[0] * (mass + beyond * self._weights[-1]) - mass
-        outside = self._size + mx.minimum(over / self._weights[-1], beyond - 1).astype(mx.int32)
-        rank = mx.where((over >= 0) & (beyond > 0), outside, inside)
-        return self._token(rank)
+        rank = _pick(mx.concatenate([weights, (beyond * self._weights[-1])[None]]), uniform)
+        outside = self._size + mx.minimum((uniform[2] * beyond).astype(mx.int32), beyond - 1)
+        return self._token(mx.where(rank == self._size, outside, rank))
 
     def _token(self, rank: mx.array) -> mx.array:
         """The id at a rank: among equals the lowest id comes first."""
-        score = self._scores[mx.minimum(rank, self._size - 1)]
-        index = rank - mx.sum(self._scores > score)
-        return mx.argmax(mx.cumsum((self._all == score).astype(mx.int32)) > index).astype(mx.int32)
+        score = self._best[mx.minimum(rank, self._size - 1)]
+        index = rank - mx.sum(self._best > score)
+        equal = _in_blocks(self._all, mx.nan) == score
+        per_block = mx.sum(equal, axis=-1)
+        running = mx.cumsum(per_block)
+        block = mx.argmax(running > index)
+        place = mx.argmax(mx.cumsum(equal[block].astype(mx.int32)) > index - (running - per_block)[block])
+        return (block * _BLOCK + place).astype(mx.int32)
 
 
-def _largest(scores: mx.array, size: int) -> mx.array:
-    """The ids of the `size` largest, falling."""
-    return mx.argsort(-scores)[:size]
+def _largest(scores: _Scores, size: int) -> mx.array:
+    """The ids of `size` tokens with the largest values, falling.
+
+    Blocks that hold one of them are among the `size` with the highest peaks, so few need a closer look.
+    """
+    values = scores.values
+    if 2 * size * _BLOCK > values.size:
+        return mx.argsort(-values)[:size]
+    blocks = mx.argpartition(-scores.block_peaks, size)[:size]
+    candidates = _in_blocks(values, -mx.inf)[blocks].reshape(-1)
+    ids = (blocks[:, None] * _BLOCK + mx.arange(_BLOCK)).reshape(-1)
+    return ids[mx.argsort(-candidates)[:size]]
+
+
+def _in_blocks(values: mx.array, filler: float) -> mx.array:
+    """`[n]` as `[ceil(n / 128), 128]`."""
+    missing = -values.size % _BLOCK
+    if missing:
+        values = mx.pad(values, (0, missing), constant_values=filler)
+    return values.reshape(-1, _BLOCK)
 
 
 def _running_sum(values: mx.array) -> mx.array:
     """Cumulative sum of `[n]` in blocks, whose rounding error grows with log n instead of n."""
-    size = values.size
-    if size <= _BLOCK:
+    if values.size <= _BLOCK:
         return mx.cumsum(values)
-    blocks = _in_blocks(values)
-    within = mx.cumsum(blocks, axis=-1)
-    before = _running_sum(within[:, -1])
-    return mx.concatenate([within[:1], within[1:] + before[:-1, None]]).reshape(-1)[:size]
-
-
-def _in_blocks(values: mx.array) -> mx.array:
-    missing = -values.size % _BLOCK
-    return mx.pad(values, (0, missing)).reshape(-1, _BLOCK)
+    within = mx.cumsum(_in_blocks(values, 0.0), axis=-1)
+    before = mx.concatenate([mx.zeros(1), _running_sum(within[:, -1])[:-1]])
+    return (within + before[:, None]).reshape(-1)[: values.size]
 
 
 def _pick(weights: mx.array, uniform: mx.array) -> mx.array:
@@ -459,7 +564,7 @@ def _pick(weights: mx.array, uniform: mx.array) -> mx.array:
     """
     if weights.size <= _BLOCK:
         return _invert(weights, uniform[0])
-    blocks = _in_blocks(weights)
+    blocks = _in_blocks(weights, 0.0)
     block = _invert(mx.sum(blocks, axis=-1), uniform[0])
     return block * _BLOCK + _invert(blocks[block], uniform[1])
 

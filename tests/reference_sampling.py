@@ -34,7 +34,7 @@ def probabilities(
     """The truncated distribution `[V]`, summing to 1."""
     scores = penalised(logits, params, prompt, generated)
     if params.temperature == 0:
-        return np.eye(1, scores.size, int(scores.argmax()))[0]
+        return np.asarray(np.arange(scores.size) == scores.argmax(), dtype=np.float64)
     scores = (scores - scores.max()) / params.temperature
     if 0 < params.top_k < scores.size:
         scores = np.where(scores < np.sort(scores)[-params.top_k], -np.inf, scores)
