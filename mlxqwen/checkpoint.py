@@ -372,7 +372,7 @@ def not_safetensors(path: Path, head: bytes, length: int) -> MlxqwenError:
     for magic, format_name in (
         (b"GGUF", "a GGUF file"),
         (b"PK\x03\x04", "a NumPy archive" if b".npy" in head else "a PyTorch archive"),
-        (b"\x80", "a Python pickle (PyTorch)"),
+        ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle (PyTorch)"),
         (b"\x93NUMPY", "a NumPy array"),
     ):
         if head.startswith(magic):
@@ -615,8 +615,9 @@ def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mappi
         CheckpointError: the file cannot be written.
     """
     with staging_folder(path.parent) as staging:
-        written = write_file(staging / "file.safetensors", arrays, metadata)
-        publish(written, path)
+        staged = staging / "file.safetensors"  # MLX appends the suffix where it is missing
+        write_file(staged, path, arrays, metadata)
+        publish(staged, path)
         sync_folder(path.parent)
 
 
@@ -659,7 +660,7 @@ def write_checkpoint(
     }
     with staging_folder(folder) as staging:
         for file, shard in zip(names, shards, strict=True):
-            write_file(staging / file, shard, metadata)
+            write_file(staging / file, folder / file, shard, metadata)
         write_text(staging / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         for file in (*names, INDEX_NAME):
             publish(staging / file, folder / file)
@@ -701,19 +702,18 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_file(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> Path:
-    """Writes, flushes to disk and reads back the header: MLX does not report a full disk."""
+def write_file(staged: Path, path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Writes what will be `path`, flushes it to disk and reads its header back."""
     import mlx.core as mx
 
     try:
-        mx.save_safetensors(str(path), dict(arrays), dict(metadata))
-        sync(path)
-    except (OSError, RuntimeError, ValueError, TypeError) as cause:
+        mx.save_safetensors(str(staged), dict(arrays), dict(metadata))
+        sync(staged)
+        written, _ = read_header(staged)
+    except (OSError, RuntimeError, ValueError, TypeError, CheckpointError) as cause:
         raise unwritable(path, cause) from None
-    written = {tensor.name: tensor.shape for tensor in read_header(path)[0].values()}
-    if written != {name: array.shape for name, array in arrays.items()}:
+    if {name: written[name].shape for name in written} != {name: arrays[name].shape for name in arrays}:
         raise unwritable(path, ValueError("the file read back has other tensors"))
-    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
-from mlxqwen.hub import DEMO_FOLDER, resolve_model
+from mlxqwen.hub import DEMO_FOLDER, hub_error, resolve_model
 from tests.loopback_hub import COMMIT, HubModel, LoopbackHub, running_hub
 
 WANTED = {
@@ -163,8 +164,12 @@ def test_without_hub_and_cache(client: Client) -> None:
     assert "cannot be reached" in client.failure("org/model", HF_ENDPOINT="http://127.0.0.1:9")
 
 
-def test_a_full_disk_is_told(client: Client) -> None:
-    """Writing past the size that the process may write fails as a full disk does, with another number."""
+def test_a_full_disk_is_told() -> None:
+    error = hub_error("org/model", None, OSError(errno.ENOSPC, "No space left on device"))
+    assert error.problem == "org/model: the disk is full"
+
+
+def test_a_file_that_cannot_be_written_is_told(client: Client) -> None:
     code = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{RESOLVE}".replace(
         "\ntry:", "\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\ntry:"
     )
@@ -212,7 +217,7 @@ def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("org/nul\0", "neither"),
         ("org/\ud800", "neither"),
         ("org/模型", "neither"),
-        ("x" * 5000, "neither"),
+        ("x" * 500, "neither"),
     ],
 )
 def test_names_of_nothing(
