@@ -306,8 +306,10 @@ class _Row:
     def _pick(self, scores: _Scores) -> mx.array:
         if self._params.greedy:
             return scores.best
-        self._key, key = mx.random.split(self._key)
-        uniform = mx.random.uniform(shape=(3,), key=key)
+        keys = mx.random.split(self._key, 3)
+        self._key = keys[0]
+        # The other two keys are random bits themselves: 24 of each word make a float32 in [0, 1).
+        uniform = (keys[1:].reshape(-1) >> 8).astype(mx.float32) * 2.0**-24
         if _is_ranked(self._params):
             return _Ranking(scores, self._params).draw(uniform)
         scaled = scores.scaled(self._params.temperature)
@@ -537,7 +539,8 @@ def _largest(scores: _Scores, size: int) -> mx.array:
     blocks = mx.argpartition(-scores.block_peaks, size)[:size]
     candidates = _in_blocks(values, -mx.inf)[blocks].reshape(-1)
     ids = (blocks[:, None] * _BLOCK + mx.arange(_BLOCK)).reshape(-1)
-    return ids[mx.argsort(-candidates)[:size]]
+    best = mx.argpartition(-candidates, size)[:size]
+    return ids[best[mx.argsort(-candidates[best])]]
 
 
 def _in_blocks(values: mx.array, filler: float) -> mx.array:

@@ -63,13 +63,17 @@ def draws(logits: mx.array, params: SamplingParams, count: int) -> list[int]:
 
 
 def assert_drawn_from(expected: NDArray[np.float64], tokens: Sequence[int]) -> None:
-    """Chi-square at about six standard deviations; nothing outside the distribution at all."""
+    """Chi-square at six standard deviations over twenty groups; nothing outside the distribution at all."""
     counts = np.bincount(tokens, minlength=expected.size)
     assert counts[expected == 0].sum() == 0
-    wanted = expected[expected > 0] * len(tokens)
-    statistic = ((counts[expected > 0] - wanted) ** 2 / wanted).sum()
-    freedom = wanted.size - 1
-    assert statistic < freedom + 6 * math.sqrt(2 * freedom) + 10
+    # Groups in an order unrelated to probability, each of about the same mass.
+    order = np.random.default_rng(0).permutation(expected.size)
+    group = np.minimum(np.cumsum(expected[order]) * 20, 19.5).astype(int)
+    wanted = np.bincount(group, expected[order] * len(tokens))
+    found = np.bincount(group, counts[order])
+    some = wanted > 0
+    statistic = ((found[some] - wanted[some]) ** 2 / wanted[some]).sum()
+    assert statistic < some.sum() + 6 * math.sqrt(2 * some.sum())
 
 
 # Parameters
@@ -294,20 +298,22 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.float32], SamplingParams, list[in
         logits = np.array(mx.array(logits).astype(mx.bfloat16).astype(mx.float32))
     logits[1:][generator.random(size - 1) < draw(st.sampled_from([0.0, 0.5]))] = -np.inf
     tokens = st.lists(st.integers(0, size - 1), max_size=12)
+    # Values without coincidences: where two tokens tie only by rounding, either answer is right.
+    biases = st.sampled_from([-100.0, -3.31, 0.0017, 2.718])
     params = SamplingParams(
         temperature=draw(st.sampled_from([0.0, 0.01, 0.6, 1.0, 5.0])),
         top_k=draw(st.sampled_from([0, 1, 2, 20, 10_000])),
-        top_p=draw(st.sampled_from([1.0, 0.953, 0.512, 1e-9])),
+        top_p=draw(st.sampled_from([1.0, 0.9531, 0.5123, 1e-9])),
         min_p=draw(st.sampled_from([0.0, 0.0517, 1.0])),
         presence_penalty=draw(st.sampled_from([0.0, 1.5, -2.0])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.37])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.1, 0.7])),
-        logit_bias=draw(st.none() | st.dictionaries(st.integers(0, size - 1), st.floats(-100, 100))),
+        logit_bias=draw(st.none() | st.dictionaries(st.integers(0, size - 1), biases)),
     )
     return logits, params, draw(tokens), draw(tokens)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_small_vocabularies_agree_with_float64(
     case: tuple[NDArray[np.float32], SamplingParams, list[int], list[int]],
@@ -366,7 +372,7 @@ def test_narrow_dtypes_are_computed_in_float32() -> None:
 def test_draws_follow_the_distribution(params: SamplingParams, vocab_size: int) -> None:
     logits = mx.random.normal((vocab_size,), key=mx.random.key(9)) * 2
     expected = np.exp(np.array(token_logprobs(logits, params, [], [])).astype(np.float64))
-    assert_drawn_from(expected, draws(logits, params, 1000))
+    assert_drawn_from(expected, draws(logits, params, 600))
 
 
 def test_ties_beyond_top_k_are_drawn_as_often_as_those_inside() -> None:
@@ -374,7 +380,7 @@ def test_ties_beyond_top_k_are_drawn_as_often_as_those_inside() -> None:
     params = SamplingParams(top_k=3, top_p=0.5, seed=0)
     expected = distribution(np.array(logits), params)
     assert (expected > 0).sum() == 30
-    assert_drawn_from(expected, draws(logits, params, 1000))
+    assert_drawn_from(expected, draws(logits, params, 600))
 
 
 @settings(max_examples=30, deadline=None)
