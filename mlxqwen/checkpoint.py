@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
-from mlxqwen.json_file import read_json_object
+from mlxqwen.json_file import parse_json, read_json_object
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -66,7 +66,6 @@ MLX_DTYPES = {
 DOWNLOAD_AGAIN = "Download the file again, or convert the model again."
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,28 +396,17 @@ def not_safetensors(path: Path, head: bytes, length: int) -> MlxqwenError:
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Any]:
+    if not header.startswith(b"{"):
+        raise damaged(path, f"starts with {header[:8]!r}, expected {{")
+    # Brackets inside names count as well: nobody has a million of them.
+    if header.count(b"[") > 2 * MAX_TENSORS or header.count(b"{") > 2 * MAX_TENSORS:
+        raise damaged(path, f"describes more than {MAX_TENSORS:,} tensors")
     try:
-        if not header.startswith(b"{"):
-            raise ValueError(f"starts with {header[:8]!r}, expected {{")
-        # Brackets inside names count as well: nobody has a million of them.
-        if header.count(b"[") > 2 * MAX_TENSORS or header.count(b"{") > 2 * MAX_TENSORS:
-            raise ValueError(f"describes more than {MAX_TENSORS:,} tensors")
-        entries: dict[str, Any] = json.loads(
-            header.decode("utf-8"),
-            object_pairs_hook=unique_keys,
-            parse_int=parse_size,
-            parse_constant=refuse_number,
-        )
-        if SURROGATE_ESCAPE.search(header):
-            json.dumps(entries, ensure_ascii=False).encode("utf-8")
-    except UnicodeError:
+        entries: dict[str, Any] = parse_json(header.decode("utf-8"), parse_int=parse_size)
+    except UnicodeDecodeError:
         raise damaged(path, "is not UTF-8") from None
-    except json.JSONDecodeError as cause:
-        raise damaged(path, f"is not JSON at character {cause.pos}: {cause.msg}") from None
-    except RecursionError:
-        raise damaged(path, "is nested too deeply") from None
     except ValueError as cause:
-        raise damaged(path, str(cause)) from None
+        raise damaged(path, f"is not valid: {cause}") from None
     return entries
 
 
@@ -426,25 +414,10 @@ def damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path}: the safetensors header {problem}", hint=DOWNLOAD_AGAIN)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"has the name {key!r} twice")
-            seen.add(key)
-    return result
-
-
 def parse_size(digits: str) -> int:
     if len(digits) > 20 or digits.startswith("-"):
-        refuse_number(digits)
+        raise ValueError(f"the number {digits[:24]}, expected an integer from 0 to 2**64 - 1")
     return int(digits)
-
-
-def refuse_number(digits: str) -> NoReturn:
-    raise ValueError(f"has the number {digits[:24]}, expected an integer from 0 to 2**64 - 1")
 
 
 def parse_metadata(path: Path, found: Any) -> dict[str, str]:
@@ -562,7 +535,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
 
     try:
         arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as cause:
+    except (RuntimeError, TypeError, ValueError) as cause:
         check_mlx_dtypes(path)
         raise unreadable(path, cause) from None
     if not isinstance(arrays, dict):
@@ -754,11 +727,8 @@ def unwritable(path: Path, cause: Exception) -> CheckpointError:
 
 
 def shown(value: Any) -> str:
-    """A JSON value for a message, however long or deep."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        return "a deeply nested value"
+    """A JSON value for a message, however long."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 

@@ -6,12 +6,13 @@ import json
 import math
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mlxqwen.errors import MlxqwenError
 
-__all__ = ["read_json_object"]
+__all__ = ["parse_json", "read_json_object"]
 
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 40
@@ -37,24 +38,41 @@ def read_json_object(
     """
     text = decode(path, read_bounded(path, error, max_bytes), error)
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=object_without_duplicates,
-            parse_constant=refuse_constant,
-            parse_int=parse_short_integer,
-            parse_float=parse_finite_float,
-        )
-        check_tree(value, surrogates=SURROGATE_ESCAPE.search(text) is not None)
+        value = parse_json(text)
     except json.JSONDecodeError as cause:
         where = f"line {cause.lineno}, column {cause.colno}"
         raise error(f"{path}: not valid JSON at {where}: {cause.msg}", hint=way_out(path)) from None
-    except RecursionError:
-        raise error(f"{path}: nested deeper than {MAX_DEPTH} levels", hint=way_out(path)) from None
     except ValueError as cause:
         raise error(f"{path}: {cause}", hint=way_out(path)) from None
     if not isinstance(value, dict):
         found = type(value).__name__
         raise error(f"{path}: found a JSON {found}, expected an object {{…}}", hint=way_out(path))
+    return value
+
+
+def parse_short_integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
+    return int(digits)
+
+
+def parse_json(text: str, *, parse_int: Callable[[str], int] = parse_short_integer) -> Any:
+    """The value of a JSON text, as strictly as `read_json_object` says.
+
+    Raises:
+        ValueError: the text breaks a rule; `json.JSONDecodeError`, its subclass, where it is no JSON at all.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=object_without_duplicates,
+            parse_constant=refuse_constant,
+            parse_int=parse_int,
+            parse_float=parse_finite_float,
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    check_tree(value, surrogates=SURROGATE_ESCAPE.search(text) is not None)
     return value
 
 
@@ -112,12 +130,6 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_short_integer(digits: str) -> int:
-    if len(digits) > MAX_INTEGER_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
-    return int(digits)
-
-
 def parse_finite_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
@@ -132,7 +144,7 @@ def check_tree(root: Any, *, surrogates: bool) -> None:
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise RecursionError
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):

@@ -101,7 +101,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def answer_for(self, repo_id: str, revision: str, wanted: str | None) -> None:
         model = self.hub.models.get(repo_id)
         authorization = self.headers.get("Authorization")
-        if model is None or (model.token is not None and authorization != f"Bearer {model.token}"):
+        if authorization not in {None, *(f"Bearer {known.token}" for known in self.hub.models.values())}:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif model is None or (model.token is not None and authorization != f"Bearer {model.token}"):
             self.refuse(401 if authorization is None else 404, "RepoNotFound")
         elif revision not in model.revisions | {COMMIT}:
             self.refuse(404, "RevisionNotFound")
@@ -153,10 +155,10 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         return 0 if wanted is None else int(wanted.removeprefix("bytes=").rstrip("-"))
 
-    def refuse(self, status: int, code: str) -> None:
+    def refuse(self, status: int, code: str, message: str = "Not for you") -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", "Not for you")
+        self.send_header("X-Error-Message", message)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
@@ -121,6 +123,17 @@ def test_downloads_what_is_needed_and_serves_it_offline(hub: LoopbackHub, client
     assert client.folder("org/model", HF_ENDPOINT="http://127.0.0.1:9") == folder
 
 
+def test_progress_is_shown_on_a_terminal(client: Client) -> None:
+    output, status = pexpect.run(
+        shlex.join([sys.executable, "-c", RESOLVE, "org/model"]),
+        env=client.environment,
+        withexitstatus=True,
+        timeout=60,
+    )
+    assert status == 0
+    assert b"100%" in output
+
+
 def test_revisions(hub: LoopbackHub, client: Client) -> None:
     assert client.folder("org/model", "v2").name == COMMIT
     assert client.folder("org/model", COMMIT, HF_HUB_OFFLINE="1").name == COMMIT
@@ -129,6 +142,7 @@ def test_revisions(hub: LoopbackHub, client: Client) -> None:
 
 def test_the_token_opens_a_private_model(hub: LoopbackHub, client: Client) -> None:
     assert "misspelt, or the model is private" in client.failure("org/private")
+    assert "refused the token" in client.failure("org/private", HF_TOKEN="hf_wrong")
     client.folder("org/private", HF_TOKEN="hf_secret")
     assert "Bearer hf_secret" in {request.authorization for request in hub.requests}
 
