@@ -15,6 +15,7 @@ from mlxqwen.errors import MlxqwenError
 __all__ = ["parse_json", "read_json_object"]
 
 MAX_DEPTH = 64
+MAX_CONTAINERS = 3_000_000
 MAX_INTEGER_DIGITS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -26,7 +27,7 @@ def read_json_object(
 
     Stricter than `json.load`: UTF-8 without a byte order mark, no key twice in an object, no `NaN` or
     `Infinity` (nor a number that overflows to it), no lone surrogate, integers of at most 40 digits,
-    nesting of at most 64 levels.
+    nesting of at most 64 levels, at most three million objects and lists.
 
     Args:
         path: the file.
@@ -62,6 +63,9 @@ def parse_json(text: str, *, parse_int: Callable[[str], int] = parse_short_integ
     Raises:
         ValueError: the text breaks a rule; `json.JSONDecodeError`, its subclass, where it is no JSON at all.
     """
+    # An empty list is three bytes of text and sixty of memory. Brackets in strings count as well.
+    if text.count("[") + text.count("{") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists")
     try:
         value = json.loads(
             text,

@@ -76,6 +76,11 @@ def test_size_is_bounded(tmp_path: Path) -> None:
         read(tmp_path, b'{"a": 1}', max_bytes=7)
 
 
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="more than 3,000,000 objects and lists"):
+        read(tmp_path, b'{"a": [' + b"[]," * 3_000_000 + b"[]]}")
+
+
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
