@@ -47,7 +47,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of each token already in the reply, -2 to 2.
         frequency_penalty: the same, times how often the token is in the reply, -2 to 2.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the
-            reply, (0, 100].
+            reply, 0.01 to 100.
         logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else.
         seed: 0 to 2**64 - 1; the same seed draws the same tokens. None draws anew each time.
 
@@ -77,6 +77,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether every draw is the most likely token."""
         return self.temperature == 0.0
 
 
@@ -86,7 +87,7 @@ _RANGES = {
     "min_p": (0.0, 1.0, False),
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
-    "repetition_penalty": (0.0, 100.0, True),
+    "repetition_penalty": (0.01, 100.0, False),
 }
 
 
@@ -352,6 +353,7 @@ class _History:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
         self._params = params
+        self._vocab_size = vocab_size
         self._counts: mx.array | None = None
         self._seen: mx.array | None = None
         self._bias: _Pair | None = None
@@ -375,7 +377,10 @@ class _History:
         """Take note of drawn tokens, int32 `[n]`."""
         if self._counts is None and self._seen is None:
             return
-        self._touched = mx.concatenate([self._touched, tokens])
+        if self._touched.size + tokens.size < self._vocab_size:
+            self._touched = mx.concatenate([self._touched, tokens])
+        else:
+            self._touched = mx.arange(self._vocab_size)
         if self._counts is not None:
             self._counts = self._counts.at[tokens].add(1.0)
         if self._seen is not None:
@@ -451,11 +456,11 @@ def _upper_bits(values: mx.array) -> mx.array:
 
 
 def _check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
-    largest = max(ids, default=0)
-    if largest >= vocab_size:
-        raise OptionError(
-            f"{name}: found token {largest}, expected ids below the vocabulary size {vocab_size}"
-        )
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token < vocab_size:
+            raise OptionError(
+                f"{name}: found token {token}, expected ids below the vocabulary size {vocab_size}"
+            )
 
 
 def _is_ranked(params: SamplingParams) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +26,7 @@ from mlxqwen.sampling import (
     resolve_sampling,
     token_logprobs,
 )
-from tests.reference_sampling import probabilities, total_variation
+from tests.reference_sampling import penalised, probabilities, total_variation
 
 QWEN_VOCAB = 151_936
 GREEDY = SamplingParams(temperature=0.0)
@@ -421,6 +422,18 @@ def test_the_sampler_sees_the_prompt_in_the_repetition_penalty_only() -> None:
     assert Sampler([dataclasses.replace(GREEDY, presence_penalty=2.0)], [[0]], 2)(logits).item() == 0
 
 
+def test_long_replies_are_penalised_as_in_float64() -> None:
+    params = SamplingParams(0.0, presence_penalty=0.7, frequency_penalty=0.13, repetition_penalty=1.3)
+    logits = mx.random.normal((12,), key=mx.random.key(4))
+    sampler = Sampler([params], [[3]], 12)
+    reply: list[int] = []
+    for _ in range(60):
+        scores = penalised(np.array(logits).astype(np.float64), params, [3], reply)
+        reply += ids(sampler(logits[None]))
+        assert reply[-1] == scores.argmax()
+    assert len(set(reply)) > 6
+
+
 ROWS = [
     dataclasses.replace(THINKING, seed=1, presence_penalty=1.5),
     SamplingParams(seed=1),
@@ -442,6 +455,23 @@ def test_a_row_draws_what_it_would_alone_even_as_others_leave() -> None:
         alone = Sampler([ROWS[row]], [prompts[row]], 700)
         expected = [step[row] for step in together] + [step[place] for step in smaller]
         assert [alone(logits[row][None]).item() for logits in steps] == expected
+
+
+@pytest.mark.parametrize("params", ROWS)
+def test_a_draw_is_lazy_and_only_greedy_needs_no_softmax(params: SamplingParams, tmp_path: Path) -> None:
+    mx.compile(Sampler([params], [[1]], 700))(mx.zeros((1, 700)))  # tracing refuses whatever evaluates
+    graph = tmp_path / "graph.dot"
+    mx.export_to_dot(str(graph), Sampler([params], [[1]], 700)(mx.zeros((1, 700))))
+    assert ('"Exp"' in graph.read_text()) == (not params.greedy)
+
+
+def test_rows_without_penalties_hold_nothing() -> None:
+    logits = mx.zeros((2, QWEN_VOCAB))
+    mx.eval(logits)
+    before = mx.get_active_memory()
+    sampler = Sampler([THINKING, SamplingParams()], [[1], [2]], QWEN_VOCAB)
+    mx.eval(sampler(logits))
+    assert mx.get_active_memory() - before < 10_000
 
 
 @pytest.mark.parametrize("params", ROWS)
