@@ -1,5 +1,71 @@
-"""A native runtime for the Qwen3 language models on Apple's MLX."""
+"""A native runtime for the Qwen3 language models on Apple's MLX.
+
+    from mlxqwen import load, generate
+
+    model, tokenizer = load("Qwen/Qwen3-1.7B-MLX-8bit")
+    print(generate(model, tokenizer, prompt="Hello", max_tokens=100))
+
+Names are imported when first used, so that `import mlxqwen` alone costs next to nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlxqwen.cache import KVCache, load_cache, make_cache
+    from mlxqwen.completion import GenerationResponse, batch_generate, generate, stream_generate
+    from mlxqwen.engine import Engine, load
+    from mlxqwen.errors import MlxqwenError
+    from mlxqwen.reply import Reply, ReplyParser, parse_reply
+    from mlxqwen.sampling import SamplingParams
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "GenerationResponse",
+    "KVCache",
+    "MlxqwenError",
+    "Reply",
+    "ReplyParser",
+    "SamplingParams",
+    "__version__",
+    "batch_generate",
+    "generate",
+    "load",
+    "load_cache",
+    "make_cache",
+    "parse_reply",
+    "stream_generate",
+]
+
+_HOME = {
+    "KVCache": "cache",
+    "load_cache": "cache",
+    "make_cache": "cache",
+    "GenerationResponse": "completion",
+    "batch_generate": "completion",
+    "generate": "completion",
+    "stream_generate": "completion",
+    "Engine": "engine",
+    "load": "engine",
+    "MlxqwenError": "errors",
+    "Reply": "reply",
+    "ReplyParser": "reply",
+    "parse_reply": "reply",
+    "SamplingParams": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,14 @@ from typing import Any
 from mlxqwen.errors import ConfigError, OptionError
 from mlxqwen.json_file import read_json_object
 
-__all__ = ["AffineQuantization", "ModelConfig", "MoeConfig", "YarnScaling"]
+__all__ = [
+    "AffineQuantization",
+    "GenerationConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "Quantization",
+    "YarnScaling",
+]
 
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -129,9 +136,7 @@ class ModelConfig:
         try:
             keys = _Keys(rope_scaling, "rope_scaling")
             theta = keys.number("rope_theta", default=self.rope_theta, low=1.0, high=1e12)
-            return replace(
-                self, rope_theta=theta, rope_scaling=_read_rope_scaling(keys, self.max_position_embeddings)
-            )
+            return replace(self, rope_theta=theta, rope_scaling=_read_rope_scaling(keys, self.max_position_embeddings))
         except ConfigError as error:
             raise OptionError(error.problem, hint=error.hint) from None
 
@@ -144,6 +149,33 @@ class ModelConfig:
         return self.with_rope_scaling(
             {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
         )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """`generation_config.json`: advice, not structure, so that junk in it is left aside and never stops a model.
+
+    `values` is the parsed file ({} if missing or unreadable); `notes` has a line for each thing that was ignored.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationConfig:
+        """Read `folder/generation_config.json` as far as it makes sense."""
+        path = folder / "generation_config.json"
+        if not path.exists():
+            return cls()
+        try:
+            values = read_json_object(path, error=ConfigError)
+        except ConfigError as error:
+            return cls(notes=(f"{error.problem}; ignored",))
+        try:
+            return cls(values, _Keys(values, str(path)).token_ids("eos_token_id"))
+        except ConfigError as error:
+            return cls(values, notes=(f"{error.problem}; ignored",))
 
 
 class _Keys:
@@ -226,9 +258,7 @@ def _read_config(keys: _Keys) -> ModelConfig:
     if num_attention_heads % num_key_value_heads:
         raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads, {num_attention_heads}")
     # transformers' own defaults: 128 for Qwen3, an even split for Qwen3-MoE
-    head_dim = keys.integer(
-        "head_dim", default=hidden_size // num_attention_heads if moe else 128, low=2, high=1_024
-    )
+    head_dim = keys.integer("head_dim", default=hidden_size // num_attention_heads if moe else 128, low=2, high=1_024)
     if head_dim % 2:
         raise keys.fail("head_dim", "an even number, since RoPE rotates pairs")
     max_position_embeddings = keys.integer("max_position_embeddings", high=1 << 27)

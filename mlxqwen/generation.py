@@ -5,9 +5,9 @@ Rows of a batch are padded on the right and masked by position, so that each get
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -24,11 +24,12 @@ DEFAULT_PREFILL_CHUNK = 512
 UNBOUNDED = 1 << 62
 
 FinishReason = Literal["stop", "length"]
+Prompts: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token of one row; `finish_reason` is set on the row's last: "stop" for an end token, "length" for the limit."""
+    """One token of one row; on the row's last, `finish_reason` is "stop" (an end token) or "length" (the limit)."""
 
     row: int
     token: int
@@ -37,7 +38,7 @@ class GeneratedToken:
 
 def generate_tokens(
     model: Qwen3ForCausalLM,
-    prompts: Sequence[int] | Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
@@ -107,20 +108,18 @@ def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: in
     if prompt_tokens >= context:
         raise ContextLengthError(
             f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,} has to hold prompt and answer",
-            hint="Shorten it, extend the context with --yarn-factor (yarn_factor=), or slide over it with --max-kv-size "
-            "(max_kv_size=).",
+            hint="Shorten it, extend the context (--yarn-factor, yarn_factor=), or slide over it (--max-kv-size, "
+            "max_kv_size=).",
         )
     return context - prompt_tokens
 
 
-def _rows(prompts: Sequence[int] | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     """One list of ids a row, checked."""
-    if isinstance(prompts, mx.array):
-        prompts = prompts.tolist()
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
         raise OptionError(f"prompts: found {type(prompts).__name__}, expected token ids", hint="Encode the text first.")
-    nested = [list(row) if isinstance(row, Sequence) else row for row in prompts]
-    rows = nested if nested and all(isinstance(row, list) for row in nested) else [nested]
+    many = bool(prompts) and all(isinstance(row, Sequence) for row in prompts)
+    rows: list[list[Any]] = [list(row) for row in cast(Sequence[Sequence[int]], prompts)] if many else [list(prompts)]
     for row in rows:
         if not row:
             raise OptionError("prompt: found no tokens, expected at least one")
@@ -171,7 +170,7 @@ class TokenStream:
         """End all rows."""
         self._tokens.close()
 
-    def _run(self) -> Iterator[GeneratedToken]:
+    def _run(self) -> Generator[GeneratedToken, None, None]:
         active = list(range(len(self._rows)))
         drawn = self._sampler(self._prefill())
         mx.async_eval(drawn)
@@ -181,7 +180,7 @@ class TokenStream:
             ahead = None
             if self._overlap and any(count < self._limits[row] for row in active):
                 ahead = self._step(drawn)
-            tokens = [check_token(token) for token in drawn.tolist()]
+            tokens = [check_token(token) for token in cast(list[int], drawn.tolist())]
             for row, token in zip(active, tokens, strict=True):
                 reason = self._reason(row, token, count)
                 if row not in self._finished:

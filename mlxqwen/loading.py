@@ -1,7 +1,7 @@
 """Where files meet the model: names, shapes, quantization, dtypes and memory are checked here.
 
-A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in MLX's
-(affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
+A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in
+MLX's (affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxqwen.checkpoint import Checkpoint, TensorInfo
-from mlxqwen.config import ModelConfig, Quantization
+from mlxqwen.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["load_model", "parse_dtype"]
+__all__ = ["FLOAT_DTYPES", "load_model", "parse_dtype"]
 
 logger = logging.getLogger("mlxqwen")
 
-_FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+FLOAT_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 _FOREIGN = {
     "fp8": "FP8",
@@ -84,16 +84,16 @@ def load_model(
         config = config.with_yarn(yarn_factor)
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
-    for note in checkpoint.notes:
+    generation_config = GenerationConfig.from_folder(folder)
+    for note in (*checkpoint.notes, *generation_config.notes):
         logger.warning(note)
 
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config, generation_config)
     sources = _match(checkpoint, model, config)
     compute = chosen or device.compute_dtype(_checkpoint_dtype(checkpoint, sources))
     expected = dict(tree_flatten(model.parameters()))
     nbytes = sum(
-        array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size)
-        for array in expected.values()
+        array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
     if nbytes > device.usable_memory and not force:
         raise InsufficientMemoryError(
@@ -232,7 +232,7 @@ def _check(name: str, expected: mx.array, source: _Source, config: ModelConfig) 
                 f"{info.path}: {info.name} has shape {list(info.shape)}, expected {_expected_shape(source, expected)}",
                 hint="Check that config.json belongs to these weights.",
             )
-        if info.dtype not in ({"U32"} if packed else _FLOATS):
+        if info.dtype not in ({"U32"} if packed else FLOAT_DTYPES):
             raise CheckpointError(
                 f"{info.path}: {info.name} has dtype {info.dtype}, expected {'U32' if packed else 'BF16, F16 or F32'}",
                 hint="This version of mlxqwen runs BF16, F16, F32 and MLX-quantized weights.",
@@ -250,12 +250,10 @@ def _checkpoint_dtype(checkpoint: Checkpoint, sources: Mapping[str, _Source]) ->
     """The dtype that activations have in this checkpoint: that of the embeddings' numbers."""
     name = "model.embed_tokens"
     source = sources.get(f"{name}.scales") or sources[f"{name}.weight"]
-    return _FLOATS[source.tensors[0].dtype]
+    return FLOAT_DTYPES[source.tensors[0].dtype]
 
 
-def _fill(
-    model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
-) -> None:
+def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype) -> None:
     """Read the weights, in `dtype` but for packed codes, a layer at a time so that little is held twice."""
     arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
     by_layer: dict[str, list[tuple[str, mx.array]]] = {}

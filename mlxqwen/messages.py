@@ -1,25 +1,28 @@
 """Conversations as callers write them → plain JSON values that any chat template can be trusted with.
 
-The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out is a copy made of
-exact `str`, `int`, `float`, `bool`, `None`, `list` and `dict`, so that a template meets no object with methods of its own.
+The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out is a copy
+made of exact `str`, `int`, `float`, `bool`, `None`, `list` and `dict`: a template meets no object with methods of
+its own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxqwen.errors import MessagesError
 
-__all__ = ["find_lone_surrogate", "prepare_messages", "prepare_tools", "to_plain_json"]
+__all__ = ["find_lone_surrogate", "prepare_messages", "prepare_tools", "soft_switch", "to_plain_json"]
 
 MAX_DEPTH = 64
 
+_SOFT_SWITCH = re.compile(r"(?<![\w/])/(?:no_)?think\b")
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 def find_lone_surrogate(text: str) -> int | None:
-    """The position of the first half of a surrogate pair in `text`, which UTF-8 cannot spell; None if there is none."""
+    """Where `text` has the first half of a surrogate pair, which UTF-8 cannot spell; None if nowhere."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -51,7 +54,7 @@ def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise MessagesError(
-        f"{where}: found {type(value).__name__}, expected text, a number, true, false, null, a list or a dict",
+        f"{where}: found {type(value).__name__}, expected text, a number, a bool, null, a list or a dict",
         hint="Convert it to plain JSON values first.",
     )
 
@@ -59,8 +62,8 @@ def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
 def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A checked copy of a conversation.
 
-    Keys that are None are dropped, text parts of content are joined, missing content becomes "" beside tool calls or
-    reasoning, and reasoning is found under each of its three usual names.
+    Keys that are None are dropped, text parts of content are joined, missing content becomes "" beside tool calls
+    or reasoning, and reasoning is found as `reasoning_content` whichever of its usual names it came under.
 
     Raises:
         MessagesError: names the message and what is wrong with it.
@@ -73,6 +76,14 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     if not messages:
         raise MessagesError("messages: found an empty list, expected at least one message")
     return [_prepare_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def soft_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
+    """What the latest `/think` (True) or `/no_think` (False) in user or system turns asks for; None without any."""
+    for message in reversed(prepare_messages(messages)):
+        if message["role"] in ("user", "system") and (switches := _SOFT_SWITCH.findall(message["content"])):
+            return bool(switches[-1] == "/think")
+    return None
 
 
 def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -89,7 +100,7 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
         if not isinstance(tool, Mapping):
             raise MessagesError(
                 f"tools[{i}]: found {type(tool).__name__}, expected a dict",
-                hint='Describe the function by its JSON schema: {"type": "function", "function": {"name": …}}.',
+                hint='Describe the function by its schema: {"type": "function", "function": {"name": …}}.',
             )
     return [to_plain_json(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 

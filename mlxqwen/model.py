@@ -1,7 +1,7 @@
 """Qwen3, dense or mixture of experts layer by layer.
 
-Shapes: `B` rows, `L` tokens a row. Modules are named as their tensors are in the checkpoints, so that a weight's name is
-the path to it.
+Shapes: `B` rows, `L` tokens a row. Modules are named as their tensors are in the checkpoints, so that a weight's name
+is the path to it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxqwen.config import ModelConfig
+from mlxqwen.config import GenerationConfig, ModelConfig
 from mlxqwen.layers.attention import Attention, LayerCache
 from mlxqwen.layers.mlp import MLP
 from mlxqwen.layers.moe import SparseMoeBlock
@@ -24,9 +24,7 @@ __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 class ModelCache(Protocol):
     """What the model asks of a key/value cache."""
 
-    def begin(
-        self, batch_size: int, length: int, lengths: Sequence[int] | None = None
-    ) -> Sequence[LayerCache]:
+    def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[LayerCache]:
         """Make room for `length` more tokens in each of `batch_size` rows; one cache a layer.
 
         Of row `b` only the first `lengths[b]` tokens count (all by default), the rest is padding.
@@ -76,9 +74,10 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """Tokens `[B, L]` → logits `[B, L, vocab_size]` of the token that comes next."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
         self.config = config
+        self.generation_config = generation_config or GenerationConfig()
         self.model = Qwen3Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

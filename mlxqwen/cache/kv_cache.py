@@ -78,9 +78,7 @@ class KVCache:
         """Bytes of all buffers, filled or not."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def begin(
-        self, batch_size: int, length: int, lengths: Sequence[int] | None = None
-    ) -> Sequence[KVLayer]:
+    def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[KVLayer]:
         """Make room for `length` more tokens in every row; of row `b` only the first `lengths[b]` count.
 
         The model calls this once a step. Raises `CacheError` if the rows are not those of this cache.
@@ -104,7 +102,7 @@ class KVCache:
 
         Raises `CacheError` where those tokens are not all held: a ring drops some once its window is full.
         """
-        if not 0 <= length or not self.placement.can_trim_to(length):
+        if length < 0 or not self.placement.can_trim_to(length):
             raise CacheError(
                 f"cache of {min(self.offsets)} tokens: cannot be trimmed to {length}, not all of them are held",
                 hint="Make a new cache and prefill it; a ring can be trimmed only before its window is full.",
@@ -125,7 +123,10 @@ class KVCache:
         return [part for layer in self.layers for part in (*layer.keys, *layer.values)]
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the held tokens to a `.safetensors` file, whole or not at all. `metadata` comes back with `load_cache`."""
+        """Write the held tokens to a `.safetensors` file, whole or not at all.
+
+        `metadata` comes back with `load_cache`.
+        """
         slots = self.placement.slots_for(self.offset)
         arrays = {}
         for number, layer in enumerate(self.layers):
@@ -182,7 +183,7 @@ def _make_cache(
     if kv_bits is not None and (kv_group_size not in (32, 64, 128) or config.head_dim % kv_group_size):
         fits = [str(size) for size in (32, 64, 128) if config.head_dim % size == 0]
         raise OptionError(
-            f"kv_group_size: found {kv_group_size}, expected 32, 64 or 128 and a divisor of head_dim, {config.head_dim}",
+            f"kv_group_size: found {kv_group_size}, expected a divisor of head_dim, {config.head_dim}",
             hint=f"Use {' or '.join(fits)}." if fits else "Leave kv_bits out: this model's heads cannot be grouped.",
         )
     if max_kv_size is None:
@@ -210,7 +211,8 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
     path, config = Path(path), model.config
     arrays, metadata = load_safetensors(path)
     wrong = CacheError(
-        f"{path}: not a cache of this model", hint="Load it with the model that it was saved with, or make a new one."
+        f"{path}: not a cache of this model",
+        hint="Load it with the model that it was saved with, or make a new one.",
     )
     try:
         if metadata["format"] != _FILE_FORMAT:
@@ -239,7 +241,12 @@ def _restore(cache: KVCache, arrays: dict[str, mx.array], dtype: mx.Dtype, wrong
     shape = (cache.batch_size, config.num_key_value_heads, slots, config.head_dim)
     storage = cache.layers[0].storage
     expected = storage.encode(mx.zeros(shape, dtype=dtype)) if slots else ()
-    names = {f"layers.{layer}.{kind}.{part}" for layer in range(len(cache)) for kind in ("keys", "values") for part in range(len(expected))}
+    names = {
+        f"layers.{layer}.{kind}.{part}"
+        for layer in range(len(cache))
+        for kind in ("keys", "values")
+        for part in range(len(expected))
+    }
     if set(arrays) != names:
         raise wrong
     for name, array in arrays.items():

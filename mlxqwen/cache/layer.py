@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxqwen.cache.placement import Placement, Step
+from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.layers.rope import Rope
 
@@ -26,9 +26,7 @@ class KVLayer:
         """Bytes of the buffers, filled or not."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
-    ) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """See `mlxqwen.layers.attention.LayerCache`."""
         plan = self.plan
         self.keys, seen_keys = _store(self.keys, self.storage.encode(rope(keys, plan.offset)), plan)

@@ -88,8 +88,8 @@ class Placement:
         end = max(self.offsets) + length
         capacity = self.capacity_for(end)
         if len(set(self.offsets)) == 1 and min(lengths) == length:
-            mask = "causal" if length > 1 else None
-            return Step(self.offsets[0], length, end, capacity, write_at=self.offsets[0], mask=mask)
+            causal = "causal" if length > 1 else None
+            return Step(self.offsets[0], length, end, capacity, write_at=self.offsets[0], mask=causal)
         offset = mx.array(self.offsets, dtype=mx.int32)
         positions = offset[:, None] + mx.arange(length)
         mask = mx.arange(end)[None, None, :] <= positions[:, :, None]
@@ -109,11 +109,12 @@ class LinearPlacement(Placement):
 
 
 class RingPlacement(Placement):
-    """The first `keep` tokens (sinks) and the last `window - keep`; the query at `i` sees `i - j < window - keep` and sinks.
+    """The first `keep` tokens (sinks) and the last `window - keep`: the query at `i` sees `j <= i` where
+    `i - j < window - keep or j < keep`.
 
-    Up to `window` tokens this is a line. Beyond, the slots after the sinks are a ring, and queries look at the sinks as if
-    they stood at position `window - 1`, so that the distance stays within what the model was trained on (Xiao et al.,
-    "Efficient Streaming Language Models with Attention Sinks", 2023).
+    Up to `window` tokens this is a line. Beyond, the slots after the sinks are a ring, and queries look at the sinks as
+    if they stood at position `window - 1`, so that the distance stays within what the model was trained on (Xiao et
+    al., "Efficient Streaming Language Models with Attention Sinks", 2023).
     """
 
     def __init__(self, batch_size: int, window: int, keep: int) -> None:

@@ -35,7 +35,7 @@ class Storage(Protocol):
 class PlainStorage:
     """Keys and values in the dtype they were computed in."""
 
-    bits = None
+    bits: int | None = None
 
     def encode(self, x: mx.array) -> Stored:
         return (x,)
@@ -51,7 +51,7 @@ class QuantizedStorage:
     """Keys and values in MLX's affine groups along `head_dim`."""
 
     def __init__(self, bits: int, group_size: int) -> None:
-        self.bits = bits
+        self.bits: int | None = bits
         self.group_size = group_size
 
     def encode(self, x: mx.array) -> Stored:
@@ -64,6 +64,7 @@ class QuantizedStorage:
         return self._matmul(weights, values, transpose=False)
 
     def _matmul(self, x: mx.array, stored: Stored, *, transpose: bool) -> mx.array:
+        codes, scales, biases = stored
         return mx.quantized_matmul(
-            x, *stored, transpose=transpose, group_size=self.group_size, bits=self.bits
+            x, codes, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
         )

@@ -16,9 +16,7 @@ __all__ = ["Attention", "LayerCache"]
 class LayerCache(Protocol):
     """What attention asks of one layer's key/value cache."""
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
-    ) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """Rotate and store the new keys and values, and attend to all that each query may see.
 
         `queries` is `[B, num_attention_heads, L, head_dim]`, `keys` and `values` are

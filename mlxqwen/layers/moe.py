@@ -14,9 +14,7 @@ __all__ = ["QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear
 _SORT_FROM = 64
 
 
-def route(
-    router_logits: mx.array, num_experts_per_tok: int, *, norm_topk_prob: bool
-) -> tuple[mx.array, mx.array]:
+def route(router_logits: mx.array, num_experts_per_tok: int, *, norm_topk_prob: bool) -> tuple[mx.array, mx.array]:
     """Pick experts: `[..., num_experts]` logits → their `[..., k]` indices and weights (float32), in no set order.
 
     The softmax runs over all experts in float32 before the choice, as in transformers; with `norm_topk_prob` the chosen
@@ -40,17 +38,13 @@ class SwitchLinear(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool = False) -> mx.array:
         """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
-        return mx.gather_mm(
-            x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_experts
-        )
+        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_experts)
 
 
 class QuantizedSwitchLinear(nn.Module):
     """One affine-quantized linear map per expert, packed as MLX packs a single one."""
 
-    def __init__(
-        self, in_features: int, out_features: int, num_experts: int, quantization: AffineQuantization
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, num_experts: int, quantization: AffineQuantization) -> None:
         super().__init__()
         self.group_size, self.bits = quantization.group_size, quantization.bits
         self.weight = mx.zeros((num_experts, out_features, in_features * self.bits // 32), dtype=mx.uint32)
@@ -110,8 +104,6 @@ class SparseMoeBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, L, hidden_size]` → `[B, L, hidden_size]`."""
         tokens = x.reshape(-1, x.shape[-1])
-        experts, weights = route(
-            self.gate(tokens), self.num_experts_per_tok, norm_topk_prob=self.norm_topk_prob
-        )
+        experts, weights = route(self.gate(tokens), self.num_experts_per_tok, norm_topk_prob=self.norm_topk_prob)
         outputs = self.switch_mlp(tokens, experts)
         return (outputs * weights.astype(x.dtype)[..., None]).sum(axis=-2).reshape(x.shape)

@@ -46,7 +46,7 @@ class Rope:
         self.score_factor = 1.0 if scaling is None else scaling.attention_factor**2
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at position `offset` (one for all rows, or `[B]`)."""
+        """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at `offset` (one for all, or `[B]`)."""
         return mx.fast.rope(
             x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
         )

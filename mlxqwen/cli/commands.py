@@ -1,0 +1,37 @@
+"""The `mlxqwen` command and its subcommands; each is imported when it is called."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from mlxqwen import __version__
+from mlxqwen.cli.terminal import print_notes
+
+__all__ = ["mlxqwen"]
+
+_COMMANDS = {"generate": "mlxqwen.cli.generate", "info": "mlxqwen.cli.info"}
+
+
+class LazyGroup(click.Group):
+    """Subcommands by name, so that none pays for another's imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        return command if isinstance(command, click.Command) else None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlxqwen")
+def mlxqwen() -> None:
+    """Run Qwen3 language models on Apple's MLX.
+
+    Without --model the small demo model inside the package answers.
+    """
+    print_notes()

@@ -1,0 +1,239 @@
+"""Text in → text out with a model and a tokenizer: one prompt, as a stream, or many at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlxqwen.cache import KVCache
+from mlxqwen.errors import OptionError
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, generate_tokens
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.sampling import SamplingParams, resolve_sampling
+from mlxqwen.stop import StopStrings
+from mlxqwen.tokenizer import Tokenizer
+
+__all__ = [
+    "GenerationResponse",
+    "batch_generate",
+    "end_token_ids",
+    "generate",
+    "resolve_params",
+    "stream_generate",
+]
+
+logger = logging.getLogger("mlxqwen")
+
+Prompt = str | Sequence[int]
+Sampling = SamplingParams | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResponse:
+    """One more token of an answer.
+
+    Args:
+        text: the text that is now certain; may be empty in the middle of a character or of a possible stop string.
+        token: its id.
+        prompt_tokens: length of the prompt.
+        prompt_tps: prompt tokens per second.
+        generation_tokens: tokens so far.
+        generation_tps: tokens per second since the first.
+        peak_memory: most memory that MLX has held, in GB.
+        finish_reason: on the last one, "stop" (end token or stop string) or "length".
+    """
+
+    text: str
+    token: int
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: Literal["stop", "length"] | None
+
+
+def stream_generate(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = None,
+    stop: str | Sequence[str] = (),
+    cache: KVCache | None = None,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Continue `prompt`, a text or token ids, yielding text as it becomes certain.
+
+    Args:
+        max_tokens: at most this many, and no more than the context has room for.
+        sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
+            profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about.
+        stop: end before the first of these texts.
+        cache: see `generate_tokens`; also for `prefill_chunk` and `on_prefill`.
+
+    Raises:
+        OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
+    """
+    ids = _encode(tokenizer, prompt)
+    params = resolve_params(model, sampling, thinking=_asks_to_think(tokenizer, ids))
+    row = _RowText(tokenizer, stop)
+    started = time.perf_counter()
+    stream = generate_tokens(
+        model,
+        ids,
+        sampling=params,
+        max_tokens=max_tokens,
+        eos_token_ids=end_token_ids(model, tokenizer),
+        cache=cache,
+        prefill_chunk=prefill_chunk,
+        on_prefill=on_prefill,
+    )
+    first = 0.0
+    for count, generated in enumerate(stream, start=1):
+        now = time.perf_counter()
+        first = first or now
+        text = row.add(generated.token, generated.finish_reason)
+        if row.finish_reason is not None:
+            stream.stop(0)
+        yield GenerationResponse(
+            text=text,
+            token=generated.token,
+            prompt_tokens=len(ids),
+            prompt_tps=len(ids) / max(first - started, 1e-9),
+            generation_tokens=count,
+            generation_tps=(count - 1) / max(now - first, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=row.finish_reason,
+        )
+
+
+def generate(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, verbose: bool = False, **options: Any
+) -> str:
+    """Continue `prompt` and return the whole text, think block included.
+
+    Args:
+        verbose: also write the text as it comes, and the speed at the end, to standard output.
+        **options: those of `stream_generate`.
+    """
+    pieces = []
+    last = None
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(last.text)
+        if verbose:
+            sys.stdout.write(last.text)
+            sys.stdout.flush()
+    if verbose and last is not None:
+        sys.stdout.write(
+            f"\n{'=' * 10}\n"
+            f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
+            f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"Peak memory: {last.peak_memory:.3f} GB\n"
+        )
+    return "".join(pieces)
+
+
+def batch_generate(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling | Sequence[Sampling] = None,
+    stop: str | Sequence[str] = (),
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Continue many prompts at once; each gets the text that it would get alone (with a seed, that very text).
+
+    Args:
+        prompts: texts or lists of ids.
+        sampling: for all, or one for each prompt.
+        max_tokens, stop, prefill_chunk, on_prefill: as for `stream_generate`.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise OptionError("prompts: expected a list of at least one text or list of token ids")
+    rows = [_encode(tokenizer, prompt) for prompt in prompts]
+    each = sampling if isinstance(sampling, list | tuple) else [sampling] * len(rows)
+    if len(each) != len(rows):
+        raise OptionError(f"sampling: found {len(each)} for {len(rows)} prompts")
+    texts = [_RowText(tokenizer, stop) for _ in rows]
+    pieces: list[list[str]] = [[] for _ in rows]
+    stream = generate_tokens(
+        model,
+        rows,
+        sampling=[
+            resolve_params(model, one, thinking=_asks_to_think(tokenizer, ids))
+            for ids, one in zip(rows, each, strict=True)
+        ],
+        max_tokens=max_tokens,
+        eos_token_ids=end_token_ids(model, tokenizer),
+        prefill_chunk=prefill_chunk,
+        on_prefill=on_prefill,
+    )
+    for generated in stream:
+        text = texts[generated.row]
+        pieces[generated.row].append(text.add(generated.token, generated.finish_reason))
+        if text.finish_reason is not None:
+            stream.stop(generated.row)
+    return ["".join(row) for row in pieces]
+
+
+def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[int]:
+    """The tokens that end a reply: those of `config.json`, `generation_config.json` and the tokenizer."""
+    from_tokenizer = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return {*model.config.eos_token_ids, *model.generation_config.eos_token_ids, *from_tokenizer}
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise OptionError("prompt: found nothing, expected text or token ids")
+    return ids
+
+
+def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
+    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
+    if isinstance(sampling, SamplingParams):
+        return sampling
+    values = model.generation_config.values
+    params, notes = resolve_sampling(values, thinking=thinking, overrides=dict(sampling or {}))
+    for note in notes:
+        logger.warning(note)
+    return params
+
+
+def _asks_to_think(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether the prompt leaves thinking open: not so if it ends in a closed think block."""
+    closed = tokenizer.token_to_id("</think>")
+    return closed is None or closed not in prompt[-4:]
+
+
+class _RowText:
+    """One row's tokens → its text, up to a stop string or the end token."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]) -> None:
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
+        self._stops = StopStrings(stop)
+
+    def add(self, token: int, finish_reason: Literal["stop", "length"] | None) -> str:
+        """The text that `token` makes certain."""
+        text = "" if finish_reason == "stop" else self._detokenizer.add(token)
+        if finish_reason is not None:
+            text += self._detokenizer.finish()
+        shown, stopped = self._stops.feed(text)
+        if finish_reason is not None and not stopped:
+            shown += self._stops.finish()
+            stopped = self._stops.found
+        self.finish_reason = "stop" if stopped else finish_reason
+        return shown

@@ -1,0 +1,109 @@
+"""How much disk and memory a model takes, read from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxqwen.checkpoint import Checkpoint
+from mlxqwen.config import ModelConfig
+from mlxqwen.loading import FLOAT_DTYPES
+
+__all__ = ["Footprint", "cache_bytes", "measure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a checkpoint holds.
+
+    Args:
+        config: its shape.
+        format: "BF16", "MLX 4-bit, groups of 64", or another format's name.
+        parameters: weights of the model, however they are stored.
+        active_parameters: those that one token passes through; fewer in a mixture of experts.
+        numbers: how many values are stored as floats (weights, or scales and biases).
+        float_bytes: what those take on disk.
+        disk_bytes: what all tensors take on disk.
+        dtype: the floats' dtype, the one that most of their bytes have.
+    """
+
+    config: ModelConfig
+    format: str
+    parameters: int
+    active_parameters: int
+    numbers: int
+    float_bytes: int
+    disk_bytes: int
+    dtype: mx.Dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """On disk, scales and biases included."""
+        return 8 * self.disk_bytes / self.parameters
+
+    def weight_bytes(self, compute_dtype: mx.Dtype) -> int:
+        """Memory for the weights: packed codes as they are, floats in `compute_dtype`."""
+        return self.disk_bytes - self.float_bytes + self.numbers * compute_dtype.size
+
+
+def measure(folder: Path) -> Footprint:
+    """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint.open(folder)
+    floats = [info for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES]
+    by_dtype = {name: sum(info.nbytes for info in floats if info.dtype == name) for name in FLOAT_DTYPES}
+    most = max(by_dtype, key=lambda name: by_dtype[name])
+    parameters, active = _parameters(config)
+    return Footprint(
+        config=config,
+        format=_format(config, most),
+        parameters=parameters,
+        active_parameters=active,
+        numbers=sum(prod(info.shape) for info in floats),
+        float_bytes=sum(by_dtype.values()),
+        disk_bytes=checkpoint.nbytes,
+        dtype=FLOAT_DTYPES[most],
+    )
+
+
+def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | None, group_size: int = 64) -> int:
+    """Bytes of a key/value cache of `tokens` tokens; `itemsize` is that of the compute dtype.
+
+    Quantized keys and values take `kv_bits` each and a scale and a bias for every `group_size`.
+    """
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    if kv_bits is None:
+        return values * itemsize
+    return values * kv_bits // 8 + 2 * values // group_size * itemsize
+
+
+def _parameters(config: ModelConfig) -> tuple[int, int]:
+    """Weights by the shape alone: in all, and those that one token passes through."""
+    c = config
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    norms = 2 * c.hidden_size + 2 * c.head_dim
+    total = active = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+    for layer in range(c.num_hidden_layers):
+        total += attention + norms
+        active += attention + norms
+        if c.moe is not None and c.moe.routes(layer):
+            expert = 3 * c.hidden_size * c.moe.moe_intermediate_size
+            router = c.hidden_size * c.moe.num_experts
+            total += router + expert * c.moe.num_experts
+            active += router + expert * c.moe.num_experts_per_tok
+        else:
+            total += 3 * c.hidden_size * c.intermediate_size
+            active += 3 * c.hidden_size * c.intermediate_size
+    return total, active
+
+
+def _format(config: ModelConfig, float_dtype: str) -> str:
+    if config.foreign_quantization is not None:
+        return config.foreign_quantization.upper()
+    if config.quantization is not None:
+        default = config.quantization.default
+        return f"MLX {default.bits}-bit, groups of {default.group_size}"
+    return float_dtype
