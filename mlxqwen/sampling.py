@@ -113,9 +113,7 @@ def _bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise OptionError(f"logit_bias: found {value!r}, expected a mapping of token ids to numbers")
     return {
-        _integer("logit_bias token id", token, 2**31): _real(
-            f"logit_bias of token {token}", bias, -100.0, 100.0
-        )
+        _integer("logit_bias token id", token, 2**31): _real(f"logit_bias of token {token}", bias, -100.0, 100.0)
         for token, bias in value.items()
     }
 
@@ -251,13 +249,9 @@ class Sampler:
         OptionError: lengths that differ, or token ids outside the vocabulary.
     """
 
-    def __init__(
-        self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int
-    ) -> None:
+    def __init__(self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         if len(params) != len(prompts):
-            raise OptionError(
-                f"Sampler: found {len(params)} params and {len(prompts)} prompts, expected as many"
-            )
+            raise OptionError(f"Sampler: found {len(params)} params and {len(prompts)} prompts, expected as many")
         self._vocab_size = vocab_size
         self._rows = [_Row(one, prompt, vocab_size) for one, prompt in zip(params, prompts, strict=True)]
 
@@ -409,9 +403,7 @@ class _History:
         penalty = self._params.repetition_penalty
         less, more = _times(pair, 1.0 / penalty), _times(pair, penalty)
         positive = pair[0] > 0
-        high, low = (
-            mx.where(seen, mx.where(positive, a, b), c) for a, b, c in zip(less, more, pair, strict=True)
-        )
+        high, low = (mx.where(seen, mx.where(positive, a, b), c) for a, b, c in zip(less, more, pair, strict=True))
         return high, low
 
 
@@ -458,9 +450,7 @@ def _upper_bits(values: mx.array) -> mx.array:
 def _check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
     for token in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= token < vocab_size:
-            raise OptionError(
-                f"{name}: found token {token}, expected ids below the vocabulary size {vocab_size}"
-            )
+            raise OptionError(f"{name}: found token {token}, expected ids below the vocabulary size {vocab_size}")
 
 
 def _is_ranked(params: SamplingParams) -> bool:

@@ -12,9 +12,7 @@ from mlxqwen.sampling import SamplingParams
 Floats = NDArray[np.float64]
 
 
-def penalised(
-    logits: Floats, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
-) -> Floats:
+def penalised(logits: Floats, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> Floats:
     """Logits `[V]` after bias, repetition, frequency and presence penalty."""
     scores = logits.copy()
     for token, bias in (params.logit_bias or {}).items():

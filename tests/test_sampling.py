@@ -83,16 +83,8 @@ def assert_drawn_from(expected: NDArray[np.float64], tokens: Sequence[int]) -> N
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[
-            (name, value)
-            for name in ("temperature", "min_p", "top_p")
-            for value in (-0.1, math.nan, math.inf, True)
-        ],
-        *[
-            (name, value)
-            for name in ("presence_penalty", "frequency_penalty")
-            for value in (-2.1, 2.1, math.nan)
-        ],
+        *[(name, value) for name in ("temperature", "min_p", "top_p") for value in (-0.1, math.nan, math.inf, True)],
+        *[(name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.1, math.nan)],
         ("temperature", "hot"),
         ("temperature", 10**400),
         ("temperature", None),
@@ -208,9 +200,7 @@ def test_presence_and_frequency_count_the_reply_alone() -> None:
 
 
 def test_penalties_come_before_temperature_and_bias_before_penalties() -> None:
-    params = SamplingParams(
-        temperature=0.5, presence_penalty=1.0, repetition_penalty=2.0, logit_bias={0: 3.0}
-    )
+    params = SamplingParams(temperature=0.5, presence_penalty=1.0, repetition_penalty=2.0, logit_bias={0: 3.0})
     got = distribution([1.0, 1.0], params, [], [0])
     weights = np.exp([((1.0 + 3.0) / 2.0 - 1.0) / 0.5, 1.0 / 0.5])
     np.testing.assert_allclose(got, weights / weights.sum(), rtol=1e-6)
@@ -219,17 +209,13 @@ def test_penalties_come_before_temperature_and_bias_before_penalties() -> None:
 def test_top_p_measures_what_top_k_left() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32))
     # Of the whole, 0.4 + 0.3 reaches 0.55 with two tokens; of the top two, 0.4 / 0.7 = 0.57 does with one.
-    np.testing.assert_allclose(
-        distribution(logits, SamplingParams(top_p=0.55)), [4 / 7, 3 / 7, 0, 0], rtol=1e-6
-    )
+    np.testing.assert_allclose(distribution(logits, SamplingParams(top_p=0.55)), [4 / 7, 3 / 7, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(distribution(logits, SamplingParams(top_p=0.55, top_k=2)), [1, 0, 0, 0])
 
 
 def test_min_p_is_relative_to_the_most_likely() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32))
-    np.testing.assert_allclose(
-        distribution(logits, SamplingParams(min_p=0.4)), [4 / 9, 3 / 9, 2 / 9, 0], rtol=1e-6
-    )
+    np.testing.assert_allclose(distribution(logits, SamplingParams(min_p=0.4)), [4 / 9, 3 / 9, 2 / 9, 0], rtol=1e-6)
 
 
 def test_ties_at_the_last_place_of_top_k_are_all_kept() -> None:
@@ -274,9 +260,7 @@ def test_shapes_that_do_not_match_are_refused() -> None:
         Sampler([THINKING], [[], []], 4)
 
 
-@pytest.mark.parametrize(
-    "params", [SamplingParams(logit_bias={4: 1.0}), SamplingParams(repetition_penalty=1.1)]
-)
+@pytest.mark.parametrize("params", [SamplingParams(logit_bias={4: 1.0}), SamplingParams(repetition_penalty=1.1)])
 def test_ids_outside_the_vocabulary_are_refused(params: SamplingParams) -> None:
     with pytest.raises(OptionError, match="found token 4, expected ids below the vocabulary size 4"):
         Sampler([params], [[4]], 4)
@@ -292,9 +276,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.float32], SamplingParams, list[in
     size = draw(st.integers(1, 400))
     scale = draw(st.sampled_from([0.0, 0.01, 1.0, 5.0, 100.0, 1e4]))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    logits = (generator.normal(size=size) * scale + draw(st.sampled_from([0.0, -1e4, 1e4]))).astype(
-        np.float32
-    )
+    logits = (generator.normal(size=size) * scale + draw(st.sampled_from([0.0, -1e4, 1e4]))).astype(np.float32)
     if draw(st.booleans()):
         logits = np.array(mx.array(logits).astype(mx.bfloat16).astype(mx.float32))
     logits[1:][generator.random(size - 1) < draw(st.sampled_from([0.0, 0.5]))] = -np.inf
@@ -350,6 +332,23 @@ def test_the_real_vocabulary_agrees_with_float64(params: SamplingParams, shape: 
     assert total_variation(distribution(logits, params, [1, 2, 3], generated), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.00003])
+def test_penalties_on_huge_logits_lose_no_digits(repetition_penalty: float) -> None:
+    # A float32 near 1e4 is right to 5e-4 only: rounding the penalised half would shift it against the rest.
+    logits = (1e4 + np.random.default_rng(2).normal(size=60)).astype(np.float32)
+    params = SamplingParams(
+        presence_penalty=0.4321, frequency_penalty=0.123, repetition_penalty=repetition_penalty, logit_bias={1: 0.7}
+    )
+    expected = probabilities(logits.astype(np.float64), params, [0], range(30))
+    assert total_variation(distribution(logits, params, [0], range(30)), expected) <= 1e-5
+
+
+def test_min_p_keeps_a_penalised_best() -> None:
+    for bias in (0.1, 0.2, 0.3, 0.7):
+        got = distribution([5.0, 3.0], SamplingParams(min_p=1.0, logit_bias={0: bias}))
+        np.testing.assert_array_equal(got, [1.0, 0.0])
+
+
 def test_narrow_dtypes_are_computed_in_float32() -> None:
     logits = mx.random.normal((300,), key=mx.random.key(3)).astype(mx.bfloat16)
     narrow = token_logprobs(logits, THINKING, [], [])
@@ -400,9 +399,7 @@ def test_no_draw_leaves_the_distribution(seed: int, levels: int, top_k: int, top
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
     logits = mx.zeros(10_000)
-    assert draws(logits, SamplingParams(seed=2**64 - 1), 20) == draws(
-        logits, SamplingParams(seed=2**64 - 1), 20
-    )
+    assert draws(logits, SamplingParams(seed=2**64 - 1), 20) == draws(logits, SamplingParams(seed=2**64 - 1), 20)
     assert draws(logits, SamplingParams(seed=0), 20) != draws(logits, SamplingParams(seed=1), 20)
     assert draws(logits, SamplingParams(), 20) != draws(logits, SamplingParams(), 20)
 
@@ -477,9 +474,7 @@ def test_rows_without_penalties_hold_nothing() -> None:
 @pytest.mark.parametrize("params", ROWS)
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("place", [0, 150, 299])
-def test_logits_without_a_distribution_stop_with_an_error(
-    params: SamplingParams, bad: list[float], place: int
-) -> None:
+def test_logits_without_a_distribution_stop_with_an_error(params: SamplingParams, bad: list[float], place: int) -> None:
     rest = 0.0 if bad[1] > -math.inf else -math.inf
     logits = mx.full((300,), rest)
     logits[place : place + 2] = mx.array(bad[: 300 - place])
