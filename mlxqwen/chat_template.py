@@ -33,7 +33,7 @@ def render_chat(
 
     Raises:
         TemplateError: the template is broken, forbidden or too expensive.
-        MessagesError: the last message cannot be continued, because the template drops or changes its content.
+        MessagesError: the template drops or changes the last message's content, so it cannot be continued.
     """
     marker = f"continues-{secrets.token_hex(8)} " if continue_final_message else ""
     last = dict(messages[-1])
@@ -53,7 +53,7 @@ def render_chat(
 
 
 def _cut_at(text: str, marker: str, final_content: str) -> str:
-    """`text` up to `marker`; without the white space before it if the template stripped the blank after it."""
+    """`text` up to `marker`; without white space before it if the template stripped the blank after it."""
     cut = text.rfind(marker.strip())
     if cut < 0 or final_content.strip() not in text:
         raise MessagesError(

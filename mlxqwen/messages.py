@@ -47,10 +47,7 @@ def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
     if depth >= MAX_DEPTH:
         raise MessagesError(f"{where}: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
-        return {
-            _plain_key(key, where): to_plain_json(item, f"{where}.{key}", depth + 1)
-            for key, item in value.items()
-        }
+        return {_plain_key(key, where): to_plain_json(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise MessagesError(
@@ -114,9 +111,7 @@ def _prepare_message(message: object, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         found = f"{role!r}" if "role" in message else "none"
-        raise MessagesError(
-            f"{where}: role: found {found}, expected a string such as user, assistant, system or tool"
-        )
+        raise MessagesError(f"{where}: role: found {found}, expected a string such as user, assistant, system or tool")
     plain = {key: value for key, value in to_plain_json(message, where).items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING_NAMES if name in plain), None)
     if reasoning is not None:
@@ -132,13 +127,9 @@ def _content_text(content: object, where: str, may_be_missing: bool) -> str:
     if content is None:
         if may_be_missing:
             return ""
-        raise MessagesError(
-            f"{where}: content: found none, expected text", hint="Only tool calls may stand alone."
-        )
+        raise MessagesError(f"{where}: content: found none, expected text", hint="Only tool calls may stand alone.")
     if not isinstance(content, list):
-        raise MessagesError(
-            f"{where}: content: found {type(content).__name__}, expected text or a list of parts"
-        )
+        raise MessagesError(f"{where}: content: found {type(content).__name__}, expected text or a list of parts")
     return "".join(_part_text(part, f"{where}: content[{i}]") for i, part in enumerate(content))
 
 

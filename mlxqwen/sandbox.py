@@ -1,14 +1,13 @@
 """Jinja templates that nobody vouches for, rendered in this process within limits on time and memory.
 
-Jinja's own sandbox keeps a template away from Python's internals, but not from using all memory or time. Here a
-template is parsed, every syntax node is checked against a list of what chat templates need, and a meter is built into
-each operation that can cost something: loops, macros, operators, comparisons, literals, slices, filters, calls, output.
-
-Three rules bound everything:
+Jinja's own sandbox keeps a template away from Python's internals, but not from using all memory or time. Here
+a template is parsed, every syntax node is checked against a list of what chat templates need, and a meter is
+built into each operation that can cost something: loops, macros, operators, comparisons, literals, slices,
+filters, calls, output. Three rules bound everything:
 
 - each operation costs steps, and the processor time of a rendering is limited;
-- each value that a template makes is measured: text by its characters, containers by all that is in them (an element
-  counted as often as it is referred to), so no value can grow exponentially unseen;
+- each value that a template makes is measured: text by its characters, containers by all that is in them, an
+  element counted as often as it is referred to, so that no value can grow exponentially unseen;
 - all text and containers made in one rendering are counted together, so memory is bounded too.
 
 The limits grow with the caller's own data, which is trusted to be as large as it is.
@@ -39,11 +38,12 @@ from mlxqwen.errors import TemplateError
 
 __all__ = ["render"]
 
-MAX_SOURCE_CHARACTERS = 256 * 1024
+MAX_SOURCE_CHARACTERS = 128 * 1024
+MAX_SYNTAX_NODES = 20_000
 MAX_SECONDS = 2.0
-MAX_STEPS = 1_000_000
-MAX_VALUE = 4 * 2**20  # characters and elements of one value
-MAX_MADE = 32 * 2**20  # characters and elements made in one rendering
+MAX_STEPS = 400_000
+MAX_VALUE = 4 * 2**20  # characters of one value; an element of a container counts as 16
+MAX_MADE = 32 * 2**20  # characters of all values made in one rendering
 MAX_INTEGER_BITS = 4096
 MAX_DEPTH = 100
 MAX_SHORT_TEXT = 256  # of arguments whose length multiplies the work: strip's characters, time formats
@@ -59,7 +59,7 @@ class Meter:
     """What one rendering may still use.
 
     Args:
-        input_weight: characters and elements of the caller's data.
+        input_weight: what `weigh` gives for the caller's data.
     """
 
     def __init__(self, input_weight: int) -> None:
@@ -136,9 +136,9 @@ class MeteredContext(jinja2.runtime.Context):
 
 
 class TemplateNamespace(Namespace):
-    """`namespace()`: holds plain values only, so that namespaces cannot hold each other or Python's internals."""
+    """`namespace()`: holds plain values only, so that namespaces cannot hold each other."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 - a template may call an attribute self
+    def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name, value in attributes.items():
@@ -151,7 +151,7 @@ class TemplateNamespace(Namespace):
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what a model wrote, for training; here it is just its content."""
+    """`{% generation %}…{% endgeneration %}` marks what a model wrote; here it is just its content."""
 
     tags = {"generation"}  # noqa: RUF012 - a set in the base class too
 
@@ -163,7 +163,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 def weigh(value: Any, limit: int) -> int:
-    """Characters and elements in a plain value, shared parts counted as often as they are referred to.
+    """Characters in a plain value and 16 for each element, shared parts counted as often as they are referred to.
 
     Raises:
         TemplateError: more than `limit`, nested too deeply, or something in a container that is not plain.
@@ -173,16 +173,17 @@ def weigh(value: Any, limit: int) -> int:
     while stack:
         item, depth = stack.pop()
         kind = type(item)
-        total += 1
+        total += ELEMENT_COST
         if kind is str:
             total += len(item)
         elif kind in _CONTAINERS:
             if depth >= MAX_DEPTH:
                 raise _too_expensive("a value is nested too deeply")
-            total += len(item)
-            if total <= limit:
+            if total + ELEMENT_COST * len(item) <= limit:
                 parts = (part for pair in item.items() for part in pair) if kind is dict else item
                 stack.extend((part, depth + 1) for part in parts)
+            else:
+                raise _too_expensive("a value grows too large")
         elif kind is int:
             total += item.bit_length() // 8
         elif kind not in _ATOMS and not isinstance(item, jinja2.Undefined):
@@ -199,7 +200,7 @@ def _length(value: Any) -> int:
 def _too_expensive(what: str) -> TemplateError:
     return TemplateError(
         f"chat template: {what}",
-        hint="A chat template never needs this much: it is damaged or hostile. Use the one of the model's page.",
+        hint="No chat template needs this much: use the one of the model's page.",
     )
 
 
@@ -217,13 +218,13 @@ def _check_stored(name: object, value: Any) -> None:
         raise _forbidden(f"a value of type {type(value).__name__} in a namespace")
 
 
-# --- what a template may name, call and write -----------------------------------------------------------------------
+# --- what a template may name, call and write -----------------------------------------------------
 
 _CONTAINERS = (list, tuple, dict)
 _ATOMS = (type(None), bool, float, range)
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _SIZED = frozenset({str, range, *_CONTAINERS, *_VIEWS})
-_HANDLES = (
+_HANDLES: tuple[type, ...] = (
     jinja2.Undefined,
     jinja2.runtime.Macro,
     jinja2.runtime.LoopContext,
@@ -234,28 +235,29 @@ _HANDLES = (
     *_VIEWS,
 )
 
-_STRING_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
-    "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-    "rsplit rstrip split splitlines startswith strip swapcase title upper".split()
-)
-_LOOP_ATTRIBUTES = frozenset(
-    "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0".split()
-)
+_STRING_METHODS = """
+capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
+isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex
+rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+"""
+_LOOP_ATTRIBUTES = """
+changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0
+"""
 _ATTRIBUTES: Mapping[type, frozenset[str]] = {
-    str: _STRING_METHODS,
+    str: frozenset(_STRING_METHODS.split()),
     dict: frozenset({"get", "items", "keys", "values"}),
     list: frozenset({"count", "index"}),
     tuple: frozenset({"count", "index"}),
-    jinja2.runtime.LoopContext: _LOOP_ATTRIBUTES,
+    jinja2.runtime.LoopContext: frozenset(_LOOP_ATTRIBUTES.split()),
     Cycler: frozenset({"current", "next", "reset"}),
 }
 
-_SYNTAX = frozenset(
-    "Add And Assign AssignBlock Break Call CallBlock Compare Concat CondExpr Const Continue Dict Div Filter "
-    "FilterBlock FloorDiv For Getattr Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output "
-    "Pair Pos Pow Scope Slice Sub Template TemplateData Test Tuple With".split()
-)
+_SYNTAX = """
+Add And Assign AssignBlock Break Call CallBlock Compare Concat CondExpr Const Continue Dict Div Filter
+FilterBlock FloorDiv For Getattr Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output
+Pair Pos Pow Scope Slice Sub Template TemplateData Test Tuple With
+"""
+_ALLOWED_SYNTAX = frozenset(_SYNTAX.split())
 
 # A blank at the end: no template can spell these filters.
 _ADMIT, _WEIGH, _SLICE, _CONCAT, _STEP = "admit ", "weigh ", "slice ", "concat ", "step "
@@ -268,7 +270,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     context_class = MeteredContext
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may use this attribute: a few methods of plain types, and what it stored itself."""
+        """Whether a template may use this attribute: a few methods of plain types."""
         if not super().is_safe_attribute(obj, attr, value):
             return False
         return isinstance(obj, Namespace) or attr in _ATTRIBUTES.get(type(obj), ())
@@ -294,9 +296,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise _forbidden("%-formatting")
         return meter.admit(self.binop_table[operator](left, right))
 
-    def call(  # type: ignore[override]  # positional-only instead of Jinja's mangled names
-        self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A call of a macro, a global or a method, its arguments and its result measured."""
         meter = _meter(context)
         given = [*args, *(value for name, value in kwargs.items() if not name.startswith("_"))]
@@ -321,8 +321,10 @@ def _meter(context: jinja2.runtime.Context) -> Meter:
 def _check_product(meter: Meter, left: Any, right: Any) -> None:
     if not isinstance(right, int):
         return
-    if type(left) in (str, list, tuple):
-        meter.check_size(weigh(left, meter.largest) * max(right, 0))
+    if isinstance(left, str):
+        meter.check_size(len(left) * right)
+    elif type(left) in _CONTAINERS:
+        meter.check_size(weigh(left, meter.largest) * right)
     elif isinstance(left, int) and left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
         raise _too_expensive("an integer grows too large")
 
@@ -333,10 +335,10 @@ def _check_power(base: Any, exponent: Any) -> None:
         raise _too_expensive("an integer grows too large")
 
 
-# --- string methods whose cost or result can explode ----------------------------------------------------------------
+# --- string methods whose cost or result can explode ----------------------------------------------
 
 
-def _check_short(text: Any) -> None:
+def _check_short(text: Any = None) -> None:
     if isinstance(text, str) and len(text) > MAX_SHORT_TEXT:
         raise _too_expensive("an argument is too long")
 
@@ -424,11 +426,11 @@ _METERED_METHODS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-# --- filters and tests ----------------------------------------------------------------------------------------------
+# --- filters and tests ----------------------------------------------------------------------------
 
 
 def _filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose first argument is the context, which also keeps Jinja from running it while compiling."""
+    """A filter given the context, which also keeps Jinja from running it while compiling."""
 
     @jinja2.pass_context
     def metered(context: jinja2.runtime.Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -545,9 +547,7 @@ def _join_filter(context: jinja2.runtime.Context, value: Any, d: Any = "", attri
     return _join(meter, meter.text(d), value, to_text)
 
 
-def _replace_filter(
-    context: jinja2.runtime.Context, value: Any, old: Any, new: Any, count: int | None = None
-) -> str:
+def _replace_filter(context: jinja2.runtime.Context, value: Any, old: Any, new: Any, count: int | None = None) -> str:
     meter = _meter(context)
     return _replace(meter, meter.text(value), meter.text(old), meter.text(new), count)
 
@@ -645,28 +645,29 @@ def _filters() -> dict[str, Callable[..., Any]]:
     return filters | {name: _lazy_filter(jinja[name]) for name in lazy}
 
 
-def _test(function: Callable[..., bool]) -> Callable[..., bool]:
+def _test(function: Callable[..., Any]) -> Callable[..., bool]:
     @jinja2.pass_context
     def metered(context: jinja2.runtime.Context, value: Any, *args: Any) -> bool:
         meter = _meter(context)
         for item in (value, *args):
             if args or type(item) not in _CONTAINERS:
                 meter.weigh(item)
-        return function(value, *args)
+        return bool(function(value, *args))
 
     return metered
 
 
-def _tests() -> dict[str, Callable[..., bool]]:
-    unwanted = {"callable", "escaped", "filter", "lower", "test", "upper"}
-    tests = {name: _test(test) for name, test in jinja2.tests.TESTS.items() if name not in unwanted}
+def _tests() -> Any:
+    unwanted = {"escaped", "filter", "lower", "test", "upper"}
+    jinja: Mapping[str, Any] = jinja2.tests.TESTS
+    tests = {name: _test(test) for name, test in jinja.items() if name not in unwanted}
     return tests | {
         "lower": _test(lambda value: isinstance(value, str) and value.islower()),
         "upper": _test(lambda value: isinstance(value, str) and value.isupper()),
     }
 
 
-# --- globals --------------------------------------------------------------------------------------------------------
+# --- globals --------------------------------------------------------------------------------------
 
 
 def _raise_exception(message: object = "") -> None:
@@ -678,7 +679,7 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-# --- syntax ---------------------------------------------------------------------------------------------------------
+# --- syntax ---------------------------------------------------------------------------------------
 
 
 def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
@@ -688,8 +689,14 @@ def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
 class _MeterInserter(NodeTransformer):
     """Refuses syntax that is not listed and builds the meter into the rest."""
 
+    def __init__(self) -> None:
+        self._seen = 0
+
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        if type(node).__name__ not in _SYNTAX:
+        self._seen += 1
+        if self._seen > MAX_SYNTAX_NODES:
+            raise _too_expensive("too much syntax")
+        if type(node).__name__ not in _ALLOWED_SYNTAX:
             raise _forbidden(f"line {node.lineno}: {type(node).__name__.lower()}")
         return super().visit(node, *args, **kwargs)
 
@@ -716,7 +723,8 @@ class _MeterInserter(NodeTransformer):
         return result
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
-        return _filtered(self.generic_visit(node), _ADMIT)
+        self.generic_visit(node)
+        return _filtered(node, _ADMIT)
 
     visit_Dict = visit_List  # noqa: N815
 
@@ -755,7 +763,7 @@ def _weighed(node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _filtered(node, _WEIGH)
 
 
-# --- rendering ------------------------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 
 @jinja2.pass_context
@@ -822,5 +830,5 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat template: line {error.lineno}: {error.message}") from error
     except Exception as error:
-        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-        raise TemplateError(f"chat template: {kind}{error}") from error
+        kind = [] if isinstance(error, jinja2.TemplateError) else [type(error).__name__]
+        raise TemplateError(": ".join(["chat template", *kind, str(error) or "failed"])) from error

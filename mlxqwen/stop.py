@@ -12,8 +12,9 @@ __all__ = ["StopStrings"]
 class StopStrings:
     """Watches a stream of text for the first of several stop strings.
 
-    Matching knows no token boundaries: a stop may begin in one piece of text and end in another. Only text that
-    could still become a stop is held back. The stop that begins first wins; neither it nor what follows is shown.
+    Matching knows no token boundaries: a stop may begin in one piece of text and end in another. Only text
+    that could still become a stop is held back. The stop that begins first wins;
+    it and what follows are not shown.
 
     Args:
         stops: the strings to stop at, or one such string; none means that all text passes.
@@ -39,7 +40,7 @@ class StopStrings:
         """Take the next piece of text.
 
         Returns:
-            The text that is now safe to show, and whether a stop was found. Everything after a stop is dropped.
+            The text that is now safe to show, and whether a stop was found. What follows a stop is dropped.
         """
         if self.found:
             return "", True
@@ -65,7 +66,7 @@ class StopStrings:
         return min((start for stop in self._stops if (start := text.find(stop)) >= 0), default=None)
 
     def _first_unfinished(self, text: str) -> int:
-        """Where the longest end of `text` that is the beginning of a stop starts; the length of `text` if none is."""
+        """Where the longest end of `text` that begins a stop starts; the length of `text` if none does."""
         first = len(text)
         for stop in self._stops:
             start = text.find(stop[0], max(0, len(text) - len(stop) + 1))

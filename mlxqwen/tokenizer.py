@@ -1,23 +1,23 @@
 """Text to token ids and back: `tokenizer.json`, streaming UTF-8, and the chat template of a checkpoint.
 
 The byte-level BPE that Qwen3 uses works on UTF-8 bytes, spelled as printable characters by GPT-2's table
-(https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so decoding maps
-tokens to bytes and decodes those.
+(https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so
+decoding maps tokens to bytes and decodes those.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import tokenizers
 
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
+from mlxqwen.json_file import read_json_object
 from mlxqwen.messages import find_lone_surrogate, prepare_messages, prepare_tools, to_plain_json
 
 __all__ = ["Detokenizer", "Tokenizer"]
@@ -48,7 +48,7 @@ class Tokenizer:
     """The tokenizer and the chat templates of one checkpoint folder; see `from_folder`.
 
     Args:
-        backend: a byte-level tokenizer of the `tokenizers` library; its truncation and padding are switched off.
+        backend: a byte-level tokenizer of the `tokenizers` library; truncation and padding are switched off.
         config: what `tokenizer_config.json` holds.
         chat_templates: template sources by name; `"default"` is the one used when nothing else is asked for.
         source: the file that errors name.
@@ -89,8 +89,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of a checkpoint folder.
 
-        Templates come from `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else `chat_template.json`,
-        else `tokenizer_config.json`. Nothing in the folder is executed, `auto_map` is ignored.
+        Templates come from `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else
+        `chat_template.json`, else `tokenizer_config.json`. Nothing is executed, `auto_map` is ignored.
 
         Raises:
             TokenizerError: a file is missing, damaged, too large, or of another kind of tokenizer.
@@ -100,7 +100,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(
                 f"{path}: no such file",
-                hint="Copy tokenizer.json from the model's page; vocab.json and merges.txt alone are not enough.",
+                hint="Download tokenizer.json from the model's page; vocab.json and merges.txt are not read.",
             )
         _check_size(path, MAX_TOKENIZER_BYTES)
         backend = _guard_backend(
@@ -153,7 +153,7 @@ class Tokenizer:
         return self._encode(self._backend, text, add_special_tokens=True)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The token ids of `text` that nobody vouches for: no added token is recognised, `<think>` is seven letters.
+        """The token ids of text that nobody vouches for: no added token is recognised in it.
 
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
@@ -187,8 +187,36 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def detokenizer(self, *, skip_special_tokens: bool = False) -> Detokenizer:
-        """A streaming decoder: what it returns, joined, is exactly what `decode` gives for all ids at once."""
+        """A streaming decoder: what it returns, joined, is exactly what `decode` gives for all the ids."""
         return Detokenizer(self.token_bytes, self._special_ids if skip_special_tokens else frozenset())
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: Literal[True] = True,
+        enable_thinking: bool | None = None,
+        continue_final_message: bool = False,
+        *,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        *,
+        tokenize: Literal[False],
+        enable_thinking: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str: ...
 
     def apply_chat_template(
         self,
@@ -205,16 +233,17 @@ class Tokenizer:
         """Render a conversation as the checkpoint's chat template says, as Hugging Face transformers does.
 
         Args:
-            messages: dicts with `role` and `content`; content is a string or a list of `{"type": "text", "text": …}`
-                parts, which are joined. None as content becomes "" where the message has tool calls or reasoning.
-                Reasoning may be called `reasoning_content`, `reasoning` or `thinking`. Never modified.
+            messages: dicts with `role` and `content`; content is a string or a list of parts
+                `{"type": "text", "text": …}`, which are joined. None as content becomes "" where the
+                message has tool calls or reasoning. Reasoning may be called `reasoning_content`,
+                `reasoning` or `thinking`. Never modified.
             tools: JSON schemas of the functions that the model may call.
             add_generation_prompt: end with the header of an assistant turn.
             tokenize: return ids instead of text.
             enable_thinking: passed to the template; None leaves it undefined, as the template's own default.
             continue_final_message: leave the last message open, so that the model goes on with it.
-            chat_template: the name of one of `chat_templates`, or a template's source. By default `tool_use` if there
-                are tools and such a template, else `default`.
+            chat_template: the name of one of `chat_templates`, or a template's source. By
+                default `tool_use` if there are tools and such a template, else `default`.
             **kwargs: further variables of the template.
 
         Raises:
@@ -235,13 +264,13 @@ class Tokenizer:
                 "apply_chat_template: continue_final_message and add_generation_prompt exclude each other",
                 hint="Use the one to go on with the last message, the other to begin a new one.",
             )
-        variables = {
+        special_tokens = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "unk_token": self.unk_token,
         }
-        variables = {name: token for name, token in variables.items() if token is not None}
+        variables: dict[str, Any] = {name: token for name, token in special_tokens.items() if token is not None}
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
         variables |= {name: to_plain_json(value, name) for name, value in kwargs.items()}
@@ -285,7 +314,7 @@ class Tokenizer:
         if token is None:
             raise TokenizerError(
                 f"token id {token_id}: found no such token, expected an id below {self.vocab_size}",
-                hint="The ids come from another tokenizer, or from the padding at the end of the model's vocabulary.",
+                hint="The ids come from another tokenizer, or from the padding of the model's vocabulary.",
             )
         table = _byte_of_character()
         try:
@@ -338,14 +367,14 @@ class Detokenizer:
         return self._decoder.decode(self._token_bytes(token_id))
 
     def finish(self) -> str:
-        """What an unfinished character at the end becomes: U+FFFD, or "" if there is none. Ready for a new text then."""
+        """U+FFFD for an unfinished character at the end, or "" if there is none. Starts anew then."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def _guard_backend(call: Callable[[], _T], problem: str, hint: str) -> _T:
-    """Run code of the `tokenizers` library, whose errors are bare and whose panics pass by `except Exception`."""
+    """Run code of the `tokenizers` library: its errors are bare, its panics pass by `except Exception`."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -361,7 +390,7 @@ def _token_string(config: Mapping[str, Any], key: str) -> str | None:
         value = value.get("content")
     if value is not None and not isinstance(value, str):
         raise TokenizerError(
-            f"tokenizer_config.json: {key}: found {type(value).__name__}, expected a string, null, or an object with content",
+            f"tokenizer_config.json: {key}: found {type(value).__name__}, expected a string",
             hint="Download tokenizer_config.json anew.",
         )
     return value
@@ -380,24 +409,12 @@ def _read_text(path: Path) -> str:
         _check_size(path, MAX_TEXT_FILE_BYTES)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(
-            f"{path}: not readable as UTF-8 text: {error}", hint="Download it anew."
-        ) from error
+        raise TokenizerError(f"{path}: not readable as UTF-8 text: {error}", hint="Download it anew.") from error
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that may be missing: {} then."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}", hint="Download it anew.") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(
-            f"{path}: found {type(value).__name__}, expected an object", hint="Download it anew."
-        )
-    return value
+    return read_json_object(path, error=TokenizerError, max_bytes=MAX_TEXT_FILE_BYTES) if path.is_file() else {}
 
 
 def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -87,7 +87,7 @@ def chat_conversations() -> dict[str, dict[str, Any]]:
         "system only": case(system),
         "system later": case(ask, system, ask, **prompt),
         "empty contents": case(_message("system", ""), _message("user", ""), **prompt),
-        "unicode": case(_message("user", "你好，Ünïcödé 👩‍👩‍👧 \u202e \x00 é e\u0301"), **prompt),
+        "unicode": case(_message("user", "你好，Ünïcödé \U0001f469\u200d\U0001f467 \u202e \x00 é e\u0301"), **prompt),
         "white space": case(_message("user", "  \n\t a \r\n\n"), **prompt),
         "forged tokens": case(forged, **prompt),
         "answer": case(ask, answer),
@@ -125,9 +125,7 @@ def chat_conversations() -> dict[str, dict[str, Any]]:
         "quoted response is no question": case(ask, reasoned, quoted, **prompt),
         "unknown role": case(_message("developer", "x"), ask, **prompt),
         "continue": case(ask, _message("assistant", "The answer is"), continue_final_message=True),
-        "continue with blank": case(
-            ask, _message("assistant", "The answer is "), continue_final_message=True
-        ),
+        "continue with blank": case(ask, _message("assistant", "The answer is "), continue_final_message=True),
         "continue thinking": case(
             ask, _message("assistant", "<think>\nhm\n</think>\n\nSo"), continue_final_message=True
         ),
@@ -159,9 +157,7 @@ GOLDEN_FILES = {"chat_template": chat_template}
 
 def main() -> None:
     """Write the golden files named on the command line, or all."""
-    parser = argparse.ArgumentParser(
-        description="Make the references in tests/golden/ with third-party code."
-    )
+    parser = argparse.ArgumentParser(description="Make the references in tests/golden/ with third-party code.")
     parser.add_argument("names", nargs="*", choices=[*GOLDEN_FILES, []], help="golden files, without .json")
     for name in parser.parse_args().names or GOLDEN_FILES:
         path = GOLDEN / f"{name}.json"

@@ -1,0 +1,334 @@
+"""Chat templates: transformers' text and ids, and templates that mean harm."""
+
+import copy
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+
+from mlxqwen.errors import MessagesError, OptionError, TemplateError
+from mlxqwen.sandbox import render
+from tests.test_tokenizer import QWEN
+
+CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]
+USER = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_text_and_ids_of_transformers(case: dict[str, Any]) -> None:
+    arguments = {key: value for key, value in case.items() if key not in ("name", "text", "ids")}
+    before = copy.deepcopy(arguments)
+    assert QWEN.apply_chat_template(**arguments, tokenize=False) == case["text"]
+    assert QWEN.apply_chat_template(**arguments) == case["ids"]
+    assert arguments == before
+
+
+def text(*messages: Any, **arguments: Any) -> str:
+    return QWEN.apply_chat_template(list(messages), tokenize=False, **arguments)
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert text({"role": "user", "content": parts}) == text(USER)
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_missing_content_beside_tool_calls_is_empty(content: dict[str, Any]) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert text(USER, {**call, **content}) == text(USER, {**call, "content": ""})
+
+
+def test_enable_thinking_none_is_undefined() -> None:
+    template = "{{ enable_thinking is defined }}"
+    assert text(USER, chat_template=template) == "False"
+    assert text(USER, chat_template=template, enable_thinking=False) == "True"
+
+
+def test_special_tokens_are_variables() -> None:
+    template = "{{ eos_token }}{{ pad_token }}{{ bos_token is defined }}"
+    assert text(USER, chat_template=template) == "<|im_end|><|endoftext|>False"
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        (None, "messages: found NoneType"),
+        ("Hello", "messages: found str"),
+        (USER, "messages: found dict"),
+        ([], "empty list"),
+        (["Hello"], r"messages\[0\]: found str"),
+        ([USER, {"content": "x"}], r"messages\[1\]: role: found none"),
+        ([{"role": 3, "content": "x"}], "role: found 3"),
+        ([{"role": "user"}], "content: found none"),
+        ([{"role": "user", "content": None}], "content: found none"),
+        ([{"role": "user", "content": 3}], "content: found int"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"content\[0\]: found 'image'"),
+        ([{"role": "user", "content": "a\ud800"}], "surrogate"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"\udc00": 1}]}], "surrogate"),
+        ([{"role": "user", "content": "x", "when": datetime(2026, 1, 1)}], "when: found datetime"),
+    ],
+)
+def test_bad_messages_are_named(messages: Any, named: str) -> None:
+    with pytest.raises(MessagesError, match=named):
+        QWEN.apply_chat_template(messages)
+
+
+def test_endless_nesting_is_refused() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(MessagesError, match="nested deeper"):
+        QWEN.apply_chat_template([{**USER, "tool_calls": loop}])
+
+
+@pytest.mark.parametrize("tools", ["f", [print], {"name": "f"}, ["f"]])
+def test_tools_must_be_schemas(tools: Any) -> None:
+    with pytest.raises(MessagesError, match="tools"):
+        QWEN.apply_chat_template([USER], tools=tools)
+
+
+def test_arguments_that_contradict_or_mean_nothing_here() -> None:
+    with pytest.raises(OptionError, match="exclude each other"):
+        text(USER, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(OptionError, match="return_tensors"):
+        text(USER, return_tensors="np")
+    assert text(USER, return_dict=False) == text(USER)
+
+
+def test_a_message_that_the_template_drops_cannot_be_continued() -> None:
+    with pytest.raises(MessagesError, match="does not appear"):
+        text(USER, {"role": "assistant", "content": "x"}, continue_final_message=True, chat_template="y")
+
+
+def test_continued_message_that_holds_text_like_a_marker() -> None:
+    assert text({"role": "user", "content": "CONTINUE_FINAL_MESSAGE_TAG x"}, continue_final_message=True).endswith(
+        "CONTINUE_FINAL_MESSAGE_TAG x"
+    )
+
+
+# --- the language, against Jinja itself ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in [3, 1, 2] | sort %}{{ loop.index }}{{ a }}{% if not loop.last %}, {% endif %}{% endfor %}",
+        "{% for a in range(9) %}{% if a == 2 %}{% continue %}{% endif %}{% if a > 4 %}"
+        "{% break %}{% endif %}{{ a }}{% endfor %}",
+        "{% for a in range(9) if a is odd %}{{ a }}{% else %}none{% endfor %}",
+        "{% for k, v in {'a': 1, 'b': [2]}.items() %}{{ k }}={{ v }};{% endfor %}",
+        "{% for k, v in {'b': 1, 'a': 2} | dictsort %}{{ k }}{{ v }}{% endfor %}",
+        "{% macro m(a, b=2) %}<{{ a }}{{ b }}{{ varargs }}{{ caller() if caller else '' }}>{% endmacro %}"
+        "{{ m(1) }}{{ m(1, 3, 4) }}{% call m('x') %}inner{% endcall %}",
+        "{% set n = namespace(a=1, l=[]) %}{% for i in range(3) %}{% set n.a = n.a + i %}"
+        "{% set n.l = n.l + [i] %}{% endfor %}"
+        "{{ n.a }}{{ n.l }}",
+ "
+        "       "{{ 'a' ~ 1 ~ none ~ [1.5, 'x'] ~ undefined_name }}|{{ 2 ** 10 }}|{{ 7 // 2 }}|{{ 7 % 4 }}|{{ 7 / 2 }}|{{ -3 | abs }}",
+        "{{ 'a,b,,c'.split(',') }}{{ 'a b  c'.split() }}{{ 'a,b,c'.rsplit(',', 1) }}{{ 'x\ny\r\nz'.splitlines() }}",
+        "{{ '  x '.strip() }}{{ 'xxaxx'.strip('x') }}{{ 'ab'.replace('a', 'cc') }}{{ 'aaa'.replace('a', 'b', 2) }}",
+        "{{ ['a', 'b'] | join('-') }}{{ '-'.join(['a', 'b']) }}{{ [{'k': 1}, {'k': 2}] | join('+', attribute='k') }}",
+        "{{ [{'r': 'a', 'v': 1}, {'r': 'b', 'v': 2}] | selectattr('r', 'equalto', 'b') | map(attribute='v') | list }}",
+        "{{ ['a', 'b'] | map('upper') | join }}{{ [1, 2, 3] | reject('odd') | list }}{{ [1, 1, 2] | unique | list }}",
+        "{% if [] | selectattr('a') %}true{% endif %}",
+        "{{ [1, 2, 3][::-1] }}{{ 'abc'[1:] }}{{ [1, 2, 3][-1] }}{{ {'a': {'b': 1}}.a.b }}{{ {'a': 1}['a'] }}",
+        "{{ 1 if x is defined else 2 }}{{ x | default('d') }}{{ '' | default('e', true) }}"
+        "{{ none is none }}{{ 'a' in 'cat' }}",
+        "{{ [1, 2] | length }}{{ [1, 2] | first }}{{ [1, 2] | last }}{{ [1, 2] | sum }}"
+        "{{ [1, 2] | max }}{{ 'ab' | reverse }}",
+        "{{ 'hello world' | title }}{{ 'aB' | upper }}{{ 'aB' | lower }}{{ 'aB' | capitalize }}"
+        "{{ ' a ' | trim }}{{ '5' | int + 1 }}",
+        "{{ 1.25 | round(1) }}{{ '2.5' | float }}{{ 'a\nb' | indent(2) }}{{ 3 | string }}"
+        "{{ 'a' is string }}{{ {} is mapping }}",
+        "{% set x %}a{{ 1 }}{% endset %}{{ x }}{% filter upper %}abc{% endfilter %}"
+        "{% with y = 2 %}{{ y }}{% endwith %}",
+        "{% for a in [1, [2, [3]]] recursive %}{{ loop(a) if a is not number else a }}{% endfor %}",
+        "  {% if true %}\n  a\n  {% endif %}\n{#- c #}\n{%- raw %}{{ x }}{% endraw %}",
+        "{% for a in 'abc' %}{{ loop.cycle('x', 'y') }}{{ loop.previtem }}{{ loop.nextitem }}"
+        "{{ loop.revindex }}{% endfor %}",
+        "{{ dict(a=1) }}{{ 1 < 2 < 3 }}{{ not true }}{{ 1 == 1.0 and 'x' or 'y' }}{{ (1, 'a') }}"
+        "{{ true }}{{ 'a' * 3 }}",
+    ],
+)
+def test_the_sandbox_renders_as_jinja_does(source: str) -> None:
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    assert render(source, {"messages": [USER]}) == plain.from_string(source).render(messages=[USER])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        ("", {}),
+        ("ensure_ascii=true", {"ensure_ascii": True}),
+        ("indent=2", {"indent": 2}),
+        ("indent='\t', sort_keys=true", {"indent": "\t", "sort_keys": True}),
+        ("separators=(',', ':')", {"separators": (",", ":")}),
+    ],
+)
+def test_tojson_is_json_dumps(arguments: str, keywords: dict[str, Any]) -> None:
+    value = {"ü<&>'\"": [1, 2.5, None, True, {"b": "\u2028", "a": []}]}
+    assert render(f"{{{{ x | tojson({arguments}) }}}}", {"x": value}) == json.dumps(
+        value, **{"ensure_ascii": False, **keywords}
+    )
+
+
+def test_generation_blocks_and_the_date() -> None:
+    assert render("{% generation %}a{{ 1 }}{% endgeneration %}b", {}) == "a1b"
+    assert render("{{ strftime_now('%Y') }}", {}) == datetime.now().strftime("%Y")
+
+
+def test_templates_cannot_change_the_caller_s_data() -> None:
+    with pytest.raises(TemplateError, match=r"dict\.update"):
+        render("{{ messages[0].update(role='system') }}", {"messages": [USER]})
+
+
+# --- templates that mean harm -------------------------------------------------------------------------
+
+GROW = "{%% set n = namespace(s='ab', l=[1], i=3) %%}{%% for i in range(60) %%}{%% set n.%s %%}{%% endfor %%}{{ n.s }}"
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}%s{% endfor %}{% endfor %}"
+
+TOO_EXPENSIVE = {
+    "loops": NESTED.replace("%s", "{% for c in range(99999) %}{% endfor %}"),
+    "loops that write": NESTED.replace("%s", "x" * 1000),
+    "loop that filters": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "long range": "{% for a in range(10 ** 12) %}{% endfor %}",
+    "doubling by ~": GROW % "s = n.s ~ n.s",
+    "doubling by +": GROW % "s = n.s + n.s",
+    "doubling by *": GROW % "s = n.s * 2",
+    "doubling by replace": GROW % "s = n.s.replace('a', 'aaaa')",
+    "doubling by the replace filter": GROW % "s = n.s | replace('a', 'aaaa')",
+    "doubling by join": GROW % "s = n.s.join([n.s, n.s])",
+    "doubling by the join filter": GROW % "s = [n.s, n.s] | join(n.s)",
+    "doubling by a block": GROW % "s %}{{ n.s }}{{ n.s }}{% endset",
+    "doubling a list": GROW % "l = n.l + n.l",
+    "nesting lists": GROW % "l = [n.l, n.l]",
+    "nesting dicts": GROW % "l = {'a': n.l, 'b': n.l}",
+    "nesting tuples": GROW % "l = (n.l, n.l)",
+    "nesting by dict()": GROW % "l = dict(a=n.l, b=n.l)",
+    "squaring": GROW % "i = n.i * n.i",
+    "constant text": "{{ 'a' * 10000000000 }}",
+    "constant list": "{{ [0] * 10000000000 }}",
+    "constant power": "{{ 2 ** (10 ** 9) }}",
+    "constant center": "{{ 'x'.center(10000000000) }}",
+    "ljust": "{{ 'x'.ljust(10000000000) }}",
+    "zfill": "{{ 'x'.zfill(10000000000) }}",
+    "center filter": "{{ 'x' | center(10000000000) }}",
+    "indent filter": "{{ 'a\nb' | indent(10000000000) }}",
+    "wordwrap": "{{ 'a b' | wordwrap(1, wrapstring='x' * 4000000) }}",
+    "batch": "{{ [1] | batch(10000000000, 0) | list }}",
+    "slices": "{{ [1] | slice(10000000000) | list }}",
+    "lipsum": "{{ lipsum(n=1000000000) }}",
+    "printf": "{{ '%999999999d' % 1 }}",
+    "format": "{{ '{:999999999}'.format(1) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "json indentation": "{{ [[1]] | tojson(indent=1000000000) }}",
+    "json separators": "{{ [1, 2] | tojson(separators=['x' * 4000000, ':']) }}",
+    "rounding": "{{ 5 | round(-10000000000) }}",
+    "sum of lists": "{{ ([[1]] * 1000) | sum(start=[]) }}",
+    "strip of many": "{{ ('a' * 4000000).strip('b' * 4000000 + 'a') }}",
+    "search from the right": "{{ ('a' * 4000000).rfind('ab' + 'a' * 1000000) }}",
+    "words": "{% for i in range(99) %}{% set x = ('a ' * 2000000).split() %}{% endfor %}",
+    "lists": "{% for i in range(9999) %}{% set x = range(99999) | list %}{% endfor %}",
+    "map": "{% set s = 'a' * 1000000 %}{{ range(99999) | map('replace', '1', s) | list }}",
+    "comparisons": "{% set s = 'a' * 2000000 %}{% set l = [s] %}{% for i in range(99999) %}"
+    "{% if s ~ 'b' in s %}{% endif %}{% endfor %}",
+    "macro without end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "macro tree": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "loop without end": "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "arguments": "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "caller": "{% macro m() %}{% for i in range(99999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+    "{% call m() %}" + "x" * 100_000 + "{% endcall %}",
+    "long source": "x" * (2**20 + 1),
+    "much syntax": "{{ a ~ 1 }}" * 10_000,
+    "parentheses": "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
+    "brackets": "{{ " + "[" * 3000 + "]" * 3000 + " }}",
+    "nested ifs": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    "nested loops": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+    "long sum": "{{ " + "a+" * 30_000 + "a }}",
+    "long number": "{{ " + "9" * 100_000 + " }}",
+}
+
+
+@pytest.mark.parametrize("source", TOO_EXPENSIVE.values(), ids=TOO_EXPENSIVE.keys())
+def test_expensive_templates_end_early(source: str) -> None:
+    start = time.thread_time()
+    with pytest.raises(TemplateError, match="chat template") as caught:
+        render(source, {"messages": [USER]})
+    assert time.thread_time() - start < 5
+    assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ undefined_name.__class__.__mro__ }}",
+        "{{ undefined_name._undefined_message }}",
+        "{{ [''] | map(attribute='__class__') | list }}",
+        "{{ [''] | sort(attribute='__class__') }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ namespace.mro() }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ range.__call__ }}",
+        "{{ self.__init__ }}",
+        "{{ self._TemplateReference__context }}",
+        "{% macro m() %}{% endmacro %}{{ m._func }}",
+        "{% for a in [1] %}{{ loop._iterator }}{% endfor %}",
+        "{% set n = namespace(__class__=1) %}",
+        "{% set n = namespace() %}{% set n.n = n %}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].clear() }}",
+        "{{ (1).to_bytes(10) }}",
+        "{{ 'a'.encode() }}",
+        "{% include 'a' %}",
+        "{% import 'a' as b %}",
+        "{% from 'a' import b %}",
+        "{% extends 'a' %}",
+        "{% block a %}{{ self.a() }}{% endblock %}",
+        "{% autoescape true %}<{% endautoescape %}",
+        "{{ strftime_now('%c' * 1000) }}",
+    ],
+)
+def test_attacks_are_refused(source: str) -> None:
+    with pytest.raises(TemplateError, match="chat template"):
+        render(source, {"messages": [USER]})
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("a\n{% if %}", "line 2"),
+        ("{{ a.b.c }}", "'a' is undefined"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ raise_exception('no tools\x1b[31m') }}", "no tools"),
+        ("{{ 'a' | no_such_filter }}", "no_such_filter"),
+        ("{{ namespace }}", "printing"),
+    ],
+)
+def test_broken_templates_say_what_is_wrong(source: str, named: str) -> None:
+    with pytest.raises(TemplateError, match=named) as caught:
+        render(source, {})
+    assert "\x1b" not in str(caught.value)
+
+
+def test_large_conversations_are_within_the_limits() -> None:
+    turns = [{"role": "user", "content": "x" * 2000}, {"role": "assistant", "content": "y" * 2000}] * 700
+    assert len(text(*turns)) > 2_800_000
+    long = {"role": "user", "content": "word " * 1_000_000}
+    assert text(long).count("word") == 1_000_000
+
+
+def test_rendering_is_quick_once_compiled() -> None:
+    conversation = [{"role": "system", "content": "s"}, USER]
+    text(*conversation)
+    start = time.thread_time()
+    for _ in range(10):
+        text(*conversation)
+    assert (time.thread_time() - start) / 10 < 5e-3
