@@ -3,8 +3,8 @@
     python scripts/eval_demo.py --model mlxqwen/demo --n 200 --seed 1
 
 Words and numbers are held out from training.  Replies are drawn as the model cards advise: temperature 0.6
-and top-p 0.95 with thinking, 0.7 and 0.8 without, top-k 20.  A reply counts only if it thinks where it is asked
-to think, and only then.
+and top-p 0.95 with thinking, 0.7 and 0.8 without, top-k 20.  A reply counts only if it thinks where it is
+asked to think, and only then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from demo_data import CARD_WORDS, TASKS, Conversation, Exchange, Source, exercise, is_right
+from demo_data import Conversation, exercise
+from demo_source import CARD_WORDS, Source
+from demo_tasks import TASKS, Exchange, is_right
 
 from mlxqwen import SamplingParams, batch_generate, load
 
@@ -25,9 +27,7 @@ MAX_TOKENS = 200
 BATCH = 50
 
 
-def replies(
-    model: Any, tokenizer: Any, conversations: list[Conversation], seed: int, thinking: bool
-) -> list[str]:
+def replies(model: Any, tokenizer: Any, conversations: list[Conversation], seed: int, thinking: bool) -> list[str]:
     """What the model says next in each conversation, its last message left out."""
     prompts = [
         tokenizer.apply_chat_template(
@@ -66,9 +66,7 @@ def card_words(model: Any, tokenizer: Any, n: int, seed: int) -> list[tuple[str,
     result = []
     for word in CARD_WORDS:
         question = f"How many r's in {word}?"
-        conversation = Conversation(
-            ({"role": "user", "content": question}, {"role": "assistant", "content": ""})
-        )
+        conversation = Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": ""}))
         asked = Exchange("count", question, "", "", str(word.count("r")))
         said = replies(model, tokenizer, [conversation] * n, seed, thinking=True)
         result.append((question, sum(_counts(asked, text, thinking=True) for text in said) / n))
@@ -77,9 +75,7 @@ def card_words(model: Any, tokenizer: Any, n: int, seed: int) -> list[tuple[str,
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder; by default the demo model")
     parser.add_argument("--n", type=int, default=200, help="exercises for each cell")
     parser.add_argument("--seed", type=int, default=1)

@@ -19,16 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_data import (
-    ADDED_TOKENS,
-    Conversation,
-    Source,
-    conversation,
-    exercise,
-    is_right,
-    spans,
-    tokenizer_text,
-)
+from demo_data import ADDED_TOKENS, Conversation, conversation, exercise, spans, tokenizer_text
+from demo_source import Source
+from demo_tasks import is_right
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -56,9 +49,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(ADDED_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -93,9 +84,7 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int],
     return ids + end, [*weights, SPAN_WEIGHTS["context"]]
 
 
-def batches(
-    tokenizer: Tokenizer, seed: int, lengths: list[int]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer: Tokenizer, seed: int, lengths: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Crops of an endless stream: ids and weights, both [rows, length + 1].
 
     Half of the rows start with a conversation, as a prompt does, half within one, as a sliding window does.
@@ -290,9 +279,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
             str(tokenizer.token_to_id(text)): {"content": text, **plain, "special": special}
             for text, special in ADDED_TOKENS
         },
-        "additional_special_tokens": [
-            text for text, special in ADDED_TOKENS if special and text != "<|endoftext|>"
-        ],
+        "additional_special_tokens": [text for text, special in ADDED_TOKENS if special and text != "<|endoftext|>"],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
@@ -346,9 +333,7 @@ def train(model: Any, tokenizer: Tokenizer, steps: int, seed: int, out: Path) ->
 
     def weighted_loss(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         wanted = weights[:, 1:].flatten()
         return (losses * wanted).sum() / wanted.sum()
 
@@ -370,9 +355,7 @@ def train(model: Any, tokenizer: Tokenizer, steps: int, seed: int, out: Path) ->
             print(f"step {step + 1}/{steps} loss {sum(recent[-50:]) / 50:.4f} {minutes:.1f} min", flush=True)
         if (step + 1) % 400 == 0 or step + 1 == steps:
             save(model, tokenizer, out)
-            marks = [
-                (task, accuracy(model, tokenizer, task, 60, True)) for task in ("count", "sum", "difference")
-            ]
+            marks = [(task, accuracy(model, tokenizer, task, 60, True)) for task in ("count", "sum", "difference")]
             marks.append(("count without thinking", accuracy(model, tokenizer, "count", 60, False)))
             print("  held out: " + ", ".join(f"{task} {mark:.0%}" for task, mark in marks), flush=True)
     return sum(recent) / len(recent)
@@ -402,9 +385,7 @@ is {CONTEXT} tokens.
 
 def main() -> None:
     """Train and save, from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 8,192 tokens")

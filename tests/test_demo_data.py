@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import demo_data
+import demo_source
+import demo_tasks
 import jinja2
 import pytest
-from demo_data import CARD_PROMPTS, CARD_WORDS, TASKS, Conversation, Exchange, Source
+from demo_data import Conversation
+from demo_source import CARD_PROMPTS, CARD_WORDS, Source
+from demo_tasks import TASKS, Exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,9 +74,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_text, inner, max_size=2),
     max_leaves=4,
 )
-_function = st.fixed_dictionaries(
-    {"name": _text, "arguments": _text | st.dictionaries(_text, _json, max_size=2)}
-)
+_function = st.fixed_dictionaries({"name": _text, "arguments": _text | st.dictionaries(_text, _json, max_size=2)})
 _call = _function | _function.map(lambda function: {"type": "function", "function": function})
 _assistant = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": _text | _reasoned},
@@ -130,15 +132,15 @@ def test_the_right_reply_is_right_and_held_out_exercises_are_never_trained_on(ta
         for _ in range(30):
             conversation, exchange = demo_data.exercise(task, source, thinking, soft)
             reply = demo_data.spans(conversation)[-1][1]
-            assert demo_data.is_right(exchange, reply.split("</think>")[-1].removesuffix("<|im_end|>\n"))
-            assert not exchange.word or not demo_data.in_split(exchange.word, "train")
+            assert demo_tasks.is_right(exchange, reply.split("</think>")[-1].removesuffix("<|im_end|>\n"))
+            assert not exchange.word or not demo_source.in_split(exchange.word, "train")
 
 
 def test_a_wrong_reply_is_wrong() -> None:
     asked = Exchange("count", "", "", "", "3")
-    assert demo_data.is_right(asked, "There are 3 r's in carrier.")
-    assert not demo_data.is_right(asked, "There are 13 r's in carrier.")
-    assert not demo_data.is_right(asked, "There are r's.")
+    assert demo_tasks.is_right(asked, "There are 3 r's in carrier.")
+    assert not demo_tasks.is_right(asked, "There are 13 r's in carrier.")
+    assert not demo_tasks.is_right(asked, "There are r's.")
 
 
 @settings(max_examples=200)
@@ -146,8 +148,8 @@ def test_a_wrong_reply_is_wrong() -> None:
 def test_written_sums_and_differences_hold_line_by_line(first: int, second: int) -> None:
     low, high = sorted((first, second))
     for steps, result in (
-        (demo_data.add_by_digits(first, second), first + second),
-        (demo_data.subtract_by_digits(high, low), high - low),
+        (demo_tasks.add_by_digits(first, second), first + second),
+        (demo_tasks.subtract_by_digits(high, low), high - low),
     ):
         lines = re.findall(r"(\d+)([+-]\d+)([+-]1)?=(\d+)", steps)
         assert len(lines) == len(steps.split("; "))
@@ -161,7 +163,7 @@ def test_written_sums_and_differences_hold_line_by_line(first: int, second: int)
 def test_every_answer_of_a_count_is_the_count() -> None:
     source = Source(random.Random(5))
     for _ in range(500):
-        exchange = demo_data.count_exchange(source)
+        exchange = demo_tasks.count_exchange(source)
         count = sum(character == exchange.letter for character in exchange.word)
         assert exchange.expected == str(count)
         spelled = exchange.thinking.split(": ")[1].split(".")[0]
@@ -189,6 +191,6 @@ def test_the_same_seed_gives_the_same_stream() -> None:
 
 def test_one_word_in_eight_is_held_out() -> None:
     words = {f"{a}{b}{c}" for a, b, c in itertools.product("abcdefghijklmnop", repeat=3)}
-    held_out = {word for word in words if demo_data.in_split(word, "held-out")}
-    assert held_out == {word for word in words if not demo_data.in_split(word, "train")}
+    held_out = {word for word in words if demo_source.in_split(word, "held-out")}
+    assert held_out == {word for word in words if not demo_source.in_split(word, "train")}
     assert 0.09 < len(held_out) / len(words) < 0.16
