@@ -557,6 +557,13 @@ def _trim(context: jinja2.runtime.Context, value: Any, chars: str | None = None)
     return _strip(str.strip)(meter, meter.text(value), chars)
 
 
+def _title(context: jinja2.runtime.Context, value: Any) -> str:
+    meter = _meter(context)
+    text = meter.text(value)
+    meter.check_size(ELEMENT_COST * len(text))
+    return jinja2.filters.do_title(text)
+
+
 def _list(context: jinja2.runtime.Context, value: Any) -> list[Any]:
     return list(_meter(context).elements(value))
 
@@ -635,10 +642,11 @@ def _filters() -> dict[str, Callable[..., Any]]:
         "safe": _text_filter(str),
         "string": _text_filter(str),
         "sum": _element_filter(_sum),
+        "title": _filter(_title),
         "tojson": _filter(_tojson),
         "trim": _filter(_trim),
     }
-    filters |= {name: _text_filter(jinja[name]) for name in ("capitalize", "lower", "title", "upper")}
+    filters |= {name: _text_filter(jinja[name]) for name in ("capitalize", "lower", "upper")}
     filters |= {name: _value_filter(jinja[name]) for name in ("abs", "d", "default", "float", "int")}
     filters |= {name: _element_filter(jinja[name]) for name in ("max", "min", "sort", "unique")}
     lazy = ("map", "reject", "rejectattr", "select", "selectattr")

@@ -126,8 +126,8 @@ def test_continued_message_that_holds_text_like_a_marker() -> None:
         "{% set n = namespace(a=1, l=[]) %}{% for i in range(3) %}{% set n.a = n.a + i %}"
         "{% set n.l = n.l + [i] %}{% endfor %}"
         "{{ n.a }}{{ n.l }}",
- "
-        "       "{{ 'a' ~ 1 ~ none ~ [1.5, 'x'] ~ undefined_name }}|{{ 2 ** 10 }}|{{ 7 // 2 }}|{{ 7 % 4 }}|{{ 7 / 2 }}|{{ -3 | abs }}",
+        "{{ 'a' ~ 1 ~ none ~ [1.5, 'x'] ~ undefined_name }}|{{ 2 ** 10 }}|{{ 7 // 2 }}|"
+        "{{ 7 % 4 }}|{{ 7 / 2 }}|{{ -3 | abs }}",
         "{{ 'a,b,,c'.split(',') }}{{ 'a b  c'.split() }}{{ 'a,b,c'.rsplit(',', 1) }}{{ 'x\ny\r\nz'.splitlines() }}",
         "{{ '  x '.strip() }}{{ 'xxaxx'.strip('x') }}{{ 'ab'.replace('a', 'cc') }}{{ 'aaa'.replace('a', 'b', 2) }}",
         "{{ ['a', 'b'] | join('-') }}{{ '-'.join(['a', 'b']) }}{{ [{'k': 1}, {'k': 2}] | join('+', attribute='k') }}",
