@@ -1,0 +1,5 @@
+"""`python -m mlxqwen`."""
+
+from mlxqwen.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""Measure mlxqwen beside mlx-lm: same machine, same weights, same run, interleaved.
+
+Prints a markdown table of medians and ratios. Nothing is installed or downloaded; mlx-lm and the real Qwen3 tokenizer
+come with the `dev` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "How many r's in strawberry?"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: wall-clock seconds and the most memory it held, in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, for mlxqwen and for the other side."""
+
+    name: str
+    ours: Sequence[Run]
+    theirs: Sequence[Run]
+
+    def markdown(self) -> str:
+        ours, theirs = (statistics.median(run.seconds for run in runs) for runs in (self.ours, self.theirs))
+        memory = [statistics.median(run.peak_bytes for run in runs) / 2**20 for runs in (self.ours, self.theirs)]
+        return (
+            f"| {self.name} | {ours:.3f} s | {theirs:.3f} s | {theirs / ours:.1f} × "
+            f"| {memory[0]:.0f} MiB | {memory[1]:.0f} MiB |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="imports and cold starts only (what there is so far)")
+    parser.add_argument("--runs", type=int, default=7, help="processes a side for each line")
+    arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error("--runs: at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own: a child's peak memory counts what its parent held when it was started.
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder], check=True)
+        rows = cold_starts(Path(folder), arguments.runs)
+    print(heading(arguments.runs))
+    for row in rows:
+        print(row.markdown())
+
+
+def heading(runs: int) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "tokenizers"))
+    return (
+        f"{versions}; Python {platform.python_version()}; {platform.machine()}, {os.cpu_count()} cores, "
+        f"{platform.system()}; medians of {runs} interleaved runs, whole processes\n\n"
+        "| what | mlxqwen | mlx-lm | ratio | mlxqwen peak | mlx-lm peak |\n| --- | --- | --- | --- | --- | --- |"
+    )
+
+
+def cold_starts(model: Path, runs: int) -> list[Row]:
+    """Importing, and answering with one token from a standing start."""
+    common = ["--model", str(model), "--prompt", PROMPT, "--max-tokens", "1", "--temp", "0.6"]
+    theirs_generate = [sys.executable, "-m", "mlx_lm", "generate", *common, "--top-p", "0.95", "--top-k", "20"]
+    ours_generate = [sys.executable, "-m", "mlxqwen", "generate", PROMPT, "--model", str(model), "--max-tokens", "1"]
+    pairs = [
+        ("import", importing("mlxqwen"), importing("mlx_lm")),
+        ("import of mlxqwen beside mlx.core alone", importing("mlxqwen"), importing("mlx.core")),
+        ("one token, 2 layers, real tokenizer", ours_generate, theirs_generate),
+    ]
+    return [Row(name, *interleaved(ours, theirs, runs)) for name, ours, theirs in pairs]
+
+
+def importing(module: str) -> list[str]:
+    return [sys.executable, "-c", f"import {module}"]
+
+
+def interleaved(ours: list[str], theirs: list[str], runs: int) -> tuple[list[Run], list[Run]]:
+    """One run of each that does not count (it warms the disk cache), then turn by turn."""
+    for command in (ours, theirs):
+        timed(command)
+    both = [(timed(ours), timed(theirs)) for _ in range(runs)]
+    return [pair[0] for pair in both], [pair[1] for pair in both]
+
+
+def timed(command: list[str]) -> Run:
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Run(seconds, usage.ru_maxrss * unit)
+
+
+if __name__ == "__main__":
+    main()

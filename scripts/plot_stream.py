@@ -1,0 +1,91 @@
+"""Plot the demo model's loss over a stream far longer than its context, in a ring with and without sinks.
+
+Needs the `plot` extra. The test of the same property uses `stream_losses` from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from demo_data import stream
+from mlxqwen import load, make_cache
+from mlxqwen.cache import KVCache
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.tokenizer import Tokenizer
+
+CONTEXTS = 20
+SEED = 97
+
+
+def stream_tokens(tokenizer: Tokenizer, count: int, seed: int = SEED) -> list[int]:
+    """The first `count` tokens of an endless stream of conversations about words and numbers kept from training."""
+    tokens: list[int] = []
+    for text in stream(seed, split="test"):
+        tokens += tokenizer.encode(text)
+        if len(tokens) >= count:
+            return tokens[:count]
+    raise AssertionError("the stream has no end")
+
+
+def losses(model: Qwen3ForCausalLM, tokens: list[int], cache: KVCache, chunk: int = 256) -> mx.array:
+    """Negative log-likelihood, in nats, of each token but the first given those before it that `cache` holds."""
+    parts = []
+    for start in range(0, len(tokens) - 1, chunk):
+        piece = mx.array(tokens[start : start + chunk + 1])
+        logits = model(piece[None, :-1], cache)[0]
+        chosen = mx.take_along_axis(logits, piece[1:, None], axis=-1)[:, 0]
+        parts.append(mx.logsumexp(logits, axis=-1) - chosen)
+        mx.eval(parts[-1], cache.state)
+    return mx.concatenate(parts)
+
+
+def stream_losses(model: Qwen3ForCausalLM, tokens: list[int], keep: int) -> mx.array:
+    """Losses of the whole stream through a ring as large as the model's context."""
+    return losses(model, tokens, make_cache(model, max_kv_size=model.config.context_length, keep=keep))
+
+
+def context_losses(model: Qwen3ForCausalLM, tokens: list[int]) -> mx.array:
+    """Losses of the same tokens cut into contexts that each start afresh and see all of what they hold."""
+    size = model.config.context_length
+    pieces = [tokens[start : start + size] for start in range(0, len(tokens) - 1, size)]
+    return mx.concatenate([losses(model, piece, make_cache(model)) for piece in pieces if len(piece) > 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/stream_loss.png"))
+    arguments = parser.parse_args()
+    import matplotlib.pyplot as plt
+
+    model, tokenizer = load()
+    size = model.config.context_length
+    tokens = stream_tokens(tokenizer, CONTEXTS * size + 1)
+    inside = context_losses(model, tokens).mean().item()
+    curves = {
+        "ring, 4 sinks": stream_losses(model, tokens, keep=4),
+        "ring, no sinks": stream_losses(model, tokens, keep=0),
+        "no window": losses(model, tokens, make_cache(model)),
+    }
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, curve in curves.items():
+        print(f"{name}: {curve.mean().item():.4f}, within the context {inside:.4f}")
+        means = curve[: len(curve) // size * size].reshape(-1, size).mean(axis=1).tolist()
+        axes.plot([i + 1 for i in range(len(means))], means, marker=".", label=name)
+    axes.axhline(inside, color="grey", linestyle="--", label="fresh contexts")
+    axes.set(
+        xlabel=f"position, in contexts of {size} tokens",
+        ylabel="mean loss, nats a token",
+        yscale="log",
+        xlim=(1, CONTEXTS),
+    )
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(arguments.out, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

