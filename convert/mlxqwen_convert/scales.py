@@ -1,0 +1,57 @@
+"""Scales as they come from a file: finite, not negative, and zero only where nothing is lost."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlxqwen_convert.errors import SourceError
+
+__all__ = ["check_scales", "refuse_zero_scales"]
+
+_HINT = "The file is damaged or was written wrongly. Download the model again, or use another release of it."
+
+
+def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = ()) -> bool:
+    """Raises `SourceError` for a scale that is NaN, infinite or negative; says whether any is zero.
+
+    Args:
+        scales: any float dtype and shape.
+        name: the tensor's, for the message.
+        origin: where `scales` begins in the whole tensor, one index for each dimension; by default at zero.
+    """
+    fine = mx.isfinite(scales) & (scales >= 0)
+    counts = mx.stack([(~fine).sum(), (scales == 0).sum()]).tolist()
+    if counts[0]:
+        index = first_true(~fine)
+        found = scales[index].item()
+        raise SourceError(
+            f"{name}: scale {shown_index(index, origin)} is {found:g}, expected a finite number that is not negative",
+            hint=_HINT,
+        )
+    return bool(counts[1])
+
+
+def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) -> None:
+    """Raises `SourceError` where `lost` says that a zero scale lies over codes that are not zero."""
+    if lost.any().item():
+        raise SourceError(
+            f"{name}: scale {shown_index(first_true(lost), origin)} is zero over codes that are not, "
+            "expected a positive number",
+            hint=_HINT,
+        )
+
+
+def first_true(condition: mx.array) -> tuple[int, ...]:
+    """The index of the first true element."""
+    flat = int(condition.reshape(-1).argmax().item())
+    index: list[int] = []
+    for size in reversed(condition.shape):
+        flat, position = divmod(flat, size)
+        index.insert(0, position)
+    return tuple(index)
+
+
+def shown_index(index: tuple[int, ...], origin: tuple[int, ...] = ()) -> str:
+    """`[row, column]` in the whole tensor."""
+    shifted = [i + o for i, o in zip(index, origin, strict=True)] if origin else list(index)
+    return str(shifted)
