@@ -7,11 +7,12 @@ a tensor into row chunks gives the same numbers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from mlxqwen_convert.errors import SourceError
+from mlxqwen_convert.scales import first_true
 
 __all__ = ["BITS", "GROUP_SIZES", "Packed", "check", "dequantize", "pack", "quantize", "repack_group_size"]
 __all__ += ["squared_errors", "unpack"]
@@ -76,7 +77,7 @@ def dequantize(packed: Packed, group_size: int, bits: int) -> mx.array:
 def squared_errors(w: mx.array, restored: mx.array) -> tuple[float, float]:
     """The sum of `(w − restored)²` and that of `w²`, from float32 `[rows, in]`."""
     sums = mx.stack([mx.square(w - restored).sum(axis=-1).sum(), mx.square(w).sum(axis=-1).sum()])
-    error, total = sums.tolist()
+    error, total = cast(list[float], sums.tolist())
     return error, total
 
 
@@ -89,7 +90,7 @@ def check(packed: Packed, name: str, row_offset: int = 0) -> None:
     """
     bad = ~(mx.isfinite(packed.scales) & mx.isfinite(packed.biases))
     if bad.any().item():
-        row, group = divmod(int(bad.argmax().item()), bad.shape[1])
+        row, group = first_true(bad)
         dtype = str(packed.scales.dtype).rpartition(".")[2]
         raise SourceError(
             f"{name}: row {row_offset + row}, group {group} has weights that are not finite or too large for {dtype}, "

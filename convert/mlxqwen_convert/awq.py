@@ -46,7 +46,7 @@ def check(
 
 
 def _words(qweight: mx.array) -> mx.array:
-    """uint32 `[out, in / 8]` from `[in, out / 8]`: every block of eight words is an 8 × 8 matrix of nibbles to transpose."""
+    """uint32 `[out, in / 8]` from `[in, out / 8]`: eight words are an 8 × 8 matrix of nibbles to transpose."""
     words = mx.contiguous(qweight).view(mx.uint32)
     width, columns = words.shape
     for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):

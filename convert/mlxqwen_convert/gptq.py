@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlxqwen_convert import integer
 from mlxqwen_convert.affine import Packed, unpack
 from mlxqwen_convert.errors import SourceError
-from mlxqwen_convert.scales import check_scales, refuse_zero_scales
+from mlxqwen_convert.scales import check_scales, first_true, refuse_zero_scales
 
 __all__ = ["BITS", "check", "check_groups", "dequantize", "in_order", "repack"]
 
@@ -29,7 +29,7 @@ def check_groups(g_idx: mx.array, groups: int, *, name: str) -> None:
     """Raises `SourceError` if an input belongs to a group that is not there."""
     bad = (g_idx < 0) | (g_idx >= groups)
     if bad.any().item():
-        index = int(bad.argmax().item())
+        (index,) = first_true(bad)
         raise SourceError(
             f"{name}: input {index} is in group {g_idx[index].item()}, expected 0 to {groups - 1}",
             hint="The file is damaged or was written wrongly. Download the model again, or use another release of it.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 from mlxqwen_convert.errors import SourceError
@@ -20,15 +22,14 @@ def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = ()) -> b
         origin: where `scales` begins in the whole tensor, one index for each dimension; by default at zero.
     """
     fine = mx.isfinite(scales) & (scales >= 0)
-    counts = mx.stack([(~fine).sum(), (scales == 0).sum()]).tolist()
-    if counts[0]:
+    if not fine.all().item():
         index = first_true(~fine)
         found = scales[index].item()
         raise SourceError(
             f"{name}: scale {shown_index(index, origin)} is {found:g}, expected a finite number that is not negative",
             hint=_HINT,
         )
-    return bool(counts[1])
+    return bool((scales == 0).any().item())
 
 
 def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) -> None:
@@ -43,7 +44,7 @@ def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) 
 
 def first_true(condition: mx.array) -> tuple[int, ...]:
     """The index of the first true element."""
-    flat = int(condition.reshape(-1).argmax().item())
+    flat = cast(int, condition.reshape(-1).argmax().item())
     index: list[int] = []
     for size in reversed(condition.shape):
         flat, position = divmod(flat, size)
