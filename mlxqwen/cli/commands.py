@@ -11,7 +11,11 @@ from mlxqwen.cli.terminal import print_notes
 
 __all__ = ["mlxqwen"]
 
-_COMMANDS = {"generate": "mlxqwen.cli.generate", "info": "mlxqwen.cli.info"}
+_COMMANDS = {
+    "convert": "mlxqwen.cli.convert",
+    "generate": "mlxqwen.cli.generate",
+    "info": "mlxqwen.cli.info",
+}
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,275 @@
+"""Plan, stream, verify, publish: a whole conversion from folder to folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+import mlxqwen
+from mlxqwen.checkpoint import TensorInfo
+from mlxqwen.hub import resolve_model
+from mlxqwen_convert.companions import companion_files, config_text, copy_companions
+from mlxqwen_convert.errors import DiskFullError, OutputError, SourceError, VerificationError
+from mlxqwen_convert.layout import INDEX_NAME, index_of
+from mlxqwen_convert.model_card import model_card
+from mlxqwen_convert.partial import PartialFolder, exists
+from mlxqwen_convert.pipeline import (
+    PARTIAL_SUFFIX,
+    TargetFiles,
+    Task,
+    cores,
+    run,
+    task_is_written,
+    tasks_of,
+    unwritable,
+    write_task,
+)
+from mlxqwen_convert.plan import Options, Plan, make_plan
+from mlxqwen_convert.report import Report, kind_rows, module_facts
+from mlxqwen_convert.source_files import SourceFiles
+from mlxqwen_convert.verification import ModuleError, verify
+
+__all__ = ["REPORT_NAME", "Progress", "convert"]
+
+REPORT_NAME = "conversion_report.json"
+# What else is written: config, index, report, card.
+_MARGIN_BYTES = 4 << 20
+_COMPARED_BYTES = 1 << 22
+# What a whole process holds at most, whatever the model: Python and MLX, the plan, and the workers' chunks.
+EXPECTED_PEAK_BYTES = 96 << 20
+
+Progress = Callable[[str, int, int], None]
+"""Called as work goes on: what is done ("converting" or "verifying"), weights done, weights in all."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    dtype: str = "auto",
+    lm_head_bits: int | None = None,
+    embed_bits: int | None = None,
+    keep: Mapping[str, int] | Iterable[tuple[str, int]] = (),
+    quality: bool = False,
+    strict: bool = False,
+    verify: bool = True,
+    resume: bool = False,
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Turn a Qwen3 checkpoint into a folder that MLX's loaders read.
+
+    Args:
+        source: a folder or a hub id, in BF16, F16, F32, FP8, AWQ, GPTQ, compressed-tensors or MLX form.
+        output: the folder to write; must not exist.
+        revision: a branch, tag or commit of a hub id.
+        bits: 8, 6, 5, 4, 3 or 2; 16 does not quantize. By default 8 for FP8, 4 for floats, else the source's own,
+            whose codes are then kept as they are.
+        group_size: 32, 64 or 128 weights to a scale; by default the source's, or 64.
+        dtype: of scales and of what stays unquantized: "bfloat16", "float16", "float32", or "auto": float16 for AWQ,
+            GPTQ and compressed-tensors, else the source's.
+        lm_head_bits, embed_bits: other bits for the head and for the embeddings.
+        keep: bits for modules by glob, such as `{"*.down_proj": 8}`; the last that matches counts. The MoE router
+            has 8 at least.
+        quality: search scale and bias of each group for the least squared error; takes several times as long.
+        strict: refuse, rather than leave unquantized, what groups do not divide.
+        verify: read everything back and compare it with the source.
+        resume: go on with an unfinished conversion of the same source and options.
+        dry_run: only plan; nothing is written.
+        workers: threads; by default one for each core.
+        progress: see `Progress`.
+
+    Raises:
+        MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
+    """
+    started = time.perf_counter()
+    globs = tuple(keep.items()) if isinstance(keep, Mapping) else tuple(keep)
+    options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)
+    folder, target = resolve_model(source, revision=revision), Path(output).expanduser()
+    check_output(folder, target)
+    plan = make_plan(folder, options)
+    if dry_run:
+        return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
+    job = _Job(plan, target, str(source), workers or cores(), progress or _silent)
+    return job.run(verify_it=verify, resume=resume, started=started)
+
+
+def check_output(folder: Path, target: Path) -> None:
+    """Raise `OutputError` unless `target` can be made without touching `folder`."""
+    real, origin = target.resolve(), folder.resolve()
+    if real == origin or origin in real.parents:
+        where = "is the source itself" if real == origin else f"lies inside the source {folder}"
+        raise OutputError(f"{target}: {where}", hint="Choose an output elsewhere.")
+    if os.path.lexists(target):
+        raise exists(target)
+    parent = target.parent
+    if not parent.is_dir():
+        raise OutputError(f"{target}: its parent folder does not exist", hint=f"Make {parent} first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent}: cannot be written to", hint="Check its permissions, or choose another output.")
+
+
+@dataclass(slots=True)
+class _Job:
+    plan: Plan
+    output: Path
+    source_name: str
+    workers: int
+    progress: Progress
+
+    def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
+        plan = self.plan
+        files = SourceFiles(sorted({info.path for p in plan.modules for part in p.parts for info in part.values()}))
+        fingerprint = {**plan.fingerprint(files.states), "versions": versions()}
+        partial = PartialFolder(self.output, fingerprint, resume=resume)
+        mx.set_cache_limit(0)
+        try:
+            resumed = bool(partial.done)
+            notes = self._head_note(files)
+            errors = self._write(files, partial, verify_it=verify_it)
+            seconds = time.perf_counter() - started
+            report = _report(plan, self.output, errors, seconds, resumed=resumed, verified=verify_it, more=notes)
+            self._finish(partial, report, files)
+            return report
+        except (SourceError, VerificationError):
+            partial.discard()  # going on would end in the same error
+            raise
+        finally:
+            partial.close()
+            files.close()
+
+    def _write(self, files: SourceFiles, partial: PartialFolder, *, verify_it: bool) -> dict[str, ModuleError] | None:
+        plan, workers = self.plan, self.workers
+        self._check_space(partial)
+        target = TargetFiles(partial.path, plan.shards)
+        try:
+            total, seen = plan.parameters, 0
+
+            def work(task: Task) -> str | None:
+                noted = partial.done.get(task.key)
+                if noted is not None and task_is_written(plan, task, target, noted, workers):
+                    return None
+                return write_task(plan, task, files, target, workers)
+
+            def done(task: Task, digest: str | None) -> None:
+                nonlocal seen
+                if digest is not None:
+                    partial.note(task.key, digest)
+                seen += (task.stop - task.start) * plan.modules[task.module].module.width
+                self.progress("converting", seen, total)
+
+            run(work, tasks_of(plan), workers, done)
+            target.flush()
+            if not verify_it:
+                return None
+            return verify(plan, files, target, workers, lambda seen, all_: self.progress("verifying", seen, all_))
+        finally:
+            target.close()
+
+    def _check_space(self, partial: PartialFolder) -> None:
+        """Raise `DiskFullError` if the output cannot fit; files of an earlier run already take their part."""
+        extras = sum((self.plan.folder / name).stat().st_size for name in companion_files(self.plan.folder))
+        needed = self.plan.target_bytes + extras + _MARGIN_BYTES
+        taken = sum(path.stat().st_blocks * 512 for path in partial.path.iterdir())
+        free = shutil.disk_usage(partial.path).free
+        if needed - taken > free:
+            if not partial.done:
+                partial.discard()
+            raise DiskFullError(
+                f"{self.output}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
+                hint="Free some space, choose another disk, or ask for fewer --bits.",
+            )
+
+    def _head_note(self, files: SourceFiles) -> tuple[str, ...]:
+        """Whether an ignored `lm_head` is the same as the embeddings that the config ties it to."""
+        head, embeddings = self.plan.ignored_head, self.plan.modules[0].parts[0]
+        if not head:
+            return ()
+        if _equal(files, head, embeddings):
+            return ("lm_head equals the embeddings that config.json ties it to, and is left out",)
+        return (
+            "lm_head differs from the embeddings that config.json ties it to; config.json's word counts, and it is left "
+            "out",
+        )
+
+    def _finish(self, partial: PartialFolder, report: Report, files: SourceFiles) -> None:
+        plan = self.plan
+        copy_companions(plan.folder, partial.path)
+        partial.write_text(INDEX_NAME, index_of(plan.shards, plan.parameters))
+        partial.write_text(REPORT_NAME, json.dumps(report.lasting(), indent=1, ensure_ascii=False) + "\n")
+        partial.write_text("README.md", model_card(plan, report, self.output.name, self.source_name))
+        files.check_unchanged()
+        for shard in plan.shards:
+            try:
+                (partial.path / (shard.name + PARTIAL_SUFFIX)).rename(partial.path / shard.name)
+            except OSError as cause:
+                raise unwritable(partial.path, cause) from None
+        partial.write_text("config.json", config_text(plan))
+        partial.publish()
+
+
+def _equal(files: SourceFiles, one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    for word, info in one.items():
+        twin = other[word]
+        if (info.dtype, info.shape) != (twin.dtype, twin.shape):
+            return False
+        for start in range(0, info.nbytes, _COMPARED_BYTES):
+            stop = min(start + _COMPARED_BYTES, info.nbytes)
+            if files.read(info, start, stop) != files.read(twin, start, stop):
+                return False
+    return True
+
+
+def versions() -> dict[str, str]:
+    """What the output's bytes depend on beside the source and the options."""
+    return {"mlxqwen": mlxqwen.__version__, "mlx": importlib.metadata.version("mlx")}
+
+
+def _report(
+    plan: Plan,
+    output: Path,
+    errors: dict[str, ModuleError] | None,
+    seconds: float,
+    *,
+    resumed: bool,
+    verified: bool,
+    more: tuple[str, ...] = (),
+) -> Report:
+    target = "unquantized" if plan.target is None else f"{plan.target.bits}-bit, groups of {plan.target.group_size}"
+    return Report(
+        source=str(plan.folder),
+        output=str(output) if output.name else "",
+        source_format=plan.source.label,
+        target=f"{target}, {plan.dtype}",
+        dtype=plan.dtype,
+        parameters=plan.parameters,
+        source_bytes=plan.source_bytes,
+        target_bytes=plan.target_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        expected_peak_bytes=EXPECTED_PEAK_BYTES,
+        verified=verified,
+        resumed=resumed,
+        seconds=seconds,
+        kinds=kind_rows(plan, errors),
+        notes=(*plan.notes, *more),
+        versions=versions(),
+        modules=module_facts(plan, errors),
+    )
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,169 @@
+"""The folder that a conversion is written into until it is whole: lock, manifest and journal.
+
+`OUTPUT.partial` lies beside `OUTPUT`. Its weight files bear the suffix `.part` and it has no `config.json`, so that
+nothing takes it for a model. The manifest says what it was begun from; the journal has a line for every finished task
+with the hash of what was written, which is checked again before the task is skipped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxqwen.errors import MlxqwenError
+from mlxqwen.json_file import read_json_object
+from mlxqwen_convert.errors import OutputError, ResumeError
+from mlxqwen_convert.pipeline import unwritable
+
+__all__ = ["PartialFolder"]
+
+_MANIFEST, _JOURNAL, _LOCK = "conversion.json", "conversion.journal", "conversion.lock"
+
+
+class PartialFolder:
+    """A locked folder beside the output.
+
+    Attributes:
+        path: the folder.
+        done: key → hash of the tasks that an earlier run has finished.
+    """
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        """Make the folder and lock it, or take up an earlier one.
+
+        Raises:
+            OutputError: another conversion is at it, it is there and `resume` is not set, or it cannot be made.
+            ResumeError: it was begun from another source, with other options or by another version.
+        """
+        self.path = output.with_name(f"{output.name}.partial")
+        self.done: dict[str, str] = {}
+        self._output = output
+        existed = self.path.exists()
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as cause:
+            raise unwritable(self.path, cause) from None
+        self._journal = -1
+        try:
+            self._take_lock()
+            self._begin(fingerprint, existed=existed, resume=resume)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._journal = os.open(self.path / _JOURNAL, flags, 0o644)
+        except OSError as cause:
+            self.close()
+            raise unwritable(self.path, cause) from None
+        except MlxqwenError:
+            self.close()
+            raise
+
+    def note(self, key: str, digest: str) -> None:
+        """Add a finished task to the journal."""
+        try:
+            os.write(self._journal, f"{key} {digest}\n".encode())
+        except OSError as cause:
+            raise unwritable(self.path, cause) from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file and have it on the disk."""
+        try:
+            with (self.path / name).open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as cause:
+            raise unwritable(self.path / name, cause) from None
+
+    def publish(self) -> None:
+        """Give the folder its final name: from here on there is a whole model, before it there was none."""
+        try:
+            for name in (_JOURNAL, _MANIFEST, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            _sync_folder(self.path)
+            if self._output.exists():
+                raise exists(self._output)
+            self.path.rename(self._output)
+            _sync_folder(self._output.parent)
+        except OSError as cause:
+            raise unwritable(self._output, cause) from None
+
+    def discard(self) -> None:
+        """Remove the folder: what is in it is of no use to anyone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        for descriptor in (self._journal, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._journal = self._lock = -1
+
+    def _take_lock(self) -> None:
+        busy = OutputError(
+            f"{self.path}: another conversion is writing to it", hint="Wait for it to end, or choose another output."
+        )
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have published the folder, or thrown it away, since it was opened.
+            if os.fstat(self._lock).st_ino != (self.path / _LOCK).stat().st_ino:
+                raise busy
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
+
+    def _begin(self, fingerprint: Mapping[str, Any], *, existed: bool, resume: bool) -> None:
+        manifest = self.path / _MANIFEST
+        if not manifest.exists():
+            if existed and any(path.name != _LOCK for path in self.path.iterdir()):
+                raise OutputError(
+                    f"{self.path}: is in the way and was not made by a conversion", hint="Move it away, or remove it."
+                )
+            self.write_text(_MANIFEST, json.dumps(fingerprint, indent=2) + "\n")
+            return
+        if not resume:
+            raise OutputError(
+                f"{self.path}: an unfinished conversion is there",
+                hint="Continue it with --resume, or remove the folder to start anew.",
+            )
+        found = read_json_object(manifest, error=ResumeError)
+        for key, what in (
+            ("versions", "by other versions"),
+            ("source", "from another source"),
+            ("files", "from files that have changed since"),
+            ("options", "with other options"),
+            ("plan", "from files that have changed since"),
+        ):
+            if found.get(key) != json.loads(json.dumps(fingerprint.get(key))):
+                raise ResumeError(
+                    f"{self.path}: the conversion there was begun {what}, it cannot be continued",
+                    hint="Use what it was begun with, or remove the folder to start anew.",
+                )
+        self.done = _read_journal(self.path / _JOURNAL)
+
+
+def exists(output: Path) -> OutputError:
+    """The output is already there."""
+    return OutputError(f"{output}: already exists", hint="Choose another output, or remove it first.")
+
+
+def _read_journal(path: Path) -> dict[str, str]:
+    """Task → hash; a line that a crash cut short counts for nothing."""
+    if not path.exists():
+        return {}
+    done = {}
+    for line in path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
+        key, _, digest = line.partition(" ")
+        done[key] = digest
+    return done
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""Row chunks in, quantized rows out at known offsets: the only room of the converter that touches weights on disk.
+
+A model is cut into tasks, each some rows of one matrix. Workers take tasks in turn, read the source's rows, make the
+target's and write them to their places; a task's hash goes into the journal of the manifest. No worker ever holds
+more than a chunk of a task, so that memory depends neither on the model's size nor on its shapes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxqwen_convert import affine
+from mlxqwen_convert.affine import Packed
+from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError
+from mlxqwen_convert.formats import mlx_dtype
+from mlxqwen_convert.layout import OutputTensor, Shard
+from mlxqwen_convert.names import Part
+from mlxqwen_convert.plan import Plan, PlannedModule
+from mlxqwen_convert.readers import Reader
+from mlxqwen_convert.source_files import SourceFiles, as_array
+
+__all__ = ["PARTIAL_SUFFIX", "Progress", "TargetFiles", "Task", "cores", "run", "tasks_of", "write_task"]
+
+PARTIAL_SUFFIX = ".part"
+# Weights that all workers together have in their hands; what bounds the converter's memory.
+WEIGHTS_IN_FLIGHT = 1 << 20
+# Weights of one task: what is done again, at worst, by each worker after an interruption.
+WEIGHTS_PER_TASK = 1 << 22
+# Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.
+ROW_STEP = 32
+MAX_WORKERS = 8
+
+Progress = Callable[[int, int], None]
+
+
+def cores() -> int:
+    """Workers that this machine has cores for."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available, MAX_WORKERS))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows `start:stop` of matrix `part` of module number `module`."""
+
+    module: int
+    part: int
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return f"{self.module}.{self.part}.{self.start}"
+
+
+def tasks_of(plan: Plan) -> Iterator[Task]:
+    """All tasks of a plan, in the order of the output's bytes."""
+    for number, planned in enumerate(plan.modules):
+        rows, width = planned.module.rows, planned.module.width
+        step = max(ROW_STEP, WEIGHTS_PER_TASK // width // ROW_STEP * ROW_STEP)
+        for part in range(len(planned.parts)):
+            for start in range(0, rows, step):
+                yield Task(number, part, start, min(start + step, rows))
+
+
+def chunks_of(planned: PlannedModule, task: Task, workers: int) -> Iterator[tuple[int, int]]:
+    """The rows of a task, as many at a time as one worker may hold."""
+    step = max(1, WEIGHTS_IN_FLIGHT // workers // planned.module.width)
+    step = step // ROW_STEP * ROW_STEP or (ROW_STEP if _by_columns(planned) else step)
+    for start in range(task.start, task.stop, step):
+        yield start, min(start + step, task.stop)
+
+
+def _by_columns(planned: PlannedModule) -> bool:
+    return any("qweight" in part or "weight_zero_point" in part for part in planned.parts)
+
+
+class TargetFiles:
+    """The files of weights while they are written: read and written at any place by any thread."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self.folder = folder
+        self.paths = [folder / (shard.name + PARTIAL_SUFFIX) for shard in shards]
+        self._descriptors: list[int] = []
+        try:
+            for path, shard in zip(self.paths, shards, strict=True):
+                self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                os.ftruncate(self._descriptors[-1], shard.size)
+                self._write(len(self._descriptors) - 1, shard.head, 0)
+        except OSError as cause:
+            self.close()
+            raise unwritable(folder, cause) from None
+
+    def write(self, tensor: OutputTensor, row: int, data: memoryview) -> None:
+        """Write rows of `tensor` from row `row` on, its outer axes counted as one."""
+        self._write(tensor.shard, data, tensor.start + row * tensor.row_bytes)
+
+    def read(self, tensor: OutputTensor, row: int, rows: int) -> bytes:
+        """The bytes of some rows."""
+        position, length = tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
+        data = os.pread(self._descriptors[tensor.shard], length, position)
+        if len(data) != length:
+            raise OutputError(
+                f"{self.paths[tensor.shard]}: ends in the midst of {tensor.name}",
+                hint="Something else writes to the output's folder. Remove it and convert again.",
+            )
+        return data
+
+    def flush(self) -> None:
+        """Have everything on the disk."""
+        for descriptor, path in zip(self._descriptors, self.paths, strict=True):
+            try:
+                os.fsync(descriptor)
+            except OSError as cause:
+                raise unwritable(path, cause) from None
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _write(self, shard: int, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data).cast("B")
+        try:
+            while view:
+                count = os.pwrite(self._descriptors[shard], view, position)
+                view, position = view[count:], position + count
+        except OSError as cause:
+            raise unwritable(self.paths[shard], cause) from None
+
+
+def unwritable(path: Path, cause: OSError) -> OutputError:
+    """What an error of the system means for the target."""
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(
+            f"{path}: the disk is full ({cause.strerror})",
+            hint="Free some space, then run the same command with --resume: what is written is kept.",
+        )
+    return OutputError(f"{path}: cannot be written: {cause.strerror}", hint="Check the folder and its permissions.")
+
+
+def make_rows(
+    planned: PlannedModule, reader: Reader, part: Part, files: SourceFiles, rows: tuple[int, int], plan: Plan
+) -> tuple[mx.array, ...]:
+    """The target's tensors for some rows of one matrix; not evaluated yet."""
+    dtype, target = mlx_dtype(plan.dtype), planned.target
+    if target is None:
+        return (reader.floats(files, part, *rows, check=True).astype(dtype),)
+    if planned.method == "repack":
+        return repacked(planned, reader, part, files, rows, dtype, check=True)
+    floats = reader.floats(files, part, *rows, check=True)
+    return affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
+
+
+def repacked(
+    planned: PlannedModule,
+    reader: Reader,
+    part: Part,
+    files: SourceFiles,
+    rows: tuple[int, int],
+    dtype: mx.Dtype,
+    *,
+    check: bool,
+) -> Packed:
+    """The source's own codes in the target's form: in wider words, or with scales repeated for smaller groups."""
+    packed, own, target = reader.packed(files, part, *rows, dtype, check=check), reader.own, planned.target
+    if own is None or target is None:
+        raise ConversionError(f"{planned.module.path}: has no codes to keep")
+    weight, scales, biases = packed
+    if own.bits != target.bits:
+        weight = affine.pack(affine.unpack(weight, own.bits), target.bits)
+    times = own.group_size // target.group_size
+    if times > 1:
+        scales, biases = mx.repeat(scales, times, axis=1), mx.repeat(biases, times, axis=1)
+    return Packed(weight, scales, biases)
+
+
+def write_task(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, workers: int) -> str:
+    """Convert some rows and write them; the hash of what was written."""
+    planned = plan.modules[task.module]
+    part, reader = planned.parts[task.part], planned.readers[task.part]
+    digests = _Digests(planned)
+    first_row = task.part * planned.module.rows
+    for start, stop in chunks_of(planned, task, workers):
+        arrays = make_rows(planned, reader, part, source, (start, stop), plan)
+        mx.eval(*arrays)
+        if planned.target is not None:
+            affine.check(Packed(*arrays), planned.module.path, first_row + start)
+        else:
+            _refuse_overflow(arrays[0], planned, plan, start)
+        for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
+            data = as_bytes(array)
+            digests.update(number, data)
+            target.write(tensor, first_row + start, data)
+    return digests.hexdigest()
+
+
+def task_is_written(plan: Plan, task: Task, target: TargetFiles, expected: str, workers: int) -> bool:
+    """Whether what lies on disk for a task has the hash that was noted when it was written."""
+    planned = plan.modules[task.module]
+    digests = _Digests(planned)
+    first_row = task.part * planned.module.rows
+    for start, stop in chunks_of(planned, task, workers):
+        for number, tensor in enumerate(planned.outputs):
+            digests.update(number, target.read(tensor, first_row + start, stop - start))
+    return digests.hexdigest() == expected
+
+
+class _Digests:
+    """A hash for each tensor of a module, so that the result does not depend on how rows were cut into chunks."""
+
+    def __init__(self, planned: PlannedModule) -> None:
+        self._digests = [hashlib.blake2b(digest_size=16) for _ in planned.outputs]
+
+    def update(self, number: int, data: bytes | memoryview) -> None:
+        self._digests[number].update(data)
+
+    def hexdigest(self) -> str:
+        return hashlib.blake2b(b"".join(d.digest() for d in self._digests), digest_size=16).hexdigest()
+
+
+def as_bytes(array: mx.array) -> memoryview:
+    """The bytes of an evaluated array, without a copy where its dtype is one that Python knows."""
+    array = mx.contiguous(array)
+    if array.dtype in (mx.bfloat16, mx.float16):
+        array = array.view(mx.uint16)
+    exported: Any = array
+    return memoryview(exported).cast("B")
+
+
+def _refuse_overflow(rows: mx.array, planned: PlannedModule, plan: Plan, start: int) -> None:
+    if planned.method == "copy" or not mx.isinf(rows).any().item():
+        return
+    raise ConversionError(
+        f"{planned.module.path}: has weights too large for {plan.dtype} (row {start} and after)",
+        hint="Choose another --dtype: bfloat16 or float32.",
+    )
+
+
+def run(work: Callable[[Task], Any], tasks: Iterator[Task], workers: int, done: Callable[[Task, Any], None]) -> None:
+    """Do `work` on every task, a thread for each worker and a stream of MLX's for each thread.
+
+    `done` is called with each task and its result, by one thread at a time. The first error ends it all and is raised
+    here, as is a KeyboardInterrupt; either way no worker is left running.
+    """
+    lock, stop = threading.Lock(), threading.Event()
+    failures: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            with mx.stream(mx.new_stream(mx.cpu)):
+                while not stop.is_set():
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        return
+                    result = work(task)
+                    with lock:
+                        done(task, result)
+        except BaseException as failure:  # carried over to the caller's thread
+            failures.append(failure)
+            stop.set()
+
+    threads = [threading.Thread(target=loop, name=f"convert-{number}", daemon=True) for number in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if failures:
+        raise failures[0]
+
+
+def rows_on_disk(planned: PlannedModule, task: Task, target: TargetFiles, start: int, stop: int) -> list[mx.array]:
+    """What was written for rows `start:stop` of a task's matrix, one array for each tensor."""
+    first_row = task.part * planned.module.rows
+    return [
+        as_array(target.read(tensor, first_row + start, stop - start), tensor.dtype, (stop - start, tensor.shape[-1]))
+        for tensor in planned.outputs
+    ]

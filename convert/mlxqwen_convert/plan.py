@@ -1,0 +1,396 @@
+"""What will be written, decided and checked before a byte of weights is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mlxqwen.checkpoint import Checkpoint, TensorInfo
+from mlxqwen.config import AffineQuantization, ModelConfig
+from mlxqwen.errors import ConfigError, OptionError
+from mlxqwen.json_file import read_json_object
+from mlxqwen_convert.affine import BITS, GROUP_SIZES
+from mlxqwen_convert.errors import ConversionError, SourceError
+from mlxqwen_convert.formats import SourceFormat
+from mlxqwen_convert.layout import MAX_SHARD_BYTES, OutputTensor, Shard, lay_out
+from mlxqwen_convert.names import Module, Part, modules, parts_of
+from mlxqwen_convert.readers import FLOATS, FloatReader, Reader
+from mlxqwen_convert.source_files import SourceFiles
+
+__all__ = ["Method", "Options", "Plan", "PlannedModule", "make_plan"]
+
+Method = str  # "copy", "cast", "dequantize", "quantize", "repack"
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+ROUTER_BITS = 8
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to convert to; see `mlxqwen_convert.convert`."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: str = "auto"
+    lm_head_bits: int | None = None
+    embed_bits: int | None = None
+    keep: tuple[tuple[str, int], ...] = ()
+    quality: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        asked = [("bits", self.bits), ("lm_head_bits", self.lm_head_bits), ("embed_bits", self.embed_bits)]
+        asked += [(f"keep {glob}", bits) for glob, bits in self.keep]
+        for name, bits in asked:
+            if bits is not None and bits not in (16, *BITS):
+                raise OptionError(f"{name}: found {bits}, expected one of 16, 8, 6, 5, 4, 3, 2")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise OptionError(f"group_size: found {self.group_size}, expected 32, 64 or 128")
+        if self.dtype not in ("auto", *DTYPES):
+            raise OptionError(f"dtype: found {self.dtype}, expected auto, {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One module: where it comes from and what becomes of it.
+
+    Args:
+        module: its name, kind and shape.
+        parts: the source's tensors, one part for each matrix.
+        readers: how to read them, one for each part.
+        target: how it will be quantized; None if not.
+        method: "copy", "cast", "dequantize", "quantize" or "repack".
+        outputs: its tensors: the weight and, if quantized, scales and biases.
+    """
+
+    module: Module
+    parts: tuple[Part, ...]
+    readers: tuple[Reader, ...]
+    target: AffineQuantization | None
+    method: Method
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(info.nbytes for part in self.parts for info in part.values())
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes to write."""
+        return sum(tensor.nbytes for tensor in self.outputs)
+
+    @property
+    def source_label(self) -> str:
+        """What it is made of, for tables."""
+        return self.readers[0].label
+
+    @property
+    def target_label(self) -> str:
+        """What it becomes, for tables."""
+        if self.target is None:
+            return self.outputs[0].dtype
+        return f"{self.target.bits}-bit g{self.target.group_size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole conversion.
+
+    Args:
+        folder: of the source.
+        config: the source's, parsed.
+        raw_config: the source's, as it stands in the file.
+        source: the source's format.
+        options: as asked for.
+        target: the quantization that modules have by default; None if none is quantized.
+        dtype: of what stays unquantized and of scales, by safetensors' name.
+        modules: all modules, in the model's order.
+        shards: the files of weights that will be written.
+        notes: a line for each thing that is worth knowing.
+        ignored_head: an `lm_head` that is there though the config ties it to the embeddings.
+    """
+
+    folder: Path
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    source: SourceFormat
+    options: Options
+    target: AffineQuantization | None
+    dtype: str
+    modules: tuple[PlannedModule, ...]
+    shards: tuple[Shard, ...]
+    notes: tuple[str, ...] = ()
+    ignored_head: Part = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model."""
+        return sum(planned.module.parameters for planned in self.modules)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of weights to read."""
+        return sum(planned.source_bytes for planned in self.modules)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of weights to write."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the output, scales and biases included."""
+        return 8 * sum(planned.target_bytes for planned in self.modules) / self.parameters
+
+    def quantization(self) -> dict[str, Any] | None:
+        """What `config.json` says of it: the default, and what single modules do instead."""
+        if self.target is None:
+            return None
+        section: dict[str, Any] = {**_as_dict(self.target), "mode": "affine"}
+        for planned in self.modules:
+            if planned.module.is_matrix and planned.target != self.target:
+                section[planned.module.path] = False if planned.target is None else _as_dict(planned.target)
+        return section
+
+    def fingerprint(self, states: Mapping[Path, tuple[int, int, int]]) -> dict[str, Any]:
+        """What must be the same for a conversion to be resumed: the source's files, the options, the layout."""
+        files = {path.name: list(state) for path, state in states.items()}
+        heads = hashlib.sha256()
+        for shard in self.shards:
+            heads.update(shard.head)
+        for planned in self.modules:
+            heads.update(f"{planned.module.path} {planned.method} {planned.source_label}".encode())
+        options = json.loads(json.dumps(asdict(self.options)))
+        return {"source": str(self.folder.resolve()), "files": files, "options": options, "plan": heads.hexdigest()}
+
+
+def _as_dict(affine: AffineQuantization) -> dict[str, int]:
+    return {"group_size": affine.group_size, "bits": affine.bits}
+
+
+def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+    """Read config, index and headers, match them to the model, and decide what becomes of every module.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedFormatError: the source is not a checkpoint that can be converted.
+        SourceError: its tensors do not fit its config.
+        OptionError: options that make no sense for it.
+        ConversionError: it is already what is asked for; or, with `strict`, a module cannot be quantized.
+    """
+    path = folder / "config.json"
+    raw = read_json_object(path, error=ConfigError)
+    config = ModelConfig.from_dict(raw, source=str(path))
+    source = SourceFormat.of(config, raw, str(path))
+    checkpoint = Checkpoint.open(folder)
+    by_prefix = _by_prefix(checkpoint)
+    files = SourceFiles([])
+    try:
+        found = [(module, *_parts(module, by_prefix, source, files)) for module in modules(config)]
+    finally:
+        files.close()
+    head = by_prefix.get("lm_head", {}) if config.tie_word_embeddings else {}
+    _refuse_unexpected(checkpoint, [part for _, parts, _ in found for part in parts] + [head])
+    if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
+        raise SourceError(
+            f"{path}: says that the weights are {source.label}, found none that are quantized",
+            hint="Download the model again, or check that config.json belongs to these weights.",
+        )
+    notes = [*checkpoint.notes]
+    dtype = _dtype(options, source, checkpoint)
+    target = _default_target(options, source, found)
+    planned = tuple(_planned(*entry, source, target, dtype, options, notes) for entry in found)
+    _refuse_same(folder, source, planned, options)
+    _check_globs(options, planned)
+    _note_head(source, planned, options, notes)
+    shards = lay_out((entry.outputs for entry in planned), max_shard_bytes)
+    placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    planned = tuple(
+        PlannedModule(p.module, p.parts, p.readers, p.target, p.method, tuple(placed[o.name] for o in p.outputs))
+        for p in planned
+    )
+    default = target if any(entry.target is not None for entry in planned) else None
+    return Plan(folder, config, raw, source, options, default, dtype, planned, shards, tuple(notes), head)
+
+
+def _by_prefix(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        prefix, _, word = name.rpartition(".")
+        found.setdefault(prefix, {})[word] = info
+    return found
+
+
+def _parts(
+    module: Module, by_prefix: Mapping[str, Part], source: SourceFormat, files: SourceFiles
+) -> tuple[tuple[Part, ...], tuple[Reader, ...]]:
+    parts = parts_of(module, by_prefix)
+    return parts, tuple(source.reader(module, part, files) for part in parts)
+
+
+def _refuse_unexpected(checkpoint: Checkpoint, parts: list[Part]) -> None:
+    used = {info.name.partition("[")[0] for part in parts for info in part.values()}
+    extra = [name for name in checkpoint.tensors if name not in used and not name.endswith(_IGNORED_SUFFIX)]
+    if extra:
+        shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        raise SourceError(
+            f"{checkpoint.folder}: tensors that config.json has no place for: {shown}",
+            hint="Check that config.json belongs to these weights.",
+        )
+
+
+def _dtype(options: Options, source: SourceFormat, checkpoint: Checkpoint) -> str:
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    if source.is_integer:
+        return "F16"
+    sizes: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        if info.dtype in FLOATS and not name.endswith(("weight_scale_inv", "weight_scale")):
+            sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "BF16"
+
+
+def _default_target(
+    options: Options, source: SourceFormat, found: list[tuple[Module, tuple[Part, ...], tuple[Reader, ...]]]
+) -> AffineQuantization | None:
+    if options.bits == 16:
+        return None
+    own = Counter(reader.own for _, _, readers in found for reader in readers if reader.own is not None)
+    kept = own.most_common(1)[0][0] if own else None
+    bits = options.bits or (kept.bits if kept else source.bits) or (8 if source.name == "fp8" else 4)
+    return AffineQuantization(options.group_size or (kept.group_size if kept else 64), bits)
+
+
+def _planned(
+    module: Module,
+    parts: tuple[Part, ...],
+    readers: tuple[Reader, ...],
+    source: SourceFormat,
+    default: AffineQuantization | None,
+    dtype: str,
+    options: Options,
+    notes: list[str],
+) -> PlannedModule:
+    target = _target(module, readers, source, default, options)
+    if target is not None and module.width % target.group_size:
+        problem = f"{module.path}: is {module.width} wide, which groups of {target.group_size} do not divide"
+        if options.strict:
+            raise ConversionError(problem, hint="Choose another --group-size, or leave --strict out.")
+        notes.append(f"{problem}; it stays unquantized")
+        target = None
+    method = _method(module, parts, readers, target, dtype)
+    if target is not None and method == "quantize" and any("act-order" in reader.label for reader in readers):
+        note = "act-order GPTQ: its inputs are out of order, so it is dequantized and quantized again"
+        if note not in notes:
+            notes.append(note)
+    return PlannedModule(module, parts, readers, target, method, _outputs(module, target, dtype))
+
+
+def _target(
+    module: Module,
+    readers: tuple[Reader, ...],
+    source: SourceFormat,
+    default: AffineQuantization | None,
+    options: Options,
+) -> AffineQuantization | None:
+    if not module.is_matrix:
+        return None
+    bits = None if default is None else default.bits
+    asked = False
+    if module.kind == "embeddings" and options.embed_bits is not None:
+        bits, asked = options.embed_bits, True
+    if module.kind == "lm_head" and options.lm_head_bits is not None:
+        bits, asked = options.lm_head_bits, True
+    for glob, wanted in options.keep:
+        if fnmatchcase(module.path, glob):
+            bits, asked = wanted, True
+    if bits is None or bits == 16:
+        return None
+    # What the makers of an integer checkpoint left alone stays alone, unless somebody asks.
+    is_float = all(isinstance(reader, FloatReader) for reader in readers)
+    if source.is_integer and is_float and not asked:
+        return None
+    if module.kind == "router":
+        bits = max(bits, ROUTER_BITS)
+    group_size = options.group_size or (default.group_size if default else 64)
+    own = readers[0].own
+    if own is not None and options.group_size is None and all(reader.own == own for reader in readers):
+        group_size = own.group_size
+    return AffineQuantization(group_size, bits)
+
+
+def _method(
+    module: Module, parts: tuple[Part, ...], readers: tuple[Reader, ...], target: AffineQuantization | None, dtype: str
+) -> Method:
+    if target is not None:
+        fits = all(
+            reader.own is not None
+            and reader.own.group_size % target.group_size == 0
+            and (reader.own.bits == target.bits or (module.kind == "router" and reader.own.bits < target.bits))
+            for reader in readers
+        )
+        return "repack" if fits else "quantize"
+    if all(isinstance(reader, FloatReader) for reader in readers):
+        return "copy" if all(part["weight"].dtype == dtype for part in parts) else "cast"
+    return "dequantize"
+
+
+def _outputs(module: Module, target: AffineQuantization | None, dtype: str) -> tuple[OutputTensor, ...]:
+    if target is None:
+        return (OutputTensor(f"{module.path}.weight", dtype, module.shape),)
+    *outer, width = module.shape
+    groups = (*outer, width // target.group_size)
+    return (
+        OutputTensor(f"{module.path}.weight", "U32", (*outer, width * target.bits // 32)),
+        OutputTensor(f"{module.path}.scales", dtype, groups),
+        OutputTensor(f"{module.path}.biases", dtype, groups),
+    )
+
+
+def _refuse_same(
+    folder: Path,
+    source: SourceFormat,
+    planned: tuple[PlannedModule, ...],
+    options: Options,
+) -> None:
+    """An MLX folder that would be copied as it is."""
+    if source.name == "mlx" and all(entry.method in ("repack", "copy") for entry in planned):
+        raise ConversionError(
+            f"{folder}: is already MLX-quantized this way ({source.label}), nothing to convert",
+            hint="Use it as it is, or ask for other --bits, --group-size or --dtype.",
+        )
+    is_mlx = all("switch_mlp" in p["weight"].name for e in planned if e.module.kind == "experts" for p in e.parts)
+    if source.name == "float" and options.bits == 16 and is_mlx and all(entry.method == "copy" for entry in planned):
+        raise ConversionError(
+            f"{folder}: is already unquantized in this dtype, nothing to convert",
+            hint="Use it as it is, or ask for other --bits or --dtype.",
+        )
+
+
+def _check_globs(options: Options, planned: tuple[PlannedModule, ...]) -> None:
+    for glob, _ in options.keep:
+        if not any(fnmatchcase(entry.module.path, glob) for entry in planned if entry.module.is_matrix):
+            raise OptionError(
+                f"keep: {glob!r} matches no module", hint=f"Modules are named such as {planned[2].module.path}."
+            )
+
+
+def _note_head(source: SourceFormat, planned: tuple[PlannedModule, ...], options: Options, notes: list[str]) -> None:
+    big = [
+        entry
+        for entry in planned
+        if entry.module.kind in ("embeddings", "lm_head") and entry.target is None and options.bits != 16
+    ]
+    if source.is_integer and big:
+        size = sum(entry.target_bytes for entry in big) / 1e9
+        offer = {"embeddings": "--embed-bits 8", "lm_head": "--lm-head-bits 8"}
+        flags = " ".join(offer[entry.module.kind] for entry in big)
+        notes.append(f"{size:.2f} GB of embeddings and head stay unquantized, as in the source; {flags} halves them")

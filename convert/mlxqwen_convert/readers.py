@@ -1,0 +1,364 @@
+"""One reader for each form that a module's weights come in: what it needs, whether it is sound, its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlxqwen.checkpoint import TensorInfo
+from mlxqwen.config import AffineQuantization
+from mlxqwen_convert import affine, awq, compressed_tensors, fp8, gptq
+from mlxqwen_convert.affine import Packed
+from mlxqwen_convert.errors import SourceError
+from mlxqwen_convert.names import Module, Part
+from mlxqwen_convert.scales import first_true
+from mlxqwen_convert.source_files import SourceFiles
+
+__all__ = [
+    "FLOATS",
+    "AwqReader",
+    "FloatReader",
+    "Fp8Reader",
+    "GptqReader",
+    "MlxReader",
+    "PackedReader",
+    "Reader",
+    "require",
+]
+
+FLOATS = ("BF16", "F16", "F32")
+_AGAIN = "Download the model again, or check that config.json belongs to these weights."
+
+
+class Reader(Protocol):
+    """Rows of one matrix in one format.
+
+    Attributes:
+        label: the format, for tables.
+        own: how the codes can be kept as they are; None where there are no codes.
+    """
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def own(self) -> AffineQuantization | None: ...
+
+    def check_part(self, module: Module, part: Part) -> None:
+        """Raise `SourceError` unless the part has the tensors, dtypes and shapes that the format asks for."""
+        ...
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        """Rows `start:stop` in float32 `[stop - start, width]`; `check` refuses what no quantizer writes."""
+        ...
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        """The rows' own codes as MLX packs them, their scales and biases in `dtype`."""
+        ...
+
+
+def require(module: Module, part: Part, word: str, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise `SourceError` unless `part` has a tensor of one of these dtypes and shapes."""
+    info = part.get(word)
+    if info is None:
+        found = ", ".join(sorted(part)) or "nothing"
+        raise SourceError(f"{module.path}: {word} is missing, found {found}", hint=_AGAIN)
+    if info.dtype not in dtypes:
+        raise SourceError(
+            f"{info.path.name}: {info.name} has dtype {info.dtype}, expected {' or '.join(dtypes)}", hint=_AGAIN
+        )
+    if info.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise SourceError(
+            f"{info.path.name}: {info.name} has shape {list(info.shape)}, expected {expected}", hint=_AGAIN
+        )
+
+
+def allow(part: Part, words: Sequence[str]) -> None:
+    """Raise `SourceError` for a tensor that the format has no place for."""
+    for word, info in part.items():
+        if word not in words:
+            raise SourceError(
+                f"{info.path.name}: {info.name} is a tensor that this format has no place for", hint=_AGAIN
+            )
+
+
+def no_codes(part: Part) -> Packed:
+    info = next(iter(part.values()))
+    raise SourceError(f"{info.name}: has no codes to keep")
+
+
+@dataclass(frozen=True, slots=True)
+class FloatReader:
+    """BF16, F16 or F32 weights."""
+
+    label: str
+    own: None = None
+
+    def check_part(self, module: Module, part: Part) -> None:
+        allow(part, ["weight"])
+        require(module, part, "weight", FLOATS, [(module.rows, module.width) if module.is_matrix else module.shape])
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        info = part["weight"]
+        if len(info.shape) == 1:
+            rows = files.whole(info).reshape(1, -1).astype(mx.float32)
+        else:
+            rows = files.rows(info, start, stop).astype(mx.float32)
+        if check:
+            _check_finite(rows, info, start)
+        return rows
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        return no_codes(part)
+
+
+def _check_finite(rows: mx.array, info: TensorInfo, start: int) -> None:
+    # A sum of squares in float32 could overflow where no weight does; NaN and Inf times zero are NaN.
+    if mx.isnan((rows * 0.0).sum()).item():
+        row, column = first_true(~mx.isfinite(rows))
+        where = [column] if len(info.shape) == 1 else [start + row, column]
+        raise SourceError(
+            f"{info.path.name}: {info.name}: weight {where} is {rows[row, column].item():g}, expected a finite number",
+            hint="The file is damaged. Download the model again, or use another release of it.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Reader:
+    """E4M3 weights with scales by block, or (`block` None) by row or for the whole tensor."""
+
+    block: tuple[int, int] | None
+    scale_word: str
+    label: str = "FP8"
+    own: None = None
+
+    def check_part(self, module: Module, part: Part) -> None:
+        allow(part, ["weight", self.scale_word, "input_scale"])
+        require(module, part, "weight", ["F8_E4M3"], [(module.rows, module.width)])
+        if self.block is None:
+            shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (module.rows,), (module.rows, 1)]
+        else:
+            height, width = self.block
+            shapes = [(-(-module.rows // height), -(-module.width // width))]
+        require(module, part, self.scale_word, FLOATS, shapes)
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        codes = files.rows(part["weight"], start, stop)
+        info = part[self.scale_word]
+        if self.block is None and info.nbytes // mx_itemsize(info) == 1:
+            scale = files.whole(info)
+        else:
+            rows = fp8.scale_rows(start, stop, self.block)
+            scale = files.rows(info, rows.start, rows.stop)
+        if check:
+            fp8.check_rows(codes, scale, self.block, start, name=part["weight"].name, scale_name=info.name)
+        return fp8.dequantize_rows(codes, scale, self.block, start)
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        return no_codes(part)
+
+
+def mx_itemsize(info: TensorInfo) -> int:
+    return 4 if info.dtype == "F32" else 2
+
+
+@dataclass(frozen=True, slots=True)
+class MlxReader:
+    """MLX's own affine groups."""
+
+    own: AffineQuantization
+
+    @property
+    def label(self) -> str:
+        return f"MLX {self.own.bits}-bit g{self.own.group_size}"
+
+    def check_part(self, module: Module, part: Part) -> None:
+        allow(part, ["weight", "scales", "biases"])
+        groups, remainder = divmod(module.width, self.own.group_size)
+        if remainder:
+            raise SourceError(
+                f"{module.path}: is {module.width} wide, which groups of {self.own.group_size} do not divide",
+                hint=_AGAIN,
+            )
+        require(module, part, "weight", ["U32"], [(module.rows, module.width * self.own.bits // 32)])
+        for word in ("scales", "biases"):
+            require(module, part, word, FLOATS, [(module.rows, groups)])
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        packed = self.packed(files, part, start, stop, mx.float32, check=check)
+        return affine.dequantize(packed, self.own.group_size, self.own.bits)
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        weight, scales, biases = (files.rows(part[word], start, stop) for word in ("weight", "scales", "biases"))
+        packed = Packed(weight, scales.astype(dtype), biases.astype(dtype))
+        if check:
+            affine.check(packed, part["weight"].name, start)
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class AwqReader:
+    """AWQ's GEMM layout; rows of the weight are columns of its tensors."""
+
+    group_size: int
+    label: str = "AWQ 4-bit"
+
+    @property
+    def own(self) -> AffineQuantization | None:
+        return _own(self.group_size, 4)
+
+    def check_part(self, module: Module, part: Part) -> None:
+        allow(part, ["qweight", "qzeros", "scales"])
+        groups = _groups(module, self.group_size)
+        require(module, part, "qweight", ["I32"], [(module.width, module.rows // 8)])
+        require(module, part, "qzeros", ["I32"], [(groups, module.rows // 8)])
+        require(module, part, "scales", ["F16", "BF16", "F32"], [(groups, module.rows)])
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        return awq.dequantize(*self._tile(files, part, start, stop, check))
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        return awq.repack(*self._tile(files, part, start, stop, check), dtype)
+
+    def _tile(
+        self, files: SourceFiles, part: Part, start: int, stop: int, check: bool
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        tile = (
+            files.columns(part["qweight"], start // 8, stop // 8),
+            files.columns(part["qzeros"], start // 8, stop // 8),
+            files.columns(part["scales"], start, stop),
+        )
+        if check:
+            awq.check(*tile, name=part["scales"].name, origin=(0, start))
+        return tile
+
+
+@dataclass(frozen=True, slots=True)
+class GptqReader:
+    """GPTQ's layout; rows of the weight are columns of its tensors. `act_order` says that inputs are not in order."""
+
+    group_size: int
+    bits: int
+    zero_offset: int = 1
+    act_order: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"GPTQ {self.bits}-bit" + (" act-order" if self.act_order else "")
+
+    @property
+    def own(self) -> AffineQuantization | None:
+        return None if self.act_order else _own(self.group_size, self.bits)
+
+    def check_part(self, module: Module, part: Part) -> None:
+        allow(part, ["qweight", "qzeros", "scales", "g_idx"])
+        groups, words = _groups(module, self.group_size), 32 // self.bits
+        require(module, part, "qweight", ["I32"], [(module.width // words, module.rows)])
+        require(module, part, "qzeros", ["I32"], [(groups, module.rows // words)])
+        require(module, part, "scales", ["F16", "BF16", "F32"], [(groups, module.rows)])
+        if "g_idx" in part:
+            require(module, part, "g_idx", ["I32"], [(module.width,)])
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        tile = self._tile(files, part, start, stop)
+        g_idx = files.whole(part["g_idx"]) if self.act_order else None
+        if check:
+            self._check(tile, part, g_idx, start)
+        return gptq.dequantize(*tile, self.bits, g_idx, zero_offset=self.zero_offset)
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        tile = self._tile(files, part, start, stop)
+        if check:
+            self._check(tile, part, None, start)
+        return gptq.repack(*tile, self.bits, dtype, zero_offset=self.zero_offset)
+
+    def _tile(self, files: SourceFiles, part: Part, start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:
+        words = 32 // self.bits
+        return (
+            files.columns(part["qweight"], start, stop),
+            files.columns(part["qzeros"], start // words, stop // words),
+            files.columns(part["scales"], start, stop),
+        )
+
+    def _check(self, tile: tuple[mx.array, mx.array, mx.array], part: Part, g_idx: mx.array | None, start: int) -> None:
+        if g_idx is not None:
+            gptq.check_groups(g_idx, len(tile[2]), name=part["g_idx"].name)
+        name, origin = part["scales"].name, (0, start)
+        gptq.check(*tile, self.bits, g_idx, zero_offset=self.zero_offset, name=name, origin=origin)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedReader:
+    """compressed-tensors `pack-quantized`; `group_size` None means one group a row."""
+
+    group_size: int | None
+    bits: int
+    symmetric: bool
+    act_order: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"compressed-tensors int{self.bits}" + (" act-order" if self.act_order else "")
+
+    @property
+    def own(self) -> AffineQuantization | None:
+        if self.act_order:
+            return None
+        return _own(128 if self.group_size is None else self.group_size, self.bits)
+
+    def check_part(self, module: Module, part: Part) -> None:
+        words = ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"]
+        allow(part, words)
+        groups = 1 if self.group_size is None else _groups(module, self.group_size)
+        per_word = 32 // self.bits
+        require(module, part, "weight_packed", ["I32"], [(module.rows, -(-module.width // per_word))])
+        require(module, part, "weight_scale", FLOATS, [(module.rows, groups)])
+        if not self.symmetric:
+            require(module, part, "weight_zero_point", ["I32"], [(-(-module.rows // per_word), groups)])
+        if self.act_order:
+            require(module, part, "weight_g_idx", ["I32"], [(module.width,)])
+
+    def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
+        tile, width = self._tile(files, part, start, stop), self._width(part)
+        g_idx = files.whole(part["weight_g_idx"]) if self.act_order else None
+        if check:
+            if g_idx is not None:
+                gptq.check_groups(g_idx, tile[1].shape[1], name=part["weight_g_idx"].name)
+            compressed_tensors.check(*tile, self.bits, width, g_idx, name=part["weight_scale"].name, row_offset=start)
+        return compressed_tensors.dequantize(*tile, self.bits, width, g_idx)
+
+    def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
+        tile, width = self._tile(files, part, start, stop), self._width(part)
+        if check:
+            compressed_tensors.check(*tile, self.bits, width, name=part["weight_scale"].name, row_offset=start)
+        return compressed_tensors.repack(*tile, self.bits, width, dtype)
+
+    def _width(self, part: Part) -> int:
+        return part["weight_packed"].shape[1] * 32 // self.bits
+
+    def _tile(
+        self, files: SourceFiles, part: Part, start: int, stop: int
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        zeros = None
+        if not self.symmetric:
+            rows = compressed_tensors.zero_point_rows(start, stop, self.bits)
+            zeros = files.rows(part["weight_zero_point"], rows.start, rows.stop)
+        return files.rows(part["weight_packed"], start, stop), files.rows(part["weight_scale"], start, stop), zeros
+
+
+def _own(group_size: int, bits: int) -> AffineQuantization | None:
+    size = affine.repack_group_size(group_size)
+    return None if size is None else AffineQuantization(size, bits)
+
+
+def _groups(module: Module, group_size: int) -> int:
+    groups, remainder = divmod(module.width, group_size)
+    if remainder:
+        raise SourceError(
+            f"{module.path}: is {module.width} wide, which groups of {group_size} do not divide", hint=_AGAIN
+        )
+    return groups
