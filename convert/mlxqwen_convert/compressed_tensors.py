@@ -55,9 +55,7 @@ def dequantize(
 ) -> mx.array:
     """float32 `[rows, width]`; `g_idx` None stands for inputs in order."""
     codes, zeros = unpack(packed, bits)[:, :width], _zeros(zero_point, scale, bits)
-    if g_idx is None:
-        return integer.dequantize(codes, zeros, scale)
-    return integer.dequantize(codes, zeros[:, g_idx], scale[:, g_idx])
+    return integer.dequantize(codes, zeros, scale, g_idx)
 
 
 def check(

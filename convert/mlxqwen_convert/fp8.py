@@ -13,6 +13,9 @@ from mlxqwen_convert.scales import check_scales, first_true, refuse_zero_scales,
 
 __all__ = ["check_rows", "dequantize_rows", "scale_rows"]
 
+# float16 has one bit of exponent more than E4M3, so that its bias is larger by 8.
+_HALF_UNIT = 2.0**8
+
 
 def scale_rows(start: int, stop: int, block: tuple[int, int] | None) -> slice:
     """The rows of a block-wise scale that the weight's rows from `start` up to `stop` need."""
@@ -29,11 +32,11 @@ def dequantize_rows(
         codes: uint8 `[rows, in]`, E4M3 bits as they lie in the file.
         scale: with `block`, the rows `scale_rows(row_offset, row_offset + rows, block)` of it,
             `[·, ceil(in / block[1])]`; without, one for the whole tensor (any shape of one element) or
-            one for each of these rows (`[rows]` or `[rows, 1]`). BF16, F16 or F32.
+            one for each of these rows (`[rows]` or `[rows, 1]`). BF16, F16 or F32, below 2¹²⁰.
         block: height and width of a block.
         row_offset: the tensor's row that `codes` begins with.
     """
-    values, scale = _values(codes), scale.astype(mx.float32)
+    values, scale = _halves(codes).astype(mx.float32), scale.astype(mx.float32) * _HALF_UNIT
     if block is None:
         return values * (scale.reshape(1, 1) if scale.size == 1 else scale.reshape(-1, 1))
     (rows, width), (height, block_width) = codes.shape, block
@@ -71,11 +74,10 @@ def check_rows(
         refuse_zero_scales((scale == 0) & _any_code(codes, scale, block, row_offset), scale_name, origin)
 
 
-def _values(codes: mx.array) -> mx.array:
-    """float32 of E4M3 bits, which are those of a float16 once moved: its exponent is wider and 8 higher."""
-    wide = codes.astype(mx.uint16)
-    halves = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).view(mx.float16)
-    return halves.astype(mx.float32) * 256.0
+def _halves(codes: mx.array) -> mx.array:
+    """float16 of E4M3 bits, in units of `_HALF_UNIT`: both keep sign, exponent and mantissa in this order."""
+    # An arithmetic shift puts the sign into the two highest bits, of which the exponent owns the second.
+    return ((codes.view(mx.int8).astype(mx.int16) << 7) & ~0x4000).view(mx.float16)
 
 
 def _block_of_rows(rows: int, height: int, row_offset: int) -> mx.array:

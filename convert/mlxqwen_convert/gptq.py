@@ -69,9 +69,7 @@ def dequantize(
     """float32 `[out, in]`; `g_idx` None stands for inputs in order."""
     codes, zeros = unpack(qweight.T, bits), _zeros(qzeros, bits, zero_offset)
     columns = mx.contiguous(scales.T)
-    if g_idx is None:
-        return integer.dequantize(codes, zeros, columns)
-    return integer.dequantize(codes, zeros[:, g_idx], columns[:, g_idx])
+    return integer.dequantize(codes, zeros, columns, g_idx)
 
 
 def check(

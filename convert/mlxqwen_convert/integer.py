@@ -42,16 +42,21 @@ def repack(
     return Packed(mx.contiguous(words).view(mx.uint32), mx.contiguous(scales), mx.contiguous(biases))
 
 
-def dequantize(codes: mx.array, zeros: mx.array, scales: mx.array) -> mx.array:
+def dequantize(codes: mx.array, zeros: mx.array, scales: mx.array, g_idx: mx.array | None = None) -> mx.array:
     """float32 `[rows, in]`: `(code − zero) · scale`, the difference exact and the product rounded once.
 
     Args:
         codes: uint8 `[rows, in]`.
-        zeros, scales: `[rows, groups]`; groups divides `in`.
+        zeros, scales: `[rows, groups]`; without `g_idx`, groups divides `in`.
+        g_idx: int `[in]`, the group of each input; None where they are in order.
     """
-    groups = codes.reshape(*scales.shape, -1)
-    centred = groups.astype(mx.float32) - zeros.astype(mx.float32)[..., None]
-    return (centred * scales.astype(mx.float32)[..., None]).reshape(codes.shape)
+    zeros, scales = zeros.astype(mx.float32), scales.astype(mx.float32)
+    if g_idx is None:
+        groups = codes.reshape(*scales.shape, -1).astype(mx.float32)
+        return ((groups - zeros[..., None]) * scales[..., None]).reshape(codes.shape)
+    # inputs as rows, so that groups are fetched as whole rows
+    zeros, scales = (mx.contiguous(part.T)[g_idx] for part in (zeros, scales))
+    return mx.contiguous(((mx.contiguous(codes.T).astype(mx.float32) - zeros) * scales).T)
 
 
 def lost_codes(codes: mx.array, zeros: mx.array, scales: mx.array, g_idx: mx.array | None = None) -> mx.array:

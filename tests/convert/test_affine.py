@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mlxqwen.checkpoint import Checkpoint
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import BITS, GROUP_SIZES, Packed
 from mlxqwen_convert.errors import SourceError
-
-from mlxqwen.checkpoint import Checkpoint
 from tests.convert.encoders import (
     Floats,
     decode_fp8,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlxqwen_convert import affine, awq
 from mlxqwen_convert.errors import SourceError
-
 from tests.convert.encoders import Array, Grouped, encode_awq, quantize_grouped, unpack_affine, unpack_words
 
 Arrays = tuple[mx.array, mx.array, mx.array]
@@ -63,7 +63,7 @@ def test_repacked_weights_are_those_of_the_source(group_size: int) -> None:
     tensors = arrays(encode_awq(grouped))
     for dtype, bound in ((mx.float16, 5e-4), (mx.float32, 1e-7)):
         packed = awq.repack(*tensors, dtype)
-        read = unpack_affine(*(np.array(part) for part in packed), bits=4)
+        read = unpack_affine(np.array(packed.weight), np.array(packed.scales), np.array(packed.biases), 4)
         mlx = np.array(affine.dequantize(packed, group_size, 4))
         for values in (read, mlx):
             assert np.linalg.norm(values - grouped.weight) <= bound * np.linalg.norm(grouped.weight)

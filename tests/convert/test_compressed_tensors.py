@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlxqwen_convert import affine, compressed_tensors
 from mlxqwen_convert.errors import SourceError
-
 from tests.convert.encoders import (
     Grouped,
     encode_compressed_tensors,
@@ -105,7 +105,7 @@ def test_repacked_weights_are_those_of_the_source(bits: int, symmetric: bool, gr
     weight = np.random.default_rng(0).normal(0, 0.02, (40, 512)).astype(np.float32)
     grouped = quantize_grouped(weight, bits, group_size, symmetric=symmetric)
     packed = compressed_tensors.repack(*arrays(grouped, bits, symmetric), bits, 512, mx.float32)
-    read = unpack_affine(*(np.array(part) for part in packed), bits=bits)
+    read = unpack_affine(np.array(packed.weight), np.array(packed.scales), np.array(packed.biases), bits)
     mlx = np.array(affine.dequantize(packed, 128 if group_size == -1 else group_size, bits))
     for values in (read, mlx):
         assert np.linalg.norm(values - grouped.weight) <= 5e-7 * np.linalg.norm(grouped.weight)

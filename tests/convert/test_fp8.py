@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlxqwen_convert import fp8
 from mlxqwen_convert.errors import SourceError
-
 from tests.convert.encoders import Codes, Floats, decode_fp8, encode_fp8, fp8_table, round_to_bf16, round_to_fp8
 
 BLOCK = (128, 128)

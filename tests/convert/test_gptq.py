@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlxqwen_convert import affine, gptq
 from mlxqwen_convert.errors import SourceError
-
 from tests.convert.encoders import Array, Grouped, encode_gptq, quantize_grouped, unpack_affine, unpack_words
 
 Arrays = tuple[mx.array, mx.array, mx.array]
@@ -99,7 +99,7 @@ def test_repacked_weights_are_those_of_the_source(
     tensors = arrays(encode_gptq(grouped, bits, zero_offset=zero_offset))
     for dtype, bound in ((mx.float16, 1e-3), (mx.float32, 5e-7)):
         packed = gptq.repack(*tensors, bits, dtype, zero_offset=zero_offset)
-        read = unpack_affine(*(np.array(part) for part in packed), bits=bits)
+        read = unpack_affine(np.array(packed.weight), np.array(packed.scales), np.array(packed.biases), bits)
         mlx = np.array(affine.dequantize(packed, 128 if group_size == -1 else group_size, bits))
         # a bias is up to 2**bits steps large, so that its rounding weighs more the finer the steps
         assert np.linalg.norm(read - grouped.weight) <= bound * np.linalg.norm(grouped.weight)
