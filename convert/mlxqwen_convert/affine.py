@@ -22,8 +22,8 @@ GROUP_SIZES = (32, 64, 128)
 
 # What MLX takes for the scale of a group whose weights are all alike.
 _SMALLEST_SCALE = 1e-7
-# Adding it rounds a float32 between -2²² and 2²² to an integer, ties to even, which then lies in the low bits.
-_ROUNDING = 1.5 * 2.0**23
+# Adding it rounds a float32 from 0 to 2²² to an integer, ties to even, which then lies in the low bits.
+_ROUNDING = 2.0**23
 # Shares of the range from the least to the greatest weight that the search starts from.
 _SHARES = (1.0, 0.9, 0.8)
 _REFITS = 2
@@ -67,7 +67,7 @@ def quantize(w: mx.array, group_size: int, bits: int, dtype: mx.Dtype, *, search
     scales, biases = _stored(*_full_range(low, high, 2**bits - 1), dtype)
     if search:
         scales, biases = _least_squares(groups, low, high, scales, biases, bits)
-    codes = _rounded_codes(groups, low, high, scales, biases, bits).view(mx.uint32).astype(mx.uint8)
+    codes = _rounded_codes(groups, scales, biases, bits).view(mx.uint32).astype(mx.uint8)
     return Packed(pack(codes.reshape(w.shape), bits), scales, biases)
 
 
@@ -130,17 +130,10 @@ def _extremes(groups: mx.array) -> tuple[mx.array, mx.array]:
     return quarters.min(axis=2).min(axis=-1), quarters.max(axis=2).max(axis=-1)
 
 
-def _rounded_codes(
-    groups: mx.array, low: mx.array, high: mx.array, scales: mx.array, biases: mx.array, bits: int
-) -> mx.array:
+def _rounded_codes(groups: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
     """Codes in float32, `_ROUNDING` added."""
-    scale, bias, top = _wide(scales), _wide(biases), float(2**bits - 1)
-    steps = (groups - bias) / scale
-    # Rounding keeps the order: where the extremes stay on the grid, all weights do, and no pass to clip is needed.
-    ends = (mx.stack([low, high], axis=-1) - bias) / scale
-    if not ((ends >= -0.5) & (ends < top + 0.5)).all().item():
-        steps = mx.minimum(mx.maximum(steps, 0.0), top)
-    return steps + _ROUNDING
+    steps = (groups - _wide(biases)) / _wide(scales)
+    return mx.clip(steps, 0.0, float(2**bits - 1)) + _ROUNDING
 
 
 def _least_squares(
@@ -153,14 +146,14 @@ def _least_squares(
     dtype, top = scales.dtype, 2**bits - 1
     mean = groups.mean(axis=-1)
     centred = groups - mean[..., None]
-    codes = _rounded_codes(groups, low, high, scales, biases, bits) - _ROUNDING
+    codes = _rounded_codes(groups, scales, biases, bits) - _ROUNDING
     least = _group_errors(groups, codes, scales, biases)
     for share in _SHARES if bits in _COARSE_BITS else (1.0,):
         reach = (high - low) * (share / 2)
         middle = low + (high - low) / 2
         trial = _stored(mx.maximum(2 * reach / top, _SMALLEST_SCALE), middle - reach, dtype)
         for _ in range(1 + (_REFITS if bits in _COARSE_BITS else 1)):
-            codes = _rounded_codes(groups, low, high, *trial, bits) - _ROUNDING
+            codes = _rounded_codes(groups, *trial, bits) - _ROUNDING
             error = _group_errors(groups, codes, *trial)
             better = error < least
             least = mx.where(better, error, least)
