@@ -32,7 +32,7 @@ __all__ = ["PARTIAL_SUFFIX", "Progress", "TargetFiles", "Task", "cores", "run", 
 
 PARTIAL_SUFFIX = ".part"
 # Weights that all workers together have in their hands; what bounds the converter's memory.
-WEIGHTS_IN_FLIGHT = 1 << 20
+WEIGHTS_IN_FLIGHT = 1 << 19
 # Weights of one task: what is done again, at worst, by each worker after an interruption.
 WEIGHTS_PER_TASK = 1 << 22
 # Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.

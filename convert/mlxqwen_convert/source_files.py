@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -24,7 +25,8 @@ _MLX_DTYPES = {
 
 def as_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """An MLX array of bytes as they lie in a safetensors file; FP8 comes as uint8."""
-    return mx.array(memoryview(data)).view(_MLX_DTYPES[dtype]).reshape(shape)
+    buffer: Any = data
+    return mx.array(buffer).view(_MLX_DTYPES[dtype]).reshape(shape)
 
 
 class SourceFiles:

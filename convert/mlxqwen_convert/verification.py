@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -136,5 +137,5 @@ def _compare_packed(expected: mx.array, packed: Packed, planned: PlannedModule, 
     if planned.method != "repack":
         # A search gives up the ends of the range for a smaller error in all.
         reach = reach + mx.abs(scales) * (1.0 if plan.options.quality else 0.5)
-    (bound,) = mx.square(reach).sum(axis=-1).sum(keepdims=True).tolist()
+    bound: Any = mx.square(reach).sum(axis=-1).sum().item()
     return ModuleError(error, norm, bound * group_size)
