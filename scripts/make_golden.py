@@ -152,7 +152,14 @@ def _rest(case: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in case.items() if key != "messages"}
 
 
-GOLDEN_FILES = {"chat_template": chat_template}
+def convert() -> dict[str, Any]:
+    """Weights quantized by other libraries, one safetensors file each in tests/golden/convert/, and their hashes."""
+    import golden_convert
+
+    return golden_convert.write_convert(GOLDEN / "convert")
+
+
+GOLDEN_FILES = {"chat_template": chat_template, "convert": convert}
 
 
 def main() -> None:
