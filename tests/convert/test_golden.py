@@ -65,8 +65,9 @@ def test_restored_as_by_its_own_library(name: str) -> None:
     assert hashlib.sha256(rows.astype("<f4").tobytes()).hexdigest() == case["sha256"]
     packed = repacked(case, tensors)
     if packed is not None:
-        read = unpack_affine(*map(np.array, packed), case.get("bits", 4))
-        assert np.abs(read - rows).max() <= 3e-7 * np.abs(np.array(packed.biases)).max()
+        weight, scales, biases = (np.array(part) for part in packed)
+        read = unpack_affine(weight, scales, biases, case.get("bits", 4))
+        assert np.abs(read - rows).max() <= 3e-7 * np.abs(biases).max()
 
 
 def test_inputs_of_act_order_are_recognized() -> None:
