@@ -202,7 +202,7 @@ def _e4m3(start: int, count: int) -> mx.array:
 
 
 def _words(start: int, count: int) -> mx.array:
-    return mx.random.bits((count,)).view(mx.int32)
+    return mx.random.randint(0, 256, (4 * count,)).astype(mx.uint8).view(mx.int32)
 
 
 def _in_order(start: int, count: int) -> mx.array:

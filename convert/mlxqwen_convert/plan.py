@@ -367,7 +367,8 @@ def _refuse_same(
             f"{folder}: is already MLX-quantized this way ({source.label}), nothing to convert",
             hint="Use it as it is, or ask for other --bits, --group-size or --dtype.",
         )
-    is_mlx = all("switch_mlp" in p["weight"].name for e in planned if e.module.kind == "experts" for p in e.parts)
+    experts = [part for entry in planned if entry.module.kind == "experts" for part in entry.parts]
+    is_mlx = all("switch_mlp" in info.name for part in experts for info in part.values())
     if source.name == "float" and options.bits == 16 and is_mlx and all(entry.method == "copy" for entry in planned):
         raise ConversionError(
             f"{folder}: is already unquantized in this dtype, nothing to convert",

@@ -1,0 +1,325 @@
+"""Whole conversions: every format to every target, against independent decoders and both loaders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+from mlxqwen_convert import convert
+from mlxqwen_convert.layout import lay_out
+from mlxqwen_convert.plan import Options, make_plan
+
+from mlxqwen.checkpoint import Checkpoint
+from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.loading import load_model
+from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, Source, make_source
+from tests.convert.encoders import Floats, unpack_affine, unpack_words
+
+TOKENS = [[3, 17, 90, 5, 41, 77, 2, 150]]
+
+
+def arrays(folder: Path) -> dict[str, Any]:
+    """NumPy arrays of a folder's tensors; BF16 widened."""
+    found = {}
+    for name, array in Checkpoint.open(folder).arrays().items():
+        found[name] = np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+    return found
+
+
+def mlx_name(name: str) -> tuple[str, int | None]:
+    """Where MLX keeps a published weight: its module, and which expert of it."""
+    if ".experts." not in name:
+        return name, None
+    block, _, rest = name.partition(".experts.")
+    expert, _, projection = rest.partition(".")
+    return f"{block}.switch_mlp.{projection}", int(expert)
+
+
+def restored(tensors: dict[str, Any], config: dict[str, Any], name: str) -> Floats:
+    """A published weight as the output has it, by NumPy."""
+    module, expert = mlx_name(name)
+    words = {w: tensors[f"{module}.{w}"] for w in ("weight", "scales", "biases") if f"{module}.{w}" in tensors}
+    if expert is not None:
+        words = {word: array[expert] for word, array in words.items()}
+    if "scales" not in words:
+        return words["weight"].astype(np.float32)
+    own = config["quantization"].get(module, config["quantization"])
+    return unpack_affine(words["weight"], words["scales"], words["biases"], own["bits"])
+
+
+def logits_of_both(folder: Path) -> tuple[mx.array, mx.array]:
+    """By mlxqwen and by mlx-lm, both in float32."""
+    ours = load_model(folder, dtype="float32")
+    theirs, _ = mlx_lm.utils.load_model(folder)
+    theirs.set_dtype(mx.float32)
+    tokens = mx.array(TOKENS)
+    return ours(tokens), theirs(tokens)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_becomes_what_it_means(tmp_path: Path, form: str, config: dict[str, Any]) -> None:
+    source = make_source(tmp_path / "in", form, config).write(shards=3)
+    report = convert(source.folder, tmp_path / "out")
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    bits = written["quantization"]["bits"]
+    assert bits == (8 if form in ("gptq8", "int8") or "fp8" in form else 4)
+    assert written["quantization_config"] == written["quantization"]
+    assert written["torch_dtype"] == {"f32": "float32", "f16": "float16"}.get(
+        form, "float16" if form in INTEGERS else "bfloat16"
+    )
+    # a step of the coarsest grid, for what is quantized anew; the rounding of a bias for what is repacked
+    limit = 2e-3 if form in INTEGERS else 0.13 if bits == 4 else 0.01
+    for name, meaning in source.meaning.items():
+        found = restored(tensors, written, name)
+        assert found.shape == meaning.shape
+        error = np.linalg.norm(found - meaning) / np.linalg.norm(meaning)
+        assert error <= limit, name
+        if name in source.codes:
+            module, expert = mlx_name(name)
+            words = tensors[f"{module}.weight"] if expert is None else tensors[f"{module}.weight"][expert]
+            assert np.array_equal(unpack_words(words, bits, meaning.shape[1]), source.codes[name].codes)
+    assert report.verified
+    ours, theirs = logits_of_both(tmp_path / "out")
+    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_16_bits_in_float32_are_exact(tmp_path: Path, form: str) -> None:
+    source = make_source(tmp_path / "in", form, MOE).write()
+    report = convert(source.folder, tmp_path / "out", bits=16, dtype="float32")
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization" not in written
+    assert "quantization_config" not in written
+    for name, meaning in source.meaning.items():
+        assert np.array_equal(restored(tensors, written, name), meaning), name
+    assert all(row.relative_error == 0 for row in report.kinds)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
+def test_floats_never_lose_more_than_mlx_would(tmp_path: Path, bits: int) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    convert(source.folder, tmp_path / "out", bits=bits)
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    for name, meaning in source.meaning.items():
+        if meaning.ndim == 1:
+            continue
+        packed = mx.quantize(mx.array(meaning).astype(mx.bfloat16), group_size=64, bits=bits)
+        theirs = mx.dequantize(
+            *[part if i == 0 else part.astype(mx.float32) for i, part in enumerate(packed)], 64, bits
+        )
+        ours = np.linalg.norm(restored(tensors, written, name) - meaning)
+        assert ours <= np.linalg.norm(np.array(theirs) - meaning) * (1 + 1e-6), name
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_other_groups_are_repacked(tmp_path: Path, form: str, group_size: int) -> None:
+    source = make_source(tmp_path / "in", form, group_size=group_size).write()
+    convert(source.folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["quantization"]["group_size"] == group_size
+    tensors = arrays(tmp_path / "out")
+    for name, grouped in source.codes.items():
+        assert np.array_equal(unpack_words(tensors[f"{name}.weight"], 4, grouped.codes.shape[1]), grouped.codes)
+        assert np.array_equal(tensors[f"{name}.scales"], grouped.scales)
+
+
+def test_smaller_groups_repeat_the_scales(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "awq", group_size=128).write()
+    report = convert(source.folder, tmp_path / "out", group_size=32)
+    tensors = arrays(tmp_path / "out")
+    for name, grouped in source.codes.items():
+        assert np.array_equal(tensors[f"{name}.scales"], np.repeat(grouped.scales, 4, axis=1))
+        assert np.array_equal(unpack_words(tensors[f"{name}.weight"], 4, grouped.codes.shape[1]), grouped.codes)
+    assert {row.method for row in report.kinds} == {"repack", "copy"}
+
+
+def test_a_packed_router_keeps_its_codes_in_eight_bits(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "awq", MOE, packed_router=True).write()
+    convert(source.folder, tmp_path / "out")
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    for layer in range(2):
+        router = f"model.layers.{layer}.mlp.gate"
+        assert written["quantization"][router] == {"group_size": 64, "bits": 8}
+        codes = unpack_words(tensors[f"{router}.weight"], 8, 128)
+        assert np.array_equal(codes, source.codes[router].codes)
+    ours, theirs = logits_of_both(tmp_path / "out")
+    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+
+
+def test_integer_sources_at_other_bits_are_quantized_from_their_floats(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "awq").write()
+    report = convert(source.folder, tmp_path / "out", bits=8)
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    for name in source.codes:
+        meaning = source.meaning[name]
+        error = np.linalg.norm(restored(tensors, written, name) - meaning) / np.linalg.norm(meaning)
+        assert error < 0.01
+    assert {row.method for row in report.kinds} == {"quantize", "copy"}
+
+
+def test_act_order_is_quantized_again_and_says_so(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "gptq")
+    name = "model.layers.0.mlp.up_proj"
+    order = np.random.default_rng(1).permutation(128)
+    groups = (np.arange(128) // 64)[order]
+    from tests.convert import encoders
+    from tests.convert.checkpoints import numbers
+
+    grouped = encoders.quantize_grouped(numbers(name, (256, 128)), 4, 64, groups=groups)
+    grouped = encoders.Grouped(grouped.codes, np.maximum(grouped.zeros, 1), grouped.scales, grouped.groups)
+    for word, array in encoders.encode_gptq(grouped, 4).items():
+        source.stored[f"{name}.{word}"] = (source.stored[f"{name}.{word}"][0], array)
+    source.write()
+    report = convert(source.folder, tmp_path / "out")
+    assert any("act-order" in note for note in report.notes)
+    assert report.modules[name]["method"] == "quantize"
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    error = np.linalg.norm(restored(tensors, written, name) - grouped.weight) / np.linalg.norm(grouped.weight)
+    assert error < 0.13
+
+
+def test_overrides_reach_both_loaders(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16", MOE).write()
+    convert(
+        source.folder,
+        tmp_path / "out",
+        bits=3,
+        keep={"*.down_proj": 8, "*.0.self_attn.*": 16, "*.mlp.gate": 2},
+        lm_head_bits=6,
+        embed_bits=5,
+    )
+    section = json.loads((tmp_path / "out/config.json").read_text())["quantization"]
+    assert section["lm_head"]["bits"] == 6
+    assert section["model.embed_tokens"]["bits"] == 5
+    assert section["model.layers.1.mlp.switch_mlp.down_proj"]["bits"] == 8
+    assert section["model.layers.0.self_attn.q_proj"] is False
+    assert section["model.layers.0.mlp.gate"]["bits"] == 8, "the router is never below 8 bits"
+    ours, theirs = logits_of_both(tmp_path / "out")
+    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+
+
+def test_fused_experts_are_the_same_as_separate_ones(tmp_path: Path) -> None:
+    separate = make_source(tmp_path / "in", "bf16", MOE).write()
+    fused = Source(tmp_path / "fused", separate.config, {})
+    for name, stored in separate.stored.items():
+        if ".experts." not in name:
+            fused.stored[name] = stored
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp.experts"
+        words = {
+            p: np.stack([separate.stored[f"{at}.{e}.{p}.weight"][1] for e in range(8)])
+            for p in ("gate_proj", "up_proj", "down_proj")
+        }
+        fused.stored[f"{at}.gate_up_proj"] = ("BF16", np.concatenate([words["gate_proj"], words["up_proj"]], axis=1))
+        fused.stored[f"{at}.down_proj"] = ("BF16", words["down_proj"])
+    fused.write()
+    convert(separate.folder, tmp_path / "a")
+    convert(fused.folder, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_mlx_folders_are_quantized_again(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16", MOE).write()
+    convert(source.folder, tmp_path / "eight", bits=8)
+    report = convert(tmp_path / "eight", tmp_path / "four", bits=4)
+    assert report.source_format == "MLX 8-bit"
+    ours, theirs = logits_of_both(tmp_path / "four")
+    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+
+
+def test_searching_for_scales_helps(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    plain = convert(source.folder, tmp_path / "plain", bits=3)
+    better = convert(source.folder, tmp_path / "better", bits=3, quality=True)
+    for name, facts in plain.modules.items():
+        if facts["method"] == "quantize":
+            assert better.modules[name]["relative_error"] < facts["relative_error"], name
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
+def test_the_demo_model_in_both_loaders(tmp_path: Path, bits: int) -> None:
+    convert(DEMO_FOLDER, tmp_path / "out", bits=bits)
+    ours, theirs = logits_of_both(tmp_path / "out")
+    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (DEMO_FOLDER / name).read_bytes()
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_there_though_tied(tmp_path: Path, equal: bool) -> None:
+    source = make_source(tmp_path / "in", "bf16", {**DENSE, "tie_word_embeddings": True})
+    dtype, embeddings = source.stored["model.embed_tokens.weight"]
+    head = embeddings.copy()
+    if not equal:
+        head[100, 100] ^= 1
+    source.stored["lm_head.weight"] = (dtype, head)
+    source.write()
+    report = convert(source.folder, tmp_path / "out")
+    assert any(("equals" if equal else "differs") in note for note in report.notes)
+    assert not any(name.startswith("lm_head") for name in Checkpoint.open(tmp_path / "out").tensors)
+
+
+def test_what_is_copied_and_what_never_is(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16")
+    source.config["auto_map"] = {"AutoModel": "modeling_evil.Model"}
+    source.write()
+    convert(source.folder, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "conversion_report.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+    ]
+    assert "auto_map" not in (tmp_path / "out/config.json").read_text()
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
+
+
+def test_shards_are_bounded_and_loaders_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "in", "bf16", MOE).write()
+    convert(source.folder, tmp_path / "one")
+    monkeypatch.setattr("mlxqwen_convert.plan.lay_out", lambda tensors, _: lay_out(tensors, 200_000))
+    convert(source.folder, tmp_path / "many")
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(path.stat().st_size < 260_000 for path in shards)
+    one, many = arrays(tmp_path / "one"), arrays(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name], many[name]) for name in one)
+    logits_of_both(tmp_path / "many")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 8192)
+    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_IN_FLIGHT", 16384)
+    source = make_source(tmp_path / "in", "gptq", MOE).write()
+    convert(source.folder, tmp_path / "a", workers=workers)
+    monkeypatch.undo()
+    convert(source.folder, tmp_path / "b", workers=1)
+    for path in (tmp_path / "a").iterdir():
+        if path.name not in ("README.md",):
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8", MOE).write()
+    before = {path: path.stat().st_atime_ns for path in source.folder.iterdir()}
+    report = convert(source.folder, tmp_path / "out", dry_run=True)
+    assert not report.output
+    assert list(tmp_path.iterdir()) == [source.folder]
+    assert before.keys() == {path: 0 for path in source.folder.iterdir()}.keys()
+    plan = make_plan(source.folder, Options())
+    assert plan.target_bytes == report.target_bytes
+    convert(source.folder, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_size == plan.target_bytes
