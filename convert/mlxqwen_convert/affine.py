@@ -177,8 +177,9 @@ def _fitted(
     """
     code_mean = codes.mean(axis=-1)
     spread = mx.square(codes).sum(axis=-1) - codes.shape[-1] * mx.square(code_mean)
-    slope = (codes * centred).sum(axis=-1) / mx.maximum(spread, 0.25)
-    usable = (spread > 0.25) & (mx.abs(slope) > _SMALLEST_SCALE)
+    # Codes that are not all equal spread by more than a half; over those that are, the product sums to nothing.
+    slope = (codes * centred).sum(axis=-1) / mx.maximum(spread, 0.5)
+    usable = mx.abs(slope) > _SMALLEST_SCALE
     scale = mx.where(usable, slope, fallback[0].astype(mx.float32))
     return scale, mx.where(usable, mean - slope * code_mean, fallback[1].astype(mx.float32))
 

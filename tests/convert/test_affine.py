@@ -42,6 +42,7 @@ def random_weight(kind: str, rows: int = 48, width: int = 512, seed: int = 0) ->
         "one-sided": lambda: rng.normal(1, 0.01, (rows, width)),
         "sparse": lambda: rng.normal(0, 0.02, (rows, width)) * (rng.random((rows, width)) < 0.05),
         "tiny": lambda: rng.normal(0, 1e-7, (rows, width)),
+        "tinier": lambda: rng.normal(0, 1e-10, (rows, width)),
         "large": lambda: rng.normal(0, 300, (rows, width)),
         "constant": lambda: np.full((rows, width), -0.37),
         "zero": lambda: np.zeros((rows, width)),
@@ -49,7 +50,7 @@ def random_weight(kind: str, rows: int = 48, width: int = 512, seed: int = 0) ->
     return round_to_bf16(draws[kind]())
 
 
-KINDS = ("gaussian", "heavy-tailed", "one-sided", "sparse", "tiny", "large", "constant", "zero")
+KINDS = ("gaussian", "heavy-tailed", "one-sided", "sparse", "tiny", "tinier", "large", "constant", "zero")
 
 
 def restored(packed: Packed, bits: int) -> Floats:
@@ -104,6 +105,22 @@ def test_no_tensor_is_worse_than_by_mlx(bits: int, group_size: int, kind: str) -
         noise = 1e-6 * errors[0]
         assert errors[1] <= errors[0] + noise
         assert errors[2] <= errors[1] + noise
+        groups = weight.reshape(12, -1, group_size)
+        by_group = [
+            np.square(restored(packed, bits).reshape(groups.shape) - groups).sum(-1) for packed in (ours, searched)
+        ]
+        assert (by_group[1] <= by_group[0] * (1 + 1e-4) + 1e-12 * np.square(groups).sum(-1)).all()
+        assert mx.all(searched.scales != 0).item()
+
+
+@every_form
+def test_scales_and_biases_are_those_of_mlx(bits: int, group_size: int) -> None:
+    for kind in KINDS:
+        weight = mx.array(random_weight(kind, rows=4))
+        _, scales, biases = mx.quantize(weight, group_size, bits)
+        ours = affine.quantize(weight, group_size, bits, mx.bfloat16)
+        assert mx.array_equal(ours.scales, scales.astype(mx.bfloat16))
+        assert mx.array_equal(ours.biases, biases.astype(mx.bfloat16))
 
 
 @given(

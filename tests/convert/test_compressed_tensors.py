@@ -131,11 +131,11 @@ def test_row_chunks_do_not_matter(bits: int, chunks: list[int], ragged: int) -> 
         start = rows.stop
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, -1e-3])
 def test_bad_scales_are_named(value: float) -> None:
     packed, scale, zero_point = arrays(random_grouped(np.random.default_rng(0), 4, 16, 3, 32, False), 4, False)
     scale[9, 2] = value
-    with pytest.raises(SourceError, match=rf"^x\.weight_scale: scale \[89, 2\] is {value:g}"):
+    with pytest.raises(SourceError, match=rf"^x\.weight_scale: scale \[89, 2\] is {value:.2g}"):
         compressed_tensors.check(packed, scale, zero_point, 4, 96, name="x.weight_scale", row_offset=80)
 
 
