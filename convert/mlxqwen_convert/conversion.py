@@ -15,9 +15,10 @@ import mlx.core as mx
 
 import mlxqwen
 from mlxqwen.checkpoint import TensorInfo
+from mlxqwen.errors import MlxqwenError
 from mlxqwen.hub import resolve_model
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
-from mlxqwen_convert.errors import DiskFullError, OutputError, SourceError, VerificationError
+from mlxqwen_convert.errors import DiskFullError, OutputError
 from mlxqwen_convert.layout import INDEX_NAME, index_of
 from mlxqwen_convert.model_card import model_card
 from mlxqwen_convert.partial import PartialFolder, exists
@@ -104,7 +105,8 @@ def convert(
     plan = make_plan(folder, options)
     if dry_run:
         return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
-    job = _Job(plan, target, str(source), workers or cores(), progress or _silent)
+    hub_id = None if os.path.isdir(Path(source).expanduser()) else str(source)
+    job = _Job(plan, target, hub_id, workers or cores(), progress or _silent)
     return job.run(verify_it=verify, resume=resume, started=started)
 
 
@@ -127,7 +129,7 @@ def check_output(folder: Path, target: Path) -> None:
 class _Job:
     plan: Plan
     output: Path
-    source_name: str
+    hub_id: str | None
     workers: int
     progress: Progress
 
@@ -145,7 +147,9 @@ class _Job:
             report = _report(plan, self.output, errors, seconds, resumed=resumed, verified=verify_it, more=notes)
             self._finish(partial, report, files)
             return report
-        except (SourceError, VerificationError):
+        except OutputError:
+            raise
+        except MlxqwenError:
             partial.discard()  # going on would end in the same error
             raise
         finally:
@@ -208,7 +212,7 @@ class _Job:
         copy_companions(plan.folder, partial.path)
         partial.write_text(INDEX_NAME, index_of(plan.shards, plan.parameters))
         partial.write_text(REPORT_NAME, json.dumps(report.lasting(), indent=1, ensure_ascii=False) + "\n")
-        partial.write_text("README.md", model_card(plan, report, self.output.name, self.source_name))
+        partial.write_text("README.md", model_card(plan, report, self.output.name, self.hub_id))
         files.check_unchanged()
         for shard in plan.shards:
             try:

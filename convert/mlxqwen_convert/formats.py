@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -80,10 +80,13 @@ class SourceFormat:
             raise _unsupported(source, method)
         return readers[method](keys)
 
-    def reader(self, module: Module, part: Part, files: SourceFiles) -> Reader:
-        """The reader for one matrix, checked against it. Raises `SourceError`."""
+    def reader(self, module: Module, index: int, part: Part, files: SourceFiles) -> Reader:
+        """The reader for matrix number `index` of a module, checked against it. Raises `SourceError`."""
+        named = replace(module, path=f"{module.path}[{index}]") if module.kind == "experts" else module
+        if not part:
+            raise SourceError(f"{named.path}: its weights are missing", hint=_AGAIN)
         reader = self._reader(module, part, files)
-        reader.check_part(module, part)
+        reader.check_part(named, part)
         return reader
 
     def _reader(self, module: Module, part: Part, files: SourceFiles) -> Reader:
@@ -91,8 +94,6 @@ class SourceFormat:
         if weight is not None and weight.dtype in FLOATS and not _scale_words(part):
             return FloatReader(weight.dtype)
         found = _stored_as(part)
-        if weight is None and not found and not part:
-            raise SourceError(f"{module.path}: its weights are missing", hint=_AGAIN)
         alike = {found, self.name} == {"awq", "gptq"}  # GPTQ without g_idx looks like AWQ until shapes are compared
         if found and found != self.name and not alike:
             raise SourceError(f"{module.path}: is stored as {found}, config.json says {self.label}", hint=_AGAIN)

@@ -60,7 +60,7 @@ class Task:
     @property
     def key(self) -> str:
         """Its name in the journal."""
-        return f"{self.module}.{self.part}.{self.start}"
+        return f"{self.module}.{self.part}.{self.start}-{self.stop}"
 
 
 def tasks_of(plan: Plan) -> Iterator[Task]:

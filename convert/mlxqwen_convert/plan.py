@@ -232,7 +232,7 @@ def _parts(
     module: Module, by_prefix: Mapping[str, Part], source: SourceFormat, files: SourceFiles
 ) -> tuple[tuple[Part, ...], tuple[Reader, ...]]:
     parts = parts_of(module, by_prefix)
-    return parts, tuple(source.reader(module, part, files) for part in parts)
+    return parts, tuple(source.reader(module, index, part, files) for index, part in enumerate(parts))
 
 
 def _refuse_unexpected(checkpoint: Checkpoint, parts: list[Part]) -> None:

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from mlxqwen_convert import convert
-from mlxqwen_convert.layout import lay_out
-from mlxqwen_convert.plan import Options, make_plan
 
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.loading import load_model
+from mlxqwen_convert import convert
+from mlxqwen_convert.layout import lay_out
+from mlxqwen_convert.plan import Options, make_plan
 from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, Source, make_source
 from tests.convert.encoders import Floats, unpack_affine, unpack_words
 
@@ -52,13 +52,14 @@ def restored(tensors: dict[str, Any], config: dict[str, Any], name: str) -> Floa
     return unpack_affine(words["weight"], words["scales"], words["biases"], own["bits"])
 
 
-def logits_of_both(folder: Path) -> tuple[mx.array, mx.array]:
-    """By mlxqwen and by mlx-lm, both in float32."""
+def assert_both_loaders_agree(folder: Path) -> None:
+    """The same logits by mlxqwen and by mlx-lm, both in float32."""
     ours = load_model(folder, dtype="float32")
     theirs, _ = mlx_lm.utils.load_model(folder)
     theirs.set_dtype(mx.float32)
     tokens = mx.array(TOKENS)
-    return ours(tokens), theirs(tokens)
+    mine, other = np.array(ours(tokens)), np.array(theirs(tokens))
+    assert np.abs(mine - other).max() <= 1e-4 * np.abs(other).max()
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
@@ -85,8 +86,7 @@ def test_every_format_becomes_what_it_means(tmp_path: Path, form: str, config: d
             words = tensors[f"{module}.weight"] if expert is None else tensors[f"{module}.weight"][expert]
             assert np.array_equal(unpack_words(words, bits, meaning.shape[1]), source.codes[name].codes)
     assert report.verified
-    ours, theirs = logits_of_both(tmp_path / "out")
-    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    assert_both_loaders_agree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -149,8 +149,7 @@ def test_a_packed_router_keeps_its_codes_in_eight_bits(tmp_path: Path) -> None:
         assert written["quantization"][router] == {"group_size": 64, "bits": 8}
         codes = unpack_words(tensors[f"{router}.weight"], 8, 128)
         assert np.array_equal(codes, source.codes[router].codes)
-    ours, theirs = logits_of_both(tmp_path / "out")
-    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    assert_both_loaders_agree(tmp_path / "out")
 
 
 def test_integer_sources_at_other_bits_are_quantized_from_their_floats(tmp_path: Path) -> None:
@@ -201,8 +200,7 @@ def test_overrides_reach_both_loaders(tmp_path: Path) -> None:
     assert section["model.layers.1.mlp.switch_mlp.down_proj"]["bits"] == 8
     assert section["model.layers.0.self_attn.q_proj"] is False
     assert section["model.layers.0.mlp.gate"]["bits"] == 8, "the router is never below 8 bits"
-    ours, theirs = logits_of_both(tmp_path / "out")
-    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    assert_both_loaders_agree(tmp_path / "out")
 
 
 def test_fused_experts_are_the_same_as_separate_ones(tmp_path: Path) -> None:
@@ -230,8 +228,7 @@ def test_mlx_folders_are_quantized_again(tmp_path: Path) -> None:
     convert(source.folder, tmp_path / "eight", bits=8)
     report = convert(tmp_path / "eight", tmp_path / "four", bits=4)
     assert report.source_format == "MLX 8-bit"
-    ours, theirs = logits_of_both(tmp_path / "four")
-    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    assert_both_loaders_agree(tmp_path / "four")
 
 
 def test_searching_for_scales_helps(tmp_path: Path) -> None:
@@ -246,8 +243,7 @@ def test_searching_for_scales_helps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 def test_the_demo_model_in_both_loaders(tmp_path: Path, bits: int) -> None:
     convert(DEMO_FOLDER, tmp_path / "out", bits=bits)
-    ours, theirs = logits_of_both(tmp_path / "out")
-    assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()
+    assert_both_loaders_agree(tmp_path / "out")
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (DEMO_FOLDER / name).read_bytes()
 
@@ -296,7 +292,7 @@ def test_shards_are_bounded_and_loaders_follow(tmp_path: Path, monkeypatch: pyte
     one, many = arrays(tmp_path / "one"), arrays(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(np.array_equal(one[name], many[name]) for name in one)
-    logits_of_both(tmp_path / "many")
+    assert_both_loaders_agree(tmp_path / "many")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -318,7 +314,7 @@ def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
     report = convert(source.folder, tmp_path / "out", dry_run=True)
     assert not report.output
     assert list(tmp_path.iterdir()) == [source.folder]
-    assert before.keys() == {path: 0 for path in source.folder.iterdir()}.keys()
+    assert before.keys() == dict.fromkeys(source.folder.iterdir(), 0).keys()
     plan = make_plan(source.folder, Options())
     assert plan.target_bytes == report.target_bytes
     convert(source.folder, tmp_path / "out")
