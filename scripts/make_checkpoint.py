@@ -130,7 +130,7 @@ def make_checkpoint(
     mx.random.seed(seed)
     tensors = [tensor for module in modules(ModelConfig.from_dict(config)) for tensor in _tensors(module, form)]
     shards = _shards(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         _write(folder / name, shard)

@@ -83,7 +83,7 @@ class Source:
         if shards == 1:
             write_safetensors(self.folder / "model.safetensors", self.stored)
             return self
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
             part = names[shard::shards]

@@ -249,8 +249,8 @@ def test_a_width_that_groups_do_not_divide(tmp_path: Path) -> None:
 def test_mlx_folders_that_are_already_so(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "bf16").write()
     convert(source.folder, tmp_path / "mlx", bits=4)
-    options: dict[str, Any]
-    for options in ({}, {"bits": 4}, {"bits": 4, "group_size": 64}):
+    same: list[dict[str, Any]] = [{}, {"bits": 4}, {"bits": 4, "group_size": 64}]
+    for options in same:
         with pytest.raises(ConversionError, match="already MLX-quantized"):
             convert(tmp_path / "mlx", tmp_path / "out", **options)
 
