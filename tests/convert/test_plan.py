@@ -77,7 +77,8 @@ def test_fingerprints_tell_options_apart(tmp_path: Path) -> None:
     assert prints[0] == json.dumps(make_plan(folder, Options()).fingerprint({}), sort_keys=True)
 
 
-SIZES = st.lists(st.lists(st.tuples(st.sampled_from(["U32", "F32", "BF16", "F16"]), st.integers(1, 40)), min_size=1, max_size=3), min_size=1, max_size=20)  # fmt: skip
+TENSOR = st.tuples(st.sampled_from(["U32", "F32", "BF16", "F16"]), st.integers(1, 40))
+SIZES = st.lists(st.lists(TENSOR, min_size=1, max_size=3), min_size=1, max_size=20)
 
 
 @given(SIZES, st.integers(1, 400))
