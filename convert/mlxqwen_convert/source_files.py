@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -14,6 +14,9 @@ from mlxqwen.checkpoint import ITEM_BYTES, TensorInfo
 from mlxqwen_convert.errors import SourceChangedError, SourceError
 
 __all__ = ["SourceFiles", "as_array"]
+
+# What a thread reads at once of a matrix that is wanted by columns.
+_STRIP_BYTES = 1 << 20
 
 # FP8 comes as its bytes.
 _MLX_DTYPES = {
@@ -29,6 +32,15 @@ def as_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(buffer).view(_MLX_DTYPES[dtype]).reshape(shape)
 
 
+class _Strip(NamedTuple):
+    """Columns `start:stop` of a matrix."""
+
+    info: TensorInfo
+    start: int
+    stop: int
+    array: mx.array
+
+
 class SourceFiles:
     """The weight files of a source, opened once and read at any place by any thread.
 
@@ -37,6 +49,7 @@ class SourceFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._lock = threading.Lock()
+        self._local = threading.local()
         self._open: dict[Path, int] = {}
         self.states = {path: file_state(path) for path in paths}
 
@@ -47,14 +60,27 @@ class SourceFiles:
         return as_array(data, info.dtype, (stop - start, *info.shape[1:]))
 
     def columns(self, info: TensorInfo, start: int, stop: int) -> mx.array:
-        """Columns `start:stop` of a matrix, one short read for each row unless all are wanted."""
+        """Columns `start:stop` of a matrix.
+
+        A file has them in one short piece for each row. So each thread reads a strip some columns wider, and keeps it
+        for the columns that it will want next.
+        """
+        strips: dict[str, _Strip] = self._local.__dict__.setdefault("strips", {})
+        word = info.name.rpartition(".")[2]
+        strip = strips.get(word)
+        if strip is None or strip.info != info or not strip.start <= start <= stop <= strip.stop:
+            rows, width = info.shape
+            wide = min(width, max(stop, start + _STRIP_BYTES // (rows * ITEM_BYTES[info.dtype])))
+            strip = strips[word] = _Strip(info, start, wide, self._strip(info, start, wide))
+        return strip.array[:, start - strip.start : stop - strip.start]
+
+    def _strip(self, info: TensorInfo, start: int, stop: int) -> mx.array:
         rows, width = info.shape
-        if (start, stop) == (0, width):
+        if stop - start == width:
             return self.rows(info, 0, rows)
         item = ITEM_BYTES[info.dtype]
-        size, pitch = (stop - start) * item, width * item
-        at = start * item
-        data = b"".join(self.read(info, at + row * pitch, at + row * pitch + size) for row in range(rows))
+        first, size, pitch = start * item, (stop - start) * item, width * item
+        data = b"".join(self.read(info, first + row * pitch, first + row * pitch + size) for row in range(rows))
         return as_array(data, info.dtype, (rows, stop - start))
 
     def whole(self, info: TensorInfo) -> mx.array:
