@@ -135,7 +135,7 @@ class _Job:
 
     def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
         plan = self.plan
-        files = SourceFiles(sorted({info.path for p in plan.modules for part in p.parts for info in part.values()}))
+        files = SourceFiles(sorted({path for planned in plan.modules for path in planned.parts.paths}))
         fingerprint = {**plan.fingerprint(files.states), "versions": versions()}
         partial = PartialFolder(self.output, fingerprint, resume=resume)
         mx.set_cache_limit(CACHE_BYTES)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, overload
 
 from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.config import ModelConfig
 
-__all__ = ["Kind", "Module", "Part", "modules", "parts_of"]
+__all__ = ["Kind", "Module", "Part", "Parts", "modules", "parts_of"]
 
 Kind = Literal["embeddings", "attention", "mlp", "router", "experts", "lm_head", "norms"]
 
@@ -57,6 +59,69 @@ class Module:
         return self.count * self.rows * self.width
 
 
+class Parts(Sequence[Part]):
+    """The parts of one module.
+
+    A large mixture of experts has tens of thousands of tensors. Those of one module differ in nothing but the number
+    of the expert and their places, so only these are remembered.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        first = parts[0]
+        self._first = first
+        self._count = len(parts)
+        self._places: dict[str, tuple[tuple[Path, ...], array[int]]] = {}
+        self._plain: tuple[Part, ...] | None = None
+        if any(_kinds(part) != _kinds(first) for part in parts):
+            self._plain = tuple(parts)
+            return
+        for word in first:
+            infos = [part[word] for part in parts]
+            self._places[word] = (tuple(info.path for info in infos), array("Q", (info.start for info in infos)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Part]: ...
+    def __getitem__(self, index: int | slice) -> Part | Sequence[Part]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        if self._plain is not None:
+            return self._plain[index]
+        return {word: self._info(word, index % self._count) for word in self._first}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        if self._plain is not None:
+            return sum(info.nbytes for part in self._plain for info in part.values())
+        return self._count * sum(info.nbytes for info in self._first.values())
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that hold them."""
+        if self._plain is not None:
+            return {info.path for part in self._plain for info in part.values()}
+        return {path for paths, _ in self._places.values() for path in paths}
+
+    def _info(self, word: str, index: int) -> TensorInfo:
+        info = self._first[word]
+        paths, starts = self._places[word]
+        name = info.name.replace(".experts.0.", f".experts.{index}.")
+        if name.endswith("[0]"):
+            name = f"{name[:-2]}{index}]"
+        return replace(info, name=name, path=paths[index], start=starts[index], stop=starts[index] + info.nbytes)
+
+
+def _kinds(part: Part) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(word, info.dtype, info.shape) for word, info in part.items()]
+
+
 def modules(config: ModelConfig) -> Iterator[Module]:
     """All modules that a model of this config has, from the embeddings to the head."""
     c = config
@@ -91,7 +156,7 @@ def _feed_forward(c: ModelConfig, layer: int, at: str) -> Iterator[Module]:
     yield Module(f"{at}.switch_mlp.down_proj", "experts", (experts, c.hidden_size, inner))
 
 
-def parts_of(module: Module, by_prefix: Mapping[str, Part]) -> tuple[Part, ...]:
+def parts_of(module: Module, by_prefix: dict[str, Part]) -> Sequence[Part]:
     """The tensors that make up a module, one part for each matrix in it; parts that are missing are empty.
 
     Experts are found in all three layouts: one by one as Qwen publishes them, fused as transformers 5 holds them
@@ -100,18 +165,23 @@ def parts_of(module: Module, by_prefix: Mapping[str, Part]) -> tuple[Part, ...]:
 
     Args:
         module: what to look for.
-        by_prefix: the checkpoint's tensors by all but the last word of their names, then by that word.
+        by_prefix: the checkpoint's tensors by all but the last word of their names, then by that word. What was found
+            is taken out, so that what is left in the end has no place in the model.
     """
     if module.kind != "experts":
-        return (by_prefix.get(module.path, {}),)
+        return (by_prefix.pop(module.path, {}),)
     block, _, projection = module.path.rpartition(".switch_mlp.")
-    stacked = by_prefix.get(module.path)
+    stacked = by_prefix.pop(module.path, None)
     if stacked is not None:
         return tuple({word: _slice(info, e, module) for word, info in stacked.items()} for e in range(module.count))
     fused = by_prefix.get(f"{block}.experts", {})
     if "gate_up_proj" in fused or "down_proj" in fused:
+        if projection == "down_proj":  # the last of the three
+            rest = {word: info for word, info in fused.items() if word not in ("gate_up_proj", "down_proj")}
+            by_prefix.pop(f"{block}.experts")
+            by_prefix.update({f"{block}.experts": rest} if rest else {})
         return _fused(module, projection, fused)
-    return tuple(by_prefix.get(f"{block}.experts.{expert}.{projection}", {}) for expert in range(module.count))
+    return tuple(by_prefix.pop(f"{block}.experts.{expert}.{projection}", {}) for expert in range(module.count))
 
 
 def _slice(info: TensorInfo, index: int, module: Module) -> TensorInfo:

@@ -254,6 +254,7 @@ def run(work: Callable[[Task], Any], tasks: Iterator[Task], workers: int, done: 
     here, as is a KeyboardInterrupt; either way no worker is left running.
     """
     lock, stop = threading.Lock(), threading.Event()
+    ended = threading.Semaphore(0)
     failures: list[BaseException] = []
 
     def loop() -> None:
@@ -270,19 +271,22 @@ def run(work: Callable[[Task], Any], tasks: Iterator[Task], workers: int, done: 
         except BaseException as failure:  # carried over to the caller's thread
             failures.append(failure)
             stop.set()
+        finally:
+            # Left to the end of the thread, this would race with the end of the process, and abort it.
+            mx.clear_streams()
+            ended.release()
 
-    threads = [threading.Thread(target=loop, name=f"convert-{number}", daemon=True) for number in range(workers)]
+    running = 0
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)
+        for number in range(workers):
+            threading.Thread(target=loop, name=f"convert-{number}", daemon=True).start()
+            running += 1
+        while running:  # in short waits, so that Ctrl-C is heard
+            running -= ended.acquire(timeout=0.1)
     finally:
         stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        for _ in range(running):
+            ended.acquire()
     if failures:
         raise failures[0]
 

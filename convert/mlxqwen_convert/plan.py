@@ -19,7 +19,7 @@ from mlxqwen_convert.affine import BITS, GROUP_SIZES
 from mlxqwen_convert.errors import ConversionError, SourceError
 from mlxqwen_convert.formats import SourceFormat
 from mlxqwen_convert.layout import MAX_SHARD_BYTES, OutputTensor, Shard, lay_out
-from mlxqwen_convert.names import Module, Part, modules, parts_of
+from mlxqwen_convert.names import Module, Part, Parts, modules, parts_of
 from mlxqwen_convert.readers import FLOATS, FloatReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
 
@@ -71,7 +71,7 @@ class PlannedModule:
     """
 
     module: Module
-    parts: tuple[Part, ...]
+    parts: Parts
     readers: tuple[Reader, ...]
     target: AffineQuantization | None
     method: Method
@@ -80,7 +80,7 @@ class PlannedModule:
     @property
     def source_bytes(self) -> int:
         """Bytes to read."""
-        return sum(info.nbytes for part in self.parts for info in part.values())
+        return self.parts.nbytes
 
     @property
     def target_bytes(self) -> int:
@@ -190,21 +190,22 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     config = ModelConfig.from_dict(raw, source=str(path))
     source = SourceFormat.of(config, raw, str(path))
     checkpoint = Checkpoint.open(folder)
+    notes = [*checkpoint.notes]
+    dtype = _dtype(options, source, checkpoint)
     by_prefix = _by_prefix(checkpoint)
+    del checkpoint  # of the tens of thousands of tensors that there can be, only what is needed is kept
     files = SourceFiles([])
     try:
         found = [(module, *_parts(module, by_prefix, source, files)) for module in modules(config)]
     finally:
         files.close()
-    head = by_prefix.get("lm_head", {}) if config.tie_word_embeddings else {}
-    _refuse_unexpected(checkpoint, [part for _, parts, _ in found for part in parts] + [head])
+    head = by_prefix.pop("lm_head", {}) if config.tie_word_embeddings else {}
+    _refuse_unexpected(folder, by_prefix)
     if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
         raise SourceError(
             f"{path}: says that the weights are {source.label}, found none that are quantized",
             hint="Download the model again, or check that config.json belongs to these weights.",
         )
-    notes = [*checkpoint.notes]
-    dtype = _dtype(options, source, checkpoint)
     target = _default_target(options, source, found)
     planned = tuple(_planned(*entry, source, target, dtype, options, notes) for entry in found)
     _refuse_same(folder, source, planned, options)
@@ -220,28 +221,29 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     return Plan(folder, config, raw, source, options, default, dtype, planned, shards, tuple(notes), head)
 
 
-def _by_prefix(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+def _by_prefix(checkpoint: Checkpoint) -> dict[str, Part]:
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
         prefix, _, word = name.rpartition(".")
         found.setdefault(prefix, {})[word] = info
-    return found
+    return {**found}
 
 
 def _parts(
-    module: Module, by_prefix: Mapping[str, Part], source: SourceFormat, files: SourceFiles
-) -> tuple[tuple[Part, ...], tuple[Reader, ...]]:
+    module: Module, by_prefix: dict[str, Part], source: SourceFormat, files: SourceFiles
+) -> tuple[Parts, tuple[Reader, ...]]:
     parts = parts_of(module, by_prefix)
-    return parts, tuple(source.reader(module, index, part, files) for index, part in enumerate(parts))
+    readers: dict[Reader, Reader] = {}
+    found = [source.reader(module, index, part, files) for index, part in enumerate(parts)]
+    return Parts(parts), tuple(readers.setdefault(reader, reader) for reader in found)
 
 
-def _refuse_unexpected(checkpoint: Checkpoint, parts: list[Part]) -> None:
-    used = {info.name.partition("[")[0] for part in parts for info in part.values()}
-    extra = [name for name in checkpoint.tensors if name not in used and not name.endswith(_IGNORED_SUFFIX)]
+def _refuse_unexpected(folder: Path, left: Mapping[str, Part]) -> None:
+    extra = [info.name for part in left.values() for info in part.values() if not info.name.endswith(_IGNORED_SUFFIX)]
     if extra:
         shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         raise SourceError(
-            f"{checkpoint.folder}: tensors that config.json has no place for: {shown}",
+            f"{folder}: tensors that config.json has no place for: {shown}",
             hint="Check that config.json belongs to these weights.",
         )
 
@@ -259,7 +261,7 @@ def _dtype(options: Options, source: SourceFormat, checkpoint: Checkpoint) -> st
 
 
 def _default_target(
-    options: Options, source: SourceFormat, found: list[tuple[Module, tuple[Part, ...], tuple[Reader, ...]]]
+    options: Options, source: SourceFormat, found: list[tuple[Module, Parts, tuple[Reader, ...]]]
 ) -> AffineQuantization | None:
     if options.bits == 16:
         return None
@@ -271,7 +273,7 @@ def _default_target(
 
 def _planned(
     module: Module,
-    parts: tuple[Part, ...],
+    parts: Parts,
     readers: tuple[Reader, ...],
     source: SourceFormat,
     default: AffineQuantization | None,
@@ -328,7 +330,7 @@ def _target(
 
 
 def _method(
-    module: Module, parts: tuple[Part, ...], readers: tuple[Reader, ...], target: AffineQuantization | None, dtype: str
+    module: Module, parts: Parts, readers: tuple[Reader, ...], target: AffineQuantization | None, dtype: str
 ) -> Method:
     if target is not None:
         fits = all(

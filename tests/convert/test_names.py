@@ -44,7 +44,7 @@ def test_parameters_of_the_releases(name: str, tmp_path: Path) -> None:
     assert count / 1e9 == pytest.approx(expected, rel=0.02)
 
 
-def info(name: str, shape: tuple[int, ...], start: int = 100, item: int = 2) -> TensorInfo:
+def tensor(name: str, shape: tuple[int, ...], start: int = 100, item: int = 2) -> TensorInfo:
     size = item
     for n in shape:
         size *= n
@@ -53,7 +53,7 @@ def info(name: str, shape: tuple[int, ...], start: int = 100, item: int = 2) -> 
 
 def test_parts_of_fused_experts() -> None:
     module = Module("model.layers.0.mlp.switch_mlp.up_proj", "experts", (3, 4, 8))
-    fused = info("model.layers.0.mlp.experts.gate_up_proj", (3, 8, 8))
+    fused = tensor("model.layers.0.mlp.experts.gate_up_proj", (3, 8, 8))
     parts = parts_of(module, {"model.layers.0.mlp.experts": {"gate_up_proj": fused}})
     assert [(part["weight"].shape, part["weight"].start, part["weight"].nbytes) for part in parts] == [
         ((4, 8), 100 + 64 + 128 * expert, 64) for expert in range(3)
@@ -62,7 +62,7 @@ def test_parts_of_fused_experts() -> None:
 
 def test_parts_of_stacked_experts() -> None:
     module = Module("model.layers.0.mlp.switch_mlp.up_proj", "experts", (3, 4, 8))
-    parts = parts_of(module, {module.path: {"weight": info(f"{module.path}.weight", (3, 4, 8))}})
+    parts = parts_of(module, {module.path: {"weight": tensor(f"{module.path}.weight", (3, 4, 8))}})
     assert [(part["weight"].shape, part["weight"].start) for part in parts] == [
         ((4, 8), 100 + 64 * e) for e in range(3)
     ]
