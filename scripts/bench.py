@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -51,10 +52,27 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="imports and cold starts only (what there is so far)")
-    parser.add_argument("--runs", type=int, default=7, help="processes a side for each line")
+    parser.add_argument("--runs", type=int, help="processes a side for each line; 7 by default, 3 for conversions")
+    commands = parser.add_subparsers(dest="command")
+    conversions = commands.add_parser("convert", help="BF16 → 4-bit beside mlx_lm.convert, on random weights")
+    conversions.add_argument("--shape", action="append", help="a release's name; Qwen3-0.6B by default; repeatable")
+    conversions.add_argument("--layers", type=int, help="only so many layers of it")
+    conversions.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
     arguments = parser.parse_args()
-    if arguments.runs < 1:
+    if arguments.runs is not None and arguments.runs < 1:
         parser.error("--runs: at least 1")
+    if arguments.command == "convert":
+        runs = arguments.runs or 3
+        rows = [
+            row
+            for shape in arguments.shape or ["Qwen3-0.6B"]
+            for row in conversion_rows(shape, arguments.layers, arguments.folder, runs)
+        ]
+        print(heading(runs))
+        for row in rows:
+            print(row.markdown())
+        return
+    arguments.runs = arguments.runs or 7
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: a child's peak memory counts what its parent held when it was started.
         subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder], check=True)
@@ -86,6 +104,36 @@ def cold_starts(model: Path, runs: int) -> list[Row]:
     return [Row(name, *interleaved(ours, theirs, runs)) for name, ours, theirs in pairs]
 
 
+def conversion_rows(shape: str, layers: int | None, folder: Path | None, runs: int) -> list[Row]:
+    """BF16 → 4-bit with and without reading everything back, each beside mlx_lm.convert."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source, output = Path(work) / "source", Path(work) / "output"
+        size = [] if layers is None else ["--layers", str(layers)]
+        subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), "--shape", shape, *size, str(source)],
+            check=True,
+            env=environment(),
+        )
+        theirs = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source), "--mlx-path", str(output), "-q"]
+        ours = [sys.executable, "-m", "mlxqwen", "convert", str(source), str(output), "--bits", "4"]
+        commands = [ours, [*ours, "--no-verify"], theirs]
+        timings: list[list[Run]] = [[], [], []]
+        for turn in range(runs + 1):
+            for command, runs_so_far in zip(commands, timings, strict=True):
+                run = timed(command)
+                shutil.rmtree(output)
+                if turn:  # the first warms the disk cache
+                    runs_so_far.append(run)
+    name = f"{shape}{'' if layers is None else f', {layers} layers'}, BF16 → 4-bit"
+    return [Row(f"{name}, verified", timings[0], timings[2]), Row(f"{name}, --no-verify", timings[1], timings[2])]
+
+
+def environment() -> dict[str, str]:
+    """The packages of this checkout come first, installed or not."""
+    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 def importing(module: str) -> list[str]:
     return [sys.executable, "-c", f"import {module}"]
 
@@ -100,7 +148,7 @@ def interleaved(ours: list[str], theirs: list[str], runs: int) -> tuple[list[Run
 
 def timed(command: list[str]) -> Run:
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment())
     assert process.stderr is not None
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
+from make_checkpoint import make_checkpoint
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.loading import load_model
@@ -318,3 +323,31 @@ def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
     assert plan.target_bytes == report.target_bytes
     convert(source.folder, tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_size == plan.target_bytes
+
+
+def _peak_of(source: Path, output: Path, *options: str) -> int:
+    """Bytes that a whole `mlxqwen convert` held at most. A child counts what its parent held: that one is small."""
+    code = (
+        "import os, subprocess, sys\n"
+        "process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)\n"
+        "_, status, usage = os.wait4(process.pid, 0)\n"
+        "print(status, usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "convert")])}
+    command = [sys.executable, "-m", "mlxqwen", "convert", str(source), str(output), *options]
+    run = [sys.executable, "-c", code, *command]
+    status, peak = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert status == "0"
+    return int(peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "layers"), [("Qwen3-0.6B", None), ("Qwen3-1.7B", 6), ("Qwen3-30B-A3B", 1)])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "awq", "gptq"])
+def test_memory_does_not_depend_on_the_model(tmp_path: Path, shape: str, layers: int | None, form: str) -> None:
+    make_checkpoint(tmp_path / "in", shape, layers=layers, form=form)
+    peak = _peak_of(tmp_path / "in", tmp_path / "out")
+    shutil.rmtree(tmp_path / "in")
+    shutil.rmtree(tmp_path / "out")
+    assert peak <= 96 << 20
