@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.completion import GenerationResponse, Sampling, resolve_params, stream_generate
+from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
@@ -71,6 +72,7 @@ def load(
 
     Args:
         path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
+            FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
         dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.
         rope_scaling: replaces that of `config.json`, for example
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
@@ -110,9 +112,17 @@ class Engine:
         yarn_factor: float | None = None,
         force: bool = False,
         device: Device | None = None,
+        on_convert: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
-        """See `load`; the tokenizer is read while the weights are."""
+        """See `load`; the tokenizer is read while the weights are.
+
+        `on_convert` is told how far a conversion is: what is done, weights done, weights in all.
+        """
         folder = resolve_model(path_or_id, revision=revision)
+        if ModelConfig.from_folder(folder).foreign_quantization is not None:
+            from mlxqwen_convert.cached import converted
+
+            folder = converted(folder, on_convert)
         with ThreadPoolExecutor(max_workers=1) as pool:
             tokenizer = pool.submit(Tokenizer.from_folder, folder)
             model = load_model(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxqwen.cli.terminal import INTERRUPTED
+from mlxqwen.cli.terminal import INTERRUPTED, ConversionProgress
 from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen_convert.report import Report
 
-__all__ = ["ConversionProgress", "convert"]
+__all__ = ["convert"]
 
 _BITS = click.Choice(["16", "8", "6", "5", "4", "3", "2"])
 
@@ -97,52 +96,3 @@ def _text(report: Report) -> str:
         return f"{text}{sizes}; expected peak memory {size_of(report.expected_peak_bytes)}. Nothing was written.\n"
     verified = "verified" if report.verified else "not verified"
     return f"{text}{sizes}, {verified}, in {report.seconds:.1f} s: {report.output}\n"
-
-
-class ConversionProgress:
-    """One line on a terminal: what is done, how far it is, how fast, and how long it will take; nothing elsewhere."""
-
-    _INTERVAL = 0.1
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._shows = stream.isatty()
-        self._stage = ""
-        self._began = self._drawn = 0.0
-        self._first = 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if not self._shows:
-            return
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._began, self._first = stage, now, done
-        elif now - self._drawn < self._INTERVAL and done < total:
-            return
-        self._drawn = now
-        self._stream.write(f"\r\x1b[K{progress_line(stage, done, total, done - self._first, now - self._began)}")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Wipe the line."""
-        if self._shows and self._stage:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._stage = ""
-
-
-def progress_line(stage: str, done: int, total: int, recent: int, seconds: float) -> str:
-    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`.
-
-    Args:
-        stage: what goes on.
-        done, total: weights.
-        recent: weights done in the last `seconds`.
-    """
-    filled = 20 * done // total
-    line = f"{stage:<10} {100 * done // total:3d} %  |{'#' * filled}{' ' * (20 - filled)}|"
-    if seconds < 0.2 or not recent:
-        return line
-    rate = recent / seconds
-    left = round((total - done) / rate)
-    return f"{line}  {rate / 1e6:.0f} M weights/s  {left // 60}:{left % 60:02d} left"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxqwen.cli.terminal import INTERRUPTED, Output, PrefillProgress
+from mlxqwen.cli.terminal import INTERRUPTED, ConversionProgress, Output, PrefillProgress
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -104,14 +104,19 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> in
 
     from mlxqwen.engine import Engine
 
-    engine = Engine.load(
-        options["model"],
-        revision=options["revision"],
-        dtype=options["dtype"],
-        rope_scaling=rope_scaling,
-        yarn_factor=options["yarn_factor"],
-        force=options["force"],
-    )
+    conversion = ConversionProgress(sys.stderr)
+    try:
+        engine = Engine.load(
+            options["model"],
+            revision=options["revision"],
+            dtype=options["dtype"],
+            rope_scaling=rope_scaling,
+            yarn_factor=options["yarn_factor"],
+            force=options["force"],
+            on_convert=conversion,
+        )
+    finally:
+        conversion.close()
     return _answer(engine, text, options)
 
 

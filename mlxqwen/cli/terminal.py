@@ -5,11 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import TextIO
 
 from mlxqwen.errors import one_line
 
-__all__ = ["INTERRUPTED", "Output", "PrefillProgress", "print_error", "print_notes"]
+__all__ = [
+    "INTERRUPTED",
+    "ConversionProgress",
+    "Output",
+    "PrefillProgress",
+    "print_error",
+    "print_notes",
+    "progress_line",
+]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -68,6 +77,55 @@ class PrefillProgress:
         elif self._shown:
             self._stream.write("\r\x1b[K")
         self._stream.flush()
+
+
+class ConversionProgress:
+    """One line on a terminal: what is done, how far it is, how fast, and how long it will take; nothing elsewhere."""
+
+    _INTERVAL = 0.1
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shows = stream.isatty()
+        self._stage = ""
+        self._began = self._drawn = 0.0
+        self._first = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._shows:
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._began, self._first = stage, now, done
+        elif now - self._drawn < self._INTERVAL and done < total:
+            return
+        self._drawn = now
+        self._stream.write(f"\r\x1b[K{progress_line(stage, done, total, done - self._first, now - self._began)}")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self._shows and self._stage:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._stage = ""
+
+
+def progress_line(stage: str, done: int, total: int, recent: int, seconds: float) -> str:
+    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`.
+
+    Args:
+        stage: what goes on.
+        done, total: weights.
+        recent: weights done in the last `seconds`.
+    """
+    filled = 20 * done // total
+    line = f"{stage:<10} {100 * done // total:3d} %  |{'#' * filled}{' ' * (20 - filled)}|"
+    if seconds < 0.2 or not recent:
+        return line
+    rate = recent / seconds
+    left = round((total - done) / rate)
+    return f"{line}  {rate / 1e6:.0f} M weights/s  {left // 60}:{left % 60:02d} left"
 
 
 class _Notes(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Mapping
@@ -10,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxqwen.checkpoint import Checkpoint
+from mlxqwen.hub import DEMO_FOLDER
 from tests.convert import encoders
 from tests.convert.encoders import Array, Floats, Grouped
 
@@ -141,9 +145,16 @@ def numbers(name: str, shape: tuple[int, ...], seed: int = 0) -> Floats:
 
 
 def make_source(
-    folder: Path, form: str, config: Config = DENSE, *, group_size: int = 64, seed: int = 0, packed_router: bool = False
+    folder: Path,
+    form: str,
+    config: Config = DENSE,
+    *,
+    group_size: int = 64,
+    seed: int = 0,
+    packed_router: bool = False,
+    weights: Mapping[str, Floats] | None = None,
 ) -> Source:
-    """A checkpoint in one of `FORMATS`; call `write` on it."""
+    """A checkpoint in one of `FORMATS`, of given weights or of random ones; call `write` on it."""
     config = dict(config)
     plain = {"f16": "F16", "f32": "F32", "bf16": "BF16", "fp8": "BF16", "fp8-channel": "BF16", "fp8-tensor": "BF16"}
     section = quantization_config(form, group_size)
@@ -151,7 +162,7 @@ def make_source(
         config["quantization_config"] = section
     source = Source(folder, config, {})
     for name, shape in shapes(config).items():
-        values = numbers(name, shape, seed)
+        values = numbers(name, shape, seed) if weights is None else weights[name]
         quantized = len(shape) == 2 and section is not None and name not in ("model.embed_tokens", "lm_head")
         if quantized and (packed_router or not name.endswith(".mlp.gate")):
             for word, stored in _encode(source, name, values, form, group_size).items():
@@ -216,3 +227,14 @@ def quantization_config(form: str, group_size: int = 64) -> Config | None:
         group = {"targets": ["Linear"], "weights": weights}
         return {"quant_method": "compressed-tensors", "format": packing, "config_groups": {"group_0": group}}
     return None
+
+
+def make_demo(folder: Path, form: str) -> Source:
+    """The demo model in one of `FORMATS`, written with its tokenizer."""
+    config = json.loads((DEMO_FOLDER / "config.json").read_text())
+    arrays = Checkpoint.open(DEMO_FOLDER).arrays()
+    weights = {name.removesuffix(".weight"): np.array(array.astype(mx.float32)) for name, array in arrays.items()}
+    source = make_source(folder, form, config, weights=weights).write()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(DEMO_FOLDER / name, folder / name)
+    return source

@@ -11,7 +11,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mlxqwen.cli.convert import progress_line
+from mlxqwen.cli.terminal import progress_line
 from tests.convert.checkpoints import DENSE, MOE, make_source
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ import sys, time
 from mlxqwen_convert import pipeline
 pipeline.WEIGHTS_PER_TASK = 4096
 from mlxqwen.cli import main
-from mlxqwen.cli.convert import ConversionProgress
+from mlxqwen.cli.terminal import ConversionProgress
 ConversionProgress.__call__ = lambda *_: time.sleep({rest})
 sys.argv = ["mlxqwen", "convert", *sys.argv[1:]]
 main()
