@@ -118,24 +118,22 @@ def _compare(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, w
 
 def _compare_floats(expected: mx.array, written: mx.array, dtype: str) -> ModuleError:
     error, norm = affine.squared_errors(expected, written.astype(mx.float32))
-    bound = 2.0 * norm * _HALF_ULP[dtype] ** 2 * 4 + expected.size * _SMALLEST[dtype] ** 2 * 2
-    return ModuleError(error, norm, bound if dtype != "F32" else 0.0)
+    bound = 8 * norm * _HALF_ULP[dtype] ** 2 + 2 * expected.size * _SMALLEST[dtype] ** 2
+    return ModuleError(error, norm, bound)
 
 
 def _compare_packed(expected: mx.array, packed: Packed, planned: PlannedModule, plan: Plan) -> ModuleError:
     if planned.target is None:
         return ModuleError()
     group_size, bits = planned.target.group_size, planned.target.bits
-    error, norm = affine.squared_errors(expected, affine.dequantize(packed, group_size, bits))
     scales, biases = packed.scales.astype(mx.float32), packed.biases.astype(mx.float32)
     # Nearest codes are off by half a step at most, repacked ones by what their bias and scale lose when rounded; at
     # the ends of the range a rounded scale or bias moves what can be reached.
-    rounding = (
-        max(_HALF_ULP[plan.dtype], 2.0**-22) * (mx.abs(biases) + mx.abs(scales) * (2**bits - 1)) + _SMALLEST[plan.dtype]
-    )
-    reach = rounding * 2
+    rounding = max(_HALF_ULP[plan.dtype], 2.0**-22) * (mx.abs(biases) + mx.abs(scales) * (2**bits - 1))
+    reach = 2 * (rounding + _SMALLEST[plan.dtype])
     if planned.method != "repack":
         # A search gives up the ends of the range for a smaller error in all.
         reach = reach + mx.abs(scales) * (1.0 if plan.options.quality else 0.5)
-    bound: Any = mx.square(reach).sum(axis=-1).sum().item()
-    return ModuleError(error, norm, bound * group_size)
+    difference = expected - affine.dequantize(packed, group_size, bits)
+    sums: Any = mx.stack([mx.square(part).sum(axis=-1).sum() for part in (difference, expected, reach)]).tolist()
+    return ModuleError(sums[0], sums[1], sums[2] * group_size)
