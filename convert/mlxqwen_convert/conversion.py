@@ -36,6 +36,7 @@ from mlxqwen_convert.pipeline import (
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.source_files import SourceFiles
+from mlxqwen_convert.upload import check_repo_id, upload
 from mlxqwen_convert.verification import ModuleError, verify
 
 __all__ = ["REPORT_NAME", "Progress", "convert"]
@@ -69,6 +70,7 @@ def convert(
     verify: bool = True,
     resume: bool = False,
     dry_run: bool = False,
+    upload_repo: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -91,6 +93,7 @@ def convert(
         verify: read everything back and compare it with the source.
         resume: go on with an unfinished conversion of the same source and options.
         dry_run: only plan; nothing is written.
+        upload_repo: a hub id to push the finished folder to.
         workers: threads; by default one for each core.
         progress: see `Progress`.
 
@@ -100,6 +103,8 @@ def convert(
     started = time.perf_counter()
     globs = tuple(keep.items()) if isinstance(keep, Mapping) else tuple(keep)
     options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)
+    if upload_repo is not None:
+        check_repo_id(upload_repo)
     folder, target = resolve_model(source, revision=revision), Path(output).expanduser()
     check_output(folder, target)
     plan = make_plan(folder, options)
@@ -107,7 +112,10 @@ def convert(
         return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
     hub_id = None if os.path.isdir(Path(source).expanduser()) else str(source)
     job = _Job(plan, target, hub_id, workers or cores(), progress or _silent)
-    return job.run(verify_it=verify, resume=resume, started=started)
+    report = job.run(verify_it=verify, resume=resume, started=started)
+    if upload_repo is not None:
+        upload(target, upload_repo)
+    return report
 
 
 def check_output(folder: Path, target: Path) -> None:

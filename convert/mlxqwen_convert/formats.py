@@ -111,7 +111,7 @@ class SourceFormat:
             return GptqReader(self.group_size or module.width, self.bits or 4, self.zero_offset, act_order)
         if self.name == "int":
             act_order = _is_shuffled(files, part.get("weight_g_idx"), self.group_size or module.width)
-            return PackedReader(self.group_size, self.bits or 4, self.symmetric, act_order)
+            return PackedReader(self.group_size or module.width, self.bits or 4, self.symmetric, act_order)
         if weight is not None and weight.dtype not in FLOATS:
             raise SourceError(
                 f"{weight.path.name}: {weight.name} has dtype {weight.dtype}, expected BF16, F16 or F32", hint=_AGAIN

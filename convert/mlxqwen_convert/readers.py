@@ -293,9 +293,9 @@ class GptqReader:
 
 @dataclass(frozen=True, slots=True)
 class PackedReader:
-    """compressed-tensors `pack-quantized`; `group_size` None means one group a row."""
+    """compressed-tensors `pack-quantized`."""
 
-    group_size: int | None
+    group_size: int
     bits: int
     symmetric: bool
     act_order: bool = False
@@ -306,16 +306,14 @@ class PackedReader:
 
     @property
     def own(self) -> AffineQuantization | None:
-        if self.act_order:
-            return None
-        return _own(128 if self.group_size is None else self.group_size, self.bits)
+        return None if self.act_order else _own(self.group_size, self.bits)
 
     def check_part(self, module: Module, part: Part) -> None:
         words = ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"]
         allow(part, words)
-        groups = 1 if self.group_size is None else _groups(module, self.group_size)
-        per_word = 32 // self.bits
-        require(module, part, "weight_packed", ["I32"], [(module.rows, -(-module.width // per_word))])
+        groups, per_word = _groups(module, self.group_size), 32 // self.bits
+        _groups(module, per_word)
+        require(module, part, "weight_packed", ["I32"], [(module.rows, module.width // per_word)])
         require(module, part, "weight_scale", FLOATS, [(module.rows, groups)])
         if not self.symmetric:
             require(module, part, "weight_zero_point", ["I32"], [(-(-module.rows // per_word), groups)])

@@ -51,6 +51,7 @@ _BITS = click.Choice(["16", "8", "6", "5", "4", "3", "2"])
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--upload-repo", metavar="ID", help="Push the finished folder to this hub id; needs HF_TOKEN.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(source: str, output: str, as_json: bool, **options: Any) -> int:
     """Turn SOURCE (a folder or hub id) into OUTPUT, a folder that MLX's loaders read.

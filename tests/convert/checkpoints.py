@@ -219,7 +219,7 @@ def quantization_config(form: str, group_size: int = 64) -> Config | None:
             "symmetric": True,
             "strategy": "group",
         }
-        weights["group_size"] = group_size
+        weights |= {"strategy": "channel"} if group_size == -1 else {"group_size": group_size}
         packing = "pack-quantized"
         if form.startswith("fp8"):
             weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": form[4:]}

@@ -134,6 +134,21 @@ def test_other_groups_are_repacked(tmp_path: Path, form: str, group_size: int) -
         assert np.array_equal(tensors[f"{name}.scales"], grouped.scales)
 
 
+@pytest.mark.parametrize("form", ["gptq", "gptq8", "int4", "int8"])
+def test_a_scale_for_each_row_is_repeated(tmp_path: Path, form: str) -> None:
+    source = make_source(tmp_path / "in", form, MOE, group_size=-1).write()
+    convert(source.folder, tmp_path / "out")
+    tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    assert written["quantization"]["group_size"] == 128
+    for name, grouped in source.codes.items():
+        module, expert = mlx_name(name)
+        words = tensors[f"{module}.weight"] if expert is None else tensors[f"{module}.weight"][expert]
+        bits = written["quantization"]["bits"]
+        assert np.array_equal(unpack_words(words, bits, grouped.codes.shape[1]), grouped.codes)
+        error = np.linalg.norm(restored(tensors, written, name) - source.meaning[name])
+        assert error <= 2e-3 * np.linalg.norm(source.meaning[name])
+
+
 def test_smaller_groups_repeat_the_scales(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "awq", group_size=128).write()
     report = convert(source.folder, tmp_path / "out", group_size=32)

@@ -1,0 +1,38 @@
+"""A finished conversion → the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxqwen.errors import HubError, OptionError
+from mlxqwen.hub import HUB_ID, hub_error, progress_on_terminal_only, quiet_warnings
+
+__all__ = ["check_repo_id", "upload"]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise `OptionError` unless it is written organisation/model."""
+    if not HUB_ID.fullmatch(repo_id):
+        raise OptionError(f"upload_repo: found {repo_id!r}, expected organisation/model")
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Push a folder, making the model's repository if need be; the address of the commit.
+
+    Raises:
+        HubError: no token, or the hub cannot be reached or refuses. The folder is untouched either way.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        with quiet_warnings(), progress_on_terminal_only():
+            api = HfApi()
+            api.create_repo(repo_id, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert with mlxqwen")
+    except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
+        reason = hub_error(repo_id, None, cause).problem.removeprefix(f"{repo_id}: ").replace("download", "upload")
+        raise HubError(
+            f"{repo_id}: not uploaded: {reason}",
+            hint=f"The conversion itself is whole in {folder}. Set HF_TOKEN to a token that may write, and upload it.",
+        ) from cause
+    return str(commit.commit_url)
