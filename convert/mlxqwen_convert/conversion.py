@@ -15,7 +15,7 @@ import mlx.core as mx
 
 import mlxqwen
 from mlxqwen.checkpoint import TensorInfo
-from mlxqwen.errors import MlxqwenError
+from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.hub import resolve_model
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
 from mlxqwen_convert.errors import DiskFullError, OutputError
@@ -105,6 +105,8 @@ def convert(
     options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)
     if upload_repo is not None:
         check_repo_id(upload_repo)
+    if workers is not None and workers < 1:
+        raise OptionError(f"workers: found {workers}, expected at least 1")
     folder, target = resolve_model(source, revision=revision), Path(output).expanduser()
     check_output(folder, target)
     plan = make_plan(folder, options)
@@ -146,7 +148,7 @@ class _Job:
         files = SourceFiles(sorted({path for planned in plan.modules for path in planned.parts.paths}))
         fingerprint = {**plan.fingerprint(files.states), "versions": versions()}
         partial = PartialFolder(self.output, fingerprint, resume=resume)
-        mx.set_cache_limit(CACHE_BYTES)
+        cache_limit = mx.set_cache_limit(CACHE_BYTES)
         try:
             resumed = bool(partial.done)
             notes = self._head_note(files)
@@ -161,6 +163,7 @@ class _Job:
             partial.discard()  # going on would end in the same error
             raise
         finally:
+            mx.set_cache_limit(cache_limit)
             partial.close()
             files.close()
 

@@ -82,12 +82,14 @@ class PartialFolder:
     def publish(self) -> None:
         """Give the folder its final name: from here on there is a whole model, before it there was none."""
         try:
-            for name in (_JOURNAL, _MANIFEST, _LOCK):
-                (self.path / name).unlink(missing_ok=True)
             _sync_folder(self.path)
             if self._output.exists():
                 raise exists(self._output)
             self.path.rename(self._output)
+            # After the name, since a crash between the two must not leave a folder that nothing can go on from.
+            for name in (_JOURNAL, _MANIFEST, _LOCK):
+                (self._output / name).unlink(missing_ok=True)
+            _sync_folder(self._output)
             _sync_folder(self._output.parent)
         except OSError as cause:
             raise unwritable(self._output, cause) from None

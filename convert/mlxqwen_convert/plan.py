@@ -364,7 +364,11 @@ def _refuse_same(
     options: Options,
 ) -> None:
     """An MLX folder that would be copied as it is."""
-    if source.name == "mlx" and all(entry.method in ("repack", "copy") for entry in planned):
+    same = all(
+        entry.method == "copy" or (entry.method == "repack" and entry.readers[0].own == entry.target)
+        for entry in planned
+    )
+    if source.name == "mlx" and same:
         raise ConversionError(
             f"{folder}: is already MLX-quantized this way ({source.label}), nothing to convert",
             hint="Use it as it is, or ask for other --bits, --group-size or --dtype.",

@@ -267,6 +267,7 @@ def test_bfloat16_that_float16_cannot_hold(tmp_path: Path) -> None:
     [
         ({"bits": 7}, "bits"),
         ({"bits": 0}, "bits"),
+        ({"workers": 0}, "workers"),
         ({"group_size": 16}, "group_size"),
         ({"dtype": "int8"}, "dtype"),
         ({"lm_head_bits": 1}, "lm_head_bits"),

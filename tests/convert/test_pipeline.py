@@ -250,6 +250,26 @@ def test_mlx_folders_are_quantized_again(tmp_path: Path) -> None:
     assert_both_loaders_agree(tmp_path / "four")
 
 
+def test_mlx_codes_move_to_smaller_groups(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    convert(source.folder, tmp_path / "a")
+    report = convert(tmp_path / "a", tmp_path / "b", group_size=32)
+    assert {row.method for row in report.kinds} == {"repack", "copy"}
+    one, other = arrays(tmp_path / "a"), arrays(tmp_path / "b")
+    assert all(np.array_equal(one[name], other[name]) for name in one if name.endswith(".weight"))
+    assert_both_loaders_agree(tmp_path / "b")
+
+
+def test_the_callers_cache_limit_is_left_as_it_was(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    before = mx.set_cache_limit(12_345_678)
+    try:
+        convert(source.folder, tmp_path / "out")
+        assert mx.set_cache_limit(12_345_678) == 12_345_678
+    finally:
+        mx.set_cache_limit(before)
+
+
 def test_searching_for_scales_helps(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "bf16").write()
     plain = convert(source.folder, tmp_path / "plain", bits=3)
