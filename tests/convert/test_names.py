@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from make_checkpoint import SHAPES
 from mlx.utils import tree_flatten
 
-from make_checkpoint import SHAPES
 from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.config import ModelConfig
 from mlxqwen.footprint import measure

@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-
 from make_checkpoint import make_checkpoint
+
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.loading import load_model
