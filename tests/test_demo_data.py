@@ -23,8 +23,6 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "mlxqwen" / "demo"
-MOE_DEMO = ROOT / "tests" / "data" / "moe_demo"
 
 
 def _compiled(source: str) -> jinja2.Template:
