@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.errors import OptionError
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, generate_tokens
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, Tokens, as_token_ids, generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import SamplingParams, resolve_sampling
 from mlxqwen.stop import StopStrings
@@ -21,6 +22,7 @@ from mlxqwen.tokenizer import Tokenizer
 
 __all__ = [
     "GenerationResponse",
+    "asks_to_think",
     "batch_generate",
     "end_token_ids",
     "generate",
@@ -30,7 +32,7 @@ __all__ = [
 
 logger = logging.getLogger("mlxqwen")
 
-Prompt = str | Sequence[int]
+Prompt = str | Tokens
 Sampling = SamplingParams | Mapping[str, Any] | None
 
 
@@ -71,7 +73,7 @@ def stream_generate(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Continue `prompt`, a text or token ids, yielding text as it becomes certain.
+    """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
     Args:
         max_tokens: at most this many, and no more than the context has room for.
@@ -84,7 +86,7 @@ def stream_generate(
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
     """
     ids = _encode(tokenizer, prompt)
-    params = resolve_params(model, sampling, thinking=_asks_to_think(tokenizer, ids))
+    params = resolve_params(model, sampling, thinking=asks_to_think(tokenizer, ids))
     row = _RowText(tokenizer, stop)
     started = time.perf_counter()
     stream = generate_tokens(
@@ -160,21 +162,23 @@ def batch_generate(
         sampling: for all, or one for each prompt.
         max_tokens, stop, prefill_chunk, on_prefill: as for `stream_generate`.
     """
-    if isinstance(prompts, str) or not prompts:
+    given = [] if isinstance(prompts, str) else as_token_ids(prompts)
+    if not given:
         raise OptionError("prompts: expected a list of at least one text or list of token ids")
-    rows = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [_encode(tokenizer, prompt) for prompt in given]
     each = sampling if isinstance(sampling, list | tuple) else [sampling] * len(rows)
     if len(each) != len(rows):
         raise OptionError(f"sampling: found {len(each)} for {len(rows)} prompts")
+    params, notes = zip(
+        *(_resolve(model, one, asks_to_think(tokenizer, ids)) for ids, one in zip(rows, each, strict=True)), strict=True
+    )
+    _log(notes)
     texts = [_RowText(tokenizer, stop) for _ in rows]
     pieces: list[list[str]] = [[] for _ in rows]
     stream = generate_tokens(
         model,
         rows,
-        sampling=[
-            resolve_params(model, one, thinking=_asks_to_think(tokenizer, ids))
-            for ids, one in zip(rows, each, strict=True)
-        ],
+        sampling=params,
         max_tokens=max_tokens,
         eos_token_ids=end_token_ids(model, tokenizer),
         prefill_chunk=prefill_chunk,
@@ -195,7 +199,7 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
     if not ids:
         raise OptionError("prompt: found nothing, expected text or token ids")
     return ids
@@ -203,16 +207,26 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
     """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
-    if isinstance(sampling, SamplingParams):
-        return sampling
-    values = model.generation_config.values
-    params, notes = resolve_sampling(values, thinking=thinking, overrides=dict(sampling or {}))
-    for note in notes:
-        logger.warning(note)
+    params, notes = _resolve(model, sampling, thinking)
+    _log([notes])
     return params
 
 
-def _asks_to_think(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+def _resolve(model: Qwen3ForCausalLM, sampling: Sampling, thinking: bool) -> tuple[SamplingParams, tuple[str, ...]]:
+    if isinstance(sampling, SamplingParams):
+        return sampling, ()
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams or options by name")
+    return resolve_sampling(model.generation_config.values, thinking=thinking, overrides=sampling or {})
+
+
+def _log(notes: Iterable[tuple[str, ...]]) -> None:
+    """Each note once, however many rows have it."""
+    for note in dict.fromkeys(chain.from_iterable(notes)):
+        logger.warning(note)
+
+
+def asks_to_think(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """Whether the prompt leaves thinking open: not so if it ends in a closed think block."""
     closed = tokenizer.token_to_id("</think>")
     return closed is None or closed not in prompt[-4:]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.completion import GenerationResponse, Sampling, resolve_params, stream_generate
+from mlxqwen.completion import GenerationResponse, Sampling, asks_to_think, resolve_params, stream_generate
 from mlxqwen.device import Device
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
@@ -127,12 +127,7 @@ class Engine:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
-        reasoning, content = [], []
-        for event in self.stream(messages, **options):
-            if isinstance(event, Delta):
-                reasoning.append(event.reasoning or "")
-                content.append(event.content or "")
-        return Reply("".join(reasoning) or None, "".join(content))
+        return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
         self,
@@ -175,7 +170,8 @@ class Engine:
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
         )
-        yield from split_reply(responses, thinking=thinking is not False)
+        thinks = thinking is not False and asks_to_think(self.tokenizer, prompt)
+        yield from split_reply(responses, thinking=thinks)
 
     def prompt(
         self,

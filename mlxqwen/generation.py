@@ -17,14 +17,23 @@ from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import Sampler, SamplingParams, check_token
 
-__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_PREFILL_CHUNK", "GeneratedToken", "TokenStream", "generate_tokens"]
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "DEFAULT_PREFILL_CHUNK",
+    "GeneratedToken",
+    "TokenStream",
+    "Tokens",
+    "as_token_ids",
+    "generate_tokens",
+]
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
 UNBOUNDED = 1 << 62
 
 FinishReason = Literal["stop", "length"]
-Prompts: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+Tokens: TypeAlias = Sequence[int] | mx.array
+Prompts: TypeAlias = Tokens | Sequence[Tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +61,13 @@ def generate_tokens(
 
     Args:
         model: the model.
-        prompts: ids of one prompt, or of one a row.
+        prompts: ids of one prompt, or of one a row; lists or integer arrays.
         sampling: how to draw, for all rows or for each; by default from the model's own distribution. A row with a seed
             draws what it would draw alone with that seed.
         max_tokens: at most this many tokens a row, and never more than the context has room for.
         eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
-        cache: holds what came before the prompts, and in the end everything but the last token. Made if not given.
+        cache: holds what came before the prompts, and at the end everything but the last token (a device that overlaps
+            steps may have added that too: `offsets` tell). Rows that end before others leave it. Made if not given.
         prefill_chunk: prompt tokens a step; memory grows with it.
         on_prefill: called with (tokens done, tokens in all) before the first chunk and after each.
         device: the machine; by default this one.
@@ -72,13 +82,14 @@ def generate_tokens(
         GenerationError: while iterating, if the model's logits are NaN.
     """
     rows = _rows(prompts, model.config.vocab_size)
-    if prefill_chunk < 1:
-        raise OptionError(f"prefill_chunk: found {prefill_chunk}, expected at least 1")
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens: found {max_tokens}, expected at least 1")
-    params = [sampling or SamplingParams()] * len(rows) if not isinstance(sampling, Sequence) else list(sampling)
+    _check_count("prefill_chunk", prefill_chunk)
+    _check_count("max_tokens", max_tokens)
+    params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
     if len(params) != len(rows):
         raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
+    for one in params:
+        if not isinstance(one, SamplingParams):
+            raise OptionError(f"sampling: found {type(one).__name__}, expected SamplingParams")
     if cache is None:
         cache = make_cache(model, batch_size=len(rows))
     elif cache.batch_size != len(rows):
@@ -114,12 +125,23 @@ def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: in
     return context - prompt_tokens
 
 
+def as_token_ids(tokens: object) -> list[Any]:
+    """A sequence, or an array of any library, as a list; what it holds is not looked at. Raises `OptionError`."""
+    found = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+        return list(found)
+    raise OptionError(f"prompt: found {type(tokens).__name__}, expected token ids", hint="Encode text first.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}: found {value!r}, expected an integer from 1")
+
+
 def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     """One list of ids a row, checked."""
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-        raise OptionError(f"prompts: found {type(prompts).__name__}, expected token ids", hint="Encode the text first.")
-    many = bool(prompts) and all(isinstance(row, Sequence) for row in prompts)
-    rows: list[list[Any]] = [list(row) for row in cast(Sequence[Sequence[int]], prompts)] if many else [list(prompts)]
+    given = as_token_ids(prompts)
+    rows = [given] if not given or isinstance(given[0], int) else [as_token_ids(row) for row in given]
     for row in rows:
         if not row:
             raise OptionError("prompt: found no tokens, expected at least one")
