@@ -10,9 +10,11 @@ import mlx.core as mx
 
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.config import ModelConfig
-from mlxqwen.loading import FLOAT_DTYPES
+from mlxqwen.device import Device
+from mlxqwen.errors import OptionError
+from mlxqwen.loading import FLOAT_DTYPES, parse_dtype
 
-__all__ = ["Footprint", "cache_bytes", "measure"]
+__all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class Footprint:
 
     Args:
         config: its shape.
-        format: "BF16", "MLX 4-bit, groups of 64", or another format's name.
+        format: "BF16", "MLX 4-bit, groups of 64", or a format that is not run as it is, such as "FP8".
+        runs: whether this version runs that format as it is.
         parameters: weights of the model, however they are stored.
         active_parameters: those that one token passes through; fewer in a mixture of experts.
         numbers: how many values are stored as floats (weights, or scales and biases).
@@ -32,6 +35,7 @@ class Footprint:
 
     config: ModelConfig
     format: str
+    runs: bool
     parameters: int
     active_parameters: int
     numbers: int
@@ -49,6 +53,65 @@ class Footprint:
         return self.disk_bytes - self.float_bytes + self.numbers * compute_dtype.size
 
 
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What running a checkpoint takes of a machine's memory, in bytes.
+
+    Args:
+        device: the machine.
+        dtype: what would be computed in.
+        tokens: how many the cache is to hold.
+        weight_bytes, cache_bytes: what either takes.
+    """
+
+    device: Device
+    dtype: mx.Dtype
+    tokens: int
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine can hold both."""
+        return self.total_bytes <= self.device.usable_memory
+
+
+def size_up(
+    footprint: Footprint,
+    device: Device,
+    *,
+    tokens: int | None = None,
+    kv_bits: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+) -> Requirement:
+    """What `footprint` takes of `device`.
+
+    Args:
+        tokens: size of the cache; the model's whole context by default.
+        kv_bits: 8 or 4 for a quantized cache.
+        dtype: what to compute in, by default the device's choice.
+
+    Raises:
+        OptionError: less than one token, or another dtype.
+    """
+    tokens = footprint.config.context_length if tokens is None else tokens
+    if tokens < 1:
+        raise OptionError(f"context: found {tokens}, expected at least 1 token")
+    compute = parse_dtype(dtype) or device.compute_dtype(footprint.dtype)
+    return Requirement(
+        device=device,
+        dtype=compute,
+        tokens=tokens,
+        weight_bytes=footprint.weight_bytes(compute),
+        cache_bytes=cache_bytes(footprint.config, tokens, compute.size, kv_bits),
+    )
+
+
 def measure(folder: Path) -> Footprint:
     """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
     config = ModelConfig.from_folder(folder)
@@ -57,9 +120,11 @@ def measure(folder: Path) -> Footprint:
     by_dtype = {name: sum(info.nbytes for info in floats if info.dtype == name) for name in FLOAT_DTYPES}
     most = max(by_dtype, key=lambda name: by_dtype[name])
     parameters, active = _parameters(config)
+    foreign = _foreign_format(config, checkpoint)
     return Footprint(
         config=config,
-        format=_format(config, most),
+        format=foreign or _native_format(config, most),
+        runs=foreign is None,
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),
@@ -100,10 +165,20 @@ def _parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
-def _format(config: ModelConfig, float_dtype: str) -> str:
-    if config.foreign_quantization is not None:
-        return config.foreign_quantization.upper()
+def _native_format(config: ModelConfig, float_dtype: str) -> str:
     if config.quantization is not None:
         default = config.quantization.default
         return f"MLX {default.bits}-bit, groups of {default.group_size}"
     return float_dtype
+
+
+def _foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """The name of a format that is not run as it is, by the config's word or by what its tensors are."""
+    if config.foreign_quantization is not None:
+        return config.foreign_quantization.upper()
+    if config.quantization is None:
+        if any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+            return "FP8"
+        if any(name.endswith(".qweight") for name in checkpoint.tensors):
+            return "AWQ or GPTQ"
+    return None

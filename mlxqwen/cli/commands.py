@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
 from mlxqwen import __version__
-from mlxqwen.cli.terminal import print_notes
+from mlxqwen.cli.terminal import BROKEN_PIPE, print_notes, silence_streams
 
 __all__ = ["mlxqwen"]
 
@@ -15,7 +16,7 @@ _COMMANDS = {"generate": "mlxqwen.cli.generate", "info": "mlxqwen.cli.info"}
 
 
 class LazyGroup(click.Group):
-    """Subcommands by name, so that none pays for another's imports."""
+    """Subcommands by name, so that none pays for another's imports. A closed pipe ends them without a word."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -26,8 +27,15 @@ class LazyGroup(click.Group):
         command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         return command if isinstance(command, click.Command) else None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            silence_streams()
+            return BROKEN_PIPE
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
 @click.version_option(__version__, prog_name="mlxqwen")
 def mlxqwen() -> None:
     """Run Qwen3 language models on Apple's MLX.

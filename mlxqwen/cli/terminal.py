@@ -9,9 +9,19 @@ from typing import TextIO
 
 from mlxqwen.errors import one_line
 
-__all__ = ["INTERRUPTED", "Output", "PrefillProgress", "print_error", "print_notes"]
+__all__ = [
+    "BROKEN_PIPE",
+    "INTERRUPTED",
+    "Output",
+    "PrefillProgress",
+    "open_missing_streams",
+    "print_error",
+    "print_notes",
+    "silence_streams",
+]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 # A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -23,20 +33,26 @@ class Output:
 
     Args:
         stream: standard output or standard error.
-        dim: write dimly on a terminal, unless NO_COLOR is set.
+        dim: write dimly on a terminal, unless NO_COLOR is set or the terminal is dumb.
     """
 
     def __init__(self, stream: TextIO, *, dim: bool = False) -> None:
         self.stream = stream
         self.is_terminal = stream.isatty()
-        self._styled = dim and self.is_terminal and "NO_COLOR" not in os.environ
-        self._line_is_open = False
+        self.line_is_open = False
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self._styled = dim and self.is_terminal and not plain
+
+    @property
+    def is_unicode(self) -> bool:
+        """Whether any character can be written."""
+        return (self.stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
 
     def write(self, text: str) -> None:
         """Write `text` now."""
         if not text:
             return
-        self._line_is_open = not text.endswith("\n")
+        self.line_is_open = not text.endswith("\n")
         encoding = self.stream.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
         if self.is_terminal:
@@ -46,7 +62,7 @@ class Output:
 
     def end_line(self) -> None:
         """Finish the line if one was begun."""
-        if self._line_is_open:
+        if self.line_is_open:
             self.write("\n")
 
 
@@ -84,4 +100,19 @@ def print_notes() -> None:
 
 def print_error(problem: str, hint: str = "") -> None:
     """One line, or two, on standard error."""
-    sys.stderr.write(f"error: {problem}\n" + (f"       {hint}\n" if hint else ""))
+    sys.stderr.write(f"error: {one_line(problem)}\n" + (f"       {one_line(hint)}\n" if hint else ""))
+
+
+def open_missing_streams() -> None:
+    """Let standard streams that whoever called us has closed read and write nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+
+
+def silence_streams() -> None:
+    """Send what is still to be written nowhere, for nobody can read it: not even Python's last flush may fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
