@@ -128,17 +128,15 @@ class ModelConfig:
 
     def with_rope_scaling(self, rope_scaling: Mapping[str, Any]) -> ModelConfig:
         """The same model under other RoPE scaling, given as in `config.json`. Raises `OptionError`."""
+        example = 'For example {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.'
         if not isinstance(rope_scaling, Mapping):
-            raise OptionError(
-                f"rope_scaling: found {type(rope_scaling).__name__}, expected an object",
-                hint='For example {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.',
-            )
+            raise OptionError(f"rope_scaling: found {type(rope_scaling).__name__}, expected an object", hint=example)
         try:
             keys = _Keys(rope_scaling, "rope_scaling")
-            theta = keys.number("rope_theta", default=self.rope_theta, low=1.0, high=1e12)
+            theta = keys.number("rope_theta", default=self.rope_theta, low=2.0, high=1e12)
             return replace(self, rope_theta=theta, rope_scaling=_read_rope_scaling(keys, self.max_position_embeddings))
         except ConfigError as error:
-            raise OptionError(error.problem, hint=error.hint) from None
+            raise OptionError(error.problem, hint=example) from None
 
     def with_yarn(self, factor: float) -> ModelConfig:
         """The same model with its trained context extended `factor` times by YaRN. Raises `OptionError`."""
@@ -323,14 +321,14 @@ def _read_rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, YarnSc
         ),
         keys,
     )
-    return owner.number("rope_theta", low=1.0, high=1e12), scaling
+    return owner.number("rope_theta", low=2.0, high=1e12), scaling
 
 
 def _read_rope_scaling(keys: _Keys, max_position_embeddings: int) -> YarnScaling | None:
     """RoPE scaling under either name of its type; the meaning of every key is that of transformers."""
     type_key = "rope_type" if keys.values.get("rope_type") is not None else "type"
     rope_type = keys.values.get(type_key, "default")
-    if rope_type == "default":
+    if rope_type == "default" and keys.values.get("factor") is None:
         return None
     if rope_type != "yarn":
         raise keys.fail(type_key, "'yarn' or 'default'", hint="YaRN is the scaling that Qwen3 was validated with.")
@@ -379,6 +377,8 @@ def _read_quantization(keys: _Keys) -> tuple[Quantization | None, str | None]:
             if module.values.get("mode", "affine") != "affine":
                 raise module.fail("mode", "'affine'")
             overrides[name] = _read_affine(module)
+        elif "." in name and value is not True:
+            raise section.fail(name, "an object, true or false")
     return Quantization(_read_affine(section), overrides), None
 
 
