@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _FOREIGN = {
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
 }
-_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj)\.weight")
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -47,6 +47,10 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if dtype is None or found in _DTYPES.values():
         return found
     raise OptionError(f"dtype: found {dtype!s}, expected bfloat16, float16 or float32")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def load_model(
@@ -91,13 +95,18 @@ def load_model(
     model = Qwen3ForCausalLM(config, generation_config)
     sources = _match(checkpoint, model, config)
     compute = chosen or device.compute_dtype(_checkpoint_dtype(checkpoint, sources))
+    if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
+        raise OptionError(
+            f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
+            hint="Leave the dtype out, or use an MLX-quantized release.",
+        )
     expected = dict(tree_flatten(model.parameters()))
     nbytes = sum(
         array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
     if nbytes > device.usable_memory and not force:
         raise InsufficientMemoryError(
-            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {str(compute).rpartition('.')[2]}, this machine can "
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
             f"hold {device.usable_memory / 1e9:.1f} GB",
             hint="Use a smaller or more strongly quantized release, a narrower dtype, or force it.",
         )
@@ -109,11 +118,13 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
     """Name a format that is not run as it is, from the config's word or the tensors' own."""
     method = config.foreign_quantization
     if method is None and config.quantization is None:
-        suffixes = {name.rpartition(".")[2]: info.dtype for name, info in checkpoint.tensors.items()}
-        if any(dtype.startswith("F8") for dtype in suffixes.values()) or "weight_scale_inv" in suffixes:
-            method = "fp8"
-        elif "qweight" in suffixes:
+        suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
+        if "qweight" in suffixes:
             method = "gptq" if "g_idx" in suffixes else "awq"
+        elif "weight_packed" in suffixes:
+            method = "compressed-tensors"
+        elif any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+            method = "fp8"
     if method is not None:
         name = _FOREIGN.get(method, method)
         raise UnsupportedFormatError(
@@ -124,10 +135,11 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The tensors of the checkpoint that make up one parameter: one, several to stack, or a part of a fused one."""
+    """The tensors of the checkpoint that make up one parameter: one, several to be stacked, or rows of a fused one."""
 
     tensors: tuple[TensorInfo, ...]
     rows: slice | None = None
+    stacked: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,15 +147,15 @@ class _Source:
         if self.rows is not None:
             half = len(range(*self.rows.indices(shape[1])))
             return (shape[0], half, *shape[2:])
-        return shape if len(self.tensors) == 1 else (len(self.tensors), *shape)
+        return (len(self.tensors), *shape) if self.stacked else shape
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
+def _sources(checkpoint: Checkpoint, num_experts: int) -> dict[str, _Source]:
     """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
     sources: dict[str, _Source] = {}
     experts: dict[str, dict[int, TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
-        if match := _EXPERT.fullmatch(name):
+        if num_experts and (match := _EXPERT.fullmatch(name)):
             parameter = f"{match[1]}.switch_mlp.{match[3]}.weight"
             experts.setdefault(parameter, {})[int(match[2])] = info
         elif name.endswith(".mlp.experts.gate_up_proj") and len(info.shape) == 3:
@@ -156,17 +168,31 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
         elif not _ROTARY_BUFFER.fullmatch(name):
             sources[name] = _Source((info,))
     for parameter, stack in experts.items():
-        sources[parameter] = _Source(tuple(stack[expert] for expert in sorted(stack)))
+        if parameter in sources or stack.keys() != set(range(num_experts)):
+            raise _wrong_experts(checkpoint, parameter, stack.keys(), num_experts)
+        sources[parameter] = _Source(tuple(stack[expert] for expert in range(num_experts)), stacked=True)
     return sources
+
+
+def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int], num_experts: int) -> CheckpointError:
+    """Separate experts that are not exactly those of the config, or that are there a second time in another form."""
+    missing = [str(expert) for expert in range(num_experts) if expert not in found]
+    extra = [str(expert) for expert in sorted(found) if expert >= num_experts]
+    problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
+    return CheckpointError(
+        f"{checkpoint.folder}: experts of {parameter}: {problem}, expected 0 to {num_experts - 1}",
+        hint="Fetch the model again, or check that config.json belongs to these weights.",
+    )
 
 
 def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig) -> dict[str, _Source]:
     """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
-    sources = _sources(checkpoint)
+    sources = _sources(checkpoint, 0 if config.moe is None else config.moe.num_experts)
     if config.tie_word_embeddings:
         head = [name for name in sources if name.startswith("lm_head.")]
         if head:
-            logger.warning("%s: ignored, since config.json ties it to the embeddings", ", ".join(head))
+            # Some of Qwen's own releases have one, so this is no warning.
+            logger.info("%s: ignored, since config.json ties it to the embeddings", ", ".join(head))
         sources = {name: source for name, source in sources.items() if name not in head}
     _quantize(model, checkpoint, sources, config.quantization)
     expected = dict(tree_flatten(model.parameters()))
@@ -183,7 +209,7 @@ def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig)
             hint="Check that config.json belongs to these weights.",
         )
     for name, array in expected.items():
-        _check(name, array, sources[name], config)
+        _check(array, sources[name])
     return sources
 
 
@@ -217,17 +243,11 @@ def _quantize(
     model.update_modules(tree_unflatten(replaced))
 
 
-def _check(name: str, expected: mx.array, source: _Source, config: ModelConfig) -> None:
+def _check(expected: mx.array, source: _Source) -> None:
     """Raise unless `source` has the parameter's shape and a dtype that it can be made of."""
-    first = source.tensors[0]
-    if config.moe is not None and len(source.tensors) not in (1, config.moe.num_experts):
-        raise CheckpointError(
-            f"{first.path}: {name} has {len(source.tensors)} experts, expected {config.moe.num_experts}",
-            hint="Fetch the model again, or check that config.json belongs to these weights.",
-        )
     packed = expected.dtype == mx.uint32
     for info in source.tensors:
-        if info.shape != first.shape or source.shape != tuple(expected.shape):
+        if info.shape != source.tensors[0].shape or source.shape != tuple(expected.shape):
             raise CheckpointError(
                 f"{info.path}: {info.name} has shape {list(info.shape)}, expected {_expected_shape(source, expected)}",
                 hint="Check that config.json belongs to these weights.",
@@ -243,7 +263,7 @@ def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
     shape = list(expected.shape)
     if source.rows is not None:
         return [shape[0], 2 * shape[1], *shape[2:]]
-    return shape if len(source.tensors) == 1 else shape[1:]
+    return shape[1:] if source.stacked else shape
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint, sources: Mapping[str, _Source]) -> mx.Dtype:
@@ -259,7 +279,7 @@ def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str,
     by_layer: dict[str, list[tuple[str, mx.array]]] = {}
     for name, source in sources.items():
         parts = [arrays[info.name] for info in source.tensors]
-        array = parts[0] if len(parts) == 1 else mx.stack(parts)
+        array = mx.stack(parts) if source.stacked else parts[0]
         if source.rows is not None:
             array = array[:, source.rows]
         if array.dtype != mx.uint32:
