@@ -8,8 +8,10 @@ Each golden file has one function here, named after it; without names all are ma
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,41 @@ def _rest(case: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in case.items() if key != "messages"}
 
 
-GOLDEN_FILES = {"chat_template": chat_template}
+def models() -> dict[str, Any]:
+    """Logits and greedy continuations of `GOLDEN_MODELS` by transformers, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sys.path.insert(0, str(GOLDEN.parent.parent))
+    from tests.tiny_checkpoints import GOLDEN_MODELS, GREEDY_TOKENS, golden_positions, make_weights, prompt
+
+    golden = {}
+    for name, (config, length) in GOLDEN_MODELS.items():
+        rest = {key: value for key, value in config.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **copy.deepcopy(rest)),
+            dtype=torch.float32,
+            attn_implementation="eager",
+        ).eval()
+        weights = {key: torch.tensor(array) for key, array in make_weights(config, experts="fused").items()}
+        if config["tie_word_embeddings"]:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights)
+        ids = prompt(length, config["vocab_size"])
+        closest = float("inf")
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, golden_positions(length)]
+            for _ in range(GREEDY_TOKENS):
+                best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+                closest = min(closest, float(best.values[0] - best.values[1]))
+                ids.append(int(best.indices[0]))
+        if closest < 1e-3:
+            raise SystemExit(f"{name}: two best tokens differ by {closest:.1e} only: choose another length or seed")
+        golden[name] = {"logits": [[round(x, 6) for x in row] for row in logits.tolist()], "greedy": ids[length:]}
+    return golden
+
+
+GOLDEN_FILES = {"chat_template": chat_template, "models": models}
 
 
 def main() -> None:
