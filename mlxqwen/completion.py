@@ -91,7 +91,7 @@ def stream_generate(
     started = time.perf_counter()
     stream = generate_tokens(
         model,
-        ids,
+        [ids],
         sampling=params,
         max_tokens=max_tokens,
         eos_token_ids=end_token_ids(model, tokenizer),

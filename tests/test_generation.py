@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -56,7 +56,7 @@ def by_the_book(
     sampler = Sampler([params], [prompt], VOCAB_SIZE)
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(int(sampler(model(mx.array([tokens]))[:, -1]).item()))
+        tokens.append(cast(int, sampler(model(mx.array([tokens]))[:, -1]).item()))
         if tokens[-1] in ends:
             break
     return tokens[len(prompt) :]
