@@ -78,7 +78,7 @@ def generate_tokens(
     Raises:
         ContextLengthError: a prompt leaves no room for an answer.
         OptionError: an empty prompt, ids outside the vocabulary, or values out of range.
-        CacheError: a cache of another number of rows.
+        CacheError: a cache of another model or number of rows.
         GenerationError: while iterating, if the model's logits are NaN.
     """
     rows = _rows(prompts, model.config.vocab_size)
@@ -94,6 +94,8 @@ def generate_tokens(
         cache = make_cache(model, batch_size=len(rows))
     elif cache.batch_size != len(rows):
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
+    elif cache.config != model.config:
+        raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
     limits = [
         min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))
         for offset, row in zip(cache.offsets, rows, strict=True)

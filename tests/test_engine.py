@@ -242,21 +242,9 @@ def test_loading(tmp_path: Any) -> None:
 
 
 SWITCHES = {"/think": True, "/no_think": False}
-NO_SWITCHES = [
-    "think",
-    "no_think",
-    "/thinking",
-    "/thinks",
-    "/no_thinking",
-    "/no-think",
-    "/Think",
-    "a/think",
-    "x/no_think",
-    "//think",
-    "/think/x",
-    "_/think",
-]
-WORDS = st.lists(st.sampled_from([*SWITCHES, *NO_SWITCHES, "word", "?", "说"]), max_size=6)
+NO_SWITCHES = ["think", "no_think", "/thinking", "/no_thinking", "/no-think", "/Think", "//think", "_/think"]
+PATHS = ["a/think", "x/no_think", "/think/x"]
+WORDS = st.lists(st.sampled_from([*SWITCHES, *NO_SWITCHES, *PATHS, "word", "?", "说"]), max_size=6)
 MESSAGES = st.lists(st.tuples(st.sampled_from(["user", "system", "assistant", "tool"]), WORDS), min_size=1, max_size=5)
 
 

@@ -346,6 +346,14 @@ def test_a_cache_of_other_rows(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ..
     assert calls == []
 
 
+def test_a_cache_of_another_model(
+    tiny: Qwen3ForCausalLM, model: Qwen3ForCausalLM, calls: list[tuple[int, ...]]
+) -> None:
+    with pytest.raises(CacheError, match="another model"):
+        generate_tokens(tiny, [1], cache=make_cache(model))
+    assert calls == []
+
+
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_k=20, top_p=0.9, min_p=0.1)])
 def test_damaged_weights_stop_the_first_step(calls: list[tuple[int, ...]], params: SamplingParams) -> None:
     damaged = random_model()
