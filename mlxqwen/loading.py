@@ -43,8 +43,10 @@ _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_
 
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     """A compute dtype by name ("bfloat16", "float16", "float32") or as MLX's own. Raises `OptionError`."""
+    if dtype is None:
+        return None
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is None or found in _DTYPES.values():
+    if isinstance(found, mx.Dtype) and found in _DTYPES.values():
         return found
     raise OptionError(f"dtype: found {dtype!s}, expected bfloat16, float16 or float32")
 
