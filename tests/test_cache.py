@@ -152,8 +152,8 @@ def test_ragged_rows_get_what_each_gets_alone(data: st.DataObject) -> None:
     outputs: list[list[Floats]] = [[] for _ in rows]
     for length, lengths in steps:
         spans = [(offset, offset + count) for offset, count in zip(cache.offsets, lengths, strict=True)]
-        for place, output in enumerate(attend(cache, rows, spans, length)):
-            outputs[place].append(output)
+        for place, part in enumerate(attend(cache, rows, spans, length)):
+            outputs[place].append(part)
     assert list(cache.offsets) == totals
     for row, total, output in zip(rows, totals, outputs, strict=True):
         queries, keys, values = (part[:, :total] for part in row)
@@ -328,12 +328,13 @@ def test_rows_that_stay_do_not_notice_those_that_leave(
     model(padded, together, lengths=[len(row) for row in prompts])
     together.keep_rows([2, 0])
     assert (together.offsets, together.batch_size) == ((11, 3), 2)
-    then = mx.array([prompt(6, 96), prompt(6, 95)])
+    texts = [prompt(6, 96), prompt(6, 95)]
+    then = mx.array(texts)
     found = [model(then[:, :4], together), model(then[:, 4:5], together), model(then[:, 5:], together)]
     for place, row in enumerate((prompts[2], prompts[0])):
         alone = new_cache_for(model, window, 4, kv_bits)
         model(mx.array([row]), alone)
-        expected_logits = logits_of(model, then[place].tolist(), [1], alone)
+        expected_logits = logits_of(model, texts[place], [1], alone)
         allowed = {None: 2e-4, 8: 0.05, 4: 1.0}[kv_bits]
         assert worst(mx.concatenate(found, axis=1)[place], expected_logits) <= allowed
 

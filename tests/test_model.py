@@ -17,6 +17,7 @@ from mlxqwen.generation import generate_tokens
 from mlxqwen.loading import load_model
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import SamplingParams
+from tests.sparse_checkpoints import RELEASES
 from tests.tiny_checkpoints import (
     DENSE,
     GOLDEN_MODELS,
@@ -89,61 +90,23 @@ def test_what_comes_later_changes_nothing_before(tmp_path: Path) -> None:
 
 # The eight releases, by shape
 
-COMMON = {
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 151_643,
-    "eos_token_id": 151_645,
+
+# Parameters in all and for one token, as published with the weights.
+PARAMETERS = {
+    "Qwen3-0.6B": (596_049_920, None),
+    "Qwen3-1.7B": (1_720_574_976, None),
+    "Qwen3-4B": (4_022_468_096, None),
+    "Qwen3-8B": (8_190_735_360, None),
+    "Qwen3-14B": (14_768_307_200, None),
+    "Qwen3-32B": (32_762_123_264, None),
+    "Qwen3-30B-A3B": (30_532_122_624, 3.3e9),
+    "Qwen3-235B-A22B": (235_093_634_560, 22e9),
 }
 
 
-def dense(hidden: int, layers: int, heads: int, width: int, *, tied: bool = False) -> dict[str, Any]:
-    return {**COMMON, "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers} | {
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "intermediate_size": width,
-        "tie_word_embeddings": tied,
-    }
-
-
-def sparse(hidden: int, layers: int, heads: int, width: int, expert_width: int) -> dict[str, Any]:
-    return dense(hidden, layers, heads, width) | {
-        "model_type": "qwen3_moe",
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": expert_width,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-# Release → its config and the numbers of its parameters, in all and for one token, as published with the weights.
-RELEASES = {
-    "Qwen3-0.6B": (dense(1024, 28, 16, 3072, tied=True), 596_049_920, None),
-    "Qwen3-1.7B": (dense(2048, 28, 16, 6144, tied=True), 1_720_574_976, None),
-    "Qwen3-4B": (dense(2560, 36, 32, 9728, tied=True), 4_022_468_096, None),
-    "Qwen3-8B": (dense(4096, 36, 32, 12288), 8_190_735_360, None),
-    "Qwen3-14B": (dense(5120, 40, 40, 17408), 14_768_307_200, None),
-    "Qwen3-32B": (dense(5120, 64, 64, 25600), 32_762_123_264, None),
-    "Qwen3-30B-A3B": (sparse(2048, 48, 32, 6144, 768), 30_532_122_624, 3.3e9),
-    "Qwen3-235B-A22B": (sparse(4096, 94, 64, 12288, 1536), 235_093_634_560, 22e9),
-}
-
-
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", PARAMETERS)
 def test_releases_have_their_published_tensors(release: str) -> None:
-    config, parameters, _ = RELEASES[release]
+    config, (parameters, _) = RELEASES[release], PARAMETERS[release]
     model = Qwen3ForCausalLM(ModelConfig.from_dict(config))
     before = mx.get_active_memory()
     arrays = dict(tree_flatten(model.parameters()))
@@ -166,15 +129,15 @@ def test_the_largest_release_is_shaped_without_memory() -> None:
         "Qwen3ForCausalLM(ModelConfig.from_dict(json.loads(sys.argv[1])))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    config = json.dumps(RELEASES["Qwen3-235B-A22B"][0])
+    config = json.dumps(RELEASES["Qwen3-235B-A22B"])
     grown = subprocess.run([sys.executable, "-c", program, config], capture_output=True, text=True, check=True).stdout
     kibibytes = int(grown) / (1024 if sys.platform == "darwin" else 1)
     assert kibibytes < 100 * 1024
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", PARAMETERS)
 def test_footprint_counts_the_published_parameters(tmp_path: Path, release: str) -> None:
-    config, parameters, active = RELEASES[release]
+    config, (parameters, active) = RELEASES[release], PARAMETERS[release]
     footprint = measure(write_folder(tmp_path, config, {"model.norm.weight": np.ones(1, dtype=np.float32)}))
     assert footprint.parameters == parameters
     assert footprint.active_parameters == (parameters if active is None else pytest.approx(active, rel=0.02))

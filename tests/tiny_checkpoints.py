@@ -147,11 +147,11 @@ def _bfloat16_bits(array: Floats) -> NDArray[np.uint16]:
 
 
 def write_safetensors(path: Path, weights: Mapping[str, NDArray[Any]], dtype: str = "F32") -> None:
-    """One file; float32 arrays are stored as `dtype`, others as they are."""
+    """One file; float32 arrays are stored as `dtype`, integers as they are, uint8 as the bits of F8_E4M3."""
     header: dict[str, Any] = {}
     blobs: list[bytes] = []
     position = 0
-    names = {np.dtype(np.uint32): "U32", np.dtype(np.uint8): "U8", np.dtype(np.int32): "I32"}
+    names = {np.dtype(np.uint32): "U32", np.dtype(np.uint8): "F8_E4M3", np.dtype(np.int32): "I32"}
     for name, array in weights.items():
         if array.dtype != np.float32:
             stored, data = names[array.dtype], array
@@ -175,7 +175,7 @@ def write_folder(
     if not shards:
         write_safetensors(folder / "model.safetensors", weights, dtype)
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: weights[name] for name in list(weights)[shard::shards]}
