@@ -81,7 +81,8 @@ def container_limit(root: Path = Path("/")) -> int | None:
         return None
     limits: list[int] = []
     for line in lines:
-        _, controllers, group = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         if not controllers:
             top, name = root / "sys/fs/cgroup", "memory.max"
         elif "memory" in controllers.split(","):

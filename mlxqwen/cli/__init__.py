@@ -1,18 +1,21 @@
-"""The command line: options, printing, exit codes. No logic."""
+"""The command line: options, printing, exit codes. No logic.
+
+Next to nothing is imported before `main` runs, so that Ctrl-C is quiet from the beginning.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
+from contextlib import suppress
 
-from mlxqwen.cli.terminal import INTERRUPTED, open_missing_streams, print_error, silence_streams
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "main"]
 
-__all__ = ["main"]
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main() -> None:
     """Run `mlxqwen` and exit: 0, 1 for an error, 2 for usage, 130 for Ctrl-C, 141 for a reader that has left."""
-    open_missing_streams()
     try:
         status = _run()
         sys.stdout.flush()
@@ -28,8 +31,10 @@ def _run() -> int:
     import click
 
     from mlxqwen.cli.commands import mlxqwen
+    from mlxqwen.cli.terminal import open_missing_streams, print_error
     from mlxqwen.errors import MlxqwenError
 
+    open_missing_streams()
     try:
         result = mlxqwen.main(prog_name="mlxqwen", standalone_mode=False)
     except click.UsageError as error:
@@ -59,9 +64,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _report(error: OSError) -> None:
     """A failed read or write, such as to a full disk; the reader of standard error may have left as well."""
-    try:
+    from mlxqwen.cli.terminal import print_error, silence_streams
+
+    with suppress(OSError):
         print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        sys.stderr.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     silence_streams()

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from mlxqwen import __version__
-from mlxqwen.cli.terminal import BROKEN_PIPE, print_notes, silence_streams
+from mlxqwen.cli import BROKEN_PIPE
+from mlxqwen.cli.terminal import print_notes, silence_streams
 
 __all__ = ["mlxqwen"]
 

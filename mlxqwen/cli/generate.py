@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxqwen.cli.terminal import INTERRUPTED, Output, PrefillProgress
+from mlxqwen.cli import INTERRUPTED
+from mlxqwen.cli.terminal import Output, PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.json_file import parse_json

@@ -31,9 +31,9 @@ def info(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Tell what MODEL (a folder or hub id; the demo by default) takes, and whether it fits this machine.
+    """Tell what MODEL takes, and whether it fits this machine.
 
-    Nothing but config and headers is read.
+    MODEL is a folder, a hub id (which is downloaded), or by default the demo model. Only config and headers are read.
     """
     from mlxqwen.device import current_device
     from mlxqwen.footprint import measure, size_up

@@ -10,8 +10,6 @@ from typing import TextIO
 from mlxqwen.errors import one_line
 
 __all__ = [
-    "BROKEN_PIPE",
-    "INTERRUPTED",
     "Output",
     "PrefillProgress",
     "open_missing_streams",
@@ -19,9 +17,6 @@ __all__ = [
     "print_notes",
     "silence_streams",
 ]
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 # A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -63,7 +58,9 @@ class Output:
     def end_line(self) -> None:
         """Finish the line if one was begun."""
         if self.line_is_open:
-            self.write("\n")
+            self.line_is_open = False
+            self.stream.write("\n")
+            self.stream.flush()
 
 
 class PrefillProgress:
