@@ -62,9 +62,9 @@ def matrices(config: dict[str, Any]) -> Shapes:
         shapes[f"{layer}.self_attn.o_proj"] = (hidden, heads)
         if "num_experts" in config:
             shapes[f"{layer}.mlp.gate"] = (config["num_experts"], hidden)
-            stack, width, mlp = (config["num_experts"],), config["moe_intermediate_size"], f"{layer}.mlp.switch_mlp"
+            stack, width, mlp = [config["num_experts"]], config["moe_intermediate_size"], f"{layer}.mlp.switch_mlp"
         else:
-            stack, width, mlp = (), config["intermediate_size"], f"{layer}.mlp"
+            stack, width, mlp = [], config["intermediate_size"], f"{layer}.mlp"
         shapes[f"{mlp}.gate_proj"] = shapes[f"{mlp}.up_proj"] = (*stack, width, hidden)
         shapes[f"{mlp}.down_proj"] = (*stack, hidden, width)
     return shapes
@@ -105,7 +105,7 @@ def write_sparse(folder: Path, config: dict[str, Any], *, bits: int = 16, form: 
             tensors[f"{name}.qzeros"] = ("I32", (*stack, width // 128, rows // 8))
             tensors[f"{name}.scales"] = ("F16", (*stack, width // 128, rows))
     folder.mkdir(parents=True)
-    declared = {
+    declared: dict[str, dict[str, Any]] = {
         "mlx": {"quantization": {"bits": bits, "group_size": 64}},
         "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
         "awq": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},

@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 
-__all__ = ["BROKEN_PIPE", "INTERRUPTED", "main"]
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-BROKEN_PIPE = 141  # 128 + SIGPIPE
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -28,11 +27,12 @@ def main() -> None:
 
 
 def _run() -> int:
-    import click
+    with leave_at_once():
+        import click
 
-    from mlxqwen.cli.commands import mlxqwen
-    from mlxqwen.cli.terminal import open_missing_streams, print_error
-    from mlxqwen.errors import MlxqwenError
+        from mlxqwen.cli.commands import mlxqwen
+        from mlxqwen.cli.terminal import open_missing_streams, print_error
+        from mlxqwen.errors import MlxqwenError
 
     open_missing_streams()
     try:

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from mlxqwen import __version__
-from mlxqwen.cli import BROKEN_PIPE
+from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.terminal import print_notes, silence_streams
 
 __all__ = ["mlxqwen"]
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells count
 _COMMANDS = {"generate": "mlxqwen.cli.generate", "info": "mlxqwen.cli.info"}
 
 
@@ -25,7 +26,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        with leave_at_once():
+            command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         return command if isinstance(command, click.Command) else None
 
     def invoke(self, ctx: click.Context) -> Any:

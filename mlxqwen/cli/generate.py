@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxqwen.cli import INTERRUPTED
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.terminal import Output, PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt
 from mlxqwen.errors import MlxqwenError, OptionError
@@ -145,12 +145,13 @@ def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
 
 def _events(text: str, options: dict[str, Any]) -> Iterator[Event]:
     """Load the model and let it answer."""
-    from mlxqwen.cache import make_cache
-    from mlxqwen.completion import resolve_params, stream_generate
-    from mlxqwen.engine import Engine, split_reply
-    from mlxqwen.generation import DEFAULT_MAX_TOKENS
-    from mlxqwen.sampling import SamplingParams
-    from mlxqwen.stop import StopStrings
+    with leave_at_once():
+        from mlxqwen.cache import make_cache
+        from mlxqwen.completion import resolve_params, stream_generate
+        from mlxqwen.engine import Engine, split_reply
+        from mlxqwen.generation import DEFAULT_MAX_TOKENS
+        from mlxqwen.sampling import SamplingParams
+        from mlxqwen.stop import StopStrings
 
     overrides = {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
     SamplingParams(**overrides)  # complains before a large model is read

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.terminal import Output
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.errors import one_line
@@ -35,9 +36,10 @@ def info(
 
     MODEL is a folder, a hub id (which is downloaded), or by default the demo model. Only config and headers are read.
     """
-    from mlxqwen.device import current_device
-    from mlxqwen.footprint import measure, size_up
-    from mlxqwen.hub import resolve_model
+    with leave_at_once():
+        from mlxqwen.device import current_device
+        from mlxqwen.footprint import measure, size_up
+        from mlxqwen.hub import resolve_model
 
     check_unicode(model=model, revision=revision)
     folder = resolve_model(model, revision=revision)
