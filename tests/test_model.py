@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxqwen.config import ModelConfig
+from mlxqwen.errors import OptionError
 from mlxqwen.footprint import measure
 from mlxqwen.generation import generate_tokens
 from mlxqwen.loading import load_model
@@ -86,6 +87,14 @@ def test_what_comes_later_changes_nothing_before(tmp_path: Path) -> None:
     model = load_model(write_folder(tmp_path, DENSE, make_weights(DENSE)), dtype="float32")
     ids = prompt(30, 96)
     assert_close(model(mx.array([ids]))[0, :20], model(mx.array([ids[:20]]))[0])
+
+
+@pytest.mark.parametrize(
+    "tokens", [mx.zeros((1, 0), dtype=mx.int32), mx.array([1, 2]), mx.array([[1.0]]), mx.array([[[1]]]), mx.array(1)]
+)
+def test_tokens_of_another_shape_or_kind_are_refused(tokens: mx.array) -> None:
+    with pytest.raises(OptionError, match=r"tokens: found .*, expected integers \[rows, tokens\]"):
+        Qwen3ForCausalLM(ModelConfig.from_dict(DENSE))(tokens)
 
 
 # The eight releases, by shape
