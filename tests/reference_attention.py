@@ -38,7 +38,9 @@ def attention(
     """
     heads, tokens, _ = queries.shape
     group = heads // len(keys)
-    held_keys = stored(np.stack([[rotated(key, j, theta) for j, key in enumerate(head)] for head in keys]))
+    held_keys = stored(
+        np.array([[rotated(key, j, theta) for j, key in enumerate(head)] for head in keys]).reshape(keys.shape)
+    )
     held_values = stored(values)
     output = np.zeros_like(queries)
     for head in range(heads):

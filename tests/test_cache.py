@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ CONFIG = {**DENSE, "head_dim": HEAD_DIM, "num_attention_heads": HEADS, "num_key_
 ONE_LAYER = ModelConfig.from_dict({**CONFIG, "num_hidden_layers": 1})
 KV_BITS = [None, 8, 4]
 
+Row = tuple[Floats, Floats, Floats]  # queries, keys and values of one text
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen3ForCausalLM:
@@ -47,7 +49,7 @@ def new_cache(**arguments: Any) -> KVCache:
     return make_cache(bare_model(), **({"kv_group_size": 32} | arguments))
 
 
-def random_tokens(count: int, seed: int) -> tuple[Floats, Floats, Floats]:
+def random_tokens(count: int, seed: int) -> Row:
     """Queries, keys and values of one row, rounded to float32."""
     random = np.random.default_rng(seed)
 
@@ -57,9 +59,7 @@ def random_tokens(count: int, seed: int) -> tuple[Floats, Floats, Floats]:
     return numbers(HEADS), numbers(KV_HEADS), numbers(KV_HEADS)
 
 
-def attend(
-    cache: KVCache, rows: Sequence[tuple[Floats, Floats, Floats]], spans: Sequence[tuple[int, int]], length: int
-) -> list[Floats]:
+def attend(cache: KVCache, rows: Sequence[Row], spans: Sequence[tuple[int, int]], length: int) -> list[Floats]:
     """One step of the cache's only layer: tokens `spans[b]` of each row, padded to `length` → what each row gets."""
     rope = Rope(HEAD_DIM, THETA)
     lengths = [stop - start for start, stop in spans]
@@ -80,11 +80,11 @@ def attend(
     return [output[place][:, :count] for place, count in enumerate(lengths)]
 
 
-def stored_as(kv_bits: int | None) -> Any:
+def stored_as(kv_bits: int | None) -> Callable[[Floats], Floats]:
     """What a cache of `kv_bits` does to the numbers it stores."""
 
     def round_trip(array: Floats) -> Floats:
-        if kv_bits is None:
+        if kv_bits is None or not array.size:
             return array
         parts = mx.quantize(mx.array(array.astype(np.float32)), group_size=32, bits=kv_bits)
         return to_numpy(mx.dequantize(*parts, group_size=32, bits=kv_bits))
@@ -92,7 +92,7 @@ def stored_as(kv_bits: int | None) -> Any:
     return round_trip
 
 
-def expected(row: tuple[Floats, Floats, Floats], window: int | None, keep: int, kv_bits: int | None) -> Floats:
+def expected(row: Row, window: int | None, keep: int, kv_bits: int | None) -> Floats:
     return attention(*row, theta=THETA, scale=SCALE, window=window, keep=keep, stored=stored_as(kv_bits))
 
 
@@ -380,6 +380,56 @@ def test_only_held_tokens_can_be_trimmed_to(length: int) -> None:
     attend(cache, [random_tokens(5, 0)], [(0, 5)], 5)
     with pytest.raises(CacheError, match="cannot be trimmed"):
         cache.trim(length)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_is_done_to_a_cache_every_row_gets_what_it_would_get_alone(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Ragged steps, rows that leave or change places, trimming, saving and loading, in any order."""
+    window, keep = data.draw(placements())
+    kv_bits = data.draw(st.sampled_from(KV_BITS))
+    batch_size = data.draw(st.integers(1, 3))
+    cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits, batch_size=batch_size)
+    rows = [random_tokens(0, seed=0) for _ in range(batch_size)]
+    for number in range(data.draw(st.integers(2, 9))):
+        action = data.draw(st.sampled_from(["step", "step", "step", "keep_rows", "trim", "save"]))
+        if action == "keep_rows":
+            places = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=3))
+            cache.keep_rows(places)
+            rows = [rows[place] for place in places]
+        elif action == "trim":
+            length = data.draw(st.integers(0, min(cache.offsets)))
+            dropped = window is not None and max(cache.offsets) > window
+            if dropped and set(cache.offsets) != {length}:
+                with pytest.raises(CacheError):
+                    cache.trim(length)
+                continue
+            cache.trim(length)
+            rows = [(q[:, :length], k[:, :length], v[:, :length]) for q, k, v in rows]
+        elif action == "save":
+            path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
+            cache.save(path)
+            cache, _ = load_cache(path, bare_model())
+        else:
+            length = data.draw(st.integers(1, 6))
+            counts = data.draw(st.lists(st.integers(0, length), min_size=len(rows), max_size=len(rows)))
+            spans = [(offset, offset + count) for offset, count in zip(cache.offsets, counts, strict=True)]
+            rows = [
+                joined(row, random_tokens(count, seed=10 * number + place))
+                for place, (row, count) in enumerate(zip(rows, counts, strict=True))
+            ]
+            outputs = attend(cache, rows, spans, length)
+            for row, (start, stop), output in zip(rows, spans, outputs, strict=True):
+                alone = expected(row, window, keep, kv_bits)[:, start:stop]
+                assert worst(output, alone) <= ATTENTION_TOLERANCE[kv_bits]
+        assert list(cache.offsets) == [row[0].shape[1] for row in rows]
+
+
+def joined(row: Row, more: Row) -> Row:
+    first, second, third = (np.concatenate(parts, axis=1) for parts in zip(row, more, strict=True))
+    return first, second, third
 
 
 # Files

@@ -388,6 +388,19 @@ def test_a_file_that_shrinks_between_the_check_and_the_reading(tmp_path: Path, m
 
 # Memory, dtypes, options
 
+
+def test_loading_holds_little_more_than_the_model(tmp_path: Path) -> None:
+    """BF16 on disk, float32 in memory: beside the weights there is one layer at most."""
+    config = {**DENSE, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
+    folder = write_folder(tmp_path, config, make_weights(config), dtype="BF16")
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(folder, dtype="float32")
+    held = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+    assert mx.get_active_memory() - before <= 1.02 * held
+    assert mx.get_peak_memory() - before <= 1.1 * held
+
+
 MAC = Device("Apple M4", True, 16 << 30, 12 << 30)
 WEIGHT_BYTES = 2 * sum(int(np.prod(shape)) for shape in published_shapes(DENSE).values())
 
