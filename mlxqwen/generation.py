@@ -257,6 +257,7 @@ class TokenStream:
                 if start < len(row) <= start + length:
                     last_hidden[place] = hidden[place, len(row) - start - 1]
             mx.eval(self.cache.state, [one for one in last_hidden if one is not None])
+            mx.clear_cache()  # the chunk's work space, which decoding has no use for
             if self._on_prefill:
                 self._on_prefill(start + length, longest)
         return self._model.logits(mx.stack([one for one in last_hidden if one is not None]))
