@@ -1,7 +1,7 @@
 """Train the demo model: tokenizer, weights and the files around them, from a seed.
 
     python scripts/train_demo.py --out mlxqwen/demo --seed 0
-    python scripts/train_demo.py --out tests/data/moe_demo --seed 0 --moe --steps 700
+    python scripts/train_demo.py --out tests/data/moe_demo --seed 0 --moe --steps 500
 
 Needs the `train` extra.  The same seed, steps and versions give the same model on the same kind of machine.
 Matrices are trained with Muon (momentum, then the nearest orthogonal matrix by a Newton-Schulz iteration;
@@ -301,7 +301,9 @@ def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     """Write the checkpoint folder."""
     out.mkdir(parents=True, exist_ok=True)
     template = Path(__file__).with_name("demo_chat_template.jinja")
-    save_file(published_weights(model), str(out / "model.safetensors"), metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(published_weights(model), str(weights), metadata={"format": "pt"})
+    weights.chmod(0o644)
     write_json(out / "config.json", published_config(model, tokenizer))
     write_json(out / "tokenizer_config.json", tokenizer_config(tokenizer))
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
@@ -316,8 +318,7 @@ def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     }
     write_json(out / "generation_config.json", generation)
     tokenizer.save(str(out / "tokenizer.json"))
-    if template.exists():
-        (out / "chat_template.jinja").write_bytes(template.read_bytes())
+    (out / "chat_template.jinja").write_bytes(template.read_bytes())
 
 
 def train(model: Any, tokenizer: Tokenizer, steps: int, seed: int, out: Path) -> float:
@@ -388,7 +389,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400, help="training steps of 8,192 tokens")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of 8,192 tokens")
     parser.add_argument("--moe", action="store_true", help="train the mixture-of-experts model")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
