@@ -112,7 +112,7 @@ def placements(draw: st.DrawFn) -> tuple[int | None, int]:
 # The rule of attention
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_chunking_is_the_rule_of_attention(data: st.DataObject) -> None:
     window, keep = data.draw(placements())
@@ -129,7 +129,7 @@ def test_any_chunking_is_the_rule_of_attention(data: st.DataObject) -> None:
     assert cache.offset == start
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_ragged_rows_get_what_each_gets_alone(data: st.DataObject) -> None:
     window, keep = data.draw(placements())
@@ -382,7 +382,7 @@ def test_only_held_tokens_can_be_trimmed_to(length: int) -> None:
         cache.trim(length)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_whatever_is_done_to_a_cache_every_row_gets_what_it_would_get_alone(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -505,7 +505,7 @@ def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
 NUMBERS = st.one_of(st.integers(-3, 200), st.integers()).map(str)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     key=st.sampled_from(["format", "offsets", "max_kv_size", "keep", "kv_bits", "kv_group_size", "model"]),
     value=st.one_of(NUMBERS, st.lists(NUMBERS, max_size=3).map(",".join), st.text(max_size=8), st.none()),

@@ -297,7 +297,7 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(base=st.sampled_from([DENSE, MOE]), changes=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
 def test_any_value_at_any_key_is_read_or_refused(base: dict[str, Any], changes: dict[str, Any]) -> None:
     try:
@@ -309,7 +309,7 @@ def test_any_value_at_any_key_is_read_or_refused(base: dict[str, Any], changes: 
     assert config.num_attention_heads % config.num_key_value_heads == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(scaling=VALUES)
 def test_any_scaling_as_an_option_is_read_or_refused(scaling: Any) -> None:
     try:

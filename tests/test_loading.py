@@ -479,7 +479,7 @@ def test_yarn_is_set_by_either_option(tmp_path: Path) -> None:
     assert "factor" in refusal(folder, OptionError, yarn_factor=0.5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_a_folder_ends_in_one_clear_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

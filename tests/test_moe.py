@@ -19,7 +19,7 @@ def moe(experts: int, per_token: int, *, normalised: bool = True) -> MoeConfig:
     return MoeConfig(experts, per_token, WIDTH, normalised)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), experts=st.integers(1, 16), normalised=st.booleans())
 def test_routing_takes_the_softmax_over_all_and_then_the_best(
     data: st.DataObject, experts: int, normalised: bool
