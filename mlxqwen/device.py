@@ -44,6 +44,11 @@ class Device:
         """
         return checkpoint_dtype if self.is_gpu else mx.float32
 
+    def keep_resident(self) -> None:
+        """On a GPU, ask the system to keep as much memory wired as it recommends, so that weights are not paged out."""
+        if self.is_gpu:
+            mx.set_wired_limit(self.usable_memory)
+
     @property
     def overlaps_steps(self) -> bool:
         """Whether the next decode step is queued before the last token is read.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal
@@ -111,19 +110,17 @@ class Engine:
         force: bool = False,
         device: Device | None = None,
     ) -> Engine:
-        """See `load`; the tokenizer is read while the weights are."""
+        """See `load`."""
         folder = resolve_model(path_or_id, revision=revision)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            tokenizer = pool.submit(Tokenizer.from_folder, folder)
-            model = load_model(
-                folder,
-                dtype=dtype,
-                rope_scaling=rope_scaling,
-                yarn_factor=yarn_factor,
-                force=force,
-                device=device,
-            )
-            return cls(model, tokenizer.result())
+        model = load_model(
+            folder,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            yarn_factor=yarn_factor,
+            force=force,
+            device=device,
+        )
+        return cls(model, Tokenizer.from_folder(folder))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
         """Answer a conversation; the options are those of `stream`."""

@@ -12,7 +12,7 @@ from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.errors import OptionError
-from mlxqwen.loading import FLOAT_DTYPES, parse_dtype
+from mlxqwen.loading import FLOAT_DTYPES, foreign_format, parse_dtype
 
 __all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
 
@@ -120,7 +120,7 @@ def measure(folder: Path) -> Footprint:
     by_dtype = {name: sum(info.nbytes for info in floats if info.dtype == name) for name in FLOAT_DTYPES}
     most = max(by_dtype, key=lambda name: by_dtype[name])
     parameters, active = _parameters(config)
-    foreign = _foreign_format(config, checkpoint)
+    foreign = foreign_format(config, checkpoint)
     return Footprint(
         config=config,
         format=foreign or _native_format(config, most),
@@ -170,15 +170,3 @@ def _native_format(config: ModelConfig, float_dtype: str) -> str:
         default = config.quantization.default
         return f"MLX {default.bits}-bit, groups of {default.group_size}"
     return float_dtype
-
-
-def _foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
-    """The name of a format that is not run as it is, by the config's word or by what its tensors are."""
-    if config.foreign_quantization is not None:
-        return config.foreign_quantization.upper()
-    if config.quantization is None:
-        if any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
-            return "FP8"
-        if any(name.endswith(".qweight") for name in checkpoint.tensors):
-            return "AWQ or GPTQ"
-    return None

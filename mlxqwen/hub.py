@@ -52,9 +52,7 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
             hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B.",
         )
     if revision is not None and not REVISION.fullmatch(revision):
-        raise OptionError(
-            f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash."
-        )
+        raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
     return downloaded(name, revision)
 
 
@@ -169,9 +167,7 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
     if isinstance(cause, errors.LocalEntryNotFoundError):
         return unreachable(repo_id, cause)
     if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code == 401:
-        return HubError(
-            f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it."
-        )
+        return HubError(f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it.")
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return HubError(
             f"{repo_id}: the disk is full",

@@ -24,7 +24,7 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "load_model", "parse_dtype"]
+__all__ = ["FLOAT_DTYPES", "foreign_format", "load_model", "parse_dtype"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -110,14 +110,15 @@ def load_model(
         raise InsufficientMemoryError(
             f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
             f"hold {device.usable_memory / 1e9:.1f} GB",
-            hint="Use a smaller or more strongly quantized release, a narrower dtype, or force it.",
+            hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )
+    device.keep_resident()
     _fill(model, checkpoint, sources, compute)
     return model
 
 
-def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Name a format that is not run as it is, from the config's word or the tensors' own."""
+def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """The name of a format that is not run as it is, by the config's word or the tensors' own; None if it is run."""
     method = config.foreign_quantization
     if method is None and config.quantization is None:
         suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
@@ -127,8 +128,12 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
             method = "compressed-tensors"
         elif any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
             method = "fp8"
-    if method is not None:
-        name = _FOREIGN.get(method, method)
+    return None if method is None else _FOREIGN.get(method, method)
+
+
+def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    name = foreign_format(config, checkpoint)
+    if name is not None:
         raise UnsupportedFormatError(
             f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
             hint=f"This version of mlxqwen does not run {name}; use the BF16 release or an MLX one of the same model.",

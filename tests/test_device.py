@@ -93,3 +93,11 @@ def test_this_machine() -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < device.usable_memory <= device.memory <= physical * 1.01
     assert device.is_gpu == (mx.default_device().type == mx.DeviceType.gpu)
+
+
+@pytest.mark.parametrize(("is_gpu", "wired"), [(True, [12_000]), (False, [])])
+def test_only_a_gpu_wires_memory(monkeypatch: pytest.MonkeyPatch, is_gpu: bool, wired: list[int]) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", asked.append)
+    Device("a machine", is_gpu=is_gpu, memory=16_000, usable_memory=12_000).keep_resident()
+    assert asked == wired
