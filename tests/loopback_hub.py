@@ -108,9 +108,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         elif revision not in model.revisions | {COMMIT}:
             self.refuse(404, "RevisionNotFound")
         elif wanted is None:
-            self.send_json(
-                {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]}
-            )
+            self.send_json({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]})
         elif wanted == "tree":
             self.send_json([tree_entry(path, content) for path, content in model.files.items()])
         elif model.gated:

@@ -47,9 +47,7 @@ class Client:
 
     def __init__(self, hub_url: str, elsewhere: LoopbackHub, home: Path) -> None:
         inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.upper().startswith(("HF_", "HUGGING"))
+            name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))
         }
         proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), elsewhere.url)
         self.environment = {
@@ -234,9 +232,7 @@ def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("x" * 500, "neither"),
     ],
 )
-def test_names_of_nothing(
-    name: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_nothing(name: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match=said) as caught:
         resolve_model(name)
