@@ -188,7 +188,31 @@ def models() -> dict[str, Any]:
     return golden
 
 
-GOLDEN_FILES = {"chat_template": chat_template, "models": models}
+def rope() -> dict[str, Any]:
+    """Inverse wavelengths and attention factors by transformers, for heads of Qwen3's own size."""
+    from transformers import AutoConfig
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    shape = {"head_dim": 128, "rope_theta": 1_000_000.0, "max_position_embeddings": 40_960}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    scalings: list[dict[str, Any] | None] = [
+        None,
+        yarn,
+        {"rope_type": "yarn", "factor": 2.0},
+        {**yarn, "factor": 32.0, "beta_fast": 24.0, "beta_slow": 0.5},
+        {**yarn, "truncate": False, "attention_factor": 1.0},
+        {**yarn, "factor": 1.0},
+        {**yarn, "original_max_position_embeddings": 64},
+    ]
+    cases = []
+    for scaling in scalings:
+        embedding = Qwen3RotaryEmbedding(AutoConfig.for_model("qwen3", **shape, rope_scaling=copy.deepcopy(scaling)))
+        factor = float(embedding.attention_scaling)
+        cases.append({"rope_scaling": scaling, "inv_freq": embedding.inv_freq.tolist(), "attention_factor": factor})
+    return {"shape": shape, "cases": cases}
+
+
+GOLDEN_FILES = {"chat_template": chat_template, "models": models, "rope": rope}
 
 
 def main() -> None:

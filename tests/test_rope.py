@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,14 +11,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.config import YarnScaling
+from mlxqwen.config import ModelConfig, YarnScaling
 from mlxqwen.layers.rope import Rope, rope_wavelengths
 from tests.reference_attention import rotated
+from tests.tiny_checkpoints import DENSE
 from tests.tolerance import to_numpy, worst
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "rope.json").read_text())
 
 
 def scaling(factor: float = 4.0) -> YarnScaling:
     return YarnScaling(factor, 32_768, 0.1 * math.log(factor) + 1)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(case["rope_scaling"]))
+def test_wavelengths_and_attention_factors_are_those_of_transformers(case: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict({**DENSE, **GOLDEN["shape"], "rope_scaling": case["rope_scaling"]})
+    wavelengths = np.array(rope_wavelengths(config.head_dim, config.rope_theta, config.rope_scaling))
+    assert 1 / wavelengths == pytest.approx(np.array(case["inv_freq"]), rel=2e-6)  # theirs are float32
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    assert factor == pytest.approx(case["attention_factor"])
 
 
 def test_plain_wavelengths() -> None:
