@@ -18,6 +18,7 @@ PACKAGE = Path(mlxqwen.__file__).parent
 # From the ground floor up: a room imports only rooms above it in this list.
 ROOMS = [
     "errors",
+    "console",
     "json_file",
     "config",
     "checkpoint",

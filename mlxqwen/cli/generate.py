@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
-from mlxqwen.cli.terminal import Output, PrefillProgress
+from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt
+from mlxqwen.console import Output
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.json_file import parse_json
 

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.terminal import Output
 from mlxqwen.cli.text_input import check_unicode
+from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
 __all__ = ["info"]
