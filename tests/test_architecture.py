@@ -1,11 +1,9 @@
-"""The order of the rooms, and what importing them costs."""
+"""The order of the rooms, and which of them may know which libraries."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,11 +98,7 @@ def test_only_the_checkpoint_room_touches_weight_files() -> None:
                 assert node.attr not in {"load", "save", "savez", "save_safetensors", "save_gguf"}, str(module)
 
 
-def test_no_room_bears_the_name_of_a_public_function() -> None:
-    assert not {*ROOMS} & {*mlxqwen.__all__}
-
-
-def test_public_names_exist() -> None:
+def test_every_module_has_the_names_it_lists() -> None:
     for module in MODULES:
         name = ".".join(("mlxqwen", *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         if name == "mlxqwen.__main__":
@@ -112,28 +106,3 @@ def test_public_names_exist() -> None:
         imported = importlib.import_module(name)
         for public in getattr(imported, "__all__", []):
             assert hasattr(imported, public), f"{name}.{public}"
-    assert {*mlxqwen.__all__} <= {*dir(mlxqwen)}
-    with pytest.raises(AttributeError, match="nonsense"):
-        mlxqwen.nonsense  # noqa: B018 - the access is what is tested
-
-
-def modules_after(program: str) -> set[str]:
-    """The top-level modules of a fresh interpreter that has run `program`."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"{program}\nimport sys; print(*(name.partition('.')[0] for name in sys.modules))"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-    )
-    return set(result.stdout.split())
-
-
-def test_importing_the_package_costs_nothing() -> None:
-    heavy = {"numpy", "mlx", "jinja2", "tokenizers", "huggingface_hub", "click", "rich", "httpx", "inspect", "asyncio"}
-    assert not heavy & modules_after("import mlxqwen; mlxqwen.__version__")
-
-
-def test_loading_a_model_needs_neither_text_nor_the_hub() -> None:
-    heavy = {"numpy", "jinja2", "tokenizers", "huggingface_hub", "click", "httpx"}
-    assert not heavy & modules_after("import mlxqwen.loading, mlxqwen.generation, mlxqwen.cache")

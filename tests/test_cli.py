@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import pytest
@@ -185,6 +185,13 @@ def test_stop_ends_before_its_text() -> None:
     assert cut.status == 0
     assert middle not in cut.out
     assert whole.startswith(cut.out.strip())
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_no_command_prints_the_help(on_terminal: bool) -> None:
+    asked = run("--help", on_terminal=on_terminal)
+    assert (asked.status, asked.err) == (0, "")
+    assert run(on_terminal=on_terminal) == Result(2, "", asked.out)
 
 
 # Prompts
@@ -395,6 +402,33 @@ def test_memory_error_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
         run("generate", "hi")
 
 
+def prefilling(monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
+    """Let an answer fail in the midst of its prompt."""
+
+    def stream(self: Engine, *args: object, on_prefill: Callable[[int, int], None], **options: object) -> NoReturn:
+        on_prefill(0, 2048)
+        on_prefill(512, 2048)
+        raise end
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+
+PROGRESS = "\rReading the prompt: 512 of 2,048 tokens\r\x1b[K"
+
+
+@pytest.mark.parametrize("error", [GenerationError("logits: found NaN"), MemoryError()])
+def test_error_while_prefilling_wipes_the_progress(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    prefilling(monkeypatch, error)
+    result = run("generate", "hi", on_terminal=True)
+    assert result.err.startswith(PROGRESS + "error: ")
+    assert "Reading" not in run("generate", "hi").err
+
+
+def test_interrupt_while_prefilling_wipes_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilling(monkeypatch, KeyboardInterrupt())
+    assert run("generate", "hi", on_terminal=True) == Result(130, "", PROGRESS + "\n")
+
+
 # Interrupts
 
 
@@ -489,6 +523,12 @@ def test_help_and_version_import_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stderr.count("error:")) == (0, 1), result.stderr
     assert __version__ in result.stdout
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "generate --help", "2>&1"])
+def test_help_into_a_closed_pipe_is_quiet(arguments: str) -> None:
+    result = shell(f"(sleep 0.1; mlxqwen {arguments}) | true; exit ${{PIPESTATUS[0]}}")
+    assert (result.returncode, result.stdout, result.stderr) == (141, "", "")
 
 
 def test_closed_pipe_is_quiet() -> None:

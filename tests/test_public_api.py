@@ -9,8 +9,6 @@ import pytest
 
 import mlxqwen
 
-HEAVY = {"mlx", "numpy", "jinja2", "tokenizers", "huggingface_hub", "click", "rich"}
-
 
 def run(program: str) -> str:
     """The output of a fresh interpreter in which warnings are errors."""
@@ -20,9 +18,20 @@ def run(program: str) -> str:
 
 
 def test_importing_costs_nothing() -> None:
-    loaded = set(run("import sys, mlxqwen; dir(mlxqwen); print(*sys.modules)").split())
-    assert "mlxqwen" in loaded
-    assert HEAVY.isdisjoint(loaded)
+    program = "import sys; before = {*sys.modules}; import mlxqwen; dir(mlxqwen); print(*({*sys.modules} - before))"
+    assert set(run(program).split()) == {"__future__", "mlxqwen"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "unneeded"),
+    [
+        ("loading, mlxqwen.generation, mlxqwen.cache", "numpy jinja2 tokenizers huggingface_hub click httpx"),
+        ("console", "click mlx rich"),
+    ],
+)
+def test_rooms_load_what_they_need(modules: str, unneeded: str) -> None:
+    loaded = run(f"import mlxqwen.{modules}, sys; print(*(name.partition('.')[0] for name in sys.modules))").split()
+    assert not {*unneeded.split()} & {*loaded}
 
 
 def test_the_names_of_the_examples() -> None:

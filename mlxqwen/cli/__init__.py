@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 
-from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.interrupts import BROKEN_PIPE, INTERRUPTED, leave_at_once
 
 __all__ = ["main"]
 
@@ -20,6 +20,9 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except BrokenPipeError:
+        status = BROKEN_PIPE
+        _silence()
     except OSError as error:
         status = 1
         _report(error)
@@ -37,6 +40,9 @@ def _run() -> int:
     open_missing_streams()
     try:
         result = mlxqwen.main(prog_name="mlxqwen", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "mlxqwen"
         print_error(error.format_message(), f"Try '{command} --help'.")
@@ -64,8 +70,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _report(error: OSError) -> None:
     """A failed read or write, such as to a full disk; the reader of standard error may have left as well."""
-    from mlxqwen.cli.terminal import print_error, silence_streams
+    from mlxqwen.cli.terminal import print_error
 
     with suppress(OSError):
         print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    _silence()
+
+
+def _silence() -> None:
+    from mlxqwen.cli.terminal import silence_streams
+
     silence_streams()

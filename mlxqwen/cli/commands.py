@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from mlxqwen import __version__
-from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.interrupts import BROKEN_PIPE, leave_at_once
 from mlxqwen.cli.terminal import print_notes, silence_streams
 
 __all__ = ["mlxqwen"]
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells count
 _COMMANDS = {"generate": "mlxqwen.cli.generate", "info": "mlxqwen.cli.info"}
 
 
@@ -29,6 +28,13 @@ class LazyGroup(click.Group):
         with leave_at_once():
             command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         return command if isinstance(command, click.Command) else None
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except BrokenPipeError:  # of --help and --version, which click would make an error
+            silence_streams()
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -15,7 +15,7 @@ from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt
 from mlxqwen.console import Output
-from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.errors import OptionError
 from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ _SAMPLING = _options(
     click.option("--frequency-penalty", type=float, help="The same, times how often; -2 to 2."),
     click.option("--repetition-penalty", type=float, help="Against tokens of prompt and reply; 1 is off."),
     click.option("--seed", type=int, help="The same seed draws the same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
 )
 _MEMORY = _options(
     click.option("--max-kv-size", type=int, help="Keep at most this many tokens in the cache (a sliding window)."),
@@ -107,14 +107,16 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> in
     text = read_prompt(prompt, prompt_file, raw=options["raw"])
     check_unicode(prompt=text, system=options["system"], model=options["model"], stop="".join(options["stop"]))
     options["rope_scaling"] = _parse_rope_scaling(options["rope_scaling"])
-    printer = _Printer(as_json=options["as_json"])
+    printer, progress = _Printer(as_json=options["as_json"]), PrefillProgress(sys.stderr)
     try:
-        for event in _events(text, options):
+        for event in _events(text, options, progress):
             printer.print(event)
     except KeyboardInterrupt:
+        progress.wipe()
         printer.end(interrupted=True)
         return INTERRUPTED
-    except MlxqwenError:
+    except Exception:
+        progress.wipe()
         printer.end_lines()
         raise
     printer.end()
@@ -144,7 +146,7 @@ def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _events(text: str, options: dict[str, Any]) -> Iterator[Event]:
+def _events(text: str, options: dict[str, Any], progress: PrefillProgress) -> Iterator[Event]:
     """Load the model and let it answer."""
     with leave_at_once():
         from mlxqwen.cache import make_cache
@@ -177,7 +179,7 @@ def _events(text: str, options: dict[str, Any]) -> Iterator[Event]:
         "max_tokens": DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"],
         "stop": options["stop"],
         "prefill_chunk": options["prefill_chunk"],
-        "on_prefill": PrefillProgress(sys.stderr),
+        "on_prefill": progress,
         "cache": make_cache(
             engine.model,
             max_kv_size=options["max_kv_size"],

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "leave_at_once"]
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "leave_at_once"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 @contextmanager

@@ -27,15 +27,19 @@ class PrefillProgress:
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        if not self._shows:
-            return
-        if done < total:
-            if done:
-                self._stream.write(f"\rReading the prompt: {done:,} of {total:,} tokens")
-                self._shown = True
-        elif self._shown:
+        if done >= total:
+            self.wipe()
+        elif self._shows and done:
+            self._stream.write(f"\rReading the prompt: {done:,} of {total:,} tokens")
+            self._stream.flush()
+            self._shown = True
+
+    def wipe(self) -> None:
+        """Leave an empty line to whatever is written next."""
+        if self._shown:
+            self._shown = False
             self._stream.write("\r\x1b[K")
-        self._stream.flush()
+            self._stream.flush()
 
 
 class _Notes(logging.Handler):
