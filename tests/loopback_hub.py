@@ -28,6 +28,7 @@ class HubModel:
         gated: everyone sees the list of files, nobody may download them.
         cuts: how often the server still breaks off in the middle of a file.
         broken: files that the server fails to deliver.
+        status: the HTTP status that is the answer to everything.
     """
 
     files: dict[str, bytes]
@@ -36,6 +37,7 @@ class HubModel:
     gated: bool = False
     cuts: int = 0
     broken: set[str] = field(default_factory=set)
+    status: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif model is None or (model.token is not None and authorization != f"Bearer {model.token}"):
             self.refuse(401 if authorization is None else 404, "RepoNotFound")
+        elif model.status is not None:
+            self.refuse(model.status, "")
         elif revision not in model.revisions | {COMMIT}:
             self.refuse(404, "RevisionNotFound")
         elif wanted is None:
