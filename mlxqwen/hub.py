@@ -96,8 +96,13 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
+    try:
+        from huggingface_hub import snapshot_download
+    except ValueError as cause:  # it reads its environment while it is imported
+        raise HubError(
+            f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
+            hint="Check HF_ENDPOINT and the other HF_… variables of the environment.",
+        ) from cause
     try:
         with quiet_warnings(), progress_on_terminal_only():
             folder = snapshot_download(

@@ -103,6 +103,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def answer_for(self, repo_id: str, revision: str, wanted: str | None) -> None:
         model = self.hub.models.get(repo_id)
         authorization = self.headers.get("Authorization")
+        if authorization is not None and authorization.startswith("Basic "):
+            authorization = None
         if authorization not in {None, *(f"Bearer {known.token}" for known in self.hub.models.values())}:
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif model is None or (model.token is not None and authorization != f"Bearer {model.token}"):

@@ -209,6 +209,13 @@ def test_credentials_in_the_hub_s_address_are_never_shown(client: Client, hub: L
         assert "bob" not in failure
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_ENDPOINT", "http://[bad"), ("HF_ENDPOINT", "bad"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")]
+)
+def test_malformed_settings(client: Client, name: str, value: str) -> None:
+    client.failure("org/model", **{name: value})
+
+
 def test_credentials_are_cut_out_of_any_address() -> None:
     cause = RuntimeError("a://u:p@ss@h/x@y and https://tok@127.0.0.1:9?q=a@b, mail me@home")
     assert hub_error("o/m", None, cause).problem.endswith("a://h/x@y and https://127.0.0.1:9?q=a@b, mail me@home")
