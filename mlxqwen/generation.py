@@ -29,6 +29,7 @@ __all__ = [
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
+_CLEAR_EVERY = 256  # tokens
 UNBOUNDED = 1 << 62
 
 FinishReason = Literal["stop", "length"]
@@ -145,12 +146,17 @@ def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     given = as_token_ids(prompts)
     rows = [given] if not given or isinstance(given[0], int) else [as_token_ids(row) for row in given]
     for row in rows:
-        if not row:
-            raise OptionError("prompt: found no tokens, expected at least one")
-        for token in row:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+        check_prompt(row, vocab_size)
     return rows
+
+
+def check_prompt(tokens: Sequence[Any], vocab_size: int) -> None:
+    """Refuse an empty prompt and what is no token id of the model. Raises `OptionError`."""
+    if not tokens:
+        raise OptionError("prompt: found no tokens, expected at least one")
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
 
 
 class TokenStream:
@@ -201,6 +207,8 @@ class TokenStream:
         count = 0
         while active:
             count += 1
+            if count % _CLEAR_EVERY == 0:
+                mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
             ahead = None
             if self._overlap and any(count < self._limits[row] for row in active):
                 ahead = self._step(drawn)

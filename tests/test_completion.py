@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from demo_data import ADDED_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import batch_generate, generate, load, make_cache, stream_generate
-from mlxqwen.completion import GenerationResponse, asks_to_think, end_token_ids, resolve_params
+from mlxqwen.completion import GenerationResponse, begins_in_thought, end_token_ids, resolve_params
 from mlxqwen.config import GenerationConfig
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
@@ -49,7 +52,10 @@ def test_the_pieces_are_the_text_of_the_tokens(
     tokens = [response.token for response in responses]
     if responses[-1].finish_reason == "stop":
         assert tokens.pop() == tokenizer.eos_token_id
-    assert text_of(responses) == tokenizer.decode(tokens, skip_special_tokens=True)
+    whole_characters = getincrementaldecoder("utf-8")("replace")
+    special = {token_id(tokenizer, token) for token, is_special in ADDED_TOKENS if is_special}
+    expected = (tokenizer.token_bytes(token) for token in tokens if token not in special)
+    assert text_of(responses) == whole_characters.decode(b"".join(expected))
     assert text_of(responses) == generate(babbler, tokenizer, "a", max_tokens=count, sampling=sampling)
 
 
@@ -86,7 +92,7 @@ def test_half_a_character_at_the_end(model: Qwen3ForCausalLM, tokenizer: Tokeniz
     for sampling in (always(half), always(half, token_id(tokenizer, "<|im_end|>"))):
         responses = list(stream_generate(model, tokenizer, "a", max_tokens=2, sampling=sampling))
         halves = [response.token for response in responses if response.token == half]
-        assert text_of(responses) == tokenizer.decode(halves)
+        assert text_of(responses) == tokenizer.decode(halves)[:-1]  # the last one is not shown as a broken character
 
 
 @settings(max_examples=20, deadline=None)
@@ -192,7 +198,7 @@ def test_prompts_as_arrays(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_the_prompt_tells_the_profile(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, thinking: bool | None) -> None:
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, enable_thinking=thinking)
-    assert asks_to_think(tokenizer, ids) is (thinking is not False)
+    assert begins_in_thought(tokenizer, ids) is (False if thinking is False else None)
     profile = NON_THINKING if thinking is False else THINKING
     assert resolve_params(babbler, None, thinking=thinking is not False) == profile
     names = ("temperature", "top_p", "top_k", "min_p")
@@ -208,9 +214,26 @@ def test_the_prompt_tells_the_profile(babbler: Qwen3ForCausalLM, tokenizer: Toke
 
 def test_an_old_think_block_is_no_closed_one(tokenizer: Tokenizer) -> None:
     history = [*QUESTION, {"role": "assistant", "content": "<think>\n\n</think>\n\n3"}, *QUESTION]
-    assert asks_to_think(tokenizer, tokenizer.apply_chat_template(history, add_generation_prompt=True))
-    assert asks_to_think(tokenizer, tokenizer.encode("<think>\n\n</think>\n\n3<|im_end|>\n<|im_start|>assistant\n"))
-    assert asks_to_think(tokenizer, tokenizer.encode("Hello"))
+    assert begins_in_thought(tokenizer, tokenizer.apply_chat_template(history, add_generation_prompt=True)) is None
+    closed = "<think>\n\n</think>\n\n"
+    assert begins_in_thought(tokenizer, tokenizer.encode(f"{closed}3<|im_end|>\n<|im_start|>assistant\n")) is None
+    assert begins_in_thought(tokenizer, tokenizer.encode("Hello")) is None
+    assert begins_in_thought(tokenizer, tokenizer.encode(closed)) is False
+    assert begins_in_thought(tokenizer, tokenizer.encode("Why?<|im_end|>\n<|im_start|>assistant\n<think>\n")) is True
+
+
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    other = copy(tokenizer)
+    other.chat_templates = {"default": template}
+    return other
+
+
+def test_a_template_without_think_blocks_asks_for_no_thought(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    plain = with_template(tokenizer, "{{ messages[0].content }}")
+    spelled = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, seed=11)
+    chosen = generate(babbler, plain, "Hello", max_tokens=40, sampling=spelled)
+    assert generate(babbler, plain, "Hello", max_tokens=40, sampling={"seed": 11}) == chosen
+    assert generate(babbler, tokenizer, "Hello", max_tokens=40, sampling={"seed": 11}) != chosen
 
 
 def test_single_options_win_over_file_and_profile() -> None:

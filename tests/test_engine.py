@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Engine, make_cache, parse_reply, stream_generate
-from mlxqwen.engine import Done, Event
+from mlxqwen.engine import ChatOptions, Done, Event
 from mlxqwen.errors import (
     ContextLengthError,
     MessagesError,
@@ -108,8 +108,8 @@ def test_without_a_limit_the_context_is_the_end(tokenizer: Tokenizer) -> None:
     _, done = finished(list(Engine(model, tokenizer).stream(QUESTION, sampling=sampling)))
     assert done.finish_reason == "length"
     assert done.usage.prompt_tokens + done.usage.completion_tokens == 96
-    assert done.reply.reasoning == "x" * done.usage.completion_tokens
-    assert done.usage.reasoning_tokens == done.usage.completion_tokens
+    assert done.reply.content == "x" * done.usage.completion_tokens
+    assert done.usage.reasoning_tokens == 0
 
 
 def test_the_profile_follows_the_switches(engine: Engine) -> None:
@@ -126,7 +126,7 @@ def test_the_profile_follows_the_switches(engine: Engine) -> None:
     ):
         assert engine.sampling_for(messages, thinking=thinking) == expected
     assert engine.sampling_for(QUESTION, sampling={"temperature": 0.2}).temperature == 0.2
-    seeded = {"seed": 3, "max_tokens": 20}
+    seeded: ChatOptions = {"seed": 3, "max_tokens": 20}
     explicit = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0)
     assert engine.chat(soft_off, **seeded) == engine.chat(soft_off, sampling=explicit, **seeded)
 
@@ -140,6 +140,46 @@ def test_a_template_that_never_lets_think(demo: tuple[Qwen3ForCausalLM, Tokenize
         QUESTION, max_tokens=3, sampling=SamplingParams(logit_bias={letter: 100.0}, top_k=1)
     )
     assert (reply.reasoning, reply.content) == (None, "xxx")
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_template_that_always_opens_a_think_block(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], thinking: bool | None
+) -> None:
+    model, tokenizer = demo[0], Tokenizer.from_folder(resolve_model(None))
+    opening = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    tokenizer.chat_templates["default"] = opening
+    engine = Engine(model, tokenizer)
+    assert engine.sampling_for(QUESTION, thinking=thinking) == THINKING
+    reply = engine.chat(QUESTION, thinking=thinking, sampling=SamplingParams(temperature=0), max_tokens=100)
+    raw = tokenizer.decode(
+        [r.token for r in stream_generate(model, tokenizer, engine.prompt(QUESTION), sampling={"temperature": 0})][:-1]
+    )
+    assert "</think>" in raw
+    assert reply == parse_reply(raw, thinking=True)
+    assert "think>" not in reply.content
+
+
+def test_a_template_that_knows_no_think_block(tokenizer: Tokenizer) -> None:
+    model = random_model(vocab_size=tokenizer.vocab_size, context=96)
+    other = Tokenizer.from_folder(resolve_model(None))
+    other.chat_templates["default"] = "{{ messages[0].content }}"
+    engine = Engine(model, other)
+    letter = tokenizer.encode("x")[0]
+    sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
+    assert engine.chat(QUESTION, sampling=sampling, max_tokens=5).content == "xxxxx"
+    assert engine.sampling_for(QUESTION) == NON_THINKING
+
+
+def test_stop_strings_end_the_content_and_not_the_reasoning(engine: Engine) -> None:
+    greedy = SamplingParams(temperature=0)
+    whole = engine.chat(QUESTION, sampling=greedy)
+    assert whole.reasoning is not None
+    assert " " in whole.reasoning
+    first_word = whole.content.split(" ")[0]
+    _, done = finished(list(engine.stream(QUESTION, sampling=greedy, stop=" ")))
+    assert (done.reply.reasoning, done.reply.content) == (whole.reasoning, first_word)
+    assert done.finish_reason == "stop"
 
 
 def test_a_seed_gives_the_same_reply(engine: Engine) -> None:

@@ -388,3 +388,12 @@ def test_end_tokens_of_the_configuration(model: Qwen3ForCausalLM) -> None:
 def test_without_a_seed_rows_differ(tiny: Qwen3ForCausalLM) -> None:
     stream: TokenStream = generate_tokens(tiny, [[1]] * 3, sampling=SamplingParams(temperature=100.0), max_tokens=20)
     assert len({tuple(row) for row in rows_of(stream)}) == 3
+
+
+def test_buffers_that_the_cache_outgrew_are_given_back() -> None:
+    model = random_model(context=2048)
+    stream = generate_tokens(model, [1], sampling=SamplingParams(temperature=0), max_tokens=1100)
+    mx.clear_cache()
+    for _ in stream:
+        pass
+    assert mx.get_cache_memory() <= 2 * stream.cache.nbytes

@@ -51,7 +51,19 @@ CONTENT = [
     ("a</think>b", "a</think>b"),
     ("<thin", "<thin"),
 ]
-CASES = [(text, True, Reply(reasoning, content)) for text, reasoning, content in THINKING]
+# Free to think: a reply that opens no think block is content.
+FREE = [
+    ("", None, ""),
+    ("\n\n<think>Hm.\n</think>\n\nYes.", "Hm.", "Yes."),
+    ("<think>\n\n</think>\n\nYes.", None, "Yes."),
+    ("<think>cut off", "cut off", ""),
+    ("Yes.\n", None, "Yes."),
+    ("<thin", None, "<thin"),
+    ("a</think>b", None, "a</think>b"),
+    ("a<think>b</think>c", None, "a<think>b</think>c"),
+]
+CASES: list[tuple[str, bool | None, Reply]] = [(text, None, Reply(*reply)) for text, *reply in FREE]
+CASES += [(text, True, Reply(reasoning, content)) for text, reasoning, content in THINKING]
 CASES += [(text, False, Reply(None, content)) for text, content in CONTENT]
 
 PIECES = st.lists(
@@ -69,42 +81,45 @@ def joined(deltas: Iterable[Delta]) -> Reply:
     return Reply("".join(d.reasoning or "" for d in deltas) or None, "".join(d.content or "" for d in deltas))
 
 
-def in_pieces(pieces: Sequence[str], thinking: bool) -> Reply:
+def in_pieces(pieces: Sequence[str], thinking: bool | None) -> Reply:
     parser = ReplyParser(thinking=thinking)
     deltas = [delta for piece in pieces for delta in parser.feed(piece)]
     return joined(deltas + parser.finish())
 
 
-def by_the_book(text: str, thinking: bool) -> Reply:
+def by_the_book(text: str, thinking: bool | None) -> Reply:
     """The rule for a whole text."""
     reasoning, content = "", text
-    if thinking:
+    if thinking or (thinking is None and text.lstrip("\n").startswith("<think>")):
         reasoning, _, content = text.lstrip("\n").removeprefix("<think>").partition("</think>")
     return Reply(reasoning.strip("\n") or None, content.strip("\n"))
 
 
 @pytest.mark.parametrize(("text", "thinking", "expected"), CASES)
-def test_every_cut_gives_the_same_reply(text: str, thinking: bool, expected: Reply) -> None:
+def test_every_cut_gives_the_same_reply(text: str, thinking: bool | None, expected: Reply) -> None:
     assert parse_reply(text, thinking=thinking) == expected == by_the_book(text, thinking)
     for first, second in combinations(range(len(text) + 1), 2):
         assert in_pieces([text[:first], text[first:second], text[second:]], thinking) == expected
     assert in_pieces(list(text), thinking) == expected
 
 
-@given(PIECES, st.booleans(), st.data())
-def test_every_text_in_every_cut(pieces: list[str], thinking: bool, data: st.DataObject) -> None:
+@given(PIECES, st.sampled_from([True, False, None]), st.data())
+def test_every_text_in_every_cut(pieces: list[str], thinking: bool | None, data: st.DataObject) -> None:
     text = "".join(pieces)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     cut = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert in_pieces(cut, thinking) == by_the_book(text, thinking)
 
 
-@given(PIECES, st.booleans())
-def test_only_what_may_be_a_tag_or_an_edge_is_held_back(pieces: list[str], thinking: bool) -> None:
+@given(PIECES, st.sampled_from([True, False, None]))
+def test_only_what_may_be_a_tag_or_an_edge_is_held_back(pieces: list[str], thinking: bool | None) -> None:
     text = "".join(pieces)
     parser = ReplyParser(thinking=thinking)
     shown = joined(parser.feed(text))
     whole = parse_reply(text, thinking=thinking)
+    if thinking is None and "<think>".startswith(text.lstrip("\n")):
+        assert shown == Reply(None, "")  # it may still become a think block
+        return
     if whole.content or not parser.in_reasoning:
         # Once in the content, everything but line breaks at its end is out.
         assert shown == whole
@@ -148,3 +163,11 @@ def test_the_side_is_known_while_text_comes() -> None:
         sides.append(parser.in_reasoning)
     assert sides == [True, True, True, False, False]
     assert ReplyParser(thinking=False).in_reasoning is False
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_many_line_breaks_cost_no_more_than_other_text(thinking: bool | None) -> None:
+    parser = ReplyParser(thinking=thinking)
+    assert [delta for piece in ["\n"] * 50_000 for delta in parser.feed(piece)] == []
+    deltas = parser.feed("a") + [delta for _ in range(50_000) for delta in parser.feed("\n")] + parser.feed("b")
+    assert joined(deltas) in (Reply("a" + "\n" * 50_000 + "b", ""), Reply(None, "a" + "\n" * 50_000 + "b"))
