@@ -97,12 +97,14 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
     try:
-        from huggingface_hub import snapshot_download
-    except ValueError as cause:  # it reads its environment while it is imported
+        import huggingface_hub.constants  # reads the environment
+    except ValueError as cause:
         raise HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
             hint="Check HF_ENDPOINT and the other HF_… variables of the environment.",
         ) from cause
+    from huggingface_hub import snapshot_download
+
     try:
         with quiet_warnings(), progress_on_terminal_only():
             folder = snapshot_download(
