@@ -202,6 +202,8 @@ def rope() -> dict[str, Any]:
         {**yarn, "factor": 32.0, "beta_fast": 24.0, "beta_slow": 0.5},
         {**yarn, "truncate": False, "attention_factor": 1.0},
         {**yarn, "factor": 1.0},
+        {**yarn, "beta_fast": 0, "beta_slow": 0},
+        {"rope_type": "default", "factor": 1.0},
         {**yarn, "original_max_position_embeddings": 64},
     ]
     cases = []
@@ -218,8 +220,12 @@ GOLDEN_FILES = {"chat_template": chat_template, "models": models, "rope": rope}
 def main() -> None:
     """Write the golden files named on the command line, or all."""
     parser = argparse.ArgumentParser(description="Make the references in tests/golden/ with third-party code.")
-    parser.add_argument("names", nargs="*", choices=[*GOLDEN_FILES, []], help="golden files, without .json")
-    for name in parser.parse_args().names or GOLDEN_FILES:
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(GOLDEN_FILES)}; all by default")
+    names = parser.parse_args().names or list(GOLDEN_FILES)
+    for name in names:
+        if name not in GOLDEN_FILES:
+            parser.error(f"no golden file named {name!r}")
+    for name in names:
         path = GOLDEN / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(GOLDEN_FILES[name](), ensure_ascii=True, separators=(",", ":")) + "\n")

@@ -50,7 +50,20 @@ def test_defaults_are_those_of_transformers() -> None:
     config = ModelConfig.from_dict(without(DENSE, "head_dim", "num_key_value_heads", "tie_word_embeddings"))
     assert (config.head_dim, config.num_key_value_heads, config.tie_word_embeddings) == (128, 4, False)
     assert ModelConfig.from_dict(without(MOE, "head_dim")).head_dim == 8
-    assert (config.moe, config.rope_scaling, config.quantization, config.dtype) == (None, None, None, None)
+    assert (config.moe, config.rope_scaling, config.quantization) == (None, None, None)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64", None, ["bfloat16"]])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(key: str, dtype: Any) -> None:
+    assert read(**{key: dtype}) == read()
+
+
+@pytest.mark.parametrize(("local", "plain"), [(None, 8), (8, None), (8, 4)])
+def test_the_number_of_experts_is_under_either_name(local: int | None, plain: int | None) -> None:
+    config = ModelConfig.from_dict({**MOE, "num_local_experts": local, "num_experts": plain})
+    assert config.moe is not None
+    assert config.moe.num_experts == 8
 
 
 @pytest.mark.parametrize("value", [1, [1, 2], None])
@@ -58,7 +71,18 @@ def test_end_tokens_are_one_or_many(value: Any) -> None:
     assert read(eos_token_id=value).eos_token_ids == {1: (1,), None: ()}.get(value if value != [1, 2] else 0, (1, 2))
 
 
-@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default", "rope_theta": 5e5}])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {},
+        {"rope_type": None},
+        {"rope_type": "default"},
+        {"type": "default", "rope_theta": 5e5},
+        {"rope_type": "default", "factor": 1.0},
+        {"type": "default", "factor": 4.0},
+    ],
+)
 def test_no_scaling(scaling: Any) -> None:
     config = read(rope_scaling=scaling)
     assert config.rope_scaling is None
@@ -74,6 +98,34 @@ def test_yarn() -> None:
     assert read(rope_scaling=scaling).rope_scaling == YarnScaling(4, 100, 2, 8, 2, False)
     assert read(rope_scaling=YARN).context_length == 163_840
     assert read(rope_scaling={**YARN, "original_max_position_embeddings": 100}).context_length == 40_960
+
+
+def test_an_empty_object_says_nothing() -> None:
+    parameters = {**YARN, "rope_theta": 5e5}
+    for empty in ({}, None):
+        assert read(rope_scaling=empty, rope_parameters=parameters) == read(rope_parameters=parameters)
+        assert read(rope_scaling=parameters, rope_parameters=empty) == read(rope_parameters=parameters)
+    assert read(rope_parameters=parameters).rope_scaling is not None
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, None])
+def test_a_beta_of_zero_is_the_default(zero: float | None) -> None:
+    assert read(rope_scaling={**YARN, "beta_fast": zero, "beta_slow": zero}) == read(rope_scaling=YARN)
+
+
+def test_another_factor_keeps_the_ramp() -> None:
+    ramp = {"beta_fast": 24.0, "beta_slow": 2.0, "truncate": False, "original_max_position_embeddings": 500}
+    again = read(rope_scaling={**YARN, **ramp, "attention_factor": 3.0}).with_yarn(2)
+    assert again == read(rope_scaling={**YARN, **ramp, "factor": 2.0})
+    assert again.rope_scaling is not None
+    assert again.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(2) + 1)
+
+
+def test_unknown_keys_of_scaling_are_ignored_in_a_file_and_refused_as_an_option() -> None:
+    scaling = {**YARN, "attention_fctor": 2.0}
+    assert read(rope_scaling=scaling) == read(rope_scaling=YARN)
+    with pytest.raises(OptionError, match=r"^rope_scaling: found 'attention_fctor', expected only .*attention_factor"):
+        read().with_rope_scaling(scaling)
 
 
 def test_yarn_as_an_option() -> None:
@@ -107,6 +159,7 @@ def test_yarn_as_an_option() -> None:
         {**YARN, "original_max_position_embeddings": 10**30},
         {**YARN, "beta_fast": 1, "beta_slow": 2},
         {**YARN, "attention_factor": -1},
+        {**YARN, 1: 2},
     ],
 )
 def test_scaling_as_an_option_is_checked(scaling: Any) -> None:
@@ -175,8 +228,6 @@ WRONG: list[tuple[str, Any, str]] = [
     ("use_sliding_window", True, "False"),
     ("layer_types", ["sliding_attention"], "'full_attention'"),
     ("layer_types", "full_attention", "'full_attention'"),
-    ("torch_dtype", "float64", "'bfloat16', 'float16' or 'float32'"),
-    ("torch_dtype", ["bfloat16"], "'bfloat16', 'float16' or 'float32'"),
     ("eos_token_id", -1, "a token id"),
     ("eos_token_id", [1, "2"], "a token id"),
     ("eos_token_id", [1] * 65, "a token id"),
@@ -187,6 +238,7 @@ WRONG: list[tuple[str, Any, str]] = [
 WRONG_INSIDE: list[tuple[str, str, Any, str]] = [
     ("rope_scaling", "rope_type", "linear", "'yarn' or 'default'"),
     ("rope_scaling", "rope_type", {}, "'yarn' or 'default'"),
+    ("rope_scaling", "rope_type", None, "is None, expected 'yarn' or 'default'"),
     ("rope_scaling", "factor", None, "a number from 1 to 1024"),
     ("rope_scaling", "truncate", "no", "true or false"),
     ("rope_scaling", "beta_fast", 0.5, "at least beta_slow"),
@@ -195,7 +247,10 @@ WRONG_INSIDE: list[tuple[str, str, Any, str]] = [
     ("quantization", "bits", [4], "one of 2"),
     ("quantization", "group_size", 48, "one of 32, 64, 128"),
     ("quantization", "mode", "mxfp4", "'affine'"),
+    ("rope_scaling", "beta_slow", 1e-9, "a number from 0.001"),
     ("quantization", "model.norm", "no", "an object, true or false"),
+    ("quantization", "lm_head", "x", "an object, true or false"),
+    ("quantization", "lm_head", None, "an object, true or false"),
 ]
 WRONG_EXPERTS: list[tuple[str, Any, str]] = [
     ("num_experts", 0, "an integer from 1 to 4,096"),
