@@ -128,6 +128,10 @@ class ModelConfig:
         extended = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
         return max(self.max_position_embeddings, extended)
 
+    def kv_group_size(self, group_size: int) -> int:
+        """How many cached values share a scale: `group_size`, or 32 in place of a 64 that does not divide a head."""
+        return 32 if group_size == 64 and self.head_dim % 64 else group_size
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read `folder/config.json`. Raises `ConfigError`."""

@@ -12,7 +12,7 @@ from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.errors import OptionError
-from mlxqwen.loading import FLOAT_DTYPES, foreign_format, parse_dtype
+from mlxqwen.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
 
 __all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
 
@@ -28,9 +28,9 @@ class Footprint:
         parameters: weights of the model, however they are stored.
         active_parameters: those that one token passes through; fewer in a mixture of experts.
         numbers: how many values are stored as floats (weights, or scales and biases).
-        float_bytes: what those take on disk.
-        disk_bytes: what all tensors take on disk.
-        dtype: the floats' dtype, the one that most of their bytes have.
+        float_bytes, packed_bytes: what those and everything else of the model take on disk.
+        disk_bytes: what all tensors take on disk, those included that loading leaves aside.
+        dtype: what a GPU would compute in.
     """
 
     config: ModelConfig
@@ -40,17 +40,18 @@ class Footprint:
     active_parameters: int
     numbers: int
     float_bytes: int
+    packed_bytes: int
     disk_bytes: int
     dtype: mx.Dtype
 
     @property
     def bits_per_weight(self) -> float:
         """On disk, scales and biases included."""
-        return 8 * self.disk_bytes / self.parameters
+        return 8 * (self.float_bytes + self.packed_bytes) / self.parameters
 
     def weight_bytes(self, compute_dtype: mx.Dtype) -> int:
         """Memory for the weights: packed codes as they are, floats in `compute_dtype`."""
-        return self.disk_bytes - self.float_bytes + self.numbers * compute_dtype.size
+        return self.packed_bytes + self.numbers * compute_dtype.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,29 +117,32 @@ def measure(folder: Path) -> Footprint:
     """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
-    floats = [info for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES]
-    by_dtype = {name: sum(info.nbytes for info in floats if info.dtype == name) for name in FLOAT_DTYPES}
-    most = max(by_dtype, key=lambda name: by_dtype[name])
+    tensors = model_tensors(config, checkpoint)
+    floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]
+    float_bytes = sum(info.nbytes for info in floats)
+    dtype = checkpoint_dtype(tensors)
     parameters, active = _parameters(config)
     foreign = foreign_format(config, checkpoint)
     return Footprint(
         config=config,
-        format=foreign or _native_format(config, most),
+        format=foreign or _native_format(config, dtype),
         runs=foreign is None,
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),
-        float_bytes=sum(by_dtype.values()),
+        float_bytes=float_bytes,
+        packed_bytes=sum(info.nbytes for info in tensors.values()) - float_bytes,
         disk_bytes=checkpoint.nbytes,
-        dtype=FLOAT_DTYPES[most],
+        dtype=dtype,
     )
 
 
 def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | None, group_size: int = 64) -> int:
     """Bytes of a key/value cache of `tokens` tokens; `itemsize` is that of the compute dtype.
 
-    Quantized keys and values take `kv_bits` each and a scale and a bias for every `group_size`.
+    Quantized keys and values take `kv_bits` each and a scale and a bias for every `config.kv_group_size(group_size)`.
     """
+    group_size = config.kv_group_size(group_size)
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
     if kv_bits is None:
         return values * itemsize
@@ -165,8 +169,8 @@ def _parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
-def _native_format(config: ModelConfig, float_dtype: str) -> str:
+def _native_format(config: ModelConfig, dtype: mx.Dtype) -> str:
     if config.quantization is not None:
         default = config.quantization.default
         return f"MLX {default.bits}-bit, groups of {default.group_size}"
-    return float_dtype
+    return next(name for name, found in FLOAT_DTYPES.items() if found == dtype)

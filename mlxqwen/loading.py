@@ -7,6 +7,7 @@ MLX's (affine-quantized, stacked experts) becomes a model whose weights are eval
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "foreign_format", "load_model", "parse_dtype"]
+__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -38,6 +39,8 @@ _FOREIGN = {
     "bitsandbytes": "bitsandbytes",
 }
 _EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
+_EMBEDDINGS = "model.embed_tokens"
+_COMPARED_BYTES = 1 << 24
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -80,6 +83,8 @@ def load_model(
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
     chosen = parse_dtype(dtype)
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
     folder, device = Path(folder), device or current_device()
     config = ModelConfig.from_folder(folder)
     if rope_scaling is not None and yarn_factor is not None:
@@ -95,8 +100,10 @@ def load_model(
         logger.warning(note)
 
     model = Qwen3ForCausalLM(config, generation_config)
-    sources = _match(checkpoint, model, config)
-    compute = chosen or device.compute_dtype(_checkpoint_dtype(checkpoint, sources))
+    tensors = model_tensors(config, checkpoint)
+    sources = _match(checkpoint, tensors, model, config)
+    _note_ignored_head(checkpoint, tensors)
+    compute = chosen or device.compute_dtype(checkpoint_dtype(tensors))
     if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
         raise OptionError(
             f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
@@ -115,6 +122,30 @@ def load_model(
     device.keep_resident()
     _fill(model, checkpoint, sources, compute)
     return model
+
+
+def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors that the model is made of, by name.
+
+    Left out are buffers that follow from the config, and a head that `config.json` ties to the embeddings.
+    """
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not _ROTARY_BUFFER.fullmatch(name) and not (config.tie_word_embeddings and name.startswith("lm_head."))
+    }
+
+
+def checkpoint_dtype(tensors: Mapping[str, TensorInfo]) -> mx.Dtype:
+    """The dtype that a GPU computes in: that of the embeddings' numbers, but never bfloat16 beside float16 scales.
+
+    Those are of eleven bits, of which bfloat16 keeps eight: a weight would be off by up to a tenth of a step.
+    """
+    first = [tensors[name] for name in (f"{_EMBEDDINGS}.scales", f"{_EMBEDDINGS}.weight") if name in tensors]
+    names = (info.dtype for info in (*first, *tensors.values()) if info.dtype in FLOAT_DTYPES)
+    found = FLOAT_DTYPES[next(names, "F32")]
+    exact = any(info.dtype == "F16" and name.endswith(".scales") for name, info in tensors.items())
+    return mx.float16 if found == mx.bfloat16 and exact else found
 
 
 def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
@@ -157,11 +188,11 @@ class _Source:
         return (len(self.tensors), *shape) if self.stacked else shape
 
 
-def _sources(checkpoint: Checkpoint, num_experts: int) -> dict[str, _Source]:
+def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, _Source]:
     """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
     sources: dict[str, _Source] = {}
     experts: dict[str, dict[int, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
+    for name, info in tensors.items():
         if num_experts and (match := _EXPERT.fullmatch(name)):
             parameter = f"{match[1]}.switch_mlp.{match[3]}.weight"
             experts.setdefault(parameter, {})[int(match[2])] = info
@@ -172,7 +203,7 @@ def _sources(checkpoint: Checkpoint, num_experts: int) -> dict[str, _Source]:
             sources[f"{module}.up_proj.weight"] = _Source((info,), slice(half, None))
         elif name.endswith(".mlp.experts.down_proj"):
             sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = _Source((info,))
-        elif not _ROTARY_BUFFER.fullmatch(name):
+        else:
             sources[name] = _Source((info,))
     for parameter, stack in experts.items():
         if parameter in sources or stack.keys() != set(range(num_experts)):
@@ -192,15 +223,11 @@ def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int
     )
 
 
-def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig) -> dict[str, _Source]:
+def _match(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], model: Qwen3ForCausalLM, config: ModelConfig
+) -> dict[str, _Source]:
     """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
-    sources = _sources(checkpoint, 0 if config.moe is None else config.moe.num_experts)
-    if config.tie_word_embeddings:
-        head = [name for name in sources if name.startswith("lm_head.")]
-        if head:
-            # Some of Qwen's own releases have one, so this is no warning.
-            logger.info("%s: ignored, since config.json ties it to the embeddings", ", ".join(head))
-        sources = {name: source for name, source in sources.items() if name not in head}
+    sources = _sources(checkpoint, tensors, 0 if config.moe is None else config.moe.num_experts)
     _quantize(model, checkpoint, sources, config.quantization)
     expected = dict(tree_flatten(model.parameters()))
     missing = [name for name in expected if name not in sources]
@@ -273,11 +300,32 @@ def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
     return shape[1:] if source.stacked else shape
 
 
-def _checkpoint_dtype(checkpoint: Checkpoint, sources: Mapping[str, _Source]) -> mx.Dtype:
-    """The dtype that activations have in this checkpoint: that of the embeddings' numbers."""
-    name = "model.embed_tokens"
-    source = sources.get(f"{name}.scales") or sources[f"{name}.weight"]
-    return FLOAT_DTYPES[source.tensors[0].dtype]
+def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Warn of a head that is not the embeddings to which config.json ties it; a copy of them, as Qwen's, is fine."""
+    head = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in tensors]
+    if not head:
+        return
+    same = all(_same_bytes(checkpoint, name, name.replace("lm_head", _EMBEDDINGS, 1)) for name in head)
+    logger.log(
+        logging.INFO if same else logging.WARNING,
+        "%s: ignored, since config.json ties it to the embeddings%s",
+        ", ".join(head),
+        "" if same else ", which it differs from: check tie_word_embeddings",
+    )
+
+
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are the same to the bit; a few MiB are held at once."""
+    if second not in checkpoint.tensors:
+        return False
+    one, other = checkpoint[first], checkpoint[second]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, _COMPARED_BYTES):
+        stop = min(start + _COMPARED_BYTES, one.nbytes)
+        if checkpoint.read_range(first, start, stop) != checkpoint.read_range(second, start, stop):
+            return False
+    return True
 
 
 def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from math import prod
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device, device_from_info
 from mlxqwen.errors import InsufficientMemoryError, OptionError
 from mlxqwen.footprint import cache_bytes, measure, size_up
+from mlxqwen.hub import resolve_model
 from mlxqwen.loading import load_model
 from mlxqwen.model import Qwen3ForCausalLM
 from tests.command_line import run
@@ -129,6 +131,8 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
     folder = write_sparse(tmp_path / "model", RELEASES["Qwen3-8B"])
     with pytest.raises(InsufficientMemoryError, match=r"16\.4 GB in bfloat16.* 11\.5 GB"):
         load_model(folder, device=MACS[16])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model(None) / name, folder)
     monkeypatch.setattr("mlxqwen.loading.current_device", lambda: MACS[8])
     result = run("generate", "hi", "--model", str(folder))
     assert (result.status, result.out) == (1, "")

@@ -29,7 +29,7 @@ from mlxqwen.errors import (
     OptionError,
     UnsupportedFormatError,
 )
-from mlxqwen.footprint import cache_bytes, measure
+from mlxqwen.footprint import cache_bytes, measure, size_up
 from mlxqwen.layers.moe import QuantizedSwitchLinear
 from mlxqwen.loading import load_model, parse_dtype
 from tests.sparse_checkpoints import RELEASES, write_sparse
@@ -348,7 +348,8 @@ def test_a_single_expert(tmp_path: Path, experts: Experts) -> None:
 
 
 def test_things_left_aside_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights: Weights = make_weights(DENSE) | {"lm_head.weight": np.zeros((96, 32), dtype=np.float32)}
+    weights: Weights = dict(make_weights(DENSE))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, dtype=np.float32)
     folder = write_folder(tmp_path, DENSE, weights, shards=2)
     write_safetensors(folder / "stray.safetensors", {"x": np.zeros(1, dtype=np.float32)})
@@ -358,9 +359,50 @@ def test_things_left_aside_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFi
     notes = [record.getMessage() for record in caplog.records]
     assert any("stray.safetensors" in note for note in notes)
     assert any("generation_config.json" in note for note in notes)
-    assert "lm_head.weight: ignored, since config.json ties it to the embeddings" in notes
+    ignored = "lm_head.weight: ignored, since config.json ties it to the embeddings"
+    assert ("mlxqwen", logging.INFO, ignored) in caplog.record_tuples
     plain = load_model(write_folder(tmp_path / "plain", DENSE, make_weights(DENSE)), dtype="float32")
     assert mx.array_equal(model(mx.array([[3, 4]])), plain(mx.array([[3, 4]])))
+
+
+def other_number(weights: Weights) -> None:
+    weights["lm_head.weight"][-1, -1] += 1
+
+
+def other_shape(weights: Weights) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"][:5]
+
+
+def other_form(weights: Weights) -> None:
+    weights["lm_head.scales"] = np.ones((96, 1), dtype=np.float32)
+
+
+@pytest.mark.parametrize("change", [other_number, other_shape, other_form])
+def test_a_head_of_its_own_that_the_config_ties_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, change: Callable[[Weights], None]
+) -> None:
+    monkeypatch.setattr(loading, "_COMPARED_BYTES", 1000)
+    weights: Weights = dict(make_weights(DENSE))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    change(weights)
+    load_model(write_folder(tmp_path, DENSE, weights))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "lm_head.weight" in record.getMessage()
+    assert "differs from: check tie_word_embeddings" in record.getMessage()
+
+
+def test_footprint_leaves_aside_what_loading_does(tmp_path: Path) -> None:
+    plain = measure(write_folder(tmp_path / "plain", DENSE, make_weights(DENSE), dtype="BF16"))
+    weights: Weights = dict(make_weights(DENSE))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights["model.rotary_emb.inv_freq"] = np.zeros(8, dtype=np.float32)
+    folder = write_folder(tmp_path / "more", DENSE, weights, dtype="BF16")
+    more, model = measure(folder), load_model(folder, dtype="bfloat16")
+    held = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+    assert more.weight_bytes(mx.bfloat16) == plain.weight_bytes(mx.bfloat16) == held
+    assert more.bits_per_weight == plain.bits_per_weight == 16
+    assert more.disk_bytes == plain.disk_bytes + 2 * (96 * 32 + 8)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
@@ -434,6 +476,8 @@ def test_cache_bytes_are_those_of_the_buffers() -> None:
     assert cache_bytes(config, 1000, 2, None) == 36 * 8 * 128 * 2 * 1000 * 2
     assert cache_bytes(config, 1000, 2, 8) == 36 * 8 * 2 * 1000 * (128 + 2 * 2 * 2)
     assert cache_bytes(config, 1000, 2, 4, 32) == 36 * 8 * 2 * 1000 * (64 + 4 * 2 * 2)
+    narrow = ModelConfig.from_dict({**RELEASES["Qwen3-8B"], "head_dim": 96})
+    assert cache_bytes(narrow, 1000, 2, 8) == 36 * 8 * 2 * 1000 * (96 + 3 * 2 * 2)
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -460,6 +504,43 @@ def test_the_dtype_follows_the_machine(tmp_path: Path) -> None:
         folder = write_folder(tmp_path / dtype, DENSE, make_weights(DENSE), dtype=dtype)
         assert load_model(folder, device=CPU).dtype == mx.float32
         assert load_model(folder, device=MAC).dtype == found
+
+
+def store_as(folder: Path, part: str, dtype: mx.Dtype, others: mx.Dtype) -> None:
+    """Rewrite a folder's floats: in `dtype` where `part` is in the name, in `others` elsewhere."""
+    changed = {
+        name: array if array.dtype == mx.uint32 else array.astype(dtype if part in name else others)
+        for name, array in Checkpoint.open(folder).arrays().items()
+    }
+    mx.eval(changed)
+    mx.save_safetensors(str(folder / "model.safetensors"), changed)
+
+
+def test_float16_scales_keep_their_digits_on_a_gpu(tmp_path: Path) -> None:
+    """Packed codes from AWQ have them beside bfloat16 norms and embeddings."""
+    folder = quantized_folder(tmp_path)
+    store_as(folder, ".self_attn.", mx.float16, mx.bfloat16)
+    model = load_model(folder, device=MAC)
+    stored = Checkpoint.open(folder).arrays()
+    scales = "model.layers.0.self_attn.q_proj.scales"
+    assert stored[scales].dtype == model.dtype == mx.float16
+    assert mx.array_equal(dict(tree_flatten(model.parameters()))[scales], stored[scales])
+    assert size_up(measure(folder), MAC).dtype == mx.float16
+    assert load_model(folder, device=CPU).dtype == mx.float32
+
+
+def test_info_and_loading_agree_on_the_dtype(tmp_path: Path) -> None:
+    """Most bytes are of another dtype than the embeddings."""
+    for number, (embeddings, others) in enumerate([(mx.bfloat16, mx.float32), (mx.float32, mx.float16)]):
+        folder = write_folder(tmp_path / str(number), DENSE, make_weights(DENSE))
+        store_as(folder, "embed", embeddings, others)
+        assert size_up(measure(folder), MAC).dtype == load_model(folder, device=MAC).dtype == embeddings
+        assert measure(folder).format == {mx.bfloat16: "BF16", mx.float32: "F32"}[embeddings]
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"model", ["model"]])
+def test_a_folder_that_is_no_path_is_refused(folder: Any) -> None:
+    assert "folder: found" in refusal(folder, OptionError)
 
 
 def test_plain_experts_are_multiplied_in_float32_on_a_cpu(tmp_path: Path) -> None:
