@@ -10,10 +10,10 @@ Names are imported when first used, so that `import mlxqwen` alone costs next to
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`, whose import would cost more than all the rest
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlxqwen.cache import KVCache, load_cache, make_cache
     from mlxqwen.completion import GenerationResponse, batch_generate, generate, stream_generate
     from mlxqwen.engine import Engine, load
@@ -62,6 +62,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

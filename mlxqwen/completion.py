@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
+from mlxqwen.console import Output
 from mlxqwen.errors import OptionError
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, generate_tokens
+from mlxqwen.generation import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PREFILL_CHUNK,
+    Tokens,
+    as_token_ids,
+    check_prompt,
+    generate_tokens,
+)
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import SamplingParams, resolve_sampling
 from mlxqwen.stop import StopStrings
@@ -21,7 +30,10 @@ from mlxqwen.tokenizer import Tokenizer
 
 __all__ = [
     "GenerationResponse",
+    "StreamOptions",
     "batch_generate",
+    "begins_in_thought",
+    "can_think",
     "end_token_ids",
     "generate",
     "resolve_params",
@@ -30,7 +42,7 @@ __all__ = [
 
 logger = logging.getLogger("mlxqwen")
 
-Prompt = str | Sequence[int]
+Prompt = str | Tokens
 Sampling = SamplingParams | Mapping[str, Any] | None
 
 
@@ -59,6 +71,17 @@ class GenerationResponse:
     finish_reason: Literal["stop", "length"] | None
 
 
+class StreamOptions(TypedDict, total=False):
+    """The options of `stream_generate`, for functions that pass them on."""
+
+    max_tokens: int
+    sampling: Sampling
+    stop: str | Sequence[str]
+    cache: KVCache | None
+    prefill_chunk: int
+    on_prefill: Callable[[int, int], None] | None
+
+
 def stream_generate(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
@@ -71,25 +94,26 @@ def stream_generate(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Continue `prompt`, a text or token ids, yielding text as it becomes certain.
+    """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
     Args:
         max_tokens: at most this many, and no more than the context has room for.
         sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
-            profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about.
+            profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
+            does a model think whose chat template knows no think block.
         stop: end before the first of these texts.
         cache: see `generate_tokens`; also for `prefill_chunk` and `on_prefill`.
 
     Raises:
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
     """
-    ids = _encode(tokenizer, prompt)
-    params = resolve_params(model, sampling, thinking=_asks_to_think(tokenizer, ids))
+    ids = _encode(model, tokenizer, prompt)
+    params = resolve_params(model, sampling, thinking=_thinks(tokenizer, ids))
     row = _RowText(tokenizer, stop)
     started = time.perf_counter()
     stream = generate_tokens(
         model,
-        ids,
+        [ids],
         sampling=params,
         max_tokens=max_tokens,
         eos_token_ids=end_token_ids(model, tokenizer),
@@ -117,7 +141,12 @@ def stream_generate(
 
 
 def generate(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, verbose: bool = False, **options: Any
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    verbose: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> str:
     """Continue `prompt` and return the whole text, think block included.
 
@@ -127,14 +156,15 @@ def generate(
     """
     pieces = []
     last = None
+    output = Output(sys.stdout)
     for last in stream_generate(model, tokenizer, prompt, **options):
         pieces.append(last.text)
         if verbose:
-            sys.stdout.write(last.text)
-            sys.stdout.flush()
+            output.write(last.text)
     if verbose and last is not None:
-        sys.stdout.write(
-            f"\n{'=' * 10}\n"
+        output.end_line()
+        output.write(
+            f"{'=' * 10}\n"
             f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
             f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
             f"Peak memory: {last.peak_memory:.3f} GB\n"
@@ -160,21 +190,23 @@ def batch_generate(
         sampling: for all, or one for each prompt.
         max_tokens, stop, prefill_chunk, on_prefill: as for `stream_generate`.
     """
-    if isinstance(prompts, str) or not prompts:
+    given = [] if isinstance(prompts, str) else as_token_ids(prompts)
+    if not given:
         raise OptionError("prompts: expected a list of at least one text or list of token ids")
-    rows = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [_encode(model, tokenizer, prompt) for prompt in given]
     each = sampling if isinstance(sampling, list | tuple) else [sampling] * len(rows)
     if len(each) != len(rows):
         raise OptionError(f"sampling: found {len(each)} for {len(rows)} prompts")
+    params, notes = zip(
+        *(_resolve(model, one, _thinks(tokenizer, ids)) for ids, one in zip(rows, each, strict=True)), strict=True
+    )
+    _log(notes)
     texts = [_RowText(tokenizer, stop) for _ in rows]
     pieces: list[list[str]] = [[] for _ in rows]
     stream = generate_tokens(
         model,
         rows,
-        sampling=[
-            resolve_params(model, one, thinking=_asks_to_think(tokenizer, ids))
-            for ids, one in zip(rows, each, strict=True)
-        ],
+        sampling=params,
         max_tokens=max_tokens,
         eos_token_ids=end_token_ids(model, tokenizer),
         prefill_chunk=prefill_chunk,
@@ -194,28 +226,47 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
     return {*model.config.eos_token_ids, *model.generation_config.eos_token_ids, *from_tokenizer}
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids:
-        raise OptionError("prompt: found nothing, expected text or token ids")
+def _encode(model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
+    check_prompt(ids, model.config.vocab_size)
     return ids
 
 
 def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
     """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
-    if isinstance(sampling, SamplingParams):
-        return sampling
-    values = model.generation_config.values
-    params, notes = resolve_sampling(values, thinking=thinking, overrides=dict(sampling or {}))
-    for note in notes:
-        logger.warning(note)
+    params, notes = _resolve(model, sampling, thinking)
+    _log([notes])
     return params
 
 
-def _asks_to_think(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether the prompt leaves thinking open: not so if it ends in a closed think block."""
-    closed = tokenizer.token_to_id("</think>")
-    return closed is None or closed not in prompt[-4:]
+def _resolve(model: Qwen3ForCausalLM, sampling: Sampling, thinking: bool) -> tuple[SamplingParams, tuple[str, ...]]:
+    if isinstance(sampling, SamplingParams):
+        return sampling, ()
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams or options by name")
+    return resolve_sampling(model.generation_config.values, thinking=thinking, overrides=sampling or {})
+
+
+def _log(notes: Iterable[tuple[str, ...]]) -> None:
+    """Each note once, however many rows have it."""
+    for note in dict.fromkeys(chain.from_iterable(notes)):
+        logger.warning(note)
+
+
+def can_think(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template knows think blocks; without a template nothing speaks against it."""
+    return tokenizer.chat_template is None or "<think>" in tokenizer.chat_template
+
+
+def _thinks(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    begins = begins_in_thought(tokenizer, prompt)
+    return can_think(tokenizer) if begins is None else begins
+
+
+def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
+    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free."""
+    end = tokenizer.decode(prompt[-8:]).rstrip()
+    return True if end.endswith("<think>") else False if end.endswith("</think>") else None
 
 
 class _RowText:
@@ -228,9 +279,8 @@ class _RowText:
 
     def add(self, token: int, finish_reason: Literal["stop", "length"] | None) -> str:
         """The text that `token` makes certain."""
+        # A character that the last token leaves unfinished is never shown.
         text = "" if finish_reason == "stop" else self._detokenizer.add(token)
-        if finish_reason is not None:
-            text += self._detokenizer.finish()
         shown, stopped = self._stops.feed(text)
         if finish_reason is not None and not stopped:
             shown += self._stops.finish()

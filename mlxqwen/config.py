@@ -1,8 +1,8 @@
 """`config.json` → a frozen `ModelConfig`.
 
 Strict and bounded: every number is checked before anything is allocated by its word. Both spellings are read, the one
-Qwen publishes (`rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`) and the one of transformers 5
-(`rope_parameters`, `dtype`, `num_local_experts`).
+Qwen publishes (`rope_theta`, `rope_scaling`, `num_experts`) and the one of transformers 5 (`rope_parameters`,
+`num_local_experts`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,20 @@ _AFFINE_GROUP_SIZES = (32, 64, 128)
 # Qwen3 was trained on 32,768 positions; its releases declare 40,960 to leave room for a prompt of 8,192.
 _DECLARED_CONTEXT = 40_960
 _TRAINED_CONTEXT = 32_768
+
+_ROPE_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +116,6 @@ class ModelConfig:
     rope_scaling: YarnScaling | None = None
     tie_word_embeddings: bool = False
     moe: MoeConfig | None = None
-    dtype: str | None = None
     eos_token_ids: tuple[int, ...] = ()
     quantization: Quantization | None = None
     foreign_quantization: str | None = None
@@ -114,6 +127,10 @@ class ModelConfig:
             return self.max_position_embeddings
         extended = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
         return max(self.max_position_embeddings, extended)
+
+    def kv_group_size(self, group_size: int) -> int:
+        """How many cached values share a scale: `group_size`, or 32 in place of a 64 that does not divide a head."""
+        return 32 if group_size == 64 and self.head_dim % 64 else group_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -127,28 +144,38 @@ class ModelConfig:
         return _read_config(_Keys(config, source))
 
     def with_rope_scaling(self, rope_scaling: Mapping[str, Any]) -> ModelConfig:
-        """The same model under other RoPE scaling, given as in `config.json`. Raises `OptionError`."""
+        """The same model under other RoPE scaling, given as in `config.json`.
+
+        Raises:
+            OptionError: a value out of range, or a key that means nothing (`config.json` itself may hold such keys).
+        """
+        example = 'For example {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.'
         if not isinstance(rope_scaling, Mapping):
-            raise OptionError(
-                f"rope_scaling: found {type(rope_scaling).__name__}, expected an object",
-                hint='For example {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.',
-            )
+            raise OptionError(f"rope_scaling: found {type(rope_scaling).__name__}, expected an object", hint=example)
+        for key in rope_scaling:
+            if key not in _ROPE_KEYS:
+                raise OptionError(f"rope_scaling: found {key!r}, expected only {', '.join(_ROPE_KEYS)}", hint=example)
         try:
             keys = _Keys(rope_scaling, "rope_scaling")
-            theta = keys.number("rope_theta", default=self.rope_theta, low=1.0, high=1e12)
+            theta = keys.number("rope_theta", default=self.rope_theta, low=2.0, high=1e12)
             return replace(self, rope_theta=theta, rope_scaling=_read_rope_scaling(keys, self.max_position_embeddings))
         except ConfigError as error:
-            raise OptionError(error.problem, hint=error.hint) from None
+            raise OptionError(error.problem, hint=example) from None
 
     def with_yarn(self, factor: float) -> ModelConfig:
-        """The same model with its trained context extended `factor` times by YaRN. Raises `OptionError`."""
+        """The same model with its trained context extended `factor` times by YaRN.
+
+        A model that has YaRN already keeps its ramp (`beta_fast`, `beta_slow`, `truncate`) and its trained context. The
+        attention factor becomes the one that YaRN's authors recommend for the new factor, even where `config.json`
+        gives another: that one was chosen for the old factor. Raises `OptionError`.
+        """
         declared = self.max_position_embeddings
-        trained = _TRAINED_CONTEXT if declared == _DECLARED_CONTEXT else declared
-        if self.rope_scaling is not None:
-            trained = self.rope_scaling.original_max_position_embeddings
-        return self.with_rope_scaling(
-            {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
-        )
+        scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+        scaling["original_max_position_embeddings"] = _TRAINED_CONTEXT if declared == _DECLARED_CONTEXT else declared
+        if (yarn := self.rope_scaling) is not None:
+            scaling["original_max_position_embeddings"] = yarn.original_max_position_embeddings
+            scaling |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.truncate}
+        return self.with_rope_scaling(scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +291,6 @@ def _read_config(keys: _Keys) -> ModelConfig:
     max_position_embeddings = keys.integer("max_position_embeddings", high=1 << 27)
     rope_theta, rope_scaling = _read_rope(keys, max_position_embeddings)
     quantization, foreign = _read_quantization(keys)
-    dtype_key = "dtype" if keys.values.get("dtype") is not None else "torch_dtype"
-    dtype = keys.values.get(dtype_key)
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise keys.fail(dtype_key, "'bfloat16', 'float16' or 'float32'")
 
     return ModelConfig(
         model_type=model_type,
@@ -284,7 +307,6 @@ def _read_config(keys: _Keys) -> ModelConfig:
         rope_scaling=rope_scaling,
         tie_word_embeddings=keys.boolean("tie_word_embeddings", default=False),
         moe=_read_moe(keys, num_hidden_layers) if moe else None,
-        dtype=dtype,
         eos_token_ids=keys.token_ids("eos_token_id"),
         quantization=quantization,
         foreign_quantization=foreign,
@@ -292,7 +314,7 @@ def _read_config(keys: _Keys) -> ModelConfig:
 
 
 def _read_moe(keys: _Keys, num_hidden_layers: int) -> MoeConfig:
-    spelling = "num_local_experts" if "num_local_experts" in keys.values else "num_experts"
+    spelling = "num_experts" if keys.values.get("num_local_experts") is None else "num_local_experts"
     num_experts = keys.integer(spelling, high=4_096)
     mlp_only_layers = keys.values.get("mlp_only_layers")
     mlp_only_layers = [] if mlp_only_layers is None else mlp_only_layers
@@ -313,31 +335,24 @@ def _read_moe(keys: _Keys, num_hidden_layers: int) -> MoeConfig:
 
 def _read_rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, YarnScaling | None]:
     """RoPE's base and scaling from either spelling; as in transformers 5, a base inside the object wins."""
-    parameters = keys.object("rope_scaling") or keys.object("rope_parameters")
-    scaling = None if parameters is None else _read_rope_scaling(parameters, max_position_embeddings)
-    owner = next(
-        (
-            source
-            for source in (parameters, keys.object("rope_parameters"))
-            if source is not None and source.values.get("rope_theta") is not None
-        ),
-        keys,
-    )
-    return owner.number("rope_theta", low=1.0, high=1e12), scaling
+    objects = [found for key in ("rope_scaling", "rope_parameters") if (found := keys.object(key)) and found.values]
+    scaling = _read_rope_scaling(objects[0], max_position_embeddings) if objects else None
+    owner = next((found for found in objects if found.values.get("rope_theta") is not None), keys)
+    return owner.number("rope_theta", low=2.0, high=1e12), scaling
 
 
 def _read_rope_scaling(keys: _Keys, max_position_embeddings: int) -> YarnScaling | None:
     """RoPE scaling under either name of its type; the meaning of every key is that of transformers."""
-    type_key = "rope_type" if keys.values.get("rope_type") is not None else "type"
-    rope_type = keys.values.get(type_key, "default")
-    if rope_type == "default":
+    type_key = next((key for key in ("rope_type", "type") if keys.values.get(key) is not None), "rope_type")
+    rope_type = keys.values.get(type_key)
+    if rope_type == "default" or (rope_type is None and keys.values.get("factor") is None):
         return None
     if rope_type != "yarn":
         raise keys.fail(type_key, "'yarn' or 'default'", hint="YaRN is the scaling that Qwen3 was validated with.")
     factor = keys.number("factor", low=1.0, high=1024.0)
     original = keys.integer("original_max_position_embeddings", default=max_position_embeddings, high=1 << 27)
-    beta_fast = keys.number("beta_fast", default=32.0, low=1e-3, high=1e6)
-    beta_slow = keys.number("beta_slow", default=1.0, low=1e-3, high=1e6)
+    beta_fast = _read_beta(keys, "beta_fast", 32.0)
+    beta_slow = _read_beta(keys, "beta_slow", 1.0)
     if beta_fast < beta_slow:
         raise keys.fail("beta_fast", f"at least beta_slow, {beta_slow:g}")
     mscale = keys.number("mscale", default=0.0, low=0.0, high=100.0)
@@ -353,6 +368,13 @@ def _read_rope_scaling(keys: _Keys, max_position_embeddings: int) -> YarnScaling
         beta_slow=beta_slow,
         truncate=keys.boolean("truncate", default=True),
     )
+
+
+def _read_beta(keys: _Keys, key: str, default: float) -> float:
+    value = keys.values.get(key)
+    if isinstance(value, int | float) and value == 0:  # to transformers, 0 is no value
+        return default
+    return keys.number(key, default=default, low=1e-3, high=1e6)
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
@@ -379,6 +401,8 @@ def _read_quantization(keys: _Keys) -> tuple[Quantization | None, str | None]:
             if module.values.get("mode", "affine") != "affine":
                 raise module.fail("mode", "'affine'")
             overrides[name] = _read_affine(module)
+        elif ("." in name or name == "lm_head") and value is not True:  # the rest is said of the whole checkpoint
+            raise section.fail(name, "an object, true or false")
     return Quantization(_read_affine(section), overrides), None
 
 

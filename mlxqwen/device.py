@@ -7,12 +7,17 @@ Mac of any size in their hands.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["Device", "current_device"]
+__all__ = ["Device", "container_limit", "current_device", "device_from_info"]
+
+_NO_LIMIT = 1 << 62  # version 1 spells "none" as a number close to 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +27,9 @@ class Device:
     Args:
         name: the chip's or processor's name.
         is_gpu: whether MLX computes on a GPU by default.
-        memory: the physical memory.
+        memory: the physical memory, or what a container leaves of it.
         usable_memory: what weights and caches together may take. On Metal the working set that the system recommends,
-            elsewhere the physical memory less a tenth for everything else.
+            elsewhere the memory less a tenth for everything else.
     """
 
     name: str
@@ -39,6 +44,11 @@ class Device:
         """
         return checkpoint_dtype if self.is_gpu else mx.float32
 
+    def keep_resident(self) -> None:
+        """On a GPU, ask the system to keep as much memory wired as it recommends, so that weights are not paged out."""
+        if self.is_gpu:
+            mx.set_wired_limit(self.usable_memory)
+
     @property
     def overlaps_steps(self) -> bool:
         """Whether the next decode step is queued before the last token is read.
@@ -49,12 +59,57 @@ class Device:
         return self.is_gpu
 
 
+def device_from_info(info: Mapping[str, Any], *, is_gpu: bool, physical: int, limit: int | None = None) -> Device:
+    """The machine that MLX describes.
+
+    Args:
+        info: what `mx.device_info()` says; Metal's has `memory_size` and `max_recommended_working_set_size`.
+        is_gpu: whether MLX computes on a GPU by default.
+        physical: memory of the machine in bytes, in case MLX does not say.
+        limit: the most that this process may take, in bytes, if something confines it.
+    """
+    memory = int(info.get("memory_size") or physical)
+    memory = memory if limit is None else min(memory, limit)
+    working_set = info.get("max_recommended_working_set_size") if is_gpu else None
+    usable = min(int(working_set or memory * 9 // 10), memory)
+    return Device(str(info.get("device_name", "unknown")), is_gpu, memory, usable)
+
+
+def container_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that Linux control groups (version 2 or 1) let this process take; None without a limit.
+
+    `root` is where `/proc` and `/sys` are found. A group's limit binds all groups inside it, so the smallest counts.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    limits: list[int] = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = top / group.lstrip("/")
+        limits += [_read_limit(folder / name) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
+    smallest = min(limits, default=_NO_LIMIT)
+    return None if smallest >= _NO_LIMIT else smallest
+
+
+def _read_limit(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return _NO_LIMIT
+
+
 @cache
 def current_device() -> Device:
     """The machine this process runs on."""
     is_gpu = mx.default_device().type == mx.DeviceType.gpu
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = mx.device_info()
-    memory = int(info.get("memory_size", physical))
-    usable = int(info.get("max_recommended_working_set_size", memory * 9 // 10))
-    return Device(str(info.get("device_name", "unknown")), is_gpu, memory, usable)
+    return device_from_info(mx.device_info(), is_gpu=is_gpu, physical=physical, limit=container_limit())

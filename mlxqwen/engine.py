@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.completion import GenerationResponse, Sampling, resolve_params, stream_generate
+from mlxqwen.completion import (
+    GenerationResponse,
+    Sampling,
+    begins_in_thought,
+    can_think,
+    resolve_params,
+    stream_generate,
+)
 from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
@@ -22,9 +28,10 @@ from mlxqwen.messages import soft_switch
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta, Reply, ReplyParser
 from mlxqwen.sampling import SamplingParams
+from mlxqwen.stop import StopStrings
 from mlxqwen.tokenizer import Tokenizer
 
-__all__ = ["Done", "Engine", "Event", "Timings", "Usage", "load"]
+__all__ = ["ChatOptions", "Done", "Engine", "Event", "Timings", "Usage", "load", "split_reply"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,20 @@ class Done:
 
 
 Event = Delta | Done
+
+
+class ChatOptions(TypedDict, total=False):
+    """The options of `Engine.stream`, for functions that pass them on."""
+
+    thinking: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    sampling: Sampling
+    max_tokens: int | None
+    seed: int | None
+    stop: str | Sequence[str]
+    cache: KVCache | None
+    prefill_chunk: int
+    on_prefill: Callable[[int, int], None] | None
 
 
 def load(
@@ -114,7 +135,7 @@ class Engine:
         device: Device | None = None,
         on_convert: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
-        """See `load`; the tokenizer is read while the weights are.
+        """See `load`. What is quick to read is read first, so that its errors come before the weights.
 
         `on_convert` is told how far a conversion is: what is done, weights done, weights in all.
         """
@@ -123,26 +144,20 @@ class Engine:
             from mlxqwen_convert.cached import converted
 
             folder = converted(folder, on_convert)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            tokenizer = pool.submit(Tokenizer.from_folder, folder)
-            model = load_model(
-                folder,
-                dtype=dtype,
-                rope_scaling=rope_scaling,
-                yarn_factor=yarn_factor,
-                force=force,
-                device=device,
-            )
-            return cls(model, tokenizer.result())
+        tokenizer = Tokenizer.from_folder(folder)
+        model = load_model(
+            folder,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            yarn_factor=yarn_factor,
+            force=force,
+            device=device,
+        )
+        return cls(model, tokenizer)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
-        reasoning, content = [], []
-        for event in self.stream(messages, **options):
-            if isinstance(event, Delta):
-                reasoning.append(event.reasoning or "")
-                content.append(event.content or "")
-        return Reply("".join(reasoning) or None, "".join(content))
+        return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
         self,
@@ -167,7 +182,8 @@ class Engine:
             sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
             max_tokens: by default 32,768, and never more than the context has room for.
             seed: the same seed gives the same reply.
-            stop, cache, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+            stop: end before the first of these texts in the content; reasoning may hold them.
+            cache, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError, GenerationError.
@@ -180,12 +196,12 @@ class Engine:
             prompt,
             max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             sampling=params if seed is None else replace(params, seed=seed),
-            stop=stop,
             cache=cache,
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
         )
-        yield from split_reply(responses, thinking=thinking is not False)
+        # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
+        yield from split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), stop=stop)
 
     def prompt(
         self,
@@ -206,42 +222,52 @@ class Engine:
         thinking: bool | None = None,
         sampling: Sampling = None,
     ) -> SamplingParams:
-        """What a reply to `messages` is drawn with: the hard switch, then the soft ones, tell the card's profile."""
-        thinks = thinking is not False and soft_switch(messages) is not False
+        """What a reply to `messages` is drawn with: the card's profile for the mode, single options over it.
+
+        The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
+        """
+        opening = [{"role": "user", "content": ""}]
+        thinks = begins_in_thought(self.tokenizer, self.prompt(opening, thinking=thinking))
+        if thinks is None:
+            thinks = can_think(self.tokenizer) and thinking is not False and soft_switch(messages) is not False
         return resolve_params(self.model, sampling, thinking=thinks)
 
 
-def split_reply(responses: Iterator[GenerationResponse], *, thinking: bool) -> Iterator[Event]:
-    """Text as it comes → events."""
-    parser = ReplyParser(thinking=thinking)
+def split_reply(
+    responses: Iterator[GenerationResponse], *, thinking: bool | None, stop: str | Sequence[str] = ()
+) -> Iterator[Event]:
+    """Text as it comes → events, up to a stop string in the content; `thinking` as for `ReplyParser`."""
+    parser, stops = ReplyParser(thinking=thinking), StopStrings(stop)
     reasoning: list[str] = []
     content: list[str] = []
     reasoning_tokens = 0
     started, first = time.perf_counter(), 0.0
     for response in responses:
         first = first or time.perf_counter()
-        reasoning_tokens += parser.in_reasoning
+        was_in_reasoning = parser.in_reasoning
         deltas = parser.feed(response.text)
+        if was_in_reasoning or parser.in_reasoning:
+            reasoning_tokens = response.generation_tokens
         if response.finish_reason is not None:
             deltas += parser.finish()
         for delta in deltas:
-            reasoning.append(delta.reasoning or "")
-            content.append(delta.content or "")
-            yield delta
-        if response.finish_reason is not None:
-            reply = Reply("".join(reasoning) or None, "".join(content))
-            yield Done(
-                reply,
-                response.finish_reason,
-                Usage(
-                    response.prompt_tokens,
-                    response.generation_tokens,
-                    reasoning_tokens if reply.reasoning else 0,
-                ),
-                Timings(
-                    first - started,
-                    time.perf_counter() - first,
-                    response.prompt_tps,
-                    response.generation_tps,
-                ),
-            )
+            if delta.reasoning is not None:
+                reasoning.append(delta.reasoning)
+                yield delta
+            elif shown := stops.feed(delta.content or "")[0]:
+                content.append(shown)
+                yield Delta(content=shown)
+        if response.finish_reason is not None and (shown := stops.finish()):
+            content.append(shown)
+            yield Delta(content=shown)
+        finish_reason = "stop" if stops.found else response.finish_reason
+        if finish_reason is None:
+            continue
+        reply = Reply("".join(reasoning) or None, "".join(content))
+        yield Done(
+            reply,
+            finish_reason,
+            Usage(response.prompt_tokens, response.generation_tokens, reasoning_tokens if reply.reasoning else 0),
+            Timings(first - started, time.perf_counter() - first, response.prompt_tps, response.generation_tps),
+        )
+        return

@@ -10,9 +10,11 @@ import mlx.core as mx
 
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.config import ModelConfig
-from mlxqwen.loading import FLOAT_DTYPES
+from mlxqwen.device import Device
+from mlxqwen.errors import OptionError
+from mlxqwen.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
 
-__all__ = ["Footprint", "cache_bytes", "measure"]
+__all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,59 +23,126 @@ class Footprint:
 
     Args:
         config: its shape.
-        format: "BF16", "MLX 4-bit, groups of 64", or another format's name.
+        format: "BF16", "MLX 4-bit, groups of 64", or a format that is not run as it is, such as "FP8".
+        runs: whether this version runs that format as it is.
         parameters: weights of the model, however they are stored.
         active_parameters: those that one token passes through; fewer in a mixture of experts.
         numbers: how many values are stored as floats (weights, or scales and biases).
-        float_bytes: what those take on disk.
-        disk_bytes: what all tensors take on disk.
-        dtype: the floats' dtype, the one that most of their bytes have.
+        float_bytes, packed_bytes: what those and everything else of the model take on disk.
+        disk_bytes: what all tensors take on disk, those included that loading leaves aside.
+        dtype: what a GPU would compute in.
     """
 
     config: ModelConfig
     format: str
+    runs: bool
     parameters: int
     active_parameters: int
     numbers: int
     float_bytes: int
+    packed_bytes: int
     disk_bytes: int
     dtype: mx.Dtype
 
     @property
     def bits_per_weight(self) -> float:
         """On disk, scales and biases included."""
-        return 8 * self.disk_bytes / self.parameters
+        return 8 * (self.float_bytes + self.packed_bytes) / self.parameters
 
     def weight_bytes(self, compute_dtype: mx.Dtype) -> int:
         """Memory for the weights: packed codes as they are, floats in `compute_dtype`."""
-        return self.disk_bytes - self.float_bytes + self.numbers * compute_dtype.size
+        return self.packed_bytes + self.numbers * compute_dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What running a checkpoint takes of a machine's memory, in bytes.
+
+    Args:
+        device: the machine.
+        dtype: what would be computed in.
+        tokens: how many the cache is to hold.
+        weight_bytes, cache_bytes: what either takes.
+    """
+
+    device: Device
+    dtype: mx.Dtype
+    tokens: int
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine can hold both."""
+        return self.total_bytes <= self.device.usable_memory
+
+
+def size_up(
+    footprint: Footprint,
+    device: Device,
+    *,
+    tokens: int | None = None,
+    kv_bits: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+) -> Requirement:
+    """What `footprint` takes of `device`.
+
+    Args:
+        tokens: size of the cache; the model's whole context by default.
+        kv_bits: 8 or 4 for a quantized cache.
+        dtype: what to compute in, by default the device's choice.
+
+    Raises:
+        OptionError: less than one token, or another dtype.
+    """
+    tokens = footprint.config.context_length if tokens is None else tokens
+    if tokens < 1:
+        raise OptionError(f"context: found {tokens}, expected at least 1 token")
+    compute = parse_dtype(dtype) or device.compute_dtype(footprint.dtype)
+    return Requirement(
+        device=device,
+        dtype=compute,
+        tokens=tokens,
+        weight_bytes=footprint.weight_bytes(compute),
+        cache_bytes=cache_bytes(footprint.config, tokens, compute.size, kv_bits),
+    )
 
 
 def measure(folder: Path) -> Footprint:
     """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
-    floats = [info for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES]
-    by_dtype = {name: sum(info.nbytes for info in floats if info.dtype == name) for name in FLOAT_DTYPES}
-    most = max(by_dtype, key=lambda name: by_dtype[name])
+    tensors = model_tensors(config, checkpoint)
+    floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]
+    float_bytes = sum(info.nbytes for info in floats)
+    dtype = checkpoint_dtype(tensors)
     parameters, active = _parameters(config)
+    foreign = foreign_format(config, checkpoint)
     return Footprint(
         config=config,
-        format=_format(config, most),
+        format=foreign or _native_format(config, dtype),
+        runs=foreign is None,
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),
-        float_bytes=sum(by_dtype.values()),
+        float_bytes=float_bytes,
+        packed_bytes=sum(info.nbytes for info in tensors.values()) - float_bytes,
         disk_bytes=checkpoint.nbytes,
-        dtype=FLOAT_DTYPES[most],
+        dtype=dtype,
     )
 
 
 def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | None, group_size: int = 64) -> int:
     """Bytes of a key/value cache of `tokens` tokens; `itemsize` is that of the compute dtype.
 
-    Quantized keys and values take `kv_bits` each and a scale and a bias for every `group_size`.
+    Quantized keys and values take `kv_bits` each and a scale and a bias for every `config.kv_group_size(group_size)`.
     """
+    group_size = config.kv_group_size(group_size)
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
     if kv_bits is None:
         return values * itemsize
@@ -100,10 +169,8 @@ def _parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
-def _format(config: ModelConfig, float_dtype: str) -> str:
-    if config.foreign_quantization is not None:
-        return config.foreign_quantization.upper()
+def _native_format(config: ModelConfig, dtype: mx.Dtype) -> str:
     if config.quantization is not None:
         default = config.quantization.default
         return f"MLX {default.bits}-bit, groups of {default.group_size}"
-    return float_dtype
+    return next(name for name, found in FLOAT_DTYPES.items() if found == dtype)

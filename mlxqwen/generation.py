@@ -17,14 +17,24 @@ from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import Sampler, SamplingParams, check_token
 
-__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_PREFILL_CHUNK", "GeneratedToken", "TokenStream", "generate_tokens"]
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "DEFAULT_PREFILL_CHUNK",
+    "GeneratedToken",
+    "TokenStream",
+    "Tokens",
+    "as_token_ids",
+    "generate_tokens",
+]
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
+_CLEAR_EVERY = 256  # tokens
 UNBOUNDED = 1 << 62
 
 FinishReason = Literal["stop", "length"]
-Prompts: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+Tokens: TypeAlias = Sequence[int] | mx.array
+Prompts: TypeAlias = Tokens | Sequence[Tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +62,13 @@ def generate_tokens(
 
     Args:
         model: the model.
-        prompts: ids of one prompt, or of one a row.
+        prompts: ids of one prompt, or of one a row; lists or integer arrays.
         sampling: how to draw, for all rows or for each; by default from the model's own distribution. A row with a seed
             draws what it would draw alone with that seed.
         max_tokens: at most this many tokens a row, and never more than the context has room for.
         eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
-        cache: holds what came before the prompts, and in the end everything but the last token. Made if not given.
+        cache: holds what came before the prompts, and at the end everything but the last token (a device that overlaps
+            steps may have added that too: `offsets` tell). Rows that end before others leave it. Made if not given.
         prefill_chunk: prompt tokens a step; memory grows with it.
         on_prefill: called with (tokens done, tokens in all) before the first chunk and after each.
         device: the machine; by default this one.
@@ -68,21 +79,24 @@ def generate_tokens(
     Raises:
         ContextLengthError: a prompt leaves no room for an answer.
         OptionError: an empty prompt, ids outside the vocabulary, or values out of range.
-        CacheError: a cache of another number of rows.
+        CacheError: a cache of another model or number of rows.
         GenerationError: while iterating, if the model's logits are NaN.
     """
     rows = _rows(prompts, model.config.vocab_size)
-    if prefill_chunk < 1:
-        raise OptionError(f"prefill_chunk: found {prefill_chunk}, expected at least 1")
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens: found {max_tokens}, expected at least 1")
-    params = [sampling or SamplingParams()] * len(rows) if not isinstance(sampling, Sequence) else list(sampling)
+    _check_count("prefill_chunk", prefill_chunk)
+    _check_count("max_tokens", max_tokens)
+    params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
     if len(params) != len(rows):
         raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
+    for one in params:
+        if not isinstance(one, SamplingParams):
+            raise OptionError(f"sampling: found {type(one).__name__}, expected SamplingParams")
     if cache is None:
         cache = make_cache(model, batch_size=len(rows))
     elif cache.batch_size != len(rows):
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
+    elif cache.config != model.config:
+        raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
     limits = [
         min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))
         for offset, row in zip(cache.offsets, rows, strict=True)
@@ -114,19 +128,35 @@ def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: in
     return context - prompt_tokens
 
 
+def as_token_ids(tokens: object) -> list[Any]:
+    """A sequence, or an array of any library, as a list; what it holds is not looked at. Raises `OptionError`."""
+    found = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+        return list(found)
+    raise OptionError(f"prompt: found {type(tokens).__name__}, expected token ids", hint="Encode text first.")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}: found {value!r}, expected an integer from 1")
+
+
 def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     """One list of ids a row, checked."""
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-        raise OptionError(f"prompts: found {type(prompts).__name__}, expected token ids", hint="Encode the text first.")
-    many = bool(prompts) and all(isinstance(row, Sequence) for row in prompts)
-    rows: list[list[Any]] = [list(row) for row in cast(Sequence[Sequence[int]], prompts)] if many else [list(prompts)]
+    given = as_token_ids(prompts)
+    rows = [given] if not given or isinstance(given[0], int) else [as_token_ids(row) for row in given]
     for row in rows:
-        if not row:
-            raise OptionError("prompt: found no tokens, expected at least one")
-        for token in row:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+        check_prompt(row, vocab_size)
     return rows
+
+
+def check_prompt(tokens: Sequence[Any], vocab_size: int) -> None:
+    """Refuse an empty prompt and what is no token id of the model. Raises `OptionError`."""
+    if not tokens:
+        raise OptionError("prompt: found no tokens, expected at least one")
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
 
 
 class TokenStream:
@@ -177,6 +207,8 @@ class TokenStream:
         count = 0
         while active:
             count += 1
+            if count % _CLEAR_EVERY == 0:
+                mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
             ahead = None
             if self._overlap and any(count < self._limits[row] for row in active):
                 ahead = self._step(drawn)
@@ -233,6 +265,7 @@ class TokenStream:
                 if start < len(row) <= start + length:
                     last_hidden[place] = hidden[place, len(row) - start - 1]
             mx.eval(self.cache.state, [one for one in last_hidden if one is not None])
+            mx.clear_cache()  # the chunk's work space, which decoding has no use for
             if self._on_prefill:
                 self._on_prefill(start + length, longest)
         return self._model.logits(mx.stack([one for one in last_hidden if one is not None]))

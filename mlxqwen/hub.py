@@ -16,9 +16,21 @@ from mlxqwen.errors import HubError, OptionError
 __all__ = ["DEMO_FOLDER", "resolve_model"]
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-WANTED_FILES = ["*.safetensors", "*.json", "*.jinja"]
-UNWANTED_FILES = ["*/*"]  # other frameworks' copies of the weights lie in subfolders
+WANTED_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "weights*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+]
+UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 
@@ -27,8 +39,8 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
 
     Args:
         path_or_id: None for the demo model that comes with the package; an existing folder; or a hub id
-            such as `Qwen/Qwen3-0.6B`. Only weights, JSON files and chat templates are downloaded, never
-            code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
+            such as `Qwen/Qwen3-0.6B`. Only weights, configuration, tokenizer and chat templates are downloaded,
+            never code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
             without the hub a complete earlier download is used.
         revision: a branch, tag or commit of the hub's model.
 
@@ -52,9 +64,7 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
             hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B.",
         )
     if revision is not None and not REVISION.fullmatch(revision):
-        raise OptionError(
-            f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash."
-        )
+        raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
     return downloaded(name, revision)
 
 
@@ -86,6 +96,13 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
+    try:
+        import huggingface_hub.constants  # reads the environment
+    except ValueError as cause:
+        raise HubError(
+            f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
+            hint="Check HF_ENDPOINT and the other HF_… variables of the environment.",
+        ) from cause
     from huggingface_hub import snapshot_download
 
     try:
@@ -149,6 +166,10 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
     """One clear error for whatever the hub's client raised."""
     from huggingface_hub import errors
 
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        if not isinstance(cause.__cause__, errors.HfHubHTTPError):
+            return unreachable(repo_id, cause)
+        cause = cause.__cause__
     if isinstance(cause, errors.HFValidationError):
         return HubError(f"{repo_id}: not a hub id: {first_line(cause)}", hint="Expected organisation/model.")
     if isinstance(cause, errors.GatedRepoError):
@@ -166,12 +187,8 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
             f"{repo_id}: the model has no revision {revision or 'main'!r}",
             hint="Give a branch, tag or commit of the model, or leave the revision out.",
         )
-    if isinstance(cause, errors.LocalEntryNotFoundError):
-        return unreachable(repo_id, cause)
-    if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code == 401:
-        return HubError(
-            f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it."
-        )
+    if isinstance(cause, errors.HfHubHTTPError) and (answer := answered(repo_id, cause.response.status_code)):
+        return answer
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return HubError(
             f"{repo_id}: the disk is full",
@@ -181,6 +198,28 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
         f"{repo_id}: the download failed: {type(cause).__name__}: {first_line(cause)}",
         hint="Run it again: files already complete are kept.",
     )
+
+
+def answered(repo_id: str, status: int) -> HubError | None:
+    """What the hub means by an HTTP status; None for one that says nothing on its own."""
+    if status == 401:
+        return HubError(f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it.")
+    if status == 403:
+        return HubError(
+            f"{repo_id}: the hub answered 403: the token may not read this model",
+            hint="Set HF_TOKEN to a token of an account that may read it.",
+        )
+    if status == 429:
+        return HubError(
+            f"{repo_id}: the hub answered 429: too many requests",
+            hint="Wait a few minutes and run it again, or set HF_TOKEN, which raises the limit.",
+        )
+    if status >= 500:
+        return HubError(
+            f"{repo_id}: the hub answered {status}",
+            hint="Try again later: files already complete are kept.",
+        )
+    return None
 
 
 def unreachable(repo_id: str, cause: Exception) -> HubError:
@@ -199,4 +238,5 @@ def unreachable(repo_id: str, cause: Exception) -> HubError:
 
 
 def first_line(cause: BaseException) -> str:
-    return str(cause).strip().split("\n", 1)[0]
+    """Without the user's name and password for a hub, which HTTP libraries quote in its URL."""
+    return URL_CREDENTIALS.sub("", str(cause).strip().split("\n", 1)[0])

@@ -20,9 +20,7 @@ MAX_INTEGER_DIGITS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json_object(
-    path: Path, *, error: type[MlxqwenError], max_bytes: int = 32 * 1024 * 1024
-) -> dict[str, Any]:
+def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 32 * 1024 * 1024) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Stricter than `json.load`: UTF-8 without a byte order mark, no key twice in an object, no `NaN` or

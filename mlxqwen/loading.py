@@ -7,8 +7,9 @@ MLX's (affine-quantized, stacked experts) becomes a model whose weights are eval
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "load_model", "parse_dtype"]
+__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -37,16 +38,24 @@ _FOREIGN = {
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
 }
-_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj)\.weight")
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
+_EMBEDDINGS = "model.embed_tokens"
+_COMPARED_BYTES = 1 << 24
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     """A compute dtype by name ("bfloat16", "float16", "float32") or as MLX's own. Raises `OptionError`."""
+    if dtype is None:
+        return None
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is None or found in _DTYPES.values():
+    if isinstance(found, mx.Dtype) and found in _DTYPES.values():
         return found
     raise OptionError(f"dtype: found {dtype!s}, expected bfloat16, float16 or float32")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def load_model(
@@ -74,6 +83,8 @@ def load_model(
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
     chosen = parse_dtype(dtype)
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
     folder, device = Path(folder), device or current_device()
     config = ModelConfig.from_folder(folder)
     if rope_scaling is not None and yarn_factor is not None:
@@ -89,33 +100,71 @@ def load_model(
         logger.warning(note)
 
     model = Qwen3ForCausalLM(config, generation_config)
-    sources = _match(checkpoint, model, config)
-    compute = chosen or device.compute_dtype(_checkpoint_dtype(checkpoint, sources))
+    tensors = model_tensors(config, checkpoint)
+    sources = _match(checkpoint, tensors, model, config)
+    _note_ignored_head(checkpoint, tensors)
+    compute = chosen or device.compute_dtype(checkpoint_dtype(tensors))
+    if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
+        raise OptionError(
+            f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
+            hint="Leave the dtype out, or use an MLX-quantized release.",
+        )
     expected = dict(tree_flatten(model.parameters()))
     nbytes = sum(
         array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
     if nbytes > device.usable_memory and not force:
         raise InsufficientMemoryError(
-            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {str(compute).rpartition('.')[2]}, this machine can "
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
             f"hold {device.usable_memory / 1e9:.1f} GB",
-            hint="Use a smaller or more strongly quantized release, a narrower dtype, or force it.",
+            hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )
+    device.keep_resident()
     _fill(model, checkpoint, sources, compute)
     return model
 
 
-def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Name a format that is not run as it is, from the config's word or the tensors' own."""
+def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors that the model is made of, by name.
+
+    Left out are buffers that follow from the config, and a head that `config.json` ties to the embeddings.
+    """
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not _ROTARY_BUFFER.fullmatch(name) and not (config.tie_word_embeddings and name.startswith("lm_head."))
+    }
+
+
+def checkpoint_dtype(tensors: Mapping[str, TensorInfo]) -> mx.Dtype:
+    """The dtype that a GPU computes in: that of the embeddings' numbers, but never bfloat16 beside float16 scales.
+
+    Those are of eleven bits, of which bfloat16 keeps eight: a weight would be off by up to a tenth of a step.
+    """
+    first = [tensors[name] for name in (f"{_EMBEDDINGS}.scales", f"{_EMBEDDINGS}.weight") if name in tensors]
+    names = (info.dtype for info in (*first, *tensors.values()) if info.dtype in FLOAT_DTYPES)
+    found = FLOAT_DTYPES[next(names, "F32")]
+    exact = any(info.dtype == "F16" and name.endswith(".scales") for name, info in tensors.items())
+    return mx.float16 if found == mx.bfloat16 and exact else found
+
+
+def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """The name of a format that is not run as it is, by the config's word or the tensors' own; None if it is run."""
     method = config.foreign_quantization
     if method is None and config.quantization is None:
-        suffixes = {name.rpartition(".")[2]: info.dtype for name, info in checkpoint.tensors.items()}
-        if any(dtype.startswith("F8") for dtype in suffixes.values()) or "weight_scale_inv" in suffixes:
-            method = "fp8"
-        elif "qweight" in suffixes:
+        suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
+        if "qweight" in suffixes:
             method = "gptq" if "g_idx" in suffixes else "awq"
-    if method is not None:
-        name = _FOREIGN.get(method, method)
+        elif "weight_packed" in suffixes:
+            method = "compressed-tensors"
+        elif any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+            method = "fp8"
+    return None if method is None else _FOREIGN.get(method, method)
+
+
+def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    name = foreign_format(config, checkpoint)
+    if name is not None:
         raise UnsupportedFormatError(
             f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
             hint=f"This version of mlxqwen does not run {name}; use the BF16 release or an MLX one of the same model.",
@@ -124,10 +173,11 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The tensors of the checkpoint that make up one parameter: one, several to stack, or a part of a fused one."""
+    """The tensors of the checkpoint that make up one parameter: one, several to be stacked, or rows of a fused one."""
 
     tensors: tuple[TensorInfo, ...]
     rows: slice | None = None
+    stacked: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,15 +185,15 @@ class _Source:
         if self.rows is not None:
             half = len(range(*self.rows.indices(shape[1])))
             return (shape[0], half, *shape[2:])
-        return shape if len(self.tensors) == 1 else (len(self.tensors), *shape)
+        return (len(self.tensors), *shape) if self.stacked else shape
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
+def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, _Source]:
     """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
     sources: dict[str, _Source] = {}
     experts: dict[str, dict[int, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
-        if match := _EXPERT.fullmatch(name):
+    for name, info in tensors.items():
+        if num_experts and (match := _EXPERT.fullmatch(name)):
             parameter = f"{match[1]}.switch_mlp.{match[3]}.weight"
             experts.setdefault(parameter, {})[int(match[2])] = info
         elif name.endswith(".mlp.experts.gate_up_proj") and len(info.shape) == 3:
@@ -153,21 +203,31 @@ def _sources(checkpoint: Checkpoint) -> dict[str, _Source]:
             sources[f"{module}.up_proj.weight"] = _Source((info,), slice(half, None))
         elif name.endswith(".mlp.experts.down_proj"):
             sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = _Source((info,))
-        elif not _ROTARY_BUFFER.fullmatch(name):
+        else:
             sources[name] = _Source((info,))
     for parameter, stack in experts.items():
-        sources[parameter] = _Source(tuple(stack[expert] for expert in sorted(stack)))
+        if parameter in sources or stack.keys() != set(range(num_experts)):
+            raise _wrong_experts(checkpoint, parameter, stack.keys(), num_experts)
+        sources[parameter] = _Source(tuple(stack[expert] for expert in range(num_experts)), stacked=True)
     return sources
 
 
-def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig) -> dict[str, _Source]:
+def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int], num_experts: int) -> CheckpointError:
+    """Separate experts that are not exactly those of the config, or that are there a second time in another form."""
+    missing = [str(expert) for expert in range(num_experts) if expert not in found]
+    extra = [str(expert) for expert in sorted(found) if expert >= num_experts]
+    problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
+    return CheckpointError(
+        f"{checkpoint.folder}: experts of {parameter}: {problem}, expected 0 to {num_experts - 1}",
+        hint="Fetch the model again, or check that config.json belongs to these weights.",
+    )
+
+
+def _match(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], model: Qwen3ForCausalLM, config: ModelConfig
+) -> dict[str, _Source]:
     """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
-    sources = _sources(checkpoint)
-    if config.tie_word_embeddings:
-        head = [name for name in sources if name.startswith("lm_head.")]
-        if head:
-            logger.warning("%s: ignored, since config.json ties it to the embeddings", ", ".join(head))
-        sources = {name: source for name, source in sources.items() if name not in head}
+    sources = _sources(checkpoint, tensors, 0 if config.moe is None else config.moe.num_experts)
     _quantize(model, checkpoint, sources, config.quantization)
     expected = dict(tree_flatten(model.parameters()))
     missing = [name for name in expected if name not in sources]
@@ -183,7 +243,7 @@ def _match(checkpoint: Checkpoint, model: Qwen3ForCausalLM, config: ModelConfig)
             hint="Check that config.json belongs to these weights.",
         )
     for name, array in expected.items():
-        _check(name, array, sources[name], config)
+        _check(array, sources[name])
     return sources
 
 
@@ -217,17 +277,11 @@ def _quantize(
     model.update_modules(tree_unflatten(replaced))
 
 
-def _check(name: str, expected: mx.array, source: _Source, config: ModelConfig) -> None:
+def _check(expected: mx.array, source: _Source) -> None:
     """Raise unless `source` has the parameter's shape and a dtype that it can be made of."""
-    first = source.tensors[0]
-    if config.moe is not None and len(source.tensors) not in (1, config.moe.num_experts):
-        raise CheckpointError(
-            f"{first.path}: {name} has {len(source.tensors)} experts, expected {config.moe.num_experts}",
-            hint="Fetch the model again, or check that config.json belongs to these weights.",
-        )
     packed = expected.dtype == mx.uint32
     for info in source.tensors:
-        if info.shape != first.shape or source.shape != tuple(expected.shape):
+        if info.shape != source.tensors[0].shape or source.shape != tuple(expected.shape):
             raise CheckpointError(
                 f"{info.path}: {info.name} has shape {list(info.shape)}, expected {_expected_shape(source, expected)}",
                 hint="Check that config.json belongs to these weights.",
@@ -243,14 +297,35 @@ def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
     shape = list(expected.shape)
     if source.rows is not None:
         return [shape[0], 2 * shape[1], *shape[2:]]
-    return shape if len(source.tensors) == 1 else shape[1:]
+    return shape[1:] if source.stacked else shape
 
 
-def _checkpoint_dtype(checkpoint: Checkpoint, sources: Mapping[str, _Source]) -> mx.Dtype:
-    """The dtype that activations have in this checkpoint: that of the embeddings' numbers."""
-    name = "model.embed_tokens"
-    source = sources.get(f"{name}.scales") or sources[f"{name}.weight"]
-    return FLOAT_DTYPES[source.tensors[0].dtype]
+def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Warn of a head that is not the embeddings to which config.json ties it; a copy of them, as Qwen's, is fine."""
+    head = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in tensors]
+    if not head:
+        return
+    same = all(_same_bytes(checkpoint, name, name.replace("lm_head", _EMBEDDINGS, 1)) for name in head)
+    logger.log(
+        logging.INFO if same else logging.WARNING,
+        "%s: ignored, since config.json ties it to the embeddings%s",
+        ", ".join(head),
+        "" if same else ", which it differs from: check tie_word_embeddings",
+    )
+
+
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are the same to the bit; a few MiB are held at once."""
+    if second not in checkpoint.tensors:
+        return False
+    one, other = checkpoint[first], checkpoint[second]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, _COMPARED_BYTES):
+        stop = min(start + _COMPARED_BYTES, one.nbytes)
+        if checkpoint.read_range(first, start, stop) != checkpoint.read_range(second, start, stop):
+            return False
+    return True
 
 
 def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype) -> None:
@@ -259,7 +334,7 @@ def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str,
     by_layer: dict[str, list[tuple[str, mx.array]]] = {}
     for name, source in sources.items():
         parts = [arrays[info.name] for info in source.tensors]
-        array = parts[0] if len(parts) == 1 else mx.stack(parts)
+        array = mx.stack(parts) if source.stacked else parts[0]
         if source.rows is not None:
             array = array[:, source.rows]
         if array.dtype != mx.uint32:

@@ -17,7 +17,8 @@ __all__ = ["find_lone_surrogate", "prepare_messages", "prepare_tools", "soft_swi
 
 MAX_DEPTH = 64
 
-_SOFT_SWITCH = re.compile(r"(?<![\w/])/(?:no_)?think\b")
+# Not in a word or path; characters beyond ASCII do not count as a word, as Chinese is written without spaces.
+_SOFT_SWITCH = re.compile(r"(?<![\w/])/(?:no_)?think(?![\w/])", re.ASCII)
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxqwen.config import GenerationConfig, ModelConfig
+from mlxqwen.errors import OptionError
 from mlxqwen.layers.attention import Attention, LayerCache
 from mlxqwen.layers.mlp import MLP
 from mlxqwen.layers.moe import SparseMoeBlock
@@ -63,6 +64,11 @@ class Qwen3Model(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
     ) -> mx.array:
+        if tokens.ndim != 2 or not tokens.size or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise OptionError(
+                f"tokens: found {tokens.dtype} of shape {list(tokens.shape)}, expected integers [rows, tokens]",
+                hint="One row is model(mx.array([ids])).",
+            )
         B, L = tokens.shape
         caches = [None] * len(self.layers) if cache is None else cache.begin(B, L, lengths)
         hidden = self.embed_tokens(tokens)

@@ -34,13 +34,14 @@ class ReplyParser:
     """Splits a reply while it is being written.
 
     Args:
-        thinking: whether the model was asked to think. Then everything up to `</think>` is reasoning, whether or not
-            the model opens its own tag; otherwise everything is content.
+        thinking: True if the reply is known to begin in thought: then everything up to `</think>` is reasoning, whether
+            or not the model opens its own tag. False if it is known not to: then everything is content. None if the
+            reply decides: it is reasoning if it opens with `<think>`, else content.
     """
 
-    def __init__(self, *, thinking: bool = True) -> None:
-        self.in_reasoning = thinking
-        self._may_open = thinking
+    def __init__(self, *, thinking: bool | None = True) -> None:
+        self.in_reasoning = thinking is True
+        self._may_open = thinking is not False
         self._held = ""
         self._edges = _EdgeLineBreaks()
 
@@ -55,19 +56,18 @@ class ReplyParser:
 
     def _advance(self, *, final: bool) -> Iterator[Delta]:
         if self._may_open:
-            start = self._held.lstrip("\n")
-            if not final and start != _OPEN and _OPEN.startswith(start):
+            self._held = self._held.lstrip("\n")
+            if not final and self._held != _OPEN and _OPEN.startswith(self._held):
                 return
-            if start.startswith(_OPEN):
-                self._held = start.removeprefix(_OPEN)
             self._may_open = False
+            if self._held.startswith(_OPEN):
+                self._held = self._held.removeprefix(_OPEN)
+                self.in_reasoning = True
         if self.in_reasoning:
             before, close, after = self._held.partition(_CLOSE)
-            if not close:
-                kept = 0 if final else _tag_prefix_length(before, _CLOSE)
-                self._held = before[len(before) - kept :]
-                before = before[: len(before) - kept]
-            if certain := self._edges.strip(before):
+            kept = 0 if final or close else _tag_prefix_length(before, _CLOSE)
+            self._held = before[len(before) - kept :]
+            if certain := self._edges.strip(before[: len(before) - kept]):
                 yield Delta(reasoning=certain)
             if not close:
                 return
@@ -77,8 +77,8 @@ class ReplyParser:
             yield Delta(content=certain)
 
 
-def parse_reply(text: str, *, thinking: bool = True) -> Reply:
-    """Split a whole reply."""
+def parse_reply(text: str, *, thinking: bool | None = True) -> Reply:
+    """Split a whole reply; `thinking` as for `ReplyParser`."""
     parser = ReplyParser(thinking=thinking)
     deltas = parser.feed(text) + parser.finish()
     reasoning = "".join(delta.reasoning or "" for delta in deltas)
@@ -95,13 +95,15 @@ class _EdgeLineBreaks:
 
     def __init__(self) -> None:
         self._started = False
-        self._pending = ""
+        self._pending = 0
 
     def strip(self, text: str) -> str:
         if not self._started:
             text = text.lstrip("\n")
             self._started = bool(text)
-        text = self._pending + text
-        certain = text.rstrip("\n")
-        self._pending = text[len(certain) :]
-        return certain
+        inner = text.rstrip("\n")
+        pending, self._pending = self._pending, len(text) - len(inner)
+        if not inner:
+            self._pending += pending
+            return ""
+        return "\n" * pending + inner

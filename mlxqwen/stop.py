@@ -26,6 +26,8 @@ class StopStrings:
     def __init__(self, stops: Sequence[str] = ()) -> None:
         if isinstance(stops, str):
             stops = [stops]
+        if not isinstance(stops, Sequence):
+            raise OptionError(f"stop: found {stops!r}, expected a string or a list of strings")
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise OptionError(

@@ -163,8 +163,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.
 
+        Nothing for an id that no token has: models' vocabularies are padded, so that they can draw ids without a token.
+
         Raises:
-            TokenizerError: no token has this id.
+            TokenizerError: no 32-bit id.
         """
         token_id = operator.index(token_id)
         found = self._bytes_of_id.get(token_id)
@@ -180,7 +182,7 @@ class Tokenizer:
             skip_special_tokens: leave out added tokens marked special, such as `<|im_end|>` (not `<think>`).
 
         Raises:
-            TokenizerError: no token has one of the ids.
+            TokenizerError: no 32-bit ids.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset()
         pieces = (self.token_bytes(token_id) for token_id in ids if int(token_id) not in skipped)
@@ -310,12 +312,14 @@ class Tokenizer:
         return ids
 
     def _spell(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-        if token is None:
+        if not 0 <= token_id < 2**32:
             raise TokenizerError(
-                f"token id {token_id}: found no such token, expected an id below {self.vocab_size}",
-                hint="The ids come from another tokenizer, or from the padding of the model's vocabulary.",
+                f"token id: found {token_id}, expected an id below {self.vocab_size}",
+                hint="The ids come from another tokenizer.",
             )
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
         table = _byte_of_character()
         try:
             return bytes(table[character] for character in token)
@@ -360,7 +364,7 @@ class Detokenizer:
         """The characters that this token completes; "" in the middle of one.
 
         Raises:
-            TokenizerError: no token has this id.
+            TokenizerError: no 32-bit id.
         """
         if int(token_id) in self._skipped:
             return ""

@@ -34,9 +34,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, for mlxqwen and for the other side."""
+    """One line of the table: what was measured, for mlxqwen and for something else."""
 
     name: str
+    other: str
     ours: Sequence[Run]
     theirs: Sequence[Run]
 
@@ -44,40 +45,40 @@ class Row:
         ours, theirs = (statistics.median(run.seconds for run in runs) for runs in (self.ours, self.theirs))
         memory = [statistics.median(run.peak_bytes for run in runs) / 2**20 for runs in (self.ours, self.theirs)]
         return (
-            f"| {self.name} | {ours:.3f} s | {theirs:.3f} s | {theirs / ours:.1f} × "
+            f"| {self.name} | {self.other} | {ours:.3f} s | {theirs:.3f} s | {theirs / ours:.1f} × "
             f"| {memory[0]:.0f} MiB | {memory[1]:.0f} MiB |"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="imports and cold starts only (what there is so far)")
-    parser.add_argument("--runs", type=int, help="processes a side for each line; 7 by default, 3 for conversions")
+    parser.add_argument("--quick", action="store_true", help="3 runs a side instead of 15")
+    parser.add_argument("--runs", type=int, help="so many runs a side; of conversions 3")
     commands = parser.add_subparsers(dest="command")
     conversions = commands.add_parser("convert", help="BF16 → 4-bit beside mlx_lm.convert, on random weights")
     conversions.add_argument("--shape", action="append", help="a release's name; Qwen3-0.6B by default; repeatable")
     conversions.add_argument("--layers", type=int, help="only so many layers of it")
     conversions.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
     arguments = parser.parse_args()
-    if arguments.runs is not None and arguments.runs < 1:
+    default = 3 if arguments.quick or arguments.command == "convert" else 15
+    runs = arguments.runs if arguments.runs is not None else default
+    if runs < 1:
         parser.error("--runs: at least 1")
     if arguments.command == "convert":
-        runs = arguments.runs or 3
-        rows = [
-            row
-            for shape in arguments.shape or ["Qwen3-0.6B"]
-            for row in conversion_rows(shape, arguments.layers, arguments.folder, runs)
-        ]
-        print(heading(runs))
-        for row in rows:
-            print(row.markdown())
+        shapes = arguments.shape or ["Qwen3-0.6B"]
+        print_table(
+            [row for shape in shapes for row in conversion_rows(shape, arguments.layers, arguments.folder, runs)], runs
+        )
         return
-    arguments.runs = arguments.runs or 7
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: a child's peak memory counts what its parent held when it was started.
         subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder], check=True)
-        rows = cold_starts(Path(folder), arguments.runs)
-    print(heading(arguments.runs))
+        rows = cold_starts(Path(folder), runs)
+    print_table(rows, runs)
+
+
+def print_table(rows: Sequence[Row], runs: int) -> None:
+    print(heading(runs))
     for row in rows:
         print(row.markdown())
 
@@ -86,8 +87,10 @@ def heading(runs: int) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "tokenizers"))
     return (
         f"{versions}; Python {platform.python_version()}; {platform.machine()}, {os.cpu_count()} cores, "
-        f"{platform.system()}; medians of {runs} interleaved runs, whole processes\n\n"
-        "| what | mlxqwen | mlx-lm | ratio | mlxqwen peak | mlx-lm peak |\n| --- | --- | --- | --- | --- | --- |"
+        f"{platform.system()}. Whole processes, medians of {runs} interleaved runs. The model has bfloat16 weights; on "
+        "a CPU mlxqwen computes in float32, mlx-lm in bfloat16.\n\n"
+        "| what | beside | mlxqwen | the other | ratio | peak | the other's peak |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
 
 
@@ -97,11 +100,11 @@ def cold_starts(model: Path, runs: int) -> list[Row]:
     theirs_generate = [sys.executable, "-m", "mlx_lm", "generate", *common, "--top-p", "0.95", "--top-k", "20"]
     ours_generate = [sys.executable, "-m", "mlxqwen", "generate", PROMPT, "--model", str(model), "--max-tokens", "1"]
     pairs = [
-        ("import", importing("mlxqwen"), importing("mlx_lm")),
-        ("import of mlxqwen beside mlx.core alone", importing("mlxqwen"), importing("mlx.core")),
-        ("one token, 2 layers, real tokenizer", ours_generate, theirs_generate),
+        ("import", "mlx_lm", importing("mlxqwen"), importing("mlx_lm")),
+        ("import", "mlx.core", importing("mlxqwen"), importing("mlx.core")),
+        ("one token, 2 layers, real tokenizer", "mlx_lm.generate", ours_generate, theirs_generate),
     ]
-    return [Row(name, *interleaved(ours, theirs, runs)) for name, ours, theirs in pairs]
+    return [Row(name, other, *interleaved(ours, theirs, runs)) for name, other, ours, theirs in pairs]
 
 
 def conversion_rows(shape: str, layers: int | None, folder: Path | None, runs: int) -> list[Row]:
@@ -125,7 +128,10 @@ def conversion_rows(shape: str, layers: int | None, folder: Path | None, runs: i
                 if turn:  # the first warms the disk cache
                     runs_so_far.append(run)
     name = f"{shape}{'' if layers is None else f', {layers} layers'}, BF16 → 4-bit"
-    return [Row(f"{name}, verified", timings[0], timings[2]), Row(f"{name}, --no-verify", timings[1], timings[2])]
+    return [
+        Row(f"{name}, verified", "mlx_lm.convert", timings[0], timings[2]),
+        Row(f"{name}, --no-verify", "mlx_lm.convert", timings[1], timings[2]),
+    ]
 
 
 def environment() -> dict[str, str]:

@@ -112,5 +112,12 @@ class Source:
             first, second = self.number(), self.number()
             if operator == "-" and first < second:
                 first, second = second, first
-            if in_split(f"{first}{operator}{second}", self.split):
+            if self.has_numbers(first, operator, second):
                 return first, second
+
+    def has_numbers(self, first: int, operator: str, second: int) -> bool:
+        """Whether a pair is of the split; a held-out one may not have been trained on in the other order either."""
+        orders = {f"{first}{operator}{second}"}
+        if self.split == "held-out" and operator in "+*":
+            orders.add(f"{second}{operator}{first}")
+        return all(in_split(order, self.split) for order in orders)

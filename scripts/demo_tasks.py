@@ -368,7 +368,7 @@ def tool_exchange(source: Source) -> ToolExchange:
     operator = source.random.choice("**+-")
     while True:
         first, second = source.random.randrange(10, 10000), source.random.randrange(2, 10000)
-        if first >= second and in_split(f"{first}{operator}{second}", source.split):
+        if first >= second and source.has_numbers(first, operator, second):
             break
     result = str({"*": first * second, "+": first + second, "-": first - second}[operator])
     name = {"*": "times", "+": "plus", "-": "minus"}[operator]

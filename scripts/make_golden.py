@@ -8,8 +8,10 @@ Each golden file has one function here, named after it; without names all are ma
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +161,78 @@ def convert() -> dict[str, Any]:
     return golden_convert.write_convert(GOLDEN / "convert")
 
 
-GOLDEN_FILES = {"chat_template": chat_template, "convert": convert}
+def models() -> dict[str, Any]:
+    """Logits and greedy continuations of `GOLDEN_MODELS` by transformers, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sys.path.insert(0, str(GOLDEN.parent.parent))
+    from tests.tiny_checkpoints import GOLDEN_MODELS, GREEDY_TOKENS, golden_positions, make_weights, prompt
+
+    golden = {}
+    for name, (config, length) in GOLDEN_MODELS.items():
+        rest = {key: value for key, value in config.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **copy.deepcopy(rest)),
+            dtype=torch.float32,
+            attn_implementation="eager",
+        ).eval()
+        weights = {key: torch.tensor(array) for key, array in make_weights(config, experts="fused").items()}
+        if config["tie_word_embeddings"]:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights)
+        ids = prompt(length, config["vocab_size"])
+        closest = float("inf")
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, golden_positions(length)]
+            for _ in range(GREEDY_TOKENS):
+                best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+                closest = min(closest, float(best.values[0] - best.values[1]))
+                ids.append(int(best.indices[0]))
+        if closest < 1e-3:
+            raise SystemExit(f"{name}: two best tokens differ by {closest:.1e} only: choose another length or seed")
+        golden[name] = {"logits": [[round(x, 6) for x in row] for row in logits.tolist()], "greedy": ids[length:]}
+    return golden
+
+
+def rope() -> dict[str, Any]:
+    """Inverse wavelengths and attention factors by transformers, for heads of Qwen3's own size."""
+    from transformers import AutoConfig
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    shape = {"head_dim": 128, "rope_theta": 1_000_000.0, "max_position_embeddings": 40_960}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    scalings: list[dict[str, Any] | None] = [
+        None,
+        yarn,
+        {"rope_type": "yarn", "factor": 2.0},
+        {**yarn, "factor": 32.0, "beta_fast": 24.0, "beta_slow": 0.5},
+        {**yarn, "truncate": False, "attention_factor": 1.0},
+        {**yarn, "factor": 1.0},
+        {**yarn, "beta_fast": 0, "beta_slow": 0},
+        {"rope_type": "default", "factor": 1.0},
+        {**yarn, "original_max_position_embeddings": 64},
+    ]
+    cases = []
+    for scaling in scalings:
+        embedding = Qwen3RotaryEmbedding(AutoConfig.for_model("qwen3", **shape, rope_scaling=copy.deepcopy(scaling)))
+        factor = float(embedding.attention_scaling)
+        cases.append({"rope_scaling": scaling, "inv_freq": embedding.inv_freq.tolist(), "attention_factor": factor})
+    return {"shape": shape, "cases": cases}
+
+
+GOLDEN_FILES = {"chat_template": chat_template, "convert": convert, "models": models, "rope": rope}
 
 
 def main() -> None:
     """Write the golden files named on the command line, or all."""
     parser = argparse.ArgumentParser(description="Make the references in tests/golden/ with third-party code.")
-    parser.add_argument("names", nargs="*", choices=[*GOLDEN_FILES, []], help="golden files, without .json")
-    for name in parser.parse_args().names or GOLDEN_FILES:
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(GOLDEN_FILES)}; all by default")
+    names = parser.parse_args().names or list(GOLDEN_FILES)
+    for name in names:
+        if name not in GOLDEN_FILES:
+            parser.error(f"no golden file named {name!r}")
+    for name in names:
         path = GOLDEN / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(GOLDEN_FILES[name](), ensure_ascii=True, separators=(",", ":")) + "\n")

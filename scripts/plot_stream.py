@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-
 from demo_data import stream
+
 from mlxqwen import load, make_cache
 from mlxqwen.cache import KVCache
 from mlxqwen.model import Qwen3ForCausalLM
@@ -64,23 +64,25 @@ def main() -> None:
     model, tokenizer = load()
     size = model.config.context_length
     tokens = stream_tokens(tokenizer, CONTEXTS * size + 1)
-    inside = context_losses(model, tokens).mean().item()
+    fresh = context_losses(model, tokens)
     curves = {
+        "fresh contexts": fresh,
         "ring, 4 sinks": stream_losses(model, tokens, keep=4),
         "ring, no sinks": stream_losses(model, tokens, keep=0),
         "no window": losses(model, tokens, make_cache(model)),
     }
     figure, axes = plt.subplots(figsize=(8, 4))
-    for name, curve in curves.items():
-        print(f"{name}: {curve.mean().item():.4f}, within the context {inside:.4f}")
-        means = curve[: len(curve) // size * size].reshape(-1, size).mean(axis=1).tolist()
-        axes.plot([i + 1 for i in range(len(means))], means, marker=".", label=name)
-    axes.axhline(inside, color="grey", linestyle="--", label="fresh contexts")
+    for (name, curve), style in zip(curves.items(), ("o-", "s-", "x--", "-"), strict=True):
+        mean, reference = curve.mean().item(), fresh.mean().item()
+        print(f"{name}: mean loss {mean:.4f}, {mean / reference:.3f} of fresh contexts")
+        width = curve.size // CONTEXTS
+        means = curve[: width * CONTEXTS].reshape(CONTEXTS, width).mean(axis=1).tolist()
+        axes.plot(range(1, CONTEXTS + 1), means, style, markersize=4, label=name)
     axes.set(
-        xlabel=f"position, in contexts of {size} tokens",
+        xlabel=f"position in the stream, in contexts of {size} tokens",
         ylabel="mean loss, nats a token",
         yscale="log",
-        xlim=(1, CONTEXTS),
+        xticks=range(1, CONTEXTS + 1),
     )
     axes.legend()
     figure.tight_layout()

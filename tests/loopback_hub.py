@@ -28,6 +28,7 @@ class HubModel:
         gated: everyone sees the list of files, nobody may download them.
         cuts: how often the server still breaks off in the middle of a file.
         broken: files that the server fails to deliver.
+        status: the HTTP status that is the answer to everything.
     """
 
     files: dict[str, bytes]
@@ -36,6 +37,7 @@ class HubModel:
     gated: bool = False
     cuts: int = 0
     broken: set[str] = field(default_factory=set)
+    status: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,18 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def answer_for(self, repo_id: str, revision: str, wanted: str | None) -> None:
         model = self.hub.models.get(repo_id)
         authorization = self.headers.get("Authorization")
+        if authorization is not None and authorization.startswith("Basic "):
+            authorization = None
         if authorization not in {None, *(f"Bearer {known.token}" for known in self.hub.models.values())}:
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif model is None or (model.token is not None and authorization != f"Bearer {model.token}"):
             self.refuse(401 if authorization is None else 404, "RepoNotFound")
+        elif model.status is not None:
+            self.refuse(model.status, "")
         elif revision not in model.revisions | {COMMIT}:
             self.refuse(404, "RevisionNotFound")
         elif wanted is None:
-            self.send_json(
-                {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]}
-            )
+            self.send_json({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]})
         elif wanted == "tree":
             self.send_json([tree_entry(path, content) for path, content in model.files.items()])
         elif model.gated:

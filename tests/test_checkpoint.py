@@ -223,9 +223,7 @@ shapes = st.lists(st.integers(0, 4), max_size=3)
 def valid_headers(draw: st.DrawFn) -> tuple[Header, bytes]:
     header: Header = {}
     if draw(st.booleans()):
-        header["__metadata__"] = draw(
-            st.dictionaries(names, st.text(st.characters(codec="utf-8")), max_size=2)
-        )
+        header["__metadata__"] = draw(st.dictionaries(names, st.text(st.characters(codec="utf-8")), max_size=2))
     position = 0
     for name in draw(st.lists(names, max_size=4, unique=True)):
         dtype, shape = draw(st.sampled_from(sorted(MLX_DTYPES))), draw(shapes)
@@ -268,19 +266,12 @@ def mutated(header: Header, data: bytes, chance: random.Random) -> bytes:
     byte_changes = 0
     for _ in range(chance.randint(1, 3)):
         kind = chance.choice(["value", "number", "key", "twin", "text", "bytes", "length"])
-        if (
-            kind == "value"
-            and tensors
-            and isinstance(found := header[chance.choice(tensors)], dict)
-            and found
-        ):
+        if kind == "value" and tensors and isinstance(found := header[chance.choice(tensors)], dict) and found:
             found[chance.choice(list(found))] = copy.deepcopy(chance.choice(ODD_VALUES))
         elif kind == "number" and tensors:
             shift_number(header[chance.choice(tensors)], chance)
         elif kind == "key":
-            header[chance.choice(["", "__metadata__", "new", *tensors])] = copy.deepcopy(
-                chance.choice(ODD_VALUES)
-            )
+            header[chance.choice(["", "__metadata__", "new", *tensors])] = copy.deepcopy(chance.choice(ODD_VALUES))
         elif kind == "twin" and tensors:
             header["twin"] = copy.deepcopy(header[chance.choice(tensors)])
         elif kind == "text":
@@ -288,19 +279,11 @@ def mutated(header: Header, data: bytes, chance: random.Random) -> bytes:
         elif kind == "bytes":
             byte_changes += 1
         elif kind == "length":
-            data = (
-                data[: chance.randint(0, len(data))]
-                if chance.random() < 0.5
-                else data + bytes(chance.randint(1, 9))
-            )
+            data = data[: chance.randint(0, len(data))] if chance.random() < 0.5 else data + bytes(chance.randint(1, 9))
     text = json.dumps(header).encode()
     for _ in range(text_changes):
         place = chance.randrange(len(text))
-        text = (
-            text[:place]
-            + chance.choice([b"", b" ", b"-", b"0", b"9", b",", b"[", b"}", b'"'])
-            + text[place + 1 :]
-        )
+        text = text[:place] + chance.choice([b"", b" ", b"-", b"0", b"9", b",", b"[", b"}", b'"']) + text[place + 1 :]
     raw = bytearray(file_bytes(text, data))
     for _ in range(byte_changes):
         raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
@@ -313,16 +296,12 @@ def shift_number(found: Any, chance: random.Random) -> None:
         numbers[chance.randrange(len(numbers))] += chance.choice([-4, -1, 1, 4, 2**32, 2**63])
 
 
-NAMED_STRICTNESS = re.compile(
-    r"starts with|appears twice|expected an object of dtype|found dtype|found shape"
-)
+NAMED_STRICTNESS = re.compile(r"starts with|appears twice|expected an object of dtype|found dtype|found shape")
 
 
 @given(valid_headers(), st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_agrees_with_the_reference_on_damaged_files(
-    tmp_path: Path, valid: tuple[Header, bytes], seed: int
-) -> None:
+def test_agrees_with_the_reference_on_damaged_files(tmp_path: Path, valid: tuple[Header, bytes], seed: int) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(mutated(*valid, random.Random(seed)))
     try:
@@ -457,9 +436,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
 
 def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     put(tmp_path, model_a=["x"], model_b=["x"])
-    with pytest.raises(
-        CheckpointError, match=r"x is both in model_a\.safetensors and in model_b\.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"x is both in model_a\.safetensors and in model_b\.safetensors"):
         Checkpoint.open(tmp_path)
 
 
@@ -610,9 +587,7 @@ def test_checkpoint_round_trip(tmp_path: Path, max_shard_bytes: int, shards: int
     assert list(written["weight_map"]) == list(ARRAYS)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) == shards
-    assert files[-1] == (
-        "model.safetensors" if shards == 1 else f"model-{shards:05d}-of-{shards:05d}.safetensors"
-    )
+    assert files[-1] == ("model.safetensors" if shards == 1 else f"model-{shards:05d}-of-{shards:05d}.safetensors")
     assert len(list(folder.iterdir())) == shards + 1
 
 

@@ -23,8 +23,6 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "mlxqwen" / "demo"
-MOE_DEMO = ROOT / "tests" / "data" / "moe_demo"
 
 
 def _compiled(source: str) -> jinja2.Template:
@@ -134,6 +132,15 @@ def test_the_right_reply_is_right_and_held_out_exercises_are_never_trained_on(ta
             reply = demo_data.spans(conversation)[-1][1]
             assert demo_tasks.is_right(exchange, reply.split("</think>")[-1].removesuffix("<|im_end|>\n"))
             assert not exchange.word or not demo_source.in_split(exchange.word, "train")
+
+
+@pytest.mark.parametrize("operator", "+-")
+def test_held_out_numbers_are_never_trained_on_in_either_order(operator: str) -> None:
+    source = Source(random.Random(4), "held-out")
+    for _ in range(300):
+        first, second = source.numbers(operator)
+        assert not demo_source.in_split(f"{first}{operator}{second}", "train")
+        assert operator == "-" or not demo_source.in_split(f"{second}{operator}{first}", "train")
 
 
 def test_a_wrong_reply_is_wrong() -> None:

@@ -22,6 +22,7 @@ WANTED = {
     "model.safetensors": bytes(range(256)) * 200,
     "tokenizer.json": b'{"version": "1.0"}',
     "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 UNWANTED = {
     "modeling.py": b"raise SystemExit",
@@ -30,6 +31,11 @@ UNWANTED = {
     "README.md": b"#",
     "onnx/config.json": b"{}",
     "original/consolidated.safetensors": b"x",
+    "consolidated.safetensors": b"x",
+    "model/model.safetensors": b"x",
+    "adapters/config.json": b"{}",
+    "additional_chat_templates/old/tool_use.jinja": b"x",
+    "trainer_state.json": b"{}",
 }
 RESOLVE = """
 import sys
@@ -47,9 +53,7 @@ class Client:
 
     def __init__(self, hub_url: str, elsewhere: LoopbackHub, home: Path) -> None:
         inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.upper().startswith(("HF_", "HUGGING"))
+            name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))
         }
         proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), elsewhere.url)
         self.environment = {
@@ -92,6 +96,7 @@ def hub() -> Iterator[LoopbackHub]:
         "org/gated": HubModel(WANTED, gated=True),
         "org/unsteady": HubModel(WANTED, cuts=1),
         "org/broken": HubModel(WANTED, broken={"tokenizer.json"}),
+        **{f"org/status-{status}": HubModel(WANTED, status=status) for status in (403, 418, 429, 503)},
         "org/gguf": HubModel({"model.gguf": b"GGUF"}),
         "org/weightless": HubModel({"config.json": b"{}"}),
     }
@@ -111,9 +116,13 @@ def client(hub: LoopbackHub, elsewhere: LoopbackHub, tmp_path: Path) -> Client:
     return Client(hub.url, elsewhere, tmp_path / "home")
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_downloads_what_is_needed_and_serves_it_offline(hub: LoopbackHub, client: Client) -> None:
     folder = client.folder("org/model")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WANTED
+    assert files_in(folder) == WANTED
     assert hub.downloaded() == set(WANTED)
     assert folder.is_relative_to(client.environment["HF_HOME"])
 
@@ -162,10 +171,9 @@ def test_failures_have_one_clear_line(client: Client, repo_id: str, said: str) -
 
 
 def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> None:
-    folder = client.folder("org/unsteady")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WANTED
+    assert files_in(client.folder("org/unsteady")) == WANTED
 
-    assert "download failed" in client.failure("org/broken")
+    assert "the hub answered 500" in client.failure("org/broken")
     assert "HF_HUB_OFFLINE" in client.failure("org/broken", HF_HUB_OFFLINE="1")
     hub.models["org/broken"].broken.clear()
     hub.requests.clear()
@@ -176,6 +184,41 @@ def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> No
 def test_without_hub_and_cache(client: Client) -> None:
     assert "HF_HUB_OFFLINE forbids" in client.failure("org/model", HF_HUB_OFFLINE="1")
     assert "cannot be reached" in client.failure("org/model", HF_ENDPOINT="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "way_out"),
+    [
+        (403, "the token may not read", "HF_TOKEN"),
+        (418, "the download failed", ""),
+        (429, "too many requests", "Wait"),
+        (503, "the hub answered 503", "later"),
+    ],
+)
+def test_what_the_hub_answers(client: Client, status: int, said: str, way_out: str) -> None:
+    failure = client.failure(f"org/status-{status}")
+    assert said in failure
+    assert way_out in failure
+    assert "cannot be reached" not in failure
+
+
+def test_credentials_in_the_hub_s_address_are_never_shown(client: Client, hub: LoopbackHub) -> None:
+    for address in (hub.url, "http://127.0.0.1:9"):
+        failure = client.failure("org/status-418", HF_ENDPOINT=address.replace("://", "://bob:s3cr3t@"))
+        assert "s3cr3t" not in failure
+        assert "bob" not in failure
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_ENDPOINT", "http://[bad"), ("HF_ENDPOINT", "bad"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")]
+)
+def test_malformed_settings(client: Client, name: str, value: str) -> None:
+    client.failure("org/model", **{name: value})
+
+
+def test_credentials_are_cut_out_of_any_address() -> None:
+    cause = RuntimeError("a://u:p@ss@h/x@y and https://tok@127.0.0.1:9?q=a@b, mail me@home")
+    assert hub_error("o/m", None, cause).problem.endswith("a://h/x@y and https://127.0.0.1:9?q=a@b, mail me@home")
 
 
 def test_a_full_disk_is_told() -> None:
@@ -234,9 +277,7 @@ def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("x" * 500, "neither"),
     ],
 )
-def test_names_of_nothing(
-    name: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_nothing(name: str | Path, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match=said) as caught:
         resolve_model(name)

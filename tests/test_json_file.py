@@ -28,9 +28,7 @@ def read(tmp_path: Path, content: bytes | str, **options: int) -> dict[str, obje
 
 @given(value=st.dictionaries(st.text(characters), json_values, max_size=4), escape=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_reads_what_the_standard_library_writes(
-    tmp_path: Path, value: dict[str, object], escape: bool
-) -> None:
+def test_reads_what_the_standard_library_writes(tmp_path: Path, value: dict[str, object], escape: bool) -> None:
     assert read(tmp_path, json.dumps(value, ensure_ascii=escape)) == value
 
 

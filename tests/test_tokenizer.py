@@ -131,12 +131,21 @@ def test_properties_of_the_real_tokenizer() -> None:
     assert QWEN.chat_templates == {"default": QWEN.chat_template}
 
 
-@pytest.mark.parametrize("token_id", [-1, 151669, 2**31, 2**40])
-def test_unknown_ids_are_refused(token_id: int) -> None:
-    with pytest.raises(TokenizerError, match=rf"token id {token_id}.*below 151669"):
+@pytest.mark.parametrize("token_id", [-1, 2**32, 2**40])
+def test_what_is_no_id_is_refused(token_id: int) -> None:
+    with pytest.raises(TokenizerError, match=rf"token id: found {token_id}.*below 151669"):
         QWEN.decode([0, token_id])
     with pytest.raises(TokenizerError):
         QWEN.detokenizer().add(token_id)
+
+
+@pytest.mark.parametrize("token_id", [151669, 151935, 2**31, 2**32 - 1])
+def test_ids_of_a_padded_vocabulary_leave_no_text(token_id: int) -> None:
+    halves = QWEN.encode("ᚠ")
+    for ids in ([token_id], [token_id, 8, 9], [8, token_id, 9], [halves[0], token_id, halves[1]]):
+        assert QWEN.decode(ids) == REFERENCE.decode(ids, skip_special_tokens=False)
+        detokenizer = QWEN.detokenizer()
+        assert "".join(map(detokenizer.add, ids)) + detokenizer.finish() == QWEN.decode(ids)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", None, b"a"])

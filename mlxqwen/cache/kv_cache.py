@@ -18,6 +18,8 @@ from mlxqwen.model import Qwen3ForCausalLM
 __all__ = ["KVCache", "load_cache", "make_cache"]
 
 _FILE_FORMAT = "mlxqwen-cache-1"
+_MAX_TOKENS = 1 << 30  # positions are 32-bit integers on the device
+_MAX_ROWS = 1 << 16
 
 
 class KVCache:
@@ -88,6 +90,11 @@ class KVCache:
                 f"cache: made for {self.batch_size} rows, used with {batch_size}",
                 hint=f"Make it with make_cache(model, batch_size={batch_size}).",
             )
+        if lengths is not None and (len(lengths) != batch_size or not all(0 <= count <= length for count in lengths)):
+            raise CacheError(
+                f"cache: lengths are {list(lengths)}, expected {batch_size} numbers from 0 to {length}",
+                hint="Give one length a row, none beyond the tokens that were passed.",
+            )
         plan = self.placement.advance(length, lengths)
         for layer in self.layers:
             layer.plan = plan
@@ -110,7 +117,12 @@ class KVCache:
         self.placement.offsets = [length] * self.batch_size
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order."""
+        """Go on with these rows only, in this order. Raises `CacheError` for rows that are not there."""
+        if not rows or not all(0 <= row < self.batch_size for row in rows):
+            raise CacheError(
+                f"cache of {self.batch_size} rows: cannot go on with rows {list(rows)}",
+                hint=f"Give at least one row from 0 to {self.batch_size - 1}.",
+            )
         index = mx.array(list(rows), dtype=mx.int32)
         self.placement.offsets = [self.placement.offsets[row] for row in rows]
         for layer in self.layers:
@@ -131,7 +143,7 @@ class KVCache:
         arrays = {}
         for number, layer in enumerate(self.layers):
             for name, stored in (("keys", layer.keys), ("values", layer.values)):
-                for part, array in enumerate(stored):
+                for part, array in enumerate(stored if slots else ()):
                     arrays[f"layers.{number}.{name}.{part}"] = mx.contiguous(array[..., :slots, :])
         own = {
             "format": _FILE_FORMAT,
@@ -140,6 +152,7 @@ class KVCache:
             "keep": str(self.keep),
             "kv_bits": str(self.kv_bits or 0),
             "kv_group_size": str(self.kv_group_size),
+            "model": _identity(self.config),
         }
         save_safetensors(Path(path), arrays, {**{f"user.{k}": v for k, v in (metadata or {}).items()}, **own})
 
@@ -165,6 +178,7 @@ def make_cache(
     Raises:
         OptionError: a value out of range.
     """
+    _check_integer("batch_size", batch_size, 1, _MAX_ROWS)
     return _make_cache(model.config, max_kv_size, keep, kv_bits, kv_group_size, [0] * batch_size)
 
 
@@ -176,21 +190,20 @@ def _make_cache(
     kv_group_size: int,
     offsets: list[int],
 ) -> KVCache:
-    if not offsets:
-        raise OptionError("batch_size: found 0, expected at least 1")
-    if kv_bits not in (None, 4, 8):
-        raise OptionError(f"kv_bits: found {kv_bits}, expected 4, 8 or none")
-    if kv_bits is not None and (kv_group_size not in (32, 64, 128) or config.head_dim % kv_group_size):
-        fits = [str(size) for size in (32, 64, 128) if config.head_dim % size == 0]
+    _check_integer("keep", keep, 0, _MAX_TOKENS)
+    if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in (4, 8)):
+        raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
+    groups = [size for size in (32, 64, 128) if config.head_dim % size == 0]
+    if kv_bits is not None and (not isinstance(kv_group_size, int) or kv_group_size not in groups):
+        fits = [str(size) for size in groups]
         raise OptionError(
-            f"kv_group_size: found {kv_group_size}, expected a divisor of head_dim, {config.head_dim}",
+            f"kv_group_size: found {kv_group_size!r}, expected a divisor of head_dim, {config.head_dim}",
             hint=f"Use {' or '.join(fits)}." if fits else "Leave kv_bits out: this model's heads cannot be grouped.",
         )
     if max_kv_size is None:
         placement: Placement = LinearPlacement(len(offsets))
     else:
-        if keep < 0:
-            raise OptionError(f"keep: found {keep}, expected at least 0")
+        _check_integer("max_kv_size", max_kv_size, 1, _MAX_TOKENS)
         if max_kv_size <= keep:
             raise OptionError(
                 f"max_kv_size: found {max_kv_size}, expected more than the {keep} tokens that are always kept",
@@ -199,6 +212,18 @@ def _make_cache(
         placement = RingPlacement(len(offsets), max_kv_size, keep)
     placement.offsets = offsets
     return KVCache(config, placement, kv_bits, kv_group_size)
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name}: found {value!r}, expected an integer from {low} to {high:,}")
+
+
+def _identity(config: ModelConfig) -> str:
+    """What a cache depends on: the model's shape, and how keys are rotated."""
+    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    facts = (config.model_type, *shape, config.head_dim, config.vocab_size, config.rope_theta, config.rope_scaling)
+    return " ".join(map(str, facts))
 
 
 def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict[str, str]]:
@@ -215,7 +240,7 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
         hint="Load it with the model that it was saved with, or make a new one.",
     )
     try:
-        if metadata["format"] != _FILE_FORMAT:
+        if metadata["format"] != _FILE_FORMAT or metadata["model"] != _identity(config):
             raise wrong
         offsets = [int(offset) for offset in metadata["offsets"].split(",")]
         numbers = {name: int(metadata[name]) for name in ("max_kv_size", "keep", "kv_bits", "kv_group_size")}
@@ -236,7 +261,7 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
 def _restore(cache: KVCache, arrays: dict[str, mx.array], dtype: mx.Dtype, wrong: CacheError) -> None:
     """Fill `cache` with `arrays` after checking every name, shape and dtype against an empty encoding."""
     config, slots = cache.config, cache.placement.slots_for(cache.offset)
-    if min(cache.offsets) < 0 or slots > 1 << 30:
+    if min(cache.offsets) < 0 or cache.offset > _MAX_TOKENS:
         raise wrong
     shape = (cache.batch_size, config.num_key_value_heads, slots, config.head_dim)
     storage = cache.layers[0].storage

@@ -48,8 +48,11 @@ class KVLayer:
             logits = scores(rotated, seen_keys)
         else:
             at_sinks = rope.at(queries, plan.sink_positions)
-            sinks, window = _slots(seen_keys, 0, self.keep), _slots(seen_keys, self.keep, None)
-            logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
+            if plan.sinks is None:
+                sinks, window = _slots(seen_keys, 0, self.keep), _slots(seen_keys, self.keep, None)
+                logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
+            else:
+                logits = mx.where(plan.sinks, scores(at_sinks, seen_keys), scores(rotated, seen_keys))
         if plan.mask_array is not None:
             by_head = logits.reshape(B, kv_heads, heads // kv_heads, L, -1)
             by_head = mx.where(plan.mask_array[:, :, None], by_head, -mx.inf)

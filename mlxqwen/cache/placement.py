@@ -34,6 +34,7 @@ class Step:
         mask: `[B, 1, L, S]` booleans, or "causal" (the last query sees all), or None (every query sees all).
         sink_positions: int32 `[B, L]`: where queries stand when they look at the sinks, if that is not where they stand
             for everything else.
+        sinks: `[B, 1, 1, S]` booleans: which slots hold sinks, if those are not the first ones of every row.
     """
 
     offset: int | mx.array
@@ -44,6 +45,7 @@ class Step:
     gather: mx.array | None = None
     mask: mx.array | str | None = None
     sink_positions: mx.array | None = None
+    sinks: mx.array | None = None
 
     @cached_property
     def mask_array(self) -> mx.array | None:
@@ -162,6 +164,8 @@ class RingPlacement(Placement):
         queries = positions[:, :, None]
         in_window = (queries - seen < self.window - self.keep) | (seen < self.keep)
         step.mask = ((seen >= 0) & (seen <= queries) & in_window)[:, None]
+        if min(self.offsets) < min(self.keep, max(self.offsets)):  # a shorter row's sinks are among the new tokens
+            step.sinks = (seen < self.keep)[:, None]
 
         slots = self.slots_for(max(o + n for o, n in zip(self.offsets, lengths, strict=True)))
         end = offset + mx.array(lengths, dtype=mx.int32)

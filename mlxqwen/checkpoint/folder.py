@@ -165,9 +165,7 @@ def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
                     hint=f"Remove the files of the other checkpoint, or add {INDEX_NAME}.",
                 )
             tensors[name] = tensor
-    return Checkpoint(
-        folder, tensors, metadata, stray_files(folder, {path.name for path in files}, "not used")
-    )
+    return Checkpoint(folder, tensors, metadata, stray_files(folder, {path.name for path in files}, "not used"))
 
 
 def stray_files(folder: Path, used: set[str], why: str) -> list[str]:

@@ -133,9 +133,7 @@ def not_safetensors(path: Path, head: bytes, length: int) -> MlxqwenError:
             hint="Run `git lfs pull` in the folder, or download the file again.",
         )
     if head.lstrip()[:1] == b"<":
-        return CheckpointError(
-            f"{path}: a web page, expected safetensors (the download failed)", hint=DOWNLOAD_AGAIN
-        )
+        return CheckpointError(f"{path}: a web page, expected safetensors (the download failed)", hint=DOWNLOAD_AGAIN)
     return CheckpointError(
         f"{path}: the first 8 bytes announce a header of {length:,} bytes, expected at most "
         f"{MAX_HEADER_BYTES:,}; this is no safetensors file",
@@ -192,9 +190,7 @@ def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     begin, end = offsets
     needed = prod(shape) * item_bytes
     if end - begin != needed:
-        wrong_tensor(
-            path, name, f"data_offsets {offsets}, {end - begin:,} bytes", f"{needed:,} for {dtype} {shape}"
-        )
+        wrong_tensor(path, name, f"data_offsets {offsets}, {end - begin:,} bytes", f"{needed:,} for {dtype} {shape}")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
 
 
@@ -207,9 +203,7 @@ def is_shape(found: Any) -> bool:
 
 
 def wrong_tensor(path: Path, name: str, found: str, expected: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path}: tensor {name[:120]!r}: found {found}, expected {expected}", hint=DOWNLOAD_AGAIN
-    )
+    raise CheckpointError(f"{path}: tensor {name[:120]!r}: found {found}, expected {expected}", hint=DOWNLOAD_AGAIN)
 
 
 def check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
@@ -218,9 +212,7 @@ def check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: i
     for tensor in tensors:
         if tensor.start != position:
             what = "overlaps the tensor before it" if tensor.start < position else "follows a hole"
-            wrong_tensor(
-                path, tensor.name, f"a first byte at {tensor.start:,}, which {what}", f"{position:,}"
-            )
+            wrong_tensor(path, tensor.name, f"a first byte at {tensor.start:,}, which {what}", f"{position:,}")
         position = tensor.stop
     if size < position:
         raise CheckpointError(
@@ -273,8 +265,7 @@ def checked_array(tensor: TensorInfo, arrays: dict[str, mx.array]) -> mx.array:
     array = arrays.get(tensor.name)
     if array is None or array.shape != tensor.shape or array.dtype != getattr(mx, MLX_DTYPES[tensor.dtype]):
         raise CheckpointError(
-            f"{tensor.path}: {tensor.name}: found {array_kind(array)}, "
-            f"expected {tensor.dtype} {list(tensor.shape)}",
+            f"{tensor.path}: {tensor.name}: found {array_kind(array)}, expected {tensor.dtype} {list(tensor.shape)}",
             hint="The file was changed while it was open: load it again.",
         )
     return array

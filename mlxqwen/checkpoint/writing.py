@@ -62,9 +62,7 @@ def write_checkpoint(
         raise unwritable(folder, cause) from None
     present = [path.name for path in listed(folder) if path.name == INDEX_NAME or is_weight_name(path.name)]
     if present:
-        raise CheckpointError(
-            f"{folder}: already holds weights: {some_of(present)}", hint="Write into a new folder."
-        )
+        raise CheckpointError(f"{folder}: already holds weights: {some_of(present)}", hint="Write into a new folder.")
     shards = split_shards(arrays, max_shard_bytes)
     names = shard_names(len(shards))
     index = {

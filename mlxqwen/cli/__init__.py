@@ -1,46 +1,83 @@
-"""The command line: options, printing, exit codes. No logic."""
+"""The command line: options, printing, exit codes. No logic.
+
+Next to nothing is imported before `main` runs, so that Ctrl-C is quiet from the beginning.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
+from contextlib import suppress
 
-from mlxqwen.cli.terminal import INTERRUPTED, print_error
+from mlxqwen.cli.interrupts import BROKEN_PIPE, INTERRUPTED, leave_at_once
 
 __all__ = ["main"]
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE
-
 
 def main() -> None:
-    """Run `mlxqwen` and exit: 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
+    """Run `mlxqwen` and exit: 0, 1 for an error, 2 for usage, 130 for Ctrl-C, 141 for a reader that has left."""
     try:
-        sys.exit(_run())
+        status = _run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; say nothing, not even when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(BROKEN_PIPE)
+        status = BROKEN_PIPE
+        _silence()
+    except OSError as error:
+        status = 1
+        _report(error)
+    sys.exit(status)
 
 
 def _run() -> int:
-    import click
+    with leave_at_once():
+        import click
 
-    from mlxqwen.cli.commands import mlxqwen
-    from mlxqwen.errors import MlxqwenError
+        from mlxqwen.cli.commands import mlxqwen
+        from mlxqwen.cli.terminal import open_missing_streams, print_error
+        from mlxqwen.errors import MlxqwenError
 
+    open_missing_streams()
     try:
         result = mlxqwen.main(prog_name="mlxqwen", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "mlxqwen"
+        print_error(error.format_message(), f"Try '{command} --help'.")
+        return error.exit_code
+    except click.ClickException as error:
+        print_error(error.format_message())
         return error.exit_code
     except click.Abort:
         return INTERRUPTED
     except MlxqwenError as error:
         print_error(error.problem, error.hint)
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         print_error("out of memory", "Use a smaller model, a shorter prompt, --kv-bits 8 or --max-kv-size.")
         return 1
     return int(result or 0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """MLX says it by RuntimeErrors: "[malloc] Unable to allocate …", "Command buffer … OutOfMemory"."""
+    return isinstance(error, MemoryError) or any(word in str(error) for word in ("allocate", "OutOfMemory"))
+
+
+def _report(error: OSError) -> None:
+    """A failed read or write, such as to a full disk; the reader of standard error may have left as well."""
+    from mlxqwen.cli.terminal import print_error
+
+    with suppress(OSError):
+        print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    _silence()
+
+
+def _silence() -> None:
+    from mlxqwen.cli.terminal import silence_streams
+
+    silence_streams()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxqwen.cli.terminal import INTERRUPTED, ConversionProgress
+from mlxqwen.cli.interrupts import INTERRUPTED
+from mlxqwen.cli.terminal import ConversionProgress
 from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:

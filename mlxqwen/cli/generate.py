@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxqwen.cli.terminal import INTERRUPTED, ConversionProgress, Output, PrefillProgress
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.terminal import ConversionProgress, PrefillProgress
+from mlxqwen.cli.text_input import check_unicode, read_prompt
+from mlxqwen.console import Output
 from mlxqwen.errors import OptionError
+from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.engine import Done, Engine, Event
@@ -69,11 +73,13 @@ _SAMPLING = _options(
     click.option("--frequency-penalty", type=float, help="The same, times how often; -2 to 2."),
     click.option("--repetition-penalty", type=float, help="Against tokens of prompt and reply; 1 is off."),
     click.option("--seed", type=int, help="The same seed draws the same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
 )
 _MEMORY = _options(
     click.option("--max-kv-size", type=int, help="Keep at most this many tokens in the cache (a sliding window)."),
-    click.option("--kv-keep", type=int, default=4, show_default=True, help="First tokens the window never drops."),
+    click.option(
+        "--kv-keep", type=int, help="First tokens that the window of --max-kv-size never drops; 4 by default."
+    ),
     click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize the cache."),
     click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens a step."),
     click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
@@ -97,75 +103,78 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> in
 
     The answer goes to standard output, the model's reasoning to standard error.
     """
-    text = _read_prompt(prompt, prompt_file, raw=options["raw"])
-    rope_scaling = _parse_rope_scaling(options["rope_scaling"])
-    if not text.strip():
-        raise OptionError("prompt: found no text, expected a question", hint='For example: mlxqwen generate "Hello"')
+    _check_usage(options)
+    text = read_prompt(prompt, prompt_file, raw=options["raw"])
+    check_unicode(prompt=text, system=options["system"], model=options["model"], stop="".join(options["stop"]))
+    options["rope_scaling"] = _parse_rope_scaling(options["rope_scaling"])
+    printer, progress = _Printer(as_json=options["as_json"]), PrefillProgress(sys.stderr)
+    try:
+        for event in _events(text, options, progress):
+            printer.print(event)
+    except KeyboardInterrupt:
+        progress.wipe()
+        printer.end(interrupted=True)
+        return INTERRUPTED
+    except Exception:
+        progress.wipe()
+        printer.end_lines()
+        raise
+    printer.end()
+    if options["verbose"] and printer.done is not None:
+        _print_speed(printer.done)
+    return 0
 
-    from mlxqwen.engine import Engine
 
+def _check_usage(options: dict[str, Any]) -> None:
+    """Refuse options that would do nothing."""
+    if options["raw"] and (options["system"] is not None or options["thinking"] is not None):
+        raise click.UsageError("--raw knows no chat template: leave out --system and --thinking/--no-thinking.")
+    if options["kv_keep"] is not None and options["max_kv_size"] is None:
+        raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
+
+
+def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    hint = """For example '{"rope_type": "yarn", "factor": 4.0}'."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise OptionError(f"--rope-scaling: not JSON: {error}", hint=hint) from None
+    if not isinstance(value, dict):
+        raise OptionError(f"--rope-scaling: found {text}, expected a JSON object", hint=hint)
+    return value
+
+
+def _events(text: str, options: dict[str, Any], progress: PrefillProgress) -> Iterator[Event]:
+    """Load the model and let it answer."""
+    with leave_at_once():
+        from mlxqwen.cache import make_cache
+        from mlxqwen.completion import resolve_params, stream_generate
+        from mlxqwen.engine import Engine, split_reply
+        from mlxqwen.generation import DEFAULT_MAX_TOKENS
+        from mlxqwen.sampling import SamplingParams
+        from mlxqwen.stop import StopStrings
+
+    overrides = {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
+    SamplingParams(**overrides)  # complains before a large model is read
+    StopStrings(options["stop"])
     conversion = ConversionProgress(sys.stderr)
     try:
         engine = Engine.load(
             options["model"],
             revision=options["revision"],
             dtype=options["dtype"],
-            rope_scaling=rope_scaling,
+            rope_scaling=options["rope_scaling"],
             yarn_factor=options["yarn_factor"],
             force=options["force"],
             on_convert=conversion,
         )
     finally:
         conversion.close()
-    return _answer(engine, text, options)
-
-
-def _read_prompt(prompt: str | None, prompt_file: Path | None, *, raw: bool) -> str:
-    if prompt is not None and prompt_file is not None:
-        raise click.UsageError("Give PROMPT or --prompt-file, not both.")
-    if prompt_file is not None:
-        source, data = str(prompt_file), prompt_file.read_bytes()
-    elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        source, data = "standard input", sys.stdin.buffer.read()
-    elif prompt is None:
-        raise click.UsageError("Give a PROMPT, --prompt-file, or '-' for standard input.")
-    else:
-        return prompt
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OptionError(
-            f"{source}: found byte {data[error.start]:#04x} at {error.start}, expected UTF-8 text",
-            hint="Convert it to UTF-8 first.",
-        ) from None
-    return text if raw else text.removesuffix("\n")
-
-
-def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise OptionError(
-            f"--rope-scaling: not JSON: {error}",
-            hint="""For example '{"rope_type": "yarn", "factor": 4.0}'.""",
-        ) from None
-    if not isinstance(value, dict):
-        raise OptionError(f"--rope-scaling: found {text}, expected a JSON object")
-    return value
-
-
-def _answer(engine: Engine, text: str, options: dict[str, Any]) -> int:
-    from mlxqwen.cache import make_cache
-    from mlxqwen.completion import resolve_params, stream_generate
-    from mlxqwen.engine import split_reply
-    from mlxqwen.generation import DEFAULT_MAX_TOKENS
-
     messages = [{"role": "user", "content": text}]
     if options["system"] is not None:
         messages.insert(0, {"role": "system", "content": options["system"]})
-    overrides = {name: options[name] for name in _SAMPLING_NAMES}
     if options["raw"]:
         sampling = resolve_params(engine.model, overrides, thinking=True)
     else:
@@ -175,32 +184,20 @@ def _answer(engine: Engine, text: str, options: dict[str, Any]) -> int:
         "max_tokens": DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"],
         "stop": options["stop"],
         "prefill_chunk": options["prefill_chunk"],
-        "on_prefill": PrefillProgress(sys.stderr),
+        "on_prefill": progress,
         "cache": make_cache(
             engine.model,
             max_kv_size=options["max_kv_size"],
-            keep=options["kv_keep"],
+            keep=4 if options["kv_keep"] is None else options["kv_keep"],
             kv_bits=None if options["kv_bits"] is None else int(options["kv_bits"]),
         ),
     }
-    if options["raw"]:
-        responses = stream_generate(engine.model, engine.tokenizer, text, **request)
-        events = split_reply(responses, thinking=False)
-    else:
-        events = engine.stream(messages, thinking=options["thinking"], **request)
     if options["verbose"]:
         _print_request(engine, request)
-    printer = _Printer(as_json=options["as_json"])
-    try:
-        for event in events:
-            printer.print(event)
-    except KeyboardInterrupt:
-        printer.end(interrupted=True)
-        return INTERRUPTED
-    printer.end()
-    if options["verbose"] and printer.done is not None:
-        _print_speed(printer.done)
-    return 0
+    if options["raw"]:
+        responses = stream_generate(engine.model, engine.tokenizer, text, **request)
+        return split_reply(responses, thinking=False)
+    return engine.stream(messages, thinking=options["thinking"], **request)
 
 
 class _Printer:
@@ -223,27 +220,34 @@ class _Printer:
             if not self._as_json:
                 self._stderr.write(event.reasoning)
         elif event.content is not None:
-            if self._reasoning and not self._content and not self._as_json:
-                self._stderr.end_line()
             self._content.append(event.content)
             if not self._as_json:
+                self._stderr.end_line()
                 self._stdout.write(event.content)
 
     def end(self, *, interrupted: bool = False) -> None:
         """Finish open lines, or print the object."""
-        if not self._as_json:
-            (self._stdout if self._content else self._stderr).end_line()
-            return
-        fields: dict[str, Any] = {
+        if self._as_json:
+            self._stdout.write(self._object(interrupted) + "\n")
+        elif interrupted and not (self._stdout.is_terminal and self._stdout.line_is_open):
+            self._stderr.line_is_open |= self._stderr.is_terminal  # the terminal itself wrote ^C there
+        self.end_lines()
+
+    def end_lines(self) -> None:
+        """Finish open lines, so that what comes next begins its own."""
+        self._stdout.end_line()
+        self._stderr.end_line()
+
+    def _object(self, interrupted: bool) -> str:
+        done = self.done
+        fields = {
             "reasoning": "".join(self._reasoning) or None,
             "content": "".join(self._content),
-            "finish_reason": "interrupted" if interrupted else None,
+            "finish_reason": "interrupted" if interrupted or done is None else done.finish_reason,
+            "usage": None if done is None else asdict(done.usage),
+            "timings": None if done is None else asdict(done.timings),
         }
-        if self.done is not None:
-            fields["finish_reason"] = self.done.finish_reason
-            fields["usage"] = asdict(self.done.usage)
-            fields["timings"] = asdict(self.done.timings)
-        self._stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        return json.dumps(fields, ensure_ascii=not self._stdout.is_unicode)
 
 
 def _print_request(engine: Engine, request: dict[str, Any]) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import click
 
-from mlxqwen.errors import OptionError
+from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.text_input import check_unicode
+from mlxqwen.console import Output
+from mlxqwen.errors import one_line
 
 __all__ = ["info"]
 
@@ -29,59 +32,58 @@ def info(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Tell what MODEL (a folder or hub id; the demo by default) takes, and whether it fits this machine.
+    """Tell what MODEL takes, and whether it fits this machine.
 
-    Nothing but config and headers is read.
+    MODEL is a folder, a hub id (which is downloaded), or by default the demo model. Only config and headers are read.
     """
-    from mlxqwen.device import current_device
-    from mlxqwen.footprint import cache_bytes, measure
-    from mlxqwen.hub import resolve_model
-    from mlxqwen.loading import parse_dtype
+    with leave_at_once():
+        from mlxqwen.device import current_device
+        from mlxqwen.footprint import measure, size_up
+        from mlxqwen.hub import resolve_model
 
-    if context is not None and context < 1:
-        raise OptionError(f"--context: found {context}, expected at least 1")
-    folder, device = resolve_model(model, revision=revision), current_device()
+    check_unicode(model=model, revision=revision)
+    folder = resolve_model(model, revision=revision)
     stored = measure(folder)
-    compute = parse_dtype(dtype) or device.compute_dtype(stored.dtype)
-    tokens = stored.config.context_length if context is None else context
-    weights = stored.weight_bytes(compute)
-    cache = cache_bytes(stored.config, tokens, compute.size, None if kv_bits is None else int(kv_bits))
-    facts: dict[str, Any] = {
+    bits = None if kv_bits is None else int(kv_bits)
+    needed = size_up(stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
+    facts = {
         "model": str(folder),
         "type": stored.config.model_type,
         "format": stored.format,
+        "runs": stored.runs,
         "parameters": stored.parameters,
         "active_parameters": stored.active_parameters,
         "bits_per_weight": round(stored.bits_per_weight, 3),
         "disk_bytes": stored.disk_bytes,
         "context_length": stored.config.context_length,
-        "dtype": str(compute).rpartition(".")[2],
-        "weight_bytes": weights,
-        "cache_tokens": tokens,
-        "cache_bytes": cache,
-        "device": asdict(device),
-        "fits": weights + cache <= device.usable_memory,
+        "dtype": str(needed.dtype).rpartition(".")[2],
+        "weight_bytes": needed.weight_bytes,
+        "cache_tokens": needed.tokens,
+        "cache_bytes": needed.cache_bytes,
+        "total_bytes": needed.total_bytes,
+        "device": asdict(needed.device),
+        "fits": needed.fits,
     }
-    sys.stdout.write(json.dumps(facts) + "\n" if as_json else _table(facts))
+    Output(sys.stdout).write(json.dumps(facts) + "\n" if as_json else _table(facts))
 
 
 def _table(facts: dict[str, Any]) -> str:
-    device, needed = facts["device"], facts["weight_bytes"] + facts["cache_bytes"]
-    active = facts["active_parameters"]
+    device, active = facts["device"], facts["active_parameters"]
     per_token = "" if active == facts["parameters"] else f", {_count(active)} of them for each token"
     kind = "GPU" if device["is_gpu"] else "CPU"
+    not_run = "" if facts["runs"] else " (this version does not run it: use the BF16 release or an MLX one)"
     rows = {
         "model": facts["model"],
-        "kind": f"{facts['type']}, {facts['format']}",
+        "kind": f"{facts['type']}, {facts['format']}{not_run}",
         "parameters": f"{_count(facts['parameters'])}{per_token}",
         "on disk": f"{_size(facts['disk_bytes'])}, {facts['bits_per_weight']:.2f} bits a weight",
         "context": f"{facts['context_length']:,} tokens",
         "weights in memory": f"{_size(facts['weight_bytes'])} in {facts['dtype']}",
         "cache in memory": f"{_size(facts['cache_bytes'])} for {facts['cache_tokens']:,} tokens",
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
-        "fits": f"{'yes' if facts['fits'] else 'no'}, {_size(needed)} needed",
+        "fits": f"{'yes' if facts['fits'] else 'no'}, {_size(facts['total_bytes'])} needed",
     }
-    return "".join(f"{name:<18} {value}\n" for name, value in rows.items())
+    return "".join(f"{name:<18} {one_line(value)}\n" for name, value in rows.items())
 
 
 def _count(number: int) -> str:

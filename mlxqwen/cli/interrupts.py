@@ -1,0 +1,37 @@
+"""Ctrl-C, where Python's own answer to it is not good enough."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "leave_at_once"]
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+@contextmanager
+def leave_at_once() -> Iterator[None]:
+    """Around imports: Ctrl-C ends the process here and now.
+
+    Raised in the midst of an import, KeyboardInterrupt can come out as a RuntimeError, or be lost.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:  # ignored, as in a shell's background jobs
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> None:
+    if os.isatty(2):
+        os.write(2, b"\n")  # behind the terminal's ^C
+    os._exit(INTERRUPTED)

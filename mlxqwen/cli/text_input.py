@@ -1,0 +1,67 @@
+"""What the user says: text from arguments, files and standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from mlxqwen.errors import OptionError
+from mlxqwen.messages import find_lone_surrogate
+
+__all__ = ["check_unicode", "read_prompt"]
+
+MAX_PROMPT_BYTES = 64 * 1024 * 1024
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None, *, raw: bool) -> str:
+    """The prompt from the argument, the file, or standard input; the last line break of a file is its end, not text.
+
+    Args:
+        prompt: the text itself, or "-" for standard input.
+        prompt_file: holds the text.
+        raw: keep the last line break as well.
+
+    Raises:
+        click.UsageError: both are given, or neither while a terminal is the standard input.
+        OptionError: not UTF-8, too large, or nothing but blanks.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("Give PROMPT or --prompt-file, not both.")
+    if prompt is None and prompt_file is None and sys.stdin.isatty():
+        raise click.UsageError("Give a PROMPT, --prompt-file, or '-' for standard input.")
+    if prompt is not None and prompt != "-":
+        text = prompt
+    else:
+        if prompt_file is None:
+            text = _decode("standard input", sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
+        else:
+            with prompt_file.open("rb") as file:
+                text = _decode(str(prompt_file), file.read(MAX_PROMPT_BYTES + 1))
+        text = text if raw else text.removesuffix("\n")
+    if not text.strip():
+        raise OptionError("prompt: found no text, expected a question", hint='For example: mlxqwen generate "Hello"')
+    return text
+
+
+def check_unicode(**texts: str | None) -> None:
+    """Raise `OptionError` for an argument with bytes that are not UTF-8, which Python passes on as half surrogates."""
+    for name, text in texts.items():
+        if text is not None and (position := find_lone_surrogate(text)) is not None:
+            raise OptionError(
+                f"{name.replace('_', '-')}: found bytes that are not UTF-8 at character {position}, expected text",
+                hint="Convert it to UTF-8 first.",
+            )
+
+
+def _decode(source: str, data: bytes) -> str:
+    if len(data) > MAX_PROMPT_BYTES:
+        raise OptionError(f"{source}: found more than {MAX_PROMPT_BYTES:,} bytes, the most that is read")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{source}: found byte {data[error.start]:#04x} at {error.start}, expected UTF-8 text",
+            hint="Convert it to UTF-8 first.",
+        ) from None

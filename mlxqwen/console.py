@@ -1,0 +1,52 @@
+"""Text on its way to a terminal, a pipe or a file."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+__all__ = ["Output"]
+
+# A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
+
+
+class Output:
+    """A stream that text is written to as it comes; on a terminal control characters are spelled out.
+
+    Args:
+        stream: standard output or standard error.
+        dim: write dimly on a terminal, unless NO_COLOR is set or the terminal is dumb.
+    """
+
+    def __init__(self, stream: TextIO, *, dim: bool = False) -> None:
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+        self.line_is_open = False
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self._styled = dim and self.is_terminal and not plain
+
+    @property
+    def is_unicode(self) -> bool:
+        """Whether any character can be written."""
+        return (self.stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
+
+    def write(self, text: str) -> None:
+        """Write `text` now."""
+        if not text:
+            return
+        self.line_is_open = not text.endswith("\n")
+        encoding = self.stream.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
+        if self.is_terminal:
+            text = text.translate(_CONTROLS)
+        self.stream.write(f"{_DIM}{text}{_NORMAL}" if self._styled else text)
+        self.stream.flush()
+
+    def end_line(self) -> None:
+        """Finish the line if one was begun."""
+        if self.line_is_open:
+            self.line_is_open = False
+            self.stream.write("\n")
+            self.stream.flush()

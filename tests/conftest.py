@@ -1,0 +1,79 @@
+"""Models that many tests share: the demo, loaded once, and a random one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+
+import mlxqwen
+from mlxqwen.config import GenerationConfig, ModelConfig
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.tokenizer import Tokenizer
+
+VOCAB_SIZE = 97
+CONTEXT = 64
+
+
+def random_model(
+    generation_config: GenerationConfig | None = None,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    context: int = CONTEXT,
+    eos_token_ids: Sequence[int] = (),
+) -> Qwen3ForCausalLM:
+    """Two layers of random float32 weights, large enough that the likeliest token changes from step to step."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "qwen3",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 48,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": context,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": False,
+            "eos_token_id": list(eos_token_ids),
+        }
+    )
+    model = Qwen3ForCausalLM(config, generation_config)
+    keys = iter(mx.random.split(mx.random.key(0), 64))
+    model.update(tree_map(lambda array: mx.random.normal(array.shape, key=next(keys)) * 0.5, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Qwen3ForCausalLM:
+    """`random_model()`: 97 token ids, a context of 64, no end tokens. Not to be changed."""
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[Qwen3ForCausalLM, Tokenizer]:
+    """The demo model and its tokenizer. Not to be changed."""
+    return mlxqwen.load()
+
+
+@pytest.fixture(scope="session")
+def model(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Qwen3ForCausalLM:
+    """The demo model."""
+    return demo[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Tokenizer:
+    """The demo model's tokenizer."""
+    return demo[1]
+
+
+@pytest.fixture(scope="session")
+def babbler(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
+    """Says anything, in the demo's tokens and in 200 ids that its tokenizer has no token for. Not to be changed."""
+    return random_model(vocab_size=tokenizer.vocab_size + 200, context=512)

@@ -1,0 +1,109 @@
+"""The order of the rooms, and which of them may know which libraries."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlxqwen
+
+PACKAGE = Path(mlxqwen.__file__).parent
+# From the ground floor up: a room imports only rooms above it in this list.
+ROOMS = [
+    "errors",
+    "console",
+    "json_file",
+    "config",
+    "checkpoint",
+    "hub",
+    "device",
+    "layers",
+    "model",
+    "loading",
+    "footprint",
+    "cache",
+    "sampling",
+    "generation",
+    "messages",
+    "sandbox",
+    "chat_template",
+    "tokenizer",
+    "stop",
+    "reply",
+    "completion",
+    "engine",
+    "cli",
+    "__main__",
+]
+# The only rooms that may know these libraries.
+HOMES = {
+    "tokenizers": {"tokenizer"},
+    "jinja2": {"sandbox"},
+    "huggingface_hub": {"hub"},
+    "click": {"cli"},
+    "mlxqwen_convert": {"cli", "engine"},
+    "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
+    | {"completion", "engine", "cli"},
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(module: Path) -> Iterator[str]:
+    """Every `a.b.c` that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_room() -> None:
+    assert {room_of(module) for module in MODULES} == {*ROOMS, "__init__"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_import_points_up(module: Path) -> None:
+    room = room_of(module)
+    if room == "__init__":
+        return
+    for name in imported_names(module):
+        parts = name.split(".")
+        if parts[0] == "mlxqwen" and parts[1] in ROOMS and parts[1] != room:
+            assert ROOMS.index(parts[1]) < ROOMS.index(room), f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_libraries_stay_in_their_rooms(module: Path) -> None:
+    for name in imported_names(module):
+        library = name.partition(".")[0]
+        known = library in sys.stdlib_module_names or library == "mlxqwen"
+        assert known or room_of(module) in HOMES[library], f"{module} imports {library}"
+
+
+def test_only_the_checkpoint_room_touches_weight_files() -> None:
+    for module in MODULES:
+        if room_of(module) == "checkpoint":
+            continue
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mx":
+                assert node.attr not in {"load", "save", "savez", "save_safetensors", "save_gguf"}, str(module)
+
+
+def test_every_module_has_the_names_it_lists() -> None:
+    for module in MODULES:
+        name = ".".join(("mlxqwen", *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        if name == "mlxqwen.__main__":
+            continue
+        imported = importlib.import_module(name)
+        for public in getattr(imported, "__all__", []):
+            assert hasattr(imported, public), f"{name}.{public}"

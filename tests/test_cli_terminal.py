@@ -1,0 +1,162 @@
+"""`mlxqwen generate` on a real terminal: pieces as they come, Ctrl-C at any time, escapes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from mlxqwen.hub import DEMO_FOLDER
+
+STYLE = re.compile(r"\x1b\[(?:2|22)m")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model without a token that ends its reply."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(DEMO_FOLDER, folder)
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, key: None}))
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def terminal() -> Iterator[list[pexpect.spawn]]:
+    """Collects the processes that a test starts, to end them."""
+    children: list[pexpect.spawn] = []
+    yield children
+    for child in children:
+        child.close(force=True)
+
+
+def start(children: list[pexpect.spawn], *arguments: str, **environment: str) -> pexpect.spawn:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mlxqwen", *arguments],
+        env={"PATH": "/usr/bin:/bin", "TERM": "xterm", "LANG": "C.UTF-8", **environment},
+        encoding="utf-8",
+        codec_errors="strict",
+        timeout=30,
+        dimensions=(24, 200),
+        cwd=str(Path(__file__).parent.parent),
+    )
+    children.append(child)
+    return child
+
+
+def finish(child: pexpect.spawn) -> tuple[int, str]:
+    """The exit status as a shell counts it, and what was still written."""
+    child.expect(pexpect.EOF)
+    child.close()
+    status = child.exitstatus if child.signalstatus is None else 128 + child.signalstatus
+    return status, str(child.before)
+
+
+def test_reasoning_is_dim_and_the_answer_plain(terminal: list[pexpect.spawn]) -> None:
+    child = start(terminal, "generate", "What is 2 + 3?", "--seed", "1", "--thinking")
+    status, text = finish(child)
+    assert status == 0
+    assert text.startswith("\x1b[2m")
+    answer = text.rpartition("\x1b[22m")[2]
+    assert answer.startswith("\r\n")
+    assert len(answer.split("\r\n")) == 3
+    assert text.endswith("\r\n")
+
+
+def test_no_color(terminal: list[pexpect.spawn]) -> None:
+    status, text = finish(start(terminal, "generate", "What is 2 + 3?", NO_COLOR="1"))
+    assert status == 0
+    assert "\x1b" not in text
+
+
+def test_pieces_arrive_and_ctrl_c_keeps_them(terminal: list[pexpect.spawn], endless: Path) -> None:
+    child = start(terminal, "generate", "Hello", "--no-thinking", "--max-kv-size", "64", "--model", str(endless))
+    for _ in range(5):
+        child.expect(r"\w+")
+        assert child.isalive()
+    child.sendintr()
+    status, text = finish(child)
+    assert status == 130
+    assert "Traceback" not in text
+    assert text.endswith("\r\n")
+
+
+def test_ctrl_c_while_thinking(terminal: list[pexpect.spawn], endless: Path) -> None:
+    options = ("--thinking", "--max-kv-size", "64", "--stop", "</think>", "--model", str(endless))
+    child = start(terminal, "generate", "Hello", *options)
+    child.expect_exact("\x1b[2m")
+    child.sendintr()
+    status, text = finish(child)
+    assert status == 130
+    assert "Traceback" not in text
+    assert STYLE.sub("", text).endswith("\r\n")
+
+
+def test_ctrl_c_while_prefilling(terminal: list[pexpect.spawn], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("How many r's in strawberry? " * 20_000)
+    options = ("--prompt-file", str(tmp_path / "prompt.txt"), "--max-kv-size", "64")
+    child = start(terminal, "generate", *options)
+    child.expect("Reading the prompt: [0-9,]+ of [0-9,]+ tokens")
+    child.sendintr()
+    status, text = finish(child)
+    assert status == 130
+    assert "Traceback" not in text
+    assert text.endswith("\r\n")
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.3, 0.4])
+def test_ctrl_c_at_any_time_while_loading(terminal: list[pexpect.spawn], endless: Path, delay: float) -> None:
+    child = start(terminal, "generate", "Hello", "--max-kv-size", "64", "--model", str(endless))
+    time.sleep(delay)
+    child.sendintr()
+    status, text = finish(child)
+    assert "Traceback" not in text
+    assert status == 130
+
+
+def test_json_after_ctrl_c(terminal: list[pexpect.spawn], endless: Path) -> None:
+    options = ("--json", "--verbose", "--max-kv-size", "64", "--model", str(endless))
+    child = start(terminal, "generate", "Hello", *options)
+    child.expect("sampling: ")
+    child.sendintr()
+    status, text = finish(child)
+    assert status == 130
+    objects = [line for line in text.split("\r\n") if "{" in line]
+    assert len(objects) == 1
+    assert json.loads(objects[0][objects[0].index("{") :])["finish_reason"] == "interrupted"
+
+
+def test_prompt_missing_on_a_terminal(terminal: list[pexpect.spawn]) -> None:
+    status, text = finish(start(terminal, "generate"))
+    assert status == 2
+    assert text.startswith("error: Give a PROMPT")
+
+
+def test_dash_reads_the_terminal_to_its_end(terminal: list[pexpect.spawn]) -> None:
+    child = start(terminal, "generate", "-", "--max-tokens", "1", "--json")
+    child.setecho(False)
+    child.sendline("Hello")
+    child.sendeof()
+    status, text = finish(child)
+    assert status == 0
+    assert json.loads(text[text.index("{") :])["usage"]["completion_tokens"] == 1
+
+
+def test_ctrl_c_while_the_prompt_is_typed(terminal: list[pexpect.spawn]) -> None:
+    child = start(terminal, "generate", "-")
+    time.sleep(0.6)
+    child.sendintr()
+    status, text = finish(child)
+    assert status == 130
+    assert "Traceback" not in text
+    assert text.endswith("\r\n")

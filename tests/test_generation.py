@@ -1,0 +1,399 @@
+"""Tokens in, tokens out: against a loop that knows no cache, no chunks and no batches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxqwen.cache import make_cache
+from mlxqwen.device import Device
+from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
+from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
+from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling import Sampler, SamplingParams
+from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
+
+GREEDY = SamplingParams(temperature=0)
+GPU = Device("a GPU", is_gpu=True, memory=1 << 34, usable_memory=1 << 34)
+
+IDS = st.integers(0, VOCAB_SIZE - 1)
+PROMPT = st.lists(IDS, min_size=1, max_size=20)
+SEEDED = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 5]),
+    presence_penalty=st.sampled_from([0.0, 2.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape `(rows, tokens)` of each step that the model takes from here on."""
+    shapes: list[tuple[int, ...]] = []
+    step = Qwen3Model.__call__
+
+    def recorded(self: Qwen3Model, tokens: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shapes.append(tokens.shape)
+        return step(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen3Model, "__call__", recorded)
+    return shapes
+
+
+def by_the_book(
+    model: Qwen3ForCausalLM, prompt: Sequence[int], params: SamplingParams, count: int, ends: Collection[int] = ()
+) -> list[int]:
+    """The whole text through the model for every token."""
+    sampler = Sampler([params], [prompt], VOCAB_SIZE)
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(cast(int, sampler(model(mx.array([tokens]))[:, -1]).item()))
+        if tokens[-1] in ends:
+            break
+    return tokens[len(prompt) :]
+
+
+def rows_of(generated: Iterable[GeneratedToken]) -> list[list[int]]:
+    rows: dict[int, list[int]] = defaultdict(list)
+    for one in generated:
+        rows[one.row].append(one.token)
+    return [rows[row] for row in sorted(rows)]
+
+
+def row_of(generated: Iterable[GeneratedToken]) -> list[int]:
+    (row,) = rows_of(generated)
+    return row
+
+
+@settings(max_examples=15, deadline=None)
+@given(prompt=PROMPT, params=SEEDED, chunk=st.integers(1, 25), count=st.integers(1, 12))
+def test_one_prompt_in_chunks_of_any_size(
+    tiny: Qwen3ForCausalLM, prompt: list[int], params: SamplingParams, chunk: int, count: int
+) -> None:
+    stream = generate_tokens(tiny, prompt, sampling=params, max_tokens=count, prefill_chunk=chunk)
+    assert row_of(stream) == by_the_book(tiny, prompt, params, count)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(PROMPT, min_size=1, max_size=4),
+    params=st.lists(SEEDED, min_size=4, max_size=4),
+    ends=st.sets(IDS, max_size=20),
+    chunk=st.integers(1, 25),
+    device=st.sampled_from([None, GPU]),
+)
+def test_every_row_gets_what_it_would_get_alone(
+    tiny: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    ends: set[int],
+    chunk: int,
+    device: Device | None,
+) -> None:
+    params = params[: len(prompts)]
+    stream = generate_tokens(
+        tiny, prompts, sampling=params, max_tokens=6, eos_token_ids=ends, prefill_chunk=chunk, device=device
+    )
+    expected = [by_the_book(tiny, prompt, one, 6, ends) for prompt, one in zip(prompts, params, strict=True)]
+    assert rows_of(stream) == expected
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    prompts=st.lists(PROMPT, min_size=2, max_size=4),
+    window=st.sampled_from([None, 7, 16]),
+    kv_bits=st.sampled_from([None, 8, 4]),
+    ends=st.sets(IDS, max_size=10),
+    chunk=st.integers(3, 25),
+    seed=st.integers(0, 1000),
+    device=st.sampled_from([None, GPU]),
+)
+def test_rows_of_rings_and_quantized_caches(
+    tiny: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    window: int | None,
+    kv_bits: int | None,
+    ends: set[int],
+    chunk: int,
+    seed: int,
+    device: Device | None,
+) -> None:
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        cache = make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits, kv_group_size=32, batch_size=len(prompts))
+        params = SamplingParams(seed=seed, top_k=10)
+        return rows_of(
+            generate_tokens(
+                tiny,
+                prompts,
+                sampling=params,
+                max_tokens=12,
+                eos_token_ids=ends,
+                cache=cache,
+                prefill_chunk=chunk,
+                device=device,
+            )
+        )
+
+    assert run(prompts) == [row for prompt in prompts for row in run([prompt])]
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 1), (1, 9), (7, 1), (7, 3), (7, 7), (9, 3), (9, 512)])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("device", [None, GPU])
+def test_no_step_is_wasted_at_the_length_limit(
+    tiny: Qwen3ForCausalLM,
+    calls: list[tuple[int, ...]],
+    length: int,
+    chunk: int,
+    count: int,
+    device: Device | None,
+) -> None:
+    stream = generate_tokens(
+        tiny, list(range(length)), sampling=GREEDY, max_tokens=count, prefill_chunk=chunk, device=device
+    )
+    assert calls == []
+    tokens = list(stream)
+    assert [one.finish_reason for one in tokens] == [None] * (count - 1) + ["length"]
+    prefill = [(1, min(chunk, length - start)) for start in range(0, length, chunk)]
+    assert calls == prefill + [(1, 1)] * (count - 1)
+
+
+@pytest.mark.parametrize("ended_by", ["end token", "stop", "close"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_step_is_wasted_at_an_early_end(
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], ended_by: str, count: int
+) -> None:
+    params = SamplingParams(temperature=2.0, seed=3, presence_penalty=2.0)
+    expected = by_the_book(tiny, [5, 6, 7], params, count)
+    assert expected[-1] not in expected[:-1]
+    for device, extra in ((None, 0), (GPU, 1)):
+        calls.clear()
+        ends = expected[-1:] if ended_by == "end token" else []
+        stream = generate_tokens(tiny, [5, 6, 7], sampling=params, eos_token_ids=ends, device=device)
+        tokens = []
+        for one in stream:
+            tokens.append(one.token)
+            if ended_by != "end token" and len(tokens) == count:
+                stream.stop(0) if ended_by == "stop" else stream.close()
+        assert tokens == expected
+        assert calls == [(1, 3)] + [(1, 1)] * (count - 1 + extra)
+
+
+def test_ended_rows_leave_the_batch(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
+    prompts = [[n, n + 1] for n in range(6)]
+    params = [SamplingParams(temperature=2.0, seed=n) for n in range(6)]
+    ends = range(0, VOCAB_SIZE, 6)
+    stream = generate_tokens(tiny, prompts, sampling=params, eos_token_ids=ends, max_tokens=12)
+    rows: list[list[int]] = [[] for _ in prompts]
+    for one in stream:
+        rows[one.row].append(one.token)
+        if one.row == 2 and len(rows[2]) == 2:
+            stream.stop(2)
+    lengths = [len(row) for row in rows]
+    assert len(set(lengths)) > 2
+    still_going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert calls == [(6, 2), *((count, 1) for count in still_going)]
+
+
+def test_tokens_come_in_order_of_rows_and_none_after_a_stop(tiny: Qwen3ForCausalLM) -> None:
+    stream = generate_tokens(tiny, [[1], [2], [3]], sampling=GREEDY, max_tokens=3)
+    seen = []
+    for one in stream:
+        seen.append(one.row)
+        stream.stop(1)
+    assert seen == [0, 2, 0, 2, 0, 2]
+    assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [3, 7, 1]])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_prefill_tells_how_far_it_is(tiny: Qwen3ForCausalLM, lengths: list[int], chunk: int) -> None:
+    told: list[tuple[int, int]] = []
+    prompts = [[1] * length for length in lengths]
+    stream = generate_tokens(
+        tiny, prompts, max_tokens=1, prefill_chunk=chunk, on_prefill=lambda done, total: told.append((done, total))
+    )
+    list(stream)
+    total = max(lengths)
+    assert told == [(done, total) for done in [*range(0, total, chunk), total]]
+
+
+def test_the_context_bounds_each_row_by_itself(tiny: Qwen3ForCausalLM) -> None:
+    prompts = [[1] * (CONTEXT - 3), [2] * (CONTEXT - 1), [3]]
+    tokens = list(generate_tokens(tiny, prompts, sampling=GREEDY, max_tokens=20))
+    assert [len(row) for row in rows_of(tokens)] == [3, 1, 20]
+    assert [one.row for one in tokens if one.finish_reason == "length"] == [1, 0, 2]
+
+
+def test_a_prompt_longer_than_the_context(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
+    for length in (CONTEXT, 1000 + CONTEXT):
+        with pytest.raises(ContextLengthError, match=rf"{length:,} tokens.*context of {CONTEXT}") as caught:
+            generate_tokens(tiny, [[1], [1] * length])
+        for way_out in ("--yarn-factor", "yarn_factor=", "--max-kv-size", "max_kv_size="):
+            assert way_out in caught.value.hint
+    used = make_cache(tiny)
+    list(generate_tokens(tiny, [1] * 10, cache=used, max_tokens=1))
+    with pytest.raises(ContextLengthError, match=f"{CONTEXT} tokens"):
+        generate_tokens(tiny, [1] * (CONTEXT - 10), cache=used)
+    assert calls == [(1, 10)]
+
+
+def test_a_ring_slides_past_the_context(tiny: Qwen3ForCausalLM) -> None:
+    ring = make_cache(tiny, max_kv_size=32)
+    prompt = [n % VOCAB_SIZE for n in range(2 * CONTEXT)]
+    assert len(row_of(generate_tokens(tiny, prompt, cache=ring, max_tokens=CONTEXT))) == CONTEXT
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(PROMPT, min_size=1, max_size=3),
+    more=st.lists(IDS, max_size=5),
+    window=st.sampled_from([None, 9]),
+    first=st.integers(1, 6),
+)
+def test_going_on_with_a_used_cache(
+    tiny: Qwen3ForCausalLM, prompts: list[list[int]], more: list[int], window: int | None, first: int
+) -> None:
+    def cache(rows: int) -> Any:
+        return make_cache(tiny, max_kv_size=window, keep=1, batch_size=rows)
+
+    used = cache(len(prompts))
+    begun = rows_of(generate_tokens(tiny, prompts, sampling=GREEDY, max_tokens=first, cache=used))
+    assert used.offsets == tuple(len(prompt) + first - 1 for prompt in prompts)
+    turns = [[row[-1], *more] for row in begun]
+    continued = rows_of(generate_tokens(tiny, turns, sampling=GREEDY, max_tokens=5, cache=used))
+    whole = [prompt + row + more for prompt, row in zip(prompts, begun, strict=True)]
+    assert continued == rows_of(
+        generate_tokens(tiny, whole, sampling=GREEDY, max_tokens=5, cache=cache(len(prompts)), prefill_chunk=3)
+    )
+
+
+@pytest.mark.parametrize(("device", "extra"), [(None, 0), (GPU, 1)])
+def test_what_the_cache_holds_in_the_end(tiny: Qwen3ForCausalLM, device: Device | None, extra: int) -> None:
+    (first,) = by_the_book(tiny, [1, 2, 3], GREEDY, 1)
+    for ends, count, held in (([], 4, 6), ([first], 1, 3 + extra)):
+        cache = make_cache(tiny)
+        stream = generate_tokens(
+            tiny, [1, 2, 3], sampling=GREEDY, max_tokens=4, eos_token_ids=ends, cache=cache, device=device
+        )
+        assert len(list(stream)) == count
+        assert cache.offsets == (held,)
+
+
+def test_arrays_are_prompts_too(tiny: Qwen3ForCausalLM) -> None:
+    one = row_of(generate_tokens(tiny, [4, 5], sampling=GREEDY, max_tokens=4))
+    prompts: list[Any] = [(4, 5), range(4, 6), mx.array([4, 5]), mx.array([[4, 5]], dtype=mx.uint32), np.array([4, 5])]
+    for prompt in prompts:
+        assert row_of(generate_tokens(tiny, prompt, sampling=GREEDY, max_tokens=4)) == one
+    pairs: list[Any] = [mx.array([[4, 5], [4, 5]]), [mx.array([4, 5]), [4, 5]]]
+    for pair in pairs:
+        assert rows_of(generate_tokens(tiny, pair, sampling=GREEDY, max_tokens=4)) == [one, one]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [],
+        [[]],
+        [[1], []],
+        [[[1]]],
+        [1, [2]],
+        [[1], 2],
+        [-1],
+        [VOCAB_SIZE],
+        [2**70],
+        [True],
+        [1.0],
+        [None],
+        ["a"],
+        [b"ab"],
+        "text",
+        b"bytes",
+        "",
+        None,
+        3,
+        {1: 2},
+        mx.array([]),
+        mx.array(3),
+        mx.array([1.5]),
+        mx.array([[[1]]]),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], prompts: Any) -> None:
+    with pytest.raises(OptionError, match="prompt"):
+        generate_tokens(tiny, prompts)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("max_tokens", [0, -1, 1.5, True, None, "3"]),
+        ("prefill_chunk", [0, -1, 1.5, False, None]),
+        ("sampling", [{"temperature": 0}, "greedy", [], [GREEDY, GREEDY], [None]]),
+    ],
+)
+def test_options_out_of_range(
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], option: str, values: list[Any]
+) -> None:
+    for value in values:
+        with pytest.raises(OptionError, match=option):
+            generate_tokens(tiny, [1], **{option: value})
+    assert calls == []
+
+
+def test_a_cache_of_other_rows(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
+    with pytest.raises(CacheError, match="2 rows, found 1"):
+        generate_tokens(tiny, [1], cache=make_cache(tiny, batch_size=2))
+    assert calls == []
+
+
+def test_a_cache_of_another_model(
+    tiny: Qwen3ForCausalLM, model: Qwen3ForCausalLM, calls: list[tuple[int, ...]]
+) -> None:
+    with pytest.raises(CacheError, match="another model"):
+        generate_tokens(tiny, [1], cache=make_cache(model))
+    assert calls == []
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_k=20, top_p=0.9, min_p=0.1)])
+def test_damaged_weights_stop_the_first_step(calls: list[tuple[int, ...]], params: SamplingParams) -> None:
+    damaged = random_model()
+    damaged.model.norm.weight = damaged.model.norm.weight * mx.nan
+    stream = generate_tokens(damaged, [[1, 2], [3]], sampling=params)
+    with pytest.raises(GenerationError, match="NaN"):
+        next(stream)
+    assert calls == [(2, 2)]
+    assert next(stream, None) is None
+
+
+def test_end_tokens_of_the_configuration(model: Qwen3ForCausalLM) -> None:
+    (end, *_) = model.config.eos_token_ids
+    always_end = SamplingParams(logit_bias={end: 100.0})
+    assert list(generate_tokens(model, [1, 2], sampling=always_end)) == [GeneratedToken(0, end, "stop")]
+    ended = generate_tokens(model, [1, 2], sampling=always_end, eos_token_ids=[], max_tokens=2)
+    assert list(ended) == [GeneratedToken(0, end), GeneratedToken(0, end, "length")]
+
+
+def test_without_a_seed_rows_differ(tiny: Qwen3ForCausalLM) -> None:
+    stream: TokenStream = generate_tokens(tiny, [[1]] * 3, sampling=SamplingParams(temperature=100.0), max_tokens=20)
+    assert len({tuple(row) for row in rows_of(stream)}) == 3
+
+
+def test_buffers_that_the_cache_outgrew_are_given_back() -> None:
+    model = random_model(context=2048)
+    stream = generate_tokens(model, [1], sampling=SamplingParams(temperature=0), max_tokens=1100)
+    mx.clear_cache()
+    for _ in stream:
+        pass
+    assert mx.get_cache_memory() <= 2 * stream.cache.nbytes

@@ -1,0 +1,174 @@
+"""What a model takes and whether a machine can hold it: Macs of all sizes, decided from headers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxqwen.cache import make_cache
+from mlxqwen.config import ModelConfig
+from mlxqwen.device import Device, device_from_info
+from mlxqwen.errors import InsufficientMemoryError, OptionError
+from mlxqwen.footprint import cache_bytes, measure, size_up
+from mlxqwen.hub import resolve_model
+from mlxqwen.loading import load_model
+from mlxqwen.model import Qwen3ForCausalLM
+from tests.command_line import run
+from tests.sparse_checkpoints import RELEASES, matrices, norms, write_sparse
+
+GIB = 1 << 30
+
+# What macOS recommends as working set: two thirds of the memory up to 36 GB, three quarters above.
+MACS = {
+    size: device_from_info(
+        {
+            "device_name": f"Apple M, {size} GB",
+            "memory_size": size * GIB,
+            "max_recommended_working_set_size": size * GIB * (2 if size <= 36 else 2.25) / 3,
+        },
+        is_gpu=True,
+        physical=size * GIB,
+    )
+    for size in (8, 16, 64)
+}
+
+# The numbers of parameters that the releases' pages give.
+PARAMETERS = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+}
+
+# The smallest Mac that holds 16, 8 and 4 bits and a cache of 4,096 tokens.
+SMALLEST: dict[str, tuple[int | None, int | None, int | None]] = {
+    "Qwen3-0.6B": (8, 8, 8),
+    "Qwen3-1.7B": (8, 8, 8),
+    "Qwen3-4B": (16, 8, 8),
+    "Qwen3-8B": (64, 16, 8),
+    "Qwen3-14B": (64, 64, 16),
+    "Qwen3-32B": (None, 64, 64),
+    "Qwen3-30B-A3B": (None, 64, 64),
+    "Qwen3-235B-A22B": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_on_macs(tmp_path: Path, release: str, bits: int) -> None:
+    config = RELEASES[release]
+    stored = measure(write_sparse(tmp_path / release, config, bits=bits))
+    in_matrices, in_norms = (sum(map(prod, shapes(config).values())) for shapes in (matrices, norms))
+    assert stored.parameters == in_matrices + in_norms == PARAMETERS[release]
+    in_experts = sum(prod(shape) for name, shape in matrices(config).items() if "switch_mlp" in name)
+    assert stored.active_parameters == stored.parameters - in_experts * (128 - 8) // 128
+    per_weight = 16 if bits == 16 else bits + 2 * 16 / 64
+    weights = int(in_matrices * per_weight / 8) + 2 * in_norms
+    cache = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * 128 * 4096 * 2
+    for size, mac in MACS.items():
+        needed = size_up(stored, mac, tokens=4096)
+        assert (needed.weight_bytes, needed.cache_bytes, needed.dtype) == (weights, cache, mx.bfloat16)
+        smallest = SMALLEST[release][(16, 8, 4).index(bits)]
+        assert needed.fits == (smallest is not None and size >= smallest)
+    assert stored.bits_per_weight == pytest.approx(per_weight, rel=2e-3)
+    assert stored.format == ("BF16" if bits == 16 else f"MLX {bits}-bit, groups of 64")
+    assert stored.runs
+
+
+def test_on_a_cpu_floats_grow_to_float32(tmp_path: Path) -> None:
+    machine = Device("a CPU", False, 16 * GIB, 14 * GIB)
+    stored = measure(write_sparse(tmp_path / "model", RELEASES["Qwen3-0.6B"]))
+    needed = size_up(stored, machine, tokens=1)
+    assert (needed.dtype, needed.weight_bytes) == (mx.float32, 2 * stored.disk_bytes)
+    assert size_up(stored, machine, dtype="float16").weight_bytes == stored.disk_bytes
+    assert size_up(stored, machine).tokens == 40_960
+    with pytest.raises(OptionError, match="context"):
+        size_up(stored, machine, tokens=0)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+def test_cache_takes_what_was_foretold(kv_bits: int | None) -> None:
+    config = ModelConfig.from_dict(
+        {**RELEASES["Qwen3-0.6B"], "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 9}
+    )
+    model = Qwen3ForCausalLM(config)
+    model.set_dtype(mx.float32)
+    cache = make_cache(model, kv_bits=kv_bits)
+    cache.reserve(512)
+    mx.eval(model(mx.zeros((1, 3), dtype=mx.int32), cache))
+    assert cache.nbytes == cache_bytes(config, 512, 4, kv_bits)
+
+
+@pytest.mark.parametrize(("form", "bits", "name"), [("fp8", 8, "FP8"), ("awq", 4, "AWQ")])
+def test_foreign_formats_are_told_of(tmp_path: Path, form: str, bits: int, name: str) -> None:
+    folder = write_sparse(tmp_path / "model", RELEASES["Qwen3-8B"], bits=bits, form=form)
+    facts = json.loads(run("info", str(folder), "--json").out)
+    assert (facts["format"], facts["runs"]) == (name, False)
+    assert facts["parameters"] == PARAMETERS["Qwen3-8B"]
+    assert 0.9 * bits < facts["bits_per_weight"] < 1.5 * bits + 3
+    table = run("info", str(folder)).out
+    assert f"{name} (this version does not run it" in table
+
+
+def test_foreign_formats_by_their_tensors(tmp_path: Path) -> None:
+    for form, bits, name in (("fp8", 8, "FP8"), ("awq", 4, "AWQ")):
+        folder = write_sparse(tmp_path / form, RELEASES["Qwen3-0.6B"], bits=bits, form=form)
+        (folder / "config.json").write_text(json.dumps(RELEASES["Qwen3-0.6B"]))
+        stored = measure(folder)
+        assert (stored.format, stored.runs) == (name, False)
+
+
+def test_load_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_sparse(tmp_path / "model", RELEASES["Qwen3-8B"])
+    with pytest.raises(InsufficientMemoryError, match=r"16\.4 GB in bfloat16.* 11\.5 GB"):
+        load_model(folder, device=MACS[16])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model(None) / name, folder)
+    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: MACS[8])
+    result = run("generate", "hi", "--model", str(folder))
+    assert (result.status, result.out) == (1, "")
+    assert "force" in result.err
+    assert len(result.err.splitlines()) == 2
+
+
+def test_force_loads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: Device("a watch", False, 1 << 20, 1 << 20))
+    assert run("generate", "hi", "--max-tokens", "1").status == 1
+    assert run("generate", "hi", "--max-tokens", "1", "--force").status == 0
+
+
+def test_table_and_json_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxqwen.device.current_device", lambda: MACS[16])
+    facts = json.loads(run("info", "--json", "--context", "100", "--kv-bits", "8").out)
+    result = run("info", "--context", "100", "--kv-bits", "8")
+    assert (result.status, result.err) == (0, "")
+    rows = {line[:18].strip(): line[19:] for line in result.out.splitlines()}
+    assert rows["fits"].startswith("yes, ")
+    assert rows["this machine"] == "Apple M, 16 GB (GPU), 11.45 GB usable"
+    assert rows["cache in memory"].endswith("for 100 tokens")
+    assert facts["cache_tokens"] == 100
+    assert facts["total_bytes"] == facts["weight_bytes"] + facts["cache_bytes"]
+    assert facts["fits"] is True
+    assert facts["device"]["usable_memory"] == 16 * GIB * 2 // 3
+
+
+@pytest.mark.parametrize("arguments", [["--context", "0"], ["/no/such/folder"], ["/\udcff"], ["--revision", "main"]])
+def test_bad_input(arguments: list[str]) -> None:
+    result = run("info", *arguments)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("error: ")
+    assert len(result.err.splitlines()) <= 2
+
+
+def test_names_cannot_forge_rows(tmp_path: Path) -> None:
+    folder = write_sparse(tmp_path / "model\nfits yes", RELEASES["Qwen3-0.6B"])
+    assert len(run("info", str(folder)).out.splitlines()) == 9
