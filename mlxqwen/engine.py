@@ -21,6 +21,7 @@ from mlxqwen.completion import (
 )
 from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
+from mlxqwen.errors import OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
 from mlxqwen.loading import load_model
@@ -93,7 +94,6 @@ def load(
 
     Args:
         path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
-            FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
         dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.
         rope_scaling: replaces that of `config.json`, for example
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
@@ -133,17 +133,10 @@ class Engine:
         yarn_factor: float | None = None,
         force: bool = False,
         device: Device | None = None,
-        on_convert: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
-        """See `load`. What is quick to read is read first, so that its errors come before the weights.
-
-        `on_convert` is told how far a conversion is: what is done, weights done, weights in all.
-        """
+        """See `load`. What is quick to read is read first, so that its errors come before the weights."""
         folder = resolve_model(path_or_id, revision=revision)
-        if ModelConfig.from_folder(folder).foreign_quantization is not None:
-            from mlxqwen_convert.cached import converted
-
-            folder = converted(folder, on_convert)
+        ModelConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         model = load_model(
             folder,
@@ -201,7 +194,7 @@ class Engine:
             on_prefill=on_prefill,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
-        yield from split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), stop=stop)
+        return split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), stop=stop)
 
     def prompt(
         self,
@@ -211,6 +204,8 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """The ids that the model sees of a conversation, up to where its answer begins."""
+        if thinking is not None and not isinstance(thinking, bool):
+            raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking
         )
@@ -226,7 +221,7 @@ class Engine:
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
         """
-        opening = [{"role": "user", "content": ""}]
+        opening = [{"role": "user", "content": "Hello"}]
         thinks = begins_in_thought(self.tokenizer, self.prompt(opening, thinking=thinking))
         if thinks is None:
             thinks = can_think(self.tokenizer) and thinking is not False and soft_switch(messages) is not False
@@ -237,7 +232,10 @@ def split_reply(
     responses: Iterator[GenerationResponse], *, thinking: bool | None, stop: str | Sequence[str] = ()
 ) -> Iterator[Event]:
     """Text as it comes → events, up to a stop string in the content; `thinking` as for `ReplyParser`."""
-    parser, stops = ReplyParser(thinking=thinking), StopStrings(stop)
+    return _events(responses, ReplyParser(thinking=thinking), StopStrings(stop))
+
+
+def _events(responses: Iterator[GenerationResponse], parser: ReplyParser, stops: StopStrings) -> Iterator[Event]:
     reasoning: list[str] = []
     content: list[str] = []
     reasoning_tokens = 0

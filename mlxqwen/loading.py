@@ -167,7 +167,7 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
     if name is not None:
         raise UnsupportedFormatError(
             f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
-            hint=f"This version of mlxqwen does not run {name}; use the BF16 release or an MLX one of the same model.",
+            hint="Convert it first: mlxqwen convert SOURCE OUTPUT",
         )
 
 

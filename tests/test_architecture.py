@@ -46,7 +46,7 @@ HOMES = {
     "jinja2": {"sandbox"},
     "huggingface_hub": {"hub"},
     "click": {"cli"},
-    "mlxqwen_convert": {"cli", "engine"},
+    "mlxqwen_convert": {"cli"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
     | {"completion", "engine", "cli"},
 }
@@ -88,6 +88,11 @@ def test_libraries_stay_in_their_rooms(module: Path) -> None:
         library = name.partition(".")[0]
         known = library in sys.stdlib_module_names or library == "mlxqwen"
         assert known or room_of(module) in HOMES[library], f"{module} imports {library}"
+
+
+def test_only_its_command_reaches_the_converter() -> None:
+    reaching = {path for path in MODULES for name in imported_names(path) if name.startswith("mlxqwen_convert")}
+    assert reaching == {PACKAGE / "cli" / "convert.py"}
 
 
 def test_only_the_checkpoint_room_touches_weight_files() -> None:

@@ -14,7 +14,6 @@ from mlxqwen.cli.terminal import print_notes, silence_streams
 __all__ = ["mlxqwen"]
 
 _COMMANDS = {
-    "cache": "mlxqwen.cli.cache",
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",
     "info": "mlxqwen.cli.info",
