@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -26,9 +27,11 @@ from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
     TargetFiles,
     Task,
+    Written,
+    check_on_disk,
     cores,
+    is_on_disk,
     run,
-    task_is_written,
     tasks_of,
     unwritable,
     write_task,
@@ -37,7 +40,7 @@ from mlxqwen_convert.plan import Options, Plan, make_plan
 from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.upload import check_repo_id, upload
-from mlxqwen_convert.verification import ModuleError, verify
+from mlxqwen_convert.verification import ModuleError, check_errors
 
 __all__ = ["REPORT_NAME", "Progress", "convert"]
 
@@ -50,6 +53,7 @@ CACHE_BYTES = 16 << 20
 # What a whole process holds at most, whatever the model: Python and MLX, the plan, and the workers' chunks.
 EXPECTED_PEAK_BYTES = 96 << 20
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called as work goes on: what is done ("converting" or "verifying"), weights done, weights in all."""
 
@@ -172,28 +176,45 @@ class _Job:
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:
-            total, seen = plan.parameters, 0
+            written: dict[Task, Written] = {}
 
-            def work(task: Task) -> str | None:
+            def write(task: Task) -> Written:
                 noted = partial.done.get(task.key)
-                if noted is not None and task_is_written(plan, task, target, noted, workers):
-                    return None
-                return write_task(plan, task, files, target, workers)
+                usable = noted is not None and (noted.error is not None or not verify_it)
+                if noted is not None and usable and is_on_disk(plan, task, target, noted.digest, workers):
+                    return noted
+                return write_task(plan, task, files, target, workers, verify_it)
 
-            def done(task: Task, digest: str | None) -> None:
-                nonlocal seen
-                if digest is not None:
-                    partial.note(task.key, digest)
-                seen += (task.stop - task.start) * plan.modules[task.module].module.width
-                self.progress("converting", seen, total)
+            def note(task: Task, result: Written) -> None:
+                written[task] = result
+                if result is not partial.done.get(task.key):
+                    partial.note(task.key, result)
 
-            run(work, tasks_of(plan), workers, done)
+            def check(task: Task) -> None:
+                check_on_disk(plan, task, target, written[task].digest, workers)
+
+            self._run("converting", write, note)
             target.flush()
             if not verify_it:
                 return None
-            return verify(plan, files, target, workers, lambda seen, all_: self.progress("verifying", seen, all_))
+            errors = _summed(plan, written)
+            check_errors(errors)
+            self._run("verifying", check, lambda task, result: None)
+            return errors
         finally:
             target.close()
+
+    def _run(self, stage: str, work: Callable[[Task], T], done: Callable[[Task, T], None]) -> None:
+        """Do `work` on every task, and show how far it is."""
+        seen = 0
+
+        def finished(task: Task, result: T) -> None:
+            nonlocal seen
+            done(task, result)
+            seen += (task.stop - task.start) * self.plan.modules[task.module].module.width
+            self.progress(stage, seen, self.plan.parameters)
+
+        run(work, tasks_of(self.plan), self.workers, finished)
 
     def _check_space(self, partial: PartialFolder) -> None:
         """Raise `DiskFullError` if the output cannot fit; files of an earlier run already take their part."""
@@ -232,6 +253,16 @@ class _Job:
                 raise unwritable(partial.path, cause) from None
         partial.write_text("config.json", config_text(plan))
         partial.publish()
+
+
+def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:
+    """The error of each module, its tasks summed in one order, whichever came first."""
+    errors = {planned.module.path: ModuleError() for planned in plan.modules}
+    for task in tasks_of(plan):
+        error = written[task].error
+        if error is not None:
+            errors[plan.modules[task.module].module.path].add(error)
+    return errors
 
 
 def _equal(files: SourceFiles, one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> bool:

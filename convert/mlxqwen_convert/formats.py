@@ -72,7 +72,9 @@ class SourceFormat:
             return cls("mlx", label, own.bits, own.group_size, mlx=config.quantization)
         section = raw.get("quantization_config") or raw.get("compression_config")
         if not isinstance(section, Mapping):
-            return cls("float", (config.dtype or "float").upper().replace("BFLOAT", "BF").replace("FLOAT", "F"))
+            dtype = raw.get("dtype") or raw.get("torch_dtype")
+            named = dtype if isinstance(dtype, str) else "float"
+            return cls("float", named.upper().replace("BFLOAT", "BF").replace("FLOAT", "F"))
         keys = _Section(section, f"{source}: quantization_config")
         method = str(section.get("quant_method", "none"))
         readers = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}

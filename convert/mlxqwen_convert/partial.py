@@ -2,7 +2,7 @@
 
 `OUTPUT.partial` lies beside `OUTPUT`. Its weight files bear the suffix `.part` and it has no `config.json`, so that
 nothing takes it for a model. The manifest says what it was begun from; the journal has a line for every finished task
-with the hash of what was written, which is checked again before the task is skipped.
+with the hash of what was written, which is checked again before the task is skipped, and its error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.json_file import read_json_object
 from mlxqwen_convert.errors import OutputError, ResumeError
-from mlxqwen_convert.pipeline import unwritable
+from mlxqwen_convert.pipeline import Written, unwritable
 
 __all__ = ["PartialFolder"]
 
@@ -30,7 +30,7 @@ class PartialFolder:
 
     Attributes:
         path: the folder.
-        done: key → hash of the tasks that an earlier run has finished.
+        done: key → what is known of the tasks that an earlier run has finished.
     """
 
     def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
@@ -41,7 +41,7 @@ class PartialFolder:
             ResumeError: it was begun from another source, with other options or by another version.
         """
         self.path = output.with_name(f"{output.name}.partial")
-        self.done: dict[str, str] = {}
+        self.done: dict[str, Written] = {}
         self._output = output
         existed = self.path.exists()
         try:
@@ -62,10 +62,10 @@ class PartialFolder:
             self.close()
             raise
 
-    def note(self, key: str, digest: str) -> None:
+    def note(self, key: str, written: Written) -> None:
         """Add a finished task to the journal."""
         try:
-            os.write(self._journal, f"{key} {digest}\n".encode())
+            os.write(self._journal, f"{key} {written.as_text()}\n".encode())
         except OSError as cause:
             raise unwritable(self.path, cause) from None
 
@@ -152,14 +152,16 @@ def exists(output: Path) -> OutputError:
     return OutputError(f"{output}: already exists", hint="Choose another output, or remove it first.")
 
 
-def _read_journal(path: Path) -> dict[str, str]:
-    """Task → hash; a line that a crash cut short counts for nothing."""
+def _read_journal(path: Path) -> dict[str, Written]:
+    """What is known of each finished task; a line that a crash cut short counts for nothing."""
     if not path.exists():
         return {}
     done = {}
     for line in path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
-        key, _, digest = line.partition(" ")
-        done[key] = digest
+        key, _, text = line.partition(" ")
+        written = Written.from_text(text)
+        if written is not None:
+            done[key] = written
     return done
 
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
-from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError
+from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError, VerificationError
 from mlxqwen_convert.formats import mlx_dtype
 from mlxqwen_convert.layout import OutputTensor, Shard
 from mlxqwen_convert.names import Part
 from mlxqwen_convert.plan import Plan, PlannedModule
-from mlxqwen_convert.readers import Reader
-from mlxqwen_convert.source_files import SourceFiles, as_array
+from mlxqwen_convert.readers import FloatReader, Reader
+from mlxqwen_convert.source_files import SourceFiles
+from mlxqwen_convert.verification import ModuleError, compare, error_of
 
-__all__ = ["PARTIAL_SUFFIX", "Progress", "TargetFiles", "Task", "cores", "run", "tasks_of", "write_task"]
+__all__ = ["PARTIAL_SUFFIX", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ += ["is_on_disk", "run", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
 # Weights that all workers together have in their hands; what bounds the converter's memory.
@@ -39,7 +42,7 @@ WEIGHTS_PER_TASK = 1 << 22
 ROW_STEP = 32
 MAX_WORKERS = 8
 
-Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def cores() -> int:
@@ -149,19 +152,6 @@ def unwritable(path: Path, cause: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written: {cause.strerror}", hint="Check the folder and its permissions.")
 
 
-def make_rows(
-    planned: PlannedModule, reader: Reader, part: Part, files: SourceFiles, rows: tuple[int, int], plan: Plan
-) -> tuple[mx.array, ...]:
-    """The target's tensors for some rows of one matrix; not evaluated yet."""
-    dtype, target = mlx_dtype(plan.dtype), planned.target
-    if target is None:
-        return (reader.floats(files, part, *rows, check=True).astype(dtype),)
-    if planned.method == "repack":
-        return repacked(planned, reader, part, files, rows, dtype, check=True)
-    floats = reader.floats(files, part, *rows, check=True)
-    return affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
-
-
 def repacked(
     planned: PlannedModule,
     reader: Reader,
@@ -185,15 +175,45 @@ def repacked(
     return Packed(weight, scales, biases)
 
 
-def write_task(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, workers: int) -> str:
-    """Convert some rows and write them; the hash of what was written."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is known of a finished task: the hash of its bytes, and its error if that was measured."""
+
+    digest: str
+    error: ModuleError | None = None
+
+    def as_text(self) -> str:
+        """For the journal, exactly."""
+        if self.error is None:
+            return self.digest
+        error = self.error
+        sums = (error.squared_error, error.squared_norm, error.squared_bound)
+        return " ".join([self.digest, *(value.hex() for value in sums), str(error.codes)])
+
+    @classmethod
+    def from_text(cls, text: str) -> Written | None:
+        """None for what `as_text` does not write."""
+        digest, *rest = text.split(" ")
+        if not rest:
+            return cls(digest)
+        try:
+            error, norm, bound, codes = rest
+            sums = (float.fromhex(error), float.fromhex(norm), float.fromhex(bound))
+            return cls(digest, ModuleError(*sums, int(codes)))
+        except ValueError:
+            return None
+
+
+def write_task(
+    plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, workers: int, measure: bool
+) -> Written:
+    """Convert some rows and write them; with `measure` their error is found while the source is at hand."""
     planned = plan.modules[task.module]
-    part, reader = planned.parts[task.part], planned.readers[task.part]
-    digests = _Digests(planned)
+    digests, total = _Digests(planned), ModuleError()
     first_row = task.part * planned.module.rows
     for start, stop in chunks_of(planned, task, workers):
-        arrays = make_rows(planned, reader, part, source, (start, stop), plan)
-        mx.eval(*arrays)
+        arrays, error = _make_rows(plan, task, source, (start, stop), measure)
+        total.add(error)
         if planned.target is not None:
             affine.check(Packed(*arrays), planned.module.path, first_row + start)
         else:
@@ -202,10 +222,39 @@ def write_task(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles,
             data = as_bytes(array)
             digests.update(number, data)
             target.write(tensor, first_row + start, data)
-    return digests.hexdigest()
+    return Written(digests.hexdigest(), total if measure else None)
 
 
-def task_is_written(plan: Plan, task: Task, target: TargetFiles, expected: str, workers: int) -> bool:
+def _make_rows(
+    plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
+) -> tuple[tuple[mx.array, ...], ModuleError]:
+    """The target's tensors for some rows of one matrix, and how far they are from the source."""
+    planned, dtype = plan.modules[task.module], mlx_dtype(plan.dtype)
+    part, reader, target = planned.parts[task.part], planned.readers[task.part], planned.target
+    arrays: tuple[mx.array, ...]
+    # Floats that are not finite show in their norm, for free.
+    shown_by_norm = measure and isinstance(reader, FloatReader)
+    if planned.method == "repack":
+        arrays = repacked(planned, reader, part, source, rows, dtype, check=True)
+        floats = reader.floats(source, part, *rows, check=False) if measure else mx.array(0.0)
+    else:
+        floats = reader.floats(source, part, *rows, check=not shown_by_norm)
+        if target is None:
+            arrays = (floats.astype(dtype),)
+        else:
+            arrays = affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
+    if not measure:
+        mx.eval(*arrays)
+        return arrays, ModuleError()
+    sums = compare(floats, arrays, planned, plan)
+    mx.eval(sums, *arrays)
+    error = error_of(sums, planned, rows)
+    if shown_by_norm and not math.isfinite(error.squared_norm):
+        reader.floats(source, part, *rows, check=True)
+    return arrays, error
+
+
+def is_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, workers: int) -> bool:
     """Whether what lies on disk for a task has the hash that was noted when it was written."""
     planned = plan.modules[task.module]
     digests = _Digests(planned)
@@ -213,20 +262,30 @@ def task_is_written(plan: Plan, task: Task, target: TargetFiles, expected: str, 
     for start, stop in chunks_of(planned, task, workers):
         for number, tensor in enumerate(planned.outputs):
             digests.update(number, target.read(tensor, first_row + start, stop - start))
-    return digests.hexdigest() == expected
+    return digests.hexdigest() == digest
+
+
+def check_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, workers: int) -> None:
+    """Raises `VerificationError` unless a task's bytes are on the disk as they were written."""
+    if not is_on_disk(plan, task, target, digest, workers):
+        raise VerificationError(
+            f"{plan.modules[task.module].module.path}: what is on the disk differs from what was written, between rows "
+            f"{task.start} and {task.stop}",
+            hint="The disk or the memory may be faulty, or something else writes to the output. Convert again.",
+        )
 
 
 class _Digests:
     """A hash for each tensor of a module, so that the result does not depend on how rows were cut into chunks."""
 
     def __init__(self, planned: PlannedModule) -> None:
-        self._digests = [hashlib.blake2b(digest_size=16) for _ in planned.outputs]
+        self._digests = [hashlib.sha256() for _ in planned.outputs]
 
     def update(self, number: int, data: bytes | memoryview) -> None:
         self._digests[number].update(data)
 
     def hexdigest(self) -> str:
-        return hashlib.blake2b(b"".join(d.digest() for d in self._digests), digest_size=16).hexdigest()
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
 
 
 def as_bytes(array: mx.array) -> memoryview:
@@ -247,7 +306,7 @@ def _refuse_overflow(rows: mx.array, planned: PlannedModule, plan: Plan, start: 
     )
 
 
-def run(work: Callable[[Task], Any], tasks: Iterator[Task], workers: int, done: Callable[[Task, Any], None]) -> None:
+def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Callable[[Task, T], None]) -> None:
     """Do `work` on every task, a thread for each worker and a stream of MLX's for each thread.
 
     `done` is called with each task and its result, by one thread at a time. The first error ends it all and is raised
@@ -289,12 +348,3 @@ def run(work: Callable[[Task], Any], tasks: Iterator[Task], workers: int, done: 
             ended.acquire()
     if failures:
         raise failures[0]
-
-
-def rows_on_disk(planned: PlannedModule, task: Task, target: TargetFiles, start: int, stop: int) -> list[mx.array]:
-    """What was written for rows `start:stop` of a task's matrix, one array for each tensor."""
-    first_row = task.part * planned.module.rows
-    return [
-        as_array(target.read(tensor, first_row + start, stop - start), tensor.dtype, (stop - start, tensor.shape[-1]))
-        for tensor in planned.outputs
-    ]

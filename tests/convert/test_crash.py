@@ -17,7 +17,7 @@ import pytest
 
 from mlxqwen_convert import convert
 from mlxqwen_convert.errors import OutputError
-from mlxqwen_convert.pipeline import Task, tasks_of, write_task
+from mlxqwen_convert.pipeline import Task, Written, tasks_of, write_task
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from tests.convert.checkpoints import MOE, make_source
 
@@ -103,7 +103,7 @@ def test_finished_tasks_are_not_done_again(
     finished = (tmp_path / "out.partial/conversion.journal").read_bytes().count(b"\n")
     written: list[Task] = []
 
-    def count(plan: Plan, task: Task, *rest: Any) -> str:
+    def count(plan: Plan, task: Task, *rest: Any) -> Written:
         written.append(task)
         return write_task(plan, task, *rest)
 
