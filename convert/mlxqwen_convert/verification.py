@@ -70,9 +70,9 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
         expected: float32 `[rows, width]`, dequantized from the source.
         written: the target's tensors for the same rows.
     """
-    norm = _squares(expected)
+    norm = affine.sum_of_squares(expected)
     if planned.target is None:
-        error = _squares(expected - written[0].astype(mx.float32))
+        error = affine.sum_of_squares(expected - written[0].astype(mx.float32))
         bound = 8 * norm * _HALF_ULP[plan.dtype] ** 2 + 2 * expected.size * _SMALLEST[plan.dtype] ** 2
         return mx.stack([error, norm, bound, mx.array(0.0)])
     packed, group_size, bits = Packed(*written), planned.target.group_size, planned.target.bits
@@ -89,12 +89,7 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
     else:
         # A search gives up the ends of the range for a smaller error in all.
         reach = reach + scales * (1.0 if plan.options.quality else 0.5)
-    return mx.stack([_squares(difference), norm, _squares(reach) * group_size, beyond])
-
-
-def _squares(values: mx.array) -> mx.array:
-    # down the rows first: MLX's quickest sum, and short enough for float32
-    return mx.square(values).sum(axis=0).sum()
+    return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size, beyond])
 
 
 def error_of(sums: mx.array, planned: PlannedModule, rows: tuple[int, int]) -> ModuleError:

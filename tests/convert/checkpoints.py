@@ -56,6 +56,8 @@ MOE: Config = {
 }
 FORMATS = ("bf16", "f16", "f32", "fp8", "fp8-channel", "fp8-tensor", "awq", "gptq", "gptq8", "int4", "int8")
 INTEGERS = ("awq", "gptq", "gptq8", "int4", "int8")
+# Rarer ones: BF16 beside F16, GPTQ's second version, zero points of compressed-tensors.
+VARIANTS = ("awq-bf16", "gptq-v2", "int4-asymmetric", "int8-asymmetric")
 
 
 @dataclass
@@ -154,9 +156,10 @@ def make_source(
     packed_router: bool = False,
     weights: Mapping[str, Floats] | None = None,
 ) -> Source:
-    """A checkpoint in one of `FORMATS`, of given weights or of random ones; call `write` on it."""
+    """A checkpoint in one of `FORMATS` or `VARIANTS`, of given weights or of random ones; call `write` on it."""
     config = dict(config)
     plain = {"f16": "F16", "f32": "F32", "bf16": "BF16", "fp8": "BF16", "fp8-channel": "BF16", "fp8-tensor": "BF16"}
+    plain["awq-bf16"] = "BF16"
     section = quantization_config(form, group_size)
     if section is not None:
         config["quantization_config"] = section
@@ -187,18 +190,18 @@ def _encode(source: Source, name: str, values: Floats, form: str, group_size: in
         source.meaning[name] = encoders.decode_fp8(codes, scales.reshape(-1, scales.shape[-1]), block or values.shape)
         word = "weight_scale_inv" if form == "fp8" else "weight_scale"
         return {"weight": ("F8_E4M3", codes), word: ("BF16", encoders.bf16_bytes(scales))}
-    bits = 8 if form.endswith("8") else 4
-    symmetric = form.startswith("int")
+    bits = 8 if "8" in form else 4
+    symmetric = form in ("int4", "int8")
     grouped = encoders.quantize_grouped(values, bits, group_size, symmetric=symmetric)
-    if form.startswith("gptq"):  # the first format cannot say zero
+    if form in ("gptq", "gptq8"):  # the first format cannot say zero
         grouped = Grouped(grouped.codes, np.maximum(grouped.zeros, 1), grouped.scales, grouped.groups)
     source.codes[name], source.meaning[name] = grouped, grouped.weight
-    if form == "awq":
+    if form.startswith("awq"):
         tensors = encoders.encode_awq(grouped)
     elif form.startswith("gptq"):
-        tensors = encoders.encode_gptq(grouped, bits)
+        tensors = encoders.encode_gptq(grouped, bits, zero_offset=0 if form == "gptq-v2" else 1)
     else:
-        tensors = encoders.encode_compressed_tensors(grouped, bits, symmetric=True)
+        tensors = encoders.encode_compressed_tensors(grouped, bits, symmetric=symmetric)
     dtypes = {np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.int64): "I64"}
     return {word: (dtypes[array.dtype], array) for word, array in tensors.items()}
 
@@ -207,16 +210,17 @@ def quantization_config(form: str, group_size: int = 64) -> Config | None:
     """What `config.json` says of a format."""
     if form == "fp8":
         return {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    if form == "awq":
+    if form.startswith("awq"):
         return {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
     if form.startswith("gptq"):
-        bits = 8 if form.endswith("8") else 4
-        return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": False}
-    if form in ("int4", "int8", "fp8-channel", "fp8-tensor"):
+        bits = 8 if "8" in form else 4
+        section = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": False}
+        return {**section, "checkpoint_format": "gptq_v2" if form == "gptq-v2" else "gptq"}
+    if form.startswith(("int", "fp8-")):
         weights: Config = {
-            "num_bits": 8 if form == "int8" else 4,
+            "num_bits": 8 if "8" in form else 4,
             "type": "int",
-            "symmetric": True,
+            "symmetric": "asymmetric" not in form,
             "strategy": "group",
         }
         weights |= {"strategy": "channel"} if group_size == -1 else {"group_size": group_size}

@@ -194,12 +194,13 @@ def test_trained_weights_gain_too(bits: int) -> None:
     assert errors[1] <= errors[0]
 
 
-def test_squared_errors() -> None:
+def test_sum_of_squares() -> None:
     weight = random_weight("gaussian")
     packed = affine.quantize(mx.array(weight), 64, 4, mx.bfloat16)
-    error, total = affine.squared_errors(mx.array(weight), affine.dequantize(packed, 64, 4))
-    assert error == pytest.approx(squared_error(weight, packed, 4), rel=1e-4)
-    assert total == pytest.approx(float(np.square(weight.astype(np.float64)).sum()), rel=1e-5)
+    error = affine.sum_of_squares(mx.array(weight) - affine.dequantize(packed, 64, 4))
+    assert error.item() == pytest.approx(squared_error(weight, packed, 4), rel=1e-4)
+    total = affine.sum_of_squares(mx.array(weight))
+    assert total.item() == pytest.approx(float(np.square(weight.astype(np.float64)).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -22,9 +22,10 @@ from mlxqwen.loading import load_model
 from mlxqwen_convert import convert
 from mlxqwen_convert.layout import lay_out
 from mlxqwen_convert.plan import Options, make_plan
-from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, Source, make_source
+from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, VARIANTS, Source, make_source
 from tests.convert.encoders import Floats, unpack_affine, unpack_words
 
+MOE_DEMO = Path(__file__).resolve().parents[1] / "data" / "moe_demo"
 TOKENS = [[3, 17, 90, 5, 41, 77, 2, 150]]
 
 
@@ -68,19 +69,19 @@ def assert_both_loaders_agree(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, *VARIANTS])
 def test_every_format_becomes_what_it_means(tmp_path: Path, form: str, config: dict[str, Any]) -> None:
     source = make_source(tmp_path / "in", form, config).write(shards=3)
     report = convert(source.folder, tmp_path / "out")
     tensors, written = arrays(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
     bits = written["quantization"]["bits"]
-    assert bits == (8 if form in ("gptq8", "int8") or "fp8" in form else 4)
+    assert bits == (8 if "8" in form else 4)
     assert written["quantization_config"] == written["quantization"]
     assert written["torch_dtype"] == {"f32": "float32", "f16": "float16"}.get(
-        form, "float16" if form in INTEGERS else "bfloat16"
+        form, "float16" if form in (*INTEGERS, *VARIANTS) else "bfloat16"
     )
     # a step of the coarsest grid, for what is quantized anew; the rounding of a bias for what is repacked
-    limit = 2e-3 if form in INTEGERS else 0.13 if bits == 4 else 0.01
+    limit = 2e-3 if form in (*INTEGERS, *VARIANTS) else 0.13 if bits == 4 else 0.01
     for name, meaning in source.meaning.items():
         found = restored(tensors, written, name)
         assert found.shape == meaning.shape
@@ -94,7 +95,7 @@ def test_every_format_becomes_what_it_means(tmp_path: Path, form: str, config: d
     assert_both_loaders_agree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, *VARIANTS])
 def test_16_bits_in_float32_are_exact(tmp_path: Path, form: str) -> None:
     source = make_source(tmp_path / "in", form, MOE).write()
     report = convert(source.folder, tmp_path / "out", bits=16, dtype="float32")
@@ -280,11 +281,14 @@ def test_searching_for_scales_helps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
-def test_the_demo_model_in_both_loaders(tmp_path: Path, bits: int) -> None:
-    convert(DEMO_FOLDER, tmp_path / "out", bits=bits)
+@pytest.mark.parametrize("demo", [DEMO_FOLDER, MOE_DEMO], ids=["dense", "moe"])
+def test_the_demo_models_in_both_loaders(tmp_path: Path, demo: Path, bits: int) -> None:
+    report = convert(demo, tmp_path / "out", bits=bits)
     assert_both_loaders_agree(tmp_path / "out")
+    routers = [row.target for row in report.kinds if row.kind == "router"]
+    assert routers == (["8-bit g64"] if demo == MOE_DEMO else [])
     for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / name).read_bytes() == (DEMO_FOLDER / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (demo / name).read_bytes()
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -378,8 +382,16 @@ def _peak_of(source: Path, output: Path, *options: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "layers"), [("Qwen3-0.6B", None), ("Qwen3-1.7B", 6), ("Qwen3-30B-A3B", 1)])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "awq", "gptq"])
+@pytest.mark.parametrize(
+    ("shape", "layers", "form"),
+    [
+        ("Qwen3-0.6B", None, "bf16"),
+        ("Qwen3-4B", 2, "fp8"),
+        ("Qwen3-4B", 2, "gptq"),
+        ("Qwen3-30B-A3B", 1, "fp8"),
+        ("Qwen3-30B-A3B", 1, "awq"),
+    ],
+)
 def test_memory_does_not_depend_on_the_model(tmp_path: Path, shape: str, layers: int | None, form: str) -> None:
     make_checkpoint(tmp_path / "in", shape, layers=layers, form=form)
     peak = _peak_of(tmp_path / "in", tmp_path / "out")
