@@ -245,3 +245,14 @@ def test_a_disk_that_fills_up_midway(source: Path, reference: Path, small_disk: 
     filler.unlink()
     convert(source, output, resume=True)
     assert_same(output, reference)
+
+
+def test_what_was_written_unverified_is_verified_when_resumed(source: Path, reference: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(source, output, "--no-verify")
+    wait_for_tasks(process, output, 40)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    report = convert(source, output, resume=True)
+    assert report.verified
+    assert_same(output, reference)
