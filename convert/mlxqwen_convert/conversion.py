@@ -25,6 +25,7 @@ from mlxqwen_convert.model_card import model_card
 from mlxqwen_convert.partial import PartialFolder, exists
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
+    WEIGHTS_IN_FLIGHT,
     TargetFiles,
     Task,
     Written,
@@ -49,9 +50,9 @@ REPORT_NAME = "conversion_report.json"
 _MARGIN_BYTES = 4 << 20
 _COMPARED_BYTES = 1 << 22
 # Buffers that MLX keeps for the next chunk: fresh ones cost as much time as the arithmetic.
-CACHE_BYTES = 16 << 20
-# What a whole process holds at most, whatever the model: Python and MLX, the plan, and the workers' chunks.
-EXPECTED_PEAK_BYTES = 96 << 20
+CACHE_BYTES = 12 << 20
+# Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker.
+_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 800, 500, 32
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
@@ -284,6 +285,14 @@ def versions() -> dict[str, str]:
     return {"mlxqwen": mlxqwen.__version__, "mlx": importlib.metadata.version("mlx")}
 
 
+def expected_peak(plan: Plan) -> int:
+    """Bytes that the whole process holds at most, reading everything back included."""
+    tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
+    tasks = sum(1 for _ in tasks_of(plan))
+    chunks = CACHE_BYTES + WEIGHTS_IN_FLIGHT * _WEIGHT_BYTES
+    return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES + chunks
+
+
 def _report(
     plan: Plan,
     output: Path,
@@ -305,7 +314,7 @@ def _report(
         source_bytes=plan.source_bytes,
         target_bytes=plan.target_bytes,
         bits_per_weight=plan.bits_per_weight,
-        expected_peak_bytes=EXPECTED_PEAK_BYTES,
+        expected_peak_bytes=expected_peak(plan),
         verified=verified,
         resumed=resumed,
         seconds=seconds,

@@ -30,12 +30,12 @@ from mlxqwen_convert.readers import FloatReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.verification import ModuleError, compare, error_of
 
-__all__ = ["PARTIAL_SUFFIX", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ = ["PARTIAL_SUFFIX", "WEIGHTS_IN_FLIGHT", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
 __all__ += ["is_on_disk", "run", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
 # Weights that all workers together have in their hands; what bounds the converter's memory.
-WEIGHTS_IN_FLIGHT = 1 << 19
+WEIGHTS_IN_FLIGHT = 3 << 17
 # Weights of one task: what is done again, at worst, by each worker after an interruption.
 WEIGHTS_PER_TASK = 1 << 22
 # Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.
@@ -285,7 +285,7 @@ class _Digests:
         self._digests[number].update(data)
 
     def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()[:32]
 
 
 def as_bytes(array: mx.array) -> memoryview:
