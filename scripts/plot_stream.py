@@ -24,7 +24,7 @@ SEED = 97
 def stream_tokens(tokenizer: Tokenizer, count: int, seed: int = SEED) -> list[int]:
     """The first `count` tokens of an endless stream of conversations about words and numbers kept from training."""
     tokens: list[int] = []
-    for text in stream(seed, split="test"):
+    for text in stream(seed, split="held-out"):
         tokens += tokenizer.encode(text)
         if len(tokens) >= count:
             return tokens[:count]
