@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
@@ -97,7 +98,7 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
     try:
-        import huggingface_hub.constants  # reads the environment
+        import_module("huggingface_hub.constants")  # reads the environment
     except ValueError as cause:
         raise HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",

@@ -360,6 +360,8 @@ def edit(path: Path, **values: Any) -> None:
         (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda path: (path / "tokenizer.json").write_text('{"model": 1}'), "tokenizer.json"),
         (lambda path: (path / "chat_template.jinja").write_text("{% if %}"), "template"),
+        (lambda path: (path / "chat_template.jinja").write_text(""), "the chat template renders no text"),
+        (lambda path: (path / "chat_template.jinja").unlink(), "--raw"),
         (lambda path: edit(path / "config.json", num_hidden_layers=5), "model.layers.4."),
     ],
 )
