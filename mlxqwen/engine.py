@@ -21,6 +21,7 @@ from mlxqwen.completion import (
 )
 from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
+from mlxqwen.errors import OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
 from mlxqwen.loading import load_model
@@ -193,7 +194,7 @@ class Engine:
             on_prefill=on_prefill,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
-        yield from split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), stop=stop)
+        return split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), stop=stop)
 
     def prompt(
         self,
@@ -203,6 +204,8 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """The ids that the model sees of a conversation, up to where its answer begins."""
+        if thinking is not None and not isinstance(thinking, bool):
+            raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking
         )
@@ -218,7 +221,7 @@ class Engine:
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
         """
-        opening = [{"role": "user", "content": ""}]
+        opening = [{"role": "user", "content": "Hello"}]
         thinks = begins_in_thought(self.tokenizer, self.prompt(opening, thinking=thinking))
         if thinks is None:
             thinks = can_think(self.tokenizer) and thinking is not False and soft_switch(messages) is not False
@@ -229,7 +232,10 @@ def split_reply(
     responses: Iterator[GenerationResponse], *, thinking: bool | None, stop: str | Sequence[str] = ()
 ) -> Iterator[Event]:
     """Text as it comes → events, up to a stop string in the content; `thinking` as for `ReplyParser`."""
-    parser, stops = ReplyParser(thinking=thinking), StopStrings(stop)
+    return _events(responses, ReplyParser(thinking=thinking), StopStrings(stop))
+
+
+def _events(responses: Iterator[GenerationResponse], parser: ReplyParser, stops: StopStrings) -> Iterator[Event]:
     reasoning: list[str] = []
     content: list[str] = []
     reasoning_tokens = 0

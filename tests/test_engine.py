@@ -182,6 +182,12 @@ def test_stop_strings_end_the_content_and_not_the_reasoning(engine: Engine) -> N
     assert done.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("thinking", [0, 1, "false", "no"])
+def test_the_switch_is_a_switch(engine: Engine, thinking: Any) -> None:
+    with pytest.raises(OptionError, match="thinking: found"):
+        engine.chat(QUESTION, thinking=thinking)
+
+
 def test_a_seed_gives_the_same_reply(engine: Engine) -> None:
     hot = {"temperature": 3.0, "top_k": 0, "top_p": 1.0}
     replies = [engine.chat(QUESTION, seed=seed, sampling=hot, max_tokens=20) for seed in (7, 7, 8)]
