@@ -46,8 +46,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely one, 0 to 1.
         presence_penalty: subtracted from the logit of each token already in the reply, -2 to 2.
         frequency_penalty: the same, times how often the token is in the reply, -2 to 2.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the
-            reply, 0.01 to 100.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply, 0.01
+            to 100.
         logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else.
         seed: 0 to 2**64 - 1; the same seed draws the same tokens. None draws anew each time.
 
@@ -379,20 +379,22 @@ class _History:
         if not self._penalised:
             return scores
         touched = mx.take_along_axis(scores, self._touched, axis=1)
-        if self._params.repetition_penalty != 1.0:
-            scores, touched = self._repeated(scores, touched, peak)
         counts = mx.take_along_axis(self._reply, self._touched, axis=1)
+        if self._params.repetition_penalty != 1.0:
+            seen = counts + mx.take_along_axis(self._prompt, self._touched, axis=1) > 0
+            scores, touched = self._repeated(scores, touched, seen, peak)
         penalty = self._params.presence_penalty * (counts > 0) + self._params.frequency_penalty * counts
         return mx.put_along_axis(scores, self._touched, touched - penalty, axis=1)
 
-    def _repeated(self, scores: mx.array, touched: mx.array, peak: mx.array) -> tuple[mx.array, mx.array]:
-        """The repetition penalty on `touched + peak`; all scores and those touched, less about their maximum.
+    def _repeated(
+        self, scores: mx.array, touched: mx.array, seen: mx.array, peak: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The repetition penalty on `touched + peak` where seen; all scores and those touched, less about the maximum.
 
         What the penalty makes of the peak is the same for all tokens of one sign: taken off the maximum before the
         rest is added, it leaves their distances as they are.
         """
         penalty = self._params.repetition_penalty
-        seen = mx.take_along_axis(self._prompt + self._reply, self._touched, axis=1) > 0
         change = seen * mx.where(touched > -peak, 1.0 / penalty - 1.0, penalty - 1.0)
         spread, shift = touched * (1.0 + change), peak * change
         peak = _peak(mx.put_along_axis(scores, self._touched, spread + shift, axis=1))
