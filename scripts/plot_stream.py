@@ -6,7 +6,6 @@ Needs the `plot` extra. The test of the same property uses `stream_losses` from 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
