@@ -60,7 +60,8 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(ROOT)  # measure this checkout, installed or not
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: a child's peak memory counts what its parent held when it was started.
-        subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder], check=True)
+        if status := subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder]).returncode:
+            sys.exit(status)
         rows = cold_starts(Path(folder), runs)
     print(heading(runs))
     for row in rows:
