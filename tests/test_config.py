@@ -159,7 +159,7 @@ def test_yarn_as_an_option() -> None:
         {**YARN, "original_max_position_embeddings": 10**30},
         {**YARN, "beta_fast": 1, "beta_slow": 2},
         {**YARN, "attention_factor": -1},
-        {**YARN, 1: 2},
+        {"rope_type": "yarn", "factor": 2.0, 5: 1},
     ],
 )
 def test_scaling_as_an_option_is_checked(scaling: Any) -> None:
