@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.runtime
 import jinja2.sandbox
@@ -16,26 +17,38 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 from mlxqwen.errors import TemplateError
 from mlxqwen.sandbox.filters import make_filters, make_tests
-from mlxqwen.sandbox.meter import MeteredContext, forbidden, length, meter_of
-from mlxqwen.sandbox.strings import METERED_METHODS, check_power, check_product, check_short
+from mlxqwen.sandbox.meter import Group, MeteredContext, forbidden, length, meter_of
+from mlxqwen.sandbox.strings import METERED_METHODS, check_power, check_product, check_short, format_text
 from mlxqwen.sandbox.syntax import GenerationBlock
 
 STRING_METHODS = """
-capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
-isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex
-rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
+isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust
+rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
 """
 LOOP_ATTRIBUTES = """
 changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0
 """
 ATTRIBUTES: Mapping[type, frozenset[str]] = {
     str: frozenset(STRING_METHODS.split()),
-    dict: frozenset({"get", "items", "keys", "values"}),
+    dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"count", "index"}),
     tuple: frozenset({"count", "index"}),
+    Group: frozenset({"count", "grouper", "index", "list"}),
     jinja2.runtime.LoopContext: frozenset(LOOP_ATTRIBUTES.split()),
     Cycler: frozenset({"current", "next", "reset"}),
 }
+
+
+class RefusedAttributeError(jinja2.exceptions.SecurityError):
+    """A template has used an attribute that it may not use."""
+
+
+class Refused(jinja2.StrictUndefined):
+    """Such an attribute; even a list that holds it cannot be printed."""
+
+    __slots__ = ()
+    __repr__ = jinja2.StrictUndefined.__str__
 
 
 class TemplateNamespace(Namespace):
@@ -73,8 +86,8 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return isinstance(obj, Namespace) or attr in ATTRIBUTES.get(type(obj), ())
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        """Refuse at once, where Jinja would wait until the value is used."""
-        raise forbidden(f"{type(obj).__name__}.{attribute}")
+        """Undefined to those who ask whether it is there, and refused to those who use it in any way."""
+        return Refused(f"{type(obj).__name__}.{attribute}", exc=RefusedAttributeError)
 
     def wrap_str_format(self, value: Any) -> None:
         """`str.format` is no allowed attribute, so there is nothing to wrap."""
@@ -90,7 +103,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif operator == "**":
             check_power(left, right)
         elif operator == "%" and isinstance(left, str):
-            raise forbidden("%-formatting")
+            return meter.admit(format_text(meter, left, right))
         return meter.admit(self.binop_table[operator](left, right))
 
     def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:

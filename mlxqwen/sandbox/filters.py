@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,18 @@ import jinja2.filters
 import jinja2.runtime
 import jinja2.tests
 
-from mlxqwen.sandbox.meter import CONTAINERS, ELEMENT_COST, Meter, forbidden, length, meter_of, too_expensive
-from mlxqwen.sandbox.strings import join_pieces, metered_strip, replace_text
+from mlxqwen.sandbox.meter import (
+    CONTAINERS,
+    ELEMENT_COST,
+    Group,
+    Meter,
+    forbidden,
+    length,
+    meter_of,
+    too_expensive,
+    weigh,
+)
+from mlxqwen.sandbox.strings import METERED_METHODS, format_text, join_pieces, metered_strip, replace_text
 
 MAX_JSON_LAYOUT = 16  # characters of an indentation or a separator
 
@@ -176,6 +187,44 @@ def dict_sort(context: jinja2.runtime.Context, value: Any, *args: Any, **kwargs:
     return jinja2.filters.do_dictsort(meter.elements(value), *args, **kwargs)
 
 
+def escape(context: jinja2.runtime.Context, value: Any) -> str:
+    meter = meter_of(context)
+    text = meter.text(value)
+    meter.spend(5 * len(text))
+    meter.check_size(len(text) + 4 * sum(map(text.count, "&<>'\"")))
+    return str(jinja2.filters.FILTERS["escape"](text))
+
+
+def format_filter(context: jinja2.runtime.Context, value: Any, *args: Any, **kwargs: Any) -> str:
+    if args and kwargs:
+        raise TypeError("format: found positional and keyword arguments, expected the ones or the others")
+    meter = meter_of(context)
+    return format_text(meter, meter.text(value), kwargs or args)
+
+
+def center(context: jinja2.runtime.Context, value: Any, width: int = 80) -> str:
+    meter = meter_of(context)
+    return str(METERED_METHODS["center"](meter, meter.text(value), width))
+
+
+def count_words(context: jinja2.runtime.Context, value: Any) -> int:
+    meter = meter_of(context)
+    text = meter.text(value)
+    meter.spend(10 * len(text))
+    return sum(1 for _ in re.finditer(r"\w+", text))
+
+
+def group_by(environment: jinja2.Environment, value: Any, *args: Any, **kwargs: Any) -> list[Group]:
+    return [Group(*group) for group in jinja2.filters.sync_do_groupby(environment, value, *args, **kwargs)]
+
+
+def batch(context: jinja2.runtime.Context, value: Any, size: int, fill: Any = None) -> Iterator[Any]:
+    meter = meter_of(context)
+    if fill is not None:
+        meter.check_size(size * weigh(fill, meter.largest))
+    return read_once(meter, jinja2.filters.do_batch(meter.elements(value), size, fill))
+
+
 @jinja2.pass_context
 def admit_filter(context: jinja2.runtime.Context, value: Any) -> Any:
     return meter_of(context).admit(value)
@@ -221,7 +270,13 @@ def make_filters() -> dict[str, Callable[..., Any]]:
         "count": value_filter(len),
         "first": environment_filter(jinja["first"]),
         "last": environment_filter(jinja["last"]),
+        "batch": metered_filter(batch),
+        "center": metered_filter(center),
         "dictsort": metered_filter(dict_sort),
+        "e": metered_filter(escape),
+        "escape": metered_filter(escape),
+        "format": metered_filter(format_filter),
+        "groupby": element_filter(group_by),
         "indent": metered_filter(indent),
         "items": metered_filter(items),
         "join": metered_filter(join_filter),
@@ -236,6 +291,7 @@ def make_filters() -> dict[str, Callable[..., Any]]:
         "title": metered_filter(title),
         "tojson": metered_filter(to_json),
         "trim": metered_filter(trim),
+        "wordcount": metered_filter(count_words),
     }
     filters |= {name: text_filter(jinja[name]) for name in ("capitalize", "lower", "upper")}
     filters |= {name: value_filter(jinja[name]) for name in ("abs", "d", "default", "float", "int")}

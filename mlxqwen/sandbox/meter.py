@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.runtime
@@ -24,7 +24,17 @@ TIME_CHECK_UNITS = 100_000
 STEP_UNITS = 1_000
 
 
-CONTAINERS = (list, tuple, dict)
+class Group(NamedTuple):
+    """One element of what `groupby` gives."""
+
+    grouper: Any
+    list: list[Any]
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+CONTAINERS = (list, tuple, dict, Group)
 ATOMS = (type(None), bool, float, range)
 VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 SIZED = frozenset({str, range, *CONTAINERS, *VIEWS})

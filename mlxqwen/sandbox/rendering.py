@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from mlxqwen.errors import TemplateError
-from mlxqwen.sandbox.environment import make_environment
+from mlxqwen.sandbox.environment import RefusedAttributeError, make_environment
 from mlxqwen.sandbox.meter import Meter, MeteredContext, forbidden, too_expensive, weigh
 from mlxqwen.sandbox.syntax import MeterInserter
 
@@ -45,6 +45,8 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         return "".join(template.root_render_func(context))
     except TemplateError:
         raise
+    except RefusedAttributeError as error:
+        raise forbidden(str(error)) from error
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat template: line {error.lineno}: {error.message}") from error
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,16 @@ from mlxqwen.sandbox.meter import (
     MAX_INTEGER_BITS,
     MAX_SHORT_TEXT,
     Meter,
+    forbidden,
     length,
     too_expensive,
     weigh,
 )
 
 MAX_SEARCH = 2**28
+# Of `printf`, with a width and a precision of three digits at most, and none from an argument.
+CONVERSION = re.compile(r"%%|%(\([^()]*\))?[-#0 +]*\d{0,3}(\.\d{0,3})?[sdiuoxXeEfFgGc]")
+MAX_CONVERSION = 4000  # characters that such a conversion can add to its argument
 
 
 def check_product(meter: Meter, left: Any, right: Any) -> None:
@@ -109,6 +114,30 @@ def join_strings(meter: Meter, separator: str, items: Iterable[Any]) -> str:
     return join_pieces(meter, separator, items, meter.text)
 
 
+def pad(method: Callable[..., str]) -> Callable[..., str]:
+    def padded(meter: Meter, text: str, width: int, *fill: str) -> str:
+        meter.spend(len(text))
+        meter.check_size(width)
+        return method(text, width, *fill)
+
+    return padded
+
+
+def format_text(meter: Meter, text: str, arguments: Any) -> str:
+    """`text % arguments`."""
+    meter.spend(len(text))
+    rest, conversions = CONVERSION.subn("", text)
+    if "%" in rest:
+        raise forbidden("a %-format of this kind or width")
+    if isinstance(arguments, tuple):
+        parts = list(arguments)
+    else:
+        parts = [arguments, *(arguments.values() if isinstance(arguments, dict) else ())]
+    longest = max((len(meter.text(part)) for part in parts), default=0)
+    meter.check_size(len(text) + conversions * (longest + MAX_CONVERSION))
+    return str(text % arguments)
+
+
 METERED_METHODS: Mapping[str, Callable[..., Any]] = {
     "strip": metered_strip(str.strip),
     "lstrip": metered_strip(str.lstrip),
@@ -121,4 +150,8 @@ METERED_METHODS: Mapping[str, Callable[..., Any]] = {
     "splitlines": split_lines,
     "replace": replace_text,
     "join": join_strings,
+    "center": pad(str.center),
+    "ljust": pad(str.ljust),
+    "rjust": pad(str.rjust),
+    "zfill": pad(str.zfill),
 }
