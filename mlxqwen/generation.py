@@ -97,7 +97,7 @@ def generate_tokens(
         raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
     elif cache.batch_size != len(rows):
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
-    elif cache.config != model.config:
+    elif not cache.fits(model.config):
         raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
     limits = [
         min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))

@@ -114,8 +114,8 @@ class Qwen3ForCausalLM(nn.Module):
     ) -> mx.array:
         """Feed tokens, after those that `cache` holds.
 
-        Ids are not checked here, since that would wait for the device: one beyond the vocabulary reads memory that is
-        not the model's, and may end the process. `generate_tokens` checks its prompts.
+        The ids are read to check them, which waits for the device if it is still computing them. A loop that must not
+        wait calls `self.model` and `self.logits` with ids that it can vouch for, as `generate_tokens` does.
 
         Args:
             tokens: integers `[B, L]`.
@@ -123,9 +123,13 @@ class Qwen3ForCausalLM(nn.Module):
             lengths: in rows padded on the right, how many tokens of each count; needs a cache.
 
         Raises:
-            OptionError: tokens of another shape or kind, or `lengths` without a cache.
+            OptionError: tokens of another shape or kind or outside the vocabulary, or `lengths` without a cache.
             CacheError: a cache of a model of another shape or for other rows.
         """
+        _check_tokens(tokens)
+        vocab_size = self.config.vocab_size
+        if not mx.all((tokens >= 0) & (tokens < vocab_size)).item():  # MLX would read beyond the embeddings
+            raise OptionError(f"tokens: found ids beyond the vocabulary, expected 0 to {vocab_size - 1}")
         return self.logits(self.model(tokens, cache, lengths=lengths))
 
     def logits(self, hidden: mx.array) -> mx.array:

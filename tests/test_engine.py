@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Engine, make_cache, parse_reply, stream_generate
-from mlxqwen.engine import ChatOptions, Done, Event
+from mlxqwen.engine import Done, Event
 from mlxqwen.errors import (
     ContextLengthError,
     MessagesError,
@@ -126,9 +126,9 @@ def test_the_profile_follows_the_switches(engine: Engine) -> None:
     ):
         assert engine.sampling_for(messages, thinking=thinking) == expected
     assert engine.sampling_for(QUESTION, sampling={"temperature": 0.2}).temperature == 0.2
-    seeded: ChatOptions = {"seed": 3, "max_tokens": 20}
     explicit = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0)
-    assert engine.chat(soft_off, **seeded) == engine.chat(soft_off, sampling=explicit, **seeded)
+    seeded, spelled = (engine.chat(soft_off, sampling=one, seed=3, max_tokens=20) for one in (None, explicit))
+    assert seeded == spelled
 
 
 def test_a_template_that_never_lets_think(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:

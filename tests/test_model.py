@@ -90,6 +90,12 @@ def test_what_comes_later_changes_nothing_before(tmp_path: Path) -> None:
     assert_close(model(mx.array([ids]))[0, :20], model(mx.array([ids[:20]]))[0])
 
 
+@pytest.mark.parametrize("token", [-1, 97, 1_000_000])
+def test_ids_beyond_the_vocabulary_are_refused(tiny: Qwen3ForCausalLM, token: int) -> None:
+    with pytest.raises(OptionError, match="expected 0 to 96"):
+        tiny(mx.array([[1, token]]))
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
