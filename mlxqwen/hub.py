@@ -57,6 +57,11 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     if name and os.path.isdir(folder):
         refuse_revision(revision, f"the folder {name}")
         return folder
+    if name.startswith(("http://", "https://")):
+        raise HubError(
+            f"{name}: a web address, expected a folder or a hub id",
+            hint="A hub id is written organisation/model, such as Qwen/Qwen3-0.6B.",
+        )
     if looks_like_path(name) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
     if not HUB_ID.fullmatch(name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype"]
+__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype", "prepare_model"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -82,10 +82,28 @@ def load_model(
         OptionError: an argument out of range.
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
+    read = prepare_model(
+        folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, force=force, device=device
+    )
+    return read()
+
+
+def prepare_model(
+    folder: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    yarn_factor: float | None = None,
+    force: bool = False,
+    device: Device | None = None,
+) -> Callable[[], Qwen3ForCausalLM]:
+    """Check all that can be checked before a weight is read → what reads them. Arguments and errors of `load_model`."""
     chosen = parse_dtype(dtype)
     if not isinstance(folder, str | os.PathLike):
         raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
     folder, device = Path(folder), device or current_device()
+    if not (folder / "config.json").exists():
+        Checkpoint.open(folder)  # knows foreign files, which tell more than a missing config
     config = ModelConfig.from_folder(folder)
     if rope_scaling is not None and yarn_factor is not None:
         raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
@@ -119,9 +137,13 @@ def load_model(
             f"hold {device.usable_memory / 1e9:.1f} GB",
             hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )
-    device.keep_resident()
-    _fill(model, checkpoint, sources, compute)
-    return model
+
+    def read() -> Qwen3ForCausalLM:
+        device.keep_resident()
+        _fill(model, checkpoint, sources, compute)
+        return model
+
+    return read
 
 
 def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:

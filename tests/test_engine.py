@@ -282,7 +282,7 @@ def test_streams_side_by_side(engine: Engine) -> None:
 def test_loading(tmp_path: Any) -> None:
     engine = Engine.load(yarn_factor=2.0, dtype="float32")
     assert engine.model.config.context_length == 2 * Engine.load().model.config.context_length
-    with pytest.raises(MlxqwenError, match=r"config\.json"):
+    with pytest.raises(MlxqwenError, match="no weight files"):
         Engine.load(tmp_path)
     for file in resolve_model(None).iterdir():
         if file.is_file() and not file.name.startswith("tokenizer"):
