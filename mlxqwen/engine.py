@@ -19,11 +19,10 @@ from mlxqwen.completion import (
     resolve_params,
     stream_generate,
 )
-from mlxqwen.device import Device
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
-from mlxqwen.loading import prepare_model
+from mlxqwen.loading import LoadOptions, prepare_model
 from mlxqwen.messages import soft_switch
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta, Reply, ReplyParser
@@ -126,23 +125,12 @@ class Engine:
         cls,
         path_or_id: str | PathLike[str] | None = None,
         *,
-        dtype: str | mx.Dtype | None = None,
-        rope_scaling: Mapping[str, Any] | None = None,
         revision: str | None = None,
-        yarn_factor: float | None = None,
-        force: bool = False,
-        device: Device | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Engine:
         """See `load`. All that can be wrong is found before the weights are read."""
         folder = resolve_model(path_or_id, revision=revision)
-        read_model = prepare_model(
-            folder,
-            dtype=dtype,
-            rope_scaling=rope_scaling,
-            yarn_factor=yarn_factor,
-            force=force,
-            device=device,
-        )
+        read_model = prepare_model(folder, **options)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(read_model(), tokenizer)
 

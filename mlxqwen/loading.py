@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,16 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype", "prepare_model"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "LoadOptions",
+    "checkpoint_dtype",
+    "foreign_format",
+    "load_model",
+    "model_tensors",
+    "parse_dtype",
+    "prepare_model",
+]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -58,7 +67,22 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def load_model(
+class LoadOptions(TypedDict, total=False):
+    """The options of `prepare_model`, for functions that pass them on."""
+
+    dtype: str | mx.Dtype | None
+    rope_scaling: Mapping[str, Any] | None
+    yarn_factor: float | None
+    force: bool
+    device: Device | None
+
+
+def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
+    """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
+    return prepare_model(folder, **options)()
+
+
+def prepare_model(
     folder: str | Path,
     *,
     dtype: str | mx.Dtype | None = None,
@@ -66,8 +90,8 @@ def load_model(
     yarn_factor: float | None = None,
     force: bool = False,
     device: Device | None = None,
-) -> Qwen3ForCausalLM:
-    """Load the weights of a folder; no tokenizer is needed.
+) -> Callable[[], Qwen3ForCausalLM]:
+    """Check all that can be checked before a weight is read → what reads them.
 
     Args:
         folder: holds `config.json` and safetensors files.
@@ -82,22 +106,6 @@ def load_model(
         OptionError: an argument out of range.
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
-    read = prepare_model(
-        folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, force=force, device=device
-    )
-    return read()
-
-
-def prepare_model(
-    folder: str | Path,
-    *,
-    dtype: str | mx.Dtype | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
-    yarn_factor: float | None = None,
-    force: bool = False,
-    device: Device | None = None,
-) -> Callable[[], Qwen3ForCausalLM]:
-    """Check all that can be checked before a weight is read → what reads them. Arguments and errors of `load_model`."""
     chosen = parse_dtype(dtype)
     if not isinstance(folder, str | os.PathLike):
         raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
