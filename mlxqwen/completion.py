@@ -19,6 +19,7 @@ from mlxqwen.generation import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PREFILL_CHUNK,
     Tokens,
+    TokenStream,
     as_token_ids,
     check_prompt,
     generate_tokens,
@@ -121,6 +122,10 @@ def stream_generate(
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
     )
+    return _responses(stream, row, len(ids), started)
+
+
+def _responses(stream: TokenStream, row: _RowText, prompt_tokens: int, started: float) -> Iterator[GenerationResponse]:
     first = 0.0
     for count, generated in enumerate(stream, start=1):
         now = time.perf_counter()
@@ -131,8 +136,8 @@ def stream_generate(
         yield GenerationResponse(
             text=text,
             token=generated.token,
-            prompt_tokens=len(ids),
-            prompt_tps=len(ids) / max(first - started, 1e-9),
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / max(first - started, 1e-9),
             generation_tokens=count,
             generation_tps=(count - 1) / max(now - first, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
@@ -228,6 +233,11 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
 
 def _encode(model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
+    if ids and isinstance(ids[0], Mapping):
+        raise OptionError(
+            "prompt: found messages, expected text or token ids",
+            hint="Render them with tokenizer.apply_chat_template(messages, add_generation_prompt=True), or use Engine.",
+        )
     check_prompt(ids, model.config.vocab_size)
     return ids
 

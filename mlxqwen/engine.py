@@ -19,12 +19,10 @@ from mlxqwen.completion import (
     resolve_params,
     stream_generate,
 )
-from mlxqwen.config import ModelConfig
-from mlxqwen.device import Device
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
-from mlxqwen.loading import load_model
+from mlxqwen.loading import LoadOptions, prepare_model
 from mlxqwen.messages import soft_switch
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta, Reply, ReplyParser
@@ -127,26 +125,14 @@ class Engine:
         cls,
         path_or_id: str | PathLike[str] | None = None,
         *,
-        dtype: str | mx.Dtype | None = None,
-        rope_scaling: Mapping[str, Any] | None = None,
         revision: str | None = None,
-        yarn_factor: float | None = None,
-        force: bool = False,
-        device: Device | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Engine:
-        """See `load`. What is quick to read is read first, so that its errors come before the weights."""
+        """See `load`. All that can be wrong is found before the weights are read."""
         folder = resolve_model(path_or_id, revision=revision)
-        ModelConfig.from_folder(folder)
+        read_model = prepare_model(folder, **options)
         tokenizer = Tokenizer.from_folder(folder)
-        model = load_model(
-            folder,
-            dtype=dtype,
-            rope_scaling=rope_scaling,
-            yarn_factor=yarn_factor,
-            force=force,
-            device=device,
-        )
-        return cls(model, tokenizer)
+        return cls(read_model(), tokenizer)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""

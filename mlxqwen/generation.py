@@ -93,9 +93,11 @@ def generate_tokens(
             raise OptionError(f"sampling: found {type(one).__name__}, expected SamplingParams")
     if cache is None:
         cache = make_cache(model, batch_size=len(rows))
+    elif not isinstance(cache, KVCache):
+        raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
     elif cache.batch_size != len(rows):
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
-    elif cache.config != model.config:
+    elif not cache.fits(model.config):
         raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
     limits = [
         min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))
@@ -115,15 +117,18 @@ def generate_tokens(
 
 
 def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: int | None) -> int:
-    """Tokens that fit behind the prompt; without end in a ring. Raises `ContextLengthError` if there are none."""
+    """Tokens that fit behind the prompt; without end in a window within the context.
+
+    Raises `ContextLengthError` if there are none.
+    """
     context = model.config.context_length
-    if max_kv_size is not None:
+    if max_kv_size is not None and max_kv_size <= context:
         return UNBOUNDED
     if prompt_tokens >= context:
         raise ContextLengthError(
             f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,} has to hold prompt and answer",
-            hint="Shorten it, extend the context (--yarn-factor, yarn_factor=), or slide over it (--max-kv-size, "
-            "max_kv_size=).",
+            hint="Shorten it, extend the context (--yarn-factor; in Python load(yarn_factor=…)), or slide over it "
+            "in a window that fits it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
         )
     return context - prompt_tokens
 
@@ -133,7 +138,7 @@ def as_token_ids(tokens: object) -> list[Any]:
     found = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     if isinstance(found, Sequence) and not isinstance(found, str | bytes):
         return list(found)
-    raise OptionError(f"prompt: found {type(tokens).__name__}, expected token ids", hint="Encode text first.")
+    raise OptionError(f"prompt: found {type(tokens).__name__}, expected text or token ids")
 
 
 def _check_count(name: str, value: object) -> None:
@@ -212,7 +217,8 @@ class TokenStream:
             ahead = None
             if self._overlap and any(count < self._limits[row] for row in active):
                 ahead = self._step(drawn)
-            tokens = [check_token(token) for token in cast(list[int], drawn.tolist())]
+            numbers = active if len(self._rows) > 1 else [None] * len(active)
+            tokens = list(map(check_token, cast(list[int], drawn.tolist()), numbers))
             for row, token in zip(active, tokens, strict=True):
                 reason = self._reason(row, token, count)
                 if row not in self._finished:

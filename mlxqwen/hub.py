@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
@@ -56,6 +57,11 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     if name and os.path.isdir(folder):
         refuse_revision(revision, f"the folder {name}")
         return folder
+    if name.startswith(("http://", "https://")):
+        raise HubError(
+            f"{name}: a web address, expected a folder or a hub id",
+            hint="A hub id is written organisation/model, such as Qwen/Qwen3-0.6B.",
+        )
     if looks_like_path(name) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
     if not HUB_ID.fullmatch(name):
@@ -97,7 +103,7 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
     try:
-        import huggingface_hub.constants  # reads the environment
+        import_module("huggingface_hub.constants")  # reads the environment
     except ValueError as cause:
         raise HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",

@@ -1,4 +1,4 @@
-"""JSON files from strangers: read whole, strictly and within bounds."""
+"""Text and JSON files from strangers: read whole, strictly and within bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mlxqwen.errors import MlxqwenError
 
-__all__ = ["parse_json", "read_json_object"]
+__all__ = ["find_lone_surrogate", "parse_json", "read_bounded", "read_json_object", "read_text"]
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 3_000_000
@@ -35,7 +35,11 @@ def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 
     Raises:
         MlxqwenError: of the type `error`, when the file cannot be read or holds anything else.
     """
-    text = decode(path, read_bounded(path, error, max_bytes), error)
+    text = read_text(path, error=error, max_bytes=max_bytes)
+    if not text.strip():
+        raise error(f"{path}: the file is empty, expected a JSON object", hint=way_out(path))
+    if text.startswith("\ufeff"):
+        raise error(f"{path}: starts with a byte order mark", hint="Save the file as UTF-8 without it.")
     try:
         value = parse_json(text)
     except json.JSONDecodeError as cause:
@@ -78,17 +82,44 @@ def parse_json(text: str, *, parse_int: Callable[[str], int] = parse_short_integ
     return value
 
 
+def read_text(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        MlxqwenError: of the type `error`, when the file cannot be read, is too large, or is no text.
+    """
+    data = read_bounded(path, error=error, max_bytes=max_bytes)
+    if data.startswith(b"version https://git-lfs"):
+        raise error(
+            f"{path}: a git-lfs pointer, not the file itself",
+            hint="Run `git lfs pull` in the folder, or download the file again.",
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not UTF-8 at byte {cause.start}", hint=way_out(path)) from None
+
+
+def find_lone_surrogate(text: str) -> int | None:
+    """Where `text` has half of a surrogate pair, which UTF-8 cannot spell; None if nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def way_out(path: Path) -> str:
     return f"Download {path.name} again, or repair it."
 
 
-def read_bounded(path: Path, error: type[MlxqwenError], max_bytes: int) -> bytes:
+def read_bounded(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> bytes:
     """The bytes of a regular file; anything else (a pipe, a device) could block or never end."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise error(f"{path}: {kind}, expected a JSON file", hint="Put the file in its place.")
+            raise error(f"{path}: {kind}, expected a file", hint="Put the file in its place.")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except FileNotFoundError:
@@ -99,22 +130,6 @@ def read_bounded(path: Path, error: type[MlxqwenError], max_bytes: int) -> bytes
     if len(data) > max_bytes:
         raise error(f"{path}: larger than {max_bytes:,} bytes, the limit for this file", hint=way_out(path))
     return data
-
-
-def decode(path: Path, data: bytes, error: type[MlxqwenError]) -> str:
-    if not data.strip():
-        raise error(f"{path}: the file is empty, expected a JSON object", hint=way_out(path))
-    if data.startswith(b"version https://git-lfs"):
-        raise error(
-            f"{path}: a git-lfs pointer, not the file itself",
-            hint="Run `git lfs pull` in the folder, or download the file again.",
-        )
-    if data.startswith(b"\xef\xbb\xbf"):
-        raise error(f"{path}: starts with a byte order mark", hint="Save the file as UTF-8 without it.")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as cause:
-        raise error(f"{path}: not UTF-8 at byte {cause.start}", hint=way_out(path)) from None
 
 
 def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,13 +170,6 @@ def check_tree(root: Any, *, surrogates: bool) -> None:
                     below.extend(value.keys())
             elif isinstance(value, list):
                 below.extend(value)
-            elif surrogates and isinstance(value, str):
-                check_surrogates(value)
+            elif surrogates and isinstance(value, str) and find_lone_surrogate(value) is not None:
+                raise ValueError(f"the string {value[:40]!r} has an unpaired surrogate")
         level = below
-
-
-def check_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"the string {text[:40]!r} has an unpaired surrogate") from None

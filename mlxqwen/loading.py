@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,16 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["FLOAT_DTYPES", "checkpoint_dtype", "foreign_format", "load_model", "model_tensors", "parse_dtype"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "LoadOptions",
+    "checkpoint_dtype",
+    "foreign_format",
+    "load_model",
+    "model_tensors",
+    "parse_dtype",
+    "prepare_model",
+]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -58,7 +67,22 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def load_model(
+class LoadOptions(TypedDict, total=False):
+    """The options of `prepare_model`, for functions that pass them on."""
+
+    dtype: str | mx.Dtype | None
+    rope_scaling: Mapping[str, Any] | None
+    yarn_factor: float | None
+    force: bool
+    device: Device | None
+
+
+def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
+    """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
+    return prepare_model(folder, **options)()
+
+
+def prepare_model(
     folder: str | Path,
     *,
     dtype: str | mx.Dtype | None = None,
@@ -66,8 +90,8 @@ def load_model(
     yarn_factor: float | None = None,
     force: bool = False,
     device: Device | None = None,
-) -> Qwen3ForCausalLM:
-    """Load the weights of a folder; no tokenizer is needed.
+) -> Callable[[], Qwen3ForCausalLM]:
+    """Check all that can be checked before a weight is read → what reads them.
 
     Args:
         folder: holds `config.json` and safetensors files.
@@ -86,6 +110,8 @@ def load_model(
     if not isinstance(folder, str | os.PathLike):
         raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
     folder, device = Path(folder), device or current_device()
+    if not (folder / "config.json").exists():
+        Checkpoint.open(folder)  # knows foreign files, which tell more than a missing config
     config = ModelConfig.from_folder(folder)
     if rope_scaling is not None and yarn_factor is not None:
         raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
@@ -119,9 +145,13 @@ def load_model(
             f"hold {device.usable_memory / 1e9:.1f} GB",
             hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )
-    device.keep_resident()
-    _fill(model, checkpoint, sources, compute)
-    return model
+
+    def read() -> Qwen3ForCausalLM:
+        device.keep_resident()
+        _fill(model, checkpoint, sources, compute)
+        return model
+
+    return read
 
 
 def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:

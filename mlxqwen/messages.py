@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlxqwen.errors import MessagesError
+from mlxqwen.errors import MessagesError, OptionError
+from mlxqwen.json_file import find_lone_surrogate
 
-__all__ = ["find_lone_surrogate", "prepare_messages", "prepare_tools", "soft_switch", "to_plain_json"]
+__all__ = ["check_unicode", "prepare_messages", "prepare_tools", "soft_switch", "to_plain_json"]
 
 MAX_DEPTH = 64
 
@@ -22,13 +23,14 @@ _SOFT_SWITCH = re.compile(r"(?<![\w/])/(?:no_)?think(?![\w/])", re.ASCII)
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
-def find_lone_surrogate(text: str) -> int | None:
-    """Where `text` has the first half of a surrogate pair, which UTF-8 cannot spell; None if nowhere."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
+def check_unicode(text: str, where: str, *, error: type[OptionError] = OptionError) -> None:
+    """Raise `error`, naming `where`, if `text` holds half of a surrogate pair."""
+    position = find_lone_surrogate(text)
+    if position is not None:
+        raise error(
+            f"{where}: found half of a surrogate pair, {text[position]!a}, at character {position}",
+            hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
+        )
 
 
 def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
@@ -146,12 +148,7 @@ def _part_text(part: object, where: str) -> str:
 
 def _plain_string(text: str, where: str) -> str:
     text = str.__str__(text)
-    position = find_lone_surrogate(text)
-    if position is not None:
-        raise MessagesError(
-            f"{where}: found half of a surrogate pair, {text[position]!a}, at character {position}",
-            hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
-        )
+    check_unicode(text, where, error=MessagesError)
     return text
 
 

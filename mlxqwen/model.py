@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxqwen.config import GenerationConfig, ModelConfig
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.layers.attention import Attention, LayerCache
 from mlxqwen.layers.mlp import MLP
 from mlxqwen.layers.moe import SparseMoeBlock
@@ -24,6 +24,10 @@ __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 
 class ModelCache(Protocol):
     """What the model asks of a key/value cache."""
+
+    def fits(self, config: ModelConfig) -> bool:
+        """Whether it was made for a model of this shape."""
+        ...
 
     def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[LayerCache]:
         """Make room for `length` more tokens in each of `batch_size` rows; one cache a layer.
@@ -56,6 +60,7 @@ class Qwen3Model(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
@@ -64,17 +69,33 @@ class Qwen3Model(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
     ) -> mx.array:
-        if tokens.ndim != 2 or not tokens.size or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise OptionError(
-                f"tokens: found {tokens.dtype} of shape {list(tokens.shape)}, expected integers [rows, tokens]",
-                hint="One row is model(mx.array([ids])).",
-            )
-        B, L = tokens.shape
-        caches = [None] * len(self.layers) if cache is None else cache.begin(B, L, lengths)
+        _check_tokens(tokens)
+        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+        if cache is not None:
+            if not cache.fits(self.config):
+                raise CacheError(
+                    "cache: made for a model of another shape", hint="Make it with make_cache and this model."
+                )
+            B, L = tokens.shape
+            caches = cache.begin(B, L, lengths)
+        elif lengths is not None:
+            raise OptionError("lengths: found without a cache", hint="Pass cache=make_cache(model, batch_size=rows).")
         hidden = self.embed_tokens(tokens)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, layer_cache)
         return self.norm(hidden)
+
+
+def _check_tokens(tokens: object) -> None:
+    if isinstance(tokens, mx.array):
+        if tokens.ndim == 2 and tokens.size and mx.issubdtype(tokens.dtype, mx.integer):
+            return
+        found = f"{tokens.dtype} of shape {list(tokens.shape)}"
+    else:
+        found = type(tokens).__name__
+    raise OptionError(
+        f"tokens: found {found}, expected integers [rows, tokens]", hint="One row is model(mx.array([ids]))."
+    )
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -91,7 +112,24 @@ class Qwen3ForCausalLM(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
     ) -> mx.array:
-        """`lengths`: in rows padded on the right, how many tokens of each count; needs a cache."""
+        """Feed tokens, after those that `cache` holds.
+
+        The ids are read to check them, which waits for the device if it is still computing them. A loop that must not
+        wait calls `self.model` and `self.logits` with ids that it can vouch for, as `generate_tokens` does.
+
+        Args:
+            tokens: integers `[B, L]`.
+            cache: holds what came before, and these tokens afterwards.
+            lengths: in rows padded on the right, how many tokens of each count; needs a cache.
+
+        Raises:
+            OptionError: tokens of another shape or kind or outside the vocabulary, or `lengths` without a cache.
+            CacheError: a cache of a model of another shape or for other rows.
+        """
+        _check_tokens(tokens)
+        vocab_size = self.config.vocab_size
+        if not mx.all((tokens >= 0) & (tokens < vocab_size)).item():  # MLX would read beyond the embeddings
+            raise OptionError(f"tokens: found ids beyond the vocabulary, expected 0 to {vocab_size - 1}")
         return self.logits(self.model(tokens, cache, lengths=lengths))
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -31,8 +30,9 @@ __all__ = [
 
 BAD_TOKEN = -1
 _BLOCK = 128
-_NO_DISTRIBUTION = "logits: found NaN, +inf or nothing but -inf, expected numbers to draw a token from"
 _SMALLEST_TEMPERATURE = 1e-30
+
+_Rows: TypeAlias = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely one, 0 to 1.
         presence_penalty: subtracted from the logit of each token already in the reply, -2 to 2.
         frequency_penalty: the same, times how often the token is in the reply, -2 to 2.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the
-            reply, 0.01 to 100.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply, 0.01
+            to 100.
         logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else.
         seed: 0 to 2**64 - 1; the same seed draws the same tokens. None draws anew each time.
 
@@ -170,13 +170,16 @@ def _from_generation_config(config: object) -> tuple[dict[str, Any], tuple[str, 
 def token_logprobs(
     logits: mx.array,
     params: SamplingParams,
-    prompt_tokens: Sequence[int] | Sequence[Sequence[int]],
-    generated_tokens: Sequence[int] | Sequence[Sequence[int]],
+    prompt_tokens: Sequence[int] | _Rows,
+    generated_tokens: Sequence[int] | _Rows,
 ) -> mx.array:
     """Log-probabilities of the distribution that the sampler draws from.
 
+    Computed in float32: the distance between two tokens' scores is right to about 2**-24 of itself and of what bias
+    and penalties add to it, over the temperature.
+
     Args:
-        logits: `[V]` or `[B, V]`, any float dtype; computed in float32.
+        logits: `[V]` or `[B, V]`, any float dtype.
         params: the same for every row; `seed` plays no part.
         prompt_tokens: ids, or for `[B, V]` a sequence of ids per row.
         generated_tokens: the reply so far, likewise.
@@ -190,7 +193,7 @@ def token_logprobs(
         GenerationError: a row with NaN or +inf, or with nothing above -inf.
     """
     if logits.ndim == 1:
-        return _row_logprobs(logits, params, _flat(prompt_tokens), _flat(generated_tokens))
+        return _logprobs(logits[None], params, [_ids(prompt_tokens)], [_ids(generated_tokens)])[0]
     if logits.ndim != 2:
         raise OptionError(f"logits: found shape {logits.shape}, expected [V] or [B, V]")
     rows = logits.shape[0]
@@ -199,46 +202,33 @@ def token_logprobs(
             f"token_logprobs: found {len(prompt_tokens)} prompts and {len(generated_tokens)} replies, "
             f"expected {rows} of each, one for each row of logits"
         )
-    return mx.stack(
-        [
-            _row_logprobs(logits[row], params, _nested(prompt_tokens[row]), _nested(generated_tokens[row]))
-            for row in range(rows)
-        ]
-    )
+    return _logprobs(logits, params, [_ids(row) for row in prompt_tokens], [_ids(row) for row in generated_tokens])
 
 
-def _flat(tokens: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
-    return [_integer("token id", token, 2**31) for token in tokens]
-
-
-def _nested(tokens: int | Sequence[int]) -> list[int]:
+def _ids(tokens: object) -> list[int]:
     if isinstance(tokens, Sequence):
-        return _flat(tokens)
-    raise OptionError(f"token_logprobs: found {tokens!r} in a batch, expected a sequence of ids per row")
+        return [_integer("token id", token, 2**31) for token in tokens]
+    raise OptionError(f"token_logprobs: found {tokens!r}, expected a sequence of ids per row")
 
 
-def _row_logprobs(
-    logits: mx.array, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
-) -> mx.array:
-    _check_ids("reply", generated, logits.size)
-    history = _History(params, prompt, logits.size)
-    history.add(mx.array(list(generated), dtype=mx.int32))
-    scores = history.adjust(logits)
-    if not mx.isfinite(scores.peak).item():
-        raise GenerationError(_NO_DISTRIBUTION)
+def _logprobs(logits: mx.array, params: SamplingParams, prompts: _Rows, replies: _Rows) -> mx.array:
+    vocab_size = logits.shape[1]
+    for reply in replies:
+        _check_ids("reply", reply, vocab_size)
+    scores = _Scores(_History(params, prompts, replies, vocab_size).adjust(logits), params.temperature)
+    for row, token in enumerate(cast(list[int], mx.where(scores.usable, 0, BAD_TOKEN).tolist())):
+        check_token(token, row if len(replies) > 1 else None)
     if params.greedy:
-        return mx.where(mx.arange(logits.size) == scores.best, 0.0, -mx.inf)
-    scaled = scores.scaled(params.temperature)
-    kept = _Ranking(scores, params).mask() if _is_ranked(params) else scaled >= _min_p_floor(params)
-    total = _running_sum(mx.where(kept, mx.exp(scaled), 0.0))[-1]
-    return mx.where(kept, scaled - mx.log(total), -mx.inf)
+        return mx.where(mx.arange(vocab_size) == scores.best[:, None], 0.0, -mx.inf)
+    logprobs = mx.where(_Ranking(scores, params).mask(), scores.log_weights(scores.values), -mx.inf)
+    return (logprobs - mx.log(_running_sum(mx.exp(logprobs))[:, -1:]))[:, :vocab_size]
 
 
 class Sampler:
     """Draws one token for each row of a batch, lazily, and remembers what it drew.
 
-    Every row has its own parameters, penalties and random stream, and is computed by the same operations on
-    the same shapes whatever else is in the batch: a row draws the tokens that it would draw alone.
+    Every row has its own parameters, penalties and random stream, and draws the tokens that it would draw alone.
+    Rows that differ in nothing but the seed are computed together.
 
     Args:
         params: one for each row.
@@ -249,202 +239,186 @@ class Sampler:
         OptionError: lengths that differ, or token ids outside the vocabulary.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    def __init__(self, params: Sequence[SamplingParams], prompts: _Rows, vocab_size: int) -> None:
         if len(params) != len(prompts):
             raise OptionError(f"Sampler: found {len(params)} params and {len(prompts)} prompts, expected as many")
-        self._vocab_size = vocab_size
-        self._rows = [_Row(one, prompt, vocab_size) for one, prompt in zip(params, prompts, strict=True)]
+        self._shape = len(params), vocab_size
+        alike: dict[SamplingParams, list[int]] = {}
+        for row, one in enumerate(params):
+            alike.setdefault(dataclasses.replace(one, seed=None), []).append(row)
+        self._groups = [_Group(rows, params, prompts, vocab_size) for rows in alike.values()]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Draw from logits `[B, V]` of any float dtype; int32 `[B]`, not evaluated.
 
         A row of NaN, +inf or nothing but -inf gives a token that `check_token` refuses.
         """
-        expected = (len(self._rows), self._vocab_size)
-        if logits.shape != expected:
-            raise OptionError(f"logits: found shape {logits.shape}, expected {expected}")
-        return mx.stack([row.draw(logits[i]) for i, row in enumerate(self._rows)])
+        if logits.shape != self._shape:
+            raise OptionError(f"logits: found shape {logits.shape}, expected {self._shape}")
+        if len(self._groups) == 1:
+            return self._groups[0].draw(logits)
+        tokens = mx.zeros(self._shape[0], dtype=mx.int32)
+        for group in self._groups:
+            rows = mx.array(group.rows)
+            tokens[rows] = group.draw(logits[rows])
+        return tokens
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order."""
-        self._rows = [self._rows[row] for row in rows]
+        self._shape = len(rows), self._shape[1]
+        for group in self._groups:
+            group.keep_rows(rows)
+        self._groups = [group for group in self._groups if group.rows]
 
 
-def check_token(token: int) -> int:
-    """The token, unless it says that its row of logits was no distribution.
+def check_token(token: int, row: int | None = None) -> int:
+    """The token, unless it says that its row of logits was no distribution; `row` is told if given.
 
     Raises:
         GenerationError: the logits were NaN, +inf or nothing but -inf.
     """
     if token == BAD_TOKEN:
+        where = "logits" if row is None else f"logits of row {row}"
         raise GenerationError(
-            _NO_DISTRIBUTION,
+            f"{where}: found NaN, +inf or nothing but -inf, expected numbers to draw a token from",
             hint="the weights may be damaged, or the compute dtype too narrow: try --dtype float32",
         )
     return token
 
 
-class _Row:
-    """One row of a batch: its parameters, history and random stream."""
+# The same for each key, so that a row's random numbers do not depend on the other rows.
+_split_keys = mx.vmap(lambda key: mx.random.split(key, 3))
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
-        self._params = params
-        self._history = _History(params, prompt, vocab_size)
-        self._key = mx.random.key(secrets.randbits(64) if params.seed is None else params.seed)
+
+class _Group:
+    """The rows of a batch that share their parameters: their places, history and random streams."""
+
+    def __init__(self, rows: list[int], params: Sequence[SamplingParams], prompts: _Rows, vocab_size: int) -> None:
+        self.rows = rows
+        self._params = params[rows[0]]
+        self._history = _History(self._params, [prompts[row] for row in rows], [[]] * len(rows), vocab_size)
+        seeds = [params[row].seed for row in rows]
+        self._keys = mx.stack([mx.random.key(secrets.randbits(64) if seed is None else seed) for seed in seeds])
 
     def draw(self, logits: mx.array) -> mx.array:
-        scores = self._history.adjust(logits)
-        token = mx.where(mx.isfinite(scores.peak), self._pick(scores), BAD_TOKEN)
-        self._history.add(token[None])
-        return token
+        """One token of each row of logits `[B, V]`; int32 `[B]`."""
+        scores = _Scores(self._history.adjust(logits), self._params.temperature)
+        tokens = mx.where(scores.usable, self._pick(scores).astype(mx.int32), BAD_TOKEN)
+        self._history.add(tokens)
+        return tokens
 
     def _pick(self, scores: _Scores) -> mx.array:
         if self._params.greedy:
             return scores.best
-        keys = mx.random.split(self._key, 3)
-        self._key = keys[0]
+        keys = _split_keys(self._keys)
+        self._keys = keys[:, 0]
         # The other two keys are random bits themselves: 24 of each word make a float32 in [0, 1).
-        uniform = (keys[1:].reshape(-1) >> 8).astype(mx.float32) * 2.0**-24
-        if _is_ranked(self._params):
+        uniform = (keys[:, 1:].reshape(-1, 4) >> 8).astype(mx.float32) * 2.0**-24
+        if self._params.top_k > 0 or self._params.top_p < 1.0:
             return _Ranking(scores, self._params).draw(uniform)
-        scaled = scores.scaled(self._params.temperature)
-        return _pick(mx.where(scaled >= _min_p_floor(self._params), mx.exp(scaled), 0.0), uniform)
+        weights = mx.exp(scores.log_weights(scores.values))
+        return _pick(weights * (weights >= self._params.min_p) if self._params.min_p else weights, uniform)
 
-
-class _Scores:
-    """One row of float32 logits `[V]`, and what rounding took from them where a penalty changed them.
-
-    Tokens are ordered by their float32 `values`. Weights also use the rest, as float32 alone puts up to 5e-4
-    on a penalised logit of 1e4.
-    """
-
-    def __init__(self, values: mx.array, rest: mx.array | None = None) -> None:
-        self.values = values
-        self._rest = rest
-        self.block_peaks = mx.max(_in_blocks(values, -mx.inf), axis=-1)
-        self.peak = mx.max(self.block_peaks)
-
-    @property
-    def best(self) -> mx.array:
-        """The most likely token, the lowest id among equals: an argmax in two steps, which is quicker."""
-        block = mx.argmax(self.block_peaks)
-        return (block * _BLOCK + mx.argmax(_in_blocks(self.values, -mx.inf)[block])).astype(mx.int32)
-
-    def scaled(self, temperature: float, ids: mx.array | None = None) -> mx.array:
-        """Log-weights of all tokens or of `ids`, 0 at the peak. Subtracting first keeps huge logits exact."""
-        values = self.values if ids is None else self.values[ids]
-        gap = values - self.peak
-        if self._rest is not None:
-            gap = gap + ((self._rest if ids is None else self._rest[ids]) - self._rest[self.best])
-        return gap / max(temperature, _SMALLEST_TEMPERATURE)
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep those of `rows`, which give the new order of the whole batch."""
+        places = {row: place for place, row in enumerate(self.rows)}
+        kept = [(new, places[old]) for new, old in enumerate(rows) if old in places]
+        if [place for _, place in kept] != list(range(len(self.rows))):
+            chosen = mx.array([place for _, place in kept], dtype=mx.int32)
+            self._keys = self._keys[chosen]
+            self._history.keep_rows(chosen)
+        self.rows = [new for new, _ in kept]
 
 
 class _History:
-    """What bias and penalties need to know of one row; holds nothing while they are off.
+    """What bias and penalties need to know of rows with the same parameters; holds nothing while they are off."""
 
-    Only the tokens that something can change are computed, and those with twice float32's digits.
-    """
-
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, prompts: _Rows, replies: _Rows, vocab_size: int) -> None:
         self._params = params
-        self._vocab_size = vocab_size
-        self._counts: mx.array | None = None
-        self._seen: mx.array | None = None
-        self._bias: _Pair | None = None
-        touched: set[int] = set()
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = mx.zeros(vocab_size)
-        if params.repetition_penalty != 1.0:
-            _check_ids("prompt", prompt, vocab_size)
-            touched.update(prompt)
-            self._seen = mx.zeros(vocab_size).at[mx.array(list(prompt), dtype=mx.int32)].add(1.0)
+        self._bias = self._prompt = self._reply = self._touched = mx.zeros(0)
+        self._penalised = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         if params.logit_bias:
             _check_ids("logit_bias", params.logit_bias, vocab_size)
-            touched.update(params.logit_bias)
             ids = mx.array(list(params.logit_bias), dtype=mx.int32)
-            high, low = zip(*(_split(bias) for bias in params.logit_bias.values()), strict=True)
-            zeros = mx.zeros(vocab_size)
-            self._bias = zeros.at[ids].add(mx.array(high)), zeros.at[ids].add(mx.array(low))
-        self._touched = mx.array(sorted(touched), dtype=mx.int32)
+            self._bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(params.logit_bias.values())))
+        if self._penalised:
+            self._reply = _count("reply", replies, vocab_size)
+            self._touched = _rectangle(replies)
+        if params.repetition_penalty != 1.0:
+            self._prompt = _count("prompt", prompts, vocab_size)
+            self._touched = _rectangle([{*prompt, *reply} for prompt, reply in zip(prompts, replies, strict=True)])
 
     def add(self, tokens: mx.array) -> None:
-        """Take note of drawn tokens, int32 `[n]`."""
-        if self._counts is None and self._seen is None:
-            return
-        if self._touched.size + tokens.size < self._vocab_size:
-            self._touched = mx.concatenate([self._touched, tokens])
-        else:
-            self._touched = mx.arange(self._vocab_size)
-        if self._counts is not None:
-            self._counts = self._counts.at[tokens].add(1.0)
-        if self._seen is not None:
-            self._seen = self._seen.at[tokens].add(1.0)
+        """Take note of a drawn token of each row, int32 `[B]`."""
+        if self._penalised:
+            rows, vocab_size = self._reply.shape
+            self._reply = self._reply.at[mx.arange(rows), tokens].add(1.0)
+            self._touched = mx.concatenate([self._touched, tokens[:, None]], axis=1)
+            if self._touched.shape[1] > vocab_size:
+                self._touched = mx.broadcast_to(mx.arange(vocab_size), (rows, vocab_size))
 
-    def adjust(self, logits: mx.array) -> _Scores:
-        """Bias and penalties on logits `[V]` of any float dtype."""
+    def keep_rows(self, rows: mx.array) -> None:
+        """Keep only these rows, in this order."""
+        if self._penalised:
+            self._reply, self._touched = self._reply[rows], self._touched[rows]
+        if self._params.repetition_penalty != 1.0:
+            self._prompt = self._prompt[rows]
+
+    def adjust(self, logits: mx.array) -> mx.array:
+        """Logits `[B, V]` of any float dtype with bias and penalties; float32, and with any of these less a constant.
+
+        The peak is taken off first: next to logits of 1e4, float32 would round a penalty to 5e-4.
+        """
         scores = logits.astype(mx.float32)
-        ids = self._touched
-        if ids.size == 0:
-            return _Scores(scores)
-        pair = scores[ids], mx.zeros(ids.shape)
-        if self._bias is not None:
-            pair = _add(pair, (self._bias[0][ids], self._bias[1][ids]))
-        if self._seen is not None:
-            pair = self._repeated(pair, self._seen[ids] > 0)
-        if self._counts is not None:
-            counts = self._counts[ids]
-            pair = _add(pair, _times((counts, mx.zeros(ids.shape)), -self._params.frequency_penalty))
-            present = (counts > 0).astype(mx.float32)
-            pair = _add(pair, _times((present, mx.zeros(ids.shape)), -self._params.presence_penalty))
-        values = mx.put_along_axis(scores, ids, pair[0], axis=0)
-        return _Scores(values, mx.put_along_axis(mx.zeros_like(scores), ids, pair[1], axis=0))
+        if not self._penalised and not self._params.logit_bias:
+            return scores
+        peak = _peak(scores)
+        scores = scores - peak
+        if self._params.logit_bias:
+            scores = scores + self._bias
+        if not self._penalised:
+            return scores
+        touched = mx.take_along_axis(scores, self._touched, axis=1)
+        counts = mx.take_along_axis(self._reply, self._touched, axis=1)
+        if self._params.repetition_penalty != 1.0:
+            seen = counts + mx.take_along_axis(self._prompt, self._touched, axis=1) > 0
+            scores, touched = self._repeated(scores, touched, seen, peak)
+        penalty = self._params.presence_penalty * (counts > 0) + self._params.frequency_penalty * counts
+        return mx.put_along_axis(scores, self._touched, touched - penalty, axis=1)
 
-    def _repeated(self, pair: _Pair, seen: mx.array) -> _Pair:
+    def _repeated(
+        self, scores: mx.array, touched: mx.array, seen: mx.array, peak: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The repetition penalty on `touched + peak` where seen; all scores and those touched, less about the maximum.
+
+        What the penalty makes of the peak is the same for all tokens of one sign: taken off the maximum before the
+        rest is added, it leaves their distances as they are.
+        """
         penalty = self._params.repetition_penalty
-        less, more = _times(pair, 1.0 / penalty), _times(pair, penalty)
-        positive = pair[0] > 0
-        high, low = (mx.where(seen, mx.where(positive, a, b), c) for a, b, c in zip(less, more, pair, strict=True))
-        return high, low
+        change = seen * mx.where(touched > -peak, 1.0 / penalty - 1.0, penalty - 1.0)
+        spread, shift = touched * (1.0 + change), peak * change
+        peak = _peak(mx.put_along_axis(scores, self._touched, spread + shift, axis=1))
+        return scores - peak, spread + (shift - peak)
 
 
-# A number as the unevaluated sum of two float32: the rounded value and what rounding took from it.
-# Sums and products after Knuth, "The Art of Computer Programming", volume 2, 4.2.2, and Dekker (1971).
-_Pair = tuple[mx.array, mx.array]
+def _count(name: str, rows: _Rows, vocab_size: int) -> mx.array:
+    """How often each token is in each row: float32 `[B, V]`."""
+    for tokens in rows:
+        _check_ids(name, tokens, vocab_size)
+    places = mx.array([place for place, tokens in enumerate(rows) for _ in tokens], dtype=mx.int32)
+    ids = mx.array([token for tokens in rows for token in tokens], dtype=mx.int32)
+    return mx.zeros((len(rows), vocab_size)).at[places, ids].add(1.0)
 
 
-def _split(number: float) -> tuple[float, float]:
-    """A Python float as the sum of two float32."""
-    high = struct.unpack("f", struct.pack("f", number))[0]
-    return high, number - high
+def _rectangle(rows: Sequence[Collection[int]]) -> mx.array:
+    """Ids as int32 `[B, n]`; shorter rows are filled up with token 0."""
+    width = max(1, *map(len, rows))
+    return mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in rows], dtype=mx.int32)
 
 
-def _normalised(value: mx.array, rest: mx.array) -> _Pair:
-    high = value + rest
-    return high, mx.where(mx.isfinite(high), rest - (high - value), 0.0)
-
-
-def _add(left: _Pair, right: _Pair) -> _Pair:
-    total = left[0] + right[0]
-    added = total - left[0]
-    lost = (left[0] - (total - added)) + (right[0] - added)
-    return _normalised(total, mx.where(mx.isfinite(total), lost + left[1] + right[1], 0.0))
-
-
-def _times(pair: _Pair, number: float) -> _Pair:
-    high, low = _split(number)
-    product = pair[0] * high
-    upper = _upper_bits(pair[0])
-    factor = mx.array(high)
-    factor_upper = _upper_bits(factor)
-    lower, factor_lower = pair[0] - upper, factor - factor_upper
-    lost = upper * factor_upper - product + upper * factor_lower + lower * factor_upper + lower * factor_lower
-    rest = lost + pair[0] * low + pair[1] * high
-    return _normalised(product, mx.where(mx.isfinite(product), rest, 0.0))
-
-
-def _upper_bits(values: mx.array) -> mx.array:
-    """float32 with the lower 12 bits of the fraction cleared, so that products of such are exact."""
-    return mx.view(mx.view(values, mx.uint32) & 0xFFFFF000, mx.float32)
+def _peak(scores: mx.array) -> mx.array:
+    """The largest of each row, `[B, 1]`: in two steps, which is quicker."""
+    return mx.max(mx.max(_in_blocks(scores, -mx.inf), axis=-1), axis=-1, keepdims=True)
 
 
 def _check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
@@ -453,121 +427,126 @@ def _check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: 
             raise OptionError(f"{name}: found token {token}, expected ids below the vocabulary size {vocab_size}")
 
 
-def _is_ranked(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0
+class _Scores:
+    """Float32 scores, filled up with -inf to whole blocks `[B, n, 128]`, and the blocks' and rows' peaks."""
 
+    def __init__(self, scores: mx.array, temperature: float) -> None:
+        self.blocks = _in_blocks(scores, -mx.inf)
+        self.values = self.blocks.flatten(1)
+        self.block_peaks = mx.max(self.blocks, axis=-1)
+        self.peak = mx.max(self.block_peaks, axis=-1)
+        self._temperature = max(temperature, _SMALLEST_TEMPERATURE)
 
-def _min_p_floor(params: SamplingParams) -> float:
-    return math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+    @property
+    def usable(self) -> mx.array:
+        """Whether there is something to draw from; NaN and infinities show in the peak."""
+        return mx.abs(self.peak) < mx.inf
+
+    @property
+    def best(self) -> mx.array:
+        """The most likely token, the lowest id among equals: an argmax in two steps, which is quicker."""
+        block = mx.argmax(self.block_peaks, axis=-1)
+        return block * _BLOCK + mx.argmax(_at(self.blocks, block), axis=-1)
+
+    def log_weights(self, scores: mx.array) -> mx.array:
+        """Log-probabilities of scores `[B, n]` relative to the best token's."""
+        return (scores - self.peak[:, None]) / self._temperature
 
 
 class _Ranking:
-    """The tokens that top-k, top-p and min-p leave of one row.
+    """The tokens that top-k, top-p and min-p leave of each row.
 
-    All three keep a prefix of the tokens in the order of falling score, equals by rising id. It is held as
-    the scores and weights of the best n, and how many are kept: all of them, fewer, or more where tokens
-    outside the n tie with the last.
+    All three keep a prefix of the tokens in the order of falling score, equals by rising id. It is held as the
+    best n scores with their weights, and how many tokens of each are kept: 0 or 1, but of the last, which stands
+    for all that tie with it outside the n too, any number.
     """
 
     def __init__(self, scores: _Scores, params: SamplingParams) -> None:
-        size = min(params.top_k or scores.values.size, scores.values.size)
-        self._all = scores.values
-        self._size = size
-        self._ids = _largest(scores, size)
-        self._best = scores.values[self._ids]
-        scaled = scores.scaled(params.temperature, self._ids)
-        self._weights = mx.exp(scaled)
-        last = self._best[-1]
-        ties = mx.sum(self._all == last) - mx.sum(self._best == last)
-        kept = size + ties
+        size = min(params.top_k or scores.values.shape[1], scores.values.shape[1])
+        self._scores = scores
+        self._best = _largest(scores, size)
+        self._weights = mx.exp(scores.log_weights(self._best))
+        last = mx.sum(scores.values >= self._best[:, -1:], axis=-1, keepdims=True) - (size - 1.0)
+        kept = mx.concatenate([mx.ones((last.shape[0], size - 1)), last], axis=-1)
         if params.top_p < 1.0:
-            kept = self._reaching(params.top_p, ties)
+            kept = self._reaching(params.top_p, kept)
         if params.min_p > 0.0:
-            likely = mx.sum(scaled >= _min_p_floor(params))
-            kept = mx.where(likely < size, mx.minimum(likely, kept), kept)
+            kept = kept * (self._weights >= params.min_p)
         self._kept = kept
 
-    def _reaching(self, top_p: float, ties: mx.array) -> mx.array:
-        """How many tokens have less than `top_p` of the mass before them."""
-        mass = _running_sum(self._weights)
-        weight = self._weights[-1]
-        target = top_p * (mass[-1] + ties * weight)
-        inside = mx.sum(mass[:-1] < target) + 1
-        beyond = mx.clip(mx.ceil((target - mass[-1]) / weight), 0, ties).astype(mx.int32)
-        return mx.where(mass[-1] < target, self._size + beyond, inside)
+    def _reaching(self, top_p: float, counts: mx.array) -> mx.array:
+        """How many of each are needed until their mass is `top_p` of the whole."""
+        masses = counts * self._weights
+        running = _running_sum(masses)
+        missing = top_p * running[:, -1:] - (running - masses)
+        needed = mx.minimum(mx.ceil(missing / self._weights), counts)
+        return mx.where(missing > 0, needed, 0.0)
 
     def mask(self) -> mx.array:
-        """Which of the vocabulary are kept: bool `[V]`."""
-        lowest = self._best[mx.minimum(self._kept, self._size) - 1]
-        equal = self._all == lowest
-        above = mx.sum(self._best > lowest)
-        return (self._all > lowest) | (equal & (mx.cumsum(equal.astype(mx.int32)) <= self._kept - above))
+        """Which of `scores.values` are kept: bool `[B, n]`."""
+        values = self._scores.values
+        lowest = mx.min(mx.where(self._kept > 0, self._best, mx.inf), axis=-1, keepdims=True)
+        equal = values == lowest
+        room = mx.sum(self._kept * (self._best == lowest), axis=-1, keepdims=True)
+        return (values > lowest) | (equal & (mx.cumsum(equal.astype(mx.int32), axis=-1) <= room))
 
     def draw(self, uniform: mx.array) -> mx.array:
-        """A kept token, from three uniform numbers; int32, no shape."""
-        weights = mx.where(mx.arange(self._size) < self._kept, self._weights, 0.0)
-        beyond = mx.maximum(self._kept - self._size, 0)
-        rank = _pick(mx.concatenate([weights, (beyond * self._weights[-1])[None]]), uniform)
-        outside = self._size + mx.minimum((uniform[2] * beyond).astype(mx.int32), beyond - 1)
-        return self._token(mx.where(rank == self._size, outside, rank))
-
-    def _token(self, rank: mx.array) -> mx.array:
-        """The id at a rank: among equals the lowest id comes first."""
-        score = self._best[mx.minimum(rank, self._size - 1)]
-        index = rank - mx.sum(self._best > score)
-        equal = _in_blocks(self._all, mx.nan) == score
-        per_block = mx.sum(equal, axis=-1)
-        running = mx.cumsum(per_block)
-        block = mx.argmax(running > index)
-        place = mx.argmax(mx.cumsum(equal[block].astype(mx.int32)) > index - (running - per_block)[block])
-        return (block * _BLOCK + place).astype(mx.int32)
+        """A kept token of each row, from uniform numbers `[B, 4]`: first its score, then which of its equals."""
+        score = _at(self._best, _pick(self._kept * self._weights, uniform))[:, None]
+        equals = mx.sum(self._kept * (self._best == score), axis=-1, keepdims=True)
+        index = (uniform[:, 3:] * equals).astype(mx.int32)
+        equal = self._scores.blocks == score[..., None]
+        running = mx.cumsum(mx.sum(equal, axis=-1), axis=-1)
+        block = mx.argmax(running > index, axis=-1)
+        after = _at(running, block)[:, None] - index
+        running = mx.cumsum(_at(equal, block), axis=-1)
+        return block * _BLOCK + mx.argmax(running > running[:, -1:] - after, axis=-1)
 
 
 def _largest(scores: _Scores, size: int) -> mx.array:
-    """The ids of `size` tokens with the largest values, falling.
+    """The `size` largest scores of each row, falling.
 
     Blocks that hold one of them are among the `size` with the highest peaks, so few need a closer look.
     """
-    values = scores.values
-    if 2 * size * _BLOCK > values.size:
-        return mx.argsort(-values)[:size]
-    blocks = mx.argpartition(-scores.block_peaks, size)[:size]
-    candidates = _in_blocks(values, -mx.inf)[blocks].reshape(-1)
-    ids = (blocks[:, None] * _BLOCK + mx.arange(_BLOCK)).reshape(-1)
-    best = mx.argpartition(-candidates, size)[:size]
-    return ids[best[mx.argsort(-candidates[best])]]
+    candidates = scores.values
+    if 2 * size * _BLOCK <= candidates.shape[1]:
+        chosen = mx.argpartition(scores.block_peaks, -size, axis=-1)[:, -size:]
+        candidates = mx.take_along_axis(scores.blocks, chosen[..., None], axis=1).flatten(1)
+    return mx.sort(mx.topk(candidates, size, axis=-1), axis=-1)[:, ::-1]
+
+
+def _at(values: mx.array, index: mx.array) -> mx.array:
+    """`values[row, index[row]]` for each row: `[B, n, ...]` and `[B]` to `[B, ...]`."""
+    index = index.reshape(-1, *[1] * (values.ndim - 1))
+    return mx.take_along_axis(values, index, axis=1).squeeze(1)
 
 
 def _in_blocks(values: mx.array, filler: float) -> mx.array:
-    """`[n]` as `[ceil(n / 128), 128]`."""
-    missing = -values.size % _BLOCK
+    """`[B, n]` as `[B, ceil(n / 128), 128]`."""
+    missing = -values.shape[1] % _BLOCK
     if missing:
-        values = mx.pad(values, (0, missing), constant_values=filler)
-    return values.reshape(-1, _BLOCK)
+        values = mx.pad(values, [(0, 0), (0, missing)], constant_values=filler)
+    return values.reshape(values.shape[0], -1, _BLOCK)
 
 
 def _running_sum(values: mx.array) -> mx.array:
-    """Cumulative sum of `[n]` in blocks, whose rounding error grows with log n instead of n."""
-    if values.size <= _BLOCK:
-        return mx.cumsum(values)
+    """Cumulative sums of `[B, n]` in blocks, whose rounding error grows with log n instead of n."""
+    rows, size = values.shape
+    if size <= _BLOCK:
+        return mx.cumsum(values, axis=-1)
     within = mx.cumsum(_in_blocks(values, 0.0), axis=-1)
-    before = mx.concatenate([mx.zeros(1), _running_sum(within[:, -1])[:-1]])
-    return (within + before[:, None]).reshape(-1)[: values.size]
+    before = mx.pad(_running_sum(within[..., -1])[:, :-1], [(0, 0), (1, 0)])
+    return (within + before[..., None]).reshape(rows, -1)[:, :size]
 
 
 def _pick(weights: mx.array, uniform: mx.array) -> mx.array:
-    """An index of `[n]` with the probability of its weight, from two numbers in [0, 1); int32, no shape.
+    """An index of each row `[B, n]` with the probability of its weight, from numbers in [0, 1), `[B, 4]`.
 
-    A long row is drawn from in two steps, block and place within it: 24 random bits are too coarse for one.
+    A long row is drawn from in steps, block and place within it: 24 random bits are too coarse for one.
     """
-    if weights.size <= _BLOCK:
-        return _invert(weights, uniform[0])
+    if weights.shape[1] <= _BLOCK:
+        running = mx.cumsum(weights, axis=-1)
+        return mx.argmax(running > uniform[:, :1] * running[:, -1:], axis=-1)
     blocks = _in_blocks(weights, 0.0)
-    block = _invert(mx.sum(blocks, axis=-1), uniform[0])
-    return block * _BLOCK + _invert(blocks[block], uniform[1])
-
-
-def _invert(weights: mx.array, uniform: mx.array) -> mx.array:
-    """The first index of positive weight at which the running sum exceeds its share of the total."""
-    mass = mx.where(weights > 0, _running_sum(weights), 0.0)
-    return mx.argmax(mass > uniform * mx.max(mass)).astype(mx.int32)
+    block = _pick(mx.sum(blocks, axis=-1), uniform[:, 1:])
+    return block * _BLOCK + _pick(_at(blocks, block), uniform)

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, overload
 import tokenizers
 
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
-from mlxqwen.json_file import read_json_object
-from mlxqwen.messages import find_lone_surrogate, prepare_messages, prepare_tools, to_plain_json
+from mlxqwen.json_file import find_lone_surrogate, read_bounded, read_json_object, read_text
+from mlxqwen.messages import check_unicode, prepare_messages, prepare_tools, to_plain_json
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -29,6 +29,11 @@ MAX_NAMED_TEMPLATES = 64
 # Arguments that transformers' method of the same name takes and this one has no use for.
 _TRANSFORMERS_ARGUMENTS = frozenset(
     {"max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "truncation"}
+)
+
+_WITHOUT_TEMPLATE = (
+    "Continue plain text: mlxqwen generate --raw, or generate() in Python; "
+    "or give a template: apply_chat_template(…, chat_template=…)."
 )
 
 _T = TypeVar("_T")
@@ -102,9 +107,9 @@ class Tokenizer:
                 f"{path}: no such file",
                 hint="Download tokenizer.json from the model's page; vocab.json and merges.txt are not read.",
             )
-        _check_size(path, MAX_TOKENIZER_BYTES)
+        data = read_bounded(path, error=TokenizerError, max_bytes=MAX_TOKENIZER_BYTES)
         backend = _guard_backend(
-            lambda: tokenizers.Tokenizer.from_file(str(path)),
+            lambda: tokenizers.Tokenizer.from_buffer(data),
             f"{path}: not a readable tokenizer",
             "Download tokenizer.json anew.",
         )
@@ -234,6 +239,9 @@ class Tokenizer:
     ) -> list[int] | str:
         """Render a conversation as the checkpoint's chat template says, as Hugging Face transformers does.
 
+        As there, an added token spelled in a message's content, such as `<|im_end|>`, becomes that token. Text
+        that must not speak for the template can be encoded by `encode_plain`.
+
         Args:
             messages: dicts with `role` and `content`; content is a string or a list of parts
                 `{"type": "text", "text": …}`, which are joined. None as content becomes "" where the
@@ -251,7 +259,7 @@ class Tokenizer:
         Raises:
             MessagesError: messages or tools that no template could render.
             OptionError: arguments that contradict each other.
-            TemplateError: no template, or one that is broken, forbidden or too expensive.
+            TemplateError: no template, or one that is broken, forbidden, too expensive, or renders no text.
         """
         from mlxqwen.chat_template import render_chat
 
@@ -284,7 +292,13 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             variables=variables,
         )
+        if not text:
+            raise TemplateError(f"{self._folder}: the chat template renders no text", hint=_WITHOUT_TEMPLATE)
         return self._encode(self._backend, text, add_special_tokens=False) if tokenize else text
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._source).parent
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
@@ -298,12 +312,7 @@ class Tokenizer:
     def _encode(self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
             raise OptionError(f"encode: found {type(text).__name__}, expected a string")
-        position = find_lone_surrogate(text)
-        if position is not None:
-            raise OptionError(
-                f"encode: found half of a surrogate pair, {text[position]!a}, at character {position}",
-                hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
-            )
+        check_unicode(text, "encode")
         ids: list[int] = _guard_backend(
             lambda: backend.encode(text, add_special_tokens=add_special_tokens).ids,
             f"{self._source}: could not encode the text",
@@ -338,12 +347,12 @@ class Tokenizer:
             return self.chat_template
         if self.chat_templates:
             raise TemplateError(
-                f"{self._source}: no chat template is the default, found {sorted(self.chat_templates)}",
+                f"{self._folder}: no chat template is the default, found {sorted(self.chat_templates)}",
                 hint="Name one of them: chat_template=….",
             )
         raise TemplateError(
-            f"{self._source}: the checkpoint has no chat template",
-            hint="Encode the prompt's text as it is, or give a template: chat_template=….",
+            f"{self._folder}: no chat template, neither in chat_template.jinja nor in tokenizer_config.json",
+            hint=_WITHOUT_TEMPLATE,
         )
 
 
@@ -400,22 +409,6 @@ def _token_string(config: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
-def _check_size(path: Path, limit: int) -> None:
-    size = path.stat().st_size
-    if size > limit:
-        raise TokenizerError(
-            f"{path}: found {size} bytes, expected at most {limit}", hint="Download the model's files anew."
-        )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        _check_size(path, MAX_TEXT_FILE_BYTES)
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: not readable as UTF-8 text: {error}", hint="Download it anew.") from error
-
-
 def _read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that may be missing: {} then."""
     return read_json_object(path, error=TokenizerError, max_bytes=MAX_TEXT_FILE_BYTES) if path.is_file() else {}
@@ -425,10 +418,12 @@ def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     templates = {}
     named = sorted((folder / "additional_chat_templates").glob("*.jinja"))[:MAX_NAMED_TEMPLATES]
     for path in named:
-        templates[path.name.removesuffix(".jinja")] = _read_text(path)
+        templates[path.name.removesuffix(".jinja")] = read_text(
+            path, error=TokenizerError, max_bytes=MAX_TEXT_FILE_BYTES
+        )
     default = folder / "chat_template.jinja"
     if default.is_file():
-        templates["default"] = _read_text(default)
+        templates["default"] = read_text(default, error=TokenizerError, max_bytes=MAX_TEXT_FILE_BYTES)
     if templates:
         return templates
     legacy = folder / "chat_template.json"

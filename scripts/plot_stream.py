@@ -6,7 +6,6 @@ Needs the `plot` extra. The test of the same property uses `stream_losses` from 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ SEED = 97
 def stream_tokens(tokenizer: Tokenizer, count: int, seed: int = SEED) -> list[int]:
     """The first `count` tokens of an endless stream of conversations about words and numbers kept from training."""
     tokens: list[int] = []
-    for text in stream(seed, split="test"):
+    for text in stream(seed, split="held-out"):
         tokens += tokenizer.encode(text)
         if len(tokens) >= count:
             return tokens[:count]
@@ -90,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -38,9 +38,10 @@ def write_small_model(folder: Path) -> None:
     """Fill `folder`; the weights are the same every time."""
     mx.random.seed(0)
     model = Qwen3ForCausalLM(ModelConfig.from_dict(CONFIG))
+    shapes = dict(tree_flatten(model.parameters()))
     weights = {
         name: (mx.random.normal(array.shape) * 0.05 if array.ndim > 1 else array).astype(mx.bfloat16)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in shapes.items()
     }
     save_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(CONFIG))

@@ -14,13 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.cache import KVCache, load_cache, make_cache
+from mlxqwen.cache import KVCache, cache_identity, load_cache, make_cache
+from mlxqwen.cache import layer as cache_layer
+from mlxqwen.cache.placement import Step
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError, CheckpointError, MlxqwenError, OptionError
+from mlxqwen.footprint import cache_bytes
 from mlxqwen.layers.rope import Rope
 from mlxqwen.loading import load_model
 from mlxqwen.model import Qwen3ForCausalLM
-from tests.reference_attention import Floats, attention
+from tests.reference_attention import Floats, attention, rotated
 from tests.tiny_checkpoints import DENSE, MOE, make_weights, prompt, write_folder
 from tests.tolerance import assert_close, to_numpy, worst
 
@@ -80,20 +83,20 @@ def attend(cache: KVCache, rows: Sequence[Row], spans: Sequence[tuple[int, int]]
     return [output[place][:, :count] for place, count in enumerate(lengths)]
 
 
-def stored_as(kv_bits: int | None) -> Callable[[Floats], Floats]:
+def stored_as(kv_bits: int | None, dtype: mx.Dtype = mx.float32) -> Callable[[Floats], Floats]:
     """What a cache of `kv_bits` does to the numbers it stores."""
 
     def round_trip(array: Floats) -> Floats:
         if kv_bits is None or not array.size:
             return array
-        parts = mx.quantize(mx.array(array.astype(np.float32)), group_size=32, bits=kv_bits)
+        parts = mx.quantize(mx.array(array.astype(np.float32)).astype(dtype), group_size=32, bits=kv_bits)
         return to_numpy(mx.dequantize(*parts, group_size=32, bits=kv_bits))
 
     return round_trip
 
 
-def expected(row: Row, window: int | None, keep: int, kv_bits: int | None) -> Floats:
-    return attention(*row, theta=THETA, scale=SCALE, window=window, keep=keep, stored=stored_as(kv_bits))
+def expected(row: Row, window: int | None, keep: int, kv_bits: int | None, dtype: mx.Dtype = mx.float32) -> Floats:
+    return attention(*row, theta=THETA, scale=SCALE, window=window, keep=keep, stored=stored_as(kv_bits, dtype))
 
 
 # A rotated key that falls between two codes may be rounded to either: the tolerance is one code of one number.
@@ -172,6 +175,74 @@ def test_a_query_sees_the_window_and_the_sinks_and_nothing_else() -> None:
     assert means == pytest.approx([sum(2**j for j in tokens) / len(tokens) for tokens in seen])
 
 
+def sink_logits(cache: KVCache, row: Row, at: int, keep: int, chunk: int, *, rotate: bool = True) -> Floats:
+    """How much the query at `at` prefers each sink to itself: `[HEADS, keep]` differences of attention logits.
+
+    Read from the weights, by values that are unit vectors for sinks and query, and zero for all else.
+    """
+    queries, keys, values = row[0], row[1], np.zeros_like(row[2])
+    values[:, range(keep), range(keep)] = 1
+    values[:, at, keep] = 1
+    for start in range(0, at, chunk):
+        attend(cache, [(queries, keys, values)], [(start, min(start + chunk, at))], min(chunk, at - start))
+    (layer,) = cache.begin(1, 1)
+    if not rotate:
+        layer.plan.sink_positions = None
+    last = [mx.array(part[None, :, at : at + 1].astype(np.float32)) for part in (queries, keys, values)]
+    weights = to_numpy(layer.attend(*last, rope=Rope(HEAD_DIM, THETA), scale=SCALE))[0, :, 0]
+    return np.log(weights[:, :keep] / weights[:, keep : keep + 1])
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_far_into_a_stream_sinks_are_seen_as_from_the_windows_end(chunk: int, kv_bits: int | None) -> None:
+    window, keep = 16, 3
+    near, far = window + 5, 50 * window
+    row = random_tokens(far + 1, seed=3)
+    for part in row:
+        part[:, near] = part[:, far]
+    logits, drifting = (
+        [
+            sink_logits(new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits), row, at, keep, chunk, rotate=rotate)
+            for at in (near, far)
+        ]
+        for rotate in (True, False)
+    )
+    query, keys = row[0][:, far], row[1]
+    by_hand = [
+        [
+            SCALE * rotated(query[head], window - 1, THETA) @ rotated(keys[head // 2, sink], sink, THETA)
+            - SCALE * query[head] @ keys[head // 2, far]
+            for sink in range(keep)
+        ]
+        for head in range(HEADS)
+    ]
+    assert worst(logits[0], by_hand) <= (1e-4 if kv_bits is None else 0.1)
+    # An eight-bit key of the query's own position is rounded another way at another angle.
+    assert worst(logits[1], logits[0]) <= (1e-4 if kv_bits is None else 0.1)
+    assert worst(drifting[1], drifting[0]) >= 0.5
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("kv_bits", KV_BITS)
+@pytest.mark.parametrize(("window", "keep"), [(None, 0), (9, 0), (12, 4)])
+def test_narrow_dtypes_stay_narrow_and_near(
+    window: int | None, keep: int, kv_bits: int | None, dtype: mx.Dtype
+) -> None:
+    parts = [mx.array(part[None]).astype(dtype) for part in random_tokens(45, seed=5)]
+    cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
+    outputs, start = [], 0
+    for length in (20, 8, 15, 1, 1):
+        (layer,) = cache.begin(1, length)
+        new = [part[:, :, start : start + length] for part in parts]
+        outputs.append(layer.attend(*new, rope=Rope(HEAD_DIM, THETA), scale=SCALE))
+        start += length
+    found = mx.concatenate(outputs, axis=2)[0]
+    assert {array.dtype for array in (found, *cache.state)} == {dtype, *([mx.uint32] if kv_bits else [])}
+    queries, keys, values = (to_numpy(part[0]) for part in parts)
+    assert_close(found, expected((queries, keys, values), window, keep, kv_bits, dtype), dtype)
+
+
 # The whole model
 
 
@@ -243,19 +314,33 @@ def test_eight_bits_stay_near_the_plain_cache(model: Qwen3ForCausalLM) -> None:
 @given(
     window=st.integers(5, 40),
     chunks=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    keep=st.integers(0, 4),
     kv_bits=st.sampled_from(KV_BITS),
 )
-def test_a_ring_holds_its_window_and_shows_a_chunk_more(window: int, chunks: list[int], kv_bits: int | None) -> None:
+def test_a_ring_holds_its_window_and_shows_a_chunk_more(
+    window: int, chunks: list[int], keep: int, kv_bits: int | None
+) -> None:
+    """In bytes of what the queries look at, keys and values together."""
     slot = new_cache_slot_bytes(kv_bits)
-    cache = new_cache(max_kv_size=window, keep=4, kv_bits=kv_bits)
+    cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
+    shown: list[int] = []
+    store = cache_layer._store_part
+
+    def recorded(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.array, mx.array]:
+        held, seen = store(buffer, new, plan)
+        shown.append(seen.nbytes)
+        return held, seen
+
     start = 0
-    for length in [*chunks, 1, 1, 1]:
-        row = random_tokens(length, seed=length)
-        attend(cache, [row], [(0, length)], length)
-        start += length
-        assert cache.nbytes <= window * slot
-        shown = cache[0].plan.visible + (length if cache[0].plan.gather is not None else 0)
-        assert shown <= window + (length if length > 1 else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_layer, "_store_part", recorded)
+        for length in [*chunks, 1, 1, 1]:
+            shown.clear()
+            attend(cache, [random_tokens(length, seed=length)], [(0, length)], length)
+            held_before = min(start, window)
+            start += length
+            assert cache.nbytes <= window * slot
+            assert min(start, length) * slot <= sum(shown) <= (window if length == 1 else held_before + length) * slot
     assert cache.offset == start
 
 
@@ -263,21 +348,6 @@ def new_cache_slot_bytes(kv_bits: int | None) -> int:
     """Keys and values of one token: numbers, or codes with a float32 scale and bias for 32 of them."""
     number_bytes = 4 if kv_bits is None else kv_bits / 8 + 2 * 4 / 32
     return int(2 * KV_HEADS * HEAD_DIM * number_bytes)
-
-
-def test_what_queries_look_at_while_prefilling_is_the_window_and_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    exact = mx.fast.scaled_dot_product_attention
-
-    def recorded(queries: mx.array, keys: mx.array, values: mx.array, **rest: Any) -> mx.array:
-        seen.append(keys.shape[-2])
-        return exact(queries, keys, values, **rest)
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
-    cache = new_cache(max_kv_size=10, keep=0)
-    for length in (10, 7, 30, 1, 1):
-        attend(cache, [random_tokens(length, seed=length)], [(0, length)], length)
-    assert seen == [10, 17, 40, 10, 10]
 
 
 @pytest.mark.parametrize("kv_bits", KV_BITS)
@@ -339,8 +409,8 @@ def test_rows_that_stay_do_not_notice_those_that_leave(
         assert worst(mx.concatenate(found, axis=1)[place], expected_logits) <= allowed
 
 
-@pytest.mark.parametrize("rows", [[], [2], [-1], [0, 5]])
-def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
+@pytest.mark.parametrize("rows", [[], [2], [-1], [0, 5], ["0"], [0.0], [True]])
+def test_rows_that_are_not_there_are_refused(rows: list[Any]) -> None:
     with pytest.raises(CacheError, match="rows"):
         new_cache(batch_size=2).keep_rows(rows)
 
@@ -368,18 +438,37 @@ def test_a_ring_that_has_dropped_tokens_cannot_be_trimmed() -> None:
     cache.trim(7)
     attend(cache, [random_tokens(2, 0)], [(0, 2)], 2)
     cache.trim(9)  # nothing to forget
-    for length in (8, 0):
+    for length in (8, 1):
         with pytest.raises(CacheError, match=f"cache of 9 tokens: cannot be trimmed to {length}"):
             cache.trim(length)
     assert cache.offset == 9
 
 
-@pytest.mark.parametrize("length", [-1, 6])
-def test_only_held_tokens_can_be_trimmed_to(length: int) -> None:
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_ring_that_has_dropped_tokens_can_be_emptied(kv_bits: int | None) -> None:
+    cache = new_cache(max_kv_size=8, keep=2, kv_bits=kv_bits)
+    attend(cache, [random_tokens(30, 0)], [(0, 30)], 30)
+    cache.trim(0)
+    row = random_tokens(30, 1)
+    found = [attend(cache, [row], [(start, start + 5)], 5)[0] for start in range(0, 30, 5)]
+    assert worst(np.concatenate(found, axis=1), expected(row, 8, 2, kv_bits)) <= ATTENTION_TOLERANCE[kv_bits]
+
+
+def test_only_held_tokens_can_be_trimmed_to() -> None:
     cache = new_cache()
     attend(cache, [random_tokens(5, 0)], [(0, 5)], 5)
     with pytest.raises(CacheError, match="cannot be trimmed"):
-        cache.trim(length)
+        cache.trim(6)
+
+
+@pytest.mark.parametrize("length", [-1, "1", 1.5, True, None])
+def test_what_is_no_number_of_tokens_is_refused(length: Any) -> None:
+    cache = new_cache()
+    attend(cache, [random_tokens(5, 0)], [(0, 5)], 5)
+    for method in (cache.trim, cache.reserve):
+        with pytest.raises(OptionError, match="length: found"):
+            method(length)
+    assert cache.offset == 5
 
 
 @settings(max_examples=25, deadline=None)
@@ -402,7 +491,7 @@ def test_whatever_is_done_to_a_cache_every_row_gets_what_it_would_get_alone(
         elif action == "trim":
             length = data.draw(st.integers(0, min(cache.offsets)))
             dropped = window is not None and max(cache.offsets) > window
-            if dropped and set(cache.offsets) != {length}:
+            if dropped and length and set(cache.offsets) != {length}:
                 with pytest.raises(CacheError):
                     cache.trim(length)
                 continue
@@ -481,18 +570,32 @@ def saved(folder: Path, **arguments: Any) -> Path:
         {"hidden_size": 64},
         {"rope_theta": 20_000.0},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rms_norm_eps": 1e-5},
+        {"intermediate_size": 64},
+        {**MOE, "head_dim": HEAD_DIM},
     ],
 )
-def test_a_cache_of_another_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_cache_of_another_shape_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     other = Qwen3ForCausalLM(ModelConfig.from_dict({**CONFIG, "num_hidden_layers": 1, **change}))
-    with pytest.raises(CacheError, match="not a cache of this model"):
+    with pytest.raises(CacheError, match="made with a model of another shape"):
         load_cache(saved(tmp_path), other)
+    assert not new_cache().fits(other.config)
+    assert cache_identity(other.config) != cache_identity(ONE_LAYER)
+
+
+@pytest.mark.parametrize(
+    "change", [{"quantization": {"bits": 8, "group_size": 64}}, {"eos_token_id": 7}, {"max_position_embeddings": 1024}]
+)
+def test_what_does_not_change_the_shape_does_not_matter(tmp_path: Path, change: dict[str, Any]) -> None:
+    other = Qwen3ForCausalLM(ModelConfig.from_dict({**CONFIG, "num_hidden_layers": 1, **change}))
+    assert new_cache().fits(other.config)
+    assert load_cache(saved(tmp_path), other)[0].offset == 9
 
 
 def test_a_cache_of_another_dtype_is_refused(tmp_path: Path) -> None:
     model = Qwen3ForCausalLM(ONE_LAYER)
     model.set_dtype(mx.float16)
-    with pytest.raises(CacheError, match="not a cache of this model"):
+    with pytest.raises(CacheError, match=r"float32, expected mlx\.core\.float16 as this model computes"):
         load_cache(saved(tmp_path), model)
 
 
@@ -562,8 +665,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         ({"kv_bits": 3}, "kv_bits: found 3"),
         ({"kv_bits": 8.0}, "kv_bits: found 8.0"),
         ({"kv_bits": [8]}, r"kv_bits: found \[8\]"),
-        ({"kv_bits": 8, "kv_group_size": 64}, "kv_group_size: found 64, expected a divisor of head_dim, 32"),
+        ({"kv_bits": 8, "kv_group_size": 128}, "kv_group_size: found 128, expected a divisor of head_dim, 32"),
         ({"kv_bits": 8, "kv_group_size": 32.0}, "kv_group_size: found 32.0"),
+        ({"kv_group_size": "x"}, "kv_group_size: found 'x'"),
         ({"batch_size": 0}, "batch_size: found 0"),
         ({"batch_size": -1}, "batch_size: found -1"),
         ({"batch_size": 10**12}, "batch_size: found 1000000000000"),
@@ -575,9 +679,20 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
         new_cache(**arguments)
 
 
+@pytest.mark.parametrize(("head_dim", "group_size"), [(32, 32), (96, 32), (64, 64), (128, 64)])
+def test_the_default_group_fits_the_heads(head_dim: int, group_size: int) -> None:
+    model = Qwen3ForCausalLM(ModelConfig.from_dict({**CONFIG, "head_dim": head_dim, "num_hidden_layers": 1}))
+    model.set_dtype(mx.float32)
+    cache = make_cache(model, kv_bits=8)
+    assert cache.kv_group_size == group_size
+    cache.reserve(256)
+    mx.eval(model(mx.array([[1, 2]]), cache))
+    assert cache.nbytes == cache_bytes(model.config, 256, 4, 8)
+
+
 def test_heads_that_no_group_divides_cannot_be_quantized() -> None:
     narrow = Qwen3ForCausalLM(ModelConfig.from_dict({**CONFIG, "head_dim": 48, "num_hidden_layers": 1}))
-    with pytest.raises(OptionError, match=r"expected a divisor of head_dim, 48\nLeave kv_bits out"):
+    with pytest.raises(OptionError, match=r"found 64, expected a divisor of head_dim, 48\nLeave kv_bits out"):
         make_cache(narrow, kv_bits=8)
 
 
@@ -585,7 +700,8 @@ def test_a_step_of_other_rows_is_refused(model: Qwen3ForCausalLM) -> None:
     cache = make_cache(model, batch_size=2)
     with pytest.raises(CacheError, match="made for 2 rows, used with 1"):
         model(mx.array([[1]]), cache)
-    for lengths in ([1], [1, 3], [-1, 1], [1, 1, 1]):
+    wrong: list[Any] = [[1], [1, 3], [-1, 1], [1, 1, 1], [1, 1.5], [1, "1"], [True, 1]]
+    for lengths in wrong:
         with pytest.raises(CacheError, match="lengths"):
             model(mx.array([[1, 2], [3, 4]]), cache, lengths=lengths)
     assert cache.offsets == (0, 0)

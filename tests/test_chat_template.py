@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxqwen.errors import MessagesError, OptionError, TemplateError
 from mlxqwen.sandbox import render
@@ -151,10 +151,24 @@ def test_continued_message_that_holds_text_like_a_marker() -> None:
         "{{ loop.revindex }}{% endfor %}",
         "{{ dict(a=1) }}{{ 1 < 2 < 3 }}{{ not true }}{{ 1 == 1.0 and 'x' or 'y' }}{{ (1, 'a') }}"
         "{{ true }}{{ 'a' * 3 }}",
+        "{{ '<a href=\"x\">&\\'' | e }}{{ 1 | escape }}",
+        "{% for g in [{'r': 'b', 'i': 1}, {'r': 'A', 'i': 2}, {'r': 'a', 'i': 3}] | groupby('r') %}"
+        "{{ g }}{{ g.grouper }}{{ g.list | map(attribute='i') | list }}{{ g[0] }}{{ g | length }}{% endfor %}",
+        "{% for k, v in [{'r': 'b'}, {}] | groupby('r', default='c', case_sensitive=true) %}{{ k }}{{ v }}{% endfor %}",
+        "{{ range(5) | batch(2) | list }}{{ range(5) | batch(2, 'x') | list }}{{ [1] | batch(3, [0]) | list }}",
+        "{{ 'a bc  d-e' | wordcount }}{{ '' | wordcount }}{{ 12 | wordcount }}",
+        "{{ '%s|%5d|%-8.3f|%%|%x|%c' % ('a', 3, 1.5, 255, 'z') }}{{ '%(a)s %(b)03d' % {'a': [1], 'b': 2} }}",
+        "{{ '%s' % [1, 2] }}{{ '%s' % {'a': 1} }}{{ 'x%%' % () }}{{ '%s%s' % (nothing, none) }}{{ 7 % 4 }}",
+        "{{ '%s-%02d' | format('a', 5) }}{{ '%(a)s' | format(a=1) }}",
+        "{% set d = {'a': 1} %}{% set e = d.copy() %}{{ e }}{{ e.a }}{{ d == e }}",
+        "{{ 'a'.ljust(3) }}|{{ 'a'.rjust(3, '.') }}|{{ '-7'.zfill(5) }}|"
+        "{{ 'a'.center(4, '*') }}|{{ 'a' | center(5) }}|",
+        "{{ messages.append is defined }}{{ messages.append is undefined }}"
+        "{{ messages.append | default('none') }}{% set x = messages[0].update %}",
     ],
 )
 def test_the_sandbox_renders_as_jinja_does(source: str) -> None:
-    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     assert render(source, {"messages": [USER]}) == plain.from_string(source).render(messages=[USER])
 
 
@@ -190,114 +204,183 @@ def test_templates_cannot_change_the_caller_s_data() -> None:
 GROW = "{%% set n = namespace(s='ab', l=[1], i=3) %%}{%% for i in range(60) %%}{%% set n.%s %%}{%% endfor %%}{{ n.s }}"
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}%s{% endfor %}{% endfor %}"
 
+STEPS = "too many steps"
+MEMORY = "too much memory"
+SIZE = "a value grows too large"
+INTEGER = "an integer grows too large"
+DEPTH = "RecursionError: maximum recursion depth exceeded"
+WIDTH = "a %-format of this kind or width"
+
 TOO_EXPENSIVE = {
-    "loops": NESTED.replace("%s", "{% for c in range(99999) %}{% endfor %}"),
-    "loops that write": NESTED.replace("%s", "x" * 1000),
-    "loop that filters": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
-    "long range": "{% for a in range(10 ** 12) %}{% endfor %}",
-    "doubling by ~": GROW % "s = n.s ~ n.s",
-    "doubling by +": GROW % "s = n.s + n.s",
-    "doubling by *": GROW % "s = n.s * 2",
-    "doubling by replace": GROW % "s = n.s.replace('a', 'aaaa')",
-    "doubling by the replace filter": GROW % "s = n.s | replace('a', 'aaaa')",
-    "doubling by join": GROW % "s = n.s.join([n.s, n.s])",
-    "doubling by the join filter": GROW % "s = [n.s, n.s] | join(n.s)",
-    "doubling by a block": GROW % "s %}{{ n.s }}{{ n.s }}{% endset",
-    "doubling a list": GROW % "l = n.l + n.l",
-    "nesting lists": GROW % "l = [n.l, n.l]",
-    "nesting dicts": GROW % "l = {'a': n.l, 'b': n.l}",
-    "nesting tuples": GROW % "l = (n.l, n.l)",
-    "nesting by dict()": GROW % "l = dict(a=n.l, b=n.l)",
-    "squaring": GROW % "i = n.i * n.i",
-    "constant text": "{{ 'a' * 10000000000 }}",
-    "constant list": "{{ [0] * 10000000000 }}",
-    "constant power": "{{ 2 ** (10 ** 9) }}",
-    "constant center": "{{ 'x'.center(10000000000) }}",
-    "ljust": "{{ 'x'.ljust(10000000000) }}",
-    "zfill": "{{ 'x'.zfill(10000000000) }}",
-    "center filter": "{{ 'x' | center(10000000000) }}",
-    "indent filter": "{{ 'a\nb' | indent(10000000000) }}",
-    "wordwrap": "{{ 'a b' | wordwrap(1, wrapstring='x' * 4000000) }}",
-    "batch": "{{ [1] | batch(10000000000, 0) | list }}",
-    "slices": "{{ [1] | slice(10000000000) | list }}",
-    "lipsum": "{{ lipsum(n=1000000000) }}",
-    "printf": "{{ '%999999999d' % 1 }}",
-    "format": "{{ '{:999999999}'.format(1) }}",
-    "format filter": "{{ '%999999999d' | format(1) }}",
-    "json indentation": "{{ [[1]] | tojson(indent=1000000000) }}",
-    "json separators": "{{ [1, 2] | tojson(separators=['x' * 4000000, ':']) }}",
-    "rounding": "{{ 5 | round(-10000000000) }}",
-    "sum of lists": "{{ ([[1]] * 1000) | sum(start=[]) }}",
-    "strip of many": "{{ ('a' * 4000000).strip('b' * 4000000 + 'a') }}",
-    "search from the right": "{{ ('a' * 4000000).rfind('ab' + 'a' * 1000000) }}",
-    "words": "{% for i in range(99) %}{% set x = ('a ' * 2000000).split() %}{% endfor %}",
-    "lists": "{% for i in range(9999) %}{% set x = range(99999) | list %}{% endfor %}",
-    "map": "{% set s = 'a' * 1000000 %}{{ range(99999) | map('replace', '1', s) | list }}",
-    "comparisons": "{% set s = 'a' * 2000000 %}{% set l = [s] %}{% for i in range(99999) %}"
-    "{% if s ~ 'b' in s %}{% endif %}{% endfor %}",
-    "macro without end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "macro tree": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "loop without end": "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
-    "arguments": "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "caller": "{% macro m() %}{% for i in range(99999) %}{{ caller() }}{% endfor %}{% endmacro %}"
-    "{% call m() %}" + "x" * 100_000 + "{% endcall %}",
-    "long source": "x" * (2**20 + 1),
-    "much syntax": "{{ a ~ 1 }}" * 10_000,
-    "parentheses": "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
-    "brackets": "{{ " + "[" * 3000 + "]" * 3000 + " }}",
-    "nested ifs": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
-    "nested loops": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
-    "long sum": "{{ " + "a+" * 30_000 + "a }}",
-    "long number": "{{ " + "9" * 100_000 + " }}",
+    "loops": (STEPS, NESTED.replace("%s", "{% for c in range(99999) %}{% endfor %}")),
+    "loops that write": (MEMORY, NESTED.replace("%s", "x" * 1000)),
+    "loop that filters": (
+        STEPS,
+        "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    ),
+    "long range": ("OverflowError: Range too big", "{% for a in range(10 ** 12) %}{% endfor %}"),
+    "doubling by ~": (SIZE, GROW % "s = n.s ~ n.s"),
+    "doubling by +": (SIZE, GROW % "s = n.s + n.s"),
+    "doubling by *": (SIZE, GROW % "s = n.s * 2"),
+    "doubling by replace": (SIZE, GROW % "s = n.s.replace('a', 'aaaa')"),
+    "doubling by the replace filter": (SIZE, GROW % "s = n.s | replace('a', 'aaaa')"),
+    "doubling by join": (SIZE, GROW % "s = n.s.join([n.s, n.s])"),
+    "doubling by the join filter": (SIZE, GROW % "s = [n.s, n.s] | join(n.s)"),
+    "doubling by a block": (SIZE, GROW % "s %}{{ n.s }}{{ n.s }}{% endset"),
+    "doubling a list": (SIZE, GROW % "l = n.l + n.l"),
+    "nesting lists": (SIZE, GROW % "l = [n.l, n.l]"),
+    "nesting dicts": (SIZE, GROW % "l = {'a': n.l, 'b': n.l}"),
+    "nesting tuples": (SIZE, GROW % "l = (n.l, n.l)"),
+    "nesting by dict()": (SIZE, GROW % "l = dict(a=n.l, b=n.l)"),
+    "squaring": (INTEGER, GROW % "i = n.i * n.i"),
+    "constant text": (SIZE, "{{ 'a' * 10000000000 }}"),
+    "constant list": (SIZE, "{{ [0] * 10000000000 }}"),
+    "constant power": (INTEGER, "{{ 2 ** (10 ** 9) }}"),
+    "constant center": (SIZE, "{{ 'x'.center(10000000000) }}"),
+    "ljust": (SIZE, "{{ 'x'.ljust(10000000000) }}"),
+    "zfill": (SIZE, "{{ 'x'.zfill(10000000000) }}"),
+    "center filter": (SIZE, "{{ 'x' | center(10000000000) }}"),
+    "indent filter": (SIZE, "{{ 'a\nb' | indent(10000000000) }}"),
+    "batch": (SIZE, "{{ [1] | batch(10000000000, 0) | list }}"),
+    "printf": ("a %-format of this kind or width", "{{ '%999999999d' % 1 }}"),
+    "format": ("str.format is not allowed", "{{ '{:999999999}'.format(1) }}"),
+    "format filter": ("a %-format of this kind or width", "{{ '%999999999d' | format(1) }}"),
+    "json indentation": ("JSON is spaced too widely", "{{ [[1]] | tojson(indent=1000000000) }}"),
+    "json separators": ("JSON is spaced too widely", "{{ [1, 2] | tojson(separators=['x' * 4000000, ':']) }}"),
+    "rounding": ("a rounding is too precise", "{{ 5 | round(-10000000000) }}"),
+    "sum of lists": ("a sum of something else than numbers is not allowed", "{{ ([[1]] * 1000) | sum(start=[]) }}"),
+    "strip of many": ("an argument is too long", "{{ ('a' * 4000000).strip('b' * 4000000 + 'a') }}"),
+    "search from the right": ("a search takes too long", "{{ ('a' * 4000000).rfind('ab' + 'a' * 1000000) }}"),
+    "words": (SIZE, "{% for i in range(99) %}{% set x = ('a ' * 2000000).split() %}{% endfor %}"),
+    "lists": (MEMORY, "{% for i in range(9999) %}{% set x = range(99999) | list %}{% endfor %}"),
+    "map": (MEMORY, "{% set s = 'a' * 1000000 %}{{ range(99999) | map('replace', '1', s) | list }}"),
+    "comparisons": (
+        MEMORY,
+        "{% set s = 'a' * 2000000 %}{% set l = [s] %}{% for i in range(99999) %}"
+        "{% if s ~ 'b' in s %}{% endif %}{% endfor %}",
+    ),
+    "macro without end": (DEPTH, "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    "macro tree": (STEPS, "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"),
+    "loop without end": (DEPTH, "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}"),
+    "arguments": (
+        SIZE,
+        "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ),
+    "caller": (
+        MEMORY,
+        "{% macro m() %}{% for i in range(99999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+        "{% call m() %}" + "x" * 100_000 + "{% endcall %}",
+    ),
+    "long source": ("found 1048577 characters", "x" * (2**20 + 1)),
+    "much syntax": ("too much syntax", "{{ a ~ 1 }}" * 10_000),
+    "parentheses": (DEPTH, "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}"),
+    "brackets": (DEPTH, "{{ " + "[" * 3000 + "]" * 3000 + " }}"),
+    "nested ifs": (
+        "RecursionError: maximum recursion depth exceeded while calling a Python object",
+        "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    ),
+    "nested loops": ("SyntaxError: too many statically nested", "{% for a in [1] %}" * 30 + "{% endfor %}" * 30),
+    "long sum": (DEPTH, "{{ " + "a+" * 30_000 + "a }}"),
+    "long number": ("ValueError: Exceeds the limit", "{{ " + "9" * 100_000 + " }}"),
+    "searches": (
+        "too much time",
+        "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% if s.count('ab') %}{% endif %}{% endfor %}",
+    ),
+    "words to count": (
+        "too much time",
+        "{% set s = 'a ' * 1000000 %}{% for i in range(99999) %}{% if s | wordcount %}{% endif %}{% endfor %}",
+    ),
+    "printf with a precision": (WIDTH, "{{ '%.999999999f' % 1 }}"),
+    "printf with flags": (WIDTH, "{{ '%-#0 +0999999999d' % 1 }}"),
+    "printf with the width of an argument": (WIDTH, "{{ '%*d' % (999999999, 1) }}"),
+    "printf with a nested name": (WIDTH, "{{ '%(a(b)c)999999999d' % {'a(b)c': 1} }}"),
+    "printf in pieces": (WIDTH, "{{ '%%%s%999999999d' % ('x', 1) }}"),
+    "doubling by printf": (SIZE, GROW % "s = '%s%s' % (n.s, n.s)"),
+    "doubling by printf of one name": (SIZE, GROW % "s = '%(a)s%(a)s' % {'a': n.s}"),
+    "doubling by the format filter": (SIZE, GROW % "s = '%s%s' | format(n.s, n.s)"),
+    "nesting by copy": (SIZE, GROW % "l = {'a': n.l, 'b': n.l}.copy()"),
+    "nesting by batch": (SIZE, GROW % "l = [n.l, n.l] | batch(1) | list"),
+    "nesting by groupby": (SIZE, GROW % "l = [{'a': n.l}, {'a': n.l}] | groupby('b', default=0)"),
+    "filling a batch": (SIZE, "{{ [1] | batch(1000, 'x' * 100000) | list }}"),
+    "escapes": (SIZE, "{{ ('<' * 4000000) | e }}"),
+    "rjust": (SIZE, "{{ 'x'.rjust(10000000000) }}"),
 }
 
 
-@pytest.mark.parametrize("source", TOO_EXPENSIVE.values(), ids=TOO_EXPENSIVE.keys())
-def test_expensive_templates_end_early(source: str) -> None:
+@pytest.mark.parametrize(("reason", "source"), TOO_EXPENSIVE.values(), ids=TOO_EXPENSIVE.keys())
+def test_expensive_templates_end_early(reason: str, source: str) -> None:
     start = time.thread_time()
-    with pytest.raises(TemplateError, match="chat template") as caught:
+    with pytest.raises(TemplateError) as caught:
         render(source, {"messages": [USER]})
     assert time.thread_time() - start < 5
+    assert caught.value.problem.startswith(f"chat template: {reason}")
     assert "\n" not in caught.value.problem
 
 
+ATTACKS = {
+    "{{ ''.__class__.__mro__ }}": "str.__class__",
+    "{{ ''['__class__'] }}": "str.__class__",
+    "{{ undefined_name.__class__.__mro__ }}": "Undefined.__class__",
+    "{{ undefined_name._undefined_message }}": "Undefined._undefined_message",
+    "{{ [''] | map(attribute='__class__') | list }}": "str.__class__",
+    "{{ ['', 'a'] | sort(attribute='__class__') }}": "str.__class__",
+    "{{ raise_exception.__globals__ }}": "function.__globals__",
+    "{{ namespace.__init__.__globals__ }}": "type.__init__",
+    "{{ namespace.mro() }}": "type.mro",
+    "{{ cycler.__init__.__globals__ }}": "type.__init__",
+    "{{ range.__call__ }}": "function.__call__",
+    "{{ self.__init__ }}": "TemplateReference.__init__",
+    "{{ self._TemplateReference__context }}": "TemplateReference._TemplateReference__context",
+    "{% macro m() %}{% endmacro %}{{ m._func }}": "Macro._func",
+    "{% for a in [1] %}{{ loop._iterator }}{% endfor %}": "LoopContext._iterator",
+    "{% set n = namespace(__class__=1) %}": "the name '__class__' in a namespace",
+    "{% set n = namespace() %}{% set n.n = n %}": "a value of type TemplateNamespace in a namespace",
+    "{{ messages.append(1) }}": "list.append",
+    "{{ messages[0].clear() }}": "dict.clear",
+    "{{ (1).to_bytes(10) }}": "int.to_bytes",
+    "{{ 'a'.encode() }}": "str.encode",
+    "{% include 'a' %}": "line 1: include",
+    "{% import 'a' as b %}": "line 1: import",
+    "{% from 'a' import b %}": "line 1: fromimport",
+    "{% extends 'a' %}": "line 1: extends",
+    "{% block a %}{{ self.a() }}{% endblock %}": "line 1: block",
+    "{% autoescape true %}<{% endautoescape %}": "line 1: scopedevalcontextmodifier",
+    "{{ strftime_now('%c' * 1000) }}": "an argument is too long",
+    "{{ messages.append ~ 'a' }}": "list.append",
+    "{{ [messages.append] }}": "list.append",
+    "{% if messages.append %}{% endif %}": "list.append",
+    "{% for a in messages.append %}{% endfor %}": "list.append",
+    "{{ messages.append == 1 }}": "list.append",
+    "{{ messages.append.__class__ }}": "Refused.__class__",
+    "{{ '%s' % messages.append }}": "list.append",
+    "{{ '%s' % namespace }}": "printing a value of type type",
+    "{{ '%s' | format(namespace()) }}": "printing a value of type TemplateNamespace",
+    "{{ [{'a': 1}] | groupby('__class__') }}": "dict.__class__",
+    "{{ ([{'a': 1}] | groupby('a'))[0]._asdict() }}": "Group._asdict",
+    "{{ {}.copy.__self__ }}": "builtin_function_or_method.__self__",
+}
+
+
+@pytest.mark.parametrize(("source", "refused"), ATTACKS.items())
+def test_attacks_are_refused(source: str, refused: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        render(source, {"messages": [USER]})
+    assert caught.value.problem.startswith(f"chat template: {refused}")
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("source", "named"),
     [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ ''['__class__'] }}",
-        "{{ ''|attr('__class__') }}",
-        "{{ undefined_name.__class__.__mro__ }}",
-        "{{ undefined_name._undefined_message }}",
-        "{{ [''] | map(attribute='__class__') | list }}",
-        "{{ [''] | sort(attribute='__class__') }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ namespace.__init__.__globals__ }}",
-        "{{ namespace.mro() }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{{ range.__call__ }}",
-        "{{ self.__init__ }}",
-        "{{ self._TemplateReference__context }}",
-        "{% macro m() %}{% endmacro %}{{ m._func }}",
-        "{% for a in [1] %}{{ loop._iterator }}{% endfor %}",
-        "{% set n = namespace(__class__=1) %}",
-        "{% set n = namespace() %}{% set n.n = n %}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].clear() }}",
-        "{{ (1).to_bytes(10) }}",
-        "{{ 'a'.encode() }}",
-        "{% include 'a' %}",
-        "{% import 'a' as b %}",
-        "{% from 'a' import b %}",
-        "{% extends 'a' %}",
-        "{% block a %}{{ self.a() }}{% endblock %}",
-        "{% autoescape true %}<{% endautoescape %}",
-        "{{ strftime_now('%c' * 1000) }}",
+        ("{{ 'a b' | wordwrap(1, wrapstring='x' * 4000000) }}", "line 1: No filter named 'wordwrap'."),
+        ("{{ [1] | slice(10000000000) | list }}", "line 1: No filter named 'slice'."),
+        ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
+        ("{{ ''|attr('__class__') }}", "line 1: No filter named 'attr'."),
     ],
 )
-def test_attacks_are_refused(source: str) -> None:
-    with pytest.raises(TemplateError, match="chat template"):
+def test_what_is_costly_or_dangerous_and_not_there(source: str, named: str) -> None:
+    with pytest.raises(TemplateError) as caught:
         render(source, {"messages": [USER]})
+    assert caught.value.problem == f"chat template: {named}"
 
 
 @pytest.mark.parametrize(

@@ -422,7 +422,13 @@ def test_one_file_and_strays(tmp_path: Path) -> None:
     put(tmp_path, model=["a"], consolidated=["a"])
     opened = Checkpoint.open(tmp_path)
     assert list(opened.tensors) == ["a"]
-    assert opened.notes == ("ignored stray file consolidated.safetensors: not used",)
+    assert opened.notes == ("ignored 1 stray file not used: consolidated.safetensors",)
+
+
+def test_many_strays_are_one_note(tmp_path: Path) -> None:
+    put(tmp_path, model=["a"], **{f"old-{i:02d}": ["a"] for i in range(30)})
+    names = ", ".join(f"old-{i:02d}.safetensors" for i in range(5))
+    assert Checkpoint.open(tmp_path).notes == (f"ignored 30 stray files not used: {names} and 25 more",)
 
 
 def test_shards_without_index(tmp_path: Path) -> None:
@@ -591,12 +597,15 @@ def test_checkpoint_round_trip(tmp_path: Path, max_shard_bytes: int, shards: int
     assert len(list(folder.iterdir())) == shards + 1
 
 
-def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
-    put(tmp_path, model=["a"])
-    before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"already holds weights: model\.safetensors"):
+@pytest.mark.parametrize("name", ["model", "weights", "weights-00001-of-00001"])
+def test_existing_weights_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    put(tmp_path, **{name: ["a"]})
+    path = tmp_path / f"{name}.safetensors"
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"already holds weights: {name}\.safetensors"):
         write_checkpoint(tmp_path, ARRAYS, metadata={})
-    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

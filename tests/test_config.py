@@ -20,7 +20,7 @@ from mlxqwen.errors import ConfigError, OptionError
 from mlxqwen.layers.rope import rope_wavelengths
 from tests.tiny_checkpoints import DENSE, MOE
 
-YARN = {"rope_type": "yarn", "factor": 4.0}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
 LONG = {**DENSE, "max_position_embeddings": 40_960}
 
 
@@ -100,11 +100,11 @@ def test_yarn() -> None:
     assert read(rope_scaling={**YARN, "original_max_position_embeddings": 100}).context_length == 40_960
 
 
-def test_an_empty_object_says_nothing() -> None:
+@pytest.mark.parametrize("empty", [{}, None])
+def test_an_empty_object_says_nothing(empty: Any) -> None:
     parameters = {**YARN, "rope_theta": 5e5}
-    for empty in ({}, None):
-        assert read(rope_scaling=empty, rope_parameters=parameters) == read(rope_parameters=parameters)
-        assert read(rope_scaling=parameters, rope_parameters=empty) == read(rope_parameters=parameters)
+    assert read(rope_scaling=empty, rope_parameters=parameters) == read(rope_parameters=parameters)
+    assert read(rope_scaling=parameters, rope_parameters=empty) == read(rope_parameters=parameters)
     assert read(rope_parameters=parameters).rope_scaling is not None
 
 
@@ -159,7 +159,7 @@ def test_yarn_as_an_option() -> None:
         {**YARN, "original_max_position_embeddings": 10**30},
         {**YARN, "beta_fast": 1, "beta_slow": 2},
         {**YARN, "attention_factor": -1},
-        {**YARN, 1: 2},
+        {"rope_type": "yarn", "factor": 2.0, 5: 1},
     ],
 )
 def test_scaling_as_an_option_is_checked(scaling: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.cache import make_cache
+from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
 from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
@@ -397,3 +397,17 @@ def test_buffers_that_the_cache_outgrew_are_given_back() -> None:
     for _ in stream:
         pass
     assert mx.get_cache_memory() <= 2 * stream.cache.nbytes
+
+
+def test_a_window_wider_than_the_context_does_not_lift_it() -> None:
+    model = random_model(context=64)
+    with pytest.raises(ContextLengthError, match="64"):
+        generate_tokens(model, [1] * 64, cache=make_cache(model, max_kv_size=65))
+    stream = generate_tokens(model, [1] * 60, cache=make_cache(model, max_kv_size=65), max_tokens=10)
+    assert len(list(stream)) == 4
+    assert len(list(generate_tokens(model, [1] * 70, cache=make_cache(model, max_kv_size=64), max_tokens=10))) == 10
+
+
+def test_a_cache_is_a_cache() -> None:
+    with pytest.raises(OptionError, match="make_cache"):
+        generate_tokens(random_model(), [1], cache=cast(KVCache, []))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxqwen.cache import make_cache
 from mlxqwen.config import ModelConfig
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.footprint import measure
 from mlxqwen.generation import generate_tokens
 from mlxqwen.loading import load_model
@@ -89,12 +90,42 @@ def test_what_comes_later_changes_nothing_before(tmp_path: Path) -> None:
     assert_close(model(mx.array([ids]))[0, :20], model(mx.array([ids[:20]]))[0])
 
 
+@pytest.mark.parametrize("token", [-1, 97, 1_000_000])
+def test_ids_beyond_the_vocabulary_are_refused(tiny: Qwen3ForCausalLM, token: int) -> None:
+    with pytest.raises(OptionError, match="expected 0 to 96"):
+        tiny(mx.array([[1, token]]))
+
+
 @pytest.mark.parametrize(
-    "tokens", [mx.zeros((1, 0), dtype=mx.int32), mx.array([1, 2]), mx.array([[1.0]]), mx.array([[[1]]]), mx.array(1)]
+    "tokens",
+    [
+        mx.zeros((1, 0), dtype=mx.int32),
+        mx.array([1, 2]),
+        mx.array([[1.0]]),
+        mx.array([[[1]]]),
+        mx.array(1),
+        [[1, 2]],
+        np.array([[1, 2]]),
+        None,
+    ],
 )
-def test_tokens_of_another_shape_or_kind_are_refused(tokens: mx.array) -> None:
+def test_tokens_of_another_shape_or_kind_are_refused(tokens: Any) -> None:
     with pytest.raises(OptionError, match=r"tokens: found .*, expected integers \[rows, tokens\]"):
         Qwen3ForCausalLM(ModelConfig.from_dict(DENSE))(tokens)
+
+
+def test_lengths_need_a_cache() -> None:
+    with pytest.raises(OptionError, match="lengths: found without a cache"):
+        Qwen3ForCausalLM(ModelConfig.from_dict(DENSE))(mx.array([[1, 2]]), lengths=[1])
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"head_dim": 32}, {"rope_theta": 5e5}])
+def test_a_cache_of_another_shape_is_refused_and_stays_as_it_was(change: dict[str, Any]) -> None:
+    model, other = (Qwen3ForCausalLM(ModelConfig.from_dict({**DENSE, **more})) for more in ({}, change))
+    cache = make_cache(other)
+    with pytest.raises(CacheError, match="made for a model of another shape"):
+        model(mx.array([[1, 2]]), cache)
+    assert cache.offset == 0
 
 
 # The eight releases, by shape

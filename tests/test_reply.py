@@ -62,7 +62,9 @@ FREE = [
     ("a</think>b", None, "a</think>b"),
     ("a<think>b</think>c", None, "a<think>b</think>c"),
 ]
-CASES: list[tuple[str, bool | None, Reply]] = [(text, None, Reply(*reply)) for text, *reply in FREE]
+CASES: list[tuple[str, bool | None, Reply]] = [
+    (text, None, Reply(reasoning, content)) for text, reasoning, content in FREE
+]
 CASES += [(text, True, Reply(reasoning, content)) for text, reasoning, content in THINKING]
 CASES += [(text, False, Reply(None, content)) for text, content in CONTENT]
 

@@ -332,9 +332,9 @@ def test_the_real_vocabulary_agrees_with_float64(params: SamplingParams, shape: 
     assert total_variation(distribution(logits, params, [1, 2, 3], generated), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("repetition_penalty", [1.0, 1.000003])
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.000003, 1.1, 0.7])
 def test_penalties_on_huge_logits_lose_no_digits(repetition_penalty: float) -> None:
-    # A float32 near 1e4 is right to 5e-4 only: rounding the penalised half would shift it against the rest.
+    # A float32 near 1e4 is right to 5e-4 only: rounding penalised logits would move them against each other.
     logits = (1e4 + np.random.default_rng(2).normal(size=60) / 5).astype(np.float32)
     params = SamplingParams(
         temperature=0.2,
@@ -345,6 +345,23 @@ def test_penalties_on_huge_logits_lose_no_digits(repetition_penalty: float) -> N
     )
     expected = probabilities(logits.astype(np.float64), params, [0], range(30))
     assert total_variation(distribution(logits, params, [0], range(30)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40])
+@pytest.mark.parametrize(
+    "penalty",
+    [{"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 1.3}, {"logit_bias": {0: -0.3}}],
+)
+def test_a_tiny_temperature_leaves_the_best_token(temperature: float, penalty: dict[str, Any]) -> None:
+    logits = mx.array([5.1, 5.0, 1.0, 0.0])
+    params = SamplingParams(temperature, **penalty)
+    np.testing.assert_array_equal(distribution(np.array(logits), params, [], [0]), [0.0, 1.0, 0.0, 0.0])
+    sampler = Sampler([params], [[]], 4)
+    reply: list[int] = []
+    for _ in range(12):
+        best = penalised(np.array(logits).astype(np.float64), params, [], reply).argmax()
+        reply += ids(sampler(logits[None]))
+        assert reply[-1] == best
 
 
 def test_min_p_keeps_a_penalised_best() -> None:
@@ -445,15 +462,16 @@ ROWS = [
 
 
 def test_a_row_draws_what_it_would_alone_even_as_others_leave() -> None:
-    prompts = [[1], [2], [3, 4], [5], []]
-    steps = [mx.random.normal((5, 700), key=mx.random.key(step)) * 3 for step in range(6)]
-    batch = Sampler(ROWS, prompts, 700)
+    rows = [*ROWS, *(dataclasses.replace(row, seed=8) for row in ROWS), dataclasses.replace(ROWS[2], seed=9)]
+    prompts = [[1], [2], [3, 4], [5], [], [6, 6], [], [], [7], [8], [9, 10, 11]]
+    steps = [mx.random.normal((11, 701), key=mx.random.key(step)) * 3 for step in range(6)]
+    batch = Sampler(rows, prompts, 701)
     together = [ids(batch(logits)) for logits in steps[:3]]
-    staying = [4, 0, 2]
+    staying = [10, 4, 0, 2, 6]
     batch.keep_rows(staying)
     smaller = [ids(batch(logits[mx.array(staying)])) for logits in steps[3:]]
     for place, row in enumerate(staying):
-        alone = Sampler([ROWS[row]], [prompts[row]], 700)
+        alone = Sampler([rows[row]], [prompts[row]], 701)
         expected = [step[row] for step in together] + [step[place] for step in smaller]
         assert [alone(logits[row][None]).item() for logits in steps] == expected
 
@@ -486,11 +504,15 @@ def test_logits_without_a_distribution_stop_with_an_error(params: SamplingParams
         logits[place] = math.inf
     sampler = Sampler([params, SamplingParams()], [[], []], 300)
     tokens = ids(sampler(mx.stack([logits, mx.zeros(300)])))
-    with pytest.raises(GenerationError, match="found NaN"):
+    with pytest.raises(GenerationError, match=r"^logits: found NaN"):
         check_token(tokens[0])
-    assert check_token(tokens[1]) == tokens[1]
-    with pytest.raises(GenerationError, match="found NaN"):
+    with pytest.raises(GenerationError, match=r"^logits of row 3: found NaN"):
+        check_token(tokens[0], 3)
+    assert check_token(tokens[1], 3) == tokens[1]
+    with pytest.raises(GenerationError, match=r"^logits: found NaN"):
         token_logprobs(logits, params, [], [])
+    with pytest.raises(GenerationError, match=r"^logits of row 1: found NaN"):
+        token_logprobs(mx.stack([mx.zeros(300), logits]), params, [[], []], [[], []])
 
 
 def test_minus_infinity_is_never_drawn() -> None:

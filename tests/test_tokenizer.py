@@ -250,6 +250,19 @@ def test_damaged_files_are_named(folder: Path, name: str, value: object) -> None
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("files", [(), ("chat_template.jinja",)])
+def test_ways_out_of_a_missing_template(folder: Path, files: tuple[str, ...]) -> None:
+    for name in files:
+        write(folder, name, "")
+    tokenizer = Tokenizer.from_folder(folder)
+    with pytest.raises(TemplateError, match="chat template") as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+    assert caught.value.problem.startswith(f"{folder}: ")
+    assert files or "chat_template.jinja nor in tokenizer_config.json" in caught.value.problem
+    assert "--raw" in caught.value.hint
+    assert "chat_template=" in caught.value.hint
+
+
 def test_template_that_is_not_utf_8(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja"):

@@ -15,7 +15,7 @@ from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
 
-__all__ = ["KVCache", "load_cache", "make_cache"]
+__all__ = ["KVCache", "cache_identity", "load_cache", "make_cache"]
 
 _FILE_FORMAT = "mlxqwen-cache-1"
 _MAX_TOKENS = 1 << 30  # positions are 32-bit integers on the device
@@ -80,6 +80,10 @@ class KVCache:
         """Bytes of all buffers, filled or not."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def fits(self, config: ModelConfig) -> bool:
+        """Whether this cache was made for a model of this shape, under the same RoPE; see `cache_identity`."""
+        return config is self.config or cache_identity(config) == cache_identity(self.config)
+
     def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[KVLayer]:
         """Make room for `length` more tokens in every row; of row `b` only the first `lengths[b]` count.
 
@@ -90,7 +94,9 @@ class KVCache:
                 f"cache: made for {self.batch_size} rows, used with {batch_size}",
                 hint=f"Make it with make_cache(model, batch_size={batch_size}).",
             )
-        if lengths is not None and (len(lengths) != batch_size or not all(0 <= count <= length for count in lengths)):
+        if lengths is not None and (
+            len(lengths) != batch_size or not all(_is_integer(count, 0, length) for count in lengths)
+        ):
             raise CacheError(
                 f"cache: lengths are {list(lengths)}, expected {batch_size} numbers from 0 to {length}",
                 hint="Give one length a row, none beyond the tokens that were passed.",
@@ -101,24 +107,31 @@ class KVCache:
         return self.layers
 
     def reserve(self, length: int) -> None:
-        """Allocate for `length` tokens a row at once when the next ones arrive, rather than growing in steps."""
+        """Allocate for `length` tokens a row at once when the next ones arrive, rather than growing in steps.
+
+        Raises `OptionError` for what is no number of tokens.
+        """
+        _check_integer("length", length, 0, _MAX_TOKENS)
         self.placement.reserved = length
 
     def trim(self, length: int) -> None:
         """Forget all but the first `length` tokens of every row; the buffers stay.
 
-        Raises `CacheError` where those tokens are not all held: a ring drops some once its window is full.
+        Raises:
+            CacheError: those tokens are not all held: a ring drops some once its window is full.
+            OptionError: `length` is no number of tokens.
         """
-        if length < 0 or not self.placement.can_trim_to(length):
+        _check_integer("length", length, 0, _MAX_TOKENS)
+        if not self.placement.can_trim_to(length):
             raise CacheError(
                 f"cache of {min(self.offsets)} tokens: cannot be trimmed to {length}, not all of them are held",
-                hint="Make a new cache and prefill it; a ring can be trimmed only before its window is full.",
+                hint="Trim it to 0 and prefill it; a ring can be trimmed further only before its window is full.",
             )
         self.placement.offsets = [length] * self.batch_size
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order. Raises `CacheError` for rows that are not there."""
-        if not rows or not all(0 <= row < self.batch_size for row in rows):
+        if not rows or not all(_is_integer(row, 0, self.batch_size - 1) for row in rows):
             raise CacheError(
                 f"cache of {self.batch_size} rows: cannot go on with rows {list(rows)}",
                 hint=f"Give at least one row from 0 to {self.batch_size - 1}.",
@@ -152,7 +165,7 @@ class KVCache:
             "keep": str(self.keep),
             "kv_bits": str(self.kv_bits or 0),
             "kv_group_size": str(self.kv_group_size),
-            "model": _identity(self.config),
+            "model": cache_identity(self.config),
         }
         save_safetensors(Path(path), arrays, {**{f"user.{k}": v for k, v in (metadata or {}).items()}, **own})
 
@@ -172,7 +185,8 @@ def make_cache(
         max_kv_size: hold at most this many tokens a row (a ring); None keeps everything.
         keep: how many first tokens a ring never drops (attention sinks).
         kv_bits: 8 or 4 to quantize keys and values; None stores them as computed.
-        kv_group_size: 32, 64 or 128 values share a scale and bias; must divide the model's `head_dim`.
+        kv_group_size: 32, 64 or 128 values share a scale and bias; must divide the model's `head_dim`, but 64, the
+            default, means 32 where heads are no multiple of 64.
         batch_size: rows.
 
     Raises:
@@ -193,12 +207,13 @@ def _make_cache(
     _check_integer("keep", keep, 0, _MAX_TOKENS)
     if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in (4, 8)):
         raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
-    groups = [size for size in (32, 64, 128) if config.head_dim % size == 0]
-    if kv_bits is not None and (not isinstance(kv_group_size, int) or kv_group_size not in groups):
-        fits = [str(size) for size in groups]
+    _check_integer("kv_group_size", kv_group_size, 32, 128)
+    group_size, fitting = config.kv_group_size(kv_group_size), [n for n in (32, 64, 128) if config.head_dim % n == 0]
+    if kv_bits is not None and group_size not in fitting:
+        sizes = " or ".join(map(str, fitting))
         raise OptionError(
-            f"kv_group_size: found {kv_group_size!r}, expected a divisor of head_dim, {config.head_dim}",
-            hint=f"Use {' or '.join(fits)}." if fits else "Leave kv_bits out: this model's heads cannot be grouped.",
+            f"kv_group_size: found {kv_group_size}, expected a divisor of head_dim, {config.head_dim}",
+            hint=f"Use {sizes}." if sizes else "Leave kv_bits out: this model's heads cannot be quantized.",
         )
     if max_kv_size is None:
         placement: Placement = LinearPlacement(len(offsets))
@@ -211,37 +226,48 @@ def _make_cache(
             )
         placement = RingPlacement(len(offsets), max_kv_size, keep)
     placement.offsets = offsets
-    return KVCache(config, placement, kv_bits, kv_group_size)
+    return KVCache(config, placement, kv_bits, group_size)
+
+
+def _is_integer(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if not _is_integer(value, low, high):
         raise OptionError(f"{name}: found {value!r}, expected an integer from {low} to {high:,}")
 
 
-def _identity(config: ModelConfig) -> str:
-    """What a cache depends on: the model's shape, and how keys are rotated."""
-    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    facts = (config.model_type, *shape, config.head_dim, config.vocab_size, config.rope_theta, config.rope_scaling)
-    return " ".join(map(str, facts))
+def cache_identity(config: ModelConfig) -> str:
+    """What a cache's numbers depend on beside the weights: the model's shape, its norms, and how keys are rotated.
+
+    Models of one shape with other weights (another release, another quantization) have the same identity.
+    """
+    c = config
+    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    shape = (c.model_type, c.hidden_size, c.num_hidden_layers, *heads, c.intermediate_size, c.vocab_size, c.moe)
+    return " ".join(map(str, (*shape, c.rms_norm_eps, c.rope_theta, c.rope_scaling)))
 
 
 def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict[str, str]]:
     """Read what `KVCache.save` wrote → the cache and the caller's metadata.
 
+    That the weights are those that the cache was made with is the caller's care: the file tells the model's shape only.
+
     Raises:
         CheckpointError: a damaged file.
-        CacheError: not a cache, or one of another model.
+        CacheError: not a cache, or one of a model of another shape or dtype.
     """
     path, config = Path(path), model.config
     arrays, metadata = load_safetensors(path)
-    wrong = CacheError(
-        f"{path}: not a cache of this model",
-        hint="Load it with the model that it was saved with, or make a new one.",
-    )
+    if metadata.get("format") != _FILE_FORMAT:
+        raise CacheError(f"{path}: not a cache", hint="Give a file that was written by KVCache.save.")
+    if metadata.get("model") != cache_identity(config):
+        raise CacheError(
+            f"{path}: made with a model of another shape",
+            hint="Load it with the model that it was saved with, or make a new one.",
+        )
     try:
-        if metadata["format"] != _FILE_FORMAT or metadata["model"] != _identity(config):
-            raise wrong
         offsets = [int(offset) for offset in metadata["offsets"].split(",")]
         numbers = {name: int(metadata[name]) for name in ("max_kv_size", "keep", "kv_bits", "kv_group_size")}
         cache = _make_cache(
@@ -253,16 +279,20 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
             offsets,
         )
     except (KeyError, ValueError):  # OptionError is a ValueError
-        raise wrong from None
-    _restore(cache, arrays, model.dtype, wrong)
+        raise _damaged(path) from None
+    _restore(path, cache, arrays, model.dtype)
     return cache, {k.removeprefix("user."): v for k, v in metadata.items() if k.startswith("user.")}
 
 
-def _restore(cache: KVCache, arrays: dict[str, mx.array], dtype: mx.Dtype, wrong: CacheError) -> None:
+def _damaged(path: Path) -> CacheError:
+    return CacheError(f"{path}: its metadata and its tensors do not belong together", hint="Make a new cache.")
+
+
+def _restore(path: Path, cache: KVCache, arrays: dict[str, mx.array], dtype: mx.Dtype) -> None:
     """Fill `cache` with `arrays` after checking every name, shape and dtype against an empty encoding."""
     config, slots = cache.config, cache.placement.slots_for(cache.offset)
     if min(cache.offsets) < 0 or cache.offset > _MAX_TOKENS:
-        raise wrong
+        raise _damaged(path)
     shape = (cache.batch_size, config.num_key_value_heads, slots, config.head_dim)
     storage = cache.layers[0].storage
     expected = storage.encode(mx.zeros(shape, dtype=dtype)) if slots else ()
@@ -273,11 +303,16 @@ def _restore(cache: KVCache, arrays: dict[str, mx.array], dtype: mx.Dtype, wrong
         for part in range(len(expected))
     }
     if set(arrays) != names:
-        raise wrong
+        raise _damaged(path)
     for name, array in arrays.items():
         like = expected[int(name.rpartition(".")[2])]
-        if array.shape != like.shape or array.dtype != like.dtype:
-            raise wrong
+        if array.shape != like.shape:
+            raise _damaged(path)
+        if array.dtype != like.dtype:
+            raise CacheError(
+                f"{path}: {name} has dtype {array.dtype}, expected {like.dtype} as this model computes",
+                hint="Load the model with the dtype that the cache was made with, or make a new one.",
+            )
     for number, layer in enumerate(cache.layers):
         layer.keys = tuple(arrays[f"layers.{number}.keys.{part}"] for part in range(len(expected)))
         layer.values = tuple(arrays[f"layers.{number}.values.{part}"] for part in range(len(expected)))

@@ -117,6 +117,9 @@ class RingPlacement(Placement):
     Up to `window` tokens this is a line. Beyond, the slots after the sinks are a ring, and queries look at the sinks as
     if they stood at position `window - 1`, so that the distance stays within what the model was trained on (Xiao et
     al., "Efficient Streaming Language Models with Attention Sinks", 2023).
+
+    A stream may be of any length, but RoPE's angles are float32: beyond some ten million tokens they are off by so much
+    that neighbouring positions blur.
     """
 
     def __init__(self, batch_size: int, window: int, keep: int) -> None:
@@ -125,7 +128,8 @@ class RingPlacement(Placement):
         self.keep = keep
 
     def can_trim_to(self, length: int) -> bool:
-        return super().can_trim_to(length) and (max(self.offsets) <= self.window or set(self.offsets) == {length})
+        dropped = max(self.offsets) > self.window
+        return super().can_trim_to(length) and (length == 0 or not dropped or set(self.offsets) == {length})
 
     def _plan(self, length: int, lengths: list[int]) -> Step:
         if max(self.offsets) + length <= self.window:
@@ -139,7 +143,7 @@ class RingPlacement(Placement):
             capacity=self.window,
         )
         positions = offset[:, None] + mx.arange(length)
-        if self.keep and max(self.offsets) + length > self.window:
+        if self.keep:
             step.sink_positions = mx.minimum(positions, self.window - 1)
         if length == 1 and min(lengths) == 1:
             self._plan_decode(step, offset, uniform)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+WEIGHT_PREFIXES = ("model", "weights")
 SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -170,7 +171,7 @@ def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
 
 def stray_files(folder: Path, used: set[str], why: str) -> list[str]:
     strays = [path.name for path in listed(folder) if path.suffix == ".safetensors" and path.name not in used]
-    return [f"ignored stray file {name}: {why}" for name in strays]
+    return [f"ignored {counted(strays, 'stray file')} {why}: {some_of(strays)}"] if strays else []
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -206,15 +207,20 @@ def check_shard_name(index: Path, shard: str) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up a checkpoint without an index."""
-    files = [path for path in listed(folder) if path.suffix == ".safetensors"]
+    files = listed(folder)
     if folder / SINGLE_NAME in files:
         return [folder / SINGLE_NAME]
-    for prefix in ("model", "weights"):
-        chosen = [path for path in files if path.name.startswith(prefix)]
+    for prefix in WEIGHT_PREFIXES:
+        chosen = [path for path in files if is_weight_name(path.name, prefix)]
         if chosen:
             check_all_shards(folder, chosen)
             return chosen
     raise no_weights(folder)
+
+
+def is_weight_name(name: str, prefix: str | tuple[str, ...] = WEIGHT_PREFIXES) -> bool:
+    """Whether a file of this name is taken for weights where no index says which files are."""
+    return name.startswith(prefix) and name.endswith(".safetensors")
 
 
 def check_all_shards(folder: Path, files: list[Path]) -> None:

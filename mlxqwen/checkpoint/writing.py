@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxqwen.checkpoint.folder import INDEX_NAME, SINGLE_NAME, listed, some_of
+from mlxqwen.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_weight_name, listed, some_of
 from mlxqwen.checkpoint.safetensors_file import read_header
 from mlxqwen.errors import CheckpointError
 
@@ -76,10 +76,6 @@ def write_checkpoint(
         for file in (*names, INDEX_NAME):
             publish(staging / file, folder / file)
         sync_folder(folder)
-
-
-def is_weight_name(name: str) -> bool:
-    return name.startswith("model") and name.endswith(".safetensors")
 
 
 def split_shards(arrays: Mapping[str, mx.array], max_shard_bytes: int) -> list[dict[str, mx.array]]:

@@ -37,7 +37,11 @@ def _run() -> int:
         from mlxqwen.cli.terminal import open_missing_streams, print_error
         from mlxqwen.errors import MlxqwenError
 
+    nowhere_to_write = sys.stdout is None
     open_missing_streams()
+    if nowhere_to_write:
+        print_error("standard output: closed, expected somewhere to write to")
+        return 1
     try:
         result = mlxqwen.main(prog_name="mlxqwen", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -45,7 +49,8 @@ def _run() -> int:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "mlxqwen"
-        print_error(error.format_message(), f"Try '{command} --help'.")
+        dash = " Put -- before a prompt that begins with a dash." if isinstance(error, click.NoSuchOption) else ""
+        print_error(error.format_message(), f"Try '{command} --help'.{dash}")
         return error.exit_code
     except click.ClickException as error:
         print_error(error.format_message())

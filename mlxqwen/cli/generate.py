@@ -122,6 +122,8 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> in
     printer.end()
     if options["verbose"] and printer.done is not None:
         _print_speed(printer.done)
+    if printer.done is not None and printer.done.finish_reason == "length" and not options["as_json"]:
+        _print_cut_off(printer.done, options["max_tokens"])
     return 0
 
 
@@ -254,7 +256,16 @@ def _print_request(engine: Engine, request: dict[str, Any]) -> None:
         context += f", YaRN factor {config.rope_scaling.factor:g}"
     used = ", ".join(f"{name} {value}" for name, value in asdict(request["sampling"]).items() if value is not None)
     sys.stderr.write(f"{context}, dtype {str(engine.model.dtype).rpartition('.')[2]}\n")
-    sys.stderr.write(f"sampling: {used}, max_tokens {request['max_tokens']}\n")
+    bounded = "" if cache.max_kv_size is not None else " within the context"
+    sys.stderr.write(f"sampling: {used}; at most {request['max_tokens']:,} tokens{bounded}\n")
+
+
+def _print_cut_off(done: Done, max_tokens: int | None) -> None:
+    """An answer that ends for want of tokens looks like any other, or like none."""
+    tokens = done.usage.completion_tokens
+    where = "in the middle of the answer" if done.reply.content else "before the answer"
+    way_out = "raise --max-tokens" if tokens == max_tokens else "the context is full; --max-kv-size slides over it"
+    sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
 
 
 def _print_speed(done: Done) -> None:

@@ -72,6 +72,7 @@ def _table(facts: dict[str, Any]) -> str:
     per_token = "" if active == facts["parameters"] else f", {_count(active)} of them for each token"
     kind = "GPU" if device["is_gpu"] else "CPU"
     not_run = "" if facts["runs"] else " (this version does not run it: use the BF16 release or an MLX one)"
+    fits = "no" if not facts["fits"] else "yes" if facts["runs"] else "in memory, but is not run"
     rows = {
         "model": facts["model"],
         "kind": f"{facts['type']}, {facts['format']}{not_run}",
@@ -81,7 +82,7 @@ def _table(facts: dict[str, Any]) -> str:
         "weights in memory": f"{_size(facts['weight_bytes'])} in {facts['dtype']}",
         "cache in memory": f"{_size(facts['cache_bytes'])} for {facts['cache_tokens']:,} tokens",
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
-        "fits": f"{'yes' if facts['fits'] else 'no'}, {_size(facts['total_bytes'])} needed",
+        "fits": f"{fits}, {_size(facts['total_bytes'])} needed",
     }
     return "".join(f"{name:<18} {one_line(value)}\n" for name, value in rows.items())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlxqwen.errors import OptionError
-from mlxqwen.messages import find_lone_surrogate
+from mlxqwen.json_file import find_lone_surrogate
 
 __all__ = ["check_unicode", "read_prompt"]
 
@@ -59,7 +59,7 @@ def _decode(source: str, data: bytes) -> str:
     if len(data) > MAX_PROMPT_BYTES:
         raise OptionError(f"{source}: found more than {MAX_PROMPT_BYTES:,} bytes, the most that is read")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # some systems begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise OptionError(
             f"{source}: found byte {data[error.start]:#04x} at {error.start}, expected UTF-8 text",
