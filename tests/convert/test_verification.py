@@ -75,8 +75,8 @@ def test_errors_are_those_of_what_is_on_the_disk(tmp_path: Path) -> None:
     for name, meaning in source.meaning.items():
         if meaning.ndim == 1:
             continue
-        words = [np.array(tensors[f"{name}.{word}"].astype(mx.float32)) for word in ("scales", "biases")]
-        found = unpack_affine(np.array(tensors[f"{name}.weight"]), *words, 3)
+        scales, biases = (np.array(tensors[f"{name}.{word}"].astype(mx.float32)) for word in ("scales", "biases"))
+        found = unpack_affine(np.array(tensors[f"{name}.weight"]), scales, biases, 3)
         error = np.linalg.norm(found - meaning) / np.linalg.norm(meaning)
         assert report.modules[name]["relative_error"] == pytest.approx(error, rel=2e-3)
 
