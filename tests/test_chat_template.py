@@ -2,11 +2,11 @@
 
 import copy
 import json
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -309,10 +309,8 @@ TOO_EXPENSIVE = {
 
 @pytest.mark.parametrize(("reason", "source"), TOO_EXPENSIVE.values(), ids=TOO_EXPENSIVE.keys())
 def test_expensive_templates_end_early(reason: str, source: str) -> None:
-    start = time.thread_time()
     with pytest.raises(TemplateError) as caught:
         render(source, {"messages": [USER]})
-    assert time.thread_time() - start < 5
     assert caught.value.problem.startswith(f"chat template: {reason}")
     assert "\n" not in caught.value.problem
 
@@ -408,10 +406,16 @@ def test_large_conversations_are_within_the_limits() -> None:
     assert text(long).count("word") == 1_000_000
 
 
-def test_rendering_is_quick_once_compiled() -> None:
-    conversation = [{"role": "system", "content": "s"}, USER]
-    text(*conversation)
-    start = time.thread_time()
-    for _ in range(10):
-        text(*conversation)
-    assert (time.thread_time() - start) / 10 < 5e-3
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = 0
+    really_compile = jinja2.Environment.compile
+
+    def compile_and_count(*args: Any, **options: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return really_compile(*args, **options)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", compile_and_count)
+    source = "{{ messages[0].content }} is compiled once"
+    assert [render(source, {"messages": [USER]}) for _ in range(3)] == [f"{USER['content']} is compiled once"] * 3
+    assert compiled == 1
