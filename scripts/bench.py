@@ -72,7 +72,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: a child's peak memory counts what its parent held when it was started.
-        if status := subprocess.run([sys.executable, str(ROOT / "scripts" / "small_model.py"), folder]).returncode:
+        writer = [sys.executable, str(ROOT / "scripts" / "small_model.py"), folder]
+        if status := subprocess.run(writer, env=environment()).returncode:
             sys.exit(status)
         rows = cold_starts(Path(folder), runs)
     print_table(rows, runs)

@@ -8,43 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-COMMON: dict[str, Any] = {
-    "model_type": "qwen3",
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "eos_token_id": 151_645,
-}
-MIXTURE = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+from make_checkpoint import SHAPES
 
-
-def _shape(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, *, tied: bool) -> dict[str, Any]:
-    return {
-        **COMMON,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "tie_word_embeddings": tied,
-    }
-
-
-# The `config.json` of Qwen's eight releases.
-RELEASES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": _shape(1024, 28, 16, 8, 3072, tied=True),
-    "Qwen3-1.7B": _shape(2048, 28, 16, 8, 6144, tied=True),
-    "Qwen3-4B": _shape(2560, 36, 32, 8, 9728, tied=True),
-    "Qwen3-8B": _shape(4096, 36, 32, 8, 12288, tied=False),
-    "Qwen3-14B": _shape(5120, 40, 40, 8, 17408, tied=False),
-    "Qwen3-32B": _shape(5120, 64, 64, 8, 25600, tied=False),
-    "Qwen3-30B-A3B": {**_shape(2048, 48, 32, 4, 6144, tied=False), **MIXTURE, "moe_intermediate_size": 768},
-    "Qwen3-235B-A22B": {**_shape(4096, 94, 64, 4, 12288, tied=False), **MIXTURE, "moe_intermediate_size": 1536},
-}
+RELEASES = SHAPES  # the `config.json` of Qwen's eight releases
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -6,6 +6,7 @@ chunks. Every plan is made once for a step and shared by all layers. Shapes: `B`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ class Step:
         return (slots[None, :] <= queries[:, None])[None, None]
 
 
-class Placement:
+class Placement(ABC):
     """The positions that rows have reached, and the plan for the next tokens."""
 
     window: int | None = None
@@ -82,8 +83,9 @@ class Placement:
         """Whether what the first `length` tokens left is still there."""
         return length <= min(self.offsets)
 
+    @abstractmethod
     def _plan(self, length: int, lengths: list[int]) -> Step:
-        raise NotImplementedError
+        """The step for `length` more tokens a row, of which `lengths[b]` count; does not move."""
 
     def _plan_line(self, length: int, lengths: list[int]) -> Step:
         """Token `p` in slot `p`. Padding lands in slots that later tokens overwrite before anyone sees them."""
