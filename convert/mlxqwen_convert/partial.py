@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxqwen.checkpoint.writing import sync
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.json_file import read_json_object
 from mlxqwen_convert.errors import OutputError, ResumeError
@@ -82,15 +83,15 @@ class PartialFolder:
     def publish(self) -> None:
         """Give the folder its final name: from here on there is a whole model, before it there was none."""
         try:
-            _sync_folder(self.path)
+            sync(self.path)
             if self._output.exists():
                 raise exists(self._output)
             self.path.rename(self._output)
             # After the name, since a crash between the two must not leave a folder that nothing can go on from.
             for name in (_JOURNAL, _MANIFEST, _LOCK):
                 (self._output / name).unlink(missing_ok=True)
-            _sync_folder(self._output)
-            _sync_folder(self._output.parent)
+            sync(self._output)
+            sync(self._output.parent)
         except OSError as cause:
             raise unwritable(self._output, cause) from None
 
@@ -163,11 +164,3 @@ def _read_journal(path: Path) -> dict[str, Written]:
         if written is not None:
             done[key] = written
     return done
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
