@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlxqwen.completion import GenerationResponse, batch_generate, generate, stream_generate
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
-    from mlxqwen.reply import Reply, ReplyParser, parse_reply
+    from mlxqwen.reply import Reply, ReplyParser, ToolCall, parse_reply
     from mlxqwen.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Reply",
     "ReplyParser",
     "SamplingParams",
+    "ToolCall",
     "__version__",
     "batch_generate",
     "generate",
@@ -54,6 +55,7 @@ _HOME = {
     "MlxqwenError": "errors",
     "Reply": "reply",
     "ReplyParser": "reply",
+    "ToolCall": "reply",
     "parse_reply": "reply",
     "SamplingParams": "sampling",
 }

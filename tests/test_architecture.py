@@ -32,8 +32,10 @@ ROOMS = [
     "messages",
     "sandbox",
     "chat_template",
+    "safe_text",
     "tokenizer",
     "stop",
+    "tool_call_text",
     "reply",
     "completion",
     "engine",
@@ -42,11 +44,11 @@ ROOMS = [
 ]
 # The only rooms that may know these libraries.
 HOMES = {
-    "tokenizers": {"tokenizer"},
+    "tokenizers": {"safe_text", "tokenizer"},
     "jinja2": {"sandbox"},
     "huggingface_hub": {"hub"},
     "click": {"cli"},
-    "mlxqwen_convert": {"cli"},
+    "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
     | {"completion", "engine", "cli"},
 }
@@ -90,9 +92,16 @@ def test_libraries_stay_in_their_rooms(module: Path) -> None:
         assert known or room_of(module) in HOMES[library], f"{module} imports {library}"
 
 
-def test_only_its_command_reaches_the_converter() -> None:
+def test_only_commands_and_the_engine_reach_the_converter() -> None:
     reaching = {path for path in MODULES for name in imported_names(path) if name.startswith("mlxqwen_convert")}
-    assert reaching == {PACKAGE / "cli" / "convert.py"}
+    assert reaching == {PACKAGE / f"{name}.py" for name in ("engine", "cli/cache", "cli/convert", "cli/info")}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_converter_is_imported_inside_functions(module: Path) -> None:
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert "mlxqwen_convert" not in ast.unparse(node)
 
 
 def test_only_the_checkpoint_room_touches_weight_files() -> None:
