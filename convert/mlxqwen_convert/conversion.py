@@ -21,11 +21,11 @@ from mlxqwen.hub import resolve_model
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
 from mlxqwen_convert.errors import DiskFullError, OutputError
 from mlxqwen_convert.layout import INDEX_NAME, index_of
+from mlxqwen_convert.memory import buffer_bytes, expected_peak, weights_in_flight
 from mlxqwen_convert.model_card import model_card
 from mlxqwen_convert.partial import PartialFolder, exists
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
-    WEIGHTS_IN_FLIGHT,
     TargetFiles,
     Task,
     Written,
@@ -49,10 +49,6 @@ REPORT_NAME = "conversion_report.json"
 # What else is written: config, index, report, card.
 _MARGIN_BYTES = 4 << 20
 _COMPARED_BYTES = 1 << 22
-# Buffers that MLX keeps for the next chunk: fresh ones cost as much time as the arithmetic.
-CACHE_BYTES = 12 << 20
-# Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker.
-_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 800, 500, 32
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
@@ -153,7 +149,7 @@ class _Job:
         files = SourceFiles(sorted({path for planned in plan.modules for path in planned.parts.paths}))
         fingerprint = {**plan.fingerprint(files.states), "versions": versions()}
         partial = PartialFolder(self.output, fingerprint, resume=resume)
-        cache_limit = mx.set_cache_limit(CACHE_BYTES)
+        cache_limit = mx.set_cache_limit(buffer_bytes(weights_in_flight(plan)))
         try:
             resumed = bool(partial.done)
             notes = self._head_note(files)
@@ -173,7 +169,7 @@ class _Job:
             files.close()
 
     def _write(self, files: SourceFiles, partial: PartialFolder, *, verify_it: bool) -> dict[str, ModuleError] | None:
-        plan, workers = self.plan, self.workers
+        plan, chunk = self.plan, max(1, weights_in_flight(self.plan) // self.workers)
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:
@@ -182,9 +178,9 @@ class _Job:
             def write(task: Task) -> Written:
                 noted = partial.done.get(task.key)
                 usable = noted is not None and (noted.error is not None or not verify_it)
-                if noted is not None and usable and is_on_disk(plan, task, target, noted.digest, workers):
+                if noted is not None and usable and is_on_disk(plan, task, target, noted.digest, chunk):
                     return noted
-                return write_task(plan, task, files, target, workers, verify_it)
+                return write_task(plan, task, files, target, chunk, verify_it)
 
             def note(task: Task, result: Written) -> None:
                 written[task] = result
@@ -192,7 +188,7 @@ class _Job:
                     partial.note(task.key, result)
 
             def check(task: Task) -> None:
-                check_on_disk(plan, task, target, written[task].digest, workers)
+                check_on_disk(plan, task, target, written[task].digest, chunk)
 
             self._run("converting", write, note)
             target.flush()
@@ -283,14 +279,6 @@ def _equal(files: SourceFiles, one: Mapping[str, TensorInfo], other: Mapping[str
 def versions() -> dict[str, str]:
     """What the output's bytes depend on beside the source and the options."""
     return {"mlxqwen": mlxqwen.__version__, "mlx": importlib.metadata.version("mlx")}
-
-
-def expected_peak(plan: Plan) -> int:
-    """Bytes that the whole process holds at most, reading everything back included."""
-    tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
-    tasks = sum(1 for _ in tasks_of(plan))
-    chunks = CACHE_BYTES + WEIGHTS_IN_FLIGHT * _WEIGHT_BYTES
-    return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES + chunks
 
 
 def _report(

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -30,14 +30,14 @@ from mlxqwen_convert.readers import FloatReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.verification import ModuleError, compare, error_of
 
-__all__ = ["PARTIAL_SUFFIX", "WEIGHTS_IN_FLIGHT", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ = ["PARTIAL_SUFFIX", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
 __all__ += ["is_on_disk", "run", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
-# Weights that all workers together have in their hands; what bounds the converter's memory.
-WEIGHTS_IN_FLIGHT = 3 << 17
-# Weights of one task: what is done again, at worst, by each worker after an interruption.
+# Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
+# too many tasks to remember.
 WEIGHTS_PER_TASK = 1 << 22
+_MOST_TASKS = 1 << 14
 # Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.
 ROW_STEP = 32
 MAX_WORKERS = 8
@@ -68,17 +68,18 @@ class Task:
 
 def tasks_of(plan: Plan) -> Iterator[Task]:
     """All tasks of a plan, in the order of the output's bytes."""
+    weights = max(WEIGHTS_PER_TASK, plan.parameters // _MOST_TASKS)
     for number, planned in enumerate(plan.modules):
         rows, width = planned.module.rows, planned.module.width
-        step = max(ROW_STEP, WEIGHTS_PER_TASK // width // ROW_STEP * ROW_STEP)
+        step = max(ROW_STEP, weights // width // ROW_STEP * ROW_STEP)
         for part in range(len(planned.parts)):
             for start in range(0, rows, step):
                 yield Task(number, part, start, min(start + step, rows))
 
 
-def chunks_of(planned: PlannedModule, task: Task, workers: int) -> Iterator[tuple[int, int]]:
-    """The rows of a task, as many at a time as one worker may hold."""
-    step = max(1, WEIGHTS_IN_FLIGHT // workers // planned.module.width)
+def chunks_of(planned: PlannedModule, task: Task, weights: int) -> Iterator[tuple[int, int]]:
+    """The rows of a task, as many at a time as hold no more than so many weights."""
+    step = max(1, weights // planned.module.width)
     step = step // ROW_STEP * ROW_STEP or (ROW_STEP if _by_columns(planned) else step)
     for start in range(task.start, task.stop, step):
         yield start, min(start + step, task.stop)
@@ -204,20 +205,17 @@ class Written:
             return None
 
 
-def write_task(
-    plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, workers: int, measure: bool
-) -> Written:
-    """Convert some rows and write them; with `measure` their error is found while the source is at hand."""
+def write_task(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, chunk: int, measure: bool) -> Written:
+    """Convert some rows and write them, `chunk` weights at a time.
+
+    With `measure` their error is found while the source is at hand.
+    """
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
     first_row = task.part * planned.module.rows
-    for start, stop in chunks_of(planned, task, workers):
+    for start, stop in chunks_of(planned, task, chunk):
         arrays, error = _make_rows(plan, task, source, (start, stop), measure)
         total.add(error)
-        if planned.target is not None:
-            affine.check(Packed(*arrays), planned.module.path, first_row + start)
-        else:
-            _refuse_overflow(arrays[0], planned, plan, start)
         for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
             data = as_bytes(array)
             digests.update(number, data)
@@ -232,42 +230,54 @@ def _make_rows(
     planned, dtype = plan.modules[task.module], mlx_dtype(plan.dtype)
     part, reader, target = planned.parts[task.part], planned.readers[task.part], planned.target
     arrays: tuple[mx.array, ...]
-    # Floats that are not finite show in their norm, for free.
-    shown_by_norm = measure and isinstance(reader, FloatReader)
     if planned.method == "repack":
         arrays = repacked(planned, reader, part, source, rows, dtype, check=True)
         floats = reader.floats(source, part, *rows, check=False) if measure else mx.array(0.0)
     else:
-        floats = reader.floats(source, part, *rows, check=not shown_by_norm)
+        # Floats that are not finite show in what is made of them.
+        floats = reader.floats(source, part, *rows, check=not isinstance(reader, FloatReader))
         if target is None:
             arrays = (floats.astype(dtype),)
         else:
             arrays = affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
-    if not measure:
-        mx.eval(*arrays)
-        return arrays, ModuleError()
-    sums = compare(floats, arrays, planned, plan)
-    mx.eval(sums, *arrays)
-    error = error_of(sums, planned, rows)
-    if shown_by_norm and not math.isfinite(error.squared_norm):
-        reader.floats(source, part, *rows, check=True)
-    return arrays, error
+    sums = compare(floats, arrays, planned, plan) if measure else mx.zeros(0)
+    finite = mx.stack([(array * 0.0).sum().astype(mx.float32) for array in arrays if array.dtype != mx.uint32])
+    found = mx.concatenate([sums, finite])
+    mx.eval(found, *arrays)  # all at once: each wait costs more than the small sums
+    numbers = cast(list[float], found.tolist())
+    if any(map(math.isnan, numbers[sums.size :])):
+        _refuse_infinities(plan, task, source, rows, arrays)
+    return arrays, error_of(numbers[: sums.size], planned, rows) if measure else ModuleError()
 
 
-def is_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, workers: int) -> bool:
+def _refuse_infinities(
+    plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], arrays: tuple[mx.array, ...]
+) -> None:
+    """Raise for rows of a target that are not finite: the source's are not, or they are beyond the target's dtype."""
+    planned = plan.modules[task.module]
+    planned.readers[task.part].floats(source, planned.parts[task.part], *rows, check=True)
+    if planned.target is not None:
+        affine.check(Packed(*arrays), planned.module.path, task.part * planned.module.rows + rows[0])
+    raise ConversionError(
+        f"{planned.module.path}: has weights too large for {plan.dtype} (row {rows[0]} and after)",
+        hint="Choose another --dtype: bfloat16 or float32.",
+    )
+
+
+def is_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, chunk: int) -> bool:
     """Whether what lies on disk for a task has the hash that was noted when it was written."""
     planned = plan.modules[task.module]
     digests = _Digests(planned)
     first_row = task.part * planned.module.rows
-    for start, stop in chunks_of(planned, task, workers):
+    for start, stop in chunks_of(planned, task, chunk):
         for number, tensor in enumerate(planned.outputs):
             digests.update(number, target.read(tensor, first_row + start, stop - start))
     return digests.hexdigest() == digest
 
 
-def check_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, workers: int) -> None:
+def check_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, chunk: int) -> None:
     """Raises `VerificationError` unless a task's bytes are on the disk as they were written."""
-    if not is_on_disk(plan, task, target, digest, workers):
+    if not is_on_disk(plan, task, target, digest, chunk):
         raise VerificationError(
             f"{plan.modules[task.module].module.path}: what is on the disk differs from what was written, between rows "
             f"{task.start} and {task.stop}",
@@ -295,15 +305,6 @@ def as_bytes(array: mx.array) -> memoryview:
         array = array.view(mx.uint16)
     exported: Any = array
     return memoryview(exported).cast("B")
-
-
-def _refuse_overflow(rows: mx.array, planned: PlannedModule, plan: Plan, start: int) -> None:
-    if planned.method == "copy" or not mx.isinf(rows).any().item():
-        return
-    raise ConversionError(
-        f"{planned.module.path}: has weights too large for {plan.dtype} (row {start} and after)",
-        hint="Choose another --dtype: bfloat16 or float32.",
-    )
 
 
 def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Callable[[Task, T], None]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 
@@ -92,9 +91,9 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
     return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size, beyond])
 
 
-def error_of(sums: mx.array, planned: PlannedModule, rows: tuple[int, int]) -> ModuleError:
+def error_of(sums: Sequence[float], planned: PlannedModule, rows: tuple[int, int]) -> ModuleError:
     """What `compare` found for some rows. Raises `VerificationError` if codes that should be kept are not."""
-    error, norm, bound, beyond = cast(list[float], sums.tolist())
+    error, norm, bound, beyond = sums
     if planned.method != "repack":
         return ModuleError(error, norm, bound)
     if not beyond <= 0:
