@@ -1,15 +1,21 @@
-"""Replies: the same result for every cut, and nothing held back without need."""
+"""Replies: the same result for every cut, nothing held back without need, nothing lost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations, count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.reply import Delta, Reply, ReplyParser, parse_reply
+from mlxqwen.reply import MAX_WARNINGS, Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, join_deltas, parse_reply
+from mlxqwen.tool_call_text import ToolCallScanner
 
 # Text of a thinking model → reasoning and content.
 THINKING: list[tuple[str, str | None, str]] = [
@@ -68,69 +74,460 @@ CASES: list[tuple[str, bool | None, Reply]] = [
 CASES += [(text, True, Reply(reasoning, content)) for text, reasoning, content in THINKING]
 CASES += [(text, False, Reply(None, content)) for text, content in CONTENT]
 
+NOW = '<tool_call>{"name": "now"}</tool_call>'
+# Text of an answer of a model with tools → content and calls, by name and arguments.
+CALLS: list[tuple[str, str, list[tuple[str, str]]]] = [
+    ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "", [("f", '{"a": 1}')]),
+    (f"{NOW}\n{NOW}\n", "", [("now", "{}")] * 2),
+    (f"Look.\n\n{NOW}", "Look.", [("now", "{}")]),
+    (f"\n{NOW}\nand\n{NOW}\n", "and", [("now", "{}")] * 2),
+    (f"a\n{NOW}\n\n{NOW}\n\nb\n", "a\nb", [("now", "{}")] * 2),
+    (f"a{NOW}b", "ab", [("now", "{}")]),
+    ('<tool_call>{"arguments":{"b":[{"c":"}"}]},"name":"f"}</tool_call>', "", [("f", '{"b":[{"c":"}"}]}')]),
+    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("f", '{"a": 1}')]),
+    ('<tool_call>{"name":"f","arguments":{"a":"</tool_call>"}}</tool_call>', "", [("f", '{"a":"</tool_call>"}')]),
+    ('<tool_call>{"name":"f","arguments":{"a":"\\"<tool_call>{"}}</tool_call>', "", [("f", '{"a":"\\"<tool_call>{"}')]),
+    (
+        '<tool_call>{"name":"f","arguments":{"é":"\\ud83d\\ude00\\\\"}}</tool_call>',
+        "",
+        [("f", '{"é":"\\ud83d\\ude00\\\\"}')],
+    ),
+    (
+        '<tool_call>{"name":"f","arguments":{"a":[-1.5e3,true,null]}}</tool_call>',
+        "",
+        [("f", '{"a":[-1.5e3,true,null]}')],
+    ),
+    ("a <tool_calls> </tool_call> <tool_cal", "a <tool_calls> </tool_call> <tool_cal", []),
+    (f"<<tool_call><tool_call>{NOW[11:]}<", "<<tool_call><", [("now", "{}")]),
+    ("use <tool_call> here", "use <tool_call> here", []),
+    ("<think>\na\n</think>", "<think>\na\n</think>", []),
+]
+# What is no call, kept as it is.
+BROKEN = [
+    "<tool_call></tool_call>",
+    "<tool_call>\n\n</tool_call>",
+    "<tool_call>now</tool_call>",
+    "<tool_call>[]</tool_call>",
+    "<tool_call>{}</tool_call>",
+    '<tool_call>{"name": "f"}, {}</tool_call>',
+    '<tool_call>{"name": "f"}}</tool_call>',
+    '<tool_call>{"name": "f"]</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1,}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 01}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": .5}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": True}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": -Infinity}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": "\\x"}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": "\n"}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>',
+    '<tool_call>{"name": "f", "name": "g"}</tool_call>',
+    '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": null}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": "a"}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>',
+    '<tool_call>{"name": ""}</tool_call>',
+    '<tool_call>{"name": 1}</tool_call>',
+    '<tool_call>{"arguments": {}}</tool_call>',
+    "<tool_call>{'name': 'f'}</tool_call>",
+    '<tool_call>{"name": "f", "arguments": {"a": "}}</tool_call>',
+    '<tool_call>{"name": "f}</tool_call>',
+    '<tool_call>{"name": "f"}</tool_call',
+    '<tool_call>{"name": "f"',
+    '<tool_call>{"name": "f',
+    "<tool_call>",
+]
+
 PIECES = st.lists(
     st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</", "<", ">", "\n", "\n\n", " ", "a", "b c", "é"]),
     max_size=12,
 )
 
 
+SPLIT_TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_", "call>", "</tool_call", "<tool_calls>"]
+SPLIT_JSON = ['{"name": "f"', ', "arguments": ', '{"a": 1}', '"', '\\"', "\\", "{", "}", "[", "]", ",", ":", '{"', '"}']
+SPLIT_JSON += ["1", "1x", "NaN", "null", "name", '\\"a\\": 1', "\\u00", "e9", '"arguments": {"q": "']
+CALL_PIECES = st.lists(
+    st.sampled_from(
+        [*SPLIT_TAGS, *SPLIT_JSON, NOW, "<", ">", "\n", " ", "a", "é", '<tool_call>{"a":"', '"}</tool_call>']
+    ),
+    max_size=25,
+)
+MODES = st.sampled_from([True, False, None])
+
+
+def numbered() -> Callable[[], str]:
+    numbers = count()
+    return lambda: str(next(numbers))
+
+
+def calls_of(pairs: Iterable[tuple[str, str]]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(str(i), name, arguments) for i, (name, arguments) in enumerate(pairs))
+
+
 def joined(deltas: Iterable[Delta]) -> Reply:
     deltas = list(deltas)
     for delta in deltas:
-        assert bool(delta.reasoning) != bool(delta.content), "one of the two, and never empty"
-    first_content = next((i for i, delta in enumerate(deltas) if delta.content), len(deltas))
-    assert all(delta.content for delta in deltas[first_content:]), "no reasoning behind content"
-    return Reply("".join(d.reasoning or "" for d in deltas) or None, "".join(d.content or "" for d in deltas))
+        assert bool(delta.reasoning) + bool(delta.content) + bool(delta.tool_call) == 1, "one of them, and never empty"
+    reasons = [bool(delta.reasoning) for delta in deltas]
+    assert reasons == sorted(reasons, reverse=True), "no reasoning behind anything else"
+    calls = [delta.tool_call for delta in deltas if delta.tool_call]
+    assert [call.index for call in calls] == list(range(len(calls)))
+    return Reply(
+        "".join(d.reasoning or "" for d in deltas) or None,
+        "".join(d.content or "" for d in deltas),
+        tuple(ToolCall(call.id or "", call.name or "", call.arguments) for call in calls),
+    )
 
 
-def in_pieces(pieces: Sequence[str], thinking: bool | None) -> Reply:
-    parser = ReplyParser(thinking=thinking)
+def in_pieces(pieces: Sequence[str], thinking: bool | None, tools: bool = False) -> tuple[Reply, list[str]]:
+    parser = ReplyParser(thinking=thinking, tools=tools, new_id=numbered())
     deltas = [delta for piece in pieces for delta in parser.feed(piece)]
-    return joined(deltas + parser.finish())
+    return joined(deltas + parser.finish()), parser.warnings
 
 
-def by_the_book(text: str, thinking: bool | None) -> Reply:
+def whole(text: str, thinking: bool | None, tools: bool = False) -> Reply:
+    reply = parse_reply(text, thinking=thinking, tools=tools)
+    assert len({call.id for call in reply.tool_calls}) == len(reply.tool_calls)
+    assert all(re.fullmatch("call_[0-9a-f]{24}", call.id) for call in reply.tool_calls)
+    return replace(reply, tool_calls=calls_of((call.name, call.arguments) for call in reply.tool_calls))
+
+
+def by_the_book(text: str, thinking: bool | None, tools: bool = False) -> Reply:
     """The rule for a whole text."""
     reasoning, content = "", text
     if thinking or (thinking is None and text.lstrip("\n").startswith("<think>")):
-        reasoning, _, content = text.lstrip("\n").removeprefix("<think>").partition("</think>")
-    return Reply(reasoning.strip("\n") or None, content.strip("\n"))
+        thought = text.lstrip("\n").removeprefix("<think>")
+        end = re.search("</think>|(?=<tool_call>)" if tools else "</think>", thought)
+        reasoning, content = (thought[: end.start()], thought[end.end() :]) if end else (thought, "")
+    calls: list[tuple[str, str]] = []
+    if tools:
+        content, calls = calls_by_the_book(content)
+    return Reply(reasoning.strip("\n") or None, content.strip("\n"), calls_of(calls))
+
+
+def calls_by_the_book(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile."""
+    content, calls, at = "", [], 0
+    while (start := text.find("<tool_call>", at)) >= 0:
+        content += text[at:start]
+        at, call = call_by_the_book(text, start + len("<tool_call>"))
+        content += text[start:at] if call is None else "\0"
+        calls += [] if call is None else [call]
+    content = (content + text[at:]).strip("\n\0")
+    return re.sub("\n*\0[\n\0]*", lambda found: "\n" if "\n" in found[0] else "", content), calls
+
+
+def call_by_the_book(text: str, start: int) -> tuple[int, tuple[str, str] | None]:
+    """Where what begins with a call's tag ends, and the call, if it is one."""
+    end, value = json_object(text, start)
+    close = re.compile(r"[ \t\r\n]*(</tool_call>)?").match(text, end)
+    assert close
+    if value is None or not close[1]:
+        first = text.find("</tool_call>", start, close.end())
+        return (close.end() if first < 0 else first + len("</tool_call>")), None
+    return close.end(), checked_call(text[start:end])
+
+
+def json_object(text: str, start: int) -> tuple[int, object]:
+    """Where the object ends, or where the text stops to look like one."""
+    begin = re.compile(r"[ \t\r\n]*").match(text, start)
+    assert begin
+    if not text.startswith("{", begin.end()):
+        return begin.end(), None
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, begin.end())
+    except json.JSONDecodeError as error:
+        return (len(text) if error.msg.startswith("Unterminated") else error.pos), None
+    return end, value
+
+
+def checked_call(text: str) -> tuple[str, str] | None:
+    pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
+    call = dict(pairs)
+    if not well_made(pairs) or not isinstance(call.get("name"), str) or not call["name"]:
+        return None
+    if set(call) == {"name"}:
+        return call["name"], "{}"
+    arguments = call.get("arguments", 0)
+    if isinstance(arguments, str):
+        try:
+            inner = json.loads(arguments, object_pairs_hook=lambda pairs: ("object", pairs))
+        except ValueError:
+            return None
+        return (call["name"], arguments) if isinstance(inner, tuple) and well_made(inner[1]) else None
+    if not isinstance(json.loads(text).get("arguments"), dict):
+        return None
+    # Its source is the piece of the text that means the same: no two that do are the same length here.
+    value = json.loads(text)["arguments"]
+    sources = (text[i : j + 1] for i in indices(text, "{") if i for j in reversed(indices(text, "}")))
+    return call["name"], next(source for source in sources if loads_to(source, value))
+
+
+def indices(text: str, character: str) -> list[int]:
+    return [i for i, found in enumerate(text) if found == character]
+
+
+def loads_to(text: str, value: object) -> bool:
+    try:
+        return bool(json.loads(text) == value)
+    except ValueError:
+        return False
+
+
+def well_made(value: object) -> bool:
+    """No key twice, nothing that is no number, no half characters; objects are lists of pairs."""
+    if isinstance(value, tuple):
+        return well_made(value[1])
+    if isinstance(value, list):
+        keys = [pair[0] for pair in value if isinstance(pair, tuple)]
+        return len(keys) == len(set(keys)) and all(map(well_made, value))
+    if isinstance(value, str):
+        return not re.search("[\ud800-\udfff]", value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @pytest.mark.parametrize(("text", "thinking", "expected"), CASES)
 def test_every_cut_gives_the_same_reply(text: str, thinking: bool | None, expected: Reply) -> None:
     assert parse_reply(text, thinking=thinking) == expected == by_the_book(text, thinking)
     for first, second in combinations(range(len(text) + 1), 2):
-        assert in_pieces([text[:first], text[first:second], text[second:]], thinking) == expected
-    assert in_pieces(list(text), thinking) == expected
+        assert in_pieces([text[:first], text[first:second], text[second:]], thinking) == (expected, [])
+    assert in_pieces(list(text), thinking) == (expected, [])
 
 
-@given(PIECES, st.sampled_from([True, False, None]), st.data())
-def test_every_text_in_every_cut(pieces: list[str], thinking: bool | None, data: st.DataObject) -> None:
+def assert_every_cut(text: str, thinking: bool | None, expected: Reply) -> list[str]:
+    """Whole, in two pieces and character by character; the warnings."""
+    assert whole(text, thinking, tools=True) == expected == by_the_book(text, thinking, tools=True)
+    reply, warnings = in_pieces(list(text), thinking, tools=True)
+    assert reply == expected
+    for cut in range(len(text) + 1):
+        assert in_pieces([text[:cut], text[cut:]], thinking, tools=True) == (expected, warnings)
+    return warnings
+
+
+@pytest.mark.parametrize(("text", "content", "calls"), CALLS)
+def test_tool_calls(text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    warnings = assert_every_cut(text, False, Reply(None, content, calls_of(calls)))
+    assert len(warnings) == content.count("<tool_call>")
+    thought = Reply("Hm.", content, calls_of(calls))
+    assert assert_every_cut(f"<think>\nHm.\n</think>\n\n{text}", True, thought) == warnings
+    assert whole(text, False) == Reply(None, text.strip("\n"))
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
+    (warning,) = assert_every_cut(text, False, Reply(None, text))
+    assert warning.startswith("a tool call was kept as text: ")
+    now = calls_of([("now", "{}")])
+    behind = f"{text} </tool_call>" if "</tool_call>" not in text else text
+    assert assert_every_cut(f"a\n{behind}\n{NOW}\nb", False, Reply(None, f"a\n{behind}\nb", now))
+    assert len(assert_every_cut(f"{NOW}\n{text}\n", False, Reply(None, text, now))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "calls"),
+    [
+        (f"Hm.\n{NOW}", "Hm.", "", 1),
+        (f"<think>\nHm.\n{NOW}\nb", "Hm.", "b", 1),
+        (f"{NOW}", None, "", 1),
+        (f"<think>{NOW}</think>", None, "</think>", 1),
+        ("Hm. <tool_call> or", "Hm. ", "<tool_call> or", 0),
+        ("Hm. <tool_call", "Hm. <tool_call", "", 0),
+        ("Hm. <tool_calls></think>a", "Hm. <tool_calls>", "a", 0),
+    ],
+)
+def test_a_call_ends_open_reasoning(text: str, reasoning: str | None, content: str, calls: int) -> None:
+    assert_every_cut(text, True, Reply(reasoning, content, calls_of([("now", "{}")] * calls)))
+    assert whole(f"a{NOW}</think>b", True) == Reply(f"a{NOW}", "b")
+
+
+@given(PIECES | CALL_PIECES, MODES, st.booleans(), st.data())
+def test_every_text_in_every_cut(pieces: list[str], thinking: bool | None, tools: bool, data: st.DataObject) -> None:
     text = "".join(pieces)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     cut = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert in_pieces(cut, thinking) == by_the_book(text, thinking)
+    expected = by_the_book(text, thinking, tools)
+    reply, warnings = in_pieces(cut, thinking, tools)
+    assert reply == expected
+    assert in_pieces(list(text), thinking, tools) == (expected, warnings)
 
 
-@given(PIECES, st.sampled_from([True, False, None]))
-def test_only_what_may_be_a_tag_or_an_edge_is_held_back(pieces: list[str], thinking: bool | None) -> None:
+def hides(text: str) -> bool:
+    """Whether nothing of an answer that goes on may be shown of this: it is, or may become, line breaks and a call."""
+    rest = text.lstrip("\n")
+    if not rest.startswith("<tool_call>"):
+        return "<tool_call>".startswith(rest)
+    end, value = json_object(rest, len("<tool_call>"))
+    if value is None:  # a number or an escape cut off looks wrong from its first character on
+        return end == len(rest) or re.search(r'[-+.0-9A-Za-z"\\]$', rest) is not None
+    return "</tool_call>".startswith(rest[end:].lstrip(" \t\r\n"))
+
+
+@given(PIECES | CALL_PIECES, MODES, st.booleans())
+def test_only_what_may_be_a_tag_a_call_or_an_edge_is_held_back(
+    pieces: list[str], thinking: bool | None, tools: bool
+) -> None:
     text = "".join(pieces)
-    parser = ReplyParser(thinking=thinking)
+    parser = ReplyParser(thinking=thinking, tools=tools, new_id=numbered())
     shown = joined(parser.feed(text))
-    whole = parse_reply(text, thinking=thinking)
+    reply = by_the_book(text, thinking, tools)
     if thinking is None and "<think>".startswith(text.lstrip("\n")):
         assert shown == Reply(None, "")  # it may still become a think block
         return
-    if whole.content or not parser.in_reasoning:
-        # Once in the content, everything but line breaks at its end is out.
-        assert shown == whole
+    if reply.content or not parser.in_reasoning:
+        assert shown.reasoning == reply.reasoning
+        assert reply.content.startswith(shown.content)
+        held = reply.content.removeprefix(shown.content)
+        if "<tool_call>" in held.removeprefix("\n").removeprefix("<tool_call>"):
+            return  # a call not whole holds others, which count at the end
+        assert shown.tool_calls == reply.tool_calls
+        assert not held or (tools and hides(held))
         return
-    reasoning = whole.reasoning or ""
+    reasoning = reply.reasoning or ""
     held = reasoning.removeprefix(shown.reasoning or "")
     assert reasoning == (shown.reasoning or "") + held
     rest = held.lstrip("\n")
-    assert rest == "" or "</think>".startswith(rest) or (held == reasoning and "<think>".startswith(rest))
+    tags = ("</think>", "<tool_call>") if tools else ("</think>",)
+    may_be_tag = any(tag.startswith(rest) for tag in tags)
+    assert rest == "" or may_be_tag or (held == reasoning and "<think>".startswith(rest))
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8"))
+    | st.sampled_from(["</tool_call>", "<tool_call>", '"', "\\"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8"), min_size=1),
+            st.dictionaries(st.text(st.characters(codec="utf-8")), JSON_VALUES, max_size=3),
+            st.sampled_from(["object", "string", "arguments first"]),
+            st.booleans(),
+            st.sampled_from([None, 1]),
+        ),
+        max_size=3,
+    ),
+    st.integers(1, 9),
+)
+def test_what_the_standard_library_writes_is_read_back(
+    written: list[tuple[str, dict[str, object], str, bool, int | None]], size: int
+) -> None:
+    text, expected = "", []
+    for name, values, form, ascii_only, indent in written:
+        source = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
+        as_string = json.dumps(source, ensure_ascii=ascii_only)
+        fields = [f'"name": {json.dumps(name, ensure_ascii=ascii_only)}']
+        fields.append(f'"arguments": {as_string if form == "string" else source}')
+        fields = fields[::-1] if form == "arguments first" else fields
+        text += f"<tool_call>\n{{{', '.join(fields)}}}\n</tool_call>\n"
+        expected.append((name, source))
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    assert in_pieces(pieces, False, tools=True) == (Reply(None, "", calls_of(expected)), [])
+
+
+@given(st.text(st.sampled_from('<>/tol_ca{}[]":,\\ \n1a')), MODES)
+def test_nothing_is_lost(text: str, thinking: bool | None) -> None:
+    parser = ReplyParser(thinking=thinking, tools=True)
+    deltas = [delta for character in text for delta in parser.feed(character)] + parser.finish()
+    kept = "".join((d.reasoning or "") + (d.content or "") for d in deltas if not d.tool_call)
+    assert kept.replace("\n", "") == text.replace("\n", "")
+
+
+def test_a_call_comes_when_it_is_whole_and_text_at_once() -> None:
+    parser = ReplyParser(thinking=False, tools=True, new_id=numbered())
+    pieces = [
+        "a\n<tool",
+        "_call>\n",
+        '{"name": "now"}\n</tool_call',
+        ">",
+        "\n",
+        "b",
+        "<tool_call> ",
+        "c",
+        "<tool_call>{",
+        "}",
+    ]
+    shown = [joined(parser.feed(piece)) for piece in pieces]
+    assert [reply.content for reply in shown] == ["a", "", "", "", "", "\nb", "", "<tool_call> c", "", ""]
+    assert [reply.tool_calls for reply in shown] == [(), (), (), calls_of([("now", "{}")]), *[()] * 6]
+    assert joined(parser.finish()) == Reply(None, "<tool_call>{}")
+
+
+def test_warnings_are_logged_and_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    reply = parse_reply("<tool_call>x" * 1000, thinking=False, tools=True)
+    assert reply == Reply(None, "<tool_call>x" * 1000)
+    assert [record.name for record in caplog.records] == ["mlxqwen"] * (MAX_WARNINGS + 1)
+    assert caplog.records[0].levelno == logging.WARNING
+    assert caplog.messages[0] == "a tool call was kept as text: found 'x', expected an object"
+    assert caplog.messages[-1] == "more tool calls were kept as text"
+    long_key = f'<tool_call>{{"{"k" * 9999}": 1}}</tool_call>'
+    _, (warning,) = in_pieces([long_key], False, tools=True)
+    assert len(warning) < 250
+
+
+LENGTH = 20_000
+HARD = [
+    "<tool_call>",
+    '<tool_call>{"a":"</tool_call>',
+    '<tool_call>{"a":["</tool_call>",',
+    '<tool_call>{"</tool_call>',
+    NOW,
+]
+
+
+@pytest.mark.parametrize("size", [1, 5, LENGTH])
+@pytest.mark.parametrize(
+    "text",
+    [*(unit * (LENGTH // len(unit)) for unit in HARD)]
+    + [start + "[" * LENGTH for start in ("<tool_call>", '<tool_call>{"a":')]
+    + ['<tool_call>{"a":' + "1" * LENGTH, "<tool_call>" + " " * LENGTH, '<tool_call>{"a":' * (LENGTH // 16)]
+    + ['<tool_call>{"a":"' + "</tool_call><tool_call>{" * (LENGTH // 24)]
+    + ['<tool_call>{"name":"f","arguments":{"a":"' + "\\u0041" * (LENGTH // 6) + '"}}</tool_call>']
+    + ['<tool_call>{"name":"f","arguments":"' + "[" * LENGTH + '"}</tool_call>'],
+    ids=lambda text: text[:40],
+)
+def test_every_character_is_looked_at_a_few_times_at_most(
+    text: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = 0
+    feed = ToolCallScanner.feed
+
+    def counting(scanner: ToolCallScanner, piece: str, start: int = 0) -> int:
+        nonlocal taken
+        end = feed(scanner, piece, start)
+        taken += end - start + 1
+        return end
+
+    monkeypatch.setattr(ToolCallScanner, "feed", counting)
+    reply, _ = in_pieces([text[at : at + size] for at in range(0, len(text), size)], False, tools=True)
+    assert taken <= 3 * len(text)
+    assert reply.content == text or reply.tool_calls
+
+
+def test_pieces_of_calls_are_joined() -> None:
+    deltas = [
+        Delta(reasoning="a"),
+        Delta(tool_call=ToolCallDelta(0, "x", "f", "")),
+        Delta(tool_call=ToolCallDelta(1, "y", "g", "{}")),
+        Delta(content="b"),
+        Delta(tool_call=ToolCallDelta(0, None, None, '{"a"')),
+        Delta(tool_call=ToolCallDelta(0, None, None, ": 1}")),
+    ]
+    calls = (ToolCall("x", "f", '{"a": 1}'), ToolCall("y", "g", "{}"))
+    assert join_deltas(deltas) == Reply("a", "b", calls)
 
 
 @pytest.mark.parametrize(
