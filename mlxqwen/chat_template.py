@@ -20,6 +20,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
+    replacements: Mapping[str, str] | None = None,
 ) -> str:
     """Render a conversation.
 
@@ -30,6 +31,7 @@ def render_chat(
         add_generation_prompt: passed to the template.
         continue_final_message: cut the text after the last message's content.
         variables: further variables of the template.
+        replacements: texts in the template's own literals → what stands in their place.
 
     Raises:
         TemplateError: the template is broken, forbidden or too expensive.
@@ -48,6 +50,7 @@ def render_chat(
             "add_generation_prompt": add_generation_prompt,
             **(variables or {}),
         },
+        replacements=replacements,
     )
     return _cut_at(text, marker, final_content) if continue_final_message else text
 

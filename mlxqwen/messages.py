@@ -14,12 +14,24 @@ from typing import Any
 from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.json_file import find_lone_surrogate
 
-__all__ = ["check_unicode", "prepare_messages", "prepare_tools", "soft_switch", "to_plain_json"]
+__all__ = [
+    "check_conversation",
+    "check_unicode",
+    "prepare_messages",
+    "prepare_tools",
+    "soft_switch",
+    "split_reasoning",
+    "to_plain_json",
+    "without_old_reasoning",
+]
 
 MAX_DEPTH = 64
 
 # Not in a word or path; characters beyond ASCII do not count as a word, as Chinese is written without spaces.
 _SOFT_SWITCH = re.compile(r"(?<![\w/])/(?:no_)?think(?![\w/])", re.ASCII)
+_THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
+_CALL_FORM = 'A call is {"id": …, "type": "function", "function": {"name": …, "arguments": {…}}}.'
+_ROLES = ("system", "user", "assistant", "tool")
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -105,6 +117,142 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
     return [to_plain_json(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
+def split_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw reply of an assistant → its reasoning and its content, as Qwen3's chat template would part them.
+
+    Only closed think blocks that open the content count, and only where no reasoning is given beside it; tags further
+    on are what the reply speaks of.
+
+    Args:
+        message: as `prepare_messages` returns it; never modified.
+    """
+    if message["role"] != "assistant" or "reasoning_content" in message:
+        return dict(message)
+    content = message["content"]
+    thoughts = []
+    end = 0
+    while block := _THINK_BLOCK.match(content, end):
+        thoughts.append(block[1].strip("\n"))
+        end = block.end()
+    if not thoughts:
+        return dict(message)
+    return _with_reasoning({**message, "content": content[end:]}, "\n".join(filter(None, thoughts)))
+
+
+def without_old_reasoning(
+    messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False
+) -> list[dict[str, Any]]:
+    """A conversation without the reasoning behind answers already given: what follows the last question keeps it.
+
+    Qwen3's chat template leaves it out as well: its ids are the same for what comes out as for what goes in.
+
+    Args:
+        messages: checked by `prepare_messages`, which also says what comes out.
+        trust_special_tokens: as for the template: whether a user's message in `<tool_response>` tags is no question
+            but a tool's result.
+    """
+    prepared = prepare_messages(messages)
+    questions = [i for i, message in enumerate(prepared) if _is_question(message, trust_special_tokens)]
+    # Without any question Qwen3's template leaves all reasoning out.
+    old = questions[-1] if questions else len(prepared)
+    return [*map(_without_reasoning, prepared[:old]), *prepared[old:]]
+
+
+def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what `prepare_messages` lets pass for the template's sake, but no chat should hold.
+
+    Roles are system (first only), user, assistant and tool. Only an assistant calls tools, and may then lack content;
+    tools answer the calls of the assistant message before them.
+
+    Raises:
+        MessagesError: names the message, what is wrong with it and the way out.
+    """
+    calls: Sequence[Mapping[str, Any]] | None = None
+    for i, message in enumerate(prepare_messages(messages)):
+        where = f"messages[{i}]"
+        role = message["role"]
+        _check_role(role, where, is_first=i == 0)
+        if role == "tool":
+            _check_tool_answer(message, calls, where)
+            continue
+        calls = _check_tool_calls(message, where)
+        if role != "assistant" and messages[i].get("content") is None:
+            raise MessagesError(
+                f"{where}: content: found none, expected text", hint="Only an assistant may lack content."
+            )
+
+
+def _check_role(role: str, where: str, *, is_first: bool) -> None:
+    if role not in _ROLES:
+        known = {"developer": "system", "function": "tool"}
+        raise MessagesError(
+            f"{where}: role: found {role!r}, expected one of {', '.join(_ROLES)}",
+            hint=f"Qwen3 calls it {known[role]!r}." if role in known else "Qwen3 knows no other role.",
+        )
+    if role == "system" and not is_first:
+        raise MessagesError(
+            f"{where}: role: found 'system', expected it in the first message only",
+            hint="Put all instructions into messages[0], or say it as a user.",
+        )
+
+
+def _check_tool_calls(message: Mapping[str, Any], where: str) -> Sequence[Mapping[str, Any]] | None:
+    """The calls of a message; None if it has none."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return None
+    if message["role"] != "assistant":
+        raise MessagesError(
+            f"{where}: tool_calls: found in a message of role {message['role']!r}, expected none",
+            hint="Only an assistant calls tools; results are messages of role 'tool'.",
+        )
+    if not isinstance(calls, list):
+        raise MessagesError(f"{where}: tool_calls: found {type(calls).__name__}, expected a list", hint=_CALL_FORM)
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise MessagesError(f"{where}: tool_calls[{i}]: found no function name", hint=_CALL_FORM)
+        if not isinstance(function.get("arguments"), str | dict):
+            found = type(function["arguments"]).__name__ if function.get("arguments") is not None else "none"
+            raise MessagesError(
+                f"{where}: tool_calls[{i}]: arguments: found {found}, expected a dict or its JSON text", hint=_CALL_FORM
+            )
+    return calls
+
+
+def _check_tool_answer(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]] | None, where: str) -> None:
+    if calls is None:
+        raise MessagesError(
+            f"{where}: found a tool's result, expected a call of it before",
+            hint="Keep the assistant message with its tool_calls in front of the results.",
+        )
+    call_id = message.get("tool_call_id")
+    known = [call["id"] for call in calls if "id" in call]
+    if call_id is not None and call_id not in known:
+        expected = f"one of {known}" if known else "none, as the calls have no id"
+        raise MessagesError(
+            f"{where}: tool_call_id: found {call_id!r}, expected {expected}",
+            hint="Give each result the id of the call that it answers.",
+        )
+
+
+def _is_question(message: Mapping[str, Any], trust_special_tokens: bool) -> bool:
+    content = message["content"]
+    is_result = content.startswith("<tool_response>") and content.endswith("</tool_response>")
+    return message["role"] == "user" and not (trust_special_tokens and is_result)
+
+
+def _without_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in split_reasoning(message).items() if name not in _REASONING_NAMES}
+    # Beside reasoning a think block is content, which it must not cease to be.
+    is_text = "reasoning_content" in message and "</think>" in message["content"]
+    return _with_reasoning(kept, "") if is_text else kept
+
+
+def _with_reasoning(message: Mapping[str, Any], reasoning: object) -> dict[str, Any]:
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 def _prepare_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise MessagesError(
@@ -118,7 +266,7 @@ def _prepare_message(message: object, where: str) -> dict[str, Any]:
     plain = {key: value for key, value in to_plain_json(message, where).items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING_NAMES if name in plain), None)
     if reasoning is not None:
-        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        plain = _with_reasoning(plain, reasoning)
     may_lack_content = bool(plain.get("tool_calls")) or reasoning is not None
     plain["content"] = _content_text(plain.get("content"), where, may_lack_content)
     return plain

@@ -19,6 +19,7 @@ import tokenizers
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
 from mlxqwen.json_file import find_lone_surrogate, read_bounded, read_json_object, read_text
 from mlxqwen.messages import check_unicode, prepare_messages, prepare_tools, to_plain_json
+from mlxqwen.safe_text import SafeChatEncoder
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -37,6 +38,7 @@ _WITHOUT_TEMPLATE = (
 )
 
 _T = TypeVar("_T")
+_Rendered = TypeVar("_Rendered", str, list[int])
 
 
 @lru_cache(maxsize=1)
@@ -208,6 +210,7 @@ class Tokenizer:
         continue_final_message: bool = False,
         *,
         chat_template: str | None = None,
+        trust_special_tokens: bool = True,
         **kwargs: Any,
     ) -> list[int]: ...
 
@@ -222,6 +225,7 @@ class Tokenizer:
         enable_thinking: bool | None = None,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        trust_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str: ...
 
@@ -235,12 +239,15 @@ class Tokenizer:
         continue_final_message: bool = False,
         *,
         chat_template: str | None = None,
+        trust_special_tokens: bool = True,
         **kwargs: Any,
     ) -> list[int] | str:
         """Render a conversation as the checkpoint's chat template says, as Hugging Face transformers does.
 
-        As there, an added token spelled in a message's content, such as `<|im_end|>`, becomes that token. Text
-        that must not speak for the template can be encoded by `encode_plain`.
+        As there, an added token spelled in a message, such as `<|im_end|>`, becomes that token, and a template may
+        act on it. With `trust_special_tokens=False` only the template can say such tokens: in messages, tools and
+        variables they are plain text; other text keeps its ids. A think block that opens an assistant's content is
+        then taken for its reasoning.
 
         Args:
             messages: dicts with `role` and `content`; content is a string or a list of parts
@@ -254,12 +261,15 @@ class Tokenizer:
             continue_final_message: leave the last message open, so that the model goes on with it.
             chat_template: the name of one of `chat_templates`, or a template's source. By
                 default `tool_use` if there are tools and such a template, else `default`.
+            trust_special_tokens: whether added tokens spelled in the conversation become those tokens. False gives
+                ids only, as text cannot tell one from the other.
             **kwargs: further variables of the template.
 
         Raises:
             MessagesError: messages or tools that no template could render.
             OptionError: arguments that contradict each other.
-            TemplateError: no template, or one that is broken, forbidden, too expensive, or renders no text.
+            TemplateError: no template, or one that is broken, forbidden, too expensive, or renders no text; or, with
+                `trust_special_tokens=False`, one that puts special tokens together from pieces.
         """
         from mlxqwen.chat_template import render_chat
 
@@ -274,27 +284,60 @@ class Tokenizer:
                 "apply_chat_template: continue_final_message and add_generation_prompt exclude each other",
                 hint="Use the one to go on with the last message, the other to begin a new one.",
             )
-        special_tokens = {
+        if not (tokenize or trust_special_tokens):
+            raise OptionError(
+                "apply_chat_template: trust_special_tokens=False and tokenize=False exclude each other",
+                hint="Text cannot tell forged tokens from real ones: take ids, or text with trust_special_tokens=True.",
+            )
+        variables = {name: to_plain_json(value, name) for name, value in kwargs.items()}
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        source = self._choose_template(chat_template, tools)
+        conversation = prepare_messages(messages)
+        schemas = prepare_tools(tools)
+        if not trust_special_tokens:
+            ids = self._safe_chat.encode(
+                source,
+                conversation,
+                tools=schemas,
+                special_tokens=self._special_tokens,
+                variables=variables,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            return self._not_empty(ids)
+        text = render_chat(
+            source,
+            conversation,
+            tools=schemas,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self._special_tokens, **variables},
+        )
+        return self._encode_trusted(self._not_empty(text)) if tokenize else self._not_empty(text)
+
+    def _not_empty(self, rendered: _Rendered) -> _Rendered:
+        if not rendered:
+            raise TemplateError(f"{self._folder}: the chat template renders no text", hint=_WITHOUT_TEMPLATE)
+        return rendered
+
+    @property
+    def _special_tokens(self) -> dict[str, str]:
+        """The variables of chat templates that the checkpoint itself fills."""
+        tokens = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "unk_token": self.unk_token,
         }
-        variables: dict[str, Any] = {name: token for name, token in special_tokens.items() if token is not None}
-        if enable_thinking is not None:
-            variables["enable_thinking"] = enable_thinking
-        variables |= {name: to_plain_json(value, name) for name, value in kwargs.items()}
-        text = render_chat(
-            self._choose_template(chat_template, tools),
-            prepare_messages(messages),
-            tools=prepare_tools(tools),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables=variables,
-        )
-        if not text:
-            raise TemplateError(f"{self._folder}: the chat template renders no text", hint=_WITHOUT_TEMPLATE)
-        return self._encode(self._backend, text, add_special_tokens=False) if tokenize else text
+        return {name: token for name, token in tokens.items() if token is not None}
+
+    @cached_property
+    def _safe_chat(self) -> SafeChatEncoder:
+        return SafeChatEncoder(self._added_tokens, self._encode_trusted, self.encode_plain)
+
+    def _encode_trusted(self, text: str) -> list[int]:
+        return self._encode(self._backend, text, add_special_tokens=False)
 
     @property
     def _folder(self) -> Path:

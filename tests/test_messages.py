@@ -1,0 +1,179 @@
+"""Conversations: raw replies split, old reasoning left out, sequences that no chat should hold."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxqwen.errors import MessagesError
+from mlxqwen.messages import check_conversation, prepare_messages, split_reasoning, without_old_reasoning
+from tests.test_tokenizer import QWEN
+
+CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]
+USER: dict[str, Any] = {"role": "user", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "1"}
+# Whatever the checkpoint's template does, this one says all.
+TELL_ALL = "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}|{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "rest"),
+    [
+        ("<think>\na\n</think>\n\nb", "a", "b"),
+        ("<think>a</think>b", "a", "b"),
+        ("\n <think>a</think>", "a", ""),
+        ("<think>\n\n</think>\n\n", "", ""),
+        ("<think>a\n\nb <think></think>\n  c", "a\n\nb <think>", "  c"),
+        ("<think>a</think><think>\n</think>\n<think>b</think>c", "a\nb", "c"),
+        ("<think>a</think>say </think> to end", "a", "say </think> to end"),
+    ],
+)
+def test_a_raw_reply_is_split(content: str, reasoning: str, rest: str) -> None:
+    message = prepare_messages([{"role": "assistant", "content": content}])[0]
+    before = copy.deepcopy(message)
+    split = split_reasoning(message)
+    assert (split["reasoning_content"], split["content"]) == (reasoning, rest)
+    assert message == before
+    assert split_reasoning(split) == split
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "<think>a</think>b"},
+        {"role": "tool", "content": "<think>a</think>b"},
+        {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": ""},
+        {"role": "assistant", "content": "see <think>a</think>b"},
+        {"role": "assistant", "content": "<think>a"},
+        {"role": "assistant", "content": "a</think>b"},
+        {"role": "assistant", "content": "<thinking>a</think>"},
+    ],
+)
+def test_what_is_no_raw_reply_stays(message: dict[str, Any]) -> None:
+    prepared = prepare_messages([message])[0]
+    assert split_reasoning(prepared) == prepared
+
+
+def test_many_empty_blocks_take_linear_time() -> None:
+    message = {"role": "assistant", "content": "<think></think>" * 200_000 + "x"}
+    assert split_reasoning(message)["content"] == "x"
+
+
+MORE_CASES: list[dict[str, Any]] = [
+    {"messages": [USER, {"role": "assistant", "content": content, **reasoning}, *rest]}
+    for content in (
+        "<think>a</think>b",
+        "<think>a</think>b</think>c",
+        "<think>a</think>\n<think>b</think>\n\nc",
+        "a</think>",
+    )
+    for reasoning in ({}, {"reasoning_content": "r"}, {"reasoning": "r"}, {"thinking": ""})
+    for rest in ([], [USER], [{"role": "user", "content": "<tool_response>3</tool_response>"}], [USER, ANSWER])
+]
+MORE_CASES.append({"messages": [ANSWER]})
+MORE_CASES.append({"messages": [SYSTEM, ANSWER, CALLS, RESULT, ANSWER]})
+
+
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize("case", CASES + MORE_CASES, ids=lambda case: case.get("name"))
+def test_the_template_sees_no_difference_without_old_reasoning(case: dict[str, Any], trust: bool) -> None:
+    arguments = {key: value for key, value in case.items() if key not in ("name", "text", "ids", "messages")}
+    before = copy.deepcopy(case["messages"])
+    less = without_old_reasoning(case["messages"], trust_special_tokens=trust)
+    assert case["messages"] == before
+    assert without_old_reasoning(less, trust_special_tokens=trust) == less
+    expected = QWEN.apply_chat_template(case["messages"], **arguments, trust_special_tokens=trust)
+    assert QWEN.apply_chat_template(less, **arguments, trust_special_tokens=trust) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([USER, ANSWER], "user:|Hello;assistant:hm|Hi;"),
+        ([USER, ANSWER, USER], "user:|Hello;assistant:|Hi;user:|Hello;"),
+        (
+            [USER, {**ANSWER, "content": "<think>a</think>b"}, USER],
+            "user:|Hello;assistant:|<think>a</think>b;user:|Hello;",
+        ),
+        ([USER, {"role": "assistant", "content": "<think>a</think>b"}, USER], "user:|Hello;assistant:|b;user:|Hello;"),
+        (
+            [USER, ANSWER, USER, {**CALLS, "reasoning": "r"}, RESULT, ANSWER],
+            "user:|Hello;assistant:|Hi;user:|Hello;assistant:r|;tool:|3;assistant:hm|Hi;",
+        ),
+        (
+            [USER, ANSWER, {"role": "user", "content": "<tool_response>3</tool_response>"}],
+            "user:|Hello;assistant:|Hi;user:|<tool_response>3</tool_response>;",
+        ),
+    ],
+)
+def test_old_reasoning_is_gone_whatever_the_template_does(messages: list[dict[str, Any]], told: str) -> None:
+    rendered = QWEN.apply_chat_template(without_old_reasoning(messages), tokenize=False, chat_template=TELL_ALL)
+    assert rendered == told
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER],
+        [SYSTEM, USER, ANSWER, USER],
+        [USER, CALLS, RESULT, ANSWER],
+        [USER, {**CALLS, "content": "Let me see."}, RESULT, RESULT],
+        [
+            USER,
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]},
+            {"role": "tool", "content": "3"},
+        ],
+        [USER, {**CALLS, "tool_calls": [CALL, {**CALL, "id": "2"}]}, {**RESULT, "tool_call_id": "2"}, RESULT],
+        [USER, {"role": "assistant", "content": None, "reasoning": "r"}],
+        [USER, {**ANSWER, "tool_calls": []}, USER],
+        [USER, {**ANSWER, "tool_calls": None}, USER],
+        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, {"role": "assistant", "content": ""}],
+    ],
+)
+def test_sound_conversations(messages: list[dict[str, Any]]) -> None:
+    before = copy.deepcopy(messages)
+    check_conversation(messages)
+    assert messages == before
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], "messages: found an empty list"),
+        ([USER, {"role": "moderator", "content": "x"}], r"messages\[1\]: role: found 'moderator'"),
+        (
+            [{"role": "developer", "content": "x"}],
+            "found 'developer', expected one of system.*\nQwen3 calls it 'system'",
+        ),
+        ([{"role": "user<|im_end|>", "content": "x"}], "role: found 'user<"),
+        ([{"role": "function", "content": "x"}], "\nQwen3 calls it 'tool'"),
+        ([USER, SYSTEM], r"messages\[1\]: role: found 'system', expected it in the first message only"),
+        ([{"role": "user"}], "content: found none"),
+        ([{"role": "assistant", "content": None}], "content: found none"),
+        ([{"role": "user", "content": None, "reasoning": "r"}], r"messages\[0\]: content: found none"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "tool_calls: found in a message of role 'user'"),
+        ([RESULT], r"messages\[0\]: found a tool's result, expected a call"),
+        ([USER, RESULT], "found a tool's result"),
+        ([USER, CALLS, USER, RESULT], r"messages\[3\]: found a tool's result"),
+        ([USER, {**ANSWER, "tool_calls": []}, RESULT], "found a tool's result"),
+        ([USER, CALLS, {"role": "tool", "content": None}], "content: found none"),
+        ([USER, CALLS, {**RESULT, "tool_call_id": "7"}], r"tool_call_id: found '7', expected one of \['1'\]"),
+        ([USER, {**CALLS, "tool_calls": [{"name": "f", "arguments": {}}]}, RESULT], "found '1', expected none"),
+        ([USER, {**CALLS, "tool_calls": CALL}], "tool_calls: found dict, expected a list"),
+        ([USER, {**CALLS, "tool_calls": ["f"]}], r"tool_calls\[0\]: found no function name"),
+        ([USER, {**CALLS, "tool_calls": [{"function": "f"}]}], "found no function name"),
+        ([USER, {**CALLS, "tool_calls": [{"name": "", "arguments": {}}]}], "found no function name"),
+        ([USER, {**CALLS, "tool_calls": [CALL, {"name": "f"}]}], r"tool_calls\[1\]: arguments: found none"),
+        ([USER, {**CALLS, "tool_calls": [{"name": "f", "arguments": [1]}]}], "arguments: found list"),
+    ],
+)
+def test_unsound_conversations_are_named(messages: Any, named: str) -> None:
+    with pytest.raises(MessagesError, match=named) as caught:
+        check_conversation(messages)
+    assert caught.value.hint or not messages
