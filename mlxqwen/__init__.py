@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
     from mlxqwen.reply import Reply, ReplyParser, ToolCall, parse_reply
-    from mlxqwen.sampling import SamplingParams
+    from mlxqwen.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -57,7 +57,7 @@ _HOME = {
     "ReplyParser": "reply",
     "ToolCall": "reply",
     "parse_reply": "reply",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import mlx.core as mx
 
@@ -18,21 +19,27 @@ from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PREFILL_CHUNK,
+    GeneratedToken,
     Tokens,
     TokenStream,
     as_token_ids,
     check_prompt,
     generate_tokens,
 )
+from mlxqwen.loops import LoopDetector
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling import SamplingParams, resolve_sampling
+from mlxqwen.sampling_params import SamplingParams, resolve_sampling
 from mlxqwen.stop import StopStrings
+from mlxqwen.thinking import ThinkingBudget, begins_in_thought, can_think
 from mlxqwen.tokenizer import Tokenizer
 
 __all__ = [
+    "BatchOptions",
+    "FinishReason",
     "GenerationResponse",
     "StreamOptions",
     "batch_generate",
+    "batch_stream",
     "begins_in_thought",
     "can_think",
     "end_token_ids",
@@ -45,6 +52,9 @@ logger = logging.getLogger("mlxqwen")
 
 Prompt = str | Tokens
 Sampling = SamplingParams | Mapping[str, Any] | None
+FinishReason = Literal["stop", "length", "loop"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,9 @@ class GenerationResponse:
         generation_tokens: tokens so far.
         generation_tps: tokens per second since the first.
         peak_memory: most memory that MLX has held, in GB.
-        finish_reason: on the last one, "stop" (end token or stop string) or "length".
+        finish_reason: on the last one, "stop" (end token or stop string), "length" or "loop".
+        reasoning_tokens: tokens of thought so far; see `mlxqwen.thinking.ThinkingBudget`.
+        budget_exhausted: whether the thinking budget has ended the thought.
     """
 
     text: str
@@ -69,18 +81,34 @@ class GenerationResponse:
     generation_tokens: int
     generation_tps: float
     peak_memory: float
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
+    reasoning_tokens: int = 0
+    budget_exhausted: bool = False
 
 
-class StreamOptions(TypedDict, total=False):
-    """The options of `stream_generate`, for functions that pass them on."""
-
+class _Options(TypedDict, total=False):
     max_tokens: int
-    sampling: Sampling
     stop: str | Sequence[str]
+    early_stop_text: str | None
+    stop_on_loop: bool
+    tools: bool
     cache: KVCache | None
     prefill_chunk: int
     on_prefill: Callable[[int, int], None] | None
+
+
+class StreamOptions(_Options, total=False):
+    """The options of `stream_generate`, for functions that pass them on."""
+
+    sampling: Sampling
+    thinking_budget: int | None
+
+
+class BatchOptions(_Options, total=False):
+    """The options of `batch_stream`, for functions that pass them on."""
+
+    sampling: Sampling | Sequence[Sampling]
+    thinking_budget: int | Sequence[int | None] | None
 
 
 def stream_generate(
@@ -91,6 +119,10 @@ def stream_generate(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     sampling: Sampling = None,
     stop: str | Sequence[str] = (),
+    thinking_budget: int | None = None,
+    early_stop_text: str | None = None,
+    stop_on_loop: bool = False,
+    tools: bool = False,
     cache: KVCache | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
@@ -103,46 +135,154 @@ def stream_generate(
             profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
             does a model think whose chat template knows no think block.
         stop: end before the first of these texts.
+        thinking_budget: at most about this many tokens of thought, then an answer; see
+            `mlxqwen.thinking.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
+        early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
+        stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.loops` defines it.
+        tools: whether the model may call tools: a call ends its thought.
         cache: see `generate_tokens`; also for `prefill_chunk` and `on_prefill`.
 
     Raises:
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
     """
-    ids = _encode(model, tokenizer, prompt)
-    params = resolve_params(model, sampling, thinking=_thinks(tokenizer, ids))
-    row = _RowText(tokenizer, stop)
-    started = time.perf_counter()
-    stream = generate_tokens(
+    responses = batch_stream(
         model,
-        [ids],
-        sampling=params,
+        tokenizer,
+        [prompt],
         max_tokens=max_tokens,
-        eos_token_ids=end_token_ids(model, tokenizer),
+        sampling=[sampling],
+        stop=stop,
+        thinking_budget=[thinking_budget],
+        early_stop_text=early_stop_text,
+        stop_on_loop=stop_on_loop,
+        tools=tools,
         cache=cache,
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
     )
-    return _responses(stream, row, len(ids), started)
+    return (response for _, response in responses)
 
 
-def _responses(stream: TokenStream, row: _RowText, prompt_tokens: int, started: float) -> Iterator[GenerationResponse]:
-    first = 0.0
-    for count, generated in enumerate(stream, start=1):
+def batch_stream(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling | Sequence[Sampling] = None,
+    stop: str | Sequence[str] = (),
+    thinking_budget: int | Sequence[int | None] | None = None,
+    early_stop_text: str | None = None,
+    stop_on_loop: bool = False,
+    tools: bool = False,
+    cache: KVCache | None = None,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, GenerationResponse]]:
+    """Continue many prompts at once, yielding `(row, response)` as text becomes certain.
+
+    Each row gets the text that it would get alone (with a seed, that very text), and leaves when it ends.
+
+    Args:
+        prompts: texts or lists of ids.
+        sampling: for all, or one for each prompt.
+        thinking_budget: for all, or one for each prompt.
+        max_tokens: at most this many a row; for this and the others see `stream_generate`.
+    """
+    given = [] if isinstance(prompts, str) else as_token_ids(prompts)
+    if not given:
+        raise OptionError("prompts: expected a list of at least one text or list of token ids")
+    ids = [_encode(model, tokenizer, prompt) for prompt in given]
+    params = _params(model, tokenizer, ids, _one_a_row("sampling", sampling, len(ids)))
+    rows = [
+        _Row(
+            tokenizer,
+            len(prompt),
+            StopStrings(stop),
+            ThinkingBudget(tokenizer, prompt, budget=budget, early_stop_text=early_stop_text, tools=tools),
+            LoopDetector() if stop_on_loop else None,
+        )
+        for prompt, budget in zip(ids, _one_a_row("thinking_budget", thinking_budget, len(ids)), strict=True)
+    ]
+    ends = end_token_ids(model, tokenizer)
+    stream = generate_tokens(
+        model,
+        ids,
+        sampling=params,
+        max_tokens=max_tokens,
+        eos_token_ids=ends,
+        cache=cache,
+        prefill_chunk=prefill_chunk,
+        on_prefill=on_prefill,
+    )
+    return _responses(stream, rows, ends)
+
+
+def _responses(
+    stream: TokenStream, rows: Sequence[_Row], ends: Collection[int]
+) -> Iterator[tuple[int, GenerationResponse]]:
+    for number, row in enumerate(rows):
+        stream.force(number, row.thinking.start(), unless={*row.thinking.closing, *ends})
+    for generated in stream:
+        row = rows[generated.row]
+        if generated.finish_reason != "stop" and (
+            ending := row.thinking.feed(generated.token, forced=generated.forced)
+        ):
+            stream.force(generated.row, ending, unless={*row.thinking.closing, *ends})
+        response = row.respond(generated)
+        if response.finish_reason is not None:
+            stream.stop(generated.row)
+        yield generated.row, response
+
+
+class _Row:
+    """One row's tokens → responses: its text up to a stop string or the end token, its thought, its end."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        stops: StopStrings,
+        thinking: ThinkingBudget,
+        loops: LoopDetector | None,
+    ) -> None:
+        self.thinking = thinking
+        self._prompt_tokens = prompt_tokens
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
+        self._stops = stops
+        self._loops = loops
+        self._count = 0
+        self._started, self._first = time.perf_counter(), 0.0
+
+    def respond(self, generated: GeneratedToken) -> GenerationResponse:
+        """What the next token adds."""
         now = time.perf_counter()
-        first = first or now
-        text = row.add(generated.token, generated.finish_reason)
-        if row.finish_reason is not None:
-            stream.stop(0)
-        yield GenerationResponse(
+        self._first = self._first or now
+        self._count += 1
+        loops = self._loops is not None and self._loops.feed(generated.token)
+        text, finish_reason = self._show(generated.token, generated.finish_reason or ("loop" if loops else None))
+        return GenerationResponse(
             text=text,
             token=generated.token,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tokens / max(first - started, 1e-9),
-            generation_tokens=count,
-            generation_tps=(count - 1) / max(now - first, 1e-9),
+            prompt_tokens=self._prompt_tokens,
+            prompt_tps=self._prompt_tokens / max(self._first - self._started, 1e-9),
+            generation_tokens=self._count,
+            generation_tps=(self._count - 1) / max(now - self._first, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=row.finish_reason,
+            finish_reason=finish_reason,
+            reasoning_tokens=self.thinking.reasoning_tokens,
+            budget_exhausted=self.thinking.exhausted,
         )
+
+    def _show(self, token: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """The text that `token` makes certain, and how the row ends there, stop strings considered."""
+        # A character that the last token leaves unfinished is never shown.
+        text = "" if finish_reason == "stop" else self._detokenizer.add(token)
+        shown, stopped = self._stops.feed(text)
+        if finish_reason is not None and not stopped:
+            shown += self._stops.finish()
+            stopped = self._stops.found
+        return shown, "stop" if stopped else finish_reason
 
 
 def generate(
@@ -181,48 +321,18 @@ def batch_generate(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    sampling: Sampling | Sequence[Sampling] = None,
-    stop: str | Sequence[str] = (),
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
-    on_prefill: Callable[[int, int], None] | None = None,
+    **options: Unpack[BatchOptions],
 ) -> list[str]:
     """Continue many prompts at once; each gets the text that it would get alone (with a seed, that very text).
 
     Args:
         prompts: texts or lists of ids.
-        sampling: for all, or one for each prompt.
-        max_tokens, stop, prefill_chunk, on_prefill: as for `stream_generate`.
+        **options: those of `batch_stream`.
     """
-    given = [] if isinstance(prompts, str) else as_token_ids(prompts)
-    if not given:
-        raise OptionError("prompts: expected a list of at least one text or list of token ids")
-    rows = [_encode(model, tokenizer, prompt) for prompt in given]
-    each = sampling if isinstance(sampling, list | tuple) else [sampling] * len(rows)
-    if len(each) != len(rows):
-        raise OptionError(f"sampling: found {len(each)} for {len(rows)} prompts")
-    params, notes = zip(
-        *(_resolve(model, one, _thinks(tokenizer, ids)) for ids, one in zip(rows, each, strict=True)), strict=True
-    )
-    _log(notes)
-    texts = [_RowText(tokenizer, stop) for _ in rows]
-    pieces: list[list[str]] = [[] for _ in rows]
-    stream = generate_tokens(
-        model,
-        rows,
-        sampling=params,
-        max_tokens=max_tokens,
-        eos_token_ids=end_token_ids(model, tokenizer),
-        prefill_chunk=prefill_chunk,
-        on_prefill=on_prefill,
-    )
-    for generated in stream:
-        text = texts[generated.row]
-        pieces[generated.row].append(text.add(generated.token, generated.finish_reason))
-        if text.finish_reason is not None:
-            stream.stop(generated.row)
-    return ["".join(row) for row in pieces]
+    pieces: defaultdict[int, list[str]] = defaultdict(list)
+    for row, response in batch_stream(model, tokenizer, prompts, **options):
+        pieces[row].append(response.text)
+    return ["".join(pieces[row]) for row in sorted(pieces)]
 
 
 def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[int]:
@@ -249,12 +359,27 @@ def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: boo
     return params
 
 
+def _params(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
+) -> list[SamplingParams]:
+    """What each row is drawn with."""
+    resolved = [_resolve(model, one, _thinks(tokenizer, prompt)) for prompt, one in zip(prompts, sampling, strict=True)]
+    _log(notes for _, notes in resolved)
+    return [params for params, _ in resolved]
+
+
 def _resolve(model: Qwen3ForCausalLM, sampling: Sampling, thinking: bool) -> tuple[SamplingParams, tuple[str, ...]]:
     if isinstance(sampling, SamplingParams):
         return sampling, ()
     if sampling is not None and not isinstance(sampling, Mapping):
         raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams or options by name")
-    return resolve_sampling(model.generation_config.values, thinking=thinking, overrides=sampling or {})
+    quantization = model.config.quantization
+    return resolve_sampling(
+        model.generation_config.values,
+        thinking=thinking,
+        overrides=sampling or {},
+        bits=None if quantization is None else quantization.default.bits,
+    )
 
 
 def _log(notes: Iterable[tuple[str, ...]]) -> None:
@@ -263,37 +388,14 @@ def _log(notes: Iterable[tuple[str, ...]]) -> None:
         logger.warning(note)
 
 
-def can_think(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template knows think blocks; without a template nothing speaks against it."""
-    return tokenizer.chat_template is None or "<think>" in tokenizer.chat_template
+def _one_a_row(name: str, values: _T | Sequence[_T], rows: int) -> list[_T]:
+    """A value for each row, from one for all or from a list of them."""
+    each = cast(list[_T], list(values) if isinstance(values, list | tuple) else [values] * rows)
+    if len(each) != rows:
+        raise OptionError(f"{name}: found {len(each)} for {rows} prompts")
+    return each
 
 
 def _thinks(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     begins = begins_in_thought(tokenizer, prompt)
     return can_think(tokenizer) if begins is None else begins
-
-
-def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
-    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free."""
-    end = tokenizer.decode(prompt[-8:]).rstrip()
-    return True if end.endswith("<think>") else False if end.endswith("</think>") else None
-
-
-class _RowText:
-    """One row's tokens → its text, up to a stop string or the end token."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]) -> None:
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
-        self._stops = StopStrings(stop)
-
-    def add(self, token: int, finish_reason: Literal["stop", "length"] | None) -> str:
-        """The text that `token` makes certain."""
-        # A character that the last token leaves unfinished is never shown.
-        text = "" if finish_reason == "stop" else self._detokenizer.add(token)
-        shown, stopped = self._stops.feed(text)
-        if finish_reason is not None and not stopped:
-            shown += self._stops.finish()
-            stopped = self._stops.found
-        self.finish_reason = "stop" if stopped else finish_reason
-        return shown

@@ -5,6 +5,7 @@ Rows of a batch are padded on the right and masked by position, so that each get
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -15,7 +16,8 @@ from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling import Sampler, SamplingParams, check_token
+from mlxqwen.sampling import BAD_TOKEN, Sampler, check_token
+from mlxqwen.sampling_params import SamplingParams
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -39,11 +41,16 @@ Prompts: TypeAlias = Tokens | Sequence[Tokens]
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token of one row; on the row's last, `finish_reason` is "stop" (an end token) or "length" (the limit)."""
+    """One token of one row.
+
+    On the row's last, `finish_reason` is "stop" (an end token) or "length" (the limit); `forced` tells that the token
+    comes from `TokenStream.force`.
+    """
 
     row: int
     token: int
     finish_reason: FinishReason | None = None
+    forced: bool = False
 
 
 def generate_tokens(
@@ -155,17 +162,21 @@ def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     return rows
 
 
+def _check_ids(name: str, tokens: Sequence[Any], vocab_size: int) -> None:
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise OptionError(f"{name}: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+
+
 def check_prompt(tokens: Sequence[Any], vocab_size: int) -> None:
     """Refuse an empty prompt and what is no token id of the model. Raises `OptionError`."""
     if not tokens:
         raise OptionError("prompt: found no tokens, expected at least one")
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise OptionError(f"prompt: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+    _check_ids("prompt", tokens, vocab_size)
 
 
 class TokenStream:
-    """The running generation behind `generate_tokens`: iterate it, and `stop` rows that are to end early."""
+    """The running generation behind `generate_tokens`: iterate it, `force` what a row says next, `stop` rows early."""
 
     def __init__(
         self,
@@ -189,6 +200,8 @@ class TokenStream:
         self._on_prefill = on_prefill
         self._overlap = device.overlaps_steps
         self._finished: set[int] = set()
+        self._pending: list[deque[int]] = [deque() for _ in rows]
+        self._unless: dict[int, frozenset[int]] = {}
         self._tokens = self._run()
 
     def __iter__(self) -> Iterator[GeneratedToken]:
@@ -196,6 +209,29 @@ class TokenStream:
 
     def __next__(self) -> GeneratedToken:
         return next(self._tokens)
+
+    def force(self, row: int, tokens: Sequence[int], *, unless: Collection[int] = ()) -> None:
+        """Let `row` go on with `tokens`, whatever is drawn.
+
+        They follow the row's token of the step that is being told, and those forced before. They are tokens like any
+        other: told, fed to the model, counted against the limits, remembered for penalties, and an end token among
+        them ends the row. The row's random stream goes on as if they had been drawn.
+
+        Args:
+            row: a row that has ended takes none.
+            tokens: ids.
+            unless: if the model itself draws one of these next, it is kept, and nothing is forced. Ignored while other
+                forced tokens are pending.
+
+        Raises:
+            OptionError: no such row, or ids outside the vocabulary.
+        """
+        if not 0 <= row < len(self._rows):
+            raise OptionError(f"force: found row {row}, expected a row from 0 to {len(self._rows) - 1}")
+        _check_ids("force", tokens, self._model.config.vocab_size)
+        if tokens and not self._pending[row]:
+            self._unless[row] = frozenset(unless)
+        self._pending[row].extend(tokens)
 
     def stop(self, row: int) -> None:
         """End `row` here: no further token of it is computed."""
@@ -214,6 +250,9 @@ class TokenStream:
             count += 1
             if count % _CLEAR_EVERY == 0:
                 mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
+            forced: set[int] = set()
+            if any(self._pending[row] for row in active):
+                drawn, forced = self._enforce(drawn, active)
             ahead = None
             if self._overlap and any(count < self._limits[row] for row in active):
                 ahead = self._step(drawn)
@@ -222,7 +261,7 @@ class TokenStream:
             for row, token in zip(active, tokens, strict=True):
                 reason = self._reason(row, token, count)
                 if row not in self._finished:
-                    yield GeneratedToken(row, token, reason)
+                    yield GeneratedToken(row, token, reason, row in forced)
                 if reason is not None:
                     self._finished.add(row)
             going = [place for place, row in enumerate(active) if row not in self._finished]
@@ -240,6 +279,21 @@ class TokenStream:
         if token in self._eos_token_ids:
             return "stop"
         return "length" if count >= self._limits[row] else None
+
+    def _enforce(self, drawn: mx.array, active: list[int]) -> tuple[mx.array, set[int]]:
+        """Put pending tokens in the place of those drawn → the step's tokens, and the rows that were forced."""
+        tokens = cast(list[int], drawn.tolist())
+        forced = set()
+        for place, row in enumerate(active):
+            kept = {BAD_TOKEN, *self._unless.pop(row, ())} if self._pending[row] else set()
+            if tokens[place] in kept:
+                self._pending[row].clear()
+            elif self._pending[row]:
+                tokens[place] = self._pending[row].popleft()
+                forced.add(row)
+        replaced = mx.array(tokens, dtype=mx.int32)
+        self._sampler.replace(drawn, replaced)
+        return replaced, forced
 
     def _step(self, tokens: mx.array) -> mx.array:
         """Feed one token a row → the next ones, on their way."""

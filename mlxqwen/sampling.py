@@ -7,24 +7,19 @@ min-p. Arrays in, arrays out; the only thing taken from outside is a random seed
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 
 from mlxqwen.errors import GenerationError, OptionError
+from mlxqwen.sampling_params import SamplingParams, check_integer
 
 __all__ = [
-    "NON_THINKING",
-    "THINKING",
     "Sampler",
     "SamplingParams",
     "check_token",
-    "resolve_sampling",
     "token_logprobs",
 ]
 
@@ -33,138 +28,6 @@ _BLOCK = 128
 _SMALLEST_TEMPERATURE = 1e-30
 
 _Rows: TypeAlias = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to draw the next token. Every default leaves the model's distribution as it is.
-
-    Args:
-        temperature: divides the logits, 0 to 100; 0 is greedy.
-        top_k: keep the k most likely tokens and all that tie with the k-th; 0 keeps all.
-        top_p: keep the fewest tokens whose probability reaches this, in (0, 1]; of equals the lower ids.
-        min_p: keep tokens at least this fraction as likely as the most likely one, 0 to 1.
-        presence_penalty: subtracted from the logit of each token already in the reply, -2 to 2.
-        frequency_penalty: the same, times how often the token is in the reply, -2 to 2.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply, 0.01
-            to 100.
-        logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else.
-        seed: 0 to 2**64 - 1; the same seed draws the same tokens. None draws anew each time.
-
-    Raises:
-        OptionError: a value of the wrong type or out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high, low_is_open) in _RANGES.items():
-            value = _real(name, getattr(self, name), low, high, low_is_open=low_is_open)
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "top_k", _integer("top_k", self.top_k, 2**31))
-        if self.seed is not None:
-            object.__setattr__(self, "seed", _integer("seed", self.seed, 2**64))
-        if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether every draw is the most likely token."""
-        return self.temperature == 0.0
-
-
-_RANGES = {
-    "temperature": (0.0, 100.0, False),
-    "top_p": (0.0, 1.0, True),
-    "min_p": (0.0, 1.0, False),
-    "presence_penalty": (-2.0, 2.0, False),
-    "frequency_penalty": (-2.0, 2.0, False),
-    "repetition_penalty": (0.01, 100.0, False),
-}
-
-
-def _real(name: str, value: object, low: float, high: float, *, low_is_open: bool = False) -> float:
-    if not isinstance(value, bool) and isinstance(value, Real):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if low <= number <= high and not (low_is_open and number == low):
-            return number
-    interval = f"{'(' if low_is_open else '['}{low:g}, {high:g}]"
-    raise OptionError(f"{name}: found {value!r}, expected a number in {interval}")
-
-
-def _integer(name: str, value: object, end: int) -> int:
-    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) < end:
-        return int(value)
-    raise OptionError(f"{name}: found {value!r}, expected an integer from 0 to {end - 1}")
-
-
-def _bias(value: object) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"logit_bias: found {value!r}, expected a mapping of token ids to numbers")
-    return {
-        _integer("logit_bias token id", token, 2**31): _real(f"logit_bias of token {token}", bias, -100.0, 100.0)
-        for token, bias in value.items()
-    }
-
-
-THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.0)
-NON_THINKING = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0)
-
-_PROFILE_KEYS = ("temperature", "top_p", "top_k", "min_p")
-_FILE_KEYS = (*_PROFILE_KEYS, "presence_penalty", "frequency_penalty", "repetition_penalty")
-_OPTION_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-
-
-def resolve_sampling(
-    generation_config: object, *, thinking: bool, overrides: Mapping[str, Any]
-) -> tuple[SamplingParams, tuple[str, ...]]:
-    """The parameters to use, and one line for each value of the file that had to be ignored.
-
-    Three layers, each over the one before: the checkpoint's file, the model card's profile of the mode
-    (temperature, top-p, top-k and min-p, so that greedy is never a default), the user's options.
-
-    Args:
-        generation_config: the parsed `generation_config.json`, whatever it holds; other keys play no part.
-        thinking: which profile.
-        overrides: the user's options by the names of `SamplingParams`; None means not given.
-
-    Raises:
-        OptionError: an override that is unknown or out of range.
-    """
-    from_file, notes = _from_generation_config(generation_config)
-    profile = THINKING if thinking else NON_THINKING
-    for name in overrides:
-        if name not in _OPTION_KEYS:
-            raise OptionError(f"sampling option: found {name!r}, expected one of {', '.join(_OPTION_KEYS)}")
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    card = {name: getattr(profile, name) for name in _PROFILE_KEYS}
-    return SamplingParams(**{**from_file, **card, **chosen}), notes
-
-
-def _from_generation_config(config: object) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if not isinstance(config, Mapping):
-        return {}, (f"generation_config.json: found {type(config).__name__}, expected an object; ignored",)
-    values: dict[str, Any] = {}
-    notes: list[str] = []
-    for name in _FILE_KEYS:
-        if config.get(name) is None:
-            continue
-        try:
-            values[name] = getattr(SamplingParams(**{name: config[name]}), name)
-        except OptionError as error:
-            notes.append(f"generation_config.json: {error.problem}; ignored")
-    return values, tuple(notes)
 
 
 def token_logprobs(
@@ -207,7 +70,7 @@ def token_logprobs(
 
 def _ids(tokens: object) -> list[int]:
     if isinstance(tokens, Sequence):
-        return [_integer("token id", token, 2**31) for token in tokens]
+        return [check_integer("token id", token, 2**31) for token in tokens]
     raise OptionError(f"token_logprobs: found {tokens!r}, expected a sequence of ids per row")
 
 
@@ -262,6 +125,15 @@ class Sampler:
             rows = mx.array(group.rows)
             tokens[rows] = group.draw(logits[rows])
         return tokens
+
+    def replace(self, drawn: mx.array, tokens: mx.array) -> None:
+        """Remember that the replies go on with `tokens` instead of `drawn`, the last draw; both int32 `[B]`.
+
+        Penalties then know nothing of what was drawn; the random streams go on as if it had been used.
+        """
+        for group in self._groups:
+            rows = mx.array(group.rows)
+            group.replace(drawn[rows], tokens[rows])
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order."""
@@ -319,6 +191,10 @@ class _Group:
         weights = mx.exp(scores.log_weights(scores.values))
         return _pick(weights * (weights >= self._params.min_p) if self._params.min_p else weights, uniform)
 
+    def replace(self, drawn: mx.array, tokens: mx.array) -> None:
+        """The last draw was `drawn`, but the rows go on with `tokens`; both int32 `[B]`."""
+        self._history.replace(drawn, tokens)
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep those of `rows`, which give the new order of the whole batch."""
         places = {row: place for place, row in enumerate(self.rows)}
@@ -354,8 +230,17 @@ class _History:
             rows, vocab_size = self._reply.shape
             self._reply = self._reply.at[mx.arange(rows), tokens].add(1.0)
             self._touched = mx.concatenate([self._touched, tokens[:, None]], axis=1)
-            if self._touched.shape[1] > vocab_size:
+            if self._touched.shape[1] >= vocab_size:
                 self._touched = mx.broadcast_to(mx.arange(vocab_size), (rows, vocab_size))
+
+    def replace(self, old: mx.array, new: mx.array) -> None:
+        """The tokens last added were `old`, and are to be `new`: int32 `[B]` both."""
+        if self._penalised:
+            rows, vocab_size = self._reply.shape
+            places = mx.arange(rows)
+            self._reply = self._reply.at[places, old].add(-1.0).at[places, new].add(1.0)
+            if self._touched.shape[1] < vocab_size:  # else it holds every token
+                self._touched = mx.concatenate([self._touched[:, :-1], new[:, None]], axis=1)
 
     def keep_rows(self, rows: mx.array) -> None:
         """Keep only these rows, in this order."""

@@ -19,7 +19,7 @@ from mlxqwen.completion import GenerationResponse, begins_in_thought, end_token_
 from mlxqwen.config import GenerationConfig
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
 from mlxqwen.tokenizer import Tokenizer
 from tests.conftest import random_model
 

@@ -24,7 +24,7 @@ from mlxqwen.hub import resolve_model
 from mlxqwen.messages import soft_switch
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta
-from mlxqwen.sampling import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
 from mlxqwen.tokenizer import Tokenizer
 from tests.conftest import random_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
@@ -17,7 +18,8 @@ from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
 from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling import Sampler, SamplingParams
+from mlxqwen.sampling import Sampler, token_logprobs
+from mlxqwen.sampling_params import SamplingParams
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
 
 GREEDY = SamplingParams(temperature=0)
@@ -411,3 +413,162 @@ def test_a_window_wider_than_the_context_does_not_lift_it() -> None:
 def test_a_cache_is_a_cache() -> None:
     with pytest.raises(OptionError, match="make_cache"):
         generate_tokens(random_model(), [1], cache=cast(KVCache, []))
+
+
+# Forced tokens
+
+DETERMINED = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0]),
+    top_k=st.just(1),
+    presence_penalty=st.sampled_from([0.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 2.0]),
+    repetition_penalty=st.sampled_from([1.0, 3.0]),
+)
+UNPENALISED = st.builds(SamplingParams, temperature=st.just(2.0), seed=st.integers(0, 1000))
+
+
+def forced_by_the_book(
+    model: Qwen3ForCausalLM,
+    prompt: list[int],
+    params: SamplingParams,
+    count: int,
+    ends: Collection[int],
+    after: int,
+    forced: list[int],
+) -> list[int]:
+    """Like `by_the_book`, but `forced` stands behind the first `after` tokens; penalties are those of the text."""
+    sampler = Sampler([dataclasses.replace(params, presence_penalty=0, repetition_penalty=1)], [prompt], VOCAB_SIZE)
+    reply: list[int] = []
+    while len(reply) < count and not (reply and reply[-1] in ends):
+        logits = model(mx.array([prompt + reply]))[0, -1]
+        drawn = cast(int, sampler(logits[None]).item())
+        if params.top_k == 1:
+            drawn = cast(int, mx.argmax(token_logprobs(logits, params, prompt, reply)).item())
+        reply.append(forced[len(reply) - after] if after <= len(reply) < after + len(forced) else drawn)
+    return reply
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.lists(PROMPT, min_size=1, max_size=4),
+    params=st.lists(DETERMINED | UNPENALISED, min_size=4, max_size=4),
+    forced=st.lists(st.tuples(st.integers(0, 6), st.lists(IDS, max_size=5)), min_size=4, max_size=4),
+    ends=st.sets(IDS, max_size=8),
+    device=st.sampled_from([None, GPU]),
+)
+def test_forced_tokens_in_every_row(
+    tiny: Qwen3ForCausalLM,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    forced: list[tuple[int, list[int]]],
+    ends: set[int],
+    device: Device | None,
+) -> None:
+    rows = list(zip(prompts, params, forced, strict=False))
+    stream = generate_tokens(
+        tiny, prompts, sampling=params[: len(rows)], max_tokens=9, eos_token_ids=ends, device=device
+    )
+    replies: list[list[int]] = [[] for _ in rows]
+    flags: list[list[bool]] = [[] for _ in rows]
+    for row, (after, tokens) in enumerate(forced[: len(rows)]):
+        if after == 0:
+            stream.force(row, tokens)
+    for one in stream:
+        replies[one.row].append(one.token)
+        flags[one.row].append(one.forced)
+        after, tokens = forced[one.row]
+        if len(replies[one.row]) == after:
+            stream.force(one.row, tokens)
+    assert replies == [
+        forced_by_the_book(tiny, prompt, one, 9, ends, after, tokens) for prompt, one, (after, tokens) in rows
+    ]
+    assert flags == [
+        [after <= place < after + len(tokens) for place in range(len(reply))]
+        for (after, tokens), reply in zip(forced, replies, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("device", [None, GPU])
+def test_forcing_while_forced_tokens_are_pending_appends(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
+    stream = generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=7, device=device)
+    first = next(stream)
+    stream.force(0, [10, 11])
+    second = next(stream)
+    stream.force(0, [12])
+    stream.force(0, [])
+    rest = [one.token for one in stream]
+    assert [first.token, second.token, *rest] == forced_by_the_book(tiny, [1, 2], GREEDY, 7, [], 1, [10, 11, 12])
+
+
+@pytest.mark.parametrize("device", [None, GPU])
+def test_a_forced_end_token_ends(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
+    stream = generate_tokens(tiny, [[1], [2]], sampling=GREEDY, max_tokens=4, eos_token_ids=[96], device=device)
+    stream.force(1, [5, 96, 7])
+    seen = list(stream)
+    assert [one for one in seen if one.row == 1] == [
+        GeneratedToken(1, 5, None, True),
+        GeneratedToken(1, 96, "stop", True),
+    ]
+    assert [one.token for one in seen if one.row == 0] == by_the_book(tiny, [1], GREEDY, 4, [96])
+
+
+@pytest.mark.parametrize("device", [None, GPU])
+def test_forced_tokens_count_against_the_limit(
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], device: Device | None
+) -> None:
+    stream = generate_tokens(tiny, [1], sampling=GREEDY, max_tokens=3, device=device)
+    stream.force(0, [5, 6, 7, 8])
+    assert [(one.token, one.finish_reason) for one in stream] == [(5, None), (6, None), (7, "length")]
+    assert calls == [(1, 1)] * 3
+    stream.force(0, [1])
+    assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("device", [None, GPU])
+def test_what_the_model_draws_itself_may_be_kept(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
+    plain = by_the_book(tiny, [3, 4], GREEDY, 6)
+    for unless, expected in (
+        ([plain[2]], plain),
+        ([token for token in range(VOCAB_SIZE) if token != plain[2]], [*plain[:2], 50, 51]),
+    ):
+        stream = generate_tokens(tiny, [3, 4], sampling=GREEDY, max_tokens=6, device=device)
+        tokens = []
+        for one in stream:
+            tokens.append(one.token)
+            if len(tokens) == 2:
+                stream.force(0, [50, 51], unless=unless)
+        assert tokens[: len(expected)] == expected
+        stream = generate_tokens(tiny, [3, 4], sampling=GREEDY, max_tokens=2, device=device)
+        stream.force(0, [], unless=plain[:1])
+        stream.force(0, [50], unless=[])
+        assert next(stream).token == 50
+
+
+def test_a_row_that_left_takes_no_tokens(tiny: Qwen3ForCausalLM) -> None:
+    stream = generate_tokens(tiny, [[1], [2]], sampling=GREEDY, max_tokens=3)
+    seen = []
+    for one in stream:
+        seen.append(one.row)
+        stream.stop(0)
+        stream.force(0, [5])
+    assert seen == [0, 1, 1, 1]
+
+
+def test_damaged_weights_are_not_hidden_by_forced_tokens() -> None:
+    damaged = random_model()
+    damaged.model.norm.weight = damaged.model.norm.weight * mx.nan
+    stream = generate_tokens(damaged, [1, 2])
+    stream.force(0, [1])
+    with pytest.raises(GenerationError, match="NaN"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("row", "tokens"), [(1, [1]), (-1, [1]), (0, [VOCAB_SIZE]), (0, [-1]), (0, [True]), (0, [1.0])]
+)
+def test_what_cannot_be_forced(tiny: Qwen3ForCausalLM, row: int, tokens: list[Any]) -> None:
+    stream = generate_tokens(tiny, [1], sampling=GREEDY, max_tokens=2)
+    with pytest.raises(OptionError, match="force"):
+        stream.force(row, tokens)
+    assert [one.token for one in stream] == by_the_book(tiny, [1], GREEDY, 2)

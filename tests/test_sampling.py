@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mlxqwen.errors import GenerationError, OptionError
-from mlxqwen.sampling import (
-    NON_THINKING,
-    THINKING,
-    Sampler,
-    SamplingParams,
-    check_token,
-    resolve_sampling,
-    token_logprobs,
-)
+from mlxqwen.sampling import Sampler, check_token, token_logprobs
+from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams, resolve_sampling
 from tests.reference_sampling import penalised, probabilities, total_variation
 
 QWEN_VOCAB = 151_936
@@ -174,6 +167,28 @@ def test_each_junk_value_of_the_file_is_noted_and_the_rest_kept() -> None:
     params, notes = resolve_sampling(file, thinking=False, overrides={})
     assert params == dataclasses.replace(NON_THINKING, presence_penalty=1.5)
     assert [note.split(": ")[1] for note in notes] == ["temperature", "top_k", "repetition_penalty"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "file", "overrides", "presence_penalty"),
+    [
+        (None, {}, {}, 0.0),
+        (8, {}, {}, 0.0),
+        (5, {}, {}, 0.0),
+        (4, {}, {}, 1.5),
+        (2, {}, {"presence_penalty": None}, 1.5),
+        (4, {"presence_penalty": 0.5}, {}, 0.5),
+        (4, {"presence_penalty": 0}, {}, 0.0),
+        (4, {"presence_penalty": "much"}, {}, 1.5),
+        (4, {"presence_penalty": 0.5}, {"presence_penalty": 0.25}, 0.25),
+        (4, {}, {"presence_penalty": 0}, 0.0),
+    ],
+)
+def test_weights_of_few_bits_have_a_presence_penalty(
+    bits: int | None, file: dict[str, Any], overrides: dict[str, Any], presence_penalty: float
+) -> None:
+    params, _ = resolve_sampling(file, thinking=True, overrides=overrides, bits=bits)
+    assert params == dataclasses.replace(THINKING, presence_penalty=presence_penalty)
 
 
 def test_bad_overrides_are_errors() -> None:
@@ -520,3 +535,57 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[417] = -5.0
     assert Counter(draws(logits, SamplingParams(seed=0), 20)) == {417: 20}
     assert Counter(draws(logits, SamplingParams(top_k=20, seed=0), 20)) == {417: 20}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    vocab_size=st.integers(2, 12),
+    params=st.lists(
+        st.builds(
+            SamplingParams,
+            temperature=st.just(0.0),
+            presence_penalty=st.sampled_from([0.0, 2.0]),
+            frequency_penalty=st.sampled_from([0.0, 1.0]),
+            repetition_penalty=st.sampled_from([1.0, 3.0]),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    data=st.data(),
+)
+def test_penalties_know_nothing_of_a_draw_that_was_replaced(
+    vocab_size: int, params: list[SamplingParams], data: st.DataObject
+) -> None:
+    tokens = st.integers(0, vocab_size - 1)
+    prompts = [data.draw(st.lists(tokens, max_size=3)) for _ in params]
+    replies: list[list[int]] = [[] for _ in params]
+    sampler = Sampler(params, prompts, vocab_size)
+    keys = mx.random.split(mx.random.key(data.draw(st.integers(0, 99))), 12)
+    for key in keys:
+        logits = mx.random.normal((len(params), vocab_size), key=key)
+        drawn = sampler(logits)
+        expected = [
+            cast(int, mx.argmax(token_logprobs(logits[row], one, prompts[row], replies[row])).item())
+            for row, one in enumerate(params)
+        ]
+        assert ids(drawn) == expected
+        chosen = [data.draw(st.one_of(st.just(token), tokens)) for token in expected]
+        if chosen != expected:
+            sampler.replace(drawn, mx.array(chosen, dtype=mx.int32))
+        for reply, token in zip(replies, chosen, strict=True):
+            reply.append(token)
+        if len(params) > 1 and data.draw(st.booleans()):
+            kept = data.draw(st.permutations(range(len(params))))[: data.draw(st.integers(1, len(params)))]
+            sampler.keep_rows(kept)
+            params, prompts = [params[row] for row in kept], [prompts[row] for row in kept]
+            replies = [replies[row] for row in kept]
+
+
+def test_random_streams_go_on_behind_a_draw_that_was_replaced() -> None:
+    params = [SamplingParams(seed=seed, top_k=top_k) for seed, top_k in ((1, 0), (2, 40), (3, 0))]
+    logits = mx.zeros((3, 1000))
+    plain, replaced = Sampler(params, [[]] * 3, 1000), Sampler(params, [[]] * 3, 1000)
+    for step in range(4):
+        expected, drawn = plain(logits), replaced(logits)
+        assert ids(drawn) == ids(expected)
+        replaced.replace(drawn, mx.array([step, 7, 999], dtype=mx.int32))

@@ -1,0 +1,165 @@
+"""Where a reply's thinking begins and ends, and how a budget ends it; over token ids, no model and no arrays.
+
+Qwen's way (https://arxiv.org/abs/2505.09388, section 4.3): once a thought has used up its tokens, a sentence that says
+so and `</think>` are put into the model's mouth, and the answer follows from what was thought until then.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from mlxqwen.errors import OptionError
+from mlxqwen.tokenizer import Tokenizer
+
+__all__ = ["EARLY_STOP_TEXT", "ThinkingBudget", "begins_in_thought", "can_think"]
+
+EARLY_STOP_TEXT = (
+    "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
+)
+
+_OPEN, _CLOSE, _TOOL_CALL = "<think>", "</think>", "<tool_call>"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
+
+
+def can_think(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template knows think blocks; without a template nothing speaks against it."""
+    return tokenizer.chat_template is None or _OPEN in tokenizer.chat_template
+
+
+def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
+    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free."""
+    end = tokenizer.decode(prompt[-8:]).rstrip()
+    return True if end.endswith(_OPEN) else False if end.endswith(_CLOSE) else None
+
+
+class ThinkingBudget:
+    """Counts the tokens of one reply's thought, and says what ends it when they are used up.
+
+    The thought is what stands between `<think>` and `</think>`, neither counted: tokens of that id, so that the same
+    characters spelled by other tokens are text. It begins with the reply if the prompt ends in an open block; if the
+    prompt leaves the model free, with the model's own `<think>`, line breaks at most before it; behind a closed block
+    there is none. A `<tool_call>` ends it too if there are `tools`.
+
+    After `budget` tokens the thought ends: at once, or up to three tokens later if they would cut a character in two.
+    A budget that is not reached changes nothing, be it larger than the context.
+    A thought that the model ends in time, with a `</think>` right behind the last token included, is left alone.
+
+    Args:
+        tokenizer: gives the ids and bytes of tokens.
+        prompt: ids; its end tells how the reply begins.
+        budget: tokens of thought; 0 gives the tokens of an empty think block; None only counts.
+        early_stop_text: the sentence that ends the thought, a paragraph of its own; by default Qwen's. Encoded as plain
+            text: no token can be forged by it. Empty for no sentence.
+        tools: whether the reply may call tools.
+
+    Raises:
+        OptionError: a budget that is no integer from 0, or for a tokenizer without `</think>`; a sentence that is no
+            text, or holds a tag of its own.
+
+    Attributes:
+        exhausted: whether the budget ended the thought.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        budget: int | None = None,
+        early_stop_text: str | None = None,
+        tools: bool = False,
+    ) -> None:
+        self.exhausted = False
+        self._tokenizer = tokenizer
+        self._budget = _checked_budget(budget)
+        self._sentence = _checked_sentence(EARLY_STOP_TEXT if early_stop_text is None else early_stop_text)
+        self._open, self._close = tokenizer.token_to_id(_OPEN), tokenizer.token_to_id(_CLOSE)
+        if budget is not None and self._close is None:
+            raise OptionError(
+                f"thinking_budget: found {budget}, but the tokenizer has no {_CLOSE} to end a thought with",
+                hint="This model does not think between tags; leave the budget out.",
+            )
+        tokenizer.encode_plain(self._sentence)  # complains now rather than in the middle of a reply
+        self._block_end = [] if self._close is None else [self._close, *tokenizer.encode_plain("\n\n")]
+        ends = (self._close, tokenizer.token_to_id(_TOOL_CALL) if tools else None)
+        self.closing = frozenset(token for token in ends if token is not None)
+        begins = begins_in_thought(tokenizer, prompt)
+        self._thinking = begins is True and self._close is not None
+        self._may_open = begins is None and None not in (self._open, self._close)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # What stands behind `<think>` in the prompt: no more than line breaks.
+        self._end = tokenizer.decode(prompt[-8:]).rpartition(_OPEN)[2] if self._thinking else ""
+        self._count = 0
+        self._is_blank = True
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the thought so far, the early-stop sentence among them; 0 while they are but line breaks."""
+        return 0 if self._is_blank else self._count
+
+    def start(self) -> list[int]:
+        """What to force before the reply's first token; mostly nothing."""
+        return self._ending_if_due()
+
+    def feed(self, token: int, *, forced: bool = False) -> list[int]:
+        """Take the reply's next token → what to force behind it; mostly nothing.
+
+        To be forced unless the model itself draws one of `closing` or ends its reply.
+
+        Args:
+            token: its id.
+            forced: whether it was forced.
+        """
+        if self._may_open:
+            self._may_open = not self._tokenizer.token_bytes(token).strip(b"\n")
+            self._thinking = token == self._open
+            return self._ending_if_due()
+        if not self._thinking:
+            return []
+        self.exhausted |= forced
+        if token in self.closing:
+            self._thinking = False
+            return []
+        self._count += 1
+        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._end = (self._end + text)[-2:]
+        self._is_blank &= not text.strip("\n") and not self._is_inside_character
+        return self._ending_if_due()
+
+    @property
+    def _is_inside_character(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
+    def _ending_if_due(self) -> list[int]:
+        if not self._thinking or self.exhausted or self._budget is None or self._count < self._budget:
+            return []
+        if self._is_inside_character and self._count < self._budget + _LONGEST_CHARACTER - 1:
+            return []
+        return self._ending()
+
+    def _ending(self) -> list[int]:
+        """The tokens that end the thought; line breaks that stand there already are not repeated."""
+        breaks = "\n" * (2 - len(self._end) + len(self._end.rstrip("\n")))
+        if self._sentence and self._budget:
+            text = f"{breaks}{self._sentence}\n"
+        else:
+            text = breaks if self._count == 0 else breaks[1:]
+        return [*self._tokenizer.encode_plain(text), *self._block_end]
+
+
+def _checked_budget(budget: object) -> int | None:
+    if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
+        return budget
+    raise OptionError(f"thinking_budget: found {budget!r}, expected an integer from 0, or None for no limit")
+
+
+def _checked_sentence(text: object) -> str:
+    if not isinstance(text, str):
+        raise OptionError(f"early_stop_text: found {type(text).__name__}, expected a string")
+    for tag in (_OPEN, _CLOSE):
+        if tag in text:
+            raise OptionError(
+                f"early_stop_text: found {tag} in it, expected a sentence alone", hint="The tag is added to it."
+            )
+    return text.strip("\n")
