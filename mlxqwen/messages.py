@@ -227,7 +227,7 @@ def _check_tool_answer(message: Mapping[str, Any], calls: Sequence[Mapping[str, 
             hint="Keep the assistant message with its tool_calls in front of the results.",
         )
     call_id = message.get("tool_call_id")
-    known = [call["id"] for call in calls if "id" in call]
+    known = [call["id"] for call in calls if call.get("id") is not None]
     if call_id is not None and call_id not in known:
         expected = f"one of {known}" if known else "none, as the calls have no id"
         raise MessagesError(

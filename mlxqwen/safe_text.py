@@ -31,11 +31,12 @@ _TOOL = {"type": "function", "function": {"name": "b", "description": "d", "para
 # Conversations that hold nothing special, to learn where a template puts its tokens.
 _PROBES: Sequence[dict[str, Any]] = (
     {"messages": [_QUESTION]},
+    {"messages": [_QUESTION], "variables": {"enable_thinking": False}},
     {"messages": [{"role": "system", "content": "a"}, _QUESTION, {"role": "assistant", "content": "b"}, _QUESTION]},
     {
         "messages": [
             _QUESTION,
-            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "assistant", "content": "", "reasoning_content": "b", "tool_calls": [_CALL]},
             {"role": "tool", "content": "d"},
         ],
         "tools": [_TOOL],
@@ -113,7 +114,7 @@ class SafeChatEncoder:
         variables: Mapping[str, Any],
         **flags: bool,
     ) -> list[int]:
-        taken = set().union(source, *texts_in([messages, tools, variables]))
+        taken = set().union(source, *texts_in([messages, tools, variables, dict(special_tokens)]))
         placeholders = self._choose_placeholders(taken)
         own = {name: placeholders.get(token, token) for name, token in special_tokens.items()}
         try:
@@ -151,10 +152,11 @@ class SafeChatEncoder:
     def _check_template(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Refuse a template whose special tokens are not all spelled out in it."""
         for probe in _PROBES:
-            arguments = {**probe, "add_generation_prompt": True}
+            arguments = {"variables": {}, **probe, "add_generation_prompt": True}
+            variables = {**special_tokens, **arguments["variables"]}
             try:
-                trusted = self._encode_trusted(render_chat(source, variables=special_tokens, **arguments))
-                safe = self._encode(source, special_tokens=special_tokens, variables={}, **arguments)
+                trusted = self._encode_trusted(render_chat(source, **{**arguments, "variables": variables}))
+                safe = self._encode(source, special_tokens=special_tokens, **arguments)
             except (TemplateError, OptionError):
                 continue  # not every template takes every conversation
             if self._added_only(trusted) != self._added_only(safe):

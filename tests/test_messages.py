@@ -165,6 +165,10 @@ def test_sound_conversations(messages: list[dict[str, Any]]) -> None:
         ([USER, CALLS, {"role": "tool", "content": None}], "content: found none"),
         ([USER, CALLS, {**RESULT, "tool_call_id": "7"}], r"tool_call_id: found '7', expected one of \['1'\]"),
         ([USER, {**CALLS, "tool_calls": [{"name": "f", "arguments": {}}]}, RESULT], "found '1', expected none"),
+        (
+            [USER, {**CALLS, "tool_calls": [{"id": None, "name": "f", "arguments": {}}]}, RESULT],
+            "found '1', expected none",
+        ),
         ([USER, {**CALLS, "tool_calls": CALL}], "tool_calls: found dict, expected a list"),
         ([USER, {**CALLS, "tool_calls": ["f"]}], r"tool_calls\[0\]: found no function name"),
         ([USER, {**CALLS, "tool_calls": [{"function": "f"}]}], "found no function name"),

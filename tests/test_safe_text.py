@@ -264,6 +264,8 @@ def test_templates_cannot_be_made_to_say_tokens(source: str, content: str) -> No
         "{{ '<|im_' ~ 'start|>' }}{{ messages[0].content }}",
         "{{ '<|' ~ ('im_end' if messages[0].role == 'user' else '') ~ '|>' }}",
         "<|im_start|>{{ '<think>'[:-1] ~ '>' }}{{ messages[0].content }}",
+        "{% if enable_thinking is false %}{{ '<think' ~ '>' }}{% endif %}{{ messages[0].content }}",
+        "{{ messages[0].content }}{% for m in messages if m.reasoning_content %}{{ '<think' ~ '>' }}{% endfor %}",
     ],
 )
 def test_tokens_put_together_from_pieces_are_refused(source: str) -> None:
