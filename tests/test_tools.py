@@ -391,7 +391,7 @@ def many(*numbers: int) -> int:
         (AsynchronousCall(), "asynchronous"),
         (steps, "generator"),
         (positional, "parameter n: found a positional-only parameter"),
-        (many, "parameter numbers: found a positional-only parameter"),
+        (many, r"parameter numbers: found \*numbers, expected one that can be given by name"),
         (math.sqrt, "positional-only"),
         (max, "has no signature"),
         (3, "found int, expected a function"),

@@ -120,8 +120,9 @@ def resolve_hints(annotated: Any, name: str) -> dict[str, Any]:
 
 def _parameter_kind(parameter: Parameter, annotation: Any, place: _Place) -> Kind:
     if parameter.kind is Parameter.POSITIONAL_ONLY or parameter.kind is Parameter.VAR_POSITIONAL:
+        found = f"*{parameter.name}" if parameter.kind is Parameter.VAR_POSITIONAL else "a positional-only parameter"
         raise OptionError(
-            f"{place.name}: found a positional-only parameter, expected one that can be given by name",
+            f"{place.name}: found {found}, expected one that can be given by name",
             hint="JSON arguments have names: wrap the function in one that takes them.",
         )
     kind = _kind_of(annotation, place)
