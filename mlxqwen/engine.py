@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from mlxqwen.completion import (
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
-from mlxqwen.loading import LoadOptions, prepare_model
+from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.messages import soft_switch
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta, Reply, ReplyParser
@@ -87,20 +88,23 @@ def load(
     revision: str | None = None,
     yarn_factor: float | None = None,
     force: bool = False,
+    on_convert: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, Tokenizer]:
     """Load a model and its tokenizer.
 
     Args:
         path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
+            FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
         dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.
         rope_scaling: replaces that of `config.json`, for example
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
         revision: a branch, tag or commit of a hub id.
         yarn_factor: shorter for YaRN over the trained context.
         force: load even what does not fit this machine's memory.
+        on_convert: called as a conversion goes on: "converting" or "verifying", weights done, weights in all.
 
     Raises:
-        MlxqwenError: one of the tree in `mlxqwen.errors`, by what is wrong.
+        MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
     """
     engine = Engine.load(
         path_or_id,
@@ -109,6 +113,7 @@ def load(
         revision=revision,
         yarn_factor=yarn_factor,
         force=force,
+        on_convert=on_convert,
     )
     return engine.model, engine.tokenizer
 
@@ -126,11 +131,22 @@ class Engine:
         path_or_id: str | PathLike[str] | None = None,
         *,
         revision: str | None = None,
+        on_convert: Callable[[str, int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
-        """See `load`. All that can be wrong is found before the weights are read."""
+        """See `load`. All that can be wrong is found before the weights are read or converted."""
         folder = resolve_model(path_or_id, revision=revision)
-        read_model = prepare_model(folder, **options)
+
+        def convert(source: Path, check_size: CheckSize) -> Path:
+            from mlxqwen_convert.cached import converted
+
+            def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
+                check_size(dtype, packed_bytes, numbers)
+                Tokenizer.from_folder(source)  # complains before the conversion
+
+            return converted(source, check=check, progress=on_convert)
+
+        read_model = prepare_model(folder, convert=convert, **options)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(read_model(), tokenizer)
 

@@ -27,6 +27,8 @@ from mlxqwen.model import Qwen3ForCausalLM
 
 __all__ = [
     "FLOAT_DTYPES",
+    "CheckSize",
+    "Convert",
     "LoadOptions",
     "checkpoint_dtype",
     "foreign_format",
@@ -77,6 +79,12 @@ class LoadOptions(TypedDict, total=False):
     device: Device | None
 
 
+CheckSize = Callable[[mx.Dtype, int, int], None]
+"""Given the dtype of the numbers, the bytes of packed codes and how many numbers, raises if a model does not fit."""
+Convert = Callable[[Path, CheckSize], Path]
+"""Makes an MLX folder of one in another format; what is given is called before any costly work."""
+
+
 def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
     """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
     return prepare_model(folder, **options)()
@@ -90,6 +98,7 @@ def prepare_model(
     yarn_factor: float | None = None,
     force: bool = False,
     device: Device | None = None,
+    convert: Convert | None = None,
 ) -> Callable[[], Qwen3ForCausalLM]:
     """Check all that can be checked before a weight is read → what reads them.
 
@@ -100,6 +109,7 @@ def prepare_model(
         yarn_factor: extends the trained context this many times by YaRN.
         force: load even what does not fit this machine.
         device: the machine to load for; by default this one.
+        convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint that can be run.
@@ -119,6 +129,17 @@ def prepare_model(
         config = config.with_rope_scaling(rope_scaling)
     if yarn_factor is not None:
         config = config.with_yarn(yarn_factor)
+    if convert is not None and config.foreign_quantization is not None:
+
+        def check_size(stored: mx.Dtype, packed_bytes: int, numbers: int) -> None:
+            compute = chosen or device.compute_dtype(stored)
+            if not force:
+                _check_size(folder, packed_bytes + numbers * compute.size, compute, device)
+
+        made = convert(folder, check_size)
+        return prepare_model(
+            made, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, force=force, device=device
+        )
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
     generation_config = GenerationConfig.from_folder(folder)
@@ -139,12 +160,8 @@ def prepare_model(
     nbytes = sum(
         array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
-    if nbytes > device.usable_memory and not force:
-        raise InsufficientMemoryError(
-            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
-            f"hold {device.usable_memory / 1e9:.1f} GB",
-            hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
-        )
+    if not force:
+        _check_size(folder, nbytes, compute, device)
 
     def read() -> Qwen3ForCausalLM:
         device.keep_resident()
@@ -152,6 +169,15 @@ def prepare_model(
         return model
 
     return read
+
+
+def _check_size(folder: str | Path, nbytes: int, compute: mx.Dtype, device: Device) -> None:
+    if nbytes > device.usable_memory:
+        raise InsufficientMemoryError(
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
+            f"hold {device.usable_memory / 1e9:.1f} GB",
+            hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
+        )
 
 
 def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -195,9 +221,12 @@ def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
 def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
     name = foreign_format(config, checkpoint)
     if name is not None:
+        hint = "Convert it first: mlxqwen convert SOURCE OUTPUT"
+        if config.foreign_quantization is None:
+            hint = "config.json does not say so: download the model again, with the config.json that belongs to it."
         raise UnsupportedFormatError(
             f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
-            hint="Convert it first: mlxqwen convert SOURCE OUTPUT",
+            hint=hint,
         )
 
 

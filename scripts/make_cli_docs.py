@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -14,10 +15,19 @@ WIDTH = 100
 
 def document() -> str:
     """The page's text."""
-    top = _context(mlxqwen, "mlxqwen")
-    commands = {name: mlxqwen.get_command(top, name) for name in mlxqwen.list_commands(top)}
-    contexts = [top, *(_context(command, name, top) for name, command in commands.items() if command is not None)]
-    return "# The command line\n\nWritten by `scripts/make_cli_docs.py`.\n" + "".join(map(_section, contexts))
+    sections = "".join(map(_section, _contexts(_context(mlxqwen, "mlxqwen"))))
+    return f"# The command line\n\nWritten by `scripts/make_cli_docs.py`.\n{sections}"
+
+
+def _contexts(context: click.Context) -> Iterator[click.Context]:
+    """A command and, if it is a group, all those below it."""
+    yield context
+    group = context.command
+    if isinstance(group, click.Group):
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            if command is not None:
+                yield from _contexts(_context(command, name, context))
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:

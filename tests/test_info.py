@@ -116,7 +116,8 @@ def test_foreign_formats_are_told_of(tmp_path: Path, form: str, bits: int, name:
     assert facts["parameters"] == PARAMETERS["Qwen3-8B"]
     assert 0.9 * bits < facts["bits_per_weight"] < 1.5 * bits + 3
     table = run("info", str(folder)).out
-    assert f"{name} (this version does not run it" in table
+    assert facts["converts"]
+    assert f"{name} (converted once, when it is first loaded)" in table
 
 
 def test_foreign_formats_by_their_tensors(tmp_path: Path) -> None:

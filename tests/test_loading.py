@@ -254,7 +254,9 @@ def test_formats_are_named_from_the_tensors(tmp_path: Path, change: Callable[[We
     weights: Weights = dict(make_weights(DENSE))
     change(weights)
     folder = write_folder(tmp_path, DENSE, weights)
-    assert f"the weights are in {name} form" in refusal(folder, UnsupportedFormatError)
+    message = refusal(folder, UnsupportedFormatError)
+    assert f"the weights are in {name} form" in message
+    assert "config.json does not say so" in message
 
 
 def test_fp8_without_scales_is_named_wherever_it_stands(tmp_path: Path) -> None:

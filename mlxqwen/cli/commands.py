@@ -14,6 +14,7 @@ from mlxqwen.cli.terminal import print_notes, silence_streams
 __all__ = ["mlxqwen"]
 
 _COMMANDS = {
+    "cache": "mlxqwen.cli.cache",
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",
     "info": "mlxqwen.cli.info",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mlxqwen.cli.cache import conversion_progress
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt
@@ -161,14 +162,16 @@ def _events(text: str, options: dict[str, Any], progress: PrefillProgress) -> It
     overrides = {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
     SamplingParams(**overrides)  # complains before a large model is read
     StopStrings(options["stop"])
-    engine = Engine.load(
-        options["model"],
-        revision=options["revision"],
-        dtype=options["dtype"],
-        rope_scaling=options["rope_scaling"],
-        yarn_factor=options["yarn_factor"],
-        force=options["force"],
-    )
+    with conversion_progress() as on_convert:
+        engine = Engine.load(
+            options["model"],
+            revision=options["revision"],
+            dtype=options["dtype"],
+            rope_scaling=options["rope_scaling"],
+            yarn_factor=options["yarn_factor"],
+            force=options["force"],
+            on_convert=on_convert,
+        )
     messages = [{"role": "user", "content": text}]
     if options["system"] is not None:
         messages.insert(0, {"role": "system", "content": options["system"]})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
-from mlxqwen.errors import one_line
+from mlxqwen.errors import MlxqwenError, one_line
+
+if TYPE_CHECKING:
+    from mlxqwen.footprint import Footprint
 
 __all__ = ["info"]
 
@@ -44,13 +48,15 @@ def info(
     check_unicode(model=model, revision=revision)
     folder = resolve_model(model, revision=revision)
     stored = measure(folder)
+    loaded = stored if stored.runs else _converted(folder, stored)
     bits = None if kv_bits is None else int(kv_bits)
-    needed = size_up(stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
+    needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {
         "model": str(folder),
         "type": stored.config.model_type,
         "format": stored.format,
         "runs": stored.runs,
+        "converts": not stored.runs and loaded is not None,
         "parameters": stored.parameters,
         "active_parameters": stored.active_parameters,
         "bits_per_weight": round(stored.bits_per_weight, 3),
@@ -67,12 +73,25 @@ def info(
     Output(sys.stdout).write(json.dumps(facts) + "\n" if as_json else _table(facts))
 
 
+def _converted(folder: Path, stored: Footprint) -> Footprint | None:
+    """What loading would convert it to, in memory; None if it cannot be converted. Nothing is written."""
+    from mlxqwen_convert.cached import planned_size
+
+    try:
+        dtype, packed_bytes, numbers = planned_size(folder)
+    except MlxqwenError:
+        return None
+    return replace(stored, dtype=dtype, packed_bytes=packed_bytes, numbers=numbers)
+
+
 def _table(facts: dict[str, Any]) -> str:
     device, active = facts["device"], facts["active_parameters"]
     per_token = "" if active == facts["parameters"] else f", {_count(active)} of them for each token"
     kind = "GPU" if device["is_gpu"] else "CPU"
-    not_run = "" if facts["runs"] else " (this version does not run it: use the BF16 release or an MLX one)"
-    fits = "no" if not facts["fits"] else "yes" if facts["runs"] else "in memory, but is not run"
+    loads = facts["runs"] or facts["converts"]
+    converted = " (converted once, when it is first loaded)" if facts["converts"] else ""
+    not_run = converted if loads else " (this version does not run it: use the BF16 release or an MLX one)"
+    fits = "no" if not facts["fits"] else "yes" if loads else "in memory, but is not run"
     rows = {
         "model": facts["model"],
         "kind": f"{facts['type']}, {facts['format']}{not_run}",

@@ -1,0 +1,124 @@
+"""`mlxqwen cache` as a user meets it, and what is said of conversions at load time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pexpect
+import pytest
+from mlx.utils import tree_flatten
+
+from tests.command_line import run
+from tests.convert.checkpoints import make_demo, make_source
+from tests.convert.test_cli_convert import ENVIRONMENT
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fill(tmp_path: Path) -> tuple[Path, Path]:
+    from mlxqwen_convert.cached import converted
+
+    sources = make_source(tmp_path / "one", "fp8").write().folder, make_source(tmp_path / "two", "awq").write().folder
+    for source in sources:
+        converted(source)
+    return sources
+
+
+def test_an_empty_cache(own_cache: Path) -> None:
+    assert run("cache", "list").out == f"{own_cache} is empty\n"
+    assert json.loads(run("cache", "list", "--json").out) == {"cache": str(own_cache), "models": []}
+    assert run("cache", "prune").out == "nothing to remove\n"
+    assert not own_cache.exists()
+
+
+def test_the_list(tmp_path: Path, own_cache: Path) -> None:
+    one, two = fill(tmp_path)
+    shutil.rmtree(one)
+    head, *rows, total = run("cache", "list").out.splitlines()
+    assert head.split("  ")[0] == "source"
+    assert {row.split()[0]: row.endswith("ready") for row in rows} == {str(one): False, str(two): True}
+    assert any("source gone" in row and "FP8" in row and "MLX 8-bit" in row for row in rows)
+    assert total.endswith(f" in {own_cache / 'converted'}")
+    result = run("cache", "list", "--json")
+    assert result.out.count("\n") == 1
+    facts = {model["source"]: model for model in json.loads(result.out)["models"]}
+    assert {source: fact["source_exists"] for source, fact in facts.items()} == {str(one): False, str(two): True}
+    assert facts[str(two)]["state"] == "ready"
+    assert facts[str(two)]["bytes"] == sum(
+        os.lstat(path).st_blocks * 512 for path in Path(facts[str(two)]["model"]).parent.rglob("*") if path.is_file()
+    )
+    assert datetime.fromisoformat(facts[str(two)]["last_used"]).tzinfo is not None
+
+
+def test_pruning(tmp_path: Path) -> None:
+    one, two = fill(tmp_path)
+    shutil.rmtree(one)
+    told = run("cache", "prune", "--dry-run").out
+    assert told.startswith(f"would remove {one} (MLX 8-bit, groups of 64, ")
+    assert told.endswith(" would be freed\n")
+    done = run("cache", "prune").out.splitlines()
+    assert done[0].startswith(f"removed {one} (")
+    assert done[0].endswith(": source gone")
+    assert done[1].endswith(" freed")
+    assert len(done) == 2
+    assert run("cache", "prune", "--older-than", "1").out == "nothing to remove\n"
+    facts = json.loads(run("cache", "prune", "--older-than", "0", "--json").out)
+    assert [model["source"] for model in facts["removed"]] == [str(two)]
+    assert facts["freed_bytes"] == facts["removed"][0]["bytes"] > 0
+    assert run("cache", "list").out.endswith("is empty\n")
+
+
+@pytest.mark.parametrize("options", [["--all", "--older-than", "3"], ["--older-than", "-1"], ["--older-than", "x"]])
+def test_usage(options: list[str]) -> None:
+    result = run("cache", "prune", *options)
+    assert (result.status, result.out) == (2, "")
+    assert "older-than" in result.err
+
+
+def test_sources_cannot_forge_the_table(tmp_path: Path) -> None:
+    from mlxqwen_convert.cached import converted
+
+    converted(make_source(tmp_path / "a\x1b[2J\nb", "fp8").write().folder)
+    for command in (["list"], ["prune", "--all"]):
+        out = run("cache", *command).out
+        assert "\x1b" not in out
+        assert "a\\x1b[2J\\nb" in out
+
+
+def test_on_a_terminal(tmp_path: Path) -> None:
+    """A line of notice, a bar that is wiped, and the answer; the second time the answer alone."""
+    source = make_demo(tmp_path / "demo-FP8", "fp8").folder
+    options = ["--temperature", "0", "--max-tokens", "4", "--no-thinking"]
+    command = [sys.executable, "-m", "mlxqwen", "generate", "Hello", "--model", str(source), *options]
+    environment = {**ENVIRONMENT, "MLXQWEN_CACHE": str(tmp_path / "cache")}
+    first, second = (pexpect.run(" ".join(command), env=environment, timeout=60, encoding="utf-8") for _ in range(2))
+    notice, _, rest = first.partition("\r\n")
+    assert notice.startswith(f"note: {source} (FP8")
+    bars, wiped, answer = rest.rpartition("\r\x1b[K")
+    assert "converting" in bars
+    assert "verifying  100 %" in bars
+    assert wiped
+    assert answer == second
+
+
+def test_info_tells_of_the_conversion_and_does_not_do_it(tmp_path: Path, own_cache: Path) -> None:
+    from mlxqwen.loading import load_model
+    from mlxqwen_convert.cached import converted
+
+    source = make_source(tmp_path / "in", "fp8").write().folder
+    facts = json.loads(run("info", str(source), "--json").out)
+    assert (facts["runs"], facts["converts"], facts["fits"]) == (False, True, True)
+    table = run("info", str(source)).out
+    assert "(converted once, when it is first loaded)" in table
+    assert not own_cache.exists()
+    arrays = dict(tree_flatten(load_model(converted(source)).parameters()))
+    assert facts["weight_bytes"] == sum(array.nbytes for array in arrays.values())
