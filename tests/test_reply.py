@@ -511,9 +511,20 @@ def test_every_character_is_looked_at_a_few_times_at_most(
         taken += end - start + 1
         return end
 
+    moved = 0
+    take_back = ReplyParser._take_back
+
+    def counting_moves(parser: ReplyParser, piece: str) -> None:
+        nonlocal moved
+        before = parser._text
+        take_back(parser, piece)
+        moved += 0 if parser._text is before else len(parser._text)
+
     monkeypatch.setattr(ToolCallScanner, "feed", counting)
+    monkeypatch.setattr(ReplyParser, "_take_back", counting_moves)
     reply, _ = in_pieces([text[at : at + size] for at in range(0, len(text), size)], False, tools=True)
     assert taken <= 3 * len(text)
+    assert moved <= 3 * len(text)
     assert reply.content == text or reply.tool_calls
 
 
