@@ -479,7 +479,7 @@ def _fitting_type(name: str, schema: Schema) -> st.SearchStrategy[Any]:
     }[name]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), annotation=_annotations)
 def test_values_are_judged_as_jsonschema_judges_them(data: st.DataObject, annotation: Any) -> None:
     schema = value_schema(annotation)
@@ -488,7 +488,7 @@ def test_values_are_judged_as_jsonschema_judges_them(data: st.DataObject, annota
         assert (find_problem(value, schema, "value") is None) == validator.is_valid(value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), annotation=_annotations)
 def test_every_value_that_fits_reaches_the_function(data: st.DataObject, annotation: Any) -> None:
     value = data.draw(_fitting(value_schema(annotation)))
@@ -682,6 +682,7 @@ def test_a_coroutine_as_a_result_is_closed() -> None:
     assert call(lambda: asynchronous(1), {}) == "Error: the tool gave a coroutine that JSON cannot hold"
 
 
+@settings(deadline=None)
 @given(result=_json)
 def test_results_come_as_json_and_text_as_it_is(result: Any) -> None:
     text = call(lambda: result, {})
@@ -811,7 +812,7 @@ _schemas = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(schema=_schemas)
 def test_what_is_taken_the_meta_schema_takes(schema: Any) -> None:
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
@@ -825,6 +826,7 @@ def test_what_is_taken_the_meta_schema_takes(schema: Any) -> None:
     assert any(validator(validator.META_SCHEMA).is_valid(taken) for validator in validators)
 
 
+@settings(deadline=None)
 @given(annotation=_annotations)
 def test_our_own_schemas_are_taken(annotation: Any) -> None:
     schema = tool_schema("f", annotated(annotation))
