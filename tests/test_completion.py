@@ -6,6 +6,7 @@ import logging
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import batch_generate, generate, load, make_cache, stream_generate
-from mlxqwen.completion import GenerationResponse, begins_in_thought, end_token_ids, resolve_params
-from mlxqwen.config import GenerationConfig
+from mlxqwen.completion import GenerationResponse, batch_stream, begins_in_thought, end_token_ids, resolve_params
+from mlxqwen.config import AffineQuantization, GenerationConfig, Quantization
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.reply import parse_reply
 from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.thinking import EARLY_STOP_TEXT
 from mlxqwen.tokenizer import Tokenizer
 from tests.conftest import random_model
 
@@ -340,3 +343,150 @@ def test_the_chatbot_of_the_model_card(
         response = chatbot.generate_response(turn)
         assert capsys.readouterr().out.startswith(response + "\n")
     assert [message["role"] for message in chatbot.history] == ["user", "assistant"] * 3
+
+
+# Thinking budgets, loops and batches
+
+THOUGHTFUL = ("How many r's in strawberry?", "12 + 30 = ?", "Hello", "Reverse the word tree.")
+
+
+def chat_ids(tokenizer: Tokenizer, content: str, **options: Any) -> list[int]:
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, **options)
+
+
+def tokens_of(responses: Sequence[GenerationResponse]) -> list[int]:
+    return [response.token for response in responses]
+
+
+@settings(max_examples=12, deadline=None)
+@given(content=st.sampled_from(THOUGHTFUL), budget=st.integers(0, 60), seed=st.integers(0, 5))
+def test_a_budget_for_the_demo(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, content: str, budget: int, seed: int
+) -> None:
+    ids = chat_ids(tokenizer, content)
+    options: dict[str, Any] = {"max_tokens": 200, "sampling": {"seed": seed}}
+    free = list(stream_generate(model, tokenizer, ids, **options))
+    bounded = list(stream_generate(model, tokenizer, ids, thinking_budget=budget, **options))
+    natural = parse_reply(text_of(free), thinking=begins_in_thought(tokenizer, ids)).reasoning or ""
+    assert free[-1].reasoning_tokens <= len(natural.encode()) + 2
+    assert not free[-1].budget_exhausted
+    assert bounded[-1].budget_exhausted == (free[-1].reasoning_tokens > budget)
+    if free[-1].reasoning_tokens <= budget:
+        assert tokens_of(bounded) == tokens_of(free)
+        assert text_of(bounded) == text_of(free)
+        assert [one.reasoning_tokens for one in bounded] == [one.reasoning_tokens for one in free]
+        return
+    assert tokens_of(bounded)[: 1 + budget] == tokens_of(free)[: 1 + budget]
+    thought, close, _ = text_of(bounded).removeprefix("<think>").partition("</think>\n\n")
+    assert close
+    own = tokenizer.decode(tokens_of(free)[1 : 1 + budget]).rstrip("\n")
+    assert thought == (f"{own}\n\n{EARLY_STOP_TEXT}\n" if own else f"\n\n{EARLY_STOP_TEXT}\n" if budget else "\n\n")
+    assert [one.budget_exhausted for one in bounded] == [place > budget for place in range(len(bounded))]
+    sentence = tokens_of(bounded).index(token_id(tokenizer, "</think>")) - 1
+    assert bounded[-1].reasoning_tokens == (sentence if budget else 0)
+
+
+@pytest.mark.parametrize("content", THOUGHTFUL)
+def test_no_budget_at_all_is_the_hard_switch(model: Qwen3ForCausalLM, tokenizer: Tokenizer, content: str) -> None:
+    prompt, off = chat_ids(tokenizer, content), chat_ids(tokenizer, content, enable_thinking=False)
+    options: dict[str, Any] = {"max_tokens": 60, "sampling": GREEDY}
+    without = list(stream_generate(model, tokenizer, prompt, thinking_budget=0, **options))
+    switched = list(stream_generate(model, tokenizer, off, **options))
+    answered = len(off) - len(prompt)
+    assert prompt + tokens_of(without)[:answered] == off
+    assert tokens_of(without)[answered:] == tokens_of(switched)[: 60 - answered]
+    closed = list(stream_generate(model, tokenizer, off, thinking_budget=0, **options))
+    assert tokens_of(closed) == tokens_of(switched)
+    assert not closed[-1].budget_exhausted
+
+
+def test_a_prompt_that_opens_the_block_is_counted_from_its_end(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    opened = [*chat_ids(tokenizer, THOUGHTFUL[0]), *tokenizer.encode("<think>\n")]
+    for budget in (0, 4):
+        responses = list(stream_generate(model, tokenizer, opened, thinking_budget=budget, max_tokens=90))
+        forced = next(place for place, response in enumerate(responses) if response.budget_exhausted)
+        assert forced == budget
+        assert responses[-1].budget_exhausted
+
+
+def test_many_budgets_at_once(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    prompts = [chat_ids(tokenizer, content) for content in THOUGHTFUL]
+    budgets = [7, None, 0, 3]
+    options: dict[str, Any] = {"max_tokens": 120, "early_stop_text": "Time is up."}
+    alone = [
+        list(stream_generate(model, tokenizer, prompt, sampling={"seed": 4}, thinking_budget=budget, **options))
+        for prompt, budget in zip(prompts, budgets, strict=True)
+    ]
+    together: list[list[GenerationResponse]] = [[] for _ in prompts]
+    for row, response in batch_stream(
+        model, tokenizer, prompts, sampling={"seed": 4}, thinking_budget=budgets, prefill_chunk=5, **options
+    ):
+        together[row].append(response)
+    shown = [
+        [(one.token, one.text, one.reasoning_tokens, one.budget_exhausted, one.finish_reason) for one in row]
+        for row in together
+    ]
+    assert shown == [
+        [(one.token, one.text, one.reasoning_tokens, one.budget_exhausted, one.finish_reason) for one in row]
+        for row in alone
+    ]
+    assert [row[-1].budget_exhausted for row in together] == [True, False, True, True]
+    assert [row[-1].prompt_tokens for row in together] == [len(prompt) for prompt in prompts]
+    assert [[one.generation_tokens for one in row] for row in together] == [
+        list(range(1, len(row) + 1)) for row in together
+    ]
+    one_for_all = batch_generate(model, tokenizer, prompts, sampling={"seed": 4}, thinking_budget=2, **options)
+    assert all(text.count("Time is up.\n</think>\n\n") == 1 for text in one_for_all)
+    assert one_for_all[0] == generate(model, tokenizer, prompts[0], sampling={"seed": 4}, thinking_budget=2, **options)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 5, 10, 30])
+def test_the_limit_comes_before_the_end_of_the_sentence(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, max_tokens: int
+) -> None:
+    ids = chat_ids(tokenizer, THOUGHTFUL[0])
+    responses = list(stream_generate(model, tokenizer, ids, thinking_budget=3, max_tokens=max_tokens))
+    assert [response.finish_reason for response in responses] == [None] * (max_tokens - 1) + ["length"]
+    assert responses[-1].budget_exhausted == (max_tokens > 4)
+
+
+def test_stop_strings_see_the_sentence(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    ids = chat_ids(tokenizer, THOUGHTFUL[0])
+    text = generate(model, tokenizer, ids, thinking_budget=3, stop="limited time", max_tokens=90)
+    assert text.endswith("\n\nConsidering the ")
+
+
+def test_a_loop_is_stopped_if_asked(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    (letter,) = tokenizer.encode("x")
+    slid = make_cache(babbler, max_kv_size=64)
+    options: dict[str, Any] = {"max_tokens": 700, "sampling": always(letter)}
+    responses = list(stream_generate(babbler, tokenizer, "a", stop="xx!", stop_on_loop=True, cache=slid, **options))
+    assert [response.finish_reason for response in responses] == [None] * 511 + ["loop"]
+    assert text_of(responses) == "x" * 512
+    slid = make_cache(babbler, max_kv_size=64)
+    responses = list(stream_generate(babbler, tokenizer, "a", cache=slid, **options))
+    assert [response.finish_reason for response in responses] == [None] * 699 + ["length"]
+
+
+@pytest.mark.parametrize("option", ["thinking_budget", "sampling"])
+def test_one_option_a_row(model: Qwen3ForCausalLM, tokenizer: Tokenizer, option: str) -> None:
+    with pytest.raises(OptionError, match=f"{option}: found 2 for 1 prompts"):
+        batch_stream(model, tokenizer, ["a"], **{option: [None, None]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"thinking_budget": -1}, {"thinking_budget": 2.5}, {"early_stop_text": "</think>"}], ids=repr
+)
+def test_bad_budgets_are_told_before_anything_runs(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, options: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError):
+        stream_generate(model, tokenizer, "a", **options)
+
+
+@pytest.mark.parametrize(("bits", "presence_penalty"), [(4, 1.5), (8, 0.0)])
+def test_weights_of_few_bits_are_drawn_from_with_a_penalty(bits: int, presence_penalty: float) -> None:
+    model = random_model()
+    model.config = replace(model.config, quantization=Quantization(AffineQuantization(64, bits)))
+    assert resolve_params(model, None, thinking=True) == replace(THINKING, presence_penalty=presence_penalty)
+    assert resolve_params(model, {"presence_penalty": 0.0}, thinking=True) == THINKING
