@@ -54,7 +54,7 @@ _OPTIONS = Options()
 _KEY = re.compile(r"[0-9a-f]{16}")
 _REMOVED = re.compile(r"removed-[0-9a-f]{16}-[0-9a-f]{8}")
 _RECORD, _LOCK = "entry.json", "lock"
-_ELSEWHERE = "Set MLXQWEN_CACHE to a folder that can be written to, or use: mlxqwen convert SOURCE OUTPUT"
+_ELSEWHERE = "Set MLXQWEN_CACHE to another folder, or choose one yourself: mlxqwen convert SOURCE OUTPUT"
 _MORE_ROOM = (
     "Free some space, for example by mlxqwen cache prune, or set MLXQWEN_CACHE to a folder on a larger disk. "
     "What is written is kept: the next start goes on from it."
@@ -455,32 +455,41 @@ def _disk_bytes(folder: Path) -> int:
 @contextmanager
 def _locked(entry: _Entry, source: _Source) -> Iterator[None]:
     """Hold the entry alone; whoever else converts is waited for, with a line in the log."""
-    descriptor = -1
-    while descriptor < 0:
+    while True:
         try:
             entry.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(entry.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            _take(descriptor, source)
-            # Whoever held the lock may have removed the entry since the file was opened.
-            if not _is_at(descriptor, entry.folder / _LOCK):
-                os.close(descriptor)
-                descriptor = -1
-        except FileNotFoundError:  # removed by another process between the two
-            continue
+            descriptor = _open_lock(entry.folder)
         except OSError as cause:
             raise unwritable(entry.folder, cause) from None
+        if descriptor is None:
+            continue
+        try:
+            _take(descriptor, source)
+            # Whoever held the lock may have removed the entry since the file was opened.
+            if _is_at(descriptor, entry.folder / _LOCK):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _open_lock(folder: Path) -> int | None:
+    """None if the entry was removed since it was made."""
     try:
-        yield
-    finally:
-        os.close(descriptor)
+        return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except FileNotFoundError:
+        return None
 
 
 def _take(descriptor: int, source: _Source) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.warning("%s: another process is converting it, waiting for that to end", source.label)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: another process is converting it, waiting for that to end", source.label)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as cause:  # a file system that has no locks
+        raise OutputError(f"{cache_folder()}: cannot be locked: {cause.strerror}") from None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

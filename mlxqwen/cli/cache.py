@@ -55,7 +55,7 @@ def cache() -> None:
 @cache.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_models(as_json: bool) -> None:
-    """List them: source, formats, size, last use, and whether they are still of use."""
+    """List them: source, formats, size, last use, state."""
     with leave_at_once():
         from mlxqwen_convert.cached import cache_folder, cached_models
 

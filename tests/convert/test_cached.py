@@ -40,7 +40,7 @@ from mlxqwen_convert import pipeline
 pipeline.WEIGHTS_PER_TASK = 4096
 from mlxqwen.cli import main
 from mlxqwen.cli.terminal import ConversionProgress
-ConversionProgress.__call__ = lambda *_: time.sleep(0.005)
+ConversionProgress.__call__ = lambda *_: time.sleep(0.002)
 main()
 """
 
@@ -384,10 +384,26 @@ def test_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "Library/Caches/mlxqwen"
 
 
+def not_made(*_: Any, **__: Any) -> None:
+    raise FileNotFoundError(2, "No such file or directory")  # as in /proc
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = r"cannot be written(.|\n)*MLXQWEN_CACHE"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", not_made)
+        with pytest.raises(OutputError, match=refusal):
+            converted(fp8)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match=r"file(.|\n)*cannot be written(.|\n)*MLXQWEN_CACHE"):
+    with pytest.raises(OutputError, match=refusal):
+        converted(fp8)
+    assert cached_models() == []
+
+
+def test_a_cache_inside_the_source(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXQWEN_CACHE", str(fp8 / "cache"))
+    with pytest.raises(OutputError, match=r"lies inside the source(.|\n)*MLXQWEN_CACHE"):
         converted(fp8)
     assert cached_models() == []
 
