@@ -115,9 +115,15 @@ class Tensor:
 
 
 def make_checkpoint(
-    folder: Path, shape: str = "Qwen3-0.6B", *, layers: int | None = None, form: str = "bf16", seed: int = 0
+    folder: Path,
+    shape: str = "Qwen3-0.6B",
+    *,
+    layers: int | None = None,
+    form: str = "bf16",
+    seed: int = 0,
+    holes: bool = False,
 ) -> None:
-    """Fill `folder`; the same arguments give the same bytes."""
+    """Fill `folder`; the same arguments give the same bytes. With `holes` weights are zeros that take no space."""
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers
@@ -133,7 +139,7 @@ def make_checkpoint(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / name, shard)
+        _write(folder / name, shard, holes)
         weight_map |= {tensor.name: name for tensor in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": total, "weight_map": weight_map}))
@@ -221,7 +227,7 @@ def _shards(tensors: list[Tensor]) -> list[list[Tensor]]:
     return shards
 
 
-def _write(path: Path, tensors: list[Tensor]) -> None:
+def _write(path: Path, tensors: list[Tensor], holes: bool) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -232,6 +238,9 @@ def _write(path: Path, tensors: list[Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if holes:
+            file.truncate(8 + len(text) + position)
+            return
         for tensor in tensors:
             count = prod(tensor.shape)
             for start in range(0, count, _CHUNK):
@@ -251,13 +260,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--holes", action="store_true", help="zeros that take no disk space, to measure whole releases")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.layers is not None and arguments.layers < 1:
         parser.error("--layers: at least 1")
     if arguments.out.exists():
         sys.exit(f"{arguments.out}: already exists")
-    make_checkpoint(arguments.out, arguments.shape, layers=arguments.layers, form=arguments.format, seed=arguments.seed)
+    make_checkpoint(
+        arguments.out,
+        arguments.shape,
+        layers=arguments.layers,
+        form=arguments.format,
+        seed=arguments.seed,
+        holes=arguments.holes,
+    )
 
 
 if __name__ == "__main__":

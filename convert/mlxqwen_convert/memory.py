@@ -9,7 +9,7 @@ __all__ = ["buffer_bytes", "expected_peak", "weights_in_flight"]
 
 # What the tables of a large model leave of this goes to the chunks: larger ones are quicker.
 _AIM_BYTES = 84 << 20
-_MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 3 << 17
+_MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
 # Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker.
 _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 800, 500, 32
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
@@ -11,7 +11,7 @@ from typing import Literal, overload
 from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.config import ModelConfig
 
-__all__ = ["Kind", "Module", "Part", "Parts", "modules", "parts_of"]
+__all__ = ["Kind", "Module", "Part", "Parts", "PartsByPrefix", "modules", "parts_of"]
 
 Kind = Literal["embeddings", "attention", "mlp", "router", "experts", "lm_head", "norms"]
 
@@ -57,6 +57,34 @@ class Module:
     def parameters(self) -> int:
         """Weights in all."""
         return self.count * self.rows * self.width
+
+
+class PartsByPrefix(MutableMapping[str, Part]):
+    """A checkpoint's tensors by all but the last word of their names, then by that word.
+
+    Each is a tuple until it is asked for: a dict for each of a hundred thousand would take more than the tensors do.
+    """
+
+    def __init__(self, tensors: Iterable[TensorInfo]) -> None:
+        self._tensors: dict[str, tuple[TensorInfo, ...]] = {}
+        for info in tensors:
+            prefix = info.name.rpartition(".")[0]
+            self._tensors[prefix] = (*self._tensors.get(prefix, ()), info)
+
+    def __getitem__(self, prefix: str) -> Part:
+        return {info.name.rpartition(".")[2]: info for info in self._tensors[prefix]}
+
+    def __setitem__(self, prefix: str, part: Part) -> None:
+        self._tensors[prefix] = tuple(part.values())
+
+    def __delitem__(self, prefix: str) -> None:
+        del self._tensors[prefix]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Parts(Sequence[Part]):
@@ -156,7 +184,7 @@ def _feed_forward(c: ModelConfig, layer: int, at: str) -> Iterator[Module]:
     yield Module(f"{at}.switch_mlp.down_proj", "experts", (experts, c.hidden_size, inner))
 
 
-def parts_of(module: Module, by_prefix: dict[str, Part]) -> Sequence[Part]:
+def parts_of(module: Module, by_prefix: MutableMapping[str, Part]) -> Sequence[Part]:
     """The tensors that make up a module, one part for each matrix in it; parts that are missing are empty.
 
     Experts are found in all three layouts: one by one as Qwen publishes them, fused as transformers 5 holds them
@@ -165,8 +193,8 @@ def parts_of(module: Module, by_prefix: dict[str, Part]) -> Sequence[Part]:
 
     Args:
         module: what to look for.
-        by_prefix: the checkpoint's tensors by all but the last word of their names, then by that word. What was found
-            is taken out, so that what is left in the end has no place in the model.
+        by_prefix: see `PartsByPrefix`. What was found is taken out, so that what is left in the end has no place in
+            the model.
     """
     if module.kind != "experts":
         return (by_prefix.pop(module.path, {}),)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.checkpoint import Checkpoint, TensorInfo
+from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.config import AffineQuantization, ModelConfig
 from mlxqwen.errors import ConfigError, OptionError
 from mlxqwen.json_file import read_json_object
@@ -19,7 +19,7 @@ from mlxqwen_convert.affine import BITS, GROUP_SIZES
 from mlxqwen_convert.errors import ConversionError, SourceError
 from mlxqwen_convert.formats import SourceFormat
 from mlxqwen_convert.layout import MAX_SHARD_BYTES, OutputTensor, Shard, lay_out
-from mlxqwen_convert.names import Module, Part, Parts, modules, parts_of
+from mlxqwen_convert.names import Module, Part, Parts, PartsByPrefix, modules, parts_of
 from mlxqwen_convert.readers import FLOATS, FloatReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
 
@@ -192,7 +192,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     checkpoint = Checkpoint.open(folder)
     notes = [*checkpoint.notes]
     dtype = _dtype(options, source, checkpoint)
-    by_prefix = _by_prefix(checkpoint)
+    by_prefix = PartsByPrefix(checkpoint.tensors.values())
     del checkpoint  # of the tens of thousands of tensors that there can be, only what is needed is kept
     files = SourceFiles([])
     try:
@@ -221,16 +221,8 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     return Plan(folder, config, raw, source, options, default, dtype, planned, shards, tuple(notes), head)
 
 
-def _by_prefix(checkpoint: Checkpoint) -> dict[str, Part]:
-    found: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
-        prefix, _, word = name.rpartition(".")
-        found.setdefault(prefix, {})[word] = info
-    return {**found}
-
-
 def _parts(
-    module: Module, by_prefix: dict[str, Part], source: SourceFormat, files: SourceFiles
+    module: Module, by_prefix: PartsByPrefix, source: SourceFormat, files: SourceFiles
 ) -> tuple[Parts, tuple[Reader, ...]]:
     parts = parts_of(module, by_prefix)
     readers: dict[Reader, Reader] = {}

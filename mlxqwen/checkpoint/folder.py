@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -138,10 +139,10 @@ def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
         for name, tensor in table.items():
             if weight_map.get(name) == shard:
                 tensors[name] = tensor
+                del weight_map[name]  # a name is in memory once, be there a hundred thousand
             else:
                 unlisted.append(name)
-    missing = [name for name in weight_map if name not in tensors]
-    if missing:
+    if missing := list(weight_map):
         raise CheckpointError(
             f"{folder / INDEX_NAME}: {counted(missing, 'tensor')} not in the files it gives for them: "
             f"{some_of([f'{name} ({weight_map[name]})' for name in missing])}",
@@ -191,7 +192,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
             )
     for shard in dict.fromkeys(weight_map.values()):
         check_shard_name(index, shard)
-    return weight_map
+    return {name: sys.intern(shard) for name, shard in weight_map.items()}
 
 
 def check_shard_name(index: Path, shard: str) -> None:

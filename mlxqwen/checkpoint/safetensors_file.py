@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -191,7 +193,13 @@ def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     needed = prod(shape) * item_bytes
     if end - begin != needed:
         wrong_tensor(path, name, f"data_offsets {offsets}, {end - begin:,} bytes", f"{needed:,} for {dtype} {shape}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
+    return TensorInfo(name, sys.intern(dtype), shared(tuple(shape)), path, data_start + begin, data_start + end)
+
+
+@lru_cache(maxsize=256)
+def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal shapes: a mixture of experts has a hundred thousand tensors of a few shapes."""
+    return shape
 
 
 def is_shape(found: Any) -> bool:
