@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlxqwen.cache import KVCache, load_cache, make_cache
-    from mlxqwen.completion import GenerationResponse, batch_generate, generate, stream_generate
+    from mlxqwen.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
     from mlxqwen.reply import Reply, ReplyParser, ToolCall, parse_reply
@@ -34,6 +34,7 @@ __all__ = [
     "ToolCall",
     "__version__",
     "batch_generate",
+    "batch_stream",
     "generate",
     "load",
     "load_cache",
@@ -48,6 +49,7 @@ _HOME = {
     "make_cache": "cache",
     "GenerationResponse": "completion",
     "batch_generate": "completion",
+    "batch_stream": "completion",
     "generate": "completion",
     "stream_generate": "completion",
     "Engine": "engine",

@@ -229,7 +229,7 @@ class TokenStream:
         if not 0 <= row < len(self._rows):
             raise OptionError(f"force: found row {row}, expected a row from 0 to {len(self._rows) - 1}")
         _check_ids("force", tokens, self._model.config.vocab_size)
-        if tokens and not self._pending[row]:
+        if not self._pending[row]:
             self._unless[row] = frozenset(unless)
         self._pending[row].extend(tokens)
 

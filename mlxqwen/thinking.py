@@ -124,7 +124,7 @@ class ThinkingBudget:
         self._count += 1
         text = self._decoder.decode(self._tokenizer.token_bytes(token))
         self._end = (self._end + text)[-2:]
-        self._is_blank &= not text.strip("\n") and not self._is_inside_character
+        self._is_blank &= not text.strip("\n")
         return self._ending_if_due()
 
     @property

@@ -409,6 +409,29 @@ def test_a_prompt_that_opens_the_block_is_counted_from_its_end(model: Qwen3ForCa
         assert responses[-1].budget_exhausted
 
 
+@pytest.mark.parametrize("content", THOUGHTFUL)
+def test_a_budget_of_exactly_the_thought(model: Qwen3ForCausalLM, tokenizer: Tokenizer, content: str) -> None:
+    ids = chat_ids(tokenizer, content)
+    free = list(stream_generate(model, tokenizer, ids, sampling=GREEDY, max_tokens=100))
+    exact = stream_generate(
+        model, tokenizer, ids, sampling=GREEDY, max_tokens=100, thinking_budget=free[-1].reasoning_tokens
+    )
+    assert tokens_of(list(exact)) == tokens_of(free)
+
+
+def test_an_end_token_right_behind_the_budget_ends(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    opened = tokenizer.encode("<think>\n")
+    sampling = SamplingParams(seed=3, presence_penalty=2.0)
+    free = tokens_of(list(stream_generate(babbler, tokenizer, opened, sampling=sampling, max_tokens=6)))
+    for budget in (0, 1, 5):
+        end = free[budget]
+        assert end not in free[:budget]
+        ending = random_model(vocab_size=babbler.config.vocab_size, context=512, eos_token_ids=[end])
+        row = list(stream_generate(ending, tokenizer, opened, sampling=sampling, thinking_budget=budget))
+        assert tokens_of(row) == free[: budget + 1]
+        assert (row[-1].finish_reason, row[-1].budget_exhausted) == ("stop", False)
+
+
 def test_many_budgets_at_once(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
     prompts = [chat_ids(tokenizer, content) for content in THOUGHTFUL]
     budgets = [7, None, 0, 3]
