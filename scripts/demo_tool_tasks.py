@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import demo_data
 from demo_data import Conversation
 from demo_source import Source
 from demo_tasks import PHRASES, Message, calculator_tool, random_exchange, tool_exchange
@@ -131,8 +130,3 @@ def tool_conversation(source: Source) -> Conversation:
     if messages[-2]["role"] == "tool" and chance() < 0.5:
         messages = messages[:-2]
     return Conversation(tuple(messages), tuple(tools), enable_thinking)
-
-
-def conversation(source: Source) -> Conversation:
-    """A random conversation, every other one with tools."""
-    return tool_conversation(source) if source.random.random() < 0.5 else demo_data.conversation(source)

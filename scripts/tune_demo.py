@@ -1,9 +1,11 @@
-"""Teach the demo model more: continue its training on conversations with a calculator and a clock.
+"""Teach the demo model more: tools, and to answer from a thought that a thinking budget has cut short.
 
-    python scripts/tune_demo.py --model mlxqwen/demo --out /tmp/tuned --steps 400
+    python scripts/train_demo.py --out /tmp/first --seed 0 --steps 2000
+    python scripts/tune_demo.py --model /tmp/first --out /tmp/tuned --seed 1 --steps 500
 
-Needs the `train` extra. Half of the conversations are those of `demo_data.py`, so that what was learnt is kept. The
-tokenizer and all other files stay as they are.
+Needs the `train` extra. Nearly half of the conversations are those of `demo_data.py`, so that what was learnt is kept.
+The tokenizer and all other files stay as they are. The same seed, steps and versions give the same model on the same
+kind of machine; with `--minutes` there are as many steps as fit, and their number is printed.
 """
 
 from __future__ import annotations
@@ -15,28 +17,54 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import demo_data
 import torch
+from demo_budget_tasks import cut_thought, ends_in_thought, thought_length
 from demo_source import Source
-from demo_tool_tasks import conversation
+from demo_tool_tasks import tool_conversation
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from train_demo import ADAM_RATE, CONTEXT, MUON_RATE, ROWS_BY_LENGTH, Muon, encode, published_weights, word_pieces
 from transformers import Qwen3ForCausalLM
 
+from mlxqwen.tokenizer import Tokenizer as BudgetTokenizer
+
+SHARES = {"first training": 0.45, "tools": 0.30, "thoughts cut short": 0.25}
+TOOLS_IN_CUT = 0.15  # of the thoughts cut short
 WARMUP = 20
+SAVED_EVERY = 100
 SHARE_OF_RATE = 0.25  # of the rates of the first training, at most
 
 
-def batches(tokenizer: Tokenizer, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows that each start with a conversation: ids and weights, both [rows, CONTEXT + 1]."""
+def sample(source: Source, tokenizer: Tokenizer, budget_tokenizer: BudgetTokenizer) -> tuple[list[int], list[float]]:
+    """Token ids and weights in the loss of one random conversation."""
+    kind = source.random.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    if kind == "first training":
+        return encode(demo_data.conversation(source), tokenizer)
+    if kind == "tools":
+        return encode(tool_conversation(source), tokenizer)
+    while True:
+        with_tools = source.random.random() < TOOLS_IN_CUT
+        conversation = tool_conversation(source) if with_tools else demo_data.conversation(source)
+        if ends_in_thought(conversation):
+            break
+    ids, weights = encode(conversation, tokenizer)
+    budget = source.random.randrange(thought_length(ids, budget_tokenizer))
+    return cut_thought(ids, weights, budget_tokenizer, budget)
+
+
+def batches(
+    tokenizer: Tokenizer, budget_tokenizer: BudgetTokenizer, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless rows that each start with a conversation: ids and weights, both [rows, CONTEXT + 1]."""
     source = Source(random.Random(seed), pieces=word_pieces(tokenizer))
-    for _ in range(steps):
+    while True:
         rows, row_weights = [], []
         for _ in range(ROWS_BY_LENGTH[CONTEXT]):
             ids: list[int] = []
             weights: list[float] = []
             while len(ids) <= CONTEXT:
-                more_ids, more_weights = encode(conversation(source), tokenizer)
+                more_ids, more_weights = sample(source, tokenizer, budget_tokenizer)
                 ids += more_ids
                 weights += more_weights
             rows.append(ids[: CONTEXT + 1])
@@ -45,8 +73,17 @@ def batches(tokenizer: Tokenizer, seed: int, steps: int) -> Iterator[tuple[torch
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: a warm-up, then down to zero."""
-    return SHARE_OF_RATE * min((step + 1) / WARMUP, (steps - step) / steps)
+    """The learning rate's factor: a warm-up, whatever `steps`, then down to zero."""
+    if step < WARMUP:
+        return SHARE_OF_RATE * (step + 1) / WARMUP
+    return SHARE_OF_RATE * (steps - step) / (steps - WARMUP)
+
+
+def steps_that_fit(steps: int, seconds: float, limit_minutes: float | None) -> int:
+    """At most `steps`, fewer if the warm-up's `seconds` tell that they would take longer than the limit."""
+    if limit_minutes is None:
+        return steps
+    return max(WARMUP + 1, min(steps, int(limit_minutes * 60 / (seconds / WARMUP))))
 
 
 def main() -> None:
@@ -55,12 +92,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("mlxqwen/demo"), help="the folder to start from")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of 8,192 tokens")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of 8,192 tokens")
+    parser.add_argument("--minutes", type=float, help="take fewer steps if all would last longer than this")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
+    budget_tokenizer = BudgetTokenizer.from_folder(options.model)
     model = Qwen3ForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     named = list(model.named_parameters())
     matrices = [weight for name, weight in named if weight.ndim > 1 and "embed" not in name]
@@ -70,11 +109,19 @@ def main() -> None:
         torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    if options.out.resolve() != options.model.resolve():
+        shutil.copytree(options.model, options.out, dirs_exist_ok=True)
     started = time.monotonic()
     recent: list[float] = []
-    for step, (ids, weights) in enumerate(batches(tokenizer, options.seed, options.steps)):
+    steps = options.steps
+    rows = batches(tokenizer, budget_tokenizer, options.seed)
+    step = 0
+    while step < steps:
+        if step == WARMUP:
+            steps = steps_that_fit(steps, time.monotonic() - started, options.minutes)
+        ids, weights = next(rows)
         for optimizer, base in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate(step, options.steps)
+            optimizer.param_groups[0]["lr"] = base * rate(step, steps)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         wanted = weights[:, 1:].flatten()
@@ -84,13 +131,20 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         recent = [*recent[-19:], loss.item()]
-        if (step + 1) % 20 == 0 or step + 1 == options.steps:
+        step += 1
+        if step % 20 == 0 or step == steps:
             minutes = (time.monotonic() - started) / 60
             mean = sum(recent) / len(recent)
-            print(f"step {step + 1}/{options.steps} loss {mean:.4f} {minutes:.1f} min", flush=True)
-    if options.out.resolve() != options.model.resolve():
-        shutil.copytree(options.model, options.out, dirs_exist_ok=True)
-    save_file(published_weights(model), str(options.out / "model.safetensors"), metadata={"format": "pt"})
+            print(f"step {step}/{steps} loss {mean:.4f} {minutes:.1f} min", flush=True)
+        if step % SAVED_EVERY == 0 or step == steps:
+            save_weights(model, options.out)
+
+
+def save_weights(model: Qwen3ForCausalLM, out: Path) -> None:
+    """Write the weights into the folder `out`, readable by all."""
+    weights = out / "model.safetensors"
+    save_file(published_weights(model), str(weights), metadata={"format": "pt"})
+    weights.chmod(0o644)
 
 
 if __name__ == "__main__":
