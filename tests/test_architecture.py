@@ -42,6 +42,7 @@ ROOMS = [
     "tool_call_text",
     "reply",
     "completion",
+    "events",
     "engine",
     "cli",
     "__main__",

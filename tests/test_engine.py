@@ -72,8 +72,9 @@ def test_events_are_the_reply(engine: Engine, thinking: bool | None, max_tokens:
     assert done.finish_reason == responses[-1].finish_reason
 
     tokens = [response.token for response in responses]
-    close = engine.tokenizer.token_to_id("</think>")
-    reasoning = tokens.index(close) + 1 if close in tokens else len(tokens)
+    opening, close = (engine.tokenizer.token_to_id(tag) for tag in ("<think>", "</think>"))
+    end = tokens.index(close) if close in tokens else len(tokens)
+    reasoning = end - tokens.index(opening) - 1 if opening in tokens else 0
     assert done.usage.prompt_tokens == len(prompt)
     assert done.usage.completion_tokens == len(tokens)
     assert done.usage.reasoning_tokens == (reasoning if done.reply.reasoning else 0)

@@ -1,0 +1,179 @@
+"""A reply as events: its pieces as they become certain, and at the end the whole of it and how it came about."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlxqwen.completion import GenerationResponse
+from mlxqwen.reply import Delta, Reply, ReplyParser, join_deltas
+from mlxqwen.stop import StopStrings
+
+__all__ = [
+    "Done",
+    "Event",
+    "FinishReason",
+    "ReplyEvents",
+    "Timings",
+    "Usage",
+    "assistant_message",
+    "split_reply",
+]
+
+logger = logging.getLogger("mlxqwen")
+
+FinishReason = Literal["stop", "length", "tool_calls", "loop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one reply.
+
+    Args:
+        prompt_tokens: those that were read for it; what a cache held already is not among them.
+        completion_tokens: all that were generated.
+        reasoning_tokens: those of the thought, its tags not counted; see `mlxqwen.thinking.ThinkingBudget`.
+        budget_exhausted: whether the thinking budget ended the thought.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    budget_exhausted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds until the first token and from there to the last, and tokens per second of both."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last event: the whole reply and how it came about.
+
+    `finish_reason` is "stop" for an end token or a stop string, "tool_calls" for an end token behind a reply that calls
+    tools, "length" where tokens or context ran out, "loop" where the reply went round in circles.
+    """
+
+    reply: Reply
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+Event = Delta | Done
+
+
+class ReplyEvents:
+    """One reply's text as it comes → its events.
+
+    Args:
+        thinking, tools: as for `mlxqwen.reply.ReplyParser`.
+        stop: end before the first of these texts in the content; reasoning and calls may hold them.
+
+    Raises:
+        OptionError: a stop is empty or not a string.
+    """
+
+    def __init__(self, *, thinking: bool | None, tools: bool = False, stop: str | Sequence[str] = ()) -> None:
+        self.done: Done | None = None
+        self._parser = ReplyParser(thinking=thinking, tools=tools)
+        self._stops = StopStrings(stop)
+        self._deltas: list[Delta] = []
+        self._warnings = 0
+        self._started, self._first = time.perf_counter(), 0.0
+
+    def feed(self, response: GenerationResponse) -> Iterator[Event]:
+        """Take what the next token adds → what is now certain; the last event is `done`, too.
+
+        Nothing follows `done`: what is fed later is not looked at.
+        """
+        if self.done is not None:
+            return
+        self._first = self._first or time.perf_counter()
+        deltas = self._parser.feed(response.text)
+        if response.finish_reason is not None:
+            deltas += self._parser.finish()
+        self._log_warnings()
+        for delta in filter(None, map(self._before_stop, deltas)):
+            self._deltas.append(delta)
+            yield delta
+        if response.finish_reason is not None and (rest := self._stops.finish()):
+            self._deltas.append(Delta(content=rest))
+            yield self._deltas[-1]
+        if response.finish_reason is not None or self._stops.found:
+            self.done = self._make_done(response)
+            yield self.done
+
+    def _before_stop(self, delta: Delta) -> Delta | None:
+        """What may be shown of `delta`: all but content that is, or may become, a stop string, and what follows one."""
+        if self._stops.found:
+            return None
+        if delta.content is None:
+            return delta
+        shown, _ = self._stops.feed(delta.content)
+        return Delta(content=shown) if shown else None
+
+    def _log_warnings(self) -> None:
+        for warning in self._parser.warnings[self._warnings :]:
+            logger.warning("%s", warning)
+        self._warnings = len(self._parser.warnings)
+
+    def _make_done(self, response: GenerationResponse) -> Done:
+        reply = join_deltas(self._deltas)
+        finish_reason: FinishReason = "stop" if self._stops.found else response.finish_reason or "stop"
+        if reply.tool_calls and finish_reason == "stop" and not self._stops.found:
+            finish_reason = "tool_calls"
+        usage = Usage(
+            response.prompt_tokens, response.generation_tokens, response.reasoning_tokens, response.budget_exhausted
+        )
+        timings = Timings(
+            self._first - self._started,
+            time.perf_counter() - self._first,
+            response.prompt_tps,
+            response.generation_tps,
+        )
+        return Done(reply, finish_reason, usage, timings)
+
+
+def split_reply(
+    responses: Iterator[GenerationResponse],
+    *,
+    thinking: bool | None,
+    tools: bool = False,
+    stop: str | Sequence[str] = (),
+) -> Iterator[Event]:
+    """One reply's text as it comes → its events; the arguments are those of `ReplyEvents`."""
+    ReplyEvents(thinking=thinking, tools=tools, stop=stop)  # complains now rather than at the first event
+    return _events(responses, thinking, tools, stop)
+
+
+def _events(
+    responses: Iterator[GenerationResponse], thinking: bool | None, tools: bool, stop: str | Sequence[str]
+) -> Iterator[Event]:
+    reply = ReplyEvents(thinking=thinking, tools=tools, stop=stop)
+    for response in responses:
+        yield from reply.feed(response)
+        if reply.done is not None:
+            return
+
+
+def assistant_message(reply: Reply) -> dict[str, Any]:
+    """A reply as a message of the conversation, in OpenAI's form with `reasoning_content`."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.reasoning is not None:
+        message["reasoning_content"] = reply.reasoning
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in reply.tool_calls
+        ]
+    return message
