@@ -6,7 +6,7 @@ offered, or is not needed. The schemas are those that `mlxqwen.tools.tool_schema
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from demo_data import Conversation
@@ -35,12 +35,13 @@ FAILURES = ("Error: ZeroDivisionError: division by zero", "Error: OSError: not a
 
 @dataclass(frozen=True)
 class ToolUse:
-    """A question, the call that it needs, what the tool says, and the answer."""
+    """A question, the call that it needs, what the tool says, and the thought and the answer that follow."""
 
     name: str
     question: str
     arguments: dict[str, str]
     result: str
+    thought: str
     answer: str
 
 
@@ -60,25 +61,33 @@ def strict_calculator_tool(description: str) -> dict[str, Any]:
 def clock_use(source: Source) -> ToolUse:
     """A question for the time of day."""
     time = f"{source.random.randrange(24):02}:{source.random.randrange(60):02}"
-    return ToolUse("clock", source.random.choice(CLOCK_QUESTIONS), {}, time, f"It is {time}.")
+    return ToolUse(
+        "clock", source.random.choice(CLOCK_QUESTIONS), {}, time, f"The clock says {time}.", f"It is {time}."
+    )
 
 
-def calculator_use(source: Source) -> ToolUse:
-    """A product, sum or difference of long numbers."""
+def calculator_use(source: Source, pattern: str | None = None) -> ToolUse:
+    """A product, sum or difference of long numbers, asked for by `pattern` or by any."""
     exchange = tool_exchange(source)
     first, operator, second = exchange.expression.split()
     name = {"*": "times", "+": "plus", "-": "minus"}[operator]
-    question = source.random.choice(CALCULATOR_QUESTIONS).format(a=first, o=operator, b=second, n=name)
-    return ToolUse("calculator", question, {"expression": exchange.expression}, exchange.result, exchange.answer)
+    pattern = pattern or source.random.choice(CALCULATOR_QUESTIONS)
+    question = pattern.format(a=first, o=operator, b=second, n=name)
+    arguments = {"expression": exchange.expression}
+    return ToolUse("calculator", question, arguments, exchange.result, exchange.thinking, exchange.answer)
+
+
+def failed(source: Source, use: ToolUse) -> ToolUse:
+    """The same question, whose tool fails."""
+    result = source.random.choice(FAILURES)
+    return replace(use, result=result, thought=f"The {use.name} has failed.", answer=f"The {use.name} does not work.")
 
 
 def _turn(source: Source, use: ToolUse, thinking: bool) -> list[Message]:
     """The question, the call, the tool's response and the answer."""
     verb = "look at the clock" if use.name == "clock" else "use the calculator"
-    result, answer, thought = use.result, use.answer, f"The {use.name} says {use.result}."
     if source.random.random() < 0.08:
-        result = source.random.choice(FAILURES)
-        answer, thought = f"The {use.name} does not work.", f"The {use.name} has failed."
+        use = failed(source, use)
     call = {"type": "function", "function": {"name": use.name, "arguments": use.arguments}}
     return [
         {"role": "user", "content": use.question},
@@ -88,8 +97,8 @@ def _turn(source: Source, use: ToolUse, thinking: bool) -> list[Message]:
             "reasoning_content": f"I will {verb}." if thinking else "",
             "tool_calls": [call],
         },
-        {"role": "tool", "content": result},
-        {"role": "assistant", "content": answer, "reasoning_content": thought if thinking else ""},
+        {"role": "tool", "content": use.result},
+        {"role": "assistant", "content": use.answer, "reasoning_content": use.thought if thinking else ""},
     ]
 
 
