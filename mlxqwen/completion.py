@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
@@ -37,6 +37,7 @@ __all__ = [
     "BatchOptions",
     "FinishReason",
     "GenerationResponse",
+    "ResponseStream",
     "StreamOptions",
     "batch_generate",
     "batch_stream",
@@ -65,13 +66,14 @@ class GenerationResponse:
         text: the text that is now certain; may be empty in the middle of a character or of a possible stop string.
         token: its id.
         prompt_tokens: length of the prompt.
-        prompt_tps: prompt tokens per second.
+        prompt_tps: prompt tokens per second, those of the cache not counted.
         generation_tokens: tokens so far.
         generation_tps: tokens per second since the first.
         peak_memory: most memory that MLX has held, in GB.
         finish_reason: on the last one, "stop" (end token or stop string), "length" or "loop".
         reasoning_tokens: tokens of thought so far; see `mlxqwen.thinking.ThinkingBudget`.
         budget_exhausted: whether the thinking budget has ended the thought.
+        cached_tokens: how many of the prompt's tokens were not read, as the cache held them.
     """
 
     text: str
@@ -84,15 +86,15 @@ class GenerationResponse:
     finish_reason: FinishReason | None
     reasoning_tokens: int = 0
     budget_exhausted: bool = False
+    cached_tokens: int = 0
 
 
 class _Options(TypedDict, total=False):
-    max_tokens: int
     stop: str | Sequence[str]
     early_stop_text: str | None
     stop_on_loop: bool
-    tools: bool
     cache: KVCache | None
+    cached_tokens: int | None
     prefill_chunk: int
     on_prefill: Callable[[int, int], None] | None
 
@@ -100,15 +102,19 @@ class _Options(TypedDict, total=False):
 class StreamOptions(_Options, total=False):
     """The options of `stream_generate`, for functions that pass them on."""
 
+    max_tokens: int
     sampling: Sampling
     thinking_budget: int | None
+    tools: bool
 
 
 class BatchOptions(_Options, total=False):
     """The options of `batch_stream`, for functions that pass them on."""
 
+    max_tokens: int | Sequence[int]
     sampling: Sampling | Sequence[Sampling]
     thinking_budget: int | Sequence[int | None] | None
+    tools: bool | Sequence[bool]
 
 
 def stream_generate(
@@ -124,6 +130,7 @@ def stream_generate(
     stop_on_loop: bool = False,
     tools: bool = False,
     cache: KVCache | None = None,
+    cached_tokens: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationResponse]:
@@ -140,7 +147,7 @@ def stream_generate(
         early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
         stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.loops` defines it.
         tools: whether the model may call tools: a call ends its thought.
-        cache: see `generate_tokens`; also for `prefill_chunk` and `on_prefill`.
+        cache: see `generate_tokens`; also for `cached_tokens`, `prefill_chunk` and `on_prefill`.
 
     Raises:
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
@@ -157,6 +164,7 @@ def stream_generate(
         stop_on_loop=stop_on_loop,
         tools=tools,
         cache=cache,
+        cached_tokens=cached_tokens,
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
     )
@@ -168,26 +176,26 @@ def batch_stream(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
     sampling: Sampling | Sequence[Sampling] = None,
     stop: str | Sequence[str] = (),
     thinking_budget: int | Sequence[int | None] | None = None,
     early_stop_text: str | None = None,
     stop_on_loop: bool = False,
-    tools: bool = False,
+    tools: bool | Sequence[bool] = False,
     cache: KVCache | None = None,
+    cached_tokens: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, GenerationResponse]]:
+) -> ResponseStream:
     """Continue many prompts at once, yielding `(row, response)` as text becomes certain.
 
     Each row gets the text that it would get alone (with a seed, that very text), and leaves when it ends.
 
     Args:
         prompts: texts or lists of ids.
-        sampling: for all, or one for each prompt.
-        thinking_budget: for all, or one for each prompt.
-        max_tokens: at most this many a row; for this and the others see `stream_generate`.
+        max_tokens, sampling, thinking_budget, tools: for all, or one for each prompt; for these and the others see
+            `stream_generate`.
     """
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given:
@@ -198,11 +206,17 @@ def batch_stream(
         _Row(
             tokenizer,
             len(prompt),
+            cached_tokens or 0,
             StopStrings(stop),
-            ThinkingBudget(tokenizer, prompt, budget=budget, early_stop_text=early_stop_text, tools=tools),
+            ThinkingBudget(tokenizer, prompt, budget=budget, early_stop_text=early_stop_text, tools=may_call),
             LoopDetector() if stop_on_loop else None,
         )
-        for prompt, budget in zip(ids, _one_a_row("thinking_budget", thinking_budget, len(ids)), strict=True)
+        for prompt, budget, may_call in zip(
+            ids,
+            _one_a_row("thinking_budget", thinking_budget, len(ids)),
+            _one_a_row("tools", tools, len(ids)),
+            strict=True,
+        )
     ]
     ends = end_token_ids(model, tokenizer)
     stream = generate_tokens(
@@ -212,15 +226,38 @@ def batch_stream(
         max_tokens=max_tokens,
         eos_token_ids=ends,
         cache=cache,
+        cached_tokens=cached_tokens,
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
     )
-    return _responses(stream, rows, ends)
+    return ResponseStream(stream, _responses(stream, rows, ends))
+
+
+class ResponseStream:
+    """What `batch_stream` returns: iterate it, and `stop` rows early."""
+
+    def __init__(self, stream: TokenStream, responses: Generator[tuple[int, GenerationResponse], None, None]) -> None:
+        self._stream = stream
+        self._responses = responses
+
+    def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
+        return self
+
+    def __next__(self) -> tuple[int, GenerationResponse]:
+        return next(self._responses)
+
+    def stop(self, row: int) -> None:
+        """End `row` here: no further token of it is computed."""
+        self._stream.stop(row)
+
+    def close(self) -> None:
+        """End all rows."""
+        self._responses.close()
 
 
 def _responses(
     stream: TokenStream, rows: Sequence[_Row], ends: Collection[int]
-) -> Iterator[tuple[int, GenerationResponse]]:
+) -> Generator[tuple[int, GenerationResponse], None, None]:
     for number, row in enumerate(rows):
         stream.force(number, row.thinking.start(), unless={*row.thinking.closing, *ends})
     for generated in stream:
@@ -242,12 +279,14 @@ class _Row:
         self,
         tokenizer: Tokenizer,
         prompt_tokens: int,
+        cached_tokens: int,
         stops: StopStrings,
         thinking: ThinkingBudget,
         loops: LoopDetector | None,
     ) -> None:
         self.thinking = thinking
         self._prompt_tokens = prompt_tokens
+        self._cached_tokens = cached_tokens
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
         self._stops = stops
         self._loops = loops
@@ -265,13 +304,14 @@ class _Row:
             text=text,
             token=generated.token,
             prompt_tokens=self._prompt_tokens,
-            prompt_tps=self._prompt_tokens / max(self._first - self._started, 1e-9),
+            prompt_tps=(self._prompt_tokens - self._cached_tokens) / max(self._first - self._started, 1e-9),
             generation_tokens=self._count,
             generation_tps=(self._count - 1) / max(now - self._first, 1e-9),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
             reasoning_tokens=self.thinking.reasoning_tokens,
             budget_exhausted=self.thinking.exhausted,
+            cached_tokens=self._cached_tokens,
         )
 
     def _show(self, token: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:

@@ -58,9 +58,10 @@ def generate_tokens(
     prompts: Prompts,
     *,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
     eos_token_ids: Collection[int] | None = None,
     cache: KVCache | None = None,
+    cached_tokens: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
     device: Device | None = None,
@@ -72,12 +73,15 @@ def generate_tokens(
         prompts: ids of one prompt, or of one a row; lists or integer arrays.
         sampling: how to draw, for all rows or for each; by default from the model's own distribution. A row with a seed
             draws what it would draw alone with that seed.
-        max_tokens: at most this many tokens a row, and never more than the context has room for.
+        max_tokens: at most this many tokens, for all rows or for each, and never more than the context has room for.
         eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
         cache: holds what came before the prompts, and at the end everything but the last token (a device that overlaps
             steps may have added that too: `offsets` tell). Rows that end before others leave it. Made if not given.
+        cached_tokens: that the cache's first so many tokens are the first of each prompt: these are not read again, and
+            what the cache holds behind them is forgotten as generation starts. By default prompts follow all it holds.
         prefill_chunk: prompt tokens a step; memory grows with it.
-        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each.
+        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; cached ones do not
+            count.
         device: the machine; by default this one.
 
     Returns:
@@ -86,12 +90,16 @@ def generate_tokens(
     Raises:
         ContextLengthError: a prompt leaves no room for an answer.
         OptionError: an empty prompt, ids outside the vocabulary, or values out of range.
-        CacheError: a cache of another model or number of rows.
+        CacheError: a cache of another model or number of rows, or one that cannot go back to `cached_tokens`.
         GenerationError: while iterating, if the model's logits are NaN.
     """
     rows = _rows(prompts, model.config.vocab_size)
-    _check_count("prefill_chunk", prefill_chunk)
-    _check_count("max_tokens", max_tokens)
+    check_count("prefill_chunk", prefill_chunk)
+    most = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens] * len(rows)
+    for limit in most:
+        check_count("max_tokens", limit)
+    if len(most) != len(rows):
+        raise OptionError(f"max_tokens: found {len(most)} for {len(rows)} prompts")
     params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
     if len(params) != len(rows):
         raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
@@ -106,17 +114,21 @@ def generate_tokens(
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
     elif not cache.fits(model.config):
         raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
+    if cached_tokens is not None:
+        _check_cached_tokens(cached_tokens, cache, rows)
+    held = cache.offsets if cached_tokens is None else [0] * len(rows)
     limits = [
-        min(max_tokens, room_for_answer(model, offset + len(row), cache.max_kv_size))
-        for offset, row in zip(cache.offsets, rows, strict=True)
+        min(limit, room_for_answer(model, offset + len(row), cache.max_kv_size))
+        for limit, offset, row in zip(most, held, rows, strict=True)
     ]
     return TokenStream(
         model,
-        rows,
+        [row[cached_tokens or 0 :] for row in rows],
         Sampler(params, rows, model.config.vocab_size),
         limits,
         frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids),
         cache,
+        cached_tokens,
         prefill_chunk,
         on_prefill,
         device or current_device(),
@@ -148,7 +160,22 @@ def as_token_ids(tokens: object) -> list[Any]:
     raise OptionError(f"prompt: found {type(tokens).__name__}, expected text or token ids")
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_cached_tokens(count: object, cache: KVCache, rows: Sequence[Sequence[int]]) -> None:
+    shortest = min(map(len, rows))
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < shortest:
+        raise OptionError(
+            f"cached_tokens: found {count!r}, expected an integer from 0 to {shortest - 1}",
+            hint="The prompt's last token has to be read: what it leads to is not in the cache.",
+        )
+    if not cache.can_trim(count):
+        raise CacheError(
+            f"cache of {min(cache.offsets)} tokens: cannot go back to the first {count}",
+            hint="Go on from where it is, or from 0.",
+        )
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no integer from 1. Raises `OptionError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}: found {value!r}, expected an integer from 1")
 
@@ -186,11 +213,13 @@ class TokenStream:
         limits: list[int],
         eos_token_ids: frozenset[int],
         cache: KVCache,
+        cached_tokens: int | None,
         prefill_chunk: int,
         on_prefill: Callable[[int, int], None] | None,
         device: Device,
     ) -> None:
         self.cache = cache
+        self._cached_tokens = cached_tokens
         self._model = model
         self._rows = rows
         self._sampler = sampler
@@ -310,6 +339,8 @@ class TokenStream:
 
     def _prefill(self) -> mx.array:
         """All prompts through the model in chunks → the logits `[B, vocab_size]` behind each one's last token."""
+        if self._cached_tokens is not None:
+            self.cache.trim(self._cached_tokens)
         longest = max(map(len, self._rows))
         self.cache.reserve(self.cache.offset + longest + 1)
         last_hidden: list[mx.array | None] = [None] * len(self._rows)

@@ -114,6 +114,10 @@ class KVCache:
         _check_integer("length", length, 0, _MAX_TOKENS)
         self.placement.reserved = length
 
+    def can_trim(self, length: int) -> bool:
+        """Whether `trim` would work: whether the first `length` tokens of every row are all held."""
+        return self.placement.can_trim_to(length)
+
     def trim(self, length: int) -> None:
         """Forget all but the first `length` tokens of every row; the buffers stay.
 
@@ -122,7 +126,7 @@ class KVCache:
             OptionError: `length` is no number of tokens.
         """
         _check_integer("length", length, 0, _MAX_TOKENS)
-        if not self.placement.can_trim_to(length):
+        if not self.can_trim(length):
             raise CacheError(
                 f"cache of {min(self.offsets)} tokens: cannot be trimmed to {length}, not all of them are held",
                 hint="Trim it to 0 and prefill it; a ring can be trimmed further only before its window is full.",
@@ -204,7 +208,7 @@ def _make_cache(
     kv_group_size: int,
     offsets: list[int],
 ) -> KVCache:
-    _check_integer("keep", keep, 0, _MAX_TOKENS)
+    check_window(max_kv_size, keep)
     if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in (4, 8)):
         raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
     _check_integer("kv_group_size", kv_group_size, 32, 128)
@@ -218,15 +222,22 @@ def _make_cache(
     if max_kv_size is None:
         placement: Placement = LinearPlacement(len(offsets))
     else:
-        _check_integer("max_kv_size", max_kv_size, 1, _MAX_TOKENS)
-        if max_kv_size <= keep:
-            raise OptionError(
-                f"max_kv_size: found {max_kv_size}, expected more than the {keep} tokens that are always kept",
-                hint="Choose a larger window, or keep fewer.",
-            )
         placement = RingPlacement(len(offsets), max_kv_size, keep)
     placement.offsets = offsets
     return KVCache(config, placement, kv_bits, group_size)
+
+
+def check_window(max_kv_size: int | None, keep: int) -> None:
+    """Refuse what `make_cache` would refuse for any model. Raises `OptionError`."""
+    _check_integer("keep", keep, 0, _MAX_TOKENS)
+    if max_kv_size is None:
+        return
+    _check_integer("max_kv_size", max_kv_size, 1, _MAX_TOKENS)
+    if max_kv_size <= keep:
+        raise OptionError(
+            f"max_kv_size: found {max_kv_size}, expected more than the {keep} tokens that are always kept",
+            hint="Choose a larger window, or keep fewer.",
+        )
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:
