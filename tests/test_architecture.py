@@ -33,6 +33,7 @@ ROOMS = [
     "loops",
     "messages",
     "tools",
+    "request_files",
     "sandbox",
     "chat_template",
     "safe_text",

@@ -1,0 +1,7 @@
+"""What is asked and answered in files: one conversation, or many requests in JSON Lines and the answers to them."""
+
+from mlxqwen.request_files.answers import AnswerFile
+from mlxqwen.request_files.batch import BatchRequest, parse_requests
+from mlxqwen.request_files.conversations import Conversation, parse_conversation, parse_tools
+
+__all__ = ["AnswerFile", "BatchRequest", "Conversation", "parse_conversation", "parse_requests", "parse_tools"]
