@@ -72,8 +72,8 @@ class ThinkingBudget:
     ) -> None:
         self.exhausted = False
         self._tokenizer = tokenizer
-        self._budget = _checked_budget(budget)
-        self._sentence = _checked_sentence(EARLY_STOP_TEXT if early_stop_text is None else early_stop_text)
+        self._budget = check_budget(budget)
+        self._sentence = check_early_stop_text(EARLY_STOP_TEXT if early_stop_text is None else early_stop_text)
         self._open, self._close = tokenizer.token_to_id(_OPEN), tokenizer.token_to_id(_CLOSE)
         if budget is not None and self._close is None:
             raise OptionError(
@@ -148,13 +148,15 @@ class ThinkingBudget:
         return [*self._tokenizer.encode_plain(text), *self._block_end]
 
 
-def _checked_budget(budget: object) -> int | None:
+def check_budget(budget: object) -> int | None:
+    """A budget as it is. Raises `OptionError` for what is none."""
     if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
         return budget
     raise OptionError(f"thinking_budget: found {budget!r}, expected an integer from 0, or None for no limit")
 
 
-def _checked_sentence(text: object) -> str:
+def check_early_stop_text(text: object) -> str:
+    """A sentence without the line breaks around it. Raises `OptionError` for what is no text, or holds a tag."""
     if not isinstance(text, str):
         raise OptionError(f"early_stop_text: found {type(text).__name__}, expected a string")
     for tag in (_OPEN, _CLOSE):

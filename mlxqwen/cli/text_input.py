@@ -10,7 +10,7 @@ import click
 from mlxqwen.errors import OptionError
 from mlxqwen.json_file import find_lone_surrogate
 
-__all__ = ["check_unicode", "read_prompt"]
+__all__ = ["check_unicode", "read_prompt", "read_text", "source_name"]
 
 MAX_PROMPT_BYTES = 64 * 1024 * 1024
 
@@ -34,11 +34,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, *, raw: bool) -> s
     if prompt is not None and prompt != "-":
         text = prompt
     else:
-        if prompt_file is None:
-            text = _decode("standard input", sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
-        else:
-            with prompt_file.open("rb") as file:
-                text = _decode(str(prompt_file), file.read(MAX_PROMPT_BYTES + 1))
+        text = read_text("-" if prompt_file is None else str(prompt_file))
         text = text if raw else text.removesuffix("\n")
     if not text.strip():
         raise OptionError("prompt: found no text, expected a question", hint='For example: mlxqwen generate "Hello"')
@@ -55,9 +51,22 @@ def check_unicode(**texts: str | None) -> None:
             )
 
 
-def _decode(source: str, data: bytes) -> str:
-    if len(data) > MAX_PROMPT_BYTES:
-        raise OptionError(f"{source}: found more than {MAX_PROMPT_BYTES:,} bytes, the most that is read")
+def source_name(path: str) -> str:
+    """What errors call a file, or "-"."""
+    return "standard input" if path == "-" else path
+
+
+def read_text(path: str, *, max_bytes: int = MAX_PROMPT_BYTES) -> str:
+    """The text of a file, or of standard input for "-". Raises `OptionError`: not UTF-8, or too large."""
+    if path == "-":
+        return _decode(source_name(path), sys.stdin.buffer.read(max_bytes + 1), max_bytes)
+    with open(path, "rb") as file:
+        return _decode(path, file.read(max_bytes + 1), max_bytes)
+
+
+def _decode(source: str, data: bytes, max_bytes: int) -> str:
+    if len(data) > max_bytes:
+        raise OptionError(f"{source}: found more than {max_bytes:,} bytes, the most that is read")
     try:
         return data.decode("utf-8-sig")  # some systems begin a file with a byte order mark
     except UnicodeDecodeError as error:
