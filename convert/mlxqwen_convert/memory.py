@@ -4,34 +4,38 @@ from __future__ import annotations
 
 from mlxqwen_convert.pipeline import tasks_of
 from mlxqwen_convert.plan import Plan
+from mlxqwen_convert.readers import AwqReader, GptqReader
 
 __all__ = ["buffer_bytes", "expected_peak", "weights_in_flight"]
 
 # What the tables of a large model leave of this goes to the chunks: larger ones are quicker.
 _AIM_BYTES = 84 << 20
 _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
-# Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker.
-_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 800, 500, 32
+# Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker with all that is
+# made of it, and strips of formats that are read by columns.
+_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES, _STRIPS_BYTES = 33 << 20, 480, 500, 75, 8 << 20
+# What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
+_BUFFER_BYTES = 44
 
 
 def weights_in_flight(plan: Plan) -> int:
     """Weights that all workers together may have in their hands."""
-    room = (_AIM_BYTES - _table_bytes(plan)) // (2 * _WEIGHT_BYTES)
+    room = (_AIM_BYTES - _standing_bytes(plan)) // _WEIGHT_BYTES
     return max(_FEWEST_IN_FLIGHT, min(_MOST_IN_FLIGHT, room))
 
 
 def buffer_bytes(in_flight: int) -> int:
-    """What MLX may keep for the next chunks: fresh buffers cost as much time as the arithmetic."""
-    return in_flight * _WEIGHT_BYTES
+    """What MLX may keep for the next chunks."""
+    return in_flight * _BUFFER_BYTES
 
 
 def expected_peak(plan: Plan) -> int:
     """Bytes that the whole process holds at most, reading everything back included."""
-    in_flight = weights_in_flight(plan)
-    return _table_bytes(plan) + in_flight * _WEIGHT_BYTES + buffer_bytes(in_flight)
+    return _standing_bytes(plan) + weights_in_flight(plan) * _WEIGHT_BYTES
 
 
-def _table_bytes(plan: Plan) -> int:
+def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
-    return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
+    by_columns = any(isinstance(planned.readers[0], AwqReader | GptqReader) for planned in plan.modules)
+    return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES + by_columns * _STRIPS_BYTES
