@@ -33,21 +33,23 @@ class Usage:
     """Tokens of one reply.
 
     Args:
-        prompt_tokens: those that were read for it; what a cache held already is not among them.
+        prompt_tokens: those of the prompt.
         completion_tokens: all that were generated.
         reasoning_tokens: those of the thought, its tags not counted; see `mlxqwen.thinking.ThinkingBudget`.
         budget_exhausted: whether the thinking budget ended the thought.
+        cached_tokens: those of the prompt that were not read, as the cache held them.
     """
 
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int
     budget_exhausted: bool = False
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds until the first token and from there to the last, and tokens per second of both."""
+    """Seconds until the first token and from there to the last, and tokens per second of both, cached ones left out."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -60,13 +62,15 @@ class Done:
     """The last event: the whole reply and how it came about.
 
     `finish_reason` is "stop" for an end token or a stop string, "tool_calls" for an end token behind a reply that calls
-    tools, "length" where tokens or context ran out, "loop" where the reply went round in circles.
+    tools, "length" where tokens or context ran out, "loop" where the reply went round in circles. `tokens` are the ids
+    of the reply, its tags and end token included.
     """
 
     reply: Reply
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    tokens: tuple[int, ...] = ()
 
 
 Event = Delta | Done
@@ -88,6 +92,7 @@ class ReplyEvents:
         self._parser = ReplyParser(thinking=thinking, tools=tools)
         self._stops = StopStrings(stop)
         self._deltas: list[Delta] = []
+        self._tokens: list[int] = []
         self._warnings = 0
         self._started, self._first = time.perf_counter(), 0.0
 
@@ -99,6 +104,7 @@ class ReplyEvents:
         if self.done is not None:
             return
         self._first = self._first or time.perf_counter()
+        self._tokens.append(response.token)
         deltas = self._parser.feed(response.text)
         if response.finish_reason is not None:
             deltas += self._parser.finish()
@@ -133,7 +139,11 @@ class ReplyEvents:
         if reply.tool_calls and finish_reason == "stop" and not self._stops.found:
             finish_reason = "tool_calls"
         usage = Usage(
-            response.prompt_tokens, response.generation_tokens, response.reasoning_tokens, response.budget_exhausted
+            response.prompt_tokens,
+            response.generation_tokens,
+            response.reasoning_tokens,
+            response.budget_exhausted,
+            response.cached_tokens,
         )
         timings = Timings(
             self._first - self._started,
@@ -141,7 +151,7 @@ class ReplyEvents:
             response.prompt_tps,
             response.generation_tps,
         )
-        return Done(reply, finish_reason, usage, timings)
+        return Done(reply, finish_reason, usage, timings, tuple(self._tokens))
 
 
 def split_reply(
