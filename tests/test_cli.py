@@ -25,7 +25,8 @@ LONG = "How many r's in strawberry? " * 45
 OPTIONS = """
     --model --revision --system --prompt-file --thinking --no-thinking --raw --max-tokens --temperature --top-p --top-k
     --min-p --presence-penalty --frequency-penalty --repetition-penalty --seed --stop --max-kv-size --kv-keep --kv-bits
-    --prefill-chunk --yarn-factor --rope-scaling --dtype --force --json --verbose
+    --prefill-chunk --yarn-factor --rope-scaling --dtype --force --json --verbose --messages --tools --batch --output
+    --batch-size --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
 """
 
 Folder = Callable[..., Path]
@@ -126,7 +127,7 @@ def test_json_is_one_object() -> None:
     said = json.loads(result.out)
     assert (result.status, result.err) == (0, "")
     assert result.out.count("\n") == 1
-    assert list(said) == ["reasoning", "content", "finish_reason", "usage", "timings"]
+    assert list(said) == ["reasoning", "content", "tool_calls", "finish_reason", "usage", "timings"]
     assert said["finish_reason"] in ("stop", "length")
     assert said["usage"]["completion_tokens"] > said["usage"]["reasoning_tokens"]
     assert said["timings"]["decode_seconds"] > 0
@@ -473,6 +474,7 @@ def test_interrupt_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(result.out) == {
         "reasoning": "so",
         "content": "It is",
+        "tool_calls": [],
         "finish_reason": "interrupted",
         "usage": None,
         "timings": None,

@@ -1,0 +1,269 @@
+"""`mlxqwen generate --batch`: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxqwen.cli.generate_options import (
+    DEFAULT_BATCH_SIZE,
+    check_values,
+    load_engine,
+    new_cache,
+    sampling_overrides,
+)
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.reply_printer import openai_tool_call, print_request
+from mlxqwen.cli.terminal import print_error
+from mlxqwen.cli.text_input import read_text, source_name
+from mlxqwen.errors import MlxqwenError, OptionError, one_line
+
+if TYPE_CHECKING:
+    from mlxqwen.engine import Engine
+    from mlxqwen.events import Done
+    from mlxqwen.request_files import AnswerFile, BatchRequest
+    from mlxqwen.sampling_params import SamplingParams
+
+__all__ = ["generate_batch"]
+
+MAX_BATCH_BYTES = 256 * 1024 * 1024
+# What answers depend on. The options about memory are not among them: a run may go on with others.
+_SHAPING = (
+    "model",
+    "revision",
+    "system",
+    "trust_special_tokens",
+    "thinking",
+    "thinking_budget",
+    "early_stop_text",
+    "max_tokens",
+    "stop",
+    "stop_on_loop",
+)
+
+
+def generate_batch(options: Mapping[str, Any]) -> int:
+    """Answer all lines of --batch that --output has no answer to yet → the exit status."""
+    with leave_at_once():
+        from mlxqwen.request_files import AnswerFile, parse_requests, parse_tools
+
+    check_values(options)
+    source, output = options["batch"], Path(options["output"])
+    if source != "-" and output.exists() and output.samefile(source):
+        raise OptionError(f"{output}: found as --batch and --output, expected two files")
+    requests = parse_requests(
+        read_text(source, max_bytes=MAX_BATCH_BYTES), source_name(source), system=options["system"]
+    )
+    if options["tools"] is not None:
+        tools = parse_tools(read_text(options["tools"]), source_name(options["tools"]))
+        requests = [request.with_default_tools(tools) for request in requests]
+    with AnswerFile(output, requests, _shape(options)) as answers:
+        if answers.answered:
+            sys.stderr.write(
+                f"note: {one_line(str(output))} has {len(answers.answered):,} of {len(requests):,} answers\n"
+            )
+        try:
+            _answer_all([request for request in requests if request.index not in answers.answered], answers, options)
+        except KeyboardInterrupt:
+            done = f"{len(answers.answered):,} of {len(requests):,}"
+            sys.stderr.write(f"interrupted after {done} answers; the same command goes on from here\n")
+            return INTERRUPTED
+        failed = answers.failed
+    if failed:
+        print_error(
+            f"{output}: {failed:,} of {len(requests):,} lines have failed",
+            'Their "error" tells why. Once these lines are removed from it, the same command tries them again.',
+        )
+    return 1 if failed else 0
+
+
+def _shape(options: Mapping[str, Any]) -> str:
+    """Stands for the options that an answer depends on."""
+    from mlxqwen.request_files.batch import digest
+
+    return digest(json.dumps({**{name: options[name] for name in _SHAPING}, **sampling_overrides(options)}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    request: BatchRequest
+    prompt: list[int]
+    sampling: SamplingParams
+    thinking_budget: int | None
+    max_tokens: int
+
+
+def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: Mapping[str, Any]) -> None:
+    if not requests:
+        return
+    engine = load_engine(options)
+    if options["verbose"]:
+        _print_options(engine, options)
+    progress = BatchProgress(sys.stderr, len(requests))
+    size = options["batch_size"] or DEFAULT_BATCH_SIZE
+    tokens, started = 0, time.perf_counter()
+    try:
+        rows: list[_Row] = []
+        for number, request in enumerate(requests, start=1):
+            try:
+                rows.append(_prepare(engine, request, options))
+            except MlxqwenError as error:
+                answers.append(request, _failure(error))
+                progress.advance(0)
+            if len(rows) < size and number < len(requests):
+                continue
+            for row, fields, count in _answers(engine, rows, options):
+                answers.append(row.request, fields)
+                progress.advance(count)
+                tokens += count
+            rows = []
+    finally:
+        progress.wipe()
+    if options["verbose"]:
+        seconds = time.perf_counter() - started
+        sys.stderr.write(
+            f"{len(requests):,} answers of {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s\n"
+        )
+
+
+def _print_options(engine: Engine, options: Mapping[str, Any]) -> None:
+    overrides = sampling_overrides(options)
+    opening = [{"role": "user", "content": "Hello"}]
+    thinking = {name: options[name] for name in ("thinking", "thinking_budget")}
+    print_request(engine, engine.sampling_for(opening, **thinking, sampling=overrides), options, overrides)
+
+
+def _prepare(engine: Engine, request: BatchRequest, options: Mapping[str, Any]) -> _Row:
+    """What the model is asked. Raises `MlxqwenError` for what it cannot be asked."""
+    from mlxqwen.generation import DEFAULT_MAX_TOKENS, room_for_answer
+
+    own = request.options
+    messages, tools = request.conversation.messages, request.conversation.tools
+    budget = own.get("thinking_budget", options["thinking_budget"])
+    thinking = False if budget == 0 else own.get("thinking", options["thinking"])
+    prompt = engine.prompt(
+        messages, thinking=thinking, tools=tools, trust_special_tokens=options["trust_special_tokens"]
+    )
+    room_for_answer(engine.model, len(prompt), options["max_kv_size"])
+    seed = {"seed": own["seed"]} if "seed" in own else {}
+    sampling = engine.sampling_for(
+        messages,
+        thinking=thinking,
+        thinking_budget=budget,
+        sampling={**sampling_overrides(options), **own.get("sampling", {}), **seed},
+    )
+    max_tokens = own.get("max_tokens") or options["max_tokens"] or DEFAULT_MAX_TOKENS
+    return _Row(request, prompt, sampling, budget, max_tokens)
+
+
+def _answers(
+    engine: Engine, rows: Sequence[_Row], options: Mapping[str, Any]
+) -> Iterator[tuple[_Row, dict[str, Any], int]]:
+    """Each row with its fields and its number of tokens, as it is finished.
+
+    What fails for several rows together is tried for each alone, so that one does not take the others with it.
+    """
+    left = dict(enumerate(rows))
+    try:
+        for number, done in _together(engine, rows, options) if rows else ():
+            row = left.pop(number)
+            yield row, _fields(done), done.usage.completion_tokens
+    except MlxqwenError as error:
+        if len(rows) == 1:
+            yield rows[0], _failure(error), 0
+            return
+        for row in left.values():
+            yield from _answers(engine, [row], options)
+
+
+def _together(engine: Engine, rows: Sequence[_Row], options: Mapping[str, Any]) -> Iterator[tuple[int, Done]]:
+    from mlxqwen.completion import batch_stream, begins_in_thought
+    from mlxqwen.events import ReplyEvents
+
+    replies = [
+        ReplyEvents(
+            thinking=begins_in_thought(engine.tokenizer, row.prompt),
+            tools=bool(row.request.conversation.tools),
+            stop=options["stop"],
+        )
+        for row in rows
+    ]
+    responses = batch_stream(
+        engine.model,
+        engine.tokenizer,
+        [row.prompt for row in rows],
+        max_tokens=[row.max_tokens for row in rows],
+        sampling=[row.sampling for row in rows],
+        thinking_budget=[row.thinking_budget for row in rows],
+        tools=[bool(row.request.conversation.tools) for row in rows],
+        early_stop_text=options["early_stop_text"],
+        stop_on_loop=options["stop_on_loop"],
+        cache=new_cache(engine, options, rows=len(rows)),
+        prefill_chunk=options["prefill_chunk"],
+    )
+    for number, response in responses:
+        for _ in replies[number].feed(response):
+            pass
+        done = replies[number].done
+        if done is not None:
+            responses.stop(number)
+            yield number, done
+
+
+def _fields(done: Done) -> dict[str, Any]:
+    return {
+        "reasoning": done.reply.reasoning,
+        "content": done.reply.content,
+        "tool_calls": list(map(openai_tool_call, done.reply.tool_calls)),
+        "finish_reason": done.finish_reason,
+        "usage": asdict(done.usage),
+    }
+
+
+def _failure(error: MlxqwenError) -> dict[str, Any]:
+    return {"error": " ".join(filter(None, (error.problem, error.hint)))}
+
+
+class BatchProgress:
+    """One line on a terminal: how many lines are answered, how fast, and how long it will take; nothing elsewhere."""
+
+    def __init__(self, stream: TextIO, total: int) -> None:
+        self._stream = stream
+        self._shows = stream.isatty()
+        self._done, self._total, self._tokens = 0, total, 0
+        self._began = time.monotonic()
+        self._draw()
+
+    def advance(self, tokens: int) -> None:
+        """One more line, of so many tokens."""
+        self._done += 1
+        self._tokens += tokens
+        self._draw()
+
+    def wipe(self) -> None:
+        """Leave an empty line to whatever is written next."""
+        if self._shows:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        if self._shows:
+            seconds = time.monotonic() - self._began
+            line = batch_line(self._done, self._total, self._tokens, seconds)
+            self._stream.write(f"\r\x1b[K{line}")
+            self._stream.flush()
+
+
+def batch_line(done: int, total: int, tokens: int, seconds: float) -> str:
+    """For example `42 of 100 lines  |########            |  310 tokens/s  0:12 left`."""
+    filled = 20 * done // total
+    line = f"{done:,} of {total:,} lines  |{'#' * filled}{' ' * (20 - filled)}|"
+    if not done or seconds <= 0:
+        return line
+    left = round(seconds / done * (total - done))
+    return f"{line}  {tokens / seconds:.0f} tokens/s  {left // 60}:{left % 60:02d} left"

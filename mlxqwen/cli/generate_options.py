@@ -1,0 +1,247 @@
+"""The options of `mlxqwen generate`: which there are, which do not go together, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlxqwen.cli.cache import conversion_progress
+from mlxqwen.cli.completion import complete_folder
+from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.text_input import check_unicode
+from mlxqwen.errors import OptionError
+from mlxqwen.json_file import parse_json
+
+if TYPE_CHECKING:
+    from mlxqwen.cache import KVCache
+    from mlxqwen.engine import Engine
+
+__all__ = ["check_usage", "check_values", "generate_options", "load_engine", "new_cache", "sampling_overrides"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_KV_KEEP = 4
+
+_SAMPLING_NAMES = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+_PROMPT = (
+    click.argument("prompt", required=False),
+    click.option(
+        "--model", metavar="MODEL", shell_complete=complete_folder, help="Folder or hub id; the demo model by default."
+    ),
+    click.option("--revision", help="Branch, tag or commit of a hub id."),
+    click.option("--system", metavar="TEXT", help="System message."),
+    click.option(
+        "--prompt-file",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Read the prompt from a file.",
+    ),
+    click.option(
+        "--messages",
+        type=_FILE,
+        metavar="FILE.json",
+        help='Go on with a conversation: a list of messages, or {"messages": […], "tools": […]}; "-" reads standard '
+        "input. A prompt given besides is the user's next message.",
+    ),
+    click.option(
+        "--tools",
+        type=_FILE,
+        metavar="FILE.json",
+        help="Functions that the model may call: a list of their schemas. Calls are printed behind the answer, a JSON "
+        "line each.",
+    ),
+    click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template."),
+    click.option(
+        "--trust-special-tokens",
+        is_flag=True,
+        help="Read <|im_end|>, <think> and the like in messages as tokens; by default they are text.",
+    ),
+)
+_BATCH = (
+    click.option(
+        "--batch",
+        type=_FILE,
+        metavar="FILE.jsonl",
+        help='Answer many prompts: {"prompt": …} or {"messages": […]} a line, if wanted with "id", "tools", '
+        '"max_tokens", "thinking", "thinking_budget", "seed" and "sampling" of its own. Needs --output.',
+    ),
+    click.option(
+        "--output",
+        type=click.Path(),
+        metavar="FILE.jsonl",
+        help="Where the answers to --batch go, as they are finished. If it has some already, the others are added.",
+    ),
+    click.option("--batch-size", type=int, help=f"Prompts that are answered at once; {DEFAULT_BATCH_SIZE} by default."),
+)
+_THINKING = (
+    click.option(
+        "--thinking/--no-thinking",
+        default=None,
+        help="Let the model think first, or not; its chat template decides by default (Qwen3's thinks).",
+    ),
+    click.option("--thinking-budget", type=int, metavar="N", help="End the thought after N tokens; 0 is no thought."),
+    click.option("--early-stop-text", metavar="TEXT", help="The sentence that ends it then; Qwen's by default."),
+)
+_SAMPLING = (
+    click.option("--max-tokens", type=int, help="Longest answer; 32768 by default, bounded by the context."),
+    click.option("--temperature", type=float, help="0 is greedy. By default the model card's profile."),
+    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this mass."),
+    click.option("--top-k", type=int, help="Keep this many likeliest tokens; 0 keeps all."),
+    click.option("--min-p", type=float, help="Keep tokens at least this likely relative to the likeliest."),
+    click.option("--presence-penalty", type=float, help="Against tokens that the reply has; -2 to 2."),
+    click.option("--frequency-penalty", type=float, help="The same, times how often; -2 to 2."),
+    click.option("--repetition-penalty", type=float, help="Against tokens of prompt and reply; 1 is off."),
+    click.option("--seed", type=int, help="The same seed draws the same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+    click.option("--stop-on-loop", is_flag=True, help="End a reply that goes round in circles."),
+)
+_MEMORY = (
+    click.option("--max-kv-size", type=int, help="Keep at most this many tokens in the cache (a sliding window)."),
+    click.option(
+        "--kv-keep",
+        type=int,
+        help=f"First tokens that the window of --max-kv-size never drops; {DEFAULT_KV_KEEP} by default.",
+    ),
+    click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize the cache."),
+    click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens a step."),
+    click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
+    click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
+    click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
+    click.option("--force", is_flag=True, help="Load even what does not fit this machine's memory."),
+)
+_OUTPUT = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done."),
+    click.option("--verbose", is_flag=True, help="Tell on standard error what was used and how fast it was."),
+)
+
+
+def generate_options(command: _Command) -> _Command:
+    """All of them, in the order in which the help lists them."""
+    for option in reversed((*_PROMPT, *_BATCH, *_THINKING, *_SAMPLING, *_MEMORY, *_OUTPUT)):
+        command = option(command)
+    return command
+
+
+def check_usage(options: Mapping[str, Any]) -> None:
+    """Refuse options that would do nothing, or contradict each other. Raises `click.UsageError`."""
+    given = {name for name, value in options.items() if value not in (None, False, ())}
+    given |= {"thinking"} if options["thinking"] is not None else set()
+    _refuse(given, "raw", {"system", "thinking", "messages", "tools", "trust_special_tokens"}, "knows no chat template")
+    _refuse(given, "batch", {"prompt", "prompt_file", "messages"}, "reads its prompts from the file")
+    _refuse(given, "batch", {"raw"}, "asks by the chat template")
+    _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
+    if "batch" in given and "output" not in given:
+        raise click.UsageError("--batch needs --output, the file that the answers go to.")
+    for name in ("output", "batch_size"):
+        if name in given and "batch" not in given:
+            raise click.UsageError(f"{_flag(name)} needs --batch, whose answers it is about.")
+    if options["kv_keep"] is not None and options["max_kv_size"] is None:
+        raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
+    budget = options["thinking_budget"]
+    if budget is not None and options["thinking"] is False:
+        raise click.UsageError("--no-thinking leaves nothing to --thinking-budget: give one of them.")
+    if budget == 0 and options["thinking"] is True:
+        raise click.UsageError("--thinking-budget 0 is --no-thinking: leave out --thinking.")
+    if options["early_stop_text"] is not None and not budget and "batch" not in given:
+        raise click.UsageError("--early-stop-text needs a --thinking-budget above 0, which it is said at the end of.")
+    from_stdin = [name for name in ("prompt", "messages", "tools", "batch") if options[name] == "-"]
+    if len(from_stdin) > 1:
+        raise click.UsageError(f"{_flag(from_stdin[0])} and {_flag(from_stdin[1])}: only one can be '-'.")
+
+
+def _refuse(given: set[str], option: str, others: set[str], why: str) -> None:
+    found = [_flag(name) for name in sorted(given & others)]
+    if option in given and found:
+        raise click.UsageError(f"{_flag(option)} {why}: leave out {' and '.join(found)}.")
+
+
+def _flag(name: str) -> str:
+    special = {"prompt": "PROMPT", "as_json": "--json", "thinking": "--thinking/--no-thinking"}
+    return special.get(name, f"--{name.replace('_', '-')}")
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Complain before a large model is read, or converted. Raises `OptionError`."""
+    with leave_at_once():
+        from mlxqwen.cache import check_window
+        from mlxqwen.generation import check_count
+        from mlxqwen.sampling_params import SamplingParams
+        from mlxqwen.stop import StopStrings
+        from mlxqwen.thinking import check_budget, check_early_stop_text
+
+    names = ("prompt", "system", "model", "revision", "early_stop_text")
+    check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
+    SamplingParams(**sampling_overrides(options))
+    StopStrings(options["stop"])
+    check_budget(options["thinking_budget"])
+    if options["early_stop_text"] is not None:
+        check_early_stop_text(options["early_stop_text"])
+    for name in ("max_tokens", "prefill_chunk", "batch_size"):
+        if options[name] is not None:
+            check_count(name, options[name])
+    check_window(options["max_kv_size"], _kv_keep(options))
+    _parse_rope_scaling(options["rope_scaling"])
+
+
+def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling options that were given."""
+    return {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
+
+
+def load_engine(options: Mapping[str, Any]) -> Engine:
+    """The model, loaded; a conversion shows how far it is."""
+    with leave_at_once():
+        from mlxqwen.engine import Engine
+
+    with conversion_progress() as on_convert:
+        return Engine.load(
+            options["model"],
+            revision=options["revision"],
+            dtype=options["dtype"],
+            rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
+            yarn_factor=options["yarn_factor"],
+            force=options["force"],
+            on_convert=on_convert,
+        )
+
+
+def new_cache(engine: Engine, options: Mapping[str, Any], *, rows: int = 1) -> KVCache:
+    """An empty cache as the options want it."""
+    from mlxqwen.cache import make_cache
+
+    return make_cache(
+        engine.model,
+        max_kv_size=options["max_kv_size"],
+        keep=_kv_keep(options),
+        kv_bits=None if options["kv_bits"] is None else int(options["kv_bits"]),
+        batch_size=rows,
+    )
+
+
+def _kv_keep(options: Mapping[str, Any]) -> int:
+    return DEFAULT_KV_KEEP if options["kv_keep"] is None else int(options["kv_keep"])
+
+
+def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    hint = """For example '{"rope_type": "yarn", "factor": 4.0}'."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise OptionError(f"--rope-scaling: not JSON: {error}", hint=hint) from None
+    if not isinstance(value, dict):
+        raise OptionError(f"--rope-scaling: found {text}, expected a JSON object", hint=hint)
+    return value

@@ -1,0 +1,166 @@
+"""A reply on standard output and standard error, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlxqwen.console import Output
+from mlxqwen.errors import one_line
+from mlxqwen.json_file import parse_json
+
+if TYPE_CHECKING:
+    from mlxqwen.engine import Done, Engine, Event
+    from mlxqwen.reply import Delta, ToolCall
+    from mlxqwen.sampling_params import SamplingParams
+
+__all__ = ["ReplyPrinter", "openai_tool_call", "print_note", "print_request", "print_speed"]
+
+
+class ReplyPrinter:
+    """Events → standard output and standard error, or one JSON object at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.done: Done | None = None
+        self._as_json = as_json
+        self._deltas: list[Delta] = []
+        self._stdout, self._stderr = Output(sys.stdout), Output(sys.stderr, dim=True)
+
+    def print(self, event: Event) -> None:
+        """Write a piece of reasoning or content; tool calls wait for the end."""
+        from mlxqwen.engine import Done
+
+        if isinstance(event, Done):
+            self.done = event
+            return
+        self._deltas.append(event)
+        if self._as_json:
+            return
+        if event.reasoning is not None:
+            self._stderr.write(event.reasoning)
+        elif event.content is not None:
+            self._stderr.end_line()
+            self._stdout.write(event.content)
+
+    def end(self, *, interrupted: bool = False) -> None:
+        """Finish open lines and print the tool calls, or print the object."""
+        if self._as_json:
+            self._stdout.write(self._object(interrupted) + "\n")
+        elif interrupted and not (self._stdout.is_terminal and self._stdout.line_is_open):
+            self._stderr.line_is_open |= self._stderr.is_terminal  # the terminal itself wrote ^C there
+        self.end_lines()
+        if not self._as_json:
+            for call in self._tool_calls():
+                self._stdout.write(self._dump(_printed_call(call)) + "\n")
+
+    def end_lines(self) -> None:
+        """Finish open lines, so that what comes next begins its own."""
+        self._stdout.end_line()
+        self._stderr.end_line()
+
+    def _tool_calls(self) -> tuple[ToolCall, ...]:
+        from mlxqwen.reply import join_deltas
+
+        return join_deltas(self._deltas).tool_calls if self._deltas else ()
+
+    def _object(self, interrupted: bool) -> str:
+        done = self.done
+        return self._dump(
+            {
+                "reasoning": "".join(delta.reasoning or "" for delta in self._deltas) or None,
+                "content": "".join(delta.content or "" for delta in self._deltas),
+                "tool_calls": list(map(openai_tool_call, self._tool_calls())),
+                "finish_reason": "interrupted" if interrupted or done is None else done.finish_reason,
+                "usage": None if done is None else asdict(done.usage),
+                "timings": None if done is None else asdict(done.timings),
+            }
+        )
+
+    def _dump(self, value: object) -> str:
+        return json.dumps(value, ensure_ascii=not self._stdout.is_unicode)
+
+
+def openai_tool_call(call: ToolCall) -> dict[str, Any]:
+    """A call as OpenAI's API spells it, arguments as JSON text."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _printed_call(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": parse_json(call.arguments), "id": call.id}
+
+
+def print_request(
+    engine: Engine,
+    sampling: SamplingParams,
+    options: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> None:
+    """What the options have come to."""
+    from mlxqwen.generation import DEFAULT_MAX_TOKENS
+
+    max_tokens = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
+    config, keep = engine.model.config, options["kv_keep"]
+    window = ""
+    if options["max_kv_size"] is not None:
+        window = f", window {options['max_kv_size']:,} with {4 if keep is None else keep} kept"
+    bits = "" if options["kv_bits"] is None else f", {options['kv_bits']}-bit cache"
+    context = f"context {config.context_length:,}{window}{bits}"
+    if config.rope_scaling is not None:
+        context += f", YaRN factor {config.rope_scaling.factor:g}"
+    used = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if value is not None)
+    sys.stderr.write(f"{context}, dtype {str(engine.model.dtype).rpartition('.')[2]}\n")
+    bounded = "" if window else " within the context"
+    sys.stderr.write(f"sampling: {used}; at most {max_tokens:,} tokens{bounded}\n")
+    if _is_low_bits_penalty(engine, sampling, overrides):
+        sys.stderr.write(
+            f"presence_penalty {sampling.presence_penalty} is the profile of weights of 4 bits or fewer, which repeat "
+            "themselves more; --presence-penalty sets another\n"
+        )
+    if options["thinking_budget"] is not None:
+        sys.stderr.write(_budget_line(options["thinking_budget"], options["early_stop_text"]))
+
+
+def _is_low_bits_penalty(engine: Engine, sampling: SamplingParams, overrides: Mapping[str, Any]) -> bool:
+    """Whether the penalty is there for the weights' sake alone."""
+    from mlxqwen.sampling_params import resolve_sampling
+
+    values = engine.model.generation_config.values
+    of_full_weights, _ = resolve_sampling(values, thinking=True, overrides=overrides)
+    return of_full_weights.presence_penalty != sampling.presence_penalty
+
+
+def _budget_line(budget: int, early_stop_text: str | None) -> str:
+    from mlxqwen.thinking import EARLY_STOP_TEXT
+
+    if budget == 0:
+        return "thinking budget: 0 tokens, so no thought\n"
+    sentence = EARLY_STOP_TEXT if early_stop_text is None else early_stop_text
+    return f"thinking budget: {budget:,} tokens, then {one_line(json.dumps(sentence, ensure_ascii=False))}\n"
+
+
+def print_note(done: Done, max_tokens: int | None) -> None:
+    """A reply that does not end by itself looks like any other, or like none."""
+    tokens = done.usage.completion_tokens
+    if done.finish_reason == "loop":
+        sys.stderr.write(f"note: stopped after {tokens:,} tokens, for the reply went round in circles\n")
+    elif done.finish_reason == "length":
+        where = "in the middle of the answer" if done.reply.content or done.reply.tool_calls else "before the answer"
+        way_out = "raise --max-tokens" if tokens == max_tokens else "the context is full; --max-kv-size slides over it"
+        sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
+
+
+def print_speed(done: Done) -> None:
+    """Tokens, speed and memory."""
+    import mlx.core as mx
+
+    usage, timings = done.usage, done.timings
+    ended = ", which the budget ended" if usage.budget_exhausted else ""
+    sys.stderr.write(
+        f"prompt: {usage.prompt_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
+        f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
+        f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
+        f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
+    )
