@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
-__all__ = ["Output"]
+__all__ = ["Output", "spell_out_controls"]
 
 # A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
+
+
+def spell_out_controls(text: str) -> str:
+    """`text` with every control character but line breaks and tabs as `\\x..`, so that a terminal only shows it."""
+    return text.translate(_CONTROLS)
 
 
 class Output:
@@ -40,7 +45,7 @@ class Output:
         encoding = self.stream.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
         if self.is_terminal:
-            text = text.translate(_CONTROLS)
+            text = spell_out_controls(text)
         self.stream.write(f"{_DIM}{text}{_NORMAL}" if self._styled else text)
         self.stream.flush()
 

@@ -15,6 +15,7 @@ __all__ = ["mlxqwen"]
 
 _COMMANDS = {
     "cache": "mlxqwen.cli.cache",
+    "completion": "mlxqwen.cli.completion",
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",
     "info": "mlxqwen.cli.info",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import INTERRUPTED
 from mlxqwen.cli.terminal import ConversionProgress
 from mlxqwen.errors import OptionError, one_line
@@ -21,7 +22,7 @@ _BITS = click.Choice(["16", "8", "6", "5", "4", "3", "2"])
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_folder)
 @click.argument("output", type=click.Path())
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
@@ -22,7 +23,7 @@ __all__ = ["info"]
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_folder)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--context", type=int, help="Tokens to size the cache for; the model's whole context by default.")
 @click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Size a quantized cache.")
