@@ -15,38 +15,55 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlxqwen.cache import KVCache, load_cache, make_cache
+    from mlxqwen.chat_options import ChatRequest
     from mlxqwen.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
-    from mlxqwen.reply import Reply, ReplyParser, ToolCall, parse_reply
+    from mlxqwen.events import Done, Event, Timings, Usage, assistant_message
+    from mlxqwen.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
     from mlxqwen.sampling_params import SamplingParams
+    from mlxqwen.tool_loop import ToolResult, ToolRun
+    from mlxqwen.tools import call_tool, tool_schema
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChatRequest",
+    "Delta",
+    "Done",
     "Engine",
+    "Event",
     "GenerationResponse",
     "KVCache",
     "MlxqwenError",
     "Reply",
     "ReplyParser",
     "SamplingParams",
+    "Timings",
     "ToolCall",
+    "ToolCallDelta",
+    "ToolResult",
+    "ToolRun",
+    "Usage",
     "__version__",
+    "assistant_message",
     "batch_generate",
     "batch_stream",
+    "call_tool",
     "generate",
     "load",
     "load_cache",
     "make_cache",
     "parse_reply",
     "stream_generate",
+    "tool_schema",
 ]
 
 _HOME = {
     "KVCache": "cache",
     "load_cache": "cache",
     "make_cache": "cache",
+    "ChatRequest": "chat_options",
     "GenerationResponse": "completion",
     "batch_generate": "completion",
     "batch_stream": "completion",
@@ -55,11 +72,22 @@ _HOME = {
     "Engine": "engine",
     "load": "engine",
     "MlxqwenError": "errors",
+    "Done": "events",
+    "Event": "events",
+    "Timings": "events",
+    "Usage": "events",
+    "assistant_message": "events",
+    "Delta": "reply",
     "Reply": "reply",
     "ReplyParser": "reply",
     "ToolCall": "reply",
+    "ToolCallDelta": "reply",
     "parse_reply": "reply",
     "SamplingParams": "sampling_params",
+    "ToolResult": "tool_loop",
+    "ToolRun": "tool_loop",
+    "call_tool": "tools",
+    "tool_schema": "tools",
 }
 
 

@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import mlx.core as mx
 
+from mlxqwen.batches import stream_groups
 from mlxqwen.cache import KVCache
-from mlxqwen.completion import Sampling, begins_in_thought, can_think, resolve_params, stream_generate
-from mlxqwen.errors import MessagesError, OptionError
+from mlxqwen.chat_options import (
+    BatchOptions,
+    ChatOptions,
+    ChatRequest,
+    Messages,
+    ReplyOptions,
+    RequestOptions,
+    ToolRunOptions,
+)
+from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
+from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
-from mlxqwen.messages import check_conversation, soft_switch, without_old_reasoning
 from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.prompts import hard_switch, render_prompt
 from mlxqwen.reply import Reply
+from mlxqwen.requests import choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.stop import StopStrings
 from mlxqwen.tokenizer import Tokenizer
-from mlxqwen.tools import check_tool_schemas
+from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 
-__all__ = ["ChatOptions", "Done", "Engine", "Event", "ReplyOptions", "Timings", "Usage", "load", "split_reply"]
+__all__ = [
+    "BatchOptions",
+    "ChatOptions",
+    "ChatRequest",
+    "Done",
+    "Engine",
+    "Event",
+    "ReplyOptions",
+    "RequestOptions",
+    "Timings",
+    "ToolEvent",
+    "ToolResult",
+    "ToolRun",
+    "ToolRunOptions",
+    "Usage",
+    "load",
+    "split_reply",
+]
 
-
-class ReplyOptions(TypedDict, total=False):
-    """The options of `Engine.reply`, for functions that pass them on."""
-
-    sampling: Sampling
-    thinking_budget: int | None
-    early_stop_text: str | None
-    tools: bool
-    max_tokens: int | None
-    stop: str | Sequence[str]
-    stop_on_loop: bool
-    cache: KVCache | None
-    prefill_chunk: int
-    on_prefill: Callable[[int, int], None] | None
-
-
-class ChatOptions(TypedDict, total=False):
-    """The options of `Engine.stream`, for functions that pass them on."""
-
-    thinking: bool | None
-    thinking_budget: int | None
-    early_stop_text: str | None
-    tools: Sequence[Mapping[str, Any]] | None
-    sampling: Sampling
-    max_tokens: int | None
-    seed: int | None
-    stop: str | Sequence[str]
-    stop_on_loop: bool
-    trust_special_tokens: bool
-    cache: KVCache | None
-    prefill_chunk: int
-    on_prefill: Callable[[int, int], None] | None
+DEFAULT_BATCH_SIZE = 8
 
 
 def load(
@@ -130,13 +127,13 @@ class Engine:
         tokenizer = Tokenizer.from_folder(folder)
         return cls(read_model(), tokenizer)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Reply:
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
         return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         thinking: bool | None = None,
         thinking_budget: int | None = None,
@@ -148,6 +145,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_on_loop: bool = False,
         trust_special_tokens: bool = False,
+        drop_oldest: bool = False,
         cache: KVCache | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         on_prefill: Callable[[int, int], None] | None = None,
@@ -169,21 +167,34 @@ class Engine:
             stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.loops` defines it.
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
+            drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
             cache, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
 
         Raises:
-            MessagesError, TemplateError, OptionError, ContextLengthError, GenerationError.
+            MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
+            GenerationError: while iterating.
         """
-        thinking = self._hard_switch(thinking, thinking_budget)
-        prompt = self.prompt(messages, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens)
-        params = self._params(prompt, messages, thinking, thinking_budget, sampling)
+        request = prepare_request(
+            self.model,
+            self.tokenizer,
+            messages,
+            cache,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
+            tools=tools,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            seed=seed,
+            trust_special_tokens=trust_special_tokens,
+            drop_oldest=drop_oldest,
+        )
         return self.reply(
-            prompt,
-            sampling=params if seed is None else replace(params, seed=seed),
+            request.prompt,
+            sampling=request.sampling,
             thinking_budget=thinking_budget,
             early_stop_text=early_stop_text,
-            tools=bool(tools),
-            max_tokens=max_tokens,
+            tools=request.tools,
+            max_tokens=request.max_tokens,
             stop=stop,
             stop_on_loop=stop_on_loop,
             cache=cache,
@@ -203,22 +214,23 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_on_loop: bool = False,
         cache: KVCache | None = None,
+        cached_tokens: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Event]:
         """Answer a prompt given as ids, such as `prompt` makes: the part of `stream` below messages.
 
         Args:
-            prompt: ids; with a cache, those behind what it holds. Their end tells whether the reply begins in thought.
+            prompt: ids. Their end tells whether the reply begins in thought.
             sampling: by default the model card's profile, for thinking unless the prompt closes the think block.
             tools: whether the prompt offers tools: else `<tool_call>` is content.
             max_tokens: by default 32,768, and never more than the context has room for.
             thinking_budget, early_stop_text, stop, stop_on_loop: see `stream`.
-            cache, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+            cache, cached_tokens, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
 
         Raises:
-            OptionError, ContextLengthError, GenerationError. Options and lengths are checked at once, before the
-            first event is asked for.
+            OptionError, ContextLengthError: at once, before the first event is asked for.
+            GenerationError: while iterating.
         """
         responses = stream_generate(
             self.model,
@@ -231,15 +243,91 @@ class Engine:
             stop_on_loop=stop_on_loop,
             tools=tools,
             cache=cache,
+            cached_tokens=cached_tokens,
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
         return split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), tools=tools, stop=stop)
 
+    def run_tools(
+        self,
+        messages: Messages,
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolRun:
+        """Answer a conversation with the help of functions: the last event of `stream_tools`."""
+        events = self.stream_tools(messages, tools, max_rounds=max_rounds, **options)
+        return next(event for event in events if isinstance(event, ToolRun))
+
+    def stream_tools(
+        self,
+        messages: Messages,
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> Iterator[ToolEvent]:
+        """Answer a conversation with the help of functions, as `mlxqwen.tool_loop.stream_tool_loop` says.
+
+        Args:
+            messages: the conversation; never modified.
+            tools: functions by name; their schemas come from their signatures and docstrings.
+            max_rounds: the most replies.
+            **options: those of `stream`, for each reply, but for `tools` and `cache`.
+        """
+        _refuse_cache(options)
+
+        def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
+            return self.stream(messages, tools=schemas, **options)
+
+        return stream_tool_loop(answer, messages, tools, max_rounds=max_rounds)
+
+    def batch(
+        self,
+        conversations: Iterable[Messages | ChatRequest],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        on_error: Callable[[int, MlxqwenError], None] | None = None,
+        **options: Unpack[BatchOptions],
+    ) -> Iterator[tuple[int, Done]]:
+        """Answer many conversations, many at once, each as it would be alone.
+
+        Args:
+            conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
+            batch_size: how many run at once; memory grows with it. The next group starts when one has ended.
+            on_error: told of a conversation that cannot be answered, which is then left out.
+            **options: those of `stream`, for all, but for `cache`.
+
+        Returns:
+            `(index, done)` in the order in which replies end.
+
+        Raises:
+            OptionError: at once, for a batch size, stop strings or a cache that cannot be; for other options for all
+                with the first conversation.
+            MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
+        """
+        _refuse_cache(options)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
+        StopStrings(options.get("stop", ()))
+        return stream_groups(
+            self.model,
+            self.tokenizer,
+            prepare_requests(self.model, self.tokenizer, conversations, options, on_error),
+            batch_size=batch_size,
+            stop=options.get("stop", ()),
+            early_stop_text=options.get("early_stop_text"),
+            stop_on_loop=options.get("stop_on_loop", False),
+            prefill_chunk=options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK),
+            on_prefill=options.get("on_prefill"),
+        )
+
     def prompt(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -259,29 +347,47 @@ class Engine:
             OptionError: `thinking` is no switch.
             TemplateError: see `Tokenizer.apply_chat_template`.
         """
-        if thinking is not None and not isinstance(thinking, bool):
-            raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
-        check_conversation(messages)
-        schemas = check_tool_schemas(tools) if tools is not None else None
-        prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
-        goes_on = prepared[-1]["role"] == "assistant"
-        if goes_on and prepared[-1].get("tool_calls"):
-            raise MessagesError(
-                f"messages[{len(prepared) - 1}]: found calls of tools at the end, expected their results behind them",
-                hint="Add a message of role 'tool' for each call.",
-            )
-        return self.tokenizer.apply_chat_template(
-            prepared,
-            tools=schemas or None,
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            enable_thinking=thinking,
+        return render_prompt(
+            self.tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens
+        )
+
+    def fit(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        trust_special_tokens: bool = False,
+        cache: KVCache | None = None,
+    ) -> list[Mapping[str, Any]]:
+        """What is left of a conversation when the fewest oldest turns are dropped for the reply to have room.
+
+        The system message and the last turn always stay; a call of a tool and its result go together.
+
+        Args:
+            messages: never modified; what comes back holds the same dicts.
+            max_tokens: the room for the reply, if there is so much at all; by default a quarter of the context.
+            thinking, tools, trust_special_tokens: as for `prompt`.
+            cache: what it holds already takes room too. In one that slides within the context everything fits.
+
+        Raises:
+            ContextLengthError: the last turn alone is too long.
+        """
+        return fit_messages(
+            self.model,
+            self.tokenizer,
+            messages,
+            cache,
+            max_tokens=max_tokens,
+            thinking=thinking,
+            tools=tools,
             trust_special_tokens=trust_special_tokens,
         )
 
     def sampling_for(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         thinking: bool | None = None,
         thinking_budget: int | None = None,
@@ -290,27 +396,13 @@ class Engine:
         """What a reply to `messages` is drawn with: the card's profile for the mode, single options over it.
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
-        A model that may not think, for its budget is 0, does not.
+        A model whose thinking budget is 0 does not think.
         """
-        thinking = self._hard_switch(thinking, thinking_budget)
-        return self._params(self.prompt(messages, thinking=thinking), messages, thinking, thinking_budget, sampling)
+        request = RequestOptions(thinking=thinking, thinking_budget=thinking_budget, sampling=sampling)
+        prompt = self.prompt(messages, thinking=hard_switch(thinking, thinking_budget))
+        return choose_sampling(self.model, self.tokenizer, prompt, messages, request)
 
-    def _params(
-        self,
-        prompt: Sequence[int],
-        messages: Sequence[Mapping[str, Any]],
-        thinking: bool | None,
-        thinking_budget: int | None,
-        sampling: Sampling,
-    ) -> SamplingParams:
-        thinks = begins_in_thought(self.tokenizer, prompt)
-        if thinks is None:
-            is_answering = messages[-1]["role"] == "assistant"
-            thinks = can_think(self.tokenizer) and thinking is not False and not is_answering
-            thinks = thinks and soft_switch(messages) is not False
-        return resolve_params(self.model, sampling, thinking=thinks and thinking_budget != 0)
 
-    @staticmethod
-    def _hard_switch(thinking: bool | None, thinking_budget: int | None) -> bool | None:
-        """No budget at all is the switch turned off."""
-        return False if thinking_budget == 0 and not isinstance(thinking_budget, bool) else thinking
+def _refuse_cache(options: Mapping[str, Any]) -> None:
+    if options.get("cache") is not None:
+        raise OptionError("cache: found one, expected none", hint="Each prompt here is whole, and begins anew.")

@@ -17,12 +17,14 @@ from mlxqwen.json_file import find_lone_surrogate
 __all__ = [
     "check_conversation",
     "check_unicode",
+    "count_turns",
     "prepare_messages",
     "prepare_tools",
     "soft_switch",
     "split_reasoning",
     "to_plain_json",
     "without_old_reasoning",
+    "without_oldest_turns",
 ]
 
 MAX_DEPTH = 64
@@ -156,6 +158,35 @@ def without_old_reasoning(
     # Without any question Qwen3's template leaves all reasoning out.
     old = questions[-1] if questions else len(prepared)
     return [*map(_without_reasoning, prepared[:old]), *prepared[old:]]
+
+
+def count_turns(messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False) -> int:
+    """How many turns a conversation has: each begins with a question, and holds the calls and results behind it."""
+    return len(_turn_starts(messages, trust_special_tokens))
+
+
+def without_oldest_turns(
+    messages: Sequence[Mapping[str, Any]], count: int, *, trust_special_tokens: bool = False
+) -> list[Mapping[str, Any]]:
+    """The messages without the first `count` turns; a system message stays.
+
+    Args:
+        messages: a conversation as `check_conversation` takes it. Neither it nor its messages are copied or modified.
+        count: from 0; the last turn always stays.
+        trust_special_tokens: as for `without_old_reasoning`.
+    """
+    starts = _turn_starts(messages, trust_special_tokens)
+    if count == 0:
+        return list(messages)
+    return [*messages[: starts[0]], *messages[starts[min(count, len(starts) - 1)] :]]
+
+
+def _turn_starts(messages: Sequence[Mapping[str, Any]], trust_special_tokens: bool) -> list[int]:
+    """Where turns begin; what stands before the first question belongs to the first turn, a system message to none."""
+    prepared = prepare_messages(messages)
+    first = 1 if prepared[0]["role"] == "system" else 0
+    questions = [i for i, message in enumerate(prepared) if _is_question(message, trust_special_tokens)]
+    return [first, *questions[1:]] if questions[:1] == [first] or not questions else [first, *questions]
 
 
 def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:

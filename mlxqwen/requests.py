@@ -1,0 +1,152 @@
+"""Conversations with their options → prompts of one model, checked, in its context, and what replies are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, cast
+
+from mlxqwen.cache import KVCache
+from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions
+from mlxqwen.completion import resolve_params
+from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, room_for_answer
+from mlxqwen.messages import count_turns
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, render_prompt
+from mlxqwen.sampling_params import SamplingParams, check_integer
+from mlxqwen.tokenizer import Tokenizer
+
+__all__ = ["PreparedRequest", "choose_sampling", "fit_messages", "prepare_request", "prepare_requests"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A conversation as ids, and what its reply is made with."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    max_tokens: int
+    thinking_budget: int | None
+    tools: bool
+
+
+def prepare_request(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    messages: Messages,
+    cache: KVCache | None = None,
+    **options: Unpack[RequestOptions],
+) -> PreparedRequest:
+    """For the options, and what is raised, see `Engine.stream`."""
+    thinking = hard_switch(options.get("thinking"), options.get("thinking_budget"))
+    tools, max_tokens, seed = options.get("tools"), options.get("max_tokens"), options.get("seed")
+    trust = options.get("trust_special_tokens", False)
+    if options.get("drop_oldest", False):
+        messages = fit_messages(
+            model,
+            tokenizer,
+            messages,
+            cache,
+            max_tokens=max_tokens,
+            thinking=thinking,
+            tools=tools,
+            trust_special_tokens=trust,
+        )
+    prompt = render_prompt(tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust)
+    _check_room(model, len(prompt), cache, turns=count_turns(messages, trust_special_tokens=trust))
+    sampling = choose_sampling(model, tokenizer, prompt, messages, options)
+    return PreparedRequest(
+        prompt,
+        sampling if seed is None else replace(sampling, seed=seed),
+        DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        options.get("thinking_budget"),
+        bool(tools),
+    )
+
+
+def prepare_requests(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    conversations: Iterable[Messages | ChatRequest],
+    shared: Mapping[str, Any],
+    on_error: Callable[[int, MlxqwenError], None] | None,
+) -> Iterator[tuple[int, PreparedRequest]]:
+    """Each conversation with its number, as it is asked for; see `Engine.batch`.
+
+    Args:
+        shared: options for all; those that no conversation has for itself are left aside.
+        on_error: told of conversations that cannot be answered; without it they are errors that name the number.
+    """
+    names = RequestOptions.__annotations__
+    for_all = {name: value for name, value in shared.items() if name in names}
+    for index, one in enumerate(conversations):
+        request = one if isinstance(one, ChatRequest) else ChatRequest(one)
+        try:
+            for name in request.options:
+                if name not in names:
+                    raise OptionError(f"option of one conversation: found {name!r}, expected one of {', '.join(names)}")
+            options = cast(RequestOptions, {**for_all, **request.options})
+            prepared = prepare_request(model, tokenizer, request.messages, **options)
+        except MlxqwenError as error:
+            if on_error is None:
+                raise type(error)(f"conversations[{index}]: {error.problem}", hint=error.hint) from error
+            on_error(index, error)
+            continue
+        yield index, prepared
+
+
+def fit_messages(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    messages: Messages,
+    cache: KVCache | None = None,
+    *,
+    max_tokens: int | None = None,
+    thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    trust_special_tokens: bool = False,
+) -> list[Mapping[str, Any]]:
+    """See `Engine.fit`."""
+    context = model.config.context_length
+    reserve = context // 4 if max_tokens is None else max(1, check_integer("max_tokens", max_tokens, 1 << 62))
+    held, window = _held(cache)
+
+    def tokens_of(kept: Messages) -> int:
+        return len(
+            render_prompt(tokenizer, kept, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens)
+        )
+
+    if window is not None and window <= context:
+        return list(messages)
+    return drop_oldest_turns(
+        messages, tokens_of, room=context - held, reserve=reserve, trust_special_tokens=trust_special_tokens
+    )
+
+
+def choose_sampling(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    messages: Messages,
+    options: RequestOptions,
+) -> SamplingParams:
+    """See `Engine.sampling_for`; `prompt` is what `messages` became."""
+    thinks = options.get("thinking_budget") != 0 and asks_for_thought(
+        tokenizer, prompt, messages, thinking=options.get("thinking")
+    )
+    return resolve_params(model, options.get("sampling"), thinking=thinks)
+
+
+def _check_room(model: Qwen3ForCausalLM, prompt_tokens: int, cache: KVCache | None, *, turns: int) -> None:
+    held, window = _held(cache)
+    try:
+        room_for_answer(model, held + prompt_tokens, window)
+    except ContextLengthError as error:
+        drop = "Drop the oldest turns (drop_oldest=True, or messages = engine.fit(messages)). " if turns > 1 else ""
+        raise ContextLengthError(error.problem, hint=f"{drop}{error.hint}") from None
+
+
+def _held(cache: KVCache | None) -> tuple[int, int | None]:
+    """The tokens that a cache holds, and its window; what is no cache is refused where it is used."""
+    return (cache.offset, cache.max_kv_size) if isinstance(cache, KVCache) else (0, None)
