@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlxqwen.cache import KVCache, load_cache, make_cache
     from mlxqwen.chat_options import ChatRequest
     from mlxqwen.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
+    from mlxqwen.conversation import Conversation
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
     from mlxqwen.events import Done, Event, Timings, Usage, assistant_message
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChatRequest",
+    "Conversation",
     "Delta",
     "Done",
     "Engine",
@@ -69,6 +71,7 @@ _HOME = {
     "batch_stream": "completion",
     "generate": "completion",
     "stream_generate": "completion",
+    "Conversation": "conversation",
     "Engine": "engine",
     "load": "engine",
     "MlxqwenError": "errors",

@@ -50,6 +50,8 @@ ROOMS = [
     "batches",
     "tool_loop",
     "engine",
+    "conversation_file",
+    "conversation",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,361 @@
+"""A conversation that goes on: messages and the cache of what the model has read of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Mapping, Sequence
+from inspect import GEN_RUNNING, getgeneratorstate
+from os import PathLike
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.cache.prefix import PrefixCache, common_prefix
+from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions
+from mlxqwen.conversation_file import read_conversation, write_conversation
+from mlxqwen.engine import Engine
+from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.events import Done, Event, assistant_message
+from mlxqwen.generation import DEFAULT_PREFILL_CHUNK
+from mlxqwen.messages import check_conversation, count_turns, prepare_messages, to_plain_json, without_oldest_turns
+from mlxqwen.prompts import hard_switch, render_prompt
+from mlxqwen.reply import Delta, Reply, join_deltas
+from mlxqwen.requests import PreparedRequest, prepare_request
+
+__all__ = ["Conversation"]
+
+Message = Mapping[str, Any]
+
+_OPENING = {"role": "user", "content": "Hello"}
+_REPLY_NAMES = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk", "on_prefill")
+_WAYS_OUT = (
+    "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, extend the context "
+    "(--yarn-factor; in Python load(yarn_factor=…)), or slide over it in a window that fits it (--max-kv-size; "
+    "Conversation(engine, max_kv_size=…))."
+)
+
+
+class Conversation:
+    """Messages of a conversation with an engine, and a cache, so that each turn reads only what is new.
+
+    A turn counts when its reply is complete: then the user's and the assistant's messages are added. One that fails,
+    or is abandoned (by closing the iterator, by Ctrl-C, by an error), leaves messages and cache as they were before;
+    `keep_partial` keeps what was said until then. Replies are those of `Engine.stream` for the same messages.
+
+    The model reads a prompt from where it differs from what the cache holds. Behind a thought that is the header of the
+    assistant's last message, as history goes without old reasoning: the short answer is read again, the thought is
+    gone. `Done.usage.cached_tokens` tells how much was not read again. Messages may be edited between turns.
+
+    Args:
+        engine: answers.
+        system: text of a system message.
+        messages: what was said before, as in OpenAI's API; copied.
+        max_kv_size, keep, kv_bits: of the cache; see `mlxqwen.make_cache`. A window that has slid on cannot go back:
+            it takes up to three times its memory while a reply is made, and up to twice between replies.
+        **options: those of `Engine.stream`, but for `cache`, for every turn that gives no others.
+
+    Raises:
+        MessagesError, OptionError: messages or options that cannot be.
+
+    Attributes:
+        engine: as given.
+        messages: plain dicts, the system message first if there is one. Those of a turn are added as it ends.
+        options: for turns that give no others.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        max_kv_size: int | None = None,
+        keep: int = 4,
+        kv_bits: int | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> None:
+        self.engine = engine
+        self.options = options
+        self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
+        self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
+        self._running: weakref.ref[Generator[Event]] | None = None
+        self.messages: list[dict[str, Any]] = _plain(messages) if len(messages) else []
+        if self.messages:
+            check_conversation(self.messages)
+        if system is not None:
+            if self.system is not None:
+                raise MessagesError(
+                    "messages[0]: found a system message beside the one given apart, expected one of them",
+                    hint="Leave out system=…, or the message.",
+                )
+            self.system = system
+        self._prepare([_OPENING], self._merged({}))
+
+    @property
+    def cache(self) -> KVCache:
+        """What the model has read: at rest, no more than what the next turn is likely to go on with."""
+        return self._held.cache
+
+    @property
+    def system(self) -> str | None:
+        """The text of the system message, None without one; set it to change it, or to None to remove it."""
+        if self.messages and self.messages[0].get("role") == "system":
+            return str(prepare_messages(self.messages[:1])[0]["content"])
+        return None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._abandon()
+        turns = self.messages[0 if self.system is None else 1 :]
+        if text is None:
+            self.messages[:] = turns
+            return
+        if not isinstance(text, str):
+            raise MessagesError(f"system: found {type(text).__name__}, expected text or None")
+        message = {"role": "system", "content": text}
+        check_conversation([message])
+        self.messages[:] = [message, *turns]
+
+    def stream(
+        self, message: str | Message | Sequence[Message], *, keep_partial: bool = False, **options: Unpack[ChatOptions]
+    ) -> Generator[Event]:
+        """Say something, and have it answered piece by piece: deltas, and `Done` at the end.
+
+        Nothing runs before the first event is asked for. A stream that is not at its end when the conversation is next
+        used is abandoned.
+
+        Args:
+            message: what a user says; or a message; or several, such as the results of the tools that the last reply
+                called. The last one must be there to be answered: of a user or a tool.
+            keep_partial: if the stream is abandoned after its first delta, keep what was said until then as the
+                assistant's message.
+            **options: those of `Engine.stream`, but for `cache`, over those of the conversation. What `drop_oldest`
+                leaves out of the prompt stays in `messages`.
+
+        Raises:
+            MessagesError, TemplateError, OptionError, ContextLengthError: at once.
+            GenerationError: while iterating.
+        """
+        self._abandon()
+        if isinstance(message, str):
+            said = [{"role": "user", "content": message}]
+        else:
+            said = _plain([message] if isinstance(message, Mapping) else message)
+        if not said or said[-1].get("role") not in ("user", "tool"):
+            # Roles that do not exist are told by the check of the whole conversation.
+            check_conversation([*self.messages, *said])
+            raise MessagesError(
+                f"message: found role {said[-1]['role']!r} at the end, expected 'user' or 'tool', to be answered",
+                hint="Engine.stream goes on with an assistant's message; thinking=False keeps a model from thinking.",
+            )
+        return self._begin([*self.messages, *said], keep_partial, options)
+
+    def chat(self, message: str | Message | Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
+        """Say something, and have it answered; see `stream`."""
+        return next(event.reply for event in self.stream(message, **options) if isinstance(event, Done))
+
+    def retry(self, *, keep_partial: bool = False, **options: Unpack[ChatOptions]) -> Generator[Event]:
+        """Answer the last user's message anew; what followed it is replaced when the reply is there. See `stream`."""
+        self._abandon()
+        return self._begin(self.messages[: self._last_question() + 1], keep_partial, options)
+
+    def undo(self) -> None:
+        """Take back the last user's message and what followed it. Raises `MessagesError` if there is none."""
+        self._abandon()
+        del self.messages[self._last_question() :]
+
+    def drop_oldest(self) -> None:
+        """Forget the oldest turn: a question, its answer, and what tools had to do with it. A system message stays.
+
+        Raises `MessagesError` if there is no turn but the last.
+        """
+        self._abandon()
+        if not self.messages or count_turns(self.messages) < 2:
+            raise MessagesError("conversation: found no turn but the last, expected an older one to drop")
+        self.messages[:] = map(dict, without_oldest_turns(self.messages, 1))
+
+    def clear(self) -> None:
+        """Forget all that was said; a system message stays."""
+        self._abandon()
+        del self.messages[0 if self.system is None else 1 :]
+        self._held.clear()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write messages and options to a JSON file, whole or not at all.
+
+        Left out are `trust_special_tokens`, `prefill_chunk` and `on_prefill`, which are not for a file to say.
+
+        Raises:
+            MessagesError: messages that no conversation can hold.
+            OptionError: the file cannot be written.
+        """
+        write_conversation(Path(path), _plain(self.messages), self.options)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], engine: Engine, **arguments: Any) -> Conversation:
+        """The conversation that `save` wrote.
+
+        Args:
+            engine: any.
+            **arguments: those of the constructor, such as `max_kv_size`, and options over those of the file.
+
+        Raises:
+            MessagesError: the file cannot be read, or is no sound conversation.
+            OptionError: arguments that cannot be.
+        """
+        messages, options = read_conversation(Path(path))
+        try:
+            cls(engine, messages=messages, **options)
+        except OptionError as error:
+            raise MessagesError(f"{path}: {error.problem}", hint=error.hint) from None
+        return cls(engine, messages=messages, **{**options, **arguments})
+
+    # One turn
+
+    def _begin(self, messages: Sequence[dict[str, Any]], keep_partial: bool, given: ChatOptions) -> Generator[Event]:
+        options = self._merged(given)
+        sent, request = self._prepare(messages, options)
+        turn = self._answer(messages, sent, request, options, keep_partial)
+        self._running = weakref.ref(turn)  # a stream that nobody iterates any more is to end by itself
+        return turn
+
+    def _answer(
+        self,
+        messages: Sequence[dict[str, Any]],
+        sent: Sequence[Message],
+        request: PreparedRequest,
+        options: ChatOptions,
+        keep_partial: bool,
+    ) -> Generator[Event]:
+        deltas: list[Delta] = []
+        is_over = False
+        try:
+            cached_tokens = self._held.begin(request.prompt)
+            options = self._marking(sent, request.prompt, options, cached_tokens)
+            reply_options = _reply_options(request, options, self.cache, cached_tokens)
+            for event in self.engine.reply(request.prompt, **reply_options):
+                if isinstance(event, Done):
+                    self._end(messages, sent, options, event.reply, (*request.prompt, *event.tokens))
+                    is_over = True
+                else:
+                    deltas.append(event)
+                yield event
+        finally:
+            if not is_over and keep_partial and deltas:
+                self._end(messages, sent, options, join_deltas(deltas), request.prompt)
+            elif not is_over:
+                self._held.roll_back()
+
+    def _end(
+        self,
+        messages: Sequence[dict[str, Any]],
+        sent: Sequence[Message],
+        options: ChatOptions,
+        reply: Reply,
+        tokens: Sequence[int],
+    ) -> None:
+        """The turn counts; `tokens` are those of it that are known, from the prompt's first on."""
+        answer = assistant_message(reply)
+        keep = len(tokens)
+        if not reply.tool_calls:  # else their results come next, and all stays
+            keep = common_prefix(tokens, self._prompt_to_come([*sent, answer], options) or tokens)
+        self._held.commit(tokens, keep)
+        self.messages[:] = [*messages, answer]
+
+    def _marking(
+        self, sent: Sequence[Message], prompt: Sequence[int], options: ChatOptions, cached_tokens: int
+    ) -> ChatOptions:
+        """The options with what marks the cache where the next prompt will go on; only a ring needs it."""
+        if self.cache.max_kv_size is None:
+            return options
+        latest = common_prefix(prompt, self._prompt_to_come([*sent, {**_OPENING, "role": "assistant"}], options) or ())
+        latest = min(latest, len(prompt) - 1)  # so that the same question can be answered anew
+        on_prefill = options.get("on_prefill")
+
+        def mark(done: int, total: int) -> None:
+            self._held.mark(latest)
+            if on_prefill is not None:
+                on_prefill(done, total)
+
+        # Chunks of one length such that one of them ends at most a few tokens before that place.
+        chunk, new = options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK), latest - cached_tokens
+        return {**options, "on_prefill": mark, "prefill_chunk": new // -(-new // chunk) if new > 0 else chunk}
+
+    def _prompt_to_come(self, messages: Sequence[Message], options: ChatOptions) -> list[int] | None:
+        """The ids of `messages` with another question behind them; None if the template cannot have that."""
+        try:
+            return render_prompt(
+                self.engine.tokenizer,
+                [*messages, _OPENING],
+                tools=options.get("tools"),
+                trust_special_tokens=options.get("trust_special_tokens", False),
+            )
+        except MlxqwenError:
+            return None
+
+    def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> tuple[Sequence[Message], PreparedRequest]:
+        """The messages that are sent, and their prompt; all that can be wrong with them or the options is raised."""
+        model, tokenizer = self.engine.model, self.engine.tokenizer
+        for_request = {name: value for name, value in options.items() if name in RequestOptions.__annotations__}
+        try:
+            if for_request.pop("drop_oldest", False):
+                messages = self.engine.fit(
+                    messages,
+                    max_tokens=options.get("max_tokens"),
+                    thinking=hard_switch(options.get("thinking"), options.get("thinking_budget")),
+                    tools=options.get("tools"),
+                    trust_special_tokens=options.get("trust_special_tokens", False),
+                    cache=self._unused,
+                )
+            request = prepare_request(model, tokenizer, messages, self._unused, **cast(RequestOptions, for_request))
+        except ContextLengthError as error:
+            raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
+        self.engine.reply(request.prompt, **_reply_options(request, options, self._unused))
+        return messages, request
+
+    def _merged(self, options: ChatOptions) -> ChatOptions:
+        merged: dict[str, Any] = {**self.options, **options}
+        for name in merged:
+            if name not in ChatOptions.__annotations__ or name == "cache":
+                known = ", ".join(known for known in ChatOptions.__annotations__ if known != "cache")
+                raise OptionError(f"option of a conversation: found {name!r}, expected one of {known}")
+        return cast(ChatOptions, merged)
+
+    def _abandon(self) -> None:
+        """End a stream that is still open."""
+        turn = None if self._running is None else self._running()
+        if turn is None:
+            return
+        if getgeneratorstate(turn) == GEN_RUNNING:
+            raise OptionError(
+                "conversation: found in use while it is answering, expected one use at a time",
+                hint="Let the reply end, or close its stream, first.",
+            )
+        turn.close()
+
+    def _last_question(self) -> int:
+        for i in reversed(range(len(self.messages))):
+            if self.messages[i].get("role") == "user":
+                return i
+        raise MessagesError("conversation: found no message of a user, expected one", hint="Say something first.")
+
+
+def _reply_options(
+    request: PreparedRequest, options: ChatOptions, cache: KVCache, cached_tokens: int | None = None
+) -> ReplyOptions:
+    named = {name: value for name, value in options.items() if name in _REPLY_NAMES}
+    return {
+        **cast(ReplyOptions, named),
+        "sampling": request.sampling,
+        "thinking_budget": request.thinking_budget,
+        "tools": request.tools,
+        "max_tokens": request.max_tokens,
+        "cache": cache,
+        "cached_tokens": cached_tokens,
+    }
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A copy out of plain JSON values. Raises `MessagesError`."""
+    prepare_messages(messages)
+    return [to_plain_json(message, f"messages[{i}]") for i, message in enumerate(messages)]
