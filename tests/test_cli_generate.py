@@ -56,7 +56,8 @@ def says(monkeypatch: pytest.MonkeyPatch, *deltas: Delta, finish_reason: Any = "
     done = Done(join_deltas(deltas), finish_reason, Usage(5, 7, 2), Timings(1.0, 1.0, 5.0, 7.0))
 
     def stream(self: Engine, *args: object, **options: object) -> Iterator[Event]:
-        yield from (*deltas, done)
+        yield from deltas
+        yield done
 
     monkeypatch.setattr(Engine, "stream", stream)
 

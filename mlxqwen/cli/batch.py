@@ -59,10 +59,11 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     requests = parse_requests(
         read_text(source, max_bytes=MAX_BATCH_BYTES), source_name(source), system=options["system"]
     )
+    tools = None
     if options["tools"] is not None:
         tools = parse_tools(read_text(options["tools"]), source_name(options["tools"]))
         requests = [request.with_default_tools(tools) for request in requests]
-    with AnswerFile(output, requests, _shape(options)) as answers:
+    with AnswerFile(output, requests, _shape(options, tools)) as answers:
         if answers.answered:
             sys.stderr.write(
                 f"note: {one_line(str(output))} has {len(answers.answered):,} of {len(requests):,} answers\n"
@@ -82,11 +83,12 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def _shape(options: Mapping[str, Any]) -> str:
+def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> str:
     """Stands for the options that an answer depends on."""
     from mlxqwen.request_files.batch import digest
 
-    return digest(json.dumps({**{name: options[name] for name in _SHAPING}, **sampling_overrides(options)}))
+    shaping = {**{name: options[name] for name in _SHAPING}, **sampling_overrides(options), "tools": tools}
+    return digest(json.dumps(shaping))
 
 
 @dataclass(frozen=True, slots=True)
