@@ -12,6 +12,7 @@ from mlxqwen.messages import (
     check_conversation,
     count_turns,
     soft_switch,
+    split_reasoning,
     without_old_reasoning,
     without_oldest_turns,
 )
@@ -44,6 +45,7 @@ def render_prompt(
     check_conversation(messages)
     schemas = check_tool_schemas(tools) if tools is not None else None
     prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
+    prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
     goes_on = prepared[-1]["role"] == "assistant"
     if goes_on and prepared[-1].get("tool_calls"):
         raise MessagesError(
