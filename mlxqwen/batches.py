@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
+from mlxqwen.cache import KVCache
 from mlxqwen.completion import batch_stream, begins_in_thought
 from mlxqwen.events import Done, ReplyEvents
 from mlxqwen.model import Qwen3ForCausalLM
@@ -23,13 +24,14 @@ def stream_groups(
     stop: str | Sequence[str],
     early_stop_text: str | None,
     stop_on_loop: bool,
+    new_cache: Callable[[int], KVCache] | None,
     prefill_chunk: int,
     on_prefill: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[int, Done]]:
     """The end of each numbered request, in the order in which they end.
 
     Requests are taken `batch_size` at a time, and only when those before have ended. For the other options, which hold
-    for all, see `Engine.stream`.
+    for all, see `Engine.batch`.
     """
     requests = iter(requests)
     while group := list(islice(requests, batch_size)):
@@ -48,6 +50,7 @@ def stream_groups(
             tools=[request.tools for request in prepared],
             early_stop_text=early_stop_text,
             stop_on_loop=stop_on_loop,
+            cache=None if new_cache is None else new_cache(len(group)),
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
         )

@@ -291,6 +291,7 @@ class Engine:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         on_error: Callable[[int, MlxqwenError], None] | None = None,
+        new_cache: Callable[[int], KVCache] | None = None,
         **options: Unpack[BatchOptions],
     ) -> Iterator[tuple[int, Done]]:
         """Answer many conversations, many at once, each as it would be alone.
@@ -299,6 +300,7 @@ class Engine:
             conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
             batch_size: how many run at once; memory grows with it. The next group starts when one has ended.
             on_error: told of a conversation that cannot be answered, which is then left out.
+            new_cache: makes the empty cache of a group of so many; by default `make_cache` without options.
             **options: those of `stream`, for all, but for `cache`.
 
         Returns:
@@ -316,11 +318,12 @@ class Engine:
         return stream_groups(
             self.model,
             self.tokenizer,
-            prepare_requests(self.model, self.tokenizer, conversations, options, on_error),
+            prepare_requests(self.model, self.tokenizer, conversations, options, on_error, new_cache and new_cache(1)),
             batch_size=batch_size,
             stop=options.get("stop", ()),
             early_stop_text=options.get("early_stop_text"),
             stop_on_loop=options.get("stop_on_loop", False),
+            new_cache=new_cache,
             prefill_chunk=options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK),
             on_prefill=options.get("on_prefill"),
         )

@@ -71,12 +71,14 @@ def prepare_requests(
     conversations: Iterable[Messages | ChatRequest],
     shared: Mapping[str, Any],
     on_error: Callable[[int, MlxqwenError], None] | None,
+    cache: KVCache | None = None,
 ) -> Iterator[tuple[int, PreparedRequest]]:
     """Each conversation with its number, as it is asked for; see `Engine.batch`.
 
     Args:
         shared: options for all; those that no conversation has for itself are left aside.
         on_error: told of conversations that cannot be answered; without it they are errors that name the number.
+        cache: an empty one such as each conversation will have; its window tells how long they may be.
     """
     names = RequestOptions.__annotations__
     for_all = {name: value for name, value in shared.items() if name in names}
@@ -87,7 +89,7 @@ def prepare_requests(
                 if name not in names:
                     raise OptionError(f"option of one conversation: found {name!r}, expected one of {', '.join(names)}")
             options = cast(RequestOptions, {**for_all, **request.options})
-            prepared = prepare_request(model, tokenizer, request.messages, **options)
+            prepared = prepare_request(model, tokenizer, request.messages, cache, **options)
         except MlxqwenError as error:
             if on_error is None:
                 raise type(error)(f"conversations[{index}]: {error.problem}", hint=error.hint) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,10 +24,12 @@ from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
 
 if TYPE_CHECKING:
+    from mlxqwen.chat_options import ChatRequest
     from mlxqwen.engine import Engine
     from mlxqwen.events import Done
     from mlxqwen.request_files import AnswerFile, BatchRequest
-    from mlxqwen.sampling_params import SamplingParams
+
+    _Answer = tuple[BatchRequest, dict[str, Any], int]  # its fields, and its number of tokens
 
 __all__ = ["generate_batch"]
 
@@ -91,15 +93,6 @@ def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
     return digest(json.dumps(shaping))
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    request: BatchRequest
-    prompt: list[int]
-    sampling: SamplingParams
-    thinking_budget: int | None
-    max_tokens: int
-
-
 def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: Mapping[str, Any]) -> None:
     if not requests:
         return
@@ -107,23 +100,12 @@ def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: 
     if options["verbose"]:
         _print_options(engine, options)
     progress = BatchProgress(sys.stderr, len(requests))
-    size = options["batch_size"] or DEFAULT_BATCH_SIZE
     tokens, started = 0, time.perf_counter()
     try:
-        rows: list[_Row] = []
-        for number, request in enumerate(requests, start=1):
-            try:
-                rows.append(_prepare(engine, request, options))
-            except MlxqwenError as error:
-                answers.append(request, _failure(error))
-                progress.advance(0)
-            if len(rows) < size and number < len(requests):
-                continue
-            for row, fields, count in _answers(engine, rows, options):
-                answers.append(row.request, fields)
-                progress.advance(count)
-                tokens += count
-            rows = []
+        for request, fields, count in _answers(engine, requests, options):
+            answers.append(request, fields)
+            progress.advance(count)
+            tokens += count
     finally:
         progress.wipe()
     if options["verbose"]:
@@ -140,81 +122,75 @@ def _print_options(engine: Engine, options: Mapping[str, Any]) -> None:
     print_request(engine, engine.sampling_for(opening, **thinking, sampling=overrides), options, overrides)
 
 
-def _prepare(engine: Engine, request: BatchRequest, options: Mapping[str, Any]) -> _Row:
-    """What the model is asked. Raises `MlxqwenError` for what it cannot be asked."""
-    from mlxqwen.generation import DEFAULT_MAX_TOKENS, room_for_answer
+def _answers(engine: Engine, requests: Iterable[BatchRequest], options: Mapping[str, Any]) -> Iterator[_Answer]:
+    """The answer to each request, as it is finished.
 
-    own = request.options
-    messages, tools = request.conversation.messages, request.conversation.tools
-    budget = own.get("thinking_budget", options["thinking_budget"])
-    thinking = False if budget == 0 else own.get("thinking", options["thinking"])
-    prompt = engine.prompt(
-        messages, thinking=thinking, tools=tools, trust_special_tokens=options["trust_special_tokens"]
-    )
-    room_for_answer(engine.model, len(prompt), options["max_kv_size"])
-    seed = {"seed": own["seed"]} if "seed" in own else {}
-    sampling = engine.sampling_for(
-        messages,
-        thinking=thinking,
-        thinking_budget=budget,
-        sampling={**sampling_overrides(options), **own.get("sampling", {}), **seed},
-    )
-    max_tokens = own.get("max_tokens") or options["max_tokens"] or DEFAULT_MAX_TOKENS
-    return _Row(request, prompt, sampling, budget, max_tokens)
-
-
-def _answers(
-    engine: Engine, rows: Sequence[_Row], options: Mapping[str, Any]
-) -> Iterator[tuple[_Row, dict[str, Any], int]]:
-    """Each row with its fields and its number of tokens, as it is finished.
-
-    What fails for several rows together is tried for each alone, so that one does not take the others with it.
+    What fails for several together is tried for each alone, so that one does not take the others with it.
     """
-    left = dict(enumerate(rows))
-    try:
-        for number, done in _together(engine, rows, options) if rows else ():
-            row = left.pop(number)
-            yield row, _fields(done), done.usage.completion_tokens
-    except MlxqwenError as error:
-        if len(rows) == 1:
-            yield rows[0], _failure(error), 0
+    waiting = iter(requests)
+    while True:
+        begun: dict[int, BatchRequest] = {}
+        failure = yield from _answers_until_failure(engine, waiting, begun, options)
+        if failure is None:
             return
-        for row in left.values():
-            yield from _answers(engine, [row], options)
+        if len(begun) == 1:
+            yield _refusal(begun.popitem()[1], failure)
+        for request in begun.values():
+            yield from _answers(engine, [request], options)
 
 
-def _together(engine: Engine, rows: Sequence[_Row], options: Mapping[str, Any]) -> Iterator[tuple[int, Done]]:
-    from mlxqwen.completion import batch_stream, begins_in_thought
-    from mlxqwen.events import ReplyEvents
+def _answers_until_failure(
+    engine: Engine, waiting: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
+) -> Generator[_Answer, None, MlxqwenError | None]:
+    """Answers up to one that fails, and what it failed for; `begun` keeps the requests that are left unfinished."""
+    refused: list[tuple[int, MlxqwenError]] = []
+    failure = None
+    try:
+        for number, done in _batch(engine, _conversations(waiting, begun, options), options, refused):
+            yield begun.pop(number), _fields(done), done.usage.completion_tokens
+            while refused:
+                yield _refusal(begun.pop(refused[-1][0]), refused.pop()[1])
+    except MlxqwenError as error:
+        if not begun:
+            raise
+        failure = error
+    for number, reason in refused:
+        yield _refusal(begun.pop(number), reason)
+    return failure
 
-    replies = [
-        ReplyEvents(
-            thinking=begins_in_thought(engine.tokenizer, row.prompt),
-            tools=bool(row.request.conversation.tools),
-            stop=options["stop"],
-        )
-        for row in rows
-    ]
-    responses = batch_stream(
-        engine.model,
-        engine.tokenizer,
-        [row.prompt for row in rows],
-        max_tokens=[row.max_tokens for row in rows],
-        sampling=[row.sampling for row in rows],
-        thinking_budget=[row.thinking_budget for row in rows],
-        tools=[bool(row.request.conversation.tools) for row in rows],
-        early_stop_text=options["early_stop_text"],
-        stop_on_loop=options["stop_on_loop"],
-        cache=new_cache(engine, options, rows=len(rows)),
-        prefill_chunk=options["prefill_chunk"],
+
+def _batch(
+    engine: Engine,
+    conversations: Iterator[ChatRequest],
+    options: Mapping[str, Any],
+    refused: list[tuple[int, MlxqwenError]],
+) -> Iterator[tuple[int, Done]]:
+    shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop", "prefill_chunk")
+    return engine.batch(
+        conversations,
+        batch_size=options["batch_size"] or DEFAULT_BATCH_SIZE,
+        on_error=lambda number, error: refused.append((number, error)),
+        new_cache=lambda rows: new_cache(engine, options, rows=rows),
+        trust_special_tokens=options["trust_special_tokens"],
+        **{name: options[name] for name in shared},
     )
-    for number, response in responses:
-        for _ in replies[number].feed(response):
-            pass
-        done = replies[number].done
-        if done is not None:
-            responses.stop(number)
-            yield number, done
+
+
+def _conversations(
+    requests: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
+) -> Iterator[ChatRequest]:
+    """What the engine is asked; `begun` gets each request that it takes, by its number."""
+    from mlxqwen.chat_options import ChatRequest
+
+    for number, request in enumerate(requests):
+        begun[number] = request
+        sampling = {**sampling_overrides(options), **request.options.get("sampling", {})}
+        own: Any = {**request.options, "sampling": sampling, "tools": request.conversation.tools}
+        yield ChatRequest(request.conversation.messages, own)
+
+
+def _refusal(request: BatchRequest, error: MlxqwenError) -> _Answer:
+    return request, {"error": " ".join(filter(None, (error.problem, error.hint)))}, 0
 
 
 def _fields(done: Done) -> dict[str, Any]:
@@ -225,10 +201,6 @@ def _fields(done: Done) -> dict[str, Any]:
         "finish_reason": done.finish_reason,
         "usage": asdict(done.usage),
     }
-
-
-def _failure(error: MlxqwenError) -> dict[str, Any]:
-    return {"error": " ".join(filter(None, (error.problem, error.hint)))}
 
 
 class BatchProgress:
