@@ -26,7 +26,7 @@ OPTIONS = """
     --model --revision --system --prompt-file --thinking --no-thinking --raw --max-tokens --temperature --top-p --top-k
     --min-p --presence-penalty --frequency-penalty --repetition-penalty --seed --stop --max-kv-size --kv-keep --kv-bits
     --prefill-chunk --yarn-factor --rope-scaling --dtype --force --json --verbose --messages --tools --batch --output
-    --batch-size --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
+    --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
 """
 
 Folder = Callable[..., Path]

@@ -126,6 +126,14 @@ def test_options_for_all_lines(files: Files) -> None:
     assert any(answer["usage"]["budget_exhausted"] for answer in files.answers)
 
 
+def test_a_window_holds_lines_of_any_length(files: Files) -> None:
+    questions = (LONG, *QUESTIONS[:2])
+    files.ask(*({"prompt": question} for question in questions))
+    window = ("--max-kv-size", "64", "--kv-keep", "2", "--max-tokens", "20", "--seed", "6")
+    assert files.run(*window).status == 0
+    assert [core(answer) for answer in files.answers] == [alone(question, *window) for question in questions]
+
+
 def test_tools_for_all_lines_and_for_one(files: Files, tmp_path: Path) -> None:
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps([CALCULATOR["function"]]))

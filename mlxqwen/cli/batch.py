@@ -40,6 +40,7 @@ _SHAPING = (
     "revision",
     "system",
     "trust_special_tokens",
+    "drop_oldest",
     "thinking",
     "thinking_budget",
     "early_stop_text",
@@ -165,14 +166,14 @@ def _batch(
     options: Mapping[str, Any],
     refused: list[tuple[int, MlxqwenError]],
 ) -> Iterator[tuple[int, Done]]:
-    shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop", "prefill_chunk")
+    shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop")
+    more = ("trust_special_tokens", "drop_oldest", "prefill_chunk")
     return engine.batch(
         conversations,
         batch_size=options["batch_size"] or DEFAULT_BATCH_SIZE,
         on_error=lambda number, error: refused.append((number, error)),
         new_cache=lambda rows: new_cache(engine, options, rows=rows),
-        trust_special_tokens=options["trust_special_tokens"],
-        **{name: options[name] for name in shared},
+        **{name: options[name] for name in (*shared, *more)},
     )
 
 

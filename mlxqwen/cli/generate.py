@@ -35,6 +35,10 @@ def generate(**options: Any) -> int:
     """Answer PROMPT ('-' reads standard input), a conversation, or a file of prompts.
 
     The answer goes to standard output, the model's reasoning to standard error.
+
+    With --batch each answer becomes a line of --output with "index" (the line's number in the input, from 0), "id",
+    "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" if the line could not be
+    answered. After any end of a run the same command goes on with the lines that have no answer.
     """
     check_usage(options)
     if options["batch"] is not None:
@@ -127,5 +131,6 @@ def _events(asked: str | Conversation, options: Mapping[str, Any], progress: Pre
         thinking=options["thinking"],
         tools=asked.tools,
         trust_special_tokens=options["trust_special_tokens"],
+        drop_oldest=options["drop_oldest"],
         **request,
     )

@@ -62,6 +62,11 @@ _PROMPT = (
         help="Functions that the model may call: a list of their schemas. Calls are printed behind the answer, a JSON "
         "line each.",
     ),
+    click.option(
+        "--drop-oldest",
+        is_flag=True,
+        help="Leave out the oldest turns of a conversation that is too long; a system message stays.",
+    ),
     click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template."),
     click.option(
         "--trust-special-tokens",
@@ -138,7 +143,8 @@ def check_usage(options: Mapping[str, Any]) -> None:
     """Refuse options that would do nothing, or contradict each other. Raises `click.UsageError`."""
     given = {name for name, value in options.items() if value not in (None, False, ())}
     given |= {"thinking"} if options["thinking"] is not None else set()
-    _refuse(given, "raw", {"system", "thinking", "messages", "tools", "trust_special_tokens"}, "knows no chat template")
+    templated = {"system", "thinking", "messages", "tools", "drop_oldest", "trust_special_tokens"}
+    _refuse(given, "raw", templated, "knows no chat template")
     _refuse(given, "batch", {"prompt", "prompt_file", "messages"}, "reads its prompts from the file")
     _refuse(given, "batch", {"raw"}, "asks by the chat template")
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
@@ -147,6 +153,8 @@ def check_usage(options: Mapping[str, Any]) -> None:
     for name in ("output", "batch_size"):
         if name in given and "batch" not in given:
             raise click.UsageError(f"{_flag(name)} needs --batch, whose answers it is about.")
+    if "drop_oldest" in given and not given & {"messages", "batch"}:
+        raise click.UsageError("--drop-oldest needs --messages or --batch: a prompt alone has no older turns.")
     if options["kv_keep"] is not None and options["max_kv_size"] is None:
         raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
     budget = options["thinking_budget"]
