@@ -28,9 +28,17 @@ def can_think(tokenizer: Tokenizer) -> bool:
 
 
 def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
-    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free."""
-    end = tokenizer.decode(prompt[-8:]).rstrip()
-    return True if end.endswith(_OPEN) else False if end.endswith(_CLOSE) else None
+    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free.
+
+    Where the tokenizer has tokens for the tags, text that spells them is no tag.
+    """
+    end = prompt[-8:]
+    last = next((int(token) for token in reversed(end) if tokenizer.token_bytes(token).strip()), None)
+    for tag, begins in ((_OPEN, True), (_CLOSE, False)):
+        token = tokenizer.token_to_id(tag)
+        if tokenizer.decode(end).rstrip().endswith(tag) if token is None else last == token:
+            return begins
+    return None
 
 
 class ThinkingBudget:

@@ -102,6 +102,17 @@ def test_an_answer_begun_is_gone_on_with(engine: Engine) -> None:
     assert engine.chat(begun, sampling=sampling, max_tokens=3).content == "xxx"
 
 
+@pytest.mark.parametrize("text", ["I like <think>", "I like </think>"])
+def test_an_answer_begun_that_speaks_of_tags_is_no_thought(engine: Engine, text: str) -> None:
+    begun = [USER, said(text)]
+    assert engine.sampling_for(begun) == NON_THINKING
+    letter = engine.tokenizer.encode("x")[0]
+    sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
+    done = done_of(engine, begun, sampling=sampling, thinking_budget=2, max_tokens=8)
+    assert (done.reply.reasoning, done.reply.content) == (None, "x" * 8)
+    assert (done.usage.reasoning_tokens, done.usage.budget_exhausted) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("messages", "thinking", "thinks"),
     [
@@ -158,7 +169,7 @@ def test_a_budget_ends_the_thought_and_usage_tells(engine: Engine) -> None:
     tokenizer.chat_templates = {"default": "{{ messages[0].content }}<think>\n"}
     forced = Engine(engine.model, tokenizer)
     sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
-    options: dict[str, Any] = {"sampling": sampling, "max_tokens": 120}
+    options: dict[str, Any] = {"sampling": sampling, "max_tokens": 50}
     done = done_of(forced, [USER], thinking_budget=4, **options)
     assert done.usage.budget_exhausted
     assert done.reply.reasoning == f"xxxx\n\n{EARLY_STOP_TEXT}"
@@ -177,13 +188,11 @@ def test_a_budget_is_a_count(engine: Engine, budget: Any) -> None:
         engine.stream([USER], thinking_budget=budget)
 
 
-def test_a_loop_ends_the_reply() -> None:
-    engine = Engine(random_model(vocab_size=QWEN.vocab_size, context=1024), QWEN)
-    letter = QWEN.encode("x")[0]
-    options: dict[str, Any] = {"sampling": SamplingParams(logit_bias={letter: 100.0}, top_k=1), "max_tokens": 600}
-    done = done_of(engine, [USER], stop_on_loop=True, **options)
+def test_a_loop_ends_the_reply(tokenizer: Tokenizer) -> None:
+    engine = Engine(random_model(vocab_size=tokenizer.vocab_size, context=1024), tokenizer)
+    sampling = SamplingParams(logit_bias={tokenizer.encode("x")[0]: 100.0}, top_k=1)
+    done = done_of(engine, [USER], stop_on_loop=True, sampling=sampling, max_tokens=600)
     assert (done.finish_reason, done.usage.completion_tokens) == ("loop", 512)
-    assert done_of(engine, [USER], **options).finish_reason == "length"
 
 
 # --- what the model sees of messages ----------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""Many conversations at once: each answered as alone, never more at once than asked for, errors by number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlxqwen import ChatRequest, Engine, KVCache, make_cache
+from mlxqwen.engine import Done
+from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.sampling_params import SamplingParams
+from tests.test_engine import TOOLS
+
+WORDS = ("strawberry", "blueberry", "letter", "banana", "tree")
+QUESTIONS = [[{"role": "user", "content": f"How many e's in {word}?"}] for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def engine(demo: Any) -> Engine:
+    return Engine(*demo)
+
+
+def facts(done: Done) -> tuple[Any, ...]:
+    calls = [(call.name, call.arguments) for call in done.reply.tool_calls]
+    return done.reply.reasoning, done.reply.content, calls, done.finish_reason, done.usage
+
+
+def alone(engine: Engine, messages: Any, **options: Any) -> Done:
+    *_, done = engine.stream(messages, **options)
+    assert isinstance(done, Done)
+    return done
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("thinking", [None, False])
+def test_each_is_answered_as_alone(engine: Engine, thinking: bool | None, batch_size: int) -> None:
+    options: dict[str, Any] = {"thinking": thinking, "seed": 7, "max_tokens": 40}
+    before = copy.deepcopy(QUESTIONS)
+    found = dict(engine.batch(QUESTIONS, batch_size=batch_size, **options))
+    assert sorted(found) == list(range(len(QUESTIONS)))
+    for index, done in found.items():
+        assert facts(done) == facts(alone(engine, QUESTIONS[index], **options))
+    assert before == QUESTIONS
+
+
+def test_options_of_their_own(engine: Engine) -> None:
+    own: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"thinking": False, "max_tokens": 3},
+        {"thinking_budget": 5},
+        {"tools": TOOLS, "sampling": {"temperature": 0}},
+        {"sampling": {"temperature": 2.0}, "seed": 3},
+    ]
+    shared: dict[str, Any] = {"seed": 9, "max_tokens": 60}
+    requests = [ChatRequest(messages, options) for messages, options in zip(QUESTIONS, own, strict=True)]  # type: ignore[arg-type]
+    for index, done in engine.batch(requests, **shared):
+        assert facts(done) == facts(alone(engine, QUESTIONS[index], **{**shared, **own[index]}))
+
+
+def test_rows_come_as_they_end_and_groups_in_turn(engine: Engine) -> None:
+    letter = engine.tokenizer.encode("x")[0]
+    sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
+    limits = [9, 3, 6, 2, 1]
+    taken: list[int] = []
+
+    def requests() -> Iterator[ChatRequest]:
+        for index, limit in enumerate(limits):
+            taken.append(index)
+            yield ChatRequest(QUESTIONS[index], {"max_tokens": limit})
+
+    seen = []
+    for index, done in engine.batch(requests(), batch_size=3, sampling=sampling, thinking=False):
+        seen.append((index, done.usage.completion_tokens, len(taken)))
+    assert seen == [(1, 3, 3), (2, 6, 3), (0, 9, 3), (4, 1, 5), (3, 2, 5)]
+
+
+def test_a_row_that_stops_in_its_content_is_not_computed_on(engine: Engine) -> None:
+    letter = engine.tokenizer.encode("x")[0]
+    options: dict[str, Any] = {"sampling": SamplingParams(logit_bias={letter: 100.0}, top_k=1), "thinking": False}
+    found = list(engine.batch(QUESTIONS[:3], stop="xxxx", max_tokens=400, **options))
+    assert [(index, done.finish_reason, done.usage.completion_tokens) for index, done in found] == [
+        (index, "stop", 4) for index in range(3)
+    ]
+    assert facts(found[0][1]) == facts(alone(engine, QUESTIONS[0], stop="xxxx", max_tokens=400, **options))
+
+
+BAD = [QUESTIONS[0], [{"role": "user", "content": "word " * 2000}], [{"role": "x"}], QUESTIONS[1]]
+
+
+def test_errors_name_the_conversation(engine: Engine) -> None:
+    with pytest.raises(ContextLengthError, match=r"conversations\[1\]: prompt: ") as caught:
+        list(engine.batch(BAD, max_tokens=1))
+    assert "--max-kv-size" in caught.value.hint
+    with pytest.raises(MessagesError, match=r"conversations\[0\]: messages: found dict"):
+        list(engine.batch(QUESTIONS[0], max_tokens=1))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"conversations\[0\]: option of one conversation: found 'stop'"):
+        list(engine.batch([ChatRequest(QUESTIONS[0], {"stop": "a"})]))  # type: ignore[typeddict-unknown-key]
+
+
+def test_conversations_that_cannot_be_answered_may_be_left_out(engine: Engine) -> None:
+    errors: dict[int, MlxqwenError] = {}
+    found = dict(engine.batch(BAD, batch_size=2, max_tokens=1, on_error=errors.__setitem__))
+    assert sorted(found) == [0, 3]
+    assert {index: type(error) for index, error in errors.items()} == {1: ContextLengthError, 2: MessagesError}
+    assert errors[1].problem.startswith("prompt: ")
+
+
+def test_caches_of_its_own(engine: Engine) -> None:
+    made: list[int] = []
+
+    def new_cache(rows: int) -> KVCache:
+        made.append(rows)
+        return make_cache(engine.model, max_kv_size=128, batch_size=rows)
+
+    long = [{"role": "user", "content": "word " * 2000}]
+    found = dict(engine.batch([*QUESTIONS[:2], long], batch_size=2, max_tokens=1, new_cache=new_cache))
+    assert made[-2:] == [2, 1]
+    assert found[2].usage.prompt_tokens > engine.model.config.context_length
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "2", True])
+def test_a_batch_size_is_a_count(engine: Engine, size: Any) -> None:
+    with pytest.raises(OptionError, match="batch_size: found"):
+        engine.batch(QUESTIONS, batch_size=size)
+
+
+def test_what_cannot_be_is_refused_at_once(engine: Engine) -> None:
+    with pytest.raises(OptionError, match="cache: found one"):
+        engine.batch(QUESTIONS, cache=make_cache(engine.model))  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match="stop: found"):
+        engine.batch(QUESTIONS, stop="")
+
+
+def test_none_are_none(engine: Engine) -> None:
+    assert list(engine.batch([])) == []
+
+
+def test_abandoned_in_the_middle(engine: Engine) -> None:
+    expected = engine.chat(QUESTIONS[0], seed=5, max_tokens=20)
+    rows: Any = engine.batch(QUESTIONS, batch_size=2, seed=1, max_tokens=20)
+    next(rows)
+    rows.close()
+    assert next(rows, None) is None
+    assert engine.chat(QUESTIONS[0], seed=5, max_tokens=20) == expected
