@@ -169,7 +169,7 @@ def test_a_budget_ends_the_thought_and_usage_tells(engine: Engine) -> None:
     tokenizer.chat_templates = {"default": "{{ messages[0].content }}<think>\n"}
     forced = Engine(engine.model, tokenizer)
     sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
-    options: dict[str, Any] = {"sampling": sampling, "max_tokens": 50}
+    options: dict[str, Any] = {"sampling": sampling, "max_tokens": 90}
     done = done_of(forced, [USER], thinking_budget=4, **options)
     assert done.usage.budget_exhausted
     assert done.reply.reasoning == f"xxxx\n\n{EARLY_STOP_TEXT}"
