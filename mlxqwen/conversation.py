@@ -79,7 +79,7 @@ class Conversation:
         self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
         self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
         self._running: weakref.ref[Generator[Event]] | None = None
-        self.messages: list[dict[str, Any]] = _plain(messages) if len(messages) else []
+        self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
             check_conversation(self.messages)
         if system is not None:

@@ -1,0 +1,422 @@
+"""Conversations: turns that count, turns that do not, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from mlxqwen import Conversation, Delta, Done, Engine
+from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.events import Event
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.reply import join_deltas
+from mlxqwen.tokenizer import Tokenizer
+from tests.scripted_model import ScriptedModel
+from tests.test_conversation_cache import CALL, TOOLS, assert_holds, done_of, held, say, scripted
+
+__all__ = ["scripted"]  # a fixture
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def conversation(scripted: tuple[Engine, ScriptedModel]) -> Conversation:
+    """One turn old: a thought and an answer."""
+    engine, model = scripted
+    conversation = Conversation(engine, system="Be brief.")
+    say(engine, model, "<think>\nThree r's.\n</think>\n\nThree.")
+    conversation.chat("How many?")
+    return conversation
+
+
+def scripted_of(conversation: Conversation) -> ScriptedModel:
+    model: Any = conversation.engine.model
+    assert isinstance(model, ScriptedModel)
+    return model
+
+
+def answer_with(conversation: Conversation, text: str) -> None:
+    say(conversation.engine, scripted_of(conversation), text)
+
+
+def test_messages_are_those_of_the_api(conversation: Conversation) -> None:
+    first = {**assistant("Three."), "reasoning_content": "Three r's."}
+    assert conversation.messages == [SYSTEM, user("How many?"), first]
+    answer_with(conversation, f"<think>\n\n</think>\n\nLet me see.\n{CALL}")
+    reply = conversation.chat({"role": "user", "content": [{"type": "text", "text": "What time is it?"}]}, tools=TOOLS)
+    assert reply.content == "Let me see."
+    (call,) = reply.tool_calls
+    assert conversation.messages[-1] == {
+        **assistant("Let me see."),
+        "tool_calls": [
+            {"id": call.id, "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+        ],
+    }
+    assert conversation.messages[-2]["content"] == [{"type": "text", "text": "What time is it?"}]
+    answer_with(conversation, "<think>\n\n</think>\n\nNoon.")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "12:00"}
+    assert conversation.chat([result, user("So?")], tools=TOOLS).content == "Noon."
+    assert conversation.messages[-3:] == [result, user("So?"), assistant("Noon.")]
+
+
+def test_what_the_caller_gave_is_never_touched(scripted: tuple[Engine, ScriptedModel]) -> None:
+    engine, model = scripted
+    history = [user("Hello"), assistant("Hello.")]
+    conversation = Conversation(engine, messages=history, system="Be brief.")
+    assert conversation.messages == [SYSTEM, *history]
+    said = user("And now?")
+    say(engine, model, "<think>\n\n</think>\n\nNow.")
+    conversation.chat(said)
+    conversation.messages[1]["content"] = conversation.messages[3]["content"] = "changed"
+    assert (history, said) == ([user("Hello"), assistant("Hello.")], user("And now?"))
+
+
+def test_events_are_those_of_the_engine(conversation: Conversation) -> None:
+    answer_with(conversation, "<think>\nOnce more.\n</think>\n\nStill three.")
+    *deltas, done = conversation.stream("Sure?")
+    assert isinstance(done, Done)
+    assert join_deltas(delta for delta in deltas if isinstance(delta, Delta)) == done.reply
+    assert conversation.messages[-1] == {**assistant("Still three."), "reasoning_content": "Once more."}
+
+
+def test_options_of_a_turn_go_over_those_of_the_conversation(scripted: tuple[Engine, ScriptedModel]) -> None:
+    engine, _ = scripted
+    conversation = Conversation(engine, max_tokens=3, thinking=False, sampling={"temperature": 0})
+    assert done_of(conversation.stream("Hello")).usage.completion_tokens == 3
+    assert done_of(conversation.stream("Hello", max_tokens=2)).usage.completion_tokens == 2
+    conversation.options["max_tokens"] = 1
+    assert done_of(conversation.stream("Hello")).usage.completion_tokens == 1
+    assert done_of(conversation.retry(max_tokens=2)).usage.completion_tokens == 2
+    progress: list[tuple[int, int]] = []
+    for window in (None, 64):
+        conversation = Conversation(engine, max_kv_size=window, max_tokens=3, prefill_chunk=8)
+        done = done_of(conversation.stream("Hello", on_prefill=lambda *told: progress.append(told)))
+        assert progress[0][0] == 0
+        assert progress[-1] == (done.usage.prompt_tokens, done.usage.prompt_tokens)
+        progress.clear()
+
+
+# Back and forth
+
+
+def test_undo_and_retry(conversation: Conversation) -> None:
+    turn = list(conversation.messages)
+    answer_with(conversation, "<think>\n\n</think>\n\nFour.")
+    conversation.chat("Sure?")
+    answer_with(conversation, "<think>\n\n</think>\n\nFive.")
+    events = conversation.retry()
+    assert conversation.messages == [*turn, user("Sure?"), assistant("Four.")]
+    assert done_of(events).reply.content == "Five."
+    assert conversation.messages == [*turn, user("Sure?"), assistant("Five.")]
+    conversation.undo()
+    assert conversation.messages == turn
+    conversation.undo()
+    assert conversation.messages == [SYSTEM]
+    for action in (conversation.undo, conversation.retry):
+        with pytest.raises(MessagesError, match="found no message of a user, expected one"):
+            action()
+    assert conversation.messages == [SYSTEM]
+
+
+def test_undo_and_retry_take_a_whole_tool_loop(conversation: Conversation) -> None:
+    turn = list(conversation.messages)
+
+    def loop(begin: Callable[[], Iterator[Event]]) -> None:
+        answer_with(conversation, f"<think>\n\n</think>\n\n{CALL}")
+        (call,) = done_of(begin()).reply.tool_calls
+        answer_with(conversation, "<think>\n\n</think>\n\nNoon.")
+        conversation.chat({"role": "tool", "tool_call_id": call.id, "content": "12:00"}, tools=TOOLS)
+
+    loop(lambda: conversation.stream("What time is it?", tools=TOOLS))
+    assert [message["role"] for message in conversation.messages[len(turn) :]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    loop(lambda: conversation.retry(tools=TOOLS))
+    assert [message["role"] for message in conversation.messages[len(turn) :]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    conversation.undo()
+    assert conversation.messages == turn
+
+
+def test_the_system_message(conversation: Conversation) -> None:
+    turn = conversation.messages[1:]
+    assert conversation.system == "Be brief."
+    conversation.system = "Be long."
+    assert conversation.messages == [{"role": "system", "content": "Be long."}, *turn]
+    conversation.system = None
+    assert (conversation.system, conversation.messages) == (None, turn)
+    conversation.system = ""
+    assert conversation.system == ""
+    for wrong in (7, ["a"], b"a", "\ud800"):
+        with pytest.raises(MessagesError):
+            conversation.system = wrong  # type: ignore[assignment]
+        assert conversation.system == ""
+    conversation.messages[0]["content"] = [{"type": "text", "text": "In "}, {"type": "text", "text": "parts."}]
+    assert conversation.system == "In parts."
+
+
+def test_clearing_keeps_the_system_message(conversation: Conversation) -> None:
+    conversation.clear()
+    assert (conversation.messages, conversation.cache.offset) == ([SYSTEM], 0)
+    conversation.system = None
+    conversation.clear()
+    assert conversation.messages == []
+
+
+def test_dropping_the_oldest_turns(scripted: tuple[Engine, ScriptedModel]) -> None:
+    engine, _ = scripted
+    calls = [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}]
+    loop = [user("b"), {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "12"}, assistant("2")]
+    conversation = Conversation(engine, messages=[SYSTEM, user("a"), assistant("1"), *loop, user("c"), assistant("3")])
+    conversation.drop_oldest()
+    assert conversation.messages == [SYSTEM, *loop, user("c"), assistant("3")]
+    conversation.drop_oldest()
+    assert conversation.messages == [SYSTEM, user("c"), assistant("3")]
+    for _ in range(2):
+        with pytest.raises(MessagesError, match="no turn but the last"):
+            conversation.drop_oldest()
+        conversation.clear()
+
+
+# Turns that do not count
+
+
+def interrupt(done: int, total: int) -> None:
+    if done:
+        raise KeyboardInterrupt
+
+
+FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] = {
+    "interrupted while reading": (KeyboardInterrupt, lambda c: list(c.stream("So?", on_prefill=interrupt))),
+    "interrupted in a retry": (KeyboardInterrupt, lambda c: list(c.retry(on_prefill=interrupt))),
+    "interrupted with other tools": (
+        KeyboardInterrupt,
+        lambda c: list(c.stream("So?", tools=TOOLS, on_prefill=interrupt)),
+    ),
+    "too long": (ContextLengthError, lambda c: c.stream("word " * 2000)),
+    "an unknown role": (MessagesError, lambda c: c.stream({"role": "narrator", "content": "So?"})),
+    "another system message": (MessagesError, lambda c: c.stream([SYSTEM, user("So?")])),
+    "no role": (MessagesError, lambda c: c.stream({"content": "So?"})),
+    "no content": (MessagesError, lambda c: c.stream({"role": "user"})),
+    "null content": (MessagesError, lambda c: c.stream({"role": "user", "content": None})),
+    "null content of an assistant": (
+        MessagesError,
+        lambda c: c.stream([{"role": "assistant", "content": None}, user("?")]),
+    ),
+    "a tool nobody called": (MessagesError, lambda c: c.stream({"role": "tool", "content": "12"})),
+    "an assistant at the end": (MessagesError, lambda c: c.stream([user("So?"), assistant("<think>\n\n</think>\n\n")])),
+    "no messages": (MessagesError, lambda c: c.stream([])),
+    "no message": (MessagesError, lambda c: c.stream(7)),  # type: ignore[arg-type]
+    "no dicts": (MessagesError, lambda c: c.stream(["So?"])),  # type: ignore[list-item]
+    "no Unicode": (MessagesError, lambda c: c.stream("\ud800")),
+    "a broken schema": (MlxqwenError, lambda c: c.stream("So?", tools=[{"type": "function"}])),
+    "a negative budget": (OptionError, lambda c: c.stream("So?", thinking_budget=-1)),
+    "no switch": (OptionError, lambda c: c.stream("So?", thinking="yes")),  # type: ignore[arg-type]
+    "no tokens": (OptionError, lambda c: c.stream("So?", max_tokens=0)),
+    "no chunk": (OptionError, lambda c: c.stream("So?", prefill_chunk=0)),
+    "an unknown option": (OptionError, lambda c: c.stream("So?", temperature=0)),  # type: ignore[call-arg]
+    "a cache": (OptionError, lambda c: c.stream("So?", cache=c.cache)),
+    "an unknown sampling option": (OptionError, lambda c: c.stream("So?", sampling={"temprature": 0})),
+    "an empty stop": (OptionError, lambda c: c.stream("So?", stop="")),
+    "NaN": (GenerationError, lambda c: list(c.stream("So?"))),
+    "NaN in a retry": (GenerationError, lambda c: list(c.retry(keep_partial=False))),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_turn_leaves_all_as_it_was(conversation: Conversation, name: str) -> None:
+    expected, turn = FAILURES[name]
+    messages, tokens = [dict(message) for message in conversation.messages], held(conversation)
+    model = scripted_of(conversation)
+    model.fail_after = 2
+    with pytest.raises(expected) as caught:
+        turn(conversation)
+    model.fail_after = None
+    if isinstance(caught.value, MlxqwenError):
+        assert caught.value.problem
+    assert (conversation.messages, held(conversation)) == (messages, tokens)
+    assert_holds(conversation.cache, tokens, conversation.engine.model)
+    model.read = 0
+    answer_with(conversation, "<think>\n\n</think>\n\nYes.")
+    done = done_of(conversation.stream("Sure?"))
+    assert (done.reply.content, done.usage.cached_tokens) == ("Yes.", len(tokens))
+    assert model.read == done.usage.prompt_tokens - len(tokens)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+@pytest.mark.parametrize("events", [0, 1, 5])
+def test_an_abandoned_turn_leaves_all_as_it_was(conversation: Conversation, events: int, retry: bool) -> None:
+    messages, tokens = [dict(message) for message in conversation.messages], held(conversation)
+
+    def turn() -> Iterator[Event]:
+        answer_with(conversation, "<think>\nLet me count them.\n</think>\n\nThere are three.")
+        return conversation.retry() if retry else conversation.stream("Sure?")
+
+    for end in ("closed", "deleted", "left"):
+        stream: Any = turn()
+        assert len(list(islice(stream, events))) == events
+        assert conversation.messages == messages
+        if end == "closed":
+            stream.close()
+        elif end == "deleted":
+            del stream
+        else:  # until the conversation is used again
+            conversation.system = conversation.system
+            assert list(stream) == []
+        assert (conversation.messages, held(conversation)) == (messages, tokens)
+        assert_holds(conversation.cache, tokens, conversation.engine.model)
+    assert len(list(turn())) > 6
+    assert len(conversation.messages) == len(messages) + (0 if retry else 2)
+
+
+def test_an_answer_counts_as_soon_as_it_is_done(conversation: Conversation) -> None:
+    answer_with(conversation, "<think>\n\n</think>\n\nYes.")
+    events = conversation.stream("Sure?")
+    next(event for event in events if isinstance(event, Done))
+    events.close()
+    assert conversation.messages[-2:] == [user("Sure?"), assistant("Yes.")]
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_part_can_be_kept(scripted: tuple[Engine, ScriptedModel], window: int | None, retry: bool) -> None:
+    engine, model = scripted
+    conversation = Conversation(engine, max_kv_size=window)
+    say(engine, model, "<think>\n\n</think>\n\nThree.")
+    conversation.chat("How many?")
+    say(engine, model, "<think>\nLet me count them.\n</think>\n\nThere are three of them, I think.")
+    stream = conversation.retry(keep_partial=True) if retry else conversation.stream("Sure?", keep_partial=True)
+    deltas = []
+    for event in stream:
+        assert isinstance(event, Delta)
+        deltas.append(event)
+        if event.content is not None and "are" in event.content:
+            break
+    del stream
+    kept = conversation.messages[-1]
+    assert kept == {**assistant("There are"), "reasoning_content": "Let me count them."}
+    assert "".join(delta.content or "" for delta in deltas) == "There are"
+    assert conversation.messages[-2] == user("How many?" if retry else "Sure?")
+    assert len(conversation.messages) == (2 if retry else 4)
+    assert_holds(conversation.cache, held(conversation), engine.model)
+    model.say([])
+    before = held(conversation)
+    done = done_of(conversation.stream("Go on.", seed=1, max_tokens=8))
+    assert done.usage.cached_tokens == len(before) > 0
+    assert len(conversation.messages) == (4 if retry else 6)
+
+
+def test_a_part_of_nothing_is_nothing(conversation: Conversation) -> None:
+    messages, tokens = list(conversation.messages), held(conversation)
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.stream("Sure?", keep_partial=True, on_prefill=interrupt))
+    conversation.stream("Sure?", keep_partial=True).close()
+    assert (conversation.messages, held(conversation)) == (messages, tokens)
+
+
+def test_a_part_is_kept_when_the_model_fails(conversation: Conversation) -> None:
+    answer_with(conversation, "<think>\nLet me count them.\n</think>\n\nThere are three.")
+    scripted_of(conversation).fail_after = 6
+    with pytest.raises(GenerationError):
+        list(conversation.stream("Sure?", keep_partial=True))
+    assert conversation.messages[-2] == user("Sure?")
+    assert conversation.messages[-1]["reasoning_content"]
+
+
+def test_what_is_said_while_a_stream_is_open_ends_it(conversation: Conversation) -> None:
+    answer_with(conversation, "<think>\nLet me count them.\n</think>\n\nThere are three.")
+    first = conversation.stream("Sure?", keep_partial=True)
+    next(first)
+    answer_with(conversation, "<think>\n\n</think>\n\nYes.")
+    conversation.chat("Really?")
+    said = [message["content"] for message in conversation.messages if message["role"] == "user"]
+    assert said == ["How many?", "Sure?", "Really?"]
+    assert list(first) == []
+
+
+def test_a_conversation_is_not_to_be_used_while_it_answers(conversation: Conversation) -> None:
+    messages, tokens = list(conversation.messages), held(conversation)
+
+    def again(done: int, total: int) -> None:
+        conversation.undo()
+
+    with pytest.raises(OptionError, match="in use while it is answering"):
+        list(conversation.stream("Sure?", on_prefill=again))
+    assert (conversation.messages, held(conversation)) == (messages, tokens)
+
+
+# What does not fit
+
+
+def test_the_way_out_of_a_context_that_is_too_short(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine = Engine(*demo)
+    context = engine.model.config.context_length
+    turns = [message for n in range(40) for message in (user(f"{n}. {'word ' * 30}"), assistant("Yes."))]
+    conversation = Conversation(engine, system="Be brief.", messages=turns, max_tokens=2, thinking=False)
+    assert len(engine.prompt(conversation.messages[:-1])) > context
+    with pytest.raises(ContextLengthError) as caught:
+        conversation.stream("So?")
+    for way in ("drop_oldest=True", "conversation.drop_oldest()", "--max-kv-size", "max_kv_size=", "--yarn-factor"):
+        assert way in caught.value.hint
+    assert conversation.messages == [SYSTEM, *turns]
+
+    done = done_of(conversation.stream("So?", drop_oldest=True))
+    assert done.usage.prompt_tokens < context
+    assert conversation.messages[:-2] == [SYSTEM, *turns]
+    # The next turn goes on with what was left.
+    again = done_of(conversation.stream("And?", drop_oldest=True))
+    assert again.usage.cached_tokens >= len(engine.tokenizer.encode("<|im_start|>system\nBe brief.<|im_end|>\n"))
+    whole = engine.fit(conversation.messages[:-1], max_tokens=2, thinking=False)
+    assert again.usage.prompt_tokens == len(engine.prompt(whole, thinking=False))
+
+    while True:
+        try:
+            conversation.stream("So?")
+            break
+        except ContextLengthError:
+            conversation.drop_oldest()
+    assert conversation.messages[0] == SYSTEM
+    window = Conversation(engine, messages=turns, max_tokens=2, max_kv_size=64)
+    assert done_of(window.stream("So?")).usage.prompt_tokens > context
+
+
+def test_what_cannot_be_is_refused_at_the_start(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine = Engine(*demo)
+    wrong: list[dict[str, Any]] = [
+        {"thinking_budget": -1},
+        {"thinking": "yes"},
+        {"temperature": 1},
+        {"cache": None},
+        {"tools": [{}]},
+        {"system": 7},
+        {"system": "a", "messages": [SYSTEM]},
+        {"messages": [user("a"), SYSTEM]},
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": None}]},
+        {"messages": "Hello"},
+        {"messages": None},
+        {"max_kv_size": 2},
+        {"kv_bits": 3},
+        {"keep": -1},
+    ]
+    for arguments in wrong:
+        with pytest.raises(OptionError):
+            Conversation(engine, **arguments)
