@@ -61,6 +61,9 @@ HOMES = {
     "jinja2": {"sandbox"},
     "huggingface_hub": {"hub"},
     "click": {"cli"},
+    "markdown_it": {"cli"},
+    "prompt_toolkit": {"cli"},
+    "rich": {"cli"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
     | {"completion", "engine", "cli"},

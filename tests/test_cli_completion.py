@@ -70,14 +70,14 @@ def test_help_says_where_the_script_goes() -> None:
 
 
 def test_bash_completes_commands_options_and_values(path: str) -> None:
-    assert completed(path, "ge") == ["generate"]
+    assert completed(path, "ch") == ["chat"]
     assert completed(path, "generate", "--kv-b") == ["--kv-bits"]
-    assert completed(path, "generate", "--dtype", "") == ["bfloat16", "float16", "float32"]
+    assert completed(path, "chat", "--dtype", "") == ["bfloat16", "float16", "float32"]
     assert completed(path, "completion", "z") == ["zsh"]
     assert completed(path, "cache", "") == ["list", "prune"]
 
 
-@pytest.mark.parametrize("words", [("generate", "--model"), ("info",), ("convert",)], ids=" ".join)
+@pytest.mark.parametrize("words", [("chat", "--model"), ("generate", "--model"), ("info",), ("convert",)], ids=" ".join)
 def test_models_are_folders(path: str, words: tuple[str, ...]) -> None:
     assert completed(path, *words, "mod") == ["-o", "dirnames"]
 

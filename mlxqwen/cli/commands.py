@@ -15,6 +15,7 @@ __all__ = ["mlxqwen"]
 
 _COMMANDS = {
     "cache": "mlxqwen.cli.cache",
+    "chat": "mlxqwen.cli.chat",
     "completion": "mlxqwen.cli.completion",
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",

@@ -12,9 +12,9 @@ from mlxqwen.console import Output
 __all__ = ["complete_folder", "completion"]
 
 _SHELLS = {
-    "bash": 'eval "$(mlxqwen completion bash)"    in ~/.bashrc; bash 4.4 or newer',
-    "zsh": 'eval "$(mlxqwen completion zsh)"     in ~/.zshrc, behind compinit',
-    "fish": "mlxqwen completion fish | source    in ~/.config/fish/config.fish",
+    "bash": 'eval "$(mlxqwen completion bash)"     in ~/.bashrc; bash 4.4 or newer',
+    "zsh": 'eval "$(mlxqwen completion zsh)"      in ~/.zshrc, behind compinit',
+    "fish": "mlxqwen completion fish | source      in ~/.config/fish/config.fish",
 }
 
 

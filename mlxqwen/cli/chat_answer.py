@@ -1,0 +1,67 @@
+"""One answer from its first token to its last, or to Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from mlxqwen.cli.chat_interrupt import stop_on_interrupt
+from mlxqwen.cli.chat_view import ChatView
+from mlxqwen.cli.terminal import PrefillProgress
+from mlxqwen.events import Done, Event
+
+__all__ = ["Answer", "OnPrefill", "show_answer"]
+
+OnPrefill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How it ended: `done` is None if it was stopped, which may be before it has begun."""
+
+    done: Done | None
+    has_begun: bool
+
+
+def show_answer(begin: Callable[[OnPrefill], Generator[Event]], view: ChatView, *, stoppable: bool) -> Answer:
+    """Show the events that `begin` makes.
+
+    Args:
+        begin: starts the answer, calling back as its prompt is read.
+        stoppable: whether Ctrl-C ends the answer alone; else it raises KeyboardInterrupt.
+    """
+    progress = PrefillProgress(sys.stderr)
+    has_begun = False
+    done: Done | None = None
+    with stop_on_interrupt(stoppable) as is_stopped:
+
+        def on_prefill(read: int, total: int) -> None:
+            progress(read, total)
+            if is_stopped():
+                raise KeyboardInterrupt
+
+        shown = view.reply()
+        try:
+            with closing(begin(on_prefill)) as events:
+                for event in _until(is_stopped, events):
+                    if isinstance(event, Done):
+                        done = event
+                    else:
+                        has_begun = True
+                        shown.show(event)
+        except KeyboardInterrupt:
+            if not stoppable:
+                raise
+        finally:
+            progress.wipe()
+            shown.end(done)
+    return Answer(done, has_begun)
+
+
+def _until(is_stopped: Callable[[], bool], events: Iterator[Event]) -> Iterator[Event]:
+    for event in events:
+        yield event
+        if is_stopped():
+            return

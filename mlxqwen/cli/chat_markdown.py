@@ -1,0 +1,167 @@
+"""Markdown that is still being written → lines for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from io import StringIO
+from itertools import pairwise
+from typing import ClassVar
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Markdown, MarkdownElement, TableElement
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from mlxqwen.console import spell_out_controls
+
+__all__ = ["StreamedMarkdown", "wrap"]
+
+_STYLE = re.compile(r"(\x1b\[[\d;]*m)")
+_NARROWEST = 8  # columns; below, rich's tables and lists have no room for their frames
+
+
+class StreamedMarkdown:
+    """Text comes in pieces, lines come out; how it was cut makes no difference.
+
+    Whole blocks (paragraphs, lists, tables, code) are rendered once, only the last is rendered anew as it grows. All
+    characters that the model wrote can be seen but the marks of markdown: no HTML, image, entity or link target
+    disappears, backslashes of formulas stay, line breaks in paragraphs are kept, and control characters are spelled
+    out.
+
+    Args:
+        styled: whether to use styles at all, such as bold.
+    """
+
+    def __init__(self, *, styled: bool) -> None:
+        self._styled = styled
+        self._blocks: list[str] = []
+        self._tail = ""
+        self._lines: list[str] = []  # of all blocks, for `_width`
+        self._rendered = 0  # of them, how many
+        self._width = 0
+
+    def feed(self, text: str) -> None:
+        """Take the next piece."""
+        self._tail += spell_out_controls(text)
+
+    def lines(self, width: int) -> list[str]:
+        """All lines so far, at most `width` columns wide; styles are the only escape sequences in them."""
+        width = max(width, _NARROWEST)
+        if width != self._width:
+            self._lines, self._rendered, self._width = [], 0, width
+        self._settle()
+        for block in self._blocks[self._rendered :]:
+            self._lines += _apart(self._lines, self._render(block))
+        self._rendered = len(self._blocks)
+        return self._lines + _apart(self._lines, self._render(self._tail))
+
+    def _settle(self) -> None:
+        """Move blocks that no further text can change from the tail: all but the last of its whole lines."""
+        end = self._tail.rfind("\n") + 1
+        if not end:
+            return
+        starts = [token.map[0] for token in _parse(self._tail[:end]) if token.level == 0 and token.map]
+        if len(starts) < 2:
+            return
+        lines = self._tail.split("\n")
+        bounds = [0, *starts[1:]]
+        self._blocks += ["\n".join(lines[a:b]) for a, b in pairwise(bounds)]
+        self._tail = "\n".join(lines[starts[-1] :])
+
+    def _render(self, block: str) -> list[str]:
+        if not block.strip():
+            return []
+        console = Console(
+            file=StringIO(),
+            width=self._width,
+            force_terminal=True,
+            color_system="auto" if self._styled else None,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            legacy_windows=False,
+        )
+        with console.capture() as capture:
+            console.print(_Markdown(block))
+        lines = [_only_styles(line.rstrip()) for line in capture.get().split("\n")]
+        while lines and not _STYLE.sub("", lines[0]).strip():
+            del lines[0]
+        while lines and not _STYLE.sub("", lines[-1]).strip():
+            del lines[-1]
+        return lines
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Plain text → lines of at most `width` columns, control characters spelled out."""
+    console = Console(file=StringIO(), width=width, color_system=None)
+    lines = Text(spell_out_controls(text)).wrap(console, max(width, _NARROWEST), tab_size=4)
+    return [line.plain.rstrip() for line in lines]
+
+
+def _apart(above: list[str], below: list[str]) -> list[str]:
+    return ["", *below] if above and below else below
+
+
+def _only_styles(line: str) -> str:
+    """What rich makes of text without control characters holds none but in styles; here that is made sure of."""
+    parts = _STYLE.split(line)
+    return "".join(part if i % 2 else spell_out_controls(part) for i, part in enumerate(parts))
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    return parser.disable(["reference", "image", "entity", "escape"])
+
+
+_PARSER = _parser()
+
+
+def _parse(text: str) -> list[Token]:
+    return _PARSER.parse(text)
+
+
+class _Code(CodeBlock):
+    """Code between its fences, without indentation or background, so that it can be copied."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        language = "" if self.lexer_name == "text" else self.lexer_name
+        yield Text(f"```{language}", style="dim")
+        code = str(self.text).removesuffix("\n")
+        yield Syntax(code, self.lexer_name, theme="ansi_dark", word_wrap=True, background_color="default")
+        yield Text("```", style="dim")
+
+
+class _Table(TableElement):
+    """Cells too narrow for a word break it rather than cut it off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                for column in table.columns:
+                    column.overflow = "fold"
+            yield table
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "fence": _Code,
+        "code_block": _Code,
+        "table_open": _Table,
+    }
+
+    def __init__(self, markup: str) -> None:
+        super().__init__("", hyperlinks=False)
+        self.parsed = list(_with_line_breaks(_parse(markup)))
+
+
+def _with_line_breaks(tokens: Iterable[Token]) -> Iterable[Token]:
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+        yield token

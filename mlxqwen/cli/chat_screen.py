@@ -1,0 +1,84 @@
+"""Lines at the end of a terminal that may still change."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TextIO
+
+from rich.cells import cell_len
+
+__all__ = ["LiveLines", "terminal_size"]
+
+_STYLES = re.compile(r"\x1b\[[\d;]*m")
+
+
+def terminal_size(stream: TextIO) -> os.terminal_size:
+    """Columns and lines of the terminal that `stream` is, right now; 80 by 24 if it does not tell."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        columns, lines = 0, 0
+    return os.terminal_size((columns or 80, lines or 24))
+
+
+class LiveLines:
+    """Shows lines and brings them up to date, writing no more than what has changed.
+
+    Lines that have scrolled off the screen stay as they were. Narrower windows are taken to wrap what they show.
+
+    Args:
+        stream: a terminal, at the beginning of a line.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown: list[str] = []
+        self._columns = 0
+
+    def update(self, lines: list[str]) -> None:
+        """Let the terminal show `lines`, styled but without any other control characters."""
+        columns, rows = terminal_size(self._stream)
+        if columns != self._columns and self._shown:
+            self._begin_again(lines, columns, rows)
+        else:
+            self._replace(lines, rows)
+        self._columns = columns
+
+    def close(self) -> None:
+        """Leave the lines as they are and go to the next."""
+        if self._shown:
+            self._write("\n")
+        self._shown = []
+
+    def _replace(self, lines: list[str], rows: int) -> None:
+        shown, last = self._shown, len(self._shown) - 1
+        top = max(0, len(shown) - rows)
+        first = top
+        while first < min(len(shown), len(lines)) and shown[first] == lines[first]:
+            first += 1
+        if first == len(shown) == len(lines):
+            return
+        self._shown = list(lines)
+        if first > last:
+            self._write("\n".join(([""] if shown else []) + lines[first:]))
+        elif first == last < len(lines) and lines[first].startswith(shown[first]):
+            self._write("\n".join([lines[first][len(shown[first]) :], *lines[first + 1 :]]))
+        else:
+            first = max(top, min(first, len(lines) - 1))  # the cursor is to end behind the last line, which may stay
+            self._write(f"{_up(last - first)}\r\x1b[J" + "\n".join(lines[first:]))
+
+    def _begin_again(self, lines: list[str], columns: int, rows: int) -> None:
+        """After a change of width: what the screen still holds is wiped, as many of the new lines as fit are drawn."""
+        held = sum(max(1, -(-cell_len(_STYLES.sub("", line)) // columns)) for line in self._shown)
+        self._write(f"{_up(min(held, rows) - 1)}\r\x1b[J" + "\n".join(lines[-rows:] if held >= rows else lines))
+        self._shown = list(lines)
+
+    def _write(self, text: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        self._stream.flush()
+
+
+def _up(lines: int) -> str:
+    return f"\x1b[{lines}A" if lines > 0 else ""

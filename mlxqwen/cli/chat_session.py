@@ -1,0 +1,244 @@
+"""A chat: what each message and command does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlxqwen.chat_options import ChatOptions
+from mlxqwen.cli.chat_answer import show_answer
+from mlxqwen.cli.chat_commands import HELP, ChatCommand, Message, parse_line
+from mlxqwen.cli.chat_view import ChatView
+from mlxqwen.cli.generate_options import sampling_overrides
+from mlxqwen.cli.reply_printer import print_note, print_speed
+from mlxqwen.conversation import Conversation
+from mlxqwen.engine import Engine
+from mlxqwen.errors import ContextLengthError, OptionError
+from mlxqwen.events import Done, Event
+
+__all__ = ["ChatSession"]
+
+_WAYS_OUT = (
+    "/drop forgets the oldest turn, /clear all of them. Started with --drop-oldest the chat leaves old turns out by "
+    "itself, with --max-kv-size it slides over them, --yarn-factor extends the context."
+)
+
+
+class ChatSession:
+    """A conversation, how it goes on, and where it is shown.
+
+    Args:
+        options: those of the command line, as click gives them.
+        is_interactive: whether somebody is there to stop an answer by Ctrl-C and go on.
+    """
+
+    def __init__(self, engine: Engine, view: ChatView, options: Mapping[str, Any], *, is_interactive: bool) -> None:
+        self._engine = engine
+        self._view = view
+        self._is_interactive = is_interactive
+        self._is_verbose = bool(options["verbose"])
+        self._given = {**_cache_options(options), **_turn_options(options)}
+        self._conversation = Conversation(engine, system=options["system"], **self._given)
+        self._answers = 0
+        self._last: Done | None = None
+        self._file: Path | None = None  # that the conversation was last saved to or loaded from
+
+    def handle(self, text: str) -> bool:
+        """Do what was typed; whether the chat goes on.
+
+        Raises:
+            MlxqwenError: it could not be done, and nothing has changed.
+        """
+        said = parse_line(text)
+        if isinstance(said, Message):
+            message = said.text
+            self._answer(lambda options: self._conversation.stream(message, keep_partial=True, **options))
+        elif isinstance(said, ChatCommand):
+            if said.name == "/quit":
+                return False
+            self._do(said)
+        return True
+
+    # Answers
+
+    def _answer(self, begin: Callable[[ChatOptions], Generator[Event]]) -> None:
+        seed = self._options.get("seed")
+        options: ChatOptions = {} if seed is None else {"seed": seed + self._answers}
+        try:
+            answer = show_answer(
+                lambda on_prefill: begin({**options, "on_prefill": on_prefill}),
+                self._view,
+                stoppable=self._is_interactive,
+            )
+        except ContextLengthError as error:
+            raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
+        self._answers += 1
+        self._last = answer.done
+        if answer.done is not None:
+            if self._is_verbose:
+                print_speed(answer.done)
+            print_note(answer.done, self._options.get("max_tokens"))
+        elif answer.has_begun:
+            self._view.say("Stopped; what is shown stays.")
+        else:
+            self._view.say("Stopped before the first word: nothing has changed.")
+
+    def _retry(self) -> None:
+        self._answer(lambda options: self._conversation.retry(keep_partial=True, **options))
+
+    @property
+    def _options(self) -> ChatOptions:
+        """Those of the turns to come; they are saved and loaded with the conversation."""
+        return self._conversation.options
+
+    # Commands
+
+    def _do(self, command: ChatCommand) -> None:
+        actions: dict[str, Callable[[str], None]] = {
+            "/think": lambda _: self._set_thinking(True),
+            "/no_think": lambda _: self._set_thinking(False),
+            "/budget": self._set_budget,
+            "/reasoning": self._fold,
+            "/system": self._set_system,
+            "/save": self._save,
+            "/load": self._load,
+            "/undo": lambda _: self._undo(),
+            "/drop": lambda _: self._drop(),
+            "/retry": lambda _: self._retry(),
+            "/stats": lambda _: self._view.say(self._stats()),
+            "/clear": lambda _: self._clear(),
+            "/help": lambda _: self._view.say(HELP),
+        }
+        actions[command.name](command.argument)
+
+    def _set_thinking(self, thinks: bool) -> None:
+        self._options["thinking"] = thinks
+        if self._options.get("thinking_budget") == 0:
+            self._options["thinking_budget"] = None
+        self._view.say(f"Thinking: {self._describe_mode()}.")
+
+    def _set_budget(self, argument: str) -> None:
+        if argument == "off":
+            self._options["thinking_budget"] = None
+        elif argument.isascii() and argument.isdecimal() and len(argument) < 10:
+            self._options["thinking_budget"] = int(argument)
+            if not self._options.get("thinking") or not int(argument):
+                self._options["thinking"] = None
+        elif argument:
+            raise OptionError(f"/budget: found {argument!r}, expected a number of tokens, or off")
+        self._view.say(f"Thinking: {self._describe_mode()}.")
+
+    def _describe_mode(self) -> str:
+        thinks, budget = self._options.get("thinking"), self._options.get("thinking_budget")
+        if thinks is False or budget == 0:
+            return "off"
+        mode = "on" if thinks else "as the chat template and the words /think and /no_think have it"
+        return f"{mode}, no budget" if budget is None else f"{mode}, at most {budget:,} tokens"
+
+    def _fold(self, argument: str) -> None:
+        if argument in ("show", "hide"):
+            self._view.folds_reasoning = argument == "hide"
+            self._view.say(f"Reasoning: {'folded into a line' if argument == 'hide' else 'shown'}.")
+        elif argument:
+            raise OptionError(f"/reasoning: found {argument!r}, expected show, hide or nothing")
+        else:
+            self._view.say(self._last_reasoning() or "There was no reasoning in the last answer.")
+
+    def _last_reasoning(self) -> str:
+        for message in reversed(self._conversation.messages):
+            if message["role"] == "assistant":
+                return str(message.get("reasoning_content") or "")
+        return ""
+
+    def _set_system(self, argument: str) -> None:
+        if argument:
+            self._conversation.system = None if argument == "-" else argument
+        system = self._conversation.system
+        self._view.say("No system message." if system is None else f"System message: {system}")
+
+    def _save(self, argument: str) -> None:
+        path = Path(argument).expanduser()
+        if path.exists() and path != self._file:
+            raise OptionError(f"/save: found {path} there already", hint="Choose another name, or remove it first.")
+        self._conversation.save(path)
+        self._file = path
+        self._view.say(f"Saved {self._count()} to {path}.")
+
+    def _load(self, argument: str) -> None:
+        path = Path(argument).expanduser()
+        conversation = Conversation.load(path, self._engine, **self._given)
+        had_tools = conversation.options.pop("tools", None)
+        self._conversation, self._file, self._last = conversation, path, None
+        left_out = " Its tools are left out: there is nothing here to run them." if had_tools else ""
+        self._view.say(f"Loaded {self._count()} from {path}.{left_out}")
+
+    def _undo(self) -> None:
+        self._conversation.undo()
+        self._last = None
+        self._view.say(f"Undone; {self._count()} left.")
+
+    def _drop(self) -> None:
+        self._conversation.drop_oldest()
+        self._last = None
+        self._view.say(f"Dropped the oldest turn; {self._count()} left.")
+
+    def _clear(self) -> None:
+        self._conversation.clear()
+        self._last = self._file = None
+        self._view.say("Cleared." if self._conversation.system is None else "Cleared, but for the system message.")
+
+    def _count(self) -> str:
+        messages = len(self._conversation.messages)
+        return f"{messages} message{'s' * (messages != 1)}"
+
+    def _stats(self) -> str:
+        return (
+            (_last_answer(self._last, self._engine) if self._last is not None else "There is no last answer.\n")
+            + f"Conversation: {self._count()}.\n"
+            + f"Thinking: {self._describe_mode()}.\n"
+            + f"Answers are drawn with {self._sampling()}.\n"
+        )
+
+    def _sampling(self) -> str:
+        messages = self._conversation.messages or [{"role": "user", "content": "Hello"}]
+        options = self._options
+        params = self._engine.sampling_for(
+            messages,
+            thinking=options.get("thinking"),
+            thinking_budget=options.get("thinking_budget"),
+            sampling=options.get("sampling"),
+        )
+        return ", ".join(f"{name} {value}" for name, value in asdict(params).items() if value is not None)
+
+
+def _cache_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    keep, bits = options["kv_keep"], options["kv_bits"]
+    given = {"max_kv_size": options["max_kv_size"], "keep": keep, "kv_bits": None if bits is None else int(bits)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _turn_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that were given; others are left to a conversation's file, or to the model."""
+    names = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "seed", "prefill_chunk")
+    switches = ("drop_oldest", "stop", "stop_on_loop", "trust_special_tokens")
+    sampling = {name: value for name, value in sampling_overrides(options).items() if name != "seed"}
+    return {
+        **{name: options[name] for name in names if options[name] is not None},
+        **{name: options[name] for name in switches if options[name]},
+        **({"sampling": sampling} if sampling else {}),
+    }
+
+
+def _last_answer(done: Done, engine: Engine) -> str:
+    usage, timings = done.usage, done.timings
+    ended = ", all that its budget allows" if usage.budget_exhausted else ""
+    tokens = usage.prompt_tokens + usage.completion_tokens
+    return (
+        f"Prompt: {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them from the cache, the others at "
+        f"{timings.prefill_tokens_per_second:.1f} tokens/s.\n"
+        f"Answer: {usage.completion_tokens:,} tokens, {usage.reasoning_tokens:,} of reasoning{ended}, "
+        f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}.\n"
+        f"Context: {tokens:,} of {engine.model.config.context_length:,} tokens.\n"
+    )
