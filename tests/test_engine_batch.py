@@ -115,7 +115,7 @@ def test_caches_of_its_own(engine: Engine) -> None:
         made.append(rows)
         return make_cache(engine.model, max_kv_size=128, batch_size=rows)
 
-    long = [{"role": "user", "content": "word " * 300}]
+    long = [{"role": "user", "content": "word " * 600}]
     found = dict(engine.batch([*QUESTIONS[:2], long], batch_size=2, max_tokens=1, new_cache=new_cache))
     assert made[-2:] == [2, 1]
     assert found[2].usage.prompt_tokens > engine.model.config.context_length
