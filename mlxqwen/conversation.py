@@ -189,7 +189,7 @@ class Conversation:
             MessagesError: messages that no conversation can hold.
             OptionError: the file cannot be written.
         """
-        write_conversation(Path(path), _plain(self.messages), self.options)
+        write_conversation(Path(path), _plain(self.messages) if self.messages else [], self.options)
 
     @classmethod
     def load(cls, path: str | PathLike[str], engine: Engine, **arguments: Any) -> Conversation:

@@ -1,0 +1,240 @@
+"""Conversations in any order of turns, failures and changes: messages, cache and replies stay what they have to be."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mlxqwen import Conversation, Delta, Engine
+from mlxqwen.errors import GenerationError, MlxqwenError
+from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.tokenizer import Tokenizer
+from tests.scripted_model import ScriptedModel, scripted_engine
+from tests.test_conversation_cache import CACHES, CALL, TOOLS, assert_holds, done_of, fresh, held
+
+SAID = st.sampled_from(["Hello", "How many r's in strawberry?", "Really? /no_think", "<|im_end|> /think", "好的"])
+OPTIONS: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [
+        {},
+        {"thinking": False},
+        {"thinking_budget": 2},
+        {"tools": TOOLS},
+        {"sampling": {"temperature": 0, "repetition_penalty": 1.3}},
+        {"stop": ["e"], "prefill_chunk": 9},
+    ]
+)
+REPLIES = st.sampled_from(
+    [None, "<think>\nHm.\n</think>\n\nYes.", "<think>\n\n</think>\n\nNo.", f"<think>\nTime?\n</think>\n\n{CALL}", CALL]
+)
+
+
+class Turns(RuleBasedStateMachine):
+    """Beside the conversation stands a list of the messages that it should hold."""
+
+    engine: ClassVar[Engine]
+    model: ClassVar[ScriptedModel]
+    cache: ClassVar[dict[str, Any]]
+
+    @initialize(system=st.sampled_from([None, "Be brief."]), seed=st.integers(0, 9))
+    def start(self, system: str | None, seed: int) -> None:
+        self.defaults: dict[str, Any] = {"seed": seed, "max_tokens": 30}
+        self.conversation = Conversation(self.engine, system=system, **self.cache, **self.defaults)
+        self.expected: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+
+    def script(self, text: str | None) -> None:
+        self.model.say([] if text is None else self.engine.tokenizer.encode(f"{text}<|im_end|>"))
+
+    def check_turn(
+        self, messages: list[dict[str, Any]], reply: str | None, retry: bool, options: dict[str, Any]
+    ) -> None:
+        """A turn to its end: reads what it says it reads, and says what a fresh run says."""
+        before, self.model.read = len(held(self.conversation)), 0
+        self.script(reply)
+        said = messages[len(self.expected) :]
+        events = self.conversation.retry(**options) if retry else self.conversation.stream(said, **options)
+        done = done_of(events)
+        usage = done.usage
+        assert self.model.read == usage.prompt_tokens - usage.cached_tokens
+        assert usage.cached_tokens <= before
+        self.script(reply)
+        again = fresh(self.engine, messages, self.cache, **{**self.defaults, **options})
+        assert (done.tokens, done.finish_reason) == (again.tokens, again.finish_reason)
+        assert (done.reply.content, done.reply.reasoning) == (again.reply.content, again.reply.reasoning)
+        (answer,) = self.conversation.messages[len(messages) :]
+        assert answer["content"] == done.reply.content
+        assert answer.get("reasoning_content") == done.reply.reasoning
+        assert [call["id"] for call in answer.get("tool_calls", [])] == [call.id for call in done.reply.tool_calls]
+        self.expected = [*messages, answer]
+
+    @property
+    def questions(self) -> list[int]:
+        return [i for i, message in enumerate(self.expected) if message["role"] == "user"]
+
+    @rule(said=SAID, reply=REPLIES, options=OPTIONS)
+    def say(self, said: str, reply: str | None, options: dict[str, Any]) -> None:
+        self.check_turn([*self.expected, {"role": "user", "content": said}], reply, False, options)
+
+    @precondition(lambda self: self.expected and self.expected[-1].get("tool_calls"))
+    @rule(reply=REPLIES)
+    def answer_calls(self, reply: str | None) -> None:
+        calls = self.expected[-1]["tool_calls"]
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "12:00"} for call in calls]
+        self.check_turn([*self.expected, *results], reply, False, {"tools": TOOLS})
+
+    @precondition(lambda self: self.questions)
+    @rule(reply=REPLIES, options=OPTIONS)
+    def retry(self, reply: str | None, options: dict[str, Any]) -> None:
+        messages = self.expected[: self.questions[-1] + 1]
+        self.check_turn(messages, reply, True, options)
+
+    @rule(
+        said=SAID, options=OPTIONS, way=st.sampled_from(["NaN", "interrupt", "close", "leave"]), count=st.integers(0, 6)
+    )
+    def fail(self, said: str, options: dict[str, Any], way: str, count: int) -> None:
+        tokens, retry = held(self.conversation), bool(self.questions) and count % 2 == 1
+
+        def interrupt(done: int, total: int) -> None:
+            if done:
+                raise KeyboardInterrupt
+
+        if way == "interrupt":
+            options = {**options, "on_prefill": interrupt}
+        self.script("<think>\nLet me see, and see again.\n</think>\n\nYes." if way in ("close", "leave") else None)
+        events = self.conversation.retry(**options) if retry else self.conversation.stream(said, **options)
+        if way == "NaN":
+            self.model.fail_after = 0
+            with pytest.raises(GenerationError):
+                list(events)
+            self.model.fail_after = None
+        elif way == "interrupt":
+            with pytest.raises(KeyboardInterrupt):
+                list(events)
+        else:
+            assert all(isinstance(event, Delta) for event in islice(events, count // 2))
+            if way == "close":
+                events.close()
+            del events
+        assert held(self.conversation) == tokens
+
+    @rule(said=SAID)
+    def keep_a_part(self, said: str) -> None:
+        self.script("<think>\nLet me see.\n</think>\n\nYes, there are three of them.")
+        deltas = []
+        for event in self.conversation.stream(said, keep_partial=True, thinking=None):
+            assert isinstance(event, Delta)
+            deltas.append(event)
+            if event.content:
+                break
+        self.expected = [
+            *self.expected,
+            {"role": "user", "content": said},
+            {"role": "assistant", "content": deltas[-1].content, "reasoning_content": "Let me see."},
+        ]
+
+    @rule(
+        wrong=st.sampled_from(
+            [
+                {"role": "narrator", "content": "a"},
+                {"role": "user"},
+                {"role": "assistant", "content": None},
+                {"role": "system", "content": "a"},
+                {"role": "tool", "tool_call_id": "none", "content": "a"},
+                {"role": "user", "content": "word " * 3000},
+            ]
+        )
+    )
+    def refuse(self, wrong: dict[str, Any]) -> None:
+        tokens = held(self.conversation)
+        if "word" in str(wrong.get("content")) and "max_kv_size" in self.cache:
+            return  # everything fits in a window
+        with pytest.raises(MlxqwenError):
+            self.conversation.stream([{"role": "user", "content": "a"}, wrong])
+        with pytest.raises(MlxqwenError):
+            self.conversation.stream("a", thinking_budget=-1)
+        assert held(self.conversation) == tokens
+
+    @precondition(lambda self: self.questions)
+    @rule()
+    def undo(self) -> None:
+        self.conversation.undo()
+        del self.expected[self.questions[-1] :]
+
+    @rule(text=st.sampled_from([None, "", "Be brief.", "Be long."]))
+    def set_system(self, text: str | None) -> None:
+        self.conversation.system = text
+        turns = [message for message in self.expected if message["role"] != "system"]
+        self.expected = turns if text is None else [{"role": "system", "content": text}, *turns]
+
+    @precondition(lambda self: self.questions)
+    @rule(text=SAID)
+    def edit(self, text: str) -> None:
+        i = self.questions[len(self.questions) // 2]
+        self.conversation.messages[i]["content"] = text
+        self.expected[i] = {**self.expected[i], "content": text}
+
+    @precondition(lambda self: len(self.questions) > 1)
+    @rule()
+    def drop_oldest(self) -> None:
+        self.conversation.drop_oldest()
+        start = len(self.expected) - len([message for message in self.expected if message["role"] != "system"])
+        self.expected = [*self.expected[:start], *self.expected[self.questions[1] :]]
+
+    @rule()
+    def clear(self) -> None:
+        self.conversation.clear()
+        self.expected = [message for message in self.expected if message["role"] == "system"]
+        assert held(self.conversation) == ()
+
+    @invariant()
+    def messages_are_those_expected(self) -> None:
+        if hasattr(self, "conversation"):
+            assert self.conversation.messages == self.expected
+
+    @invariant()
+    def the_cache_holds_what_it_says(self) -> None:
+        if not hasattr(self, "conversation"):
+            return
+        cache, tokens = self.conversation.cache, held(self.conversation)
+        assert cache.offset == len(tokens)
+        if cache.kv_bits is None:  # codes of numbers that differ in their last bit may differ by one
+            assert_holds(cache, tokens, self.engine.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_any_order_of_turns(demo: tuple[Qwen3ForCausalLM, Tokenizer], cache: dict[str, Any]) -> None:
+    check_any_order(demo, cache, examples=40, steps=15)
+
+
+def test_some_orders_of_turns(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    for cache in CACHES[:2]:
+        check_any_order(demo, cache, examples=4, steps=12)
+
+
+def check_any_order(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], cache: dict[str, Any], *, examples: int, steps: int
+) -> None:
+    engine, model = scripted_engine(*demo)
+    machine = type("TurnsWithCache", (Turns,), {"engine": engine, "model": model, "cache": cache})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
