@@ -65,12 +65,8 @@ def test_a_thought_within_its_budget_is_left_alone_and_any_other_is_ended(
         assert len(own) <= budget or not is_utf8(own[: len(own) - 1])
         assert row.reasoning_tokens == (len(own) if thought.strip("\n") else 0)
         return
-    end = next(n for n, (token, free) in enumerate(zip(tokens, drawn, strict=True)) if token != free)
-    kept = own[: end - len(start)]
-    assert tokens == [*start, *kept, *forced, *drawn[end + len(forced) :]]
-    assert budget <= len(kept) <= budget + 3
-    assert is_utf8(kept)
-    assert len(kept) == budget or not is_utf8(kept[:-1])
+    kept = next(own[:n] for n in range(budget, budget + 4) if is_utf8(own[:n]))
+    assert tokens == [*start, *kept, *forced, *drawn[len(start) + len(kept) + len(forced) :]]
     told = ("\n" if prompt == OPENED else "") + QWEN.decode(kept)
     breaks = "" if told.endswith("\n\n") else "\n" if told.endswith("\n") else "\n\n"
     assert QWEN.decode(forced) == breaks + (f"{EARLY_STOP_TEXT}\n" if budget else "") + "</think>\n\n"
