@@ -188,7 +188,9 @@ def test_load_goes_on_where_save_stopped(chat: Start, tmp_path: Path) -> None:
     assert other.read_text() == "{}"
     assert talk.say(f"/load {other}")[0].startswith("error: ")
     assert talk.say(f"/load {tmp_path / 'none.json'}")[0].startswith("error: ")
-    assert talk.say(f"/save {tmp_path / 'no folder' / 'x.json'}")[0].startswith("error: ")
+    for name in (str(tmp_path / "no folder" / "x.json"), "x" * 5000, "~no-such-user/x"):
+        assert talk.say(f"\x1b[200~/save {name}\x1b[201~")[0].startswith("error: ")
+        assert talk.say(f"\x1b[200~/load {name}\x1b[201~")[0].startswith("error: ")
     assert "Conversation: 4 messages." in talk.say("/stats")
     assert file.read_text() == before
 
@@ -427,6 +429,17 @@ def test_a_narrow_window(chat: Start, env: dict[str, str]) -> None:
     assert ("\x1b[2mThought for" in text) == (not env)
     assert not env or not re.search(r"\x1b\[[\d;]+m", text.partition("Thought for")[2].partition("\x1b[?")[0])
     assert max(map(len, shown(PROMPT_ESCAPES.sub("", text), 20))) <= 20
+
+
+def test_answers_go_to_a_file_while_somebody_types(chat: Start, tmp_path: Path) -> None:
+    program = f"import os, sys; sys.argv[0] = 'mlxqwen'; os.dup2(os.open({str(tmp_path / 'a')!r}, 65), 1); "
+    talk = chat("--seed", "1", program=("-c", f"{program}from mlxqwen.cli import main; main()"))
+    assert "/help" in talk.greeting[0]
+    assert THOUGHT.fullmatch(talk.say("How many r's in strawberry?")[0])
+    talk.end()
+    answer = (tmp_path / "a").read_text()
+    assert answer.endswith("\n")
+    assert answer.rstrip("\n").isprintable()
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from mlxqwen.cli.interrupts import BROKEN_PIPE, INTERRUPTED, leave_at_once
 
-__all__ = ["main"]
+__all__ = ["is_out_of_memory", "main"]
 
 
 def main() -> None:
@@ -61,14 +61,14 @@ def _run() -> int:
         print_error(error.problem, error.hint)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print_error("out of memory", "Use a smaller model, a shorter prompt, --kv-bits 8 or --max-kv-size.")
         return 1
     return int(result or 0)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """MLX says it by RuntimeErrors: "[malloc] Unable to allocate …", "Command buffer … OutOfMemory"."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in ("allocate", "OutOfMemory"))
 

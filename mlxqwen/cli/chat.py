@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxqwen import __version__
+from mlxqwen.cli import is_out_of_memory
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
@@ -98,6 +99,10 @@ def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
             view.say("Ctrl-C again leaves, and so does Ctrl-D.")
         except MlxqwenError as error:
             print_error(error.problem, error.hint)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print_error("out of memory", "/drop or /clear make room; so do --kv-bits 8 and --max-kv-size.")
 
 
 def _answer_lines(session: ChatSession, source: Source) -> int:

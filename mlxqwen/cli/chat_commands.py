@@ -53,7 +53,8 @@ _NOTES = """\
 they go to the model, which follows the latest of them; while /no_think is set it does not think whatever they say.
 A message that begins with // is sent with one / less.
 Alt-Enter, or a \\ at the end of a line, begins another line; pasted lines stay one message. The up arrow brings
-earlier messages back. Ctrl-C stops an answer, and what was shown of it stays; at the prompt it clears the line.
+earlier messages back, Tab completes commands. Ctrl-C stops an answer, and what was shown of it stays; at the prompt
+it clears the line, and twice it leaves.
 """
 
 HELP = "".join(f"{f'{name} {usage.argument}':<26}{usage.help}\n" for name, usage in COMMANDS.items()) + "\n" + _NOTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -159,15 +160,15 @@ class ChatSession:
         self._view.say("No system message." if system is None else f"System message: {system}")
 
     def _save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
-        if path.exists() and path != self._file:
+        path = _path("/save", argument)
+        if os.path.lexists(path) and path != self._file:
             raise OptionError(f"/save: found {path} there already", hint="Choose another name, or remove it first.")
         self._conversation.save(path)
         self._file = path
         self._view.say(f"Saved {self._count()} to {path}.")
 
     def _load(self, argument: str) -> None:
-        path = Path(argument).expanduser()
+        path = _path("/load", argument)
         conversation = Conversation.load(path, self._engine, **self._given)
         had_tools = conversation.options.pop("tools", None)
         self._conversation, self._file, self._last = conversation, path, None
@@ -211,6 +212,13 @@ class ChatSession:
             sampling=options.get("sampling"),
         )
         return ", ".join(f"{name} {value}" for name, value in asdict(params).items() if value is not None)
+
+
+def _path(command: str, argument: str) -> Path:
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise OptionError(f"{command}: found {argument!r}, whose user has no home folder") from None
 
 
 def _cache_options(options: Mapping[str, Any]) -> dict[str, Any]:
