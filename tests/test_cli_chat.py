@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -443,8 +444,8 @@ def test_answers_go_to_a_file_while_somebody_types(chat: Start, tmp_path: Path) 
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
-def test_resizing_in_the_midst_of_an_answer(endless: str, tmp_path: Path) -> None:
-    server = ["tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null"]
+def test_resizing_in_the_midst_of_an_answer(endless: str) -> None:
+    server = ["tmux", "-L", f"mlxqwen-{os.getpid()}", "-f", "/dev/null"]
     command = f"'{sys.executable}' -m mlxqwen chat --no-thinking --max-kv-size 64 --temperature 2 --model '{endless}'"
 
     def tmux(*arguments: str) -> str:

@@ -48,16 +48,18 @@ COMMANDS = {
     "/quit": _Usage("", "Leave; so does Ctrl-D."),
 }
 
-_NOTES = """\
-/think and /no_think alone on a line are switches for all that follows. As words in a message, at its beginning too,
-they go to the model, which follows the latest of them; while /no_think is set it does not think whatever they say.
-A message that begins with // is sent with one / less.
-Alt-Enter, or a \\ at the end of a line, begins another line; pasted lines stay one message. The up arrow brings
-earlier messages back, Tab completes commands. Ctrl-C stops an answer, and what was shown of it stays; at the prompt
-it clears the line, and twice it leaves.
-"""
+_NOTES = (
+    "/think and /no_think alone on a line are switches for all that follows. As words in a message, at its beginning "
+    "too, they go to the model, which follows the latest of them; while /no_think is set it does not think, whatever "
+    "they say.",
+    "A message that begins with // is sent with one / less.",
+    "Alt-Enter, or a \\ at the end of a line, begins another line; pasted lines stay one message. The up arrow brings "
+    "earlier messages back, Tab completes commands.",
+    "Ctrl-C stops an answer, and what was shown of it stays; at the prompt it clears the line, and twice it leaves.",
+)
 
-HELP = "".join(f"{f'{name} {usage.argument}':<26}{usage.help}\n" for name, usage in COMMANDS.items()) + "\n" + _NOTES
+HELP = "".join(f"{f'{name} {usage.argument}':<26}{usage.help}\n" for name, usage in COMMANDS.items())
+HELP += "".join(f"\n{note}\n" for note in _NOTES)
 
 
 def parse_line(text: str) -> Message | ChatCommand | None:
