@@ -15,7 +15,7 @@ from mlxqwen_convert import integer
 from mlxqwen_convert.affine import Packed, unpack
 from mlxqwen_convert.scales import check_scales, refuse_zero_scales
 
-__all__ = ["BITS", "check", "dequantize", "repack", "zero_point_rows"]
+__all__ = ["BITS", "are_symmetric", "check", "dequantize", "repack", "zero_point_rows"]
 
 BITS = (4, 8)
 
@@ -79,6 +79,12 @@ def check(
         codes = unpack(packed, bits)[:, :width]
         lost = integer.lost_codes(codes, _zeros(zero_point, scale, bits), scale, g_idx)
         refuse_zero_scales(lost, name, (row_offset, 0))
+
+
+def are_symmetric(zero_point: mx.array, bits: int, rows: int) -> bool:
+    """Whether packed zero points, of `rows` rows of the weight at most, are all the one that symmetric codes have."""
+    zeros = unpack(zero_point.T, bits)[:, : max(0, rows)]
+    return bool((zeros == 2 ** (bits - 1)).all().item())
 
 
 def _zeros(zero_point: mx.array | None, scale: mx.array, bits: int) -> mx.array:

@@ -2,7 +2,8 @@
 
 ConversionError
 ├── SourceError          weights that cannot be converted: missing or damaged scales, codes, groups, blocks
-│   └── SourceChangedError   the source is not what it was when the conversion was planned
+│   ├── SourceChangedError   the source is not what it was when the conversion was planned
+│   └── SourceUnreadableError   a file that the system cannot read, now at least
 ├── OutputError          a target that exists, overlaps the source, is locked or cannot be written
 │   └── DiskFullError        too little room, before or midway; what was written can be resumed
 ├── ResumeError          a partial conversion that was begun from other weights or with other options
@@ -20,6 +21,7 @@ __all__ = [
     "ResumeError",
     "SourceChangedError",
     "SourceError",
+    "SourceUnreadableError",
     "VerificationError",
 ]
 
@@ -34,6 +36,10 @@ class SourceError(ConversionError):
 
 class SourceChangedError(SourceError):
     """The source is not what it was when the conversion was planned."""
+
+
+class SourceUnreadableError(SourceError):
+    """A file that the system cannot read; what was converted so far is as good as before."""
 
 
 class OutputError(ConversionError):

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.config import ModelConfig, Quantization
 from mlxqwen.errors import ConfigError, UnsupportedFormatError
-from mlxqwen_convert import gptq
+from mlxqwen_convert import compressed_tensors, gptq
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.names import Module, Part
 from mlxqwen_convert.readers import (
@@ -30,6 +30,8 @@ __all__ = ["SUPPORTED", "SourceFormat"]
 
 SUPPORTED = "BF16, F16, F32, FP8, AWQ (GEMM, 4 bit), GPTQ (4, 8 bit), compressed-tensors (int4, int8, FP8), MLX"
 _AGAIN = "Download the model again, or check that config.json belongs to these weights."
+# Words of packed zero points that are read together.
+_ZERO_POINTS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class SourceFormat:
         label: for people.
         bits: what its quantized modules have; None for floats.
         group_size: of the codes, as the checkpoint says; None where it has no groups or one a row.
+        act_order: whether `config.json` says that inputs are not in the order of their groups.
+        unquantized: the modules that FP8's `config.json` says are not quantized; None where it does not say.
         settings: the rest, by format.
     """
 
@@ -51,6 +55,8 @@ class SourceFormat:
     block: tuple[int, int] | None = None
     symmetric: bool = True
     zero_offset: int = 1
+    act_order: bool = False
+    unquantized: frozenset[str] | None = None
     mlx: Quantization | None = None
 
     @property
@@ -87,11 +93,31 @@ class SourceFormat:
         named = replace(module, path=f"{module.path}[{index}]") if module.kind == "experts" else module
         if not part:
             raise SourceError(f"{named.path}: its weights are missing", hint=_AGAIN)
-        reader = self._reader(module, part, files)
+        reader = self._reader(module, part)
         reader.check_part(named, part)
-        return reader
+        if self.unquantized is not None:
+            self._check_listed(module, part, self.unquantized)
+        return _settled(reader, named, part, files)
 
-    def _reader(self, module: Module, part: Part, files: SourceFiles) -> Reader:
+    def _check_listed(self, module: Module, part: Part, listed: frozenset[str]) -> None:
+        """Raise `SourceError` unless a module is stored as `modules_to_not_convert` says."""
+        info = part["weight"]
+        name = info.name.partition("[")[0].removesuffix(".weight")
+        words = name.split(".")
+        spelt = {".".join(words[:n]) for n in range(1, len(words) + 1)} | {
+            ".".join(words[n:]) for n in range(len(words))
+        }
+        is_float, said = info.dtype in FLOATS, not listed.isdisjoint(spelt)
+        if said and not is_float:
+            raise SourceError(f"{name}: is stored as FP8, config.json lists it in modules_to_not_convert", hint=_AGAIN)
+        if is_float and not said and module.kind in ("attention", "mlp", "experts"):
+            raise SourceError(
+                f"{name}: is stored as {info.dtype}, expected FP8: config.json does not list it in "
+                "modules_to_not_convert",
+                hint=_AGAIN,
+            )
+
+    def _reader(self, module: Module, part: Part) -> Reader:
         weight = part.get("weight")
         if weight is not None and weight.dtype in FLOATS and not _scale_words(part):
             return FloatReader(weight.dtype)
@@ -109,11 +135,13 @@ class SourceFormat:
         if self.name == "awq":
             return AwqReader(self.group_size or module.width)
         if self.name == "gptq":
-            act_order = _is_shuffled(files, part.get("g_idx"), self.group_size or module.width)
-            return GptqReader(self.group_size or module.width, self.bits or 4, self.zero_offset, act_order)
+            if self.act_order and "g_idx" not in part:
+                raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=_AGAIN)
+            return GptqReader(self.group_size or module.width, self.bits or 4, self.zero_offset)
         if self.name == "int":
-            act_order = _is_shuffled(files, part.get("weight_g_idx"), self.group_size or module.width)
-            return PackedReader(self.group_size or module.width, self.bits or 4, self.symmetric, act_order)
+            if self.act_order and "weight_g_idx" not in part:
+                raise SourceError(f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=_AGAIN)
+            return PackedReader(self.group_size or module.width, self.bits or 4, self.symmetric)
         if weight is not None and weight.dtype not in FLOATS:
             raise SourceError(
                 f"{weight.path.name}: {weight.name} has dtype {weight.dtype}, expected BF16, F16 or F32", hint=_AGAIN
@@ -136,10 +164,37 @@ def _stored_as(part: Part) -> str:
     return "fp8" if weight is not None and weight.dtype.startswith("F8") else ""
 
 
+def _settled(reader: Reader, module: Module, part: Part, files: SourceFiles) -> Reader:
+    """The reader, after a look at those tensors beside the codes that can contradict them; their shapes are known."""
+    if isinstance(reader, GptqReader) and _is_shuffled(files, part.get("g_idx"), reader.group_size):
+        return replace(reader, act_order=True)
+    if not isinstance(reader, PackedReader):
+        return reader
+    if "weight_shape" in part:
+        said = files.whole(part["weight_shape"]).tolist()
+        if said != [module.rows, module.width]:
+            name = part["weight_shape"].name
+            raise SourceError(f"{name}: says {said}, expected {[module.rows, module.width]}", hint=_AGAIN)
+    if reader.symmetric and "weight_zero_point" in part:
+        _refuse_zero_points(files, part["weight_zero_point"], module.rows, reader.bits)
+    act_order = _is_shuffled(files, part.get("weight_g_idx"), reader.group_size)
+    return replace(reader, act_order=True) if act_order else reader
+
+
+def _refuse_zero_points(files: SourceFiles, info: TensorInfo, rows: int, bits: int) -> None:
+    """Raise `SourceError` for zero points that codes said to be symmetric cannot have."""
+    step = max(1, _ZERO_POINTS_AT_ONCE // info.shape[1])
+    for start in range(0, info.shape[0], step):
+        words = files.rows(info, start, min(start + step, info.shape[0]))
+        if not compressed_tensors.are_symmetric(words, bits, rows - start * 32 // bits):
+            raise SourceError(
+                f"{info.path.name}: {info.name} has zero points, config.json says that the weights are symmetric",
+                hint=_AGAIN,
+            )
+
+
 def _is_shuffled(files: SourceFiles, g_idx: TensorInfo | None, group_size: int) -> bool:
-    if g_idx is None or g_idx.dtype != "I32" or len(g_idx.shape) != 1:
-        return False
-    return not gptq.in_order(files.whole(g_idx), group_size)
+    return g_idx is not None and not gptq.in_order(files.whole(g_idx), group_size)
 
 
 class _Section:
@@ -157,9 +212,16 @@ class _Section:
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         value = self.values.get(key)
         value = default if value is None else value
-        if value not in allowed or isinstance(value, bool) is not isinstance(allowed[0], bool):
+        if value not in allowed or type(value) is not type(allowed[0]):
             raise self.fail(key, f"one of {', '.join(map(str, allowed))}")
         return value
+
+    def supported(self, key: str, allowed: tuple[Any, ...], default: Any, form: str) -> Any:
+        """Like `one_of`, for what other programs do write: the error says what is converted."""
+        value = self.values.get(key, default)
+        if type(value) is type(allowed[0]) and value not in allowed:
+            raise _unsupported(self.source, f"{form} ({key} {str(value)[:40]})")
+        return self.one_of(key, allowed, default)
 
     def group_size(self, key: str = "group_size") -> int | None:
         value = self.values.get(key)
@@ -171,43 +233,51 @@ class _Section:
 
 
 def _fp8(keys: _Section) -> SourceFormat:
-    keys.one_of("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
+    keys.supported("fmt", ("e4m3", "float8_e4m3fn"), "e4m3", "FP8")
+    listed = keys.values.get("modules_to_not_convert")
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise keys.fail("modules_to_not_convert", "a list of modules")
+    unquantized = None if listed is None else frozenset(listed)
     block = keys.values.get("weight_block_size")
     if block is None:
-        return SourceFormat("fp8", "FP8")
+        return SourceFormat("fp8", "FP8", unquantized=unquantized)
     if (
         not isinstance(block, list)
         or len(block) != 2
         or any(type(n) is not int or not 1 <= n <= 1 << 16 for n in block)
     ):
         raise keys.fail("weight_block_size", "two sizes, such as [128, 128]")
-    return SourceFormat("fp8", f"FP8, blocks of {block[0]}×{block[1]}", block=(block[0], block[1]))
+    label = f"FP8, blocks of {block[0]}×{block[1]}"
+    return SourceFormat("fp8", label, block=(block[0], block[1]), unquantized=unquantized)
 
 
 def _awq(keys: _Section) -> SourceFormat:
     version = str(keys.values.get("version") or "gemm").lower()
     if version != "gemm":
         raise _unsupported(keys.source, f"AWQ {version}")
-    keys.one_of("bits", (4,), 4)
+    keys.supported("bits", (4,), 4, "AWQ")
     group_size = keys.group_size()
     return SourceFormat("awq", f"AWQ 4-bit, groups of {group_size or 'a row'}", 4, group_size)
 
 
 def _gptq(keys: _Section) -> SourceFormat:
-    bits = keys.one_of("bits", gptq.BITS, 4)
+    bits = keys.supported("bits", gptq.BITS, 4, "GPTQ")
     packing = str(keys.values.get("checkpoint_format") or keys.values.get("format") or "gptq")
     if packing not in ("gptq", "gptq_v2"):
         raise _unsupported(keys.source, f"GPTQ {packing}")
     group_size = keys.group_size()
     label = f"GPTQ {bits}-bit, groups of {group_size or 'a row'}"
-    return SourceFormat("gptq", label, bits, group_size, zero_offset=0 if packing == "gptq_v2" else 1)
+    offset, act_order = 0 if packing == "gptq_v2" else 1, keys.values.get("desc_act") is True
+    return SourceFormat("gptq", label, bits, group_size, zero_offset=offset, act_order=act_order)
 
 
 def _compressed_tensors(keys: _Section) -> SourceFormat:
     packing = keys.values.get("format")
     groups = keys.values.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1 or not all(isinstance(g, Mapping) for g in groups.values()):
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise keys.fail("config_groups", "one group of weights")
+    if len(groups) > 1:
+        raise _unsupported(keys.source, f"compressed-tensors with {len(groups)} config_groups")
     group = next(iter(groups.values()))
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
@@ -222,16 +292,16 @@ def _compressed_tensors(keys: _Section) -> SourceFormat:
         return SourceFormat("fp8", f"compressed-tensors FP8, scales by {strategy}")
     if packing != "pack-quantized" or weights.get("type") != "int":
         raise _unsupported(keys.source, f"compressed-tensors {packing}")
-    bits = section.one_of("num_bits", (4, 8), 4)
+    bits = section.supported("num_bits", (4, 8), 4, "compressed-tensors")
     group_size = section.group_size() if strategy == "group" else None
-    if strategy not in ("group", "channel"):
-        raise section.fail("strategy", "'group' or 'channel'")
+    section.supported("strategy", ("group", "channel"), None, "compressed-tensors")
     return SourceFormat(
         "int",
         f"compressed-tensors int{bits}, groups of {group_size or 'a row'}",
         bits,
         group_size,
         symmetric=section.one_of("symmetric", (True, False), True),
+        act_order=weights.get("actorder") in ("group", "dynamic"),
     )
 
 

@@ -4,6 +4,10 @@
 the output, `scales` `[groups, out]`, `g_idx` int32 `[in]` the group of each input; `w[out, in] = (code − zero) ·
 scale`. The first format stores `zero − 1`, `checkpoint_format: gptq_v2` the zero itself. Every function takes any
 range of columns of whole words: columns are rows of the result.
+
+In the first format the largest value that can be stored stands for a zero of `2**bits`, one beyond the codes: one is
+added after the bits are taken apart, as most loaders do. (One that masks after adding reads it as 0, which its own
+quantizer would have to store as −1, a borrow from the next zero.)
 """
 
 from __future__ import annotations
@@ -21,8 +25,12 @@ BITS = (4, 8)
 
 
 def in_order(g_idx: mx.array, group_size: int) -> bool:
-    """Whether group k holds the inputs from `k · group_size` on, so that codes can be repacked as they are."""
-    return bool(mx.array_equal(g_idx, mx.arange(g_idx.size) // group_size).item())
+    """Whether group k holds the inputs from `k · group_size` on, so that codes can be repacked as they are.
+
+    All −1 is what compressed-tensors writes for a `g_idx` that is not used.
+    """
+    in_order = mx.array_equal(g_idx, mx.arange(g_idx.size) // group_size)
+    return bool((in_order | (g_idx == -1).all()).item())
 
 
 def check_groups(g_idx: mx.array, groups: int, *, name: str) -> None:

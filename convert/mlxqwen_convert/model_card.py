@@ -22,7 +22,7 @@ def model_card(plan: Plan, report: Report, name: str, base_model: str | None = N
     Args:
         plan, report: the conversion.
         name: the output's.
-        base_model: the hub id that the source was named by; taken from the hub's cache or the source's card otherwise.
+        base_model: the hub id that the source was named by; taken from the hub's cache otherwise.
     """
     base = _base_model(plan.folder, base_model)
     licence = _licence(plan.folder)
@@ -37,7 +37,7 @@ def model_card(plan: Plan, report: Report, name: str, base_model: str | None = N
     lines += ["```sh", f'mlxqwen generate --model ./{_plain(name)} "Hello"', "```", ""]
     lines += ["## How it was made", ""]
     lines += [f"- {how}" for how in _how(plan)]
-    lines += [f"- {_plain(note)}" for note in plan.notes]
+    lines += [f"- {_plain(note)}" for note in report.notes]
     lines += ["", "## Errors", "", *_error_table(report), ""]
     return "\n".join(lines)
 
@@ -88,8 +88,11 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    with card.open("rb") as file:
-        text = file.read(_MAX_CARD_BYTES).decode("utf-8", "replace")
+    try:
+        with card.open("rb") as file:
+            text = file.read(_MAX_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:  # the card of a model is no part of it
+        return None
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
     match = _LICENCE.search(head)
     return match[1] if match else None

@@ -16,6 +16,7 @@ from mlxqwen.config import AffineQuantization, ModelConfig
 from mlxqwen.errors import ConfigError, OptionError
 from mlxqwen.json_file import read_json_object
 from mlxqwen_convert.affine import BITS, GROUP_SIZES
+from mlxqwen_convert.companion_files import check_companions
 from mlxqwen_convert.errors import ConversionError, SourceError
 from mlxqwen_convert.formats import SourceFormat
 from mlxqwen_convert.layout import MAX_SHARD_BYTES, OutputTensor, Shard, lay_out
@@ -47,11 +48,17 @@ class Options:
 
     def __post_init__(self) -> None:
         asked = [("bits", self.bits), ("lm_head_bits", self.lm_head_bits), ("embed_bits", self.embed_bits)]
-        asked += [(f"keep {glob}", bits) for glob, bits in self.keep]
+        for pair in self.keep:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or pair[1] is None:
+                raise OptionError(
+                    f"keep: found {pair!r}, expected pairs of a glob and bits",
+                    hint='For example keep={"*.down_proj": 8}.',
+                )
+            asked.append((f"keep {pair[0]}", pair[1]))
         for name, bits in asked:
-            if bits is not None and bits not in (16, *BITS):
-                raise OptionError(f"{name}: found {bits}, expected one of 16, 8, 6, 5, 4, 3, 2")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            if bits is not None and (type(bits) is not int or bits not in (16, *BITS)):
+                raise OptionError(f"{name}: found {bits!r}, expected one of 16, 8, 6, 5, 4, 3, 2")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size not in GROUP_SIZES):
             raise OptionError(f"group_size: found {self.group_size}, expected 32, 64 or 128")
         if self.dtype not in ("auto", *DTYPES):
             raise OptionError(f"dtype: found {self.dtype}, expected auto, {', '.join(DTYPES)}")
@@ -181,7 +188,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
 
     Raises:
         ConfigError, CheckpointError, UnsupportedFormatError: the source is not a checkpoint that can be converted.
-        SourceError: its tensors do not fit its config.
+        SourceError: its tensors do not fit its config, or a file beside them cannot be copied.
         OptionError: options that make no sense for it.
         ConversionError: it is already what is asked for; or, with `strict`, a module cannot be quantized.
     """
@@ -189,8 +196,16 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     raw = read_json_object(path, error=ConfigError)
     config = ModelConfig.from_dict(raw, source=str(path))
     source = SourceFormat.of(config, raw, str(path))
+    check_companions(folder)
     checkpoint = Checkpoint.open(folder)
     notes = [*checkpoint.notes]
+    if config.tie_word_embeddings and options.lm_head_bits is not None:
+        raise OptionError(
+            f"lm_head_bits: {folder} has no head of its own, its embeddings serve as one",
+            hint="Use embed_bits instead.",
+        )
+    if config.rope_scaling is not None and not config.rope_scaling.truncate:
+        notes.append("config.json has YaRN with truncate false, which mlx-lm does not follow")
     dtype = _dtype(options, source, checkpoint)
     by_prefix = PartsByPrefix(checkpoint.tensors.values())
     del checkpoint  # of the tens of thousands of tensors that there can be, only what is needed is kept
@@ -244,7 +259,12 @@ def _dtype(options: Options, source: SourceFormat, checkpoint: Checkpoint) -> st
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     if source.is_integer:
-        return "F16"
+        scales = {
+            info.dtype for name, info in checkpoint.tensors.items() if name.endswith((".weight_scale", ".scales"))
+        }
+        # There, zero points are a power of two, so that a bias takes no more bits than its scale.
+        exact_in_bfloat16 = source.name == "int" and source.symmetric and scales == {"BF16"}
+        return "BF16" if exact_in_bfloat16 else "F16"
     sizes: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         if info.dtype in FLOATS and not name.endswith(("weight_scale_inv", "weight_scale")):
@@ -281,11 +301,21 @@ def _planned(
         notes.append(f"{problem}; it stays unquantized")
         target = None
     method = _method(module, parts, readers, target, dtype)
-    if target is not None and method == "quantize" and any("act-order" in reader.label for reader in readers):
-        note = "act-order GPTQ: its inputs are out of order, so it is dequantized and quantized again"
-        if note not in notes:
-            notes.append(note)
+    if target is not None and method == "quantize" and source.is_integer:
+        reasons = {_why_not_kept(reader, source, target) for reader in readers if not isinstance(reader, FloatReader)}
+        notes += sorted(reason for reason in reasons if reason not in notes)
     return PlannedModule(module, parts, readers, target, method, _outputs(module, target, dtype))
+
+
+def _why_not_kept(reader: Reader, source: SourceFormat, target: AffineQuantization) -> str:
+    """Why a module's integer codes are not repacked."""
+    if "act-order" in reader.label:
+        why = f"{reader.label}: its inputs are out of order"
+    elif reader.own is None:
+        why = f"{reader.label}: MLX has no groups that its groups of {source.group_size or 'a row'} are made of"
+    else:
+        why = f"{reader.label}, groups of {reader.own.group_size}: other bits or larger groups were asked for"
+    return f"{why}, so it is dequantized and quantized again to {target.bits} bits, groups of {target.group_size}"
 
 
 def _target(

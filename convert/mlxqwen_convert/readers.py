@@ -14,7 +14,7 @@ from mlxqwen_convert import affine, awq, compressed_tensors, fp8, gptq
 from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.names import Module, Part
-from mlxqwen_convert.scales import first_true
+from mlxqwen_convert.scales import first_true, refuse_lost_scales
 from mlxqwen_convert.source_files import SourceFiles
 
 __all__ = [
@@ -196,6 +196,8 @@ class MlxReader:
         weight, scales, biases = (files.rows(part[word], start, stop) for word in ("weight", "scales", "biases"))
         packed = Packed(weight, scales.astype(dtype), biases.astype(dtype))
         if check:
+            # scales of either sign: lost are those that are small
+            refuse_lost_scales(mx.abs(scales), dtype, part["scales"].name)
             affine.check(packed, part["weight"].name, start)
         return packed
 
@@ -214,6 +216,7 @@ class AwqReader:
     def check_part(self, module: Module, part: Part) -> None:
         allow(part, ["qweight", "qzeros", "scales"])
         groups = _groups(module, self.group_size)
+        _whole_words(module, 8)
         require(module, part, "qweight", ["I32"], [(module.width, module.rows // 8)])
         require(module, part, "qzeros", ["I32"], [(groups, module.rows // 8)])
         require(module, part, "scales", ["F16", "BF16", "F32"], [(groups, module.rows)])
@@ -222,7 +225,10 @@ class AwqReader:
         return awq.dequantize(*self._tile(files, part, start, stop, check))
 
     def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
-        return awq.repack(*self._tile(files, part, start, stop, check), dtype)
+        tile = self._tile(files, part, start, stop, check)
+        if check:
+            refuse_lost_scales(tile[2], dtype, part["scales"].name)
+        return awq.repack(*tile, dtype)
 
     def _tile(
         self, files: SourceFiles, part: Part, start: int, stop: int, check: bool
@@ -257,6 +263,7 @@ class GptqReader:
     def check_part(self, module: Module, part: Part) -> None:
         allow(part, ["qweight", "qzeros", "scales", "g_idx"])
         groups, words = _groups(module, self.group_size), 32 // self.bits
+        _whole_words(module, words)
         require(module, part, "qweight", ["I32"], [(module.width // words, module.rows)])
         require(module, part, "qzeros", ["I32"], [(groups, module.rows // words)])
         require(module, part, "scales", ["F16", "BF16", "F32"], [(groups, module.rows)])
@@ -274,6 +281,7 @@ class GptqReader:
         tile = self._tile(files, part, start, stop)
         if check:
             self._check(tile, part, None, start)
+            refuse_lost_scales(tile[2], dtype, part["scales"].name)
         return gptq.repack(*tile, self.bits, dtype, zero_offset=self.zero_offset)
 
     def _tile(self, files: SourceFiles, part: Part, start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -315,10 +323,12 @@ class PackedReader:
         _groups(module, per_word)
         require(module, part, "weight_packed", ["I32"], [(module.rows, module.width // per_word)])
         require(module, part, "weight_scale", FLOATS, [(module.rows, groups)])
-        if not self.symmetric:
+        if not self.symmetric or "weight_zero_point" in part:
             require(module, part, "weight_zero_point", ["I32"], [(-(-module.rows // per_word), groups)])
-        if self.act_order:
+        if "weight_g_idx" in part:
             require(module, part, "weight_g_idx", ["I32"], [(module.width,)])
+        if "weight_shape" in part:
+            require(module, part, "weight_shape", ["I64", "I32"], [(2,)])
 
     def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
         tile, width = self._tile(files, part, start, stop), self._width(part)
@@ -333,6 +343,7 @@ class PackedReader:
         tile, width = self._tile(files, part, start, stop), self._width(part)
         if check:
             compressed_tensors.check(*tile, self.bits, width, name=part["weight_scale"].name, row_offset=start)
+            refuse_lost_scales(tile[1], dtype, part["weight_scale"].name)
         return compressed_tensors.repack(*tile, self.bits, width, dtype)
 
     def _width(self, part: Part) -> int:
@@ -351,6 +362,15 @@ class PackedReader:
 def _own(group_size: int, bits: int) -> AffineQuantization | None:
     size = affine.repack_group_size(group_size)
     return None if size is None else AffineQuantization(size, bits)
+
+
+def _whole_words(module: Module, per_word: int) -> None:
+    for count, what in ((module.rows, "rows"), (module.width, "columns")):
+        if count % per_word:
+            raise SourceError(
+                f"{module.path}: has {count} {what}, expected a multiple of {per_word}, which a packed word holds",
+                hint=_AGAIN,
+            )
 
 
 def _groups(module: Module, group_size: int) -> int:

@@ -8,8 +8,10 @@ import mlx.core as mx
 
 from mlxqwen_convert.errors import SourceError
 
-__all__ = ["check_scales", "refuse_zero_scales"]
+__all__ = ["check_scales", "refuse_lost_scales", "refuse_zero_scales"]
 
+_SMALLEST_NORMAL = 2.0**-126
+_TOLERATED_LOSS = 0.01
 _HINT = "The file is damaged or was written wrongly. Download the model again, or use another release of it."
 
 
@@ -39,6 +41,23 @@ def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) 
             f"{name}: scale {shown_index(first_true(lost), origin)} is zero over codes that are not, "
             "expected a positive number",
             hint=_HINT,
+        )
+
+
+def refuse_lost_scales(scales: mx.array, dtype: mx.Dtype, name: str) -> None:
+    """Raises `SourceError` if scales lose more than a hundredth of themselves, all together, when stored in `dtype`.
+
+    Only float16 has a range so narrow that this can be. Single scales that are tiny beside the others may vanish.
+    """
+    if dtype != mx.float16 or scales.dtype == mx.float16:
+        return
+    exact, stored = scales.astype(mx.float32), scales.astype(dtype).astype(mx.float32)
+    largest = mx.maximum(exact.max(), _SMALLEST_NORMAL)  # the unit, so that no square underflows
+    lost, all_of_it = mx.square((exact - stored) / largest).sum(), mx.square(exact / largest).sum()
+    if not (lost <= _TOLERATED_LOSS**2 * all_of_it).item():  # not more, and not infinite
+        raise SourceError(
+            f"{name}: has scales up to {largest.item():.3g}, which float16 cannot hold",
+            hint="Choose another --dtype: float32, in which nothing is lost, or bfloat16.",
         )
 
 

@@ -19,6 +19,8 @@ __all__ = ["ModuleError", "check_errors", "compare", "error_of"]
 _HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 0.0}
 _FAULTY = "The disk or the memory may be faulty. Convert again, and tell the developers if this comes back."
 _SMALLEST = {"BF16": 0.0, "F16": 2.0**-25, "F32": 0.0}
+# What may be lost to numbers too small for a dtype, relative to the weights' root mean square.
+_LOST_TO_SMALLNESS = 0.01
 
 
 @dataclass(slots=True)
@@ -70,20 +72,21 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
         written: the target's tensors for the same rows.
     """
     norm = affine.sum_of_squares(expected)
+    typical = mx.sqrt(norm / expected.size)
+    smallest = mx.minimum(mx.array(_SMALLEST[plan.dtype]), _LOST_TO_SMALLNESS * typical)
     if planned.target is None:
         error = affine.sum_of_squares(expected - written[0].astype(mx.float32))
-        bound = 8 * norm * _HALF_ULP[plan.dtype] ** 2 + 2 * expected.size * _SMALLEST[plan.dtype] ** 2
+        bound = 8 * norm * _HALF_ULP[plan.dtype] ** 2 + 2 * expected.size * mx.square(smallest)
         return mx.stack([error, norm, bound, mx.array(0.0)])
     packed, group_size, bits = Packed(*written), planned.target.group_size, planned.target.bits
     difference = expected - affine.dequantize(packed, group_size, bits)
     scales, biases = mx.abs(packed.scales.astype(mx.float32)), mx.abs(packed.biases.astype(mx.float32))
     # Nearest codes are off by half a step at most, repacked ones by what their bias and scale lose when rounded; at
     # the ends of the range a rounded scale or bias moves what can be reached.
-    smallest = _SMALLEST[plan.dtype]
     rounding = max(_HALF_ULP[plan.dtype], 2.0**-22) * (biases + scales * (2**bits - 1))
     reach, beyond = 2 * (rounding + smallest), mx.array(0.0)
     if planned.method == "repack":
-        most = 2 * (rounding + smallest * 2**bits)
+        most = 2 * (rounding + _SMALLEST[plan.dtype] * 2**bits)
         beyond = (mx.abs(difference).reshape(*scales.shape, group_size).max(axis=-1) - most).max()
     else:
         # A search gives up the ends of the range for a smaller error in all.
@@ -110,5 +113,5 @@ def check_errors(errors: Mapping[str, ModuleError]) -> None:
         if not error.squared_error <= error.squared_bound:
             raise VerificationError(
                 f"{path}: what was written is off by {error.relative:.3%}, expected at most {error.bound:.3%}",
-                hint=_FAULTY,
+                hint=f"If its weights are too small for float16, choose --dtype float32. Else: {_FAULTY}",
             )

@@ -19,6 +19,15 @@ from tests.convert.checkpoints import DENSE, MOE, Source, make_source
 UP = "model.layers.1.mlp.up_proj"
 
 
+def packed(**weights: Any) -> dict[str, Any]:
+    """The section of a compressed-tensors model in integers."""
+    whole = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 64, **weights}
+    return {"format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": whole}}}
+
+
+PACKED_3_BIT, PACKED_BY_TENSOR = packed(num_bits=3), packed(strategy="tensor")
+
+
 def refuse(source: Source, output: Path, error: type[MlxqwenError], *words: str, **options: Any) -> None:
     """`convert` raises, its message has these words in at most two lines, and nothing is left."""
     before = sorted(output.parent.iterdir())
@@ -146,12 +155,13 @@ def test_missing_tensors(tmp_path: Path, form: str, word: str) -> None:
         ("fp8", "weight_block_size", [64, 128], ["weight_scale_inv", "shape"]),
         ("fp8", "weight_block_size", [128], ["weight_block_size"]),
         ("fp8", "weight_block_size", [0, 128], ["weight_block_size"]),
-        ("fp8", "fmt", "e5m2", ["fmt", "e5m2"]),
+        ("fp8", "modules_to_not_convert", "lm_head", ["modules_to_not_convert", "lm_head"]),
+        ("fp8", "fmt", 5, ["fmt", "5"]),
         ("awq", "group_size", 32, ["shape", "expected"]),
         ("awq", "group_size", "big", ["group_size", "big"]),
-        ("awq", "bits", 3, ["bits", "3"]),
+        ("awq", "bits", 4.0, ["bits", "4.0"]),
+        ("awq", "bits", True, ["bits", "True"]),
         ("gptq", "group_size", 128, ["shape", "expected"]),
-        ("gptq", "bits", 2, ["bits", "2"]),
         ("gptq", "bits", 8, ["shape", "expected"]),
     ],
 )
@@ -168,6 +178,12 @@ def test_a_config_that_disagrees(tmp_path: Path, form: str, key: str, value: Any
         ({"quant_method": "bitsandbytes"}, ["bitsandbytes", "Supported", "FP8", "AWQ"]),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, ["gemv", "Supported"]),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, ["marlin", "Supported"]),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 64}, ["GPTQ (bits 3)", "Supported"]),
+        ({"quant_method": "awq", "bits": 8, "group_size": 64}, ["AWQ (bits 8)", "Supported"]),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, ["FP8 (fmt e5m2)", "Supported"]),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {}, "b": {}}}, ["2 config_groups", "Supported"]),
+        ({"quant_method": "compressed-tensors", **PACKED_3_BIT}, ["(num_bits 3)", "Supported"]),
+        ({"quant_method": "compressed-tensors", **PACKED_BY_TENSOR}, ["(strategy tensor)", "Supported"]),
         ({"quant_method": "fp8", "fmt": "e4m3"}, ["FP8", "none that are quantized"]),
     ],
 )
@@ -267,6 +283,12 @@ def test_bfloat16_that_float16_cannot_hold(tmp_path: Path) -> None:
     [
         ({"bits": 7}, "bits"),
         ({"bits": 0}, "bits"),
+        ({"bits": 8.0}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"group_size": 64.0}, "group_size"),
+        ({"keep": "*.down_proj=8"}, "keep"),
+        ({"keep": {"*.down_proj": None}}, "keep"),
+        ({"keep": [("*.down_proj", 8, 8)]}, "keep"),
         ({"workers": 0}, "workers"),
         ({"group_size": 16}, "group_size"),
         ({"dtype": "int8"}, "dtype"),
