@@ -25,9 +25,21 @@ WANTED_FILES = [
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    # What a conversion passes on: the licence, and the card that names it.
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "LICENCE",
+    "NOTICE",
+    "NOTICE.txt",
 ]
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -40,9 +52,9 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
 
     Args:
         path_or_id: None for the demo model that comes with the package; an existing folder; or a hub id
-            such as `Qwen/Qwen3-0.6B`. Only weights, configuration, tokenizer and chat templates are downloaded,
-            never code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured;
-            without the hub a complete earlier download is used.
+            such as `Qwen/Qwen3-0.6B`. Only weights, configuration, tokenizer, chat templates, card and licence are
+            downloaded, never code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
+            honoured; without the hub a complete earlier download is used.
         revision: a branch, tag or commit of the hub's model.
 
     Raises:

@@ -23,12 +23,16 @@ WANTED = {
     "tokenizer.json": b'{"version": "1.0"}',
     "chat_template.jinja": b"{{ messages }}",
     "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "README.md": b"#",
+    "LICENSE": b"as you like",
+    "vocab.json": b"{}",
 }
 UNWANTED = {
     "modeling.py": b"raise SystemExit",
     "pytorch_model.bin": b"PK",
     "model.gguf": b"GGUF",
-    "README.md": b"#",
+    "licenses/LICENSE": b"x",
+    "docs/README.md": b"#",
     "onnx/config.json": b"{}",
     "original/consolidated.safetensors": b"x",
     "consolidated.safetensors": b"x",
