@@ -19,7 +19,9 @@ from mlxqwen.generation import generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.tokenizer import Tokenizer
+from tests.conftest import random_model
 from tests.scripted_model import ScriptedModel, scripted_engine
+from tests.test_tokenizer import QWEN
 from tests.tolerance import assert_close
 
 CACHES: list[dict[str, Any]] = [{}, {"max_kv_size": 64}, {"kv_bits": 8}, {"max_kv_size": 48, "keep": 2, "kv_bits": 8}]
@@ -252,6 +254,28 @@ def test_a_cache_that_was_used_elsewhere_is_read_anew(scripted: tuple[Engine, Sc
     assert done.tokens == fresh(engine, conversation.messages[:-1], {}, seed=1, max_tokens=10).tokens
 
 
+@pytest.mark.parametrize("window", [None, 64])
+def test_counts_with_the_tokenizer_and_template_of_the_releases(window: int | None) -> None:
+    engine, model = scripted_engine(random_model(vocab_size=QWEN.vocab_size, context=1024), QWEN)
+    conversation = Conversation(engine, max_kv_size=window)
+    back = 0 if window is None else 1  # a ring goes back to where the last question can be answered anew
+    say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
+    first = done_of(conversation.stream("What time is it?", tools=TOOLS))
+    (call,) = first.reply.tool_calls
+    say(engine, model, "<think>\nNoon.\n</think>\n\nIt is noon.")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "12:00"}
+    second = done_of(conversation.stream(result, tools=TOOLS))
+    assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    say(engine, model, "Bye.")
+    third = done_of(conversation.stream("Thanks.", tools=TOOLS, thinking=False))
+    assert third.usage.cached_tokens == first.usage.prompt_tokens - back
+    say(engine, model, "<think>\nBye?\n</think>\n\nBye.")
+    empty_block = len(QWEN.encode("<think>\n\n</think>\n\n"))
+    fourth = done_of(conversation.stream("Bye.", tools=TOOLS))
+    assert fourth.usage.cached_tokens == third.usage.prompt_tokens - empty_block
+    assert conversation.cache.offset == fourth.usage.prompt_tokens - back
+
+
 # Rings
 
 
@@ -385,6 +409,21 @@ def test_a_failed_turn_leaves_a_ring_in_its_tool_loop_where_it_was(scripted: tup
     (call,) = conversation.messages[-1]["tool_calls"]
     done = done_of(conversation.stream({"role": "tool", "tool_call_id": call["id"], "content": "12:00"}, max_tokens=3))
     assert done.usage.cached_tokens == len(before)
+
+
+def test_a_ring_goes_back_to_no_mark_of_another_history(scripted: tuple[Engine, ScriptedModel]) -> None:
+    engine, model = scripted
+    conversation = Conversation(engine, tools=TOOLS, system="Be brief.", max_kv_size=48)
+    say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
+    conversation.chat("What time is it?")
+    assert conversation.cache.offset > 48
+    conversation.system = "Be long."
+    model.say([])
+    done = done_of(conversation.stream("Never mind.", seed=1, max_tokens=8))
+    assert done.usage.cached_tokens == 0
+    again = fresh(engine, conversation.messages[:-1], {"max_kv_size": 48}, tools=TOOLS, seed=1, max_tokens=8)
+    assert done.tokens == again.tokens
+    assert_holds(conversation.cache, held(conversation), engine.model)
 
 
 def test_an_interrupted_roll_back_is_made_up_for(model: Qwen3ForCausalLM) -> None:
