@@ -45,6 +45,8 @@ TOOL_TASKS: dict[str, Callable[[Source], ToolUse]] = {
     "a tool that fails": lambda source: failed(source, source.random.choice((clock_use, calculator_use))(source)),
 }
 TOOL_ROWS = (*TOOL_TASKS, "no tool needed", "no clock there")
+CARDS = "words of the cards"
+ROWS = (*TASKS, *TOOL_ROWS, CARDS)
 
 
 def replies(
@@ -157,17 +159,19 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a folder; by default the demo model")
     parser.add_argument("--n", type=int, default=200, help="exercises for each cell")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *TOOL_ROWS), default=(*TASKS, *TOOL_ROWS))
+    parser.add_argument("--tasks", nargs="+", choices=ROWS, default=ROWS)
     options = parser.parse_args()
     model, tokenizer = load(options.model)
     print("| task |", " | ".join(MODES), "|")
     print("| --- |", " | ".join("---:" for _ in MODES), "|")
     for task in options.tasks:
+        if task == CARDS:
+            for question, mark in card_words(model, tokenizer, options.n, options.seed):
+                print(f"| {question} | {mark:.1%} | | |", flush=True)
+            continue
         measure, name = (accuracy, task) if task in TASKS else (tool_accuracy, f"tools: {task}")
         marks = [measure(model, tokenizer, task, mode, options.n, options.seed) for mode in MODES]
         print(f"| {name} |", " | ".join(f"{mark:.1%}" for mark in marks), "|", flush=True)
-    for question, mark in card_words(model, tokenizer, options.n, options.seed):
-        print(f"| {question} | {mark:.1%} | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/thinking.md")
-SHELL = f'mlxqwen() {{ "{sys.executable}" -m mlxqwen "$@"; }}\n'
+SHELL = f'''python() {{ "{sys.executable}" "$@"; }}; mlxqwen() {{ python -m mlxqwen "$@"; }}
+'''
 _CONSOLE = re.compile(r"^```console\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 _PYTHON = re.compile(r"(?P<code>^```python\n(?P<body>.*?)^```$\n+)^```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 _BETWEEN = "--- the next example prints: ---"
@@ -75,6 +76,7 @@ def updated(page: str) -> str:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "scripts").symlink_to(ROOT / "scripts")
         page = _CONSOLE.sub(lambda block: _console(block["body"], folder), page)
         pieces = [match["body"] for match in _PYTHON.finditer(page)]
         printed = iter(_python(pieces, folder))

@@ -1,6 +1,6 @@
 """Plot how often the demo model is right against its thinking budget, and print the numbers as a markdown table.
 
-    python scripts/plot_budget.py --n 200 --seed 1 --out docs/thinking_budget.png
+    python scripts/plot_budget.py --n 100 --seed 1 --out docs/thinking_budget.png
 
 Needs the `plot` extra. Words and numbers are held out from training; replies are drawn in batches, as `eval_demo.py`
 does, with the same seeds for every budget, so that a larger budget sees the same thoughts for longer.
@@ -75,7 +75,7 @@ def main() -> None:
     """Draw the plot and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder; by default the demo model")
-    parser.add_argument("--n", type=int, default=200, help="exercises for each task and budget")
+    parser.add_argument("--n", type=int, default=100, help="exercises for each task and budget")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/thinking_budget.png"))
     options = parser.parse_args()
