@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -108,6 +109,36 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     assert "verifying  100 %" in bars
     assert wiped
     assert answer == second
+
+
+def test_a_conversion_that_begins_at_this_moment(own_cache: Path) -> None:
+    """Its folder is locked and empty as yet."""
+    entry = own_cache / "converted" / ("0" * 16)
+    entry.mkdir(parents=True)
+    with (entry / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        row = run("cache", "list").out.splitlines()[1]
+        assert row.split() == ["-", "-", "-", "0", "bytes", "-", "converting"]
+        assert json.loads(run("cache", "list", "--json").out)["models"][0]["last_used"] is None
+
+
+def test_the_list_fits_the_terminal(tmp_path: Path) -> None:
+    _, two = fill(tmp_path)
+    lines = run("cache", "list", on_terminal=True).out.replace("\r\n", "\n").splitlines()[:-1]
+    assert max(map(len, lines)) <= 80
+    assert {"source", "size", "state"} <= set(lines[0].split())
+    assert any(line.split()[0].startswith("…") and line.split()[0].endswith("two") for line in lines)
+    assert str(two) in run("cache", "list").out
+
+
+def test_info_of_a_checkpoint_that_cannot_be_converted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    config = source.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3}))
+    result = run("info", str(source.folder))
+    assert (result.status, result.out) == (1, "")
+    assert "model.layers.2." in result.err
+    assert result.err == run("convert", str(source.folder), str(tmp_path / "out")).err
 
 
 def test_info_tells_of_the_conversion_and_does_not_do_it(tmp_path: Path, own_cache: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.cli.terminal import ConversionProgress
 from mlxqwen.console import Output
 from mlxqwen.errors import one_line
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from mlxqwen_convert.cached import CachedModel, Removal
 
 __all__ = ["cache", "conversion_progress"]
+
+_UNKNOWN = "unknown"  # of a model whose conversion begins at this moment, or whose record is damaged
+_COLUMNS = (
+    Column("source", least=20),
+    Column("from", left_out=3),
+    Column("to", left_out=4),
+    Column("size", right=True, left_out=1),
+    Column("last used", left_out=2),
+    Column("state"),
+)
 
 
 @contextmanager
@@ -95,15 +106,14 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
 def _table(models: list[CachedModel]) -> str:
     from mlxqwen_convert.report import size_of
 
-    rows = [("source", "from", "to", "size", "last used", "state")]
+    rows = []
     for model in models:
-        used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d %H:%M")
-        rows.append((model.source, model.format, model.target, size_of(model.nbytes), used, model.state))
-    cells = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        words = ["-" if word == _UNKNOWN else word for word in (model.source, model.format, model.target)]
+        used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d %H:%M") if model.last_used else "-"
+        rows.append([one_line(cell) for cell in (*words, size_of(model.nbytes), used, model.state)])
     total = size_of(sum(model.nbytes for model in models))
-    return "\n".join(lines) + f"\n{total} in {one_line(str(models[0].folder.parent))}\n"
+    folder = one_line(str(models[0].folder.parent))
+    return f"{table(_COLUMNS, rows, columns_of(sys.stdout))}{total} in {folder}\n"
 
 
 def _account(removals: list[Removal], dry_run: bool) -> str:
@@ -140,6 +150,8 @@ def _facts(model: CachedModel) -> dict[str, object]:
         "target": model.target,
         "model": str(model.model),
         "bytes": model.nbytes,
-        "last_used": datetime.fromtimestamp(model.last_used, UTC).isoformat(timespec="seconds"),
+        "last_used": datetime.fromtimestamp(model.last_used, UTC).isoformat(timespec="seconds")
+        if model.last_used
+        else None,
         "state": model.state,
     }

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TextIO
 
 from rich.cells import cell_len
 
+from mlxqwen.cli.terminal import terminal_size
+
 __all__ = ["LiveLines", "terminal_size"]
 
 _STYLES = re.compile(r"\x1b\[[\d;]*m")
-
-
-def terminal_size(stream: TextIO) -> os.terminal_size:
-    """Columns and lines of the terminal that `stream` is, right now; 80 by 24 if it does not tell."""
-    try:
-        columns, lines = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):
-        columns, lines = 0, 0
-    return os.terminal_size((columns or 80, lines or 24))
 
 
 class LiveLines:

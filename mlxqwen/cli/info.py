@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,17 @@ import click
 
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.terminal import count_of, terminal_size
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
-from mlxqwen.errors import MlxqwenError, one_line
+from mlxqwen.errors import UnsupportedFormatError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen.footprint import Footprint
 
 __all__ = ["info"]
+
+_NAMES = 19  # characters for the names of rows
 
 
 @click.command()
@@ -75,19 +79,23 @@ def info(
 
 
 def _converted(folder: Path, stored: Footprint) -> Footprint | None:
-    """What loading would convert it to, in memory; None if it cannot be converted. Nothing is written."""
+    """What loading would convert it to, in memory; None for a format that is not converted. Nothing is written.
+
+    Raises:
+        MlxqwenError: the checkpoint is damaged, so that it cannot be converted.
+    """
     from mlxqwen_convert.cached import planned_size
 
     try:
         dtype, packed_bytes, numbers = planned_size(folder)
-    except MlxqwenError:
+    except UnsupportedFormatError:
         return None
     return replace(stored, dtype=dtype, packed_bytes=packed_bytes, numbers=numbers)
 
 
 def _table(facts: dict[str, Any]) -> str:
     device, active = facts["device"], facts["active_parameters"]
-    per_token = "" if active == facts["parameters"] else f", {_count(active)} of them for each token"
+    per_token = "" if active == facts["parameters"] else f", {count_of(active)} of them for each token"
     kind = "GPU" if device["is_gpu"] else "CPU"
     loads = facts["runs"] or facts["converts"]
     converted = " (converted once, when it is first loaded)" if facts["converts"] else ""
@@ -96,7 +104,7 @@ def _table(facts: dict[str, Any]) -> str:
     rows = {
         "model": facts["model"],
         "kind": f"{facts['type']}, {facts['format']}{not_run}",
-        "parameters": f"{_count(facts['parameters'])}{per_token}",
+        "parameters": f"{count_of(facts['parameters'])}{per_token}",
         "on disk": f"{_size(facts['disk_bytes'])}, {facts['bits_per_weight']:.2f} bits a weight",
         "context": f"{facts['context_length']:,} tokens",
         "weights in memory": f"{_size(facts['weight_bytes'])} in {facts['dtype']}",
@@ -104,14 +112,17 @@ def _table(facts: dict[str, Any]) -> str:
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
         "fits": f"{fits}, {_size(facts['total_bytes'])} needed",
     }
-    return "".join(f"{name:<18} {one_line(value)}\n" for name, value in rows.items())
+    return "".join(_row(name, one_line(value)) for name, value in rows.items())
 
 
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
+def _row(name: str, value: str) -> str:
+    """One line; on a narrow terminal what goes on stands below, words and paths in one piece."""
+    line = f"{name:<{_NAMES}}{value}"
+    if not sys.stdout.isatty():
+        return line + "\n"
+    columns = max(terminal_size(sys.stdout).columns, 2 * _NAMES)
+    indent = " " * _NAMES
+    return textwrap.fill(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _size(number: int) -> str:

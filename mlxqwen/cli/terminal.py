@@ -6,43 +6,102 @@ import logging
 import os
 import sys
 import time
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 from mlxqwen.errors import one_line
 
 __all__ = [
     "ConversionProgress",
     "PrefillProgress",
+    "StatusLine",
+    "count_of",
     "open_missing_streams",
     "print_error",
     "print_notes",
-    "progress_line",
+    "progress_lines",
     "silence_streams",
+    "terminal_size",
 ]
+
+
+def terminal_size(stream: TextIO) -> os.terminal_size:
+    """Columns and lines of the terminal that `stream` is, right now; 80 by 24 if it does not tell."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        columns, lines = 0, 0
+    return os.terminal_size((columns or 80, lines or 24))
+
+
+def count_of(number: int) -> str:
+    """A large number for people."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+class StatusLine:
+    """A last line on a terminal that is written over and wiped; nothing elsewhere."""
+
+    _shown: ClassVar[StatusLine | None] = None
+
+    def __init__(self, stream: TextIO) -> None:
+        self.shows = stream.isatty()
+        self._stream = stream
+        self._erases = os.environ.get("TERM") != "dumb"
+        self._length = 0
+
+    @property
+    def columns(self) -> int:
+        """Of the terminal; the last one stays free, for some go to the next line behind it."""
+        return terminal_size(self._stream).columns
+
+    def draw(self, *versions: str) -> None:
+        """Show the first of `versions` that the terminal is wide enough for, or the beginning of the last."""
+        if not self.shows:
+            return
+        room = self.columns - 1
+        line = next((version for version in versions if len(version) <= room), versions[-1][:room])
+        self._write(f"\r{line}{self._blank(self._length - len(line))}")
+        self._length, StatusLine._shown = len(line), self
+
+    def wipe(self) -> None:
+        """Leave an empty line to whatever is written next."""
+        if self._length:
+            blank = self._blank(min(self._length, self.columns - 1))
+            self._write(f"\r{blank}" if self._erases else f"\r{blank}\r")
+            self._length, StatusLine._shown = 0, None
+
+    @classmethod
+    def wipe_shown(cls) -> None:
+        """Wipe whichever line is shown, for a message to take its place."""
+        if cls._shown is not None:
+            cls._shown.wipe()
+
+    def _blank(self, length: int) -> str:
+        return "" if length <= 0 else "\x1b[K" if self._erases else " " * length
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class PrefillProgress:
     """One line on a terminal while a long prompt is read; wiped when it is done."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._shows = stream.isatty()
-        self._shown = False
+        self._line = StatusLine(stream)
 
     def __call__(self, done: int, total: int) -> None:
         if done >= total:
             self.wipe()
-        elif self._shows and done:
-            self._stream.write(f"\rReading the prompt: {done:,} of {total:,} tokens")
-            self._stream.flush()
-            self._shown = True
+        elif done:
+            self._line.draw(f"Reading the prompt: {done:,} of {total:,} tokens", f"Prompt: {100 * done // total} %")
 
     def wipe(self) -> None:
         """Leave an empty line to whatever is written next."""
-        if self._shown:
-            self._shown = False
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        self._line.wipe()
 
 
 class ConversionProgress:
@@ -51,14 +110,13 @@ class ConversionProgress:
     _INTERVAL = 0.1
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._shows = stream.isatty()
+        self._line = StatusLine(stream)
         self._stage = ""
         self._began = self._drawn = 0.0
         self._first = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if not self._shows:
+        if not self._line.shows:
             return
         now = time.monotonic()
         if stage != self._stage:
@@ -66,36 +124,42 @@ class ConversionProgress:
         elif now - self._drawn < self._INTERVAL and done < total:
             return
         self._drawn = now
-        self._stream.write(f"\r\x1b[K{progress_line(stage, done, total, done - self._first, now - self._began)}")
-        self._stream.flush()
+        self._line.draw(*progress_lines(stage, done, total, done - self._first, now - self._began))
 
     def close(self) -> None:
         """Wipe the line."""
-        if self._shows and self._stage:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._stage = ""
+        self._line.wipe()
+        self._stage = ""
 
 
-def progress_line(stage: str, done: int, total: int, recent: int, seconds: float) -> str:
-    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`.
+def progress_lines(stage: str, done: int, total: int, recent: int, seconds: float) -> list[str]:
+    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`, and ever shorter ones.
 
     Args:
         stage: what goes on.
         done, total: weights.
         recent: weights done in the last `seconds`.
     """
-    filled = 20 * done // total
-    line = f"{stage:<10} {100 * done // total:3d} %  |{'#' * filled}{' ' * (20 - filled)}|"
-    if seconds < 0.2 or not recent:
-        return line
-    rate = recent / seconds
-    left = round((total - done) / rate)
-    return f"{line}  {rate / 1e6:.0f} M weights/s  {left // 60}:{left % 60:02d} left"
+    percent = f"{stage:<10} {100 * done // total:3d} %"
+    rate = left = ""
+    if seconds >= 0.2 and recent:
+        speed = recent / seconds
+        seconds_left = round((total - done) / speed)
+        rate = f"  {speed / 1e6:.0f} M weights/s"
+        left = f"  {seconds_left // 60}:{seconds_left % 60:02d} left"
+    long, middle, short = (_bar(width, done, total) for width in (20, 10, 6))
+    bars = [long + rate + left, middle + rate + left, middle + left, short + left, left, ""]
+    return [percent + bar for bar in bars]
+
+
+def _bar(width: int, done: int, total: int) -> str:
+    filled = width * done // total
+    return f"  |{'#' * filled}{' ' * (width - filled)}|"
 
 
 class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        StatusLine.wipe_shown()
         sys.stderr.write(f"note: {one_line(record.getMessage())}\n")
 
 
