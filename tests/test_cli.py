@@ -339,6 +339,22 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert_error(run(*arguments, stdin=None), "--help'.", status=2)
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("convrt", "convert"), ("generat", "generate"), ("infos", "info")])
+def test_a_misspelt_command(typed: str, meant: str) -> None:
+    assert_error(run(typed, "x"), f"No such command '{typed}'. Did you mean '{meant}'?", status=2)
+
+
+def test_only_commands_with_a_prompt_tell_of_dashes() -> None:
+    assert "--" in run("generate", "--modle", "x").err.partition("Put ")[2]
+    assert "prompt" not in run("convert", "a", "b", "--bit", "4").err
+
+
+def test_the_list_of_commands_is_not_cut_short() -> None:
+    listed = " ".join(run("--help").out.partition("Commands:")[2].split())
+    assert "..." not in listed
+    assert "into OUTPUT, a folder that MLX's loaders read." in listed
+
+
 @pytest.mark.parametrize("arguments", [["generate"], ["generate", "-"]])
 @pytest.mark.parametrize(("data", "word"), [(b"", "no text"), (b" \n", "no text"), (b"ab\xff", "byte 0xff at 2")])
 def test_bad_stdin(arguments: list[str], data: bytes, word: str) -> None:

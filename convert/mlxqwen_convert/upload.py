@@ -7,13 +7,27 @@ from pathlib import Path
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.hub import HUB_ID, hub_error, progress_on_terminal_only, quiet_warnings
 
-__all__ = ["check_repo_id", "upload"]
+__all__ = ["check_repo_id", "require_token", "upload"]
+
+
+_WHOLE = "The conversion itself is whole in {folder}: upload it with `hf upload`."
 
 
 def check_repo_id(repo_id: str) -> None:
     """Raise `OptionError` unless it is written organisation/model."""
     if not HUB_ID.fullmatch(repo_id):
         raise OptionError(f"upload_repo: found {repo_id!r}, expected organisation/model")
+
+
+def require_token(repo_id: str) -> None:
+    """Raise `HubError` before hours of work whose end could not be uploaded."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise HubError(
+            f"{repo_id}: cannot be uploaded to: found no token for the hub",
+            hint="Set HF_TOKEN to a token that may write, or log in: hf auth login",
+        )
 
 
 def upload(folder: Path, repo_id: str) -> str:
@@ -29,10 +43,13 @@ def upload(folder: Path, repo_id: str) -> str:
             api = HfApi()
             api.create_repo(repo_id, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert with mlxqwen")
+    except KeyboardInterrupt:
+        # Nothing of the conversion is left to resume.
+        raise HubError(f"{repo_id}: not uploaded: interrupted", hint=_WHOLE.format(folder=folder)) from None
     except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
         reason = hub_error(repo_id, None, cause).problem.removeprefix(f"{repo_id}: ").replace("download", "upload")
         raise HubError(
             f"{repo_id}: not uploaded: {reason}",
-            hint=f"The conversion itself is whole in {folder}. Set HF_TOKEN to a token that may write, and upload it.",
+            hint=_WHOLE.format(folder=folder) + " Set HF_TOKEN to a token that may write.",
         ) from cause
     return str(commit.commit_url)

@@ -49,8 +49,10 @@ def _run() -> int:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "mlxqwen"
-        dash = " Put -- before a prompt that begins with a dash." if isinstance(error, click.NoSuchOption) else ""
-        print_error(error.format_message(), f"Try '{command} --help'.{dash}")
+        takes_prompt = error.ctx is not None and any(param.name == "prompt" for param in error.ctx.command.params)
+        dash = isinstance(error, click.NoSuchOption) and takes_prompt
+        way_out = " Put -- before a prompt that begins with a dash." if dash else ""
+        print_error(error.format_message(), f"Try '{command} --help'.{way_out}")
         return error.exit_code
     except click.ClickException as error:
         print_error(error.format_message())
@@ -78,8 +80,17 @@ def _report(error: OSError) -> None:
     from mlxqwen.cli.terminal import print_error
 
     with suppress(OSError):
-        print_error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        print_error(f"{error.filename or _failing_stream()}: {error.strerror or error}")
     _silence()
+
+
+def _failing_stream() -> str:
+    """What an error that names no file is about; what could not be written to standard output cannot be now."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return "standard output"
+    return "input or output"
 
 
 def _silence() -> None:

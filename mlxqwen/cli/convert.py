@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxqwen.cli.completion import complete_folder
-from mlxqwen.cli.interrupts import INTERRUPTED
-from mlxqwen.cli.terminal import ConversionProgress
-from mlxqwen.errors import OptionError, one_line
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.table import Column, columns_of, table
+from mlxqwen.cli.terminal import ConversionProgress, count_of, print_error, silence_streams
+from mlxqwen.console import Output
+from mlxqwen.errors import HubError, OptionError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen_convert.report import Report
@@ -21,9 +27,52 @@ __all__ = ["convert"]
 _BITS = click.Choice(["16", "8", "6", "5", "4", "3", "2"])
 
 
+_COLUMNS = (
+    Column("kind"),
+    Column("modules", right=True, left_out=8),
+    Column("weights", right=True, left_out=7),
+    Column("from", left_out=2),
+    Column("to"),
+    Column("how", left_out=4),
+    Column("before", right=True, left_out=3),
+    Column("after", right=True, left_out=1),
+    Column("bits/w", right=True, left_out=5),
+    Column("error", right=True),
+    Column("largest", right=True, left_out=6),
+)
+
+
+def _parse_keep(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    parsed = []
+    for value in values:
+        glob, _, bits = value.rpartition("=")
+        if not glob or bits not in _BITS.choices:
+            expected = f"GLOB=BITS, such as '*.down_proj=8', with bits of {', '.join(_BITS.choices)}"
+            raise click.BadParameter(f"found {value!r}, expected {expected}.", ctx, param)
+        parsed.append((glob, int(bits)))
+    return tuple(parsed)
+
+
+def _not_empty(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("found no name, expected a folder to write.", ctx, param)
+    return value
+
+
+def _hub_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from mlxqwen_convert.upload import check_repo_id
+
+        try:
+            check_repo_id(value)
+        except OptionError:
+            raise click.BadParameter(f"found {value!r}, expected organisation/model.", ctx, param) from None
+    return value
+
+
 @click.command()
 @click.argument("source", shell_complete=complete_folder)
-@click.argument("output", type=click.Path())
+@click.argument("output", type=click.Path(), callback=_not_empty)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option(
     "--bits",
@@ -41,30 +90,50 @@ _BITS = click.Choice(["16", "8", "6", "5", "4", "3", "2"])
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="Of scales and of what stays unquantized; auto: float16 for integer codes, else the source's.",
+    help="Of scales and of what stays unquantized; auto: float16 for integer codes (bfloat16 where that loses "
+    "nothing), else the source's.",
 )
 @click.option("--lm-head-bits", type=_BITS, help="Other bits for the output head.")
 @click.option("--embed-bits", type=_BITS, help="Other bits for the embeddings.")
 @click.option(
-    "--keep", multiple=True, metavar="GLOB=BITS", help='Other bits for some modules, such as "*.down_proj=8".'
+    "--keep",
+    callback=_parse_keep,
+    multiple=True,
+    metavar="GLOB=BITS",
+    help='Other bits for some modules, such as "*.down_proj=8"; of several that match one, the last counts.',
 )
 @click.option("--quality", is_flag=True, help="Search for better scales; several times slower.")
 @click.option("--strict", is_flag=True, help="Refuse what groups do not divide, instead of leaving it unquantized.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--upload-repo", metavar="ID", help="Push the finished folder to this hub id; needs HF_TOKEN.")
+@click.option(
+    "--upload-repo",
+    metavar="ID",
+    callback=_hub_id,
+    help="Push the finished folder to this hub id; needs HF_TOKEN or a login.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def convert(source: str, output: str, as_json: bool, **options: Any) -> int:
+def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **options: Any) -> int:
     """Turn SOURCE (a folder or hub id) into OUTPUT, a folder that MLX's loaders read.
 
     Reads BF16, F16, F32, FP8, AWQ, GPTQ, compressed-tensors and MLX checkpoints, dense and mixture of experts.
     """
-    from mlxqwen_convert import convert as convert_folder
+    with leave_at_once():
+        from mlxqwen_convert import convert as convert_folder
 
     for name in ("bits", "group_size", "lm_head_bits", "embed_bits"):
         options[name] = None if options[name] is None else int(options[name])
-    options["keep"] = [_parse_keep(text) for text in options["keep"]]
+    if upload_repo is not None:
+        with leave_at_once():
+            from mlxqwen_convert.upload import require_token
+
+        require_token(upload_repo)
+    unfinished = _unfinished(output)
+    if options["resume"] and unfinished is None and not options["dry_run"] and not os.path.lexists(output):
+        _note(f"nothing to resume beside {output}: the conversion begins from the start")
+    if options["dry_run"] and unfinished is not None:
+        _note(f"{unfinished}: an unfinished conversion is there; --resume goes on with it")
     progress = ConversionProgress(sys.stderr)
     try:
         report = convert_folder(source, output, progress=progress, **options)
@@ -72,30 +141,93 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> int:
         progress.close()
         sys.stderr.write("interrupted; the same command with --resume goes on from here\n")
         return INTERRUPTED
+    except OptionError as error:
+        raise _in_options_words(error, options) from None
     finally:
         progress.close()
-    if as_json:
-        sys.stdout.write(json.dumps(report.as_dict(), ensure_ascii=False) + "\n")
-    else:
-        sys.stdout.write(_text(report))
+    text = json.dumps(report.as_dict(), ensure_ascii=False) + "\n" if as_json else _text(report)
+    if not _print(text, report):
+        return 1
+    if upload_repo is not None and not options["dry_run"]:
+        address = _upload(report, upload_repo)
+        Output(sys.stderr if as_json else sys.stdout).write(f"uploaded: {address}\n")
     return 0
 
 
-def _parse_keep(text: str) -> tuple[str, int]:
-    glob, _, bits = text.rpartition("=")
-    if not glob or not bits.isdecimal():
-        raise OptionError(f"--keep: found {text!r}, expected GLOB=BITS", hint='For example --keep "*.down_proj=8".')
-    return glob, int(bits)
+def _unfinished(output: str) -> Path | None:
+    """What an interrupted conversion to `output` has left."""
+    target = Path(output).expanduser()
+    partial = target.with_name(f"{target.name}.partial") if target.name else target
+    return partial if target.name and partial.is_dir() else None
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {one_line(text)}\n")
+
+
+def _in_options_words(error: OptionError, options: Mapping[str, Any]) -> OptionError:
+    """The library's `group_size: …` as `--group-size: …`."""
+    name = error.problem.partition(":")[0]
+    if name not in options:
+        return error
+    return OptionError(f"--{name.replace('_', '-')}{error.problem.removeprefix(name)}", hint=error.hint)
+
+
+def _print(text: str, report: Report) -> bool:
+    """Write the result; where that fails, say that the conversion itself has not."""
+    try:
+        Output(sys.stdout).write(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        hint = f"The conversion itself is whole in {report.output}." if report.output else ""
+        print_error(f"standard output: {error.strerror or error}", hint)
+        silence_streams()
+        return False
+    return True
+
+
+def _upload(report: Report, repo_id: str) -> str:
+    """Push what was written; the address of the commit."""
+    from mlxqwen_convert.upload import upload
+
+    command = f"hf upload {shlex.quote(repo_id)} {shlex.quote(report.output)}"
+    try:
+        return upload(Path(report.output), repo_id)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; {one_line(report.output)} is whole, this goes on with the upload: {command}\n")
+        raise
+    except HubError as error:
+        hint = f"The folder is whole. Set HF_TOKEN to a token that may write, then: {command}"
+        raise HubError(error.problem, hint=hint) from None
+
+
+def _table(report: Report) -> str:
+    """Modules by kind: from → to, sizes, bits a weight, and errors where they were measured."""
+    from mlxqwen_convert.report import size_of
+
+    verified = any(row.relative_error is not None for row in report.kinds)
+    rows = []
+    for row in report.kinds:
+        exact = row.method == "copy" or row.relative_error == 0
+        errors = ["exact", ""] if exact else [_percent(row.relative_error), _percent(row.largest_error)]
+        cells = [row.kind, f"{row.modules:,}", count_of(row.parameters), row.source, row.target, row.method]
+        cells += [size_of(row.source_bytes), size_of(row.target_bytes), f"{8 * row.target_bytes / row.parameters:.2f}"]
+        rows.append(cells + errors)
+    return table(_COLUMNS if verified else _COLUMNS[:-2], rows, columns_of(sys.stdout))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
 
 
 def _text(report: Report) -> str:
-    from mlxqwen_convert.report import plan_table, size_of
+    from mlxqwen_convert.report import size_of
 
-    text = "".join(f"note: {one_line(note)}\n" for note in report.notes) + plan_table(report.kinds)
-    sizes = (
-        f"{size_of(report.source_bytes)} → {size_of(report.target_bytes)}, {report.bits_per_weight:.2f} bits a weight"
-    )
+    text = "".join(f"note: {one_line(note)}\n" for note in report.notes) + _table(report)
+    before, after = (sum(getattr(row, side) for row in report.kinds) for side in ("source_bytes", "target_bytes"))
+    sizes = f"{size_of(before)} → {size_of(after)}, {report.bits_per_weight:.2f} bits a weight"
     if not report.output:
         return f"{text}{sizes}; expected peak memory {size_of(report.expected_peak_bytes)}. Nothing was written.\n"
     verified = "verified" if report.verified else "not verified"
-    return f"{text}{sizes}, {verified}, in {report.seconds:.1f} s: {report.output}\n"
+    return f"{text}{sizes}, {verified}, in {report.seconds:.1f} s: {one_line(report.output)}\n"

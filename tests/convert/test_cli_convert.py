@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,16 +13,33 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mlxqwen.cli.terminal import progress_line
+from mlxqwen.cli.terminal import ConversionProgress, print_notes, progress_lines
+from tests.command_line import Terminal, library_logging_kept
 from tests.convert.checkpoints import DENSE, MOE, make_source
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
 
 
-def mlxqwen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def mlxqwen(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mlxqwen", *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    environment = {**ENVIRONMENT, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def on_terminal(columns: int, *arguments: str | Path, **environment: str) -> str:
+    """All that is written to a terminal."""
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mlxqwen", *map(str, arguments)],
+        env={**ENVIRONMENT, **environment},
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(24, columns),
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    return str(child.before)
 
 
 def test_a_table_and_nothing_else_in_a_pipe(tmp_path: Path) -> None:
@@ -88,9 +107,14 @@ def test_the_offer_for_heads_of_integer_checkpoints(tmp_path: Path) -> None:
     ("options", "code", "words"),
     [
         (["--bits", "7"], 2, "--bits"),
-        (["--keep", "down_proj"], 1, "GLOB=BITS"),
-        (["--keep", "*.down_proj=many"], 1, "GLOB=BITS"),
-        (["--keep", "*.no_such=8"], 1, "matches no module"),
+        (["--keep", "down_proj"], 2, "'--keep': found 'down_proj', expected GLOB=BITS"),
+        (["--keep", ""], 2, "'--keep': found ''"),
+        (["--keep", "*.down_proj=many"], 2, "'--keep': found '*.down_proj=many'"),
+        (["--keep", "*.down_proj=7"], 2, "'--keep': found '*.down_proj=7'"),
+        (["--keep", f"*.down_proj={'8' * 5000}"], 2, "'--keep': found"),
+        (["--keep", "*.no_such=8"], 1, "--keep: '*.no_such' matches no module"),
+        (["--upload-repo", "nonsense"], 2, "'--upload-repo': found 'nonsense', expected organisation/model"),
+        (["--quallity"], 2, "--quality"),
         (["--strict", "--group-size", "128"], 1, "do not divide"),
         (["--lm-head-bits", "1"], 2, "--lm-head-bits"),
     ],
@@ -101,11 +125,11 @@ def test_bad_options_end_in_a_line_or_two(tmp_path: Path, options: list[str], co
     assert done.returncode == code
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+    assert "prompt" not in done.stderr
     assert list(tmp_path.iterdir()) == [source.folder]
-    if code == 1:
-        assert done.stdout == ""
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") <= 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") <= 2
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
@@ -134,7 +158,122 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_the_bars_words(arguments: tuple[str, int, int, int, float], expected: str) -> None:
-    assert progress_line(*arguments) == expected
+    assert progress_lines(*arguments)[0] == expected
+
+
+def test_shorter_words_for_narrow_terminals() -> None:
+    lines = progress_lines("converting", 10**10, 10**11, 10**10, 100.0)
+    assert lines[1:] == [
+        "converting  10 %  |#         |  100 M weights/s  15:00 left",
+        "converting  10 %  |#         |  15:00 left",
+        "converting  10 %  |      |  15:00 left",
+        "converting  10 %  15:00 left",
+        "converting  10 %",
+    ]
+
+
+@pytest.mark.parametrize("columns", [10, 40, 60, 80])
+def test_nothing_wraps_on_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
+    source = make_source(tmp_path / "in", "fp8", MOE).write()
+    output = on_terminal(columns, "convert", source.folder, tmp_path / "out", TERM="xterm")
+    bars, _, result = output.rpartition("\r\x1b[K")
+    assert "convertin" in bars
+    assert all(len(bar.replace("\x1b[K", "")) < columns for bar in bars.split("\r"))
+    *table, last = result.splitlines()
+    assert "verified, in " in last
+    if columns > 10:
+        assert max(map(len, table)) <= columns
+    assert {"kind", "to", "error"} <= set(table[0].split())
+
+
+def test_a_dumb_terminal_gets_no_escapes(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8", MOE).write()
+    output = on_terminal(80, "convert", source.folder, tmp_path / "out", TERM="dumb")
+    assert "\x1b" not in output
+    *bars, blank, rest = output.partition("kind ")[0].split("\r")
+    assert any("verifying" in bar for bar in bars)
+    assert (blank.strip(), rest) == ("", "")
+
+
+def test_a_note_takes_the_place_of_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with library_logging_kept():
+        written = Terminal(io.BytesIO(), encoding="utf-8", newline="")
+        monkeypatch.setattr(sys, "stderr", written)
+        print_notes()
+        bar = ConversionProgress(written)
+        bar("verifying", 10, 10)
+        logging.getLogger("mlxqwen").warning("mind the gap")
+        bar.close()
+        written.seek(0)
+        assert written.read() == "\rverifying  100 %  |####################|\r\x1b[Knote: mind the gap\n"
+
+
+def test_the_same_model_has_the_same_size_before_and_after(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    made = mlxqwen("convert", source.folder, tmp_path / "four").stdout.splitlines()[-1]
+    again = mlxqwen("convert", tmp_path / "four", tmp_path / "eight", "--bits", "8", "--dry-run").stdout.splitlines()[
+        -1
+    ]
+    assert made.partition(" → ")[2].partition(",")[0] == again.partition(" → ")[0]
+
+
+def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    command = [sys.executable, "-m", "mlxqwen", "convert", str(source.folder), str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: standard output: No space left on device",
+        f"       The conversion itself is whole in {tmp_path / 'out'}.",
+    ]
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_resume_says_when_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    done = mlxqwen("convert", source.folder, tmp_path / "out", "--resume")
+    assert done.returncode == 0
+    assert done.stderr == f"note: nothing to resume beside {tmp_path / 'out'}: the conversion begins from the start\n"
+    assert mlxqwen("convert", source.folder, tmp_path / "out", "--resume").stderr.startswith("error: ")
+
+
+def test_a_dry_run_tells_of_an_unfinished_conversion(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    (tmp_path / "out.partial").mkdir()
+    done = mlxqwen("convert", source.folder, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    partial = tmp_path / "out.partial"
+    assert done.stderr == f"note: {partial}: an unfinished conversion is there; --resume goes on with it\n"
+
+
+def test_an_output_without_a_name(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    done = mlxqwen("convert", source.folder, "")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Invalid value for 'OUTPUT': found no name")
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_no_token_for_the_upload_ends_it_first(tmp_path: Path, options: tuple[str, ...]) -> None:
+    source = make_source(tmp_path / "in", "fp8").write()
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = mlxqwen("convert", source.folder, tmp_path / "out", "--upload-repo", "me/model", *options, **environment)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: me/model: cannot be uploaded to: found no token")
+    assert "HF_TOKEN" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_glob_that_matches_counts(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    keep = ["--keep", "*.down_proj=8", "--keep", "*.mlp.*=6"]
+    done = mlxqwen("convert", source.folder, tmp_path / "out", *keep, "--dry-run", "--json")
+    modules = json.loads(done.stdout)["modules"]
+    assert modules["model.layers.0.mlp.down_proj"]["to"] == "6-bit g64"
+    assert "the last counts" in " ".join(mlxqwen("convert", "--help").stdout.split())
 
 
 def test_the_library_is_not_loaded_for_other_commands() -> None:

@@ -99,6 +99,7 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 def test_the_whole_folder_arrives(hub: UploadHub, tmp_path: Path) -> None:
     done = run(hub, "hf_right", tmp_path, "--upload-repo", "me/model")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"uploaded: {hub.url}/me/model/commit/{'0' * 40}\n")
     sent = {name: hashlib.sha256(data).digest() for name, data in hub.files.items()}
     here = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in (tmp_path / "out").iterdir()}
     assert sent == here
@@ -110,6 +111,8 @@ def test_a_token_that_is_refused(hub: UploadHub, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "not uploaded" in done.stderr
     assert "HF_TOKEN" in done.stderr
+    assert done.stderr.endswith(f"hf upload me/model {tmp_path / 'out'}\n")
+    assert "verified, in " in done.stdout
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out/config.json").exists()
     assert not hub.files
@@ -117,7 +120,7 @@ def test_a_token_that_is_refused(hub: UploadHub, tmp_path: Path) -> None:
 
 def test_a_name_that_is_none(hub: UploadHub, tmp_path: Path) -> None:
     done = run(hub, "hf_right", tmp_path, "--upload-repo", "no-organisation")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "organisation/model" in done.stderr
     assert not (tmp_path / "out").exists()
     assert os.listdir(tmp_path) == ["in"]
