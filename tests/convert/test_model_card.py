@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from mlxqwen_convert import convert
-from tests.convert.checkpoints import make_source
+from tests.convert.checkpoints import DENSE, make_source
 
 
 def test_the_hub_reads_the_card(tmp_path: Path) -> None:
@@ -45,3 +45,12 @@ def test_names_forge_no_markup(tmp_path: Path) -> None:
     assert text.count("\n# ") == 1
     assert "<img" not in text.replace("\\<img", "")
     ModelCard.load(folder / "README.md")
+
+
+def test_all_notes_are_on_the_card(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16", {**DENSE, "tie_word_embeddings": True})
+    source.stored["lm_head.weight"] = source.stored["model.embed_tokens.weight"]
+    report = convert(source.write().folder, tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert len(report.notes) == 1
+    assert f"- {report.notes[0]}" in text

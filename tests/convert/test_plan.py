@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.checkpoint import ITEM_BYTES, read_header
+from mlxqwen.errors import OptionError
 from mlxqwen_convert.layout import OutputTensor, lay_out
 from mlxqwen_convert.plan import Options, Plan, make_plan
-from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, make_source
+from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, make_source, plain_tensor
 
 
 def plan_of(tmp_path: Path, form: str, config: dict[str, Any] = DENSE, **options: Any) -> Plan:
@@ -75,6 +77,70 @@ def test_fingerprints_tell_options_apart(tmp_path: Path) -> None:
     ]
     assert len(set(prints)) == len(prints)
     assert prints[0] == json.dumps(make_plan(folder, Options()).fingerprint({}), sort_keys=True)
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "int4"])
+def test_groups_that_mlx_lacks_are_quantized_again_and_it_says_so(tmp_path: Path, form: str) -> None:
+    plan = make_plan(make_source(tmp_path / "in", form, group_size=16).write().folder, Options())
+    again = [note for note in plan.notes if "quantized again to 4 bits, groups of 64" in note]
+    assert len(again) == 1
+    assert "groups of 16" in again[0]
+    assert {entry.method for entry in plan.modules if entry.module.kind == "mlp"} == {"quantize"}
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"group_size": 128}])
+def test_codes_that_cannot_be_kept_as_asked(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert sum("quantized again" in note for note in plan_of(tmp_path, "awq", **options).notes) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"bits": 16}])
+def test_codes_that_are_kept_need_no_word(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert not any("quantized again" in note for note in plan_of(tmp_path, "awq", **options).notes)
+
+
+@pytest.mark.parametrize(
+    ("form", "scales", "dtype"),
+    [
+        ("int4", "BF16", "BF16"),
+        ("int8", "BF16", "BF16"),
+        ("int4", "F32", "F16"),
+        ("int4", "F16", "F16"),
+        ("int4-asymmetric", "BF16", "F16"),
+        ("gptq", "BF16", "F16"),
+        ("awq", "F32", "F16"),
+    ],
+)
+def test_the_dtype_that_loses_nothing(tmp_path: Path, form: str, scales: str, dtype: str) -> None:
+    source = make_source(tmp_path / "in", form)
+    for name, (_, array) in source.stored.items():
+        if name.endswith(("_scale", ".scales")):
+            source.stored[name] = plain_tensor(array.astype(np.float32), scales)[0]
+    plan = make_plan(source.write().folder, Options())
+    assert plan.dtype == dtype
+
+
+def test_bits_for_a_head_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"(?s)lm_head_bits.*no head of its own.*embed_bits"):
+        plan_of(tmp_path, "bf16", {**DENSE, "tie_word_embeddings": True}, lm_head_bits=8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what the system read")
+@pytest.mark.parametrize("form", ["bf16", "fp8", "gptq", "int4"])
+def test_a_plan_reads_no_weights(tmp_path: Path, form: str) -> None:
+    config = {**DENSE, "hidden_size": 512, "intermediate_size": 2048}
+    source = make_source(tmp_path / "in", form, config).write(shards=3)
+    weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    make_plan(source.folder, Options())  # what is imported is read only once
+    before = bytes_read()
+    plan = make_plan(source.folder, Options())
+    # beside headers and config, an order of inputs for each module of GPTQ
+    assert bytes_read() - before < min(weights // 20, 200_000)
+    assert plan.source_bytes > 2_000_000
+
+
+def bytes_read() -> int:
+    """What this process has read so far, from disk or from the system's cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 TENSOR = st.tuples(st.sampled_from(["U32", "F32", "BF16", "F16"]), st.integers(1, 40))

@@ -12,10 +12,10 @@ import pytest
 
 from mlxqwen_convert import convert
 from mlxqwen_convert.affine import Packed, quantize
-from mlxqwen_convert.errors import VerificationError
+from mlxqwen_convert.errors import SourceError, VerificationError
 from mlxqwen_convert.pipeline import TargetFiles, Written, repacked
 from mlxqwen_convert.verification import ModuleError
-from tests.convert.checkpoints import MOE, make_source
+from tests.convert.checkpoints import MOE, Source, make_source, plain_tensor
 from tests.convert.encoders import unpack_affine
 
 
@@ -86,3 +86,55 @@ def test_the_journal_keeps_errors_exactly() -> None:
         assert Written.from_text(written.as_text()) == written
     for text in ("ab12 0x1p0", "ab12 1 2 3 x", "ab12 y 2 3 4"):
         assert Written.from_text(text) is None
+
+
+def lost_to_float16(tmp_path: Path, form: str, word: str, value: float) -> Source:
+    """A source whose tensors of that last name are BF16 and hold one small number."""
+    source = make_source(tmp_path / "in", form)
+    for name, (_, array) in source.stored.items():
+        if name.endswith(word):
+            source.stored[name] = plain_tensor(np.full(array.shape, value, np.float32), "BF16")[0]
+    return source.write()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("form", "word"),
+    [("int4", ".weight_scale"), ("int4-asymmetric", ".weight_scale"), ("awq", ".scales"), ("gptq", ".scales")],
+)
+def test_scales_that_float16_cannot_hold(tmp_path: Path, form: str, word: str, verify: bool) -> None:
+    source = lost_to_float16(tmp_path, form, word, 3e-9)
+    with pytest.raises(SourceError, match=r"(?s)scales up to 3e-09, which float16 cannot hold.*--dtype"):
+        convert(source.folder, tmp_path / "out", dtype="float16", verify=verify)
+    assert not (tmp_path / "out").exists()
+    report = convert(source.folder, tmp_path / "out", dtype="float32", verify=verify)
+    if verify:
+        assert all(row.relative_error is not None and row.relative_error < 1e-5 for row in report.kinds)
+
+
+def test_scales_that_vanish_beside_others(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "awq")
+    name = "model.layers.0.self_attn.q_proj"
+    scales = source.stored[f"{name}.scales"][1].astype(np.float32)
+    scales[1, 5] = 1e-9
+    source.stored[f"{name}.scales"] = plain_tensor(scales, "BF16")[0]
+    report = convert(source.write().folder, tmp_path / "out")
+    assert report.verified
+    assert report.modules[name]["relative_error"] < 2e-3
+
+
+def test_plain_weights_that_float16_cannot_hold(tmp_path: Path) -> None:
+    source = lost_to_float16(tmp_path, "bf16", "up_proj.weight", 1e-8)
+    with pytest.raises(VerificationError, match=r"(?s)up_proj: what was written is off by 100.*--dtype float32"):
+        convert(source.folder, tmp_path / "out", dtype="float16", bits=16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_symmetric_integers_in_bfloat16_are_exact(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "int8")
+    for name, (_, array) in source.stored.items():
+        if name.endswith(("_scale", "norm.weight", "embed_tokens.weight", "lm_head.weight")):
+            source.stored[name] = plain_tensor(array.astype(np.float32), "BF16")[0]
+    report = convert(source.write().folder, tmp_path / "out")
+    assert report.dtype == "BF16"
+    assert all(facts["relative_error"] < 1e-6 for facts in report.modules.values())
