@@ -21,7 +21,8 @@ from mlxqwen.chat_options import (
     ToolRunOptions,
 )
 from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
-from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.config import ModelConfig
+from mlxqwen.errors import MlxqwenError, OptionError, TokenizerError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
@@ -95,6 +96,19 @@ def load(
     return engine.model, engine.tokenizer
 
 
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
+    tokenizer, vocab_size = Tokenizer.from_folder(folder), ModelConfig.from_folder(folder).vocab_size
+    end = tokenizer.eos_token_id
+    if end is not None and end >= vocab_size:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.eos_token!r} has id {end}, expected ids below {vocab_size}, the "
+            "model's vocab_size",
+            hint="It belongs to another model: download tokenizer.json and tokenizer_config.json of this one.",
+        )
+    return tokenizer
+
+
 class Engine:
     """A model with its tokenizer, ready to answer."""
 
@@ -119,12 +133,12 @@ class Engine:
 
             def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
                 check_size(dtype, packed_bytes, numbers)
-                Tokenizer.from_folder(source)  # complains before the conversion
+                _read_tokenizer(source)  # complains before the conversion
 
             return converted(source, check=check, progress=on_convert)
 
         read_model = prepare_model(folder, convert=convert, **options)
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = _read_tokenizer(folder)
         return cls(read_model(), tokenizer)
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:

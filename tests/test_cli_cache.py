@@ -14,6 +14,7 @@ import pexpect
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxqwen.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
@@ -139,6 +140,19 @@ def test_info_of_a_checkpoint_that_cannot_be_converted(tmp_path: Path) -> None:
     assert (result.status, result.out) == (1, "")
     assert "model.layers.2." in result.err
     assert result.err == run("convert", str(source.folder), str(tmp_path / "out")).err
+
+
+def test_the_tokenizer_of_another_model_is_found_before_the_conversion(tmp_path: Path, own_cache: Path) -> None:
+    source = make_source(tmp_path / "in", "fp8").write().folder
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_FOLDER / name, source / name)
+    result = run("generate", "Hello", "--model", str(source))
+    assert (result.status, result.out) == (1, "")
+    problem, hint = result.err.splitlines()
+    assert problem.startswith(f"error: {source / 'tokenizer.json'}: ")
+    assert problem.endswith("expected ids below 192, the model's vocab_size")
+    assert "another model" in hint
+    assert not own_cache.exists()
 
 
 def test_info_tells_of_the_conversion_and_does_not_do_it(tmp_path: Path, own_cache: Path) -> None:
