@@ -19,13 +19,20 @@ from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.hub import resolve_model
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
-from mlxqwen_convert.errors import DiskFullError, OutputError
+from mlxqwen_convert.errors import (
+    DiskFullError,
+    OutputError,
+    SourceChangedError,
+    SourceUnreadableError,
+    VerificationError,
+)
 from mlxqwen_convert.layout import INDEX_NAME, index_of
-from mlxqwen_convert.memory import buffer_bytes, expected_peak, weights_in_flight
+from mlxqwen_convert.memory import buffer_bytes, expected_peak, strip_bytes, weights_in_flight
 from mlxqwen_convert.model_card import model_card
-from mlxqwen_convert.partial import PartialFolder, exists
+from mlxqwen_convert.partial import PartialFolder, exists, partial_path, tidy_output
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
+    Allowance,
     TargetFiles,
     Task,
     Written,
@@ -108,26 +115,69 @@ def convert(
         check_repo_id(upload_repo)
     if workers is not None and workers < 1:
         raise OptionError(f"workers: found {workers}, expected at least 1")
-    folder, target = resolve_model(source, revision=revision), Path(output).expanduser()
-    check_output(folder, target)
-    plan = make_plan(folder, options)
-    if dry_run:
-        return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
-    hub_id = None if os.path.isdir(Path(source).expanduser()) else str(source)
-    job = _Job(plan, target, hub_id, workers or cores(), progress or _silent)
-    report = job.run(verify_it=verify, resume=resume, started=started)
+    target, local = _path(output), _path(source)
+    if local.is_dir():
+        check_apart(local, target)
+    check_output(target)  # before gigabytes are downloaded
+    folder = resolve_model(source, revision=revision)
+    check_apart(folder, target)
+    workers = workers or cores()
+    # Remembered before anything is read, so that no file can change between its header and its weights.
+    files = SourceFiles(_files_of(folder), strip_bytes=strip_bytes(workers))
+    try:
+        plan = make_plan(folder, options)
+        if dry_run:
+            return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
+        job = _Job(plan, files, target, None if local.is_dir() else str(source), workers, progress or _silent)
+        report = job.run(verify_it=verify, resume=resume, started=started)
+    finally:
+        files.close()
     if upload_repo is not None:
         upload(target, upload_repo)
     return report
 
 
-def check_output(folder: Path, target: Path) -> None:
-    """Raise `OutputError` unless `target` can be made without touching `folder`."""
+def _path(given: str | os.PathLike[str]) -> Path:
+    """Raises `OptionError` for what no file system has a name for."""
+    text = os.fspath(given)
+    if not text or "\0" in text:
+        raise OptionError(f"found the path {text!r}, expected a folder's", hint="Give the folder's name.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # the home of a user that there is not
+        return Path(text)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """What a conversion depends on, as far as it is there: a shard may lie in a folder of its own."""
+    beside = [folder / "config.json", folder / INDEX_NAME, *(folder / name for name in companion_files(folder))]
+    return [path for path in (*beside, *folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")) if path.exists()]
+
+
+def check_apart(folder: Path, target: Path) -> None:
+    """Raise `OutputError` if writing `target` would touch `folder`."""
     real, origin = target.resolve(), folder.resolve()
-    if real == origin or origin in real.parents:
-        where = "is the source itself" if real == origin else f"lies inside the source {folder}"
-        raise OutputError(f"{target}: {where}", hint="Choose an output elsewhere.")
+    # By the files' numbers: a disk may take several spellings for one name.
+    if _is_same(real, origin):
+        raise OutputError(f"{target}: is the source itself", hint="Choose an output elsewhere.")
+    if any(_is_same(parent, origin) for parent in real.parents):
+        raise OutputError(f"{target}: lies inside the source {folder}", hint="Choose an output elsewhere.")
+    partial = partial_path(target)
+    if any(_is_same(partial, part) for part in (origin, *origin.parents)):
+        raise OutputError(f"{partial}: is where the source is, and would be written to", hint="Choose another output.")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def check_output(target: Path) -> None:
+    """Raise `OutputError` unless `target` can be made."""
     if os.path.lexists(target):
+        tidy_output(target)
         raise exists(target)
     parent = target.parent
     if not parent.is_dir():
@@ -139,37 +189,48 @@ def check_output(folder: Path, target: Path) -> None:
 @dataclass(slots=True)
 class _Job:
     plan: Plan
+    files: SourceFiles
     output: Path
     hub_id: str | None
     workers: int
     progress: Progress
 
     def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
-        plan = self.plan
-        files = SourceFiles(sorted({path for planned in plan.modules for path in planned.parts.paths}))
-        fingerprint = {**plan.fingerprint(files.states), "versions": versions()}
-        partial = PartialFolder(self.output, fingerprint, resume=resume)
+        plan, files = self.plan, self.files
+        weights = {path for planned in plan.modules for path in planned.parts.paths}
+        files.keep(sorted(weights.union(path for path in files.states if path.suffix != ".safetensors")))
+        files.check_unchanged()
+        partial = PartialFolder(self.output, {**plan.fingerprint(files.states), "versions": versions()}, resume=resume)
         cache_limit = mx.set_cache_limit(buffer_bytes(weights_in_flight(plan)))
         try:
             resumed = bool(partial.done)
             notes = self._head_note(files)
-            errors = self._write(files, partial, verify_it=verify_it)
+            errors = self._converted(partial, verify_it=verify_it)
             seconds = time.perf_counter() - started
             report = _report(plan, self.output, errors, seconds, resumed=resumed, verified=verify_it, more=notes)
-            self._finish(partial, report, files)
+            self._finish(partial, report)
             return report
-        except OutputError:
-            raise
-        except MlxqwenError:
-            partial.discard()  # going on would end in the same error
+        except SourceChangedError:
+            partial.discard()  # made of two sources
             raise
         finally:
             mx.set_cache_limit(cache_limit)
             partial.close()
-            files.close()
 
-    def _write(self, files: SourceFiles, partial: PartialFolder, *, verify_it: bool) -> dict[str, ModuleError] | None:
-        plan, chunk = self.plan, max(1, weights_in_flight(self.plan) // self.workers)
+    def _converted(self, partial: PartialFolder, *, verify_it: bool) -> dict[str, ModuleError] | None:
+        """All weights, written and read back; what is no good in the source is none the next time either."""
+        try:
+            return self._write(partial, verify_it=verify_it)
+        except (OutputError, SourceUnreadableError, VerificationError):
+            raise  # of this machine, now: what is written is as good as before
+        except MlxqwenError:
+            partial.discard()
+            raise
+
+    def _write(self, partial: PartialFolder, *, verify_it: bool) -> dict[str, ModuleError] | None:
+        plan, files = self.plan, self.files
+        in_flight = weights_in_flight(plan)
+        chunk, allowance = max(1, in_flight // self.workers), Allowance(in_flight)
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:
@@ -180,7 +241,7 @@ class _Job:
                 usable = noted is not None and (noted.error is not None or not verify_it)
                 if noted is not None and usable and is_on_disk(plan, task, target, noted.digest, chunk):
                     return noted
-                return write_task(plan, task, files, target, chunk, verify_it)
+                return write_task(plan, task, files, target, chunk, verify_it, allowance)
 
             def note(task: Task, result: Written) -> None:
                 written[task] = result
@@ -195,7 +256,11 @@ class _Job:
             if not verify_it:
                 return None
             errors = _summed(plan, written)
-            check_errors(errors)
+            try:
+                check_errors(errors)
+            except VerificationError:
+                partial.discard()  # its journal has the same errors
+                raise
             self._run("verifying", check, lambda task, result: None)
             return errors
         finally:
@@ -236,13 +301,14 @@ class _Job:
             return ("lm_head equals the embeddings that config.json ties it to; it is left out",)
         return ("lm_head differs from the embeddings that config.json ties it to; config.json counts, it is left out",)
 
-    def _finish(self, partial: PartialFolder, report: Report, files: SourceFiles) -> None:
+    def _finish(self, partial: PartialFolder, report: Report) -> None:
         plan = self.plan
+        self.files.check_unchanged()
         copy_companions(plan.folder, partial.path)
         partial.write_text(INDEX_NAME, index_of(plan.shards, plan.parameters))
         partial.write_text(REPORT_NAME, json.dumps(report.lasting(), indent=1, ensure_ascii=False) + "\n")
         partial.write_text("README.md", model_card(plan, report, self.output.name, self.hub_id))
-        files.check_unchanged()
+        self.files.check_unchanged()
         for shard in plan.shards:
             try:
                 (partial.path / (shard.name + PARTIAL_SUFFIX)).rename(partial.path / shard.name)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from mlxqwen_convert.pipeline import tasks_of
+from mlxqwen_convert.pipeline import is_read_by_columns, smallest_chunk, tasks_of
 from mlxqwen_convert.plan import Plan
-from mlxqwen_convert.readers import AwqReader, GptqReader
+from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 
-__all__ = ["buffer_bytes", "expected_peak", "weights_in_flight"]
+__all__ = ["buffer_bytes", "expected_peak", "strip_bytes", "weights_in_flight"]
 
 # What the tables of a large model leave of this goes to the chunks: larger ones are quicker.
 _AIM_BYTES = 84 << 20
 _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
-# Measured: Python and MLX, a tensor of the source, a finished task, a weight in the hands of a worker with all that is
-# made of it, and strips of formats that are read by columns.
-_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES, _STRIPS_BYTES = 33 << 20, 480, 500, 75, 8 << 20
+# Measured: Python and MLX, a tensor of the source, a finished task, and a weight in the hands of a worker with all
+# that is made of it.
+_BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
+# Strips of what is read by columns, those of all workers together.
+_STRIPS_BYTES = 8 << 20
 
 
 def weights_in_flight(plan: Plan) -> int:
@@ -29,13 +31,21 @@ def buffer_bytes(in_flight: int) -> int:
     return in_flight * _BUFFER_BYTES
 
 
+def strip_bytes(workers: int) -> int:
+    """Bytes of a strip of codes where so many workers have theirs, and smaller ones of zeros and scales."""
+    return min(STRIP_BYTES, _STRIPS_BYTES * SMALL_STRIP // ((SMALL_STRIP + 2) * workers))
+
+
 def expected_peak(plan: Plan) -> int:
     """Bytes that the whole process holds at most, reading everything back included."""
-    return _standing_bytes(plan) + weights_in_flight(plan) * _WEIGHT_BYTES
+    widest = max(
+        smallest_chunk(reader) * planned.module.width for planned in plan.modules for reader in set(planned.readers)
+    )
+    return _standing_bytes(plan) + max(widest, weights_in_flight(plan)) * _WEIGHT_BYTES
 
 
 def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
-    by_columns = any(isinstance(planned.readers[0], AwqReader | GptqReader) for planned in plan.modules)
+    by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
     return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES + by_columns * _STRIPS_BYTES

@@ -10,20 +10,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.checkpoint.writing import sync
-from mlxqwen.errors import MlxqwenError
+from mlxqwen.checkpoint.writing import sync, sync_descriptor
 from mlxqwen.json_file import read_json_object
 from mlxqwen_convert.errors import OutputError, ResumeError
-from mlxqwen_convert.pipeline import Written, unwritable
+from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
 
-__all__ = ["PartialFolder"]
+__all__ = ["BOOKKEEPING", "PartialFolder", "partial_path", "tidy_output"]
 
 _MANIFEST, _JOURNAL, _LOCK = "conversion.json", "conversion.journal", "conversion.lock"
+BOOKKEEPING = (_JOURNAL, _MANIFEST, _LOCK)
+# Of a file that is being written.
+_NEW = ".new"
 
 
 class PartialFolder:
@@ -41,25 +45,27 @@ class PartialFolder:
             OutputError: another conversion is at it, it is there and `resume` is not set, or it cannot be made.
             ResumeError: it was begun from another source, with other options or by another version.
         """
-        self.path = output.with_name(f"{output.name}.partial")
+        self.path = partial_path(output)
         self.done: dict[str, Written] = {}
         self._output = output
+        if self.path.is_symlink():
+            raise OutputError(f"{self.path}: is in the way: a link, expected nothing", hint="Move it away.")
         existed = self.path.exists()
         try:
             self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as cause:
             raise unwritable(self.path, cause) from None
         self._journal = -1
         try:
             self._take_lock()
             self._begin(fingerprint, existed=existed, resume=resume)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._journal = os.open(self.path / _JOURNAL, flags, 0o644)
         except OSError as cause:
             self.close()
             raise unwritable(self.path, cause) from None
-        except MlxqwenError:
+        except BaseException:  # Ctrl-C included
             self.close()
             raise
 
@@ -71,14 +77,17 @@ class PartialFolder:
             raise unwritable(self.path, cause) from None
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file and have it on the disk."""
+        """Have a small file on the disk: under its name there is all of it or nothing."""
+        path, new = self.path / name, self.path / f"{name}{_NEW}"
         try:
-            with (self.path / name).open("w", encoding="utf-8") as file:
+            with new.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_descriptor(file.fileno())
+            new.replace(path)
+            sync(self.path)
         except OSError as cause:
-            raise unwritable(self.path / name, cause) from None
+            raise unwritable(path, cause) from None
 
     def publish(self) -> None:
         """Give the folder its final name: from here on there is a whole model, before it there was none."""
@@ -88,16 +97,17 @@ class PartialFolder:
                 raise exists(self._output)
             self.path.rename(self._output)
             # After the name, since a crash between the two must not leave a folder that nothing can go on from.
-            for name in (_JOURNAL, _MANIFEST, _LOCK):
-                (self._output / name).unlink(missing_ok=True)
-            sync(self._output)
+            _tidy(self._output)
             sync(self._output.parent)
         except OSError as cause:
             raise unwritable(self._output, cause) from None
 
     def discard(self) -> None:
         """Remove the folder: what is in it is of no use to anyone."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        away = self.path.with_name(f"{self.path.name}-{secrets.token_hex(4)}")
+        with suppress(OSError):
+            self.path.rename(away)  # whoever comes next finds nothing, rather than half of it
+            shutil.rmtree(away, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -121,7 +131,7 @@ class PartialFolder:
     def _begin(self, fingerprint: Mapping[str, Any], *, existed: bool, resume: bool) -> None:
         manifest = self.path / _MANIFEST
         if not manifest.exists():
-            if existed and any(path.name != _LOCK for path in self.path.iterdir()):
+            if existed and any(path.name not in (_LOCK, _MANIFEST + _NEW) for path in self.path.iterdir()):
                 raise OutputError(
                     f"{self.path}: is in the way and was not made by a conversion", hint="Move it away, or remove it."
                 )
@@ -132,7 +142,10 @@ class PartialFolder:
                 f"{self.path}: an unfinished conversion is there",
                 hint="Continue it with --resume, or remove the folder to start anew.",
             )
-        found = read_json_object(manifest, error=ResumeError)
+        try:
+            found = read_json_object(manifest, error=ResumeError)
+        except ResumeError as error:
+            raise ResumeError(error.problem, hint=f"Remove {self.path} to start anew.") from None
         for key, what in (
             ("versions", "by other versions"),
             ("source", "from another source"),
@@ -145,7 +158,39 @@ class PartialFolder:
                     f"{self.path}: the conversion there was begun {what}, it cannot be continued",
                     hint="Use what it was begun with, or remove the folder to start anew.",
                 )
+        self._take_back_names()
         self.done = _read_journal(self.path / _JOURNAL)
+
+    def _take_back_names(self) -> None:
+        """Undo what an earlier run did last: weights that had their final names are those of tasks once more."""
+        (self.path / "config.json").unlink(missing_ok=True)
+        for path in self.path.glob("*.safetensors"):
+            path.rename(path.with_name(path.name + PARTIAL_SUFFIX))
+
+
+def partial_path(output: Path) -> Path:
+    """The folder that a conversion to `output` is written into."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def tidy_output(output: Path) -> None:
+    """Remove what a crash, right after a finished model got its name, left beside it."""
+    if not all((output / name).is_file() for name in (_MANIFEST, _LOCK, "config.json")):
+        return
+    with suppress(OSError):
+        lock = os.open(output / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _tidy(output)
+        finally:
+            os.close(lock)
+
+
+def _tidy(output: Path) -> None:
+    # The lock last: it tells who may remove the others.
+    for name in BOOKKEEPING:
+        (output / name).unlink(missing_ok=True)
+    sync(output)
 
 
 def exists(output: Path) -> OutputError:

@@ -13,25 +13,28 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
+from mlxqwen.checkpoint.writing import sync_descriptor
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError, VerificationError
 from mlxqwen_convert.formats import mlx_dtype
 from mlxqwen_convert.layout import OutputTensor, Shard
 from mlxqwen_convert.names import Part
+from mlxqwen_convert.open_files import OpenFiles
 from mlxqwen_convert.plan import Plan, PlannedModule
-from mlxqwen_convert.readers import FloatReader, Reader
+from mlxqwen_convert.readers import AwqReader, FloatReader, GptqReader, PackedReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.verification import ModuleError, compare, error_of
 
-__all__ = ["PARTIAL_SUFFIX", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
-__all__ += ["is_on_disk", "run", "tasks_of", "write_task"]
+__all__ = ["PARTIAL_SUFFIX", "Allowance", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ += ["is_on_disk", "is_read_by_columns", "run", "smallest_chunk", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
 # Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
@@ -40,6 +43,8 @@ WEIGHTS_PER_TASK = 1 << 22
 _MOST_TASKS = 1 << 14
 # Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.
 ROW_STEP = 32
+# Rows of a chunk are a multiple of this where a packed word holds several of them.
+_WORD_ROWS = 8
 MAX_WORKERS = 8
 
 T = TypeVar("T")
@@ -79,31 +84,62 @@ def tasks_of(plan: Plan) -> Iterator[Task]:
 
 def chunks_of(planned: PlannedModule, task: Task, weights: int) -> Iterator[tuple[int, int]]:
     """The rows of a task, as many at a time as hold no more than so many weights."""
-    step = max(1, weights // planned.module.width)
-    step = step // ROW_STEP * ROW_STEP or (ROW_STEP if _by_columns(planned) else step)
+    step = max(smallest_chunk(planned.readers[task.part]), weights // planned.module.width)
+    step = step // ROW_STEP * ROW_STEP or step // _WORD_ROWS * _WORD_ROWS or step
     for start in range(task.start, task.stop, step):
         yield start, min(start + step, task.stop)
 
 
-def _by_columns(planned: PlannedModule) -> bool:
-    return any("qweight" in part or "weight_zero_point" in part for part in planned.parts)
+def smallest_chunk(reader: Reader) -> int:
+    """Rows that are read at once, at least: where a word of the source holds parts of several, as many."""
+    is_packed = is_read_by_columns(reader) or (isinstance(reader, PackedReader) and not reader.symmetric)
+    return _WORD_ROWS if is_packed else 1
+
+
+def is_read_by_columns(reader: Reader) -> bool:
+    """Whether the rows of the weight are columns of the source's tensors."""
+    return isinstance(reader, AwqReader | GptqReader)
+
+
+class Allowance:
+    """Weights that all workers together may have in their hands; who finds too few left waits for others to be done."""
+
+    def __init__(self, weights: int) -> None:
+        self._weights = self._left = weights
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def taken(self, weights: int) -> Iterator[None]:
+        """Have so many in hand meanwhile; more than there are at all are had alone."""
+        weights = min(weights, self._weights)
+        with self._turn, self._changed:  # in turn, or small chunks would go on passing a large one
+            self._changed.wait_for(lambda: weights <= self._left)
+            self._left -= weights
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += weights
+                self._changed.notify()
 
 
 class TargetFiles:
     """The files of weights while they are written: read and written at any place by any thread."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self.folder = folder
         self.paths = [folder / (shard.name + PARTIAL_SUFFIX) for shard in shards]
-        self._descriptors: list[int] = []
+        self._files = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
-            for path, shard in zip(self.paths, shards, strict=True):
-                self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-                os.ftruncate(self._descriptors[-1], shard.size)
-                self._write(len(self._descriptors) - 1, shard.head, 0)
+            for number, (path, shard) in enumerate(zip(self.paths, shards, strict=True)):
+                with self._files.opened(path) as descriptor:
+                    os.ftruncate(descriptor, shard.size)
+                self._write(number, shard.head, 0)
         except OSError as cause:
             self.close()
             raise unwritable(folder, cause) from None
+        except OutputError:
+            self.close()
+            raise
 
     def write(self, tensor: OutputTensor, row: int, data: memoryview) -> None:
         """Write rows of `tensor` from row `row` on, its outer axes counted as one."""
@@ -111,34 +147,44 @@ class TargetFiles:
 
     def read(self, tensor: OutputTensor, row: int, rows: int) -> bytes:
         """The bytes of some rows."""
+        path, data = self.paths[tensor.shard], b""
         position, length = tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
-        data = os.pread(self._descriptors[tensor.shard], length, position)
-        if len(data) != length:
+        try:
+            with self._files.opened(path) as descriptor:
+                while len(data) < length:
+                    more = os.pread(descriptor, length - len(data), position + len(data))
+                    if not more:
+                        raise OutputError(
+                            f"{path}: ends in the midst of {tensor.name}",
+                            hint="Something else writes to the output's folder. Remove it and convert again.",
+                        )
+                    data = data + more if data else more
+        except OSError as cause:
             raise OutputError(
-                f"{self.paths[tensor.shard]}: ends in the midst of {tensor.name}",
-                hint="Something else writes to the output's folder. Remove it and convert again.",
-            )
+                f"{path}: cannot be read back: {cause.strerror}", hint="Check the disk, then go on with --resume."
+            ) from None
         return data
 
     def flush(self) -> None:
         """Have everything on the disk."""
-        for descriptor, path in zip(self._descriptors, self.paths, strict=True):
+        for path in self.paths:
             try:
-                os.fsync(descriptor)
+                with self._files.opened(path) as descriptor:
+                    sync_descriptor(descriptor)
             except OSError as cause:
                 raise unwritable(path, cause) from None
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._files.close()
 
     def _write(self, shard: int, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data).cast("B")
         try:
-            while view:
-                count = os.pwrite(self._descriptors[shard], view, position)
-                view, position = view[count:], position + count
+            with self._files.opened(self.paths[shard]) as descriptor:
+                while view:
+                    count = os.pwrite(descriptor, view, position)
+                    view, position = view[count:], position + count
         except OSError as cause:
             raise unwritable(self.paths[shard], cause) from None
 
@@ -205,22 +251,43 @@ class Written:
             return None
 
 
-def write_task(plan: Plan, task: Task, source: SourceFiles, target: TargetFiles, chunk: int, measure: bool) -> Written:
-    """Convert some rows and write them, `chunk` weights at a time.
+def write_task(
+    plan: Plan,
+    task: Task,
+    source: SourceFiles,
+    target: TargetFiles,
+    chunk: int,
+    measure: bool,
+    allowance: Allowance,
+) -> Written:
+    """Convert some rows and write them, about `chunk` weights at a time.
 
     With `measure` their error is found while the source is at hand.
     """
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
-    first_row = task.part * planned.module.rows
     for start, stop in chunks_of(planned, task, chunk):
-        arrays, error = _make_rows(plan, task, source, (start, stop), measure)
-        total.add(error)
-        for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
-            data = as_bytes(array)
-            digests.update(number, data)
-            target.write(tensor, first_row + start, data)
+        with allowance.taken((stop - start) * planned.module.width):
+            total.add(_write_rows(plan, task, source, target, (start, stop), measure, digests))
     return Written(digests.hexdigest(), total if measure else None)
+
+
+def _write_rows(
+    plan: Plan,
+    task: Task,
+    source: SourceFiles,
+    target: TargetFiles,
+    rows: tuple[int, int],
+    measure: bool,
+    digests: _Digests,
+) -> ModuleError:
+    planned = plan.modules[task.module]
+    arrays, error = _make_rows(plan, task, source, rows, measure)
+    for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
+        data = as_bytes(array)
+        digests.update(number, data)
+        target.write(tensor, task.part * planned.module.rows + rows[0], data)
+    return error
 
 
 def _make_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -169,7 +170,7 @@ class Plan:
 
     def fingerprint(self, states: Mapping[Path, tuple[int, int, int]]) -> dict[str, Any]:
         """What must be the same for a conversion to be resumed: the source's files, the options, the layout."""
-        files = {path.name: list(state) for path, state in states.items()}
+        files = {os.path.relpath(path, self.folder): list(state) for path, state in states.items()}
         heads = hashlib.sha256()
         for shard in self.shards:
             heads.update(shard.head)

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxqwen.checkpoint import ITEM_BYTES, TensorInfo
-from mlxqwen_convert.errors import SourceChangedError, SourceError
+from mlxqwen_convert.errors import SourceChangedError, SourceUnreadableError
+from mlxqwen_convert.open_files import OpenFiles
 
-__all__ = ["SourceFiles", "as_array"]
+__all__ = ["SMALL_STRIP", "STRIP_BYTES", "FileState", "SourceFiles", "as_array", "file_state"]
 
 # What a thread reads at once of a matrix that is wanted by columns.
-_STRIP_BYTES = 1 << 20
+STRIP_BYTES = 1 << 20
+# Zeros and scales are so few beside the codes that a strip of this part of it has those of as many columns.
+SMALL_STRIP = 8
+
+FileState = tuple[int, int, int]
+"""Size, time of change in nanoseconds, and the file's number."""
 
 # FP8 comes as its bytes.
 _MLX_DTYPES = {
@@ -26,7 +32,7 @@ _MLX_DTYPES = {
 }  # fmt: skip
 
 
-def as_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+def as_array(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """An MLX array of bytes as they lie in a safetensors file; FP8 comes as uint8."""
     buffer: Any = data
     return mx.array(buffer).view(_MLX_DTYPES[dtype]).reshape(shape)
@@ -42,16 +48,21 @@ class _Strip(NamedTuple):
 
 
 class SourceFiles:
-    """The weight files of a source, opened once and read at any place by any thread.
+    """The files of a source, read at any place by any thread.
 
     Files are remembered by size and time of change, so that `check_unchanged` can tell whether they are still the same.
+    A thread holds about `strip_bytes` of codes that are wanted by columns, and less of their zeros and scales.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, paths: Iterable[Path], *, strip_bytes: int = STRIP_BYTES) -> None:
         self._local = threading.local()
-        self._open: dict[Path, int] = {}
+        self._files = OpenFiles(os.O_RDONLY)
+        self._strip_bytes = strip_bytes
         self.states = {path: file_state(path) for path in paths}
+
+    def keep(self, paths: Iterable[Path]) -> None:
+        """Watch only these from now on."""
+        self.states = {path: self.states.get(path) or file_state(path) for path in paths}
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> mx.array:
         """Elements `start:stop` along the first axis."""
@@ -70,7 +81,10 @@ class SourceFiles:
         strip = strips.get(word)
         if strip is None or strip.info != info or not strip.start <= start <= stop <= strip.stop:
             rows, width = info.shape
-            wide = min(width, max(stop, start + _STRIP_BYTES // (rows * ITEM_BYTES[info.dtype])))
+            size = self._strip_bytes if word == "qweight" else self._strip_bytes // SMALL_STRIP
+            wide = min(width, max(stop, start + size // (rows * ITEM_BYTES[info.dtype])))
+            strip = None
+            strips.pop(word, None)  # the old one goes before the new one comes
             strip = strips[word] = _Strip(info, start, wide, self._strip(info, start, wide))
         return strip.array[:, start - strip.start : stop - strip.start]
 
@@ -80,7 +94,13 @@ class SourceFiles:
             return self.rows(info, 0, rows)
         item = ITEM_BYTES[info.dtype]
         first, size, pitch = start * item, (stop - start) * item, width * item
-        data = b"".join(self.read(info, first + row * pitch, first + row * pitch + size) for row in range(rows))
+        data = bytearray(rows * size)
+        try:
+            with self._files.opened(info.path) as descriptor:
+                for row in range(rows):
+                    data[row * size : (row + 1) * size] = _read(descriptor, info, first + row * pitch, size)
+        except OSError as cause:
+            raise unreadable(info.path, cause) from None
         return as_array(data, info.dtype, (rows, stop - start))
 
     def whole(self, info: TensorInfo) -> mx.array:
@@ -89,17 +109,11 @@ class SourceFiles:
 
     def read(self, info: TensorInfo, start: int, stop: int) -> bytes:
         """The bytes `start:stop` of a tensor."""
-        descriptor = self._descriptor(info.path)
         try:
-            data = os.pread(descriptor, stop - start, info.start + start)
+            with self._files.opened(info.path) as descriptor:
+                return _read(descriptor, info, start, stop - start)
         except OSError as cause:
-            raise _unreadable(info.path, cause) from None
-        if len(data) != stop - start:
-            raise SourceChangedError(
-                f"{info.path}: ends at byte {info.start + start + len(data):,}, in the midst of {info.name}",
-                hint="The file became shorter. Download it again and convert from the start.",
-            )
-        return data
+            raise unreadable(info.path, cause) from None
 
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if a file is not what it was at first."""
@@ -112,29 +126,33 @@ class SourceFiles:
 
     def close(self) -> None:
         """Close all files."""
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._open:
-                try:
-                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as cause:
-                    raise _unreadable(path, cause) from None
-            return self._open[path]
+        self._files.close()
 
 
-def file_state(path: Path) -> tuple[int, int, int]:
-    """Size, time of change in nanoseconds, and the file's number."""
+def _read(descriptor: int, info: TensorInfo, start: int, size: int) -> bytes:
+    """`size` bytes of a tensor; the system may give them piece by piece."""
+    position = info.start + start
+    data = os.pread(descriptor, size, position)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), position + len(data))
+        if not more:
+            raise SourceChangedError(
+                f"{info.path}: ends at byte {position + len(data):,}, in the midst of {info.name}",
+                hint="The file became shorter. Download it again and convert from the start.",
+            )
+        data += more
+    return data
+
+
+def file_state(path: Path) -> FileState:
+    """What changes when a file does."""
     try:
         found = path.stat()
     except OSError as cause:
-        raise _unreadable(path, cause) from None
+        raise unreadable(path, cause) from None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _unreadable(path: Path, cause: OSError) -> SourceError:
-    return SourceError(f"{path}: cannot be read: {cause.strerror}", hint="Check the file and its permissions.")
+def unreadable(path: Path, cause: OSError) -> SourceUnreadableError:
+    """What an error of the system means for the source."""
+    return SourceUnreadableError(f"{path}: cannot be read: {cause.strerror}", hint="Check the file and its disk.")

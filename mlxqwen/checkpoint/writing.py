@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MAX_SHARD_BYTES = 5 * 1024**3
+FULL_FSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
 def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
@@ -134,9 +137,25 @@ def write_text(path: Path, text: str) -> None:
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Has a file on the disk itself: macOS's `fsync` stops at the disk's own cache.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if FULL_FSYNC is not None:
+        try:
+            fcntl.fcntl(descriptor, FULL_FSYNC)
+            return
+        except OSError as cause:
+            if cause.errno not in (errno.ENOTSUP, errno.ENOTTY, errno.EINVAL):  # a file system of another kind
+                raise
+    os.fsync(descriptor)
 
 
 def publish(written: Path, path: Path) -> None:
