@@ -205,8 +205,10 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
             f"lm_head_bits: {folder} has no head of its own, its embeddings serve as one",
             hint="Use embed_bits instead.",
         )
-    if config.rope_scaling is not None and not config.rope_scaling.truncate:
-        notes.append("config.json has YaRN with truncate false, which mlx-lm does not follow")
+    if config.rope_scaling is not None and config.moe is not None:
+        notes.append("config.json has YaRN, which mlx-lm (0.32) leaves aside in a mixture of experts")
+    elif config.rope_scaling is not None and not config.rope_scaling.truncate:
+        notes.append("config.json has YaRN with truncate false, which mlx-lm (0.32) leaves aside")
     dtype = _dtype(options, source, checkpoint)
     by_prefix = PartsByPrefix(checkpoint.tensors.values())
     del checkpoint  # of the tens of thousands of tensors that there can be, only what is needed is kept
