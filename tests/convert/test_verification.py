@@ -23,7 +23,15 @@ def refused(source: Path, output: Path, match: str) -> None:
     with pytest.raises(VerificationError, match=match):
         convert(source, output)
     assert not output.exists()
-    assert not output.with_name(f"{output.name}.partial").exists()
+    assert not (output.with_name(f"{output.name}.partial") / "config.json").exists()
+
+
+def mended(source: Path, output: Path) -> None:
+    """Without the fault, the conversion goes on and ends in what it should have been."""
+    convert(source, output, resume=True)
+    convert(source, output.with_name("anew"))
+    for path in output.glob("*.safetensors"):
+        assert path.read_bytes() == (output.with_name("anew") / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -42,6 +50,8 @@ def test_a_bit_that_flips_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(TargetFiles, "flush", damage)
     refused(source.folder, tmp_path / "out", "what is on the disk differs")
+    monkeypatch.undo()
+    mended(source.folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq8"])
@@ -54,6 +64,8 @@ def test_a_code_that_is_not_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("mlxqwen_convert.pipeline.repacked", wrong)
     refused(source.folder, tmp_path / "out", "repacked codes differ")
+    monkeypatch.undo()
+    mended(source.folder, tmp_path / "out")
 
 
 def test_scales_that_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +77,7 @@ def test_scales_that_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("mlxqwen_convert.affine.quantize", wrong)
     refused(source.folder, tmp_path / "out", "is off by")
+    assert not (tmp_path / "out.partial").exists()  # its journal would have the same errors
 
 
 def test_errors_are_those_of_what_is_on_the_disk(tmp_path: Path) -> None:
