@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     folder = expanded(name)
     if name and os.path.isdir(folder):
         refuse_revision(revision, f"the folder {name}")
+        refuse_unfinished(folder)
         return folder
     if name.startswith(("http://", "https://")):
         raise HubError(
@@ -84,6 +86,15 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
     return downloaded(name, revision)
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """What `mlxqwen convert` writes into until it is done: named by its suffix and its manifest."""
+    if folder.name.endswith(".partial") and os.path.isfile(folder / "conversion.json"):
+        raise HubError(
+            f"{folder}: an unfinished conversion, expected a model's folder",
+            hint=f"Finish it: mlxqwen convert SOURCE {shlex.quote(str(folder).removesuffix('.partial'))} --resume",
+        )
 
 
 def refuse_revision(revision: str | None, what: str) -> None:

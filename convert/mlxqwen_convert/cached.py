@@ -55,10 +55,8 @@ _KEY = re.compile(r"[0-9a-f]{16}")
 _REMOVED = re.compile(r"removed-[0-9a-f]{16}-[0-9a-f]{8}")
 _RECORD, _LOCK = "entry.json", "lock"
 _ELSEWHERE = "Set MLXQWEN_CACHE to another folder, or choose one yourself: mlxqwen convert SOURCE OUTPUT"
-_MORE_ROOM = (
-    "Free some space, for example by mlxqwen cache prune, or set MLXQWEN_CACHE to a folder on a larger disk. "
-    "What is written is kept: the next start goes on from it."
-)
+_MORE_ROOM = "Free some space, for example by mlxqwen cache prune, or set MLXQWEN_CACHE to a folder on a larger disk."
+_KEPT = " What is written is kept: the next start goes on from it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ def converted(folder: Path, *, check: CheckSize | None = None, progress: Progres
         "bytes": plan.target_bytes,
     }
     del plan  # for tens of thousands of tensors it is not small, and there will be another
-    with _way_out(), _locked(entry, source):
+    with _way_out(entry), _locked(entry, source):
         if not entry.is_whole():
             _convert(folder, source, entry, facts, progress)
     return entry.model
@@ -377,7 +375,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _converted_folder() -> Path:
     """Where the entries are; raises `OutputError` for a link, which could lead anywhere."""
     folder = cache_folder() / "converted"
-    if folder.is_symlink():
+    if os.path.islink(folder):  # other than Path's, it takes what cannot be looked at for none
         raise OutputError(f"{folder}: a link, expected a folder", hint="Set MLXQWEN_CACHE to where it leads.")
     return folder
 
@@ -387,10 +385,13 @@ def _entry_folders() -> Iterator[Path]:
     try:
         with os.scandir(folder) as found:
             entries = [entry for entry in found if entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return
     except OSError as cause:
-        raise OutputError(f"{folder}: cannot be read: {cause.strerror}", hint="Check its permissions.") from None
+        raise OutputError(
+            f"{folder}: cannot be read: {cause.strerror}",
+            hint="Check its permissions, or set MLXQWEN_CACHE to another folder.",
+        ) from None
     for entry in entries:
         if _KEY.fullmatch(entry.name) or _REMOVED.fullmatch(entry.name):
             yield folder / entry.name
@@ -540,11 +541,11 @@ def _remove(folder: Path, parent: Path) -> None:
 
 
 @contextmanager
-def _way_out() -> Iterator[None]:
+def _way_out(entry: _Entry) -> Iterator[None]:
     """Errors of a target that the user did not choose say how to choose another."""
     try:
         yield
     except DiskFullError as error:
-        raise DiskFullError(error.problem, hint=_MORE_ROOM) from None
+        raise DiskFullError(error.problem, hint=_MORE_ROOM + (_KEPT if entry.partial.is_dir() else "")) from None
     except OutputError as error:
         raise OutputError(error.problem, hint=_ELSEWHERE) from None

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlxqwen.device import Device
 from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, TokenizerError
 from mlxqwen_convert import cached, convert
 from mlxqwen_convert.cached import CachedModel, cache_folder, cached_models, converted, planned_size, prune
-from mlxqwen_convert.errors import OutputError, SourceChangedError
+from mlxqwen_convert.errors import DiskFullError, OutputError, SourceChangedError
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
 from tests.convert.test_crash import assert_same
@@ -398,7 +398,26 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, fp8: Path, monkeypatch: 
     monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match=refusal):
         converted(fp8)
-    assert cached_models() == []
+
+
+@pytest.mark.parametrize("look", [cached_models, prune])
+@pytest.mark.parametrize("name", ["file", "x" * 300])
+def test_a_cache_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, look: Callable[[], object]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / name))
+    with pytest.raises(OutputError, match=r"cannot be read: (Not a dir|File name too)(.|\n)*set MLXQWEN_CACHE"):
+        look()
+
+
+def test_a_disk_too_small_from_the_beginning(fp8: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written, so nothing is said to be kept."""
+    usage = shutil.disk_usage(fp8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DiskFullError, match=r"MLXQWEN_CACHE to a folder on a larger disk\.$"):
+        converted(fp8)
+    assert list((own_cache / "converted").iterdir()) == []
 
 
 def test_a_cache_inside_the_source(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +458,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert "is converted once" in notice
     assert "the disk is full" in problem
     assert "MLXQWEN_CACHE" in hint
+    assert hint.endswith("What is written is kept: the next start goes on from it.")
     assert states() == ["unfinished"]
     again = generate(source)
     assert "goes on where it was interrupted" in again.communicate()[1]

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 
 from mlxqwen.cli.terminal import ConversionProgress, print_notes, progress_lines
-from tests.command_line import Terminal, library_logging_kept
+from tests.command_line import Terminal, library_logging_kept, run
 from tests.convert.checkpoints import DENSE, MOE, make_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +246,19 @@ def test_a_dry_run_tells_of_an_unfinished_conversion(tmp_path: Path) -> None:
     assert done.returncode == 0
     partial = tmp_path / "out.partial"
     assert done.stderr == f"note: {partial}: an unfinished conversion is there; --resume goes on with it\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "Hello", "--model"], ["info"], ["convert"]])
+def test_an_unfinished_conversion_is_no_model(tmp_path: Path, command: list[str]) -> None:
+    partial = tmp_path / "my out.partial"
+    partial.mkdir()
+    (partial / "conversion.json").write_text("{}")
+    result = run(*command, str(partial), *(["elsewhere"] if command == ["convert"] else []))
+    assert (result.status, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"error: {partial}: an unfinished conversion, expected a model's folder",
+        f"       Finish it: mlxqwen convert SOURCE '{tmp_path / 'my out'}' --resume",
+    ]
 
 
 def test_an_output_without_a_name(tmp_path: Path) -> None:
