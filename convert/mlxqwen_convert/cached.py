@@ -40,7 +40,7 @@ from mlxqwen_convert.errors import DiskFullError, OutputError, ResumeError, Sour
 from mlxqwen_convert.formats import mlx_dtype
 from mlxqwen_convert.pipeline import unwritable
 from mlxqwen_convert.plan import Options, Plan, make_plan
-from mlxqwen_convert.report import size_of
+from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import file_state
 
 __all__ = ["CachedModel", "Removal", "cache_folder", "cached_models", "converted", "planned_size", "prune"]

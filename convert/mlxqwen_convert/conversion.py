@@ -47,7 +47,7 @@ from mlxqwen_convert.pipeline import (
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.source_files import SourceFiles
-from mlxqwen_convert.upload import check_repo_id, upload
+from mlxqwen_convert.upload import check_repo_id, require_token, upload
 from mlxqwen_convert.verification import ModuleError, check_errors
 
 __all__ = ["REPORT_NAME", "Progress", "convert"]
@@ -113,6 +113,7 @@ def convert(
     options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)
     if upload_repo is not None:
         check_repo_id(upload_repo)
+        require_token(upload_repo)
     if workers is not None and workers < 1:
         raise OptionError(f"workers: found {workers}, expected at least 1")
     target, local = _path(output), _path(source)

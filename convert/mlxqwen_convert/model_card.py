@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from mlxqwen_convert.plan import Plan
-from mlxqwen_convert.report import KindRow, Report, size_of
+from mlxqwen_convert.report import KindRow, Report
+from mlxqwen_convert.sizes import size_of
 
 __all__ = ["model_card"]
 

@@ -23,6 +23,7 @@ from mlxqwen_convert.formats import SourceFormat
 from mlxqwen_convert.layout import MAX_SHARD_BYTES, OutputTensor, Shard, lay_out
 from mlxqwen_convert.names import Module, Part, Parts, PartsByPrefix, modules, parts_of
 from mlxqwen_convert.readers import FLOATS, FloatReader, Reader
+from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import SourceFiles
 
 __all__ = ["Method", "Options", "Plan", "PlannedModule", "make_plan"]
@@ -422,7 +423,8 @@ def _note_head(source: SourceFormat, planned: tuple[PlannedModule, ...], options
         if entry.module.kind in ("embeddings", "lm_head") and entry.target is None and options.bits != 16
     ]
     if source.is_integer and big:
-        size = sum(entry.target_bytes for entry in big) / 1e9
+        size = size_of(sum(entry.target_bytes for entry in big))
         offer = {"embeddings": "--embed-bits 8", "lm_head": "--lm-head-bits 8"}
         flags = " ".join(offer[entry.module.kind] for entry in big)
-        notes.append(f"{size:.2f} GB of embeddings and head stay unquantized, as in the source; {flags} halves them")
+        saved = "halve them" if len(big) > 1 else "halves them"
+        notes.append(f"{size} of embeddings and head stay unquantized, as in the source; {flags} {saved}")

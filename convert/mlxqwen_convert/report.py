@@ -1,4 +1,4 @@
-"""What a conversion did: `conversion_report.json`, and tables for people."""
+"""What a conversion did: `conversion_report.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.verification import ModuleError
 
-__all__ = ["KindRow", "Report", "kind_rows", "plan_table", "size_of"]
+__all__ = ["KindRow", "Report", "kind_rows"]
 
 _KINDS = ("embeddings", "attention", "mlp", "router", "experts", "lm_head", "norms")
 
@@ -127,44 +127,3 @@ def module_facts(plan: Plan, errors: Mapping[str, ModuleError] | None) -> dict[s
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def plan_table(rows: tuple[KindRow, ...]) -> str:
-    """A table in plain text: tensors by kind, from → to, sizes, bits a weight, and errors where they are known."""
-    verified = any(row.relative_error is not None for row in rows)
-    heads = ["kind", "modules", "weights", "from", "to", "how", "before", "after", "bits/w"]
-    heads += ["error", "largest"] if verified else []
-    lines = [heads]
-    for row in rows:
-        cells = [row.kind, f"{row.modules:,}", _count(row.parameters), row.source, row.target, row.method]
-        cells += [size_of(row.source_bytes), size_of(row.target_bytes), f"{8 * row.target_bytes / row.parameters:.2f}"]
-        if verified:
-            exact = row.method == "copy" or row.relative_error == 0
-            cells += ["exact" if exact else _percent(row.relative_error), "" if exact else _percent(row.largest_error)]
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    right = {"modules", "weights", "before", "after", "bits/w", "error", "largest"}
-    text = ""
-    for line in lines:
-        cells = [c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(line, widths, heads, strict=True)]
-        text += "  ".join(cells).rstrip() + "\n"
-    return text
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.3g} %"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
-
-
-def size_of(nbytes: int) -> str:
-    """Bytes for people."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes} bytes"

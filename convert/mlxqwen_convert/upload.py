@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.hub import HUB_ID, hub_error, progress_on_terminal_only, quiet_warnings
 
-__all__ = ["check_repo_id", "require_token", "upload"]
-
-
-_WHOLE = "The conversion itself is whole in {folder}: upload it with `hf upload`."
+__all__ = ["check_repo_id", "require_token", "upload", "upload_command"]
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -30,6 +28,11 @@ def require_token(repo_id: str) -> None:
         )
 
 
+def upload_command(folder: Path, repo_id: str) -> str:
+    """What the user can type to do it later."""
+    return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
+
+
 def upload(folder: Path, repo_id: str) -> str:
     """Push a folder, making the model's repository if need be; the address of the commit.
 
@@ -43,13 +46,11 @@ def upload(folder: Path, repo_id: str) -> str:
             api = HfApi()
             api.create_repo(repo_id, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert with mlxqwen")
-    except KeyboardInterrupt:
-        # Nothing of the conversion is left to resume.
-        raise HubError(f"{repo_id}: not uploaded: interrupted", hint=_WHOLE.format(folder=folder)) from None
     except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
+        command = upload_command(folder, repo_id)
         reason = hub_error(repo_id, None, cause).problem.removeprefix(f"{repo_id}: ").replace("download", "upload")
         raise HubError(
             f"{repo_id}: not uploaded: {reason}",
-            hint=_WHOLE.format(folder=folder) + " Set HF_TOKEN to a token that may write.",
+            hint=f"The folder is whole. Set HF_TOKEN to a token that may write, then: {command}",
         ) from cause
     return str(commit.commit_url)

@@ -104,7 +104,7 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
 
 
 def _table(models: list[CachedModel]) -> str:
-    from mlxqwen_convert.report import size_of
+    from mlxqwen_convert.sizes import size_of
 
     rows = []
     for model in models:
@@ -117,7 +117,7 @@ def _table(models: list[CachedModel]) -> str:
 
 
 def _account(removals: list[Removal], dry_run: bool) -> str:
-    from mlxqwen_convert.report import size_of
+    from mlxqwen_convert.sizes import size_of
 
     text = ""
     for removal in removals:

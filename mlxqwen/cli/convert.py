@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.cli.terminal import ConversionProgress, count_of, print_error, silence_streams
 from mlxqwen.console import Output
-from mlxqwen.errors import HubError, OptionError, one_line
+from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen_convert.report import Report
@@ -189,22 +188,20 @@ def _print(text: str, report: Report) -> bool:
 
 def _upload(report: Report, repo_id: str) -> str:
     """Push what was written; the address of the commit."""
-    from mlxqwen_convert.upload import upload
+    from mlxqwen_convert.upload import upload, upload_command
 
-    command = f"hf upload {shlex.quote(repo_id)} {shlex.quote(report.output)}"
+    folder = Path(report.output)
     try:
-        return upload(Path(report.output), repo_id)
+        return upload(folder, repo_id)
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted; {one_line(report.output)} is whole, this goes on with the upload: {command}\n")
+        command = one_line(upload_command(folder, repo_id))
+        sys.stderr.write(f"interrupted; the folder is whole, this uploads it: {command}\n")
         raise
-    except HubError as error:
-        hint = f"The folder is whole. Set HF_TOKEN to a token that may write, then: {command}"
-        raise HubError(error.problem, hint=hint) from None
 
 
 def _table(report: Report) -> str:
     """Modules by kind: from → to, sizes, bits a weight, and errors where they were measured."""
-    from mlxqwen_convert.report import size_of
+    from mlxqwen_convert.sizes import size_of
 
     verified = any(row.relative_error is not None for row in report.kinds)
     rows = []
@@ -222,7 +219,7 @@ def _percent(value: float | None) -> str:
 
 
 def _text(report: Report) -> str:
-    from mlxqwen_convert.report import size_of
+    from mlxqwen_convert.sizes import size_of
 
     text = "".join(f"note: {one_line(note)}\n" for note in report.notes) + _table(report)
     before, after = (sum(getattr(row, side) for row in report.kinds) for side in ("source_bytes", "target_bytes"))

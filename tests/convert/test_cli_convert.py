@@ -96,7 +96,9 @@ def test_json_for_scripts(tmp_path: Path) -> None:
 def test_the_offer_for_heads_of_integer_checkpoints(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "awq").write()
     done = mlxqwen("convert", source.folder, tmp_path / "out", "--dry-run")
-    assert "--embed-bits 8 --lm-head-bits 8" in done.stdout
+    # Two matrices of 192 × 128 weights, each of two bytes.
+    assert done.stdout.startswith("note: 98.30 kB of embeddings and head stay unquantized, as in the source; ")
+    assert "; --embed-bits 8 --lm-head-bits 8 halve them\n" in done.stdout
     done = mlxqwen("convert", source.folder, tmp_path / "out", "--embed-bits", "8", "--lm-head-bits", "8")
     assert "note" not in done.stdout
     section = json.loads((tmp_path / "out/config.json").read_text())["quantization"]

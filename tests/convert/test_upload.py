@@ -12,10 +12,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from mlxqwen.errors import HubError
+from mlxqwen_convert import convert
+from tests.command_line import run as run_here
 from tests.convert.checkpoints import make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
 
@@ -116,6 +119,27 @@ def test_a_token_that_is_refused(hub: UploadHub, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out/config.json").exists()
     assert not hub.files
+
+
+def test_no_token_ends_it_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(HubError, match=r"found no token(.|\n)*HF_TOKEN"):
+        convert(tmp_path / "nowhere", tmp_path / "out", upload_repo="me/model")
+
+
+def test_ctrl_c_while_uploading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, repo_id: str) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setattr("mlxqwen_convert.upload.upload", interrupted)
+    source = make_source(tmp_path / "in", "fp8").write()
+    result = run_here("convert", str(source.folder), str(tmp_path / "my out"), "--upload-repo", "me/model")
+    assert result.status == 130
+    assert "verified, in " in result.out
+    command = f"hf upload me/model '{tmp_path / 'my out'}'"
+    assert result.err.splitlines()[0] == f"interrupted; the folder is whole, this uploads it: {command}"
+    assert (tmp_path / "my out/config.json").exists()
 
 
 def test_a_name_that_is_none(hub: UploadHub, tmp_path: Path) -> None:
