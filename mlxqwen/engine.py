@@ -28,7 +28,7 @@ from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.prompts import hard_switch, render_prompt
+from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
 from mlxqwen.requests import choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
@@ -384,7 +384,8 @@ class Engine:
 
         Args:
             messages: never modified; what comes back holds the same dicts.
-            max_tokens: the room for the reply, if there is so much at all; by default a quarter of the context.
+            max_tokens: the most that the reply may have. Room is left for it, but for no more than a quarter of the
+                context, which is the default, too.
             thinking, tools, trust_special_tokens: as for `prompt`.
             cache: what it holds already takes room too. In one that slides within the context everything fits.
 
@@ -403,21 +404,19 @@ class Engine:
         )
 
     def sampling_for(
-        self,
-        messages: Messages,
-        *,
-        thinking: bool | None = None,
-        thinking_budget: int | None = None,
-        sampling: Sampling = None,
+        self, messages: Messages, *, cache: KVCache | None = None, **options: Unpack[RequestOptions]
     ) -> SamplingParams:
-        """What a reply to `messages` is drawn with: the card's profile for the mode, single options over it.
+        """What `stream` draws its reply to `messages` with: the card's profile for the mode, single options over it.
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
         A model whose thinking budget is 0 does not think.
+
+        Args:
+            messages: as for `stream`. They may be too long for the context.
+            cache: as for `fit`, if `drop_oldest` is given.
+            **options: those of `stream` that a conversation of a batch may have for itself.
         """
-        request = RequestOptions(thinking=thinking, thinking_budget=thinking_budget, sampling=sampling)
-        prompt = self.prompt(messages, thinking=hard_switch(thinking, thinking_budget))
-        return choose_sampling(self.model, self.tokenizer, prompt, messages, request)
+        return choose_sampling(self.model, self.tokenizer, messages, cache, **options)
 
 
 def _refuse_cache(options: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from mlxqwen.cache import KVCache
 from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions
 from mlxqwen.completion import resolve_params
 from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, room_for_answer
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, check_count, room_for_answer
 from mlxqwen.messages import count_turns
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, render_prompt
-from mlxqwen.sampling_params import SamplingParams, check_integer
+from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.thinking import ThinkingBudget
 from mlxqwen.tokenizer import Tokenizer
 
 __all__ = ["PreparedRequest", "choose_sampling", "fit_messages", "prepare_request", "prepare_requests"]
@@ -39,29 +40,17 @@ def prepare_request(
     **options: Unpack[RequestOptions],
 ) -> PreparedRequest:
     """For the options, and what is raised, see `Engine.stream`."""
-    thinking = hard_switch(options.get("thinking"), options.get("thinking_budget"))
-    tools, max_tokens, seed = options.get("tools"), options.get("max_tokens"), options.get("seed")
-    trust = options.get("trust_special_tokens", False)
-    if options.get("drop_oldest", False):
-        messages = fit_messages(
-            model,
-            tokenizer,
-            messages,
-            cache,
-            max_tokens=max_tokens,
-            thinking=thinking,
-            tools=tools,
-            trust_special_tokens=trust,
-        )
-    prompt = render_prompt(tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust)
-    _check_room(model, len(prompt), cache, turns=count_turns(messages, trust_special_tokens=trust))
-    sampling = choose_sampling(model, tokenizer, prompt, messages, options)
+    max_tokens, budget, tools = options.get("max_tokens"), options.get("thinking_budget"), options.get("tools")
+    if max_tokens is not None:
+        check_count("max_tokens", max_tokens)
+    messages, prompt = _fitted_prompt(model, tokenizer, messages, cache, options)
+    turns = count_turns(messages, trust_special_tokens=options.get("trust_special_tokens", False))
+    _check_room(model, len(prompt), cache, turns=turns)
+    ThinkingBudget(tokenizer, prompt, budget=budget)  # complains here, where it is known which conversation has it
+    sampling = _resolve_sampling(model, tokenizer, prompt, messages, options)
+    _check_bias(sampling, model.config.vocab_size)
     return PreparedRequest(
-        prompt,
-        sampling if seed is None else replace(sampling, seed=seed),
-        DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        options.get("thinking_budget"),
-        bool(tools),
+        prompt, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, budget, bool(tools)
     )
 
 
@@ -111,7 +100,10 @@ def fit_messages(
 ) -> list[Mapping[str, Any]]:
     """See `Engine.fit`."""
     context = model.config.context_length
-    reserve = context // 4 if max_tokens is None else max(1, check_integer("max_tokens", max_tokens, 1 << 62))
+    reserve = max(1, context // 4)
+    if max_tokens is not None:
+        check_count("max_tokens", max_tokens)
+        reserve = min(reserve, max_tokens)  # the most that a reply may have is seldom what it has
     held, window = _held(cache)
 
     def tokens_of(kept: Messages) -> int:
@@ -129,15 +121,53 @@ def fit_messages(
 def choose_sampling(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
+    messages: Messages,
+    cache: KVCache | None = None,
+    **options: Unpack[RequestOptions],
+) -> SamplingParams:
+    """See `Engine.sampling_for`."""
+    messages, prompt = _fitted_prompt(model, tokenizer, messages, cache, options)
+    return _resolve_sampling(model, tokenizer, prompt, messages, options)
+
+
+def _fitted_prompt(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, messages: Messages, cache: KVCache | None, options: RequestOptions
+) -> tuple[Messages, list[int]]:
+    """The messages that are sent, and their ids."""
+    thinking = hard_switch(options.get("thinking"), options.get("thinking_budget"))
+    tools, trust = options.get("tools"), options.get("trust_special_tokens", False)
+    if options.get("drop_oldest", False):
+        messages = fit_messages(
+            model,
+            tokenizer,
+            messages,
+            cache,
+            max_tokens=options.get("max_tokens"),
+            thinking=thinking,
+            tools=tools,
+            trust_special_tokens=trust,
+        )
+    return messages, render_prompt(tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust)
+
+
+def _resolve_sampling(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
     prompt: Sequence[int],
     messages: Messages,
     options: RequestOptions,
 ) -> SamplingParams:
-    """See `Engine.sampling_for`; `prompt` is what `messages` became."""
     thinks = options.get("thinking_budget") != 0 and asks_for_thought(
         tokenizer, prompt, messages, thinking=options.get("thinking")
     )
-    return resolve_params(model, options.get("sampling"), thinking=thinks)
+    sampling, seed = resolve_params(model, options.get("sampling"), thinking=thinks), options.get("seed")
+    return sampling if seed is None else replace(sampling, seed=seed)
+
+
+def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    for token in sampling.logit_bias or ():
+        if token >= vocab_size:
+            raise OptionError(f"logit_bias: found {token}, expected token ids from 0 to {vocab_size - 1}")
 
 
 def _check_room(model: Qwen3ForCausalLM, prompt_tokens: int, cache: KVCache | None, *, turns: int) -> None:

@@ -108,6 +108,38 @@ def test_conversations_that_cannot_be_answered_may_be_left_out(engine: Engine) -
     assert errors[1].problem.startswith("prompt: ")
 
 
+WRONG_OPTIONS: list[dict[str, Any]] = [
+    {"thinking_budget": -1},
+    {"thinking_budget": True},
+    {"max_tokens": 0},
+    {"max_tokens": "9"},
+    {"sampling": {"logit_bias": {100_000: 1.0}}},
+    {"sampling": {"heat": 1}},
+    {"seed": -1},
+    {"thinking": "yes"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
+def test_wrong_options_of_one_take_none_of_the_others_with_it(engine: Engine, wrong: dict[str, Any]) -> None:
+    requests: list[Any] = [QUESTIONS[0], ChatRequest(QUESTIONS[1], wrong), QUESTIONS[2]]  # type: ignore[arg-type]
+    errors: dict[int, MlxqwenError] = {}
+    assert sorted(dict(engine.batch(requests, max_tokens=1, on_error=errors.__setitem__))) == [0, 2]
+    assert {index: type(error) for index, error in errors.items()} == {1: OptionError}
+    with pytest.raises(OptionError, match=r"conversations\[1\]: "):
+        list(engine.batch(requests, max_tokens=1))
+
+
+def test_a_budget_for_one_where_no_thought_can_be_ended(demo: Any) -> None:
+    model, tokenizer = demo
+    plain = copy.copy(tokenizer)
+    plain.token_to_id = lambda token: None if token == "</think>" else tokenizer.token_to_id(token)
+    errors: dict[int, MlxqwenError] = {}
+    requests: list[Any] = [QUESTIONS[0], ChatRequest(QUESTIONS[1], {"thinking_budget": 5})]
+    assert sorted(dict(Engine(model, plain).batch(requests, max_tokens=1, on_error=errors.__setitem__))) == [0]
+    assert "has no </think>" in errors[1].problem
+
+
 def test_caches_of_its_own(engine: Engine) -> None:
     made: list[int] = []
 

@@ -103,15 +103,22 @@ def long_conversation(turns: int, words: int = 5) -> list[dict[str, Any]]:
 
 def test_fit_leaves_the_room_asked_for(engine: Engine) -> None:
     messages = long_conversation(8)
-    for max_tokens, least in ((None, CONTEXT // 4), (10, 10), (60, 60)):
+    for max_tokens, least in ((None, CONTEXT // 4), (10, 10), (60, CONTEXT // 4), (32_768, CONTEXT // 4)):
         fitted = engine.fit(messages, max_tokens=max_tokens)
         assert (fitted[0], fitted[-1]) == (SYSTEM, messages[-1])
         assert len(engine.prompt(fitted)) + least <= CONTEXT
         longer = without_oldest_turns(messages, count_turns(messages) - count_turns(fitted) - 1)
         assert len(longer) > len(fitted)
         assert len(engine.prompt(longer)) + least > CONTEXT
-    assert engine.fit(messages, max_tokens=10_000) == [SYSTEM, messages[-1]]
     assert engine.fit([SYSTEM, messages[-1]]) == [SYSTEM, messages[-1]]
+
+
+def test_a_long_reply_is_allowed_and_not_reserved(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "Bo"}, {"role": "assistant", "content": "Hi"}, *long_conversation(0)[1:]]
+    room = CONTEXT - len(engine.prompt(messages))
+    assert room > CONTEXT // 4
+    for max_tokens in (room + 1, CONTEXT, 32_768):
+        assert engine.fit(messages, max_tokens=max_tokens) == messages
 
 
 def test_a_conversation_too_long_says_the_ways_out(engine: Engine) -> None:
@@ -159,6 +166,6 @@ def test_what_a_cache_holds_takes_room(engine: Engine) -> None:
 
 
 def test_what_is_no_number_is_refused(engine: Engine) -> None:
-    for wrong in ("5", -1, 1.5):
+    for wrong in ("5", -1, 0, 1.5, True):
         with pytest.raises(OptionError, match="max_tokens: found"):
             engine.fit([SYSTEM, {"role": "user", "content": "Hi"}], max_tokens=wrong)  # type: ignore[arg-type]
