@@ -1,0 +1,140 @@
+"""What a conversion holds at most: whole processes measured, and the allowance that bounds them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from make_checkpoint import SHAPES, make_checkpoint
+
+from mlxqwen_convert.memory import expected_peak, strip_bytes, weights_in_flight
+from mlxqwen_convert.pipeline import Allowance, Task, chunks_of, smallest_chunk, tasks_of
+from mlxqwen_convert.plan import Options, make_plan
+from tests.convert.checkpoints import make_source
+
+ROOT = Path(__file__).resolve().parents[2]
+_MEASURED = """
+import os, sys
+from mlxqwen_convert import convert
+report = convert(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
+with open("/proc/self/status") as status:
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+print(peak, report.expected_peak_bytes)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One layer as wide as that of the widest release, otherwise small."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        narrow = {"vocab_size": 2048, "hidden_size": 1024, "num_hidden_layers": 1}
+        patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **narrow})
+        for form in ("awq", "gptq"):
+            folders[form] = tmp_path_factory.mktemp(form) / "in"
+            make_checkpoint(folders[form], "wide", form=form)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("form", ["awq", "gptq"])
+def test_wide_rows_that_are_read_by_columns(wide: dict[str, Path], tmp_path: Path, form: str, workers: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+    command = [sys.executable, "-c", _MEASURED, str(wide[form]), str(tmp_path / "out"), str(workers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak, expected = map(int, done.stdout.split())
+    assert peak <= 96 << 20
+    assert peak <= expected
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "gptq8", "int4-asymmetric", "int8-asymmetric", "bf16", "fp8"])
+def test_chunks_hold_what_they_may(tmp_path: Path, form: str) -> None:
+    """Rows of one task, all of them in order; no packed word is cut, and no chunk is larger than it must be."""
+    plan = make_plan(make_source(tmp_path / "in", form).write().folder, Options())
+    for task in tasks_of(plan):
+        planned = plan.modules[task.module]
+        least = smallest_chunk(planned.readers[task.part])
+        for weights in (1, 1000, 5000, 1 << 17):
+            chunks = list(chunks_of(planned, task, weights))
+            rows = [row for start, stop in chunks for row in range(start, stop)]
+            assert rows == list(range(task.start, task.stop))
+            assert all((start - task.start) % least == 0 for start, _ in chunks)
+            most = max(weights, least * planned.module.width)
+            assert all((stop - start) * planned.module.width <= most for start, stop in chunks)
+
+
+def test_rows_of_packed_words_stay_together(tmp_path: Path) -> None:
+    plan = make_plan(make_source(tmp_path / "in", "awq").write().folder, Options())
+    number = next(n for n, planned in enumerate(plan.modules) if planned.module.kind == "attention")
+    assert list(chunks_of(plan.modules[number], Task(number, 0, 0, 32), 1)) == [(0, 8), (8, 16), (16, 24), (24, 32)]
+
+
+def test_the_peak_counts_rows_wider_than_all_chunks(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "awq")
+    plan = make_plan(source.write().folder, Options())
+    before, in_flight = expected_peak(plan), weights_in_flight(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxqwen_convert.memory._MOST_IN_FLIGHT", 1)
+        patch.setattr("mlxqwen_convert.memory._FEWEST_IN_FLIGHT", 1)
+        assert weights_in_flight(plan) == 1
+        assert before - expected_peak(plan) == (in_flight - 8 * 256) * 75
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 64])
+def test_strips_of_all_workers_have_a_common_bound(workers: int) -> None:
+    assert strip_bytes(workers) * 10 // 8 * workers <= 8 << 20
+
+
+def test_no_more_is_in_hand_than_the_allowance() -> None:
+    allowance, lock = Allowance(100), threading.Lock()
+    held, most = 0, 0
+
+    def work(weights: int) -> None:
+        nonlocal held, most
+        for _ in range(50):
+            with allowance.taken(weights):
+                with lock:
+                    held += weights
+                    most = max(most, held)
+                with lock:
+                    held -= weights
+
+    threads = [threading.Thread(target=work, args=(weights,)) for weights in (10, 30, 40, 60, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert most <= 100
+    assert held == 0
+
+
+def test_more_than_the_allowance_is_had_alone() -> None:
+    allowance = Allowance(100)
+    order: list[str] = []
+
+    def wide() -> None:
+        with allowance.taken(1000):
+            order.append("wide")
+
+    with allowance.taken(1):
+        thread = threading.Thread(target=wide)
+        thread.start()
+        thread.join(timeout=0.05)
+        order.append("narrow")
+    thread.join(timeout=30)
+    assert order == ["narrow", "wide"]
+
+
+def test_what_fails_gives_its_part_back() -> None:
+    allowance = Allowance(100)
+    with pytest.raises(ValueError, match="no"), allowance.taken(100):
+        raise ValueError("no")
+    with allowance.taken(100):
+        pass
