@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from mlxqwen_convert.plan import Plan
@@ -35,7 +36,7 @@ def model_card(plan: Plan, report: Report, name: str, base_model: str | None = N
     lines = ["---", *head, "---", "", f"# {_plain(name)}", ""]
     lines += [f"Made of {made_of} by `mlxqwen convert`: {plan.source.label} → {report.target}.", ""]
     lines += [f"{size_of(report.target_bytes)}, {report.bits_per_weight:.2f} bits a weight.", ""]
-    lines += ["```sh", f'mlxqwen generate --model ./{_plain(name)} "Hello"', "```", ""]
+    lines += ["```sh", f'mlxqwen generate --model {_argument(f"./{name}")} "Hello"', "```", ""]
     lines += ["## How it was made", ""]
     lines += [f"- {how}" for how in _how(plan)]
     lines += [f"- {_plain(note)}" for note in report.notes]
@@ -97,6 +98,11 @@ def _licence(folder: Path) -> str | None:
     head = text.split("\n---", 1)[0] if text.startswith("---") else ""
     match = _LICENCE.search(head)
     return match[1] if match else None
+
+
+def _argument(text: str) -> str:
+    """One word for a shell, on one line."""
+    return shlex.quote("".join(c for c in text if c.isprintable()))
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -54,3 +55,10 @@ def test_all_notes_are_on_the_card(tmp_path: Path) -> None:
     text = (tmp_path / "out/README.md").read_text()
     assert len(report.notes) == 1
     assert f"- {report.notes[0]}" in text
+
+
+def test_the_command_of_an_output_with_any_name(tmp_path: Path) -> None:
+    folder = make_source(tmp_path / "in", "fp8").write().folder
+    convert(folder, tmp_path / "o $x `y`")
+    lines = (tmp_path / "o $x `y`" / "README.md").read_text().splitlines()
+    assert shlex.split(lines[lines.index("```sh") + 1]) == ["mlxqwen", "generate", "--model", "./o $x `y`", "Hello"]
