@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from mlxqwen.completion import GenerationResponse
@@ -109,7 +110,7 @@ class ReplyEvents:
         if response.finish_reason is not None:
             deltas += self._parser.finish()
         self._log_warnings()
-        for delta in filter(None, map(self._before_stop, deltas)):
+        for delta in chain.from_iterable(map(self._before_stop, deltas)):
             self._deltas.append(delta)
             yield delta
         if response.finish_reason is not None and (rest := self._stops.finish()):
@@ -119,14 +120,19 @@ class ReplyEvents:
             self.done = self._make_done(response)
             yield self.done
 
-    def _before_stop(self, delta: Delta) -> Delta | None:
-        """What may be shown of `delta`: all but content that is, or may become, a stop string, and what follows one."""
+    def _before_stop(self, delta: Delta) -> Iterator[Delta]:
+        """What may be shown of `delta`: all but content that is, or may become, a stop string, and what follows one.
+
+        A stop string has no call in it: what was held back as the beginning of one comes before the call.
+        """
+        if delta.tool_call is not None and (rest := self._stops.finish()):
+            yield Delta(content=rest)
         if self._stops.found:
-            return None
+            return
         if delta.content is None:
-            return delta
-        shown, _ = self._stops.feed(delta.content)
-        return Delta(content=shown) if shown else None
+            yield delta
+        elif shown := self._stops.feed(delta.content)[0]:
+            yield Delta(content=shown)
 
     def _log_warnings(self) -> None:
         for warning in self._parser.warnings[self._warnings :]:

@@ -19,6 +19,7 @@ EARLY_STOP_TEXT = (
 )
 
 _OPEN, _CLOSE, _TOOL_CALL = "<think>", "</think>", "<tool_call>"
+_TAGS = (_OPEN, _CLOSE, _TOOL_CALL, "</tool_call>")
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
@@ -167,9 +168,10 @@ def check_early_stop_text(text: object) -> str:
     """A sentence without the line breaks around it. Raises `OptionError` for what is no text, or holds a tag."""
     if not isinstance(text, str):
         raise OptionError(f"early_stop_text: found {type(text).__name__}, expected a string")
-    for tag in (_OPEN, _CLOSE):
+    for tag in _TAGS:
         if tag in text:
             raise OptionError(
-                f"early_stop_text: found {tag} in it, expected a sentence alone", hint="The tag is added to it."
+                f"early_stop_text: found {tag} in it, expected a sentence alone",
+                hint=f"Leave it out: {_CLOSE} is added to the sentence, and only a model may call tools.",
             )
     return text.strip("\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -95,6 +95,28 @@ def test_nothing_follows_the_end() -> None:
 def test_what_is_held_back_as_a_stop_comes_out_at_the_end() -> None:
     events = events_of("say sto", stop="stop")
     assert "".join(event.content or "" for event in events if isinstance(event, Delta)) == "say sto"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown", "finish_reason"),
+    [
+        (f"EN{CALL}D of it", ["END"], ["EN", "call", "D of it"], "tool_calls"),
+        (f"EN{CALL}D of it END", ["END"], ["EN", "call", "D of it "], "stop"),
+        (f"EN{CALL}EN{CALL}D", ["END"], ["EN", "call", "EN", "call", "D"], "tool_calls"),
+        (f"a END{CALL}", ["END"], ["a "], "stop"),
+        # The longer one began first and might have become the stop; at the call it is known that it does not.
+        (f"abc{CALL}d", ["abcd", "bc"], ["a"], "stop"),
+    ],
+)
+def test_no_stop_string_has_a_call_in_it(text: str, stops: list[str], shown: list[str], finish_reason: str) -> None:
+    events = events_of(text, tools=True, stop=stops)
+    pieces = ["call" if event.tool_call else event.content or "" for event in events if isinstance(event, Delta)]
+    assert [piece for is_call, group in groupby(pieces, "call".__eq__) for piece in joined(is_call, group)] == shown
+    assert done_of(events).finish_reason == finish_reason
+
+
+def joined(is_call: bool, pieces: Iterable[str]) -> list[str]:
+    return list(pieces) if is_call else ["".join(pieces)]
 
 
 def test_usage_is_that_of_the_last_response() -> None:
