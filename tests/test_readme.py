@@ -29,6 +29,13 @@ def test_the_demos_table_is_the_one_of_the_demo() -> None:
     assert all(row in README for row in rows)
 
 
+def test_the_table_of_conversions_is_the_one_of_their_page() -> None:
+    page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    table = re.search(r"\| from \| to \|.*?\n\n", page, flags=re.DOTALL)
+    assert table is not None
+    assert table[0] in README
+
+
 def test_ci_runs_the_first_two_blocks_as_written() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
