@@ -9,6 +9,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.completion import batch_stream, begins_in_thought
 from mlxqwen.events import Done, ReplyEvents
 from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import PreparedRequest
 from mlxqwen.tokenizer import Tokenizer
 
@@ -34,10 +35,13 @@ def stream_groups(
     for all, see `Engine.batch`.
     """
     requests = iter(requests)
+    tags = reply_tags(tokenizer)
     while group := list(islice(requests, batch_size)):
         prepared = [request for _, request in group]
         replies = [
-            ReplyEvents(thinking=begins_in_thought(tokenizer, request.prompt), tools=request.tools, stop=stop)
+            ReplyEvents(
+                thinking=begins_in_thought(tokenizer, request.prompt), tools=request.tools, stop=stop, tags=tags
+            )
             for request in prepared
         ]
         responses = batch_stream(

@@ -300,6 +300,8 @@ class _Row:
         self._count += 1
         loops = self._loops is not None and self._loops.feed(generated.token)
         text, finish_reason = self._show(generated.token, generated.finish_reason or ("loop" if loops else None))
+        if finish_reason is not None:
+            self.thinking.finish()
         return GenerationResponse(
             text=text,
             token=generated.token,

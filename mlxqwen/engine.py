@@ -30,6 +30,7 @@ from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
+from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.stop import StopStrings
@@ -262,7 +263,8 @@ class Engine:
             on_prefill=on_prefill,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
-        return split_reply(responses, thinking=begins_in_thought(self.tokenizer, prompt), tools=tools, stop=stop)
+        begins = begins_in_thought(self.tokenizer, prompt)
+        return split_reply(responses, thinking=begins, tools=tools, stop=stop, tags=reply_tags(self.tokenizer))
 
     def run_tools(
         self,

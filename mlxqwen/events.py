@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlxqwen.completion import GenerationResponse
 from mlxqwen.reply import Delta, Reply, ReplyParser, join_deltas
+from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
 from mlxqwen.stop import StopStrings
 
 __all__ = [
@@ -83,19 +84,37 @@ class ReplyEvents:
     Args:
         thinking, tools: as for `mlxqwen.reply.ReplyParser`.
         stop: end before the first of these texts in the content; reasoning and calls may hold them.
+        tags: those of the tokenizer, for responses that no stop strings have held back: then only its tokens are tags.
+            By default text that spells a tag is one.
 
     Raises:
         OptionError: a stop is empty or not a string.
     """
 
-    def __init__(self, *, thinking: bool | None, tools: bool = False, stop: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        thinking: bool | None,
+        tools: bool = False,
+        stop: str | Sequence[str] = (),
+        tags: ReplyTags = TEXT_TAGS,
+    ) -> None:
         self.done: Done | None = None
-        self._parser = ReplyParser(thinking=thinking, tools=tools)
+        self._tags = tags
+        self._parser = ReplyParser(thinking=thinking, tools=tools, tags=tags)
         self._stops = StopStrings(stop)
         self._deltas: list[Delta] = []
         self._tokens: list[int] = []
         self._warnings = 0
         self._started, self._first = time.perf_counter(), 0.0
+
+    def of(self, responses: Iterator[GenerationResponse]) -> Iterator[Event]:
+        """All events of a reply; its time counts from when the first is asked for."""
+        self._started = time.perf_counter()
+        for response in responses:
+            yield from self.feed(response)
+            if self.done is not None:
+                return
 
     def feed(self, response: GenerationResponse) -> Iterator[Event]:
         """Take what the next token adds → what is now certain; the last event is `done`, too.
@@ -106,7 +125,8 @@ class ReplyEvents:
             return
         self._first = self._first or time.perf_counter()
         self._tokens.append(response.token)
-        deltas = self._parser.feed(response.text)
+        is_end = response.finish_reason == "stop"  # an end token leaves no text, be it a tag
+        deltas = self._parser.feed(response.text if is_end else self._tags.mark(response.token, response.text))
         if response.finish_reason is not None:
             deltas += self._parser.finish()
         self._log_warnings()
@@ -166,20 +186,10 @@ def split_reply(
     thinking: bool | None,
     tools: bool = False,
     stop: str | Sequence[str] = (),
+    tags: ReplyTags = TEXT_TAGS,
 ) -> Iterator[Event]:
     """One reply's text as it comes → its events; the arguments are those of `ReplyEvents`."""
-    ReplyEvents(thinking=thinking, tools=tools, stop=stop)  # complains now rather than at the first event
-    return _events(responses, thinking, tools, stop)
-
-
-def _events(
-    responses: Iterator[GenerationResponse], thinking: bool | None, tools: bool, stop: str | Sequence[str]
-) -> Iterator[Event]:
-    reply = ReplyEvents(thinking=thinking, tools=tools, stop=stop)
-    for response in responses:
-        yield from reply.feed(response)
-        if reply.done is not None:
-            return
+    return ReplyEvents(thinking=thinking, tools=tools, stop=stop, tags=tags).of(responses)
 
 
 def assistant_message(reply: Reply) -> dict[str, Any]:

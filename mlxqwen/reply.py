@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from mlxqwen.tool_call_text import CLOSE_TAG, OPEN_TAG, ToolCallScanner, parse_tool_call
+from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
+from mlxqwen.tool_call_text import ToolCallScanner, parse_tool_call
 
 __all__ = ["Delta", "Reply", "ReplyParser", "ToolCall", "ToolCallDelta", "join_deltas", "new_call_id", "parse_reply"]
 
 MAX_WARNINGS = 20
-_THINK, _END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,10 @@ class ReplyParser:
     """Splits a reply while it is being written.
 
     Think tags count only around the reply's first thought; in the content they are text. A call counts once all of it
-    is there and its JSON is sound. A broken or unfinished one is content, exactly as written, and `warnings` says what
-    is wrong with it; calls behind it count. Line breaks around a call are no content, except that texts before and
-    behind it stay on lines of their own.
+    is there and its JSON is sound. A broken or unfinished one is text, exactly as written, and `warnings` says what is
+    wrong with it; what is behind it counts. In a thought that text is reasoning, for only a call ends a thought: then
+    the `</think>` that may still follow is no content either. Line breaks around a call are no content, except that
+    texts before and behind it stay on lines of their own.
 
     Args:
         thinking: True if the reply is known to begin in thought: then everything up to `</think>` is reasoning, whether
@@ -77,28 +78,52 @@ class ReplyParser:
         tools: whether the model was given tools. If so, `<tool_call>` begins a call and ends reasoning still open; if
             not, it is text.
         new_id: makes the ids of the calls.
+        tags: what stands for the tags in the text.
 
     Attributes:
-        in_reasoning: whether the text so far ends in reasoning.
-        warnings: what was wrong with calls that were kept as content.
+        warnings: what was wrong with calls that were kept as text.
+        length: characters fed so far.
+        reasoning_start, reasoning_end: where among them the thought begins and ends; None while that is not known.
     """
 
     def __init__(
-        self, *, thinking: bool | None = True, tools: bool = False, new_id: Callable[[], str] = new_call_id
+        self,
+        *,
+        thinking: bool | None = True,
+        tools: bool = False,
+        new_id: Callable[[], str] = new_call_id,
+        tags: ReplyTags = TEXT_TAGS,
     ) -> None:
-        self.in_reasoning = thinking is True
         self.warnings: list[str] = []
+        self.length = 0
+        self.reasoning_start = 0 if thinking else None
+        self.reasoning_end: int | None = None
         self._may_open = thinking is not False
+        self._in_thought = thinking is True
+        self._end_think_due = thinking is True
         self._tools = tools
         self._new_id = new_id
+        self._tags = tags
         self._calls = 0
         self._text = ""  # what is not yet decided, from `_at` on
         self._at = 0
         self._scanner: ToolCallScanner | None = None  # holds the text of a call not yet whole
+        self._scanned_from = 0
         self._edges = _EdgeLineBreaks()
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text so far ends in reasoning; not while it may be a call that ends it."""
+        return self._in_thought and self._scanner is None
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether reasoning goes on or may still come."""
+        return self._in_thought or self._may_open
 
     def feed(self, text: str) -> list[Delta]:
         """Take the next piece of text → what is now certain."""
+        self.length += len(text)
         self._text, self._at = self._text[self._at :] + text, 0
         return list(self._advance(final=False))
 
@@ -111,36 +136,52 @@ class ReplyParser:
             self._open(final=final)
         if self._may_open:
             return
-        if self.in_reasoning:
-            ends = (_END_THINK, OPEN_TAG) if self._tools else (_END_THINK,)
-            thought, end = self._take_until(ends, final=final)
-            if certain := self._edges.strip(thought):
-                yield Delta(reasoning=certain)
-            if not end:
-                return
-            self.in_reasoning, self._edges = False, _EdgeLineBreaks()
-            if end == OPEN_TAG:
-                self._scanner = ToolCallScanner()
         while True:
             if self._scanner is None:
-                content, tag = self._take_until((OPEN_TAG,) if self._tools else (), final=final)
-                yield from self._content(content)
+                text, tag = self._take_until(self._tags_to_come, final=final)
+                yield from self._shown(text)
+                if tag == self._tags.end_think:
+                    self._end_think()
+                    continue
                 if not tag:
                     return
-                self._scanner = ToolCallScanner()
+                self._scanner, self._scanned_from = ToolCallScanner(self._tags), self._position - len(tag)
             yield from self._advance_call(self._scanner, final=final)
             if self._scanner is not None:
                 return
 
+    @property
+    def _position(self) -> int:
+        """How many of the characters fed are taken."""
+        return self.length - len(self._text) + self._at
+
+    @property
+    def _tags_to_come(self) -> tuple[str, ...]:
+        tags = (self._tags.end_think,) if self._end_think_due else ()
+        return (*tags, self._tags.tool_call) if self._tools else tags
+
     def _open(self, *, final: bool) -> None:
         """Swallow the tag that opens a thought, once it is clear whether there is one."""
-        self._text = self._text.lstrip("\n")
-        if not final and self._text != _THINK and _THINK.startswith(self._text):
+        tag, rest = self._tags.think, self._text.lstrip("\n")
+        self._at = len(self._text) - len(rest)
+        if not final and rest != tag and tag.startswith(rest):
             return
         self._may_open = False
-        if self._text.startswith(_THINK):
-            self._at = len(_THINK)
-            self.in_reasoning = True
+        if rest.startswith(tag):
+            self._at += len(tag)
+            self._in_thought = self._end_think_due = True
+            self.reasoning_start = self._position
+
+    def _end_think(self) -> None:
+        """`</think>`: of the thought, or left over from one that a call has ended."""
+        self._end_think_due = False
+        if self._in_thought:
+            self._end_thought(self._position - len(self._tags.end_think))
+        else:
+            self._edges.cut()
+
+    def _end_thought(self, end: int) -> None:
+        self._in_thought, self.reasoning_end, self._edges = False, end, _EdgeLineBreaks()
 
     def _take_until(self, tags: tuple[str, ...], *, final: bool) -> tuple[str, str]:
         """Text up to the first of `tags`, and that tag; without one, the text that can be part of none, and ""."""
@@ -161,19 +202,22 @@ class ReplyParser:
         if scanner.undecided:
             return
         self._scanner = None
-        taken = scanner.taken
+        taken, intact = scanner.taken, scanner.intact
+        if scanner.problem is None:
+            try:
+                name, arguments = parse_tool_call(self._tags.spell(taken.removesuffix(self._tags.end_tool_call)))
+            except ValueError as problem:
+                scanner.problem, intact = str(problem), len(taken)
         if scanner.problem is not None:
             self._warn(scanner.problem)
-            self._take_back(taken[scanner.intact :])
-            yield from self._content(OPEN_TAG + taken[: scanner.intact])
+            if self._end_think_due and (thought_end := taken.find(self._tags.end_think, 0, intact)) >= 0:
+                intact = thought_end
+            self._take_back(taken[intact:])
+            yield from self._shown(self._tags.tool_call + taken[:intact])
             return
-        try:
-            name, arguments = parse_tool_call(taken.removesuffix(CLOSE_TAG))
-        except ValueError as problem:
-            self._warn(str(problem))
-            yield from self._content(OPEN_TAG + taken)
-            return
-        self._edges.call()
+        if self._in_thought:
+            self._end_thought(self._scanned_from)
+        self._edges.cut()
         yield Delta(tool_call=ToolCallDelta(self._calls, self._new_id(), name, arguments))
         self._calls += 1
 
@@ -184,9 +228,9 @@ class ReplyParser:
         else:
             self._text, self._at = text + self._text[self._at :], 0
 
-    def _content(self, text: str) -> Iterator[Delta]:
-        if certain := self._edges.strip(text):
-            yield Delta(content=certain)
+    def _shown(self, text: str) -> Iterator[Delta]:
+        if certain := self._tags.spell(self._edges.strip(text)):
+            yield Delta(reasoning=certain) if self._in_thought else Delta(content=certain)
 
     def _warn(self, problem: str) -> None:
         if len(self.warnings) < MAX_WARNINGS:
@@ -228,25 +272,25 @@ def _tag_prefix_length(text: str, tag: str, start: int) -> int:
 
 
 class _EdgeLineBreaks:
-    """`str.strip("\\n")` for text that comes in pieces, with calls between them."""
+    """`str.strip("\\n")` for text that comes in pieces, with calls and the like between them."""
 
     def __init__(self) -> None:
         self._started = False
         self._pending = 0
-        self._beside_call = False
+        self._beside_cut = False
 
-    def call(self) -> None:
-        """A call stands here."""
-        self._beside_call = True
+    def cut(self) -> None:
+        """A call stands here, or something else that is not shown."""
+        self._beside_cut = True
 
     def strip(self, text: str) -> str:
         inner = text.lstrip("\n")
         self._pending += len(text) - len(inner)
         if not inner:
             return ""
-        pending = min(self._pending, 1) if self._beside_call else self._pending
+        pending = min(self._pending, 1) if self._beside_cut else self._pending
         before = "\n" * pending if self._started else ""
-        text, self._started, self._beside_call = inner, True, False
+        text, self._started, self._beside_cut = inner, True, False
         inner = text.rstrip("\n")
         self._pending = len(text) - len(inner)
         return before + inner

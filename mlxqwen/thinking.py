@@ -6,10 +6,12 @@ so and `</think>` are put into the model's mouth, and the answer follows from wh
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 from mlxqwen.errors import OptionError
+from mlxqwen.reply import Delta, ReplyParser
+from mlxqwen.reply_tags import reply_tags
 from mlxqwen.tokenizer import Tokenizer
 
 __all__ = ["EARLY_STOP_TEXT", "ThinkingBudget", "begins_in_thought", "can_think"]
@@ -28,10 +30,13 @@ def can_think(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template is None or _OPEN in tokenizer.chat_template
 
 
-def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | None:
+def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_thought: bool = False) -> bool | None:
     """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free.
 
     Where the tokenizer has tokens for the tags, text that spells them is no tag.
+
+    Args:
+        expect_thought: whether a model that is free begins in thought, be it without a tag of its own: True then.
     """
     end = prompt[-8:]
     last = next((int(token) for token in reversed(end) if tokenizer.token_bytes(token).strip()), None)
@@ -39,28 +44,29 @@ def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool | Non
         token = tokenizer.token_to_id(tag)
         if tokenizer.decode(end).rstrip().endswith(tag) if token is None else last == token:
             return begins
-    return None
+    return True if expect_thought else None
 
 
 class ThinkingBudget:
     """Counts the tokens of one reply's thought, and says what ends it when they are used up.
 
-    The thought is what stands between `<think>` and `</think>`, neither counted: tokens of that id, so that the same
-    characters spelled by other tokens are text. It begins with the reply if the prompt ends in an open block; if the
-    prompt leaves the model free, with the model's own `<think>`, line breaks at most before it; behind a closed block
-    there is none. A `<tool_call>` ends it too if there are `tools`.
+    The thought is what `mlxqwen.reply.ReplyParser` takes for reasoning, its tags not counted. It begins with the reply
+    if the prompt ends in an open block, or a thought is expected; if the prompt leaves the model free, with the model's
+    own `<think>`, line breaks at most before it; behind a closed block there is none. A call of a tool ends it too, if
+    there are `tools`; while a `<tool_call>` may become one, no budget does.
 
     After `budget` tokens the thought ends: at once, or up to three tokens later if they would cut a character in two.
     A budget that is not reached changes nothing, be it larger than the context.
     A thought that the model ends in time, with a `</think>` right behind the last token included, is left alone.
 
     Args:
-        tokenizer: gives the ids and bytes of tokens.
+        tokenizer: gives the ids and text of tokens.
         prompt: ids; its end tells how the reply begins.
         budget: tokens of thought; 0 gives the tokens of an empty think block; None only counts.
         early_stop_text: the sentence that ends the thought, a paragraph of its own; by default Qwen's. Encoded as plain
             text: no token can be forged by it. Empty for no sentence.
         tools: whether the reply may call tools.
+        expect_thought: see `begins_in_thought`.
 
     Raises:
         OptionError: a budget that is no integer from 0, or for a tokenizer without `</think>`; a sentence that is no
@@ -78,28 +84,29 @@ class ThinkingBudget:
         budget: int | None = None,
         early_stop_text: str | None = None,
         tools: bool = False,
+        expect_thought: bool = False,
     ) -> None:
         self.exhausted = False
         self._tokenizer = tokenizer
         self._budget = check_budget(budget)
         self._sentence = check_early_stop_text(EARLY_STOP_TEXT if early_stop_text is None else early_stop_text)
-        self._open, self._close = tokenizer.token_to_id(_OPEN), tokenizer.token_to_id(_CLOSE)
-        if budget is not None and self._close is None:
+        close = tokenizer.token_to_id(_CLOSE)
+        if budget is not None and close is None:
             raise OptionError(
                 f"thinking_budget: found {budget}, but the tokenizer has no {_CLOSE} to end a thought with",
                 hint="This model does not think between tags; leave the budget out.",
             )
         tokenizer.encode_plain(self._sentence)  # complains now rather than in the middle of a reply
-        self._block_end = [] if self._close is None else [self._close, *tokenizer.encode_plain("\n\n")]
-        ends = (self._close, tokenizer.token_to_id(_TOOL_CALL) if tools else None)
+        self._block_end = [] if close is None else [close, *tokenizer.encode_plain("\n\n")]
+        ends = (close, tokenizer.token_to_id(_TOOL_CALL) if tools else None)
         self.closing = frozenset(token for token in ends if token is not None)
-        begins = begins_in_thought(tokenizer, prompt)
-        self._thinking = begins is True and self._close is not None
-        self._may_open = begins is None and None not in (self._open, self._close)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tags = reply_tags(tokenizer)
+        begins = begins_in_thought(tokenizer, prompt, expect_thought=expect_thought)
+        self._parser = ReplyParser(thinking=begins, tools=tools, tags=self._tags)
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
         # What stands behind `<think>` in the prompt: no more than line breaks.
-        self._end = tokenizer.decode(prompt[-8:]).rpartition(_OPEN)[2] if self._thinking else ""
-        self._count = 0
+        self._end = tokenizer.decode(prompt[-8:]).rpartition(_OPEN)[2] if begins else ""
+        self._starts: list[int] = []  # where in the parser's text each token begins
         self._is_blank = True
 
     @property
@@ -120,30 +127,37 @@ class ThinkingBudget:
             token: its id.
             forced: whether it was forced.
         """
-        if self._may_open:
-            self._may_open = not self._tokenizer.token_bytes(token).strip(b"\n")
-            self._thinking = token == self._open
-            return self._ending_if_due()
-        if not self._thinking:
+        if not self._parser.may_reason:
             return []
-        self.exhausted |= forced
-        if token in self.closing:
-            self._thinking = False
-            return []
-        self._count += 1
-        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self.exhausted |= forced and self._parser.in_reasoning
+        text = self._tags.mark(token, self._detokenizer.add(token))
+        # A tag may have to complete a character that was cut off before it.
+        self._starts.append(self._parser.length + (len(text) - 1 if token in self._tags.marks else 0))
+        self._look_at(self._parser.feed(text))
         self._end = (self._end + text)[-2:]
-        self._is_blank &= not text.strip("\n")
         return self._ending_if_due()
 
+    def finish(self) -> None:
+        """No more tokens will come: what is not yet a call becomes none."""
+        self._look_at(self._parser.finish())
+
+    def _look_at(self, deltas: Iterable[Delta]) -> None:
+        self._is_blank &= not any(delta.reasoning for delta in deltas)
+
     @property
-    def _is_inside_character(self) -> bool:
-        return bool(self._decoder.getstate()[0])
+    def _count(self) -> int:
+        start, end = self._parser.reasoning_start, self._parser.reasoning_end
+        if start is None:
+            return 0
+        return bisect_left(self._starts, self._parser.length + 1 if end is None else end) - bisect_left(
+            self._starts, start
+        )
 
     def _ending_if_due(self) -> list[int]:
-        if not self._thinking or self.exhausted or self._budget is None or self._count < self._budget:
+        count = self._count
+        if not self._parser.in_reasoning or self.exhausted or self._budget is None or count < self._budget:
             return []
-        if self._is_inside_character and self._count < self._budget + _LONGEST_CHARACTER - 1:
+        if self._detokenizer.is_inside_character and count < self._budget + _LONGEST_CHARACTER - 1:
             return []
         return self._ending()
 

@@ -422,6 +422,11 @@ class Detokenizer:
             return ""
         return self._decoder.decode(self._token_bytes(token_id))
 
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the ids so far end in the middle of a character."""
+        return bool(self._decoder.getstate()[0])
+
     def finish(self) -> str:
         """U+FFFD for an unfinished character at the end, or "" if there is none. Starts anew then."""
         rest = self._decoder.decode(b"", final=True)

@@ -13,10 +13,10 @@ from string import hexdigits
 from typing import Any
 
 from mlxqwen.json_file import MAX_DEPTH, parse_json
+from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
 
-__all__ = ["CLOSE_TAG", "OPEN_TAG", "ToolCallScanner", "parse_tool_call"]
+__all__ = ["ToolCallScanner", "parse_tool_call"]
 
-OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
 MAX_NUMBER_LENGTH = 1000
 _WHITESPACE = " \t\n\r"
 _PLAIN_IN_STRING = re.compile(r'[^"\\\x00-\x1f]*')
@@ -42,19 +42,23 @@ class Expected(StrEnum):
     STRING = "the rest of a string"
     ESCAPE = "an escape"
     HEX_DIGIT = "a hexadecimal digit"
-    CLOSE_TAG = CLOSE_TAG
+    CLOSE_TAG = TEXT_TAGS.end_tool_call
 
 
 class ToolCallScanner:
     """Follows the text behind a `<tool_call>` until it is a whole call or can no longer become one.
 
-    It takes every call whose JSON is well-formed, `</tool_call>` inside strings included; whether the JSON says
-    something sensible is for `parse_tool_call`.
+    It takes every call whose JSON is well-formed, tags inside strings included; whether the JSON says something
+    sensible is for `parse_tool_call`.
+
+    Args:
+        tags: what stands for the tags in the text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tags: ReplyTags = TEXT_TAGS) -> None:
         self.complete = False
         self.problem: str | None = None
+        self._tags = tags
         self._pieces: list[str] = []
         self._expected = Expected.OBJECT
         self._brackets: list[str] = []
@@ -80,8 +84,9 @@ class ToolCallScanner:
         Without one it ends where the problem is.
         """
         taken = self.taken
-        first = taken.find(CLOSE_TAG)
-        return len(taken) - self._tag_length if first < 0 else first + len(CLOSE_TAG)
+        tag = self._tags.end_tool_call
+        first = taken.find(tag)
+        return len(taken) - self._tag_length if first < 0 else first + len(tag)
 
     def feed(self, text: str, start: int = 0) -> int:
         """Take `text` from `start` on → the index where it was decided, or the end of `text`."""
@@ -94,7 +99,7 @@ class ToolCallScanner:
                     break
             expected = self._expected
             if not self._takes(text[at]):
-                self.problem = self.problem or f"found {text[at]!r}, expected {expected}"
+                self.problem = self.problem or f"found {self._tags.spell(text[at])!r}, expected {expected}"
                 break
             at += 1
         self._pieces.append(text[start:at])
@@ -147,10 +152,11 @@ class ToolCallScanner:
     def _takes_in_tag(self, character: str) -> bool:
         if self._tag_length == 0 and character in _WHITESPACE:
             return True
-        if character != CLOSE_TAG[self._tag_length]:
+        tag = self._tags.end_tool_call
+        if character != tag[self._tag_length]:
             return False
         self._tag_length += 1
-        self.complete = self._tag_length == len(CLOSE_TAG)
+        self.complete = self._tag_length == len(tag)
         return True
 
     def _takes_structure(self, character: str) -> bool:

@@ -198,38 +198,56 @@ def whole(text: str, thinking: bool | None, tools: bool = False) -> Reply:
 
 def by_the_book(text: str, thinking: bool | None, tools: bool = False) -> Reply:
     """The rule for a whole text."""
-    reasoning, content = "", text
+    reasoning, content, is_cut = "", text, False
     if thinking or (thinking is None and text.lstrip("\n").startswith("<think>")):
-        thought = text.lstrip("\n").removeprefix("<think>")
-        end = re.search("</think>|(?=<tool_call>)" if tools else "</think>", thought)
-        reasoning, content = (thought[: end.start()], thought[end.end() :]) if end else (thought, "")
+        reasoning, content, is_cut = thought_by_the_book(text.lstrip("\n").removeprefix("<think>"), tools)
     calls: list[tuple[str, str]] = []
     if tools:
-        content, calls = calls_by_the_book(content)
+        content, calls = calls_by_the_book(content, is_cut)
     return Reply(reasoning.strip("\n") or None, content.strip("\n"), calls_of(calls))
 
 
-def calls_by_the_book(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile."""
+def thought_by_the_book(text: str, tools: bool) -> tuple[str, str, bool]:
+    """The thought, what is behind it, and whether a call has cut it off before its `</think>`."""
+    at = 0
+    while tag := re.compile("</think>|<tool_call>" if tools else "</think>").search(text, at):
+        if tag[0] == "</think>":
+            return text[: tag.start()], text[tag.end() :], False
+        at, call = call_by_the_book(text, tag.end(), may_close=True)
+        if call:
+            return text[: tag.start()], text[tag.start() :], True
+    return text, "", False
+
+
+def calls_by_the_book(text: str, is_cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile.
+
+    It also stands for the `</think>` of a thought that was cut off.
+    """
     content, calls, at = "", [], 0
-    while (start := text.find("<tool_call>", at)) >= 0:
-        content += text[at:start]
-        at, call = call_by_the_book(text, start + len("<tool_call>"))
-        content += text[start:at] if call is None else "\0"
+    while tag := re.compile("<tool_call>|</think>" if is_cut else "<tool_call>").search(text, at):
+        content += text[at : tag.start()]
+        if tag[0] == "</think>":
+            content, at, is_cut = content + "\0", tag.end(), False
+            continue
+        at, call = call_by_the_book(text, tag.end(), may_close=is_cut)
+        content += text[tag.start() : at] if call is None else "\0"
         calls += [] if call is None else [call]
     content = (content + text[at:]).strip("\n\0")
     return re.sub("\n*\0[\n\0]*", lambda found: "\n" if "\n" in found[0] else "", content), calls
 
 
-def call_by_the_book(text: str, start: int) -> tuple[int, tuple[str, str] | None]:
-    """Where what begins with a call's tag ends, and the call, if it is one."""
+def call_by_the_book(text: str, start: int, *, may_close: bool = False) -> tuple[int, tuple[str, str] | None]:
+    """Where what begins with a call's tag ends, and the call, if it is one; a broken one ends at a due `</think>`."""
     end, value = json_object(text, start)
     close = re.compile(r"[ \t\r\n]*(</tool_call>)?").match(text, end)
     assert close
-    if value is None or not close[1]:
-        first = text.find("</tool_call>", start, close.end())
-        return (close.end() if first < 0 else first + len("</tool_call>")), None
-    return close.end(), checked_call(text[start:end])
+    stop, call = close.end(), checked_call(text[start:end]) if value is not None and close[1] else None
+    if (value is None or not close[1]) and (first := text.find("</tool_call>", start, stop)) >= 0:
+        stop = first + len("</tool_call>")
+    if call is None and may_close and (think := text.find("</think>", start, stop)) >= 0:
+        stop = think
+    return stop, call
 
 
 def json_object(text: str, start: int) -> tuple[int, object]:
@@ -333,13 +351,23 @@ def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
         (f"Hm.\n{NOW}", "Hm.", "", 1),
         (f"<think>\nHm.\n{NOW}\nb", "Hm.", "b", 1),
         (f"{NOW}", None, "", 1),
-        (f"<think>{NOW}</think>", None, "</think>", 1),
-        ("Hm. <tool_call> or", "Hm. ", "<tool_call> or", 0),
+        (f"<think>{NOW}</think>", None, "", 1),
+        (f"<think>\nHm.\n{NOW}\n</think>\n\nYes.", "Hm.", "Yes.", 1),
+        (f"Hm.{NOW}a\n</think>\nb</think>", "Hm.", "a\nb</think>", 1),
+        (f"Hm.{NOW}a{NOW}b</think>c", "Hm.", "abc", 2),
+        ("Hm. <tool_call> or", "Hm. <tool_call> or", "", 0),
+        ("I could use <tool_call> tags here.</think>Yes.", "I could use <tool_call> tags here.", "Yes.", 0),
+        ("a<tool_call></think>b", "a<tool_call>", "b", 0),
+        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', 'a<tool_call>{"name": 1}</tool_call>b', "c", 1),
+        ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', 'a\n<tool_call>{"name": "f}</tool_call>\nb', "c", 0),
+        ('a<tool_call>{"name": "f</think>b', 'a<tool_call>{"name": "f', "b", 0),
+        ('a<tool_call>{"x": "</think>b"}</tool_call>', 'a<tool_call>{"x": "', 'b"}</tool_call>', 0),
+        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "fb', 1),
         ("Hm. <tool_call", "Hm. <tool_call", "", 0),
         ("Hm. <tool_calls></think>a", "Hm. <tool_calls>", "a", 0),
     ],
 )
-def test_a_call_ends_open_reasoning(text: str, reasoning: str | None, content: str, calls: int) -> None:
+def test_only_a_call_ends_open_reasoning(text: str, reasoning: str | None, content: str, calls: int) -> None:
     assert_every_cut(text, True, Reply(reasoning, content, calls_of([("now", "{}")] * calls)))
     assert whole(f"a{NOW}</think>b", True) == Reply(f"a{NOW}", "b")
 

@@ -143,13 +143,41 @@ def test_bytes_that_never_become_a_character_are_not_waited_for() -> None:
     assert tokens[6] == forced[0]
 
 
+CALL = [TOOL_CALL, *QWEN.encode('{"name": "now"}\n</tool_call>')]
+
+
 def test_a_call_ends_a_thought_only_where_there_are_tools() -> None:
-    drawn = [OPEN, *ANSWER, TOOL_CALL, *ANSWER * 40]
-    row = thinking(3, tools=True)
-    assert reply(row, drawn) == (drawn, [])
-    assert row.reasoning_tokens == 2
+    drawn = [OPEN, *ANSWER, *CALL, *ANSWER * 40]
+    for budget in (2, 3):
+        row = thinking(budget, tools=True)
+        assert reply(row, drawn) == (drawn, [])
+        assert (row.reasoning_tokens, row.exhausted) == (2, False)
     assert forced_by(thinking(3), drawn) == EARLY_STOP
-    assert reply(thinking(2, tools=True), drawn) == (drawn, [])
+
+
+def test_what_is_no_call_after_all_is_thought() -> None:
+    mentioned = [OPEN, *ANSWER, TOOL_CALL, *ANSWER, CLOSE, *ANSWER * 40]
+    row = thinking(5, tools=True)
+    assert reply(row, mentioned) == (mentioned, [])
+    assert row.reasoning_tokens == 5
+    # While it may become a call it is not interrupted.
+    broken = [OPEN, *ANSWER, TOOL_CALL, *QWEN.encode('{"name": "a b c"} oh')]
+    row = thinking(3, tools=True)
+    tokens, forced = reply(row, [*broken, *ANSWER * 40])
+    assert tokens[: tokens.index(forced[0])] == broken
+    assert row.exhausted
+    # At the end of the reply it is none, and its thought ended where it was closed.
+    row = thinking(None, tools=True)
+    reply(row, [OPEN, *QWEN.encode('<tool_call>{"'), *ANSWER, CLOSE, *ANSWER * 4])
+    row.finish()
+    assert row.reasoning_tokens == 4
+
+
+def test_text_that_spells_a_tag_ends_no_thought() -> None:
+    drawn = [OPEN, *QWEN.encode_plain("a</think>b<tool_call>{}"), CLOSE, *ANSWER]
+    row = thinking(None, tools=True)
+    assert reply(row, drawn) == (drawn, [])
+    assert row.reasoning_tokens == len(drawn) - 4
 
 
 def test_a_sentence_of_ones_own_forges_no_token() -> None:
@@ -172,10 +200,11 @@ def test_a_budget_for_a_tokenizer_without_the_tag() -> None:
     without.token_to_id = lambda token: None  # type: ignore[method-assign]
     with pytest.raises(OptionError, match="</think>"):
         ThinkingBudget(without, FREE, budget=5)
-    for prompt in (FREE, OPENED):
+    for prompt in (FREE, OPENED):  # its tags are text, in whatever tokens
         row = ThinkingBudget(without, prompt)
-        assert reply(row, [OPEN, *ANSWER]) == ([OPEN, *ANSWER], [])
-        assert row.reasoning_tokens == 0
+        drawn = [*QWEN.encode_plain("<think>"), *ANSWER, *QWEN.encode_plain("</think>"), *ANSWER]
+        assert reply(row, drawn) == (drawn, [])
+        assert row.reasoning_tokens == 2
 
 
 @pytest.mark.parametrize(
