@@ -33,6 +33,7 @@ import mlx.core as mx
 
 import mlxqwen
 from mlxqwen.checkpoint import INDEX_NAME
+from mlxqwen.checkpoint.writing import sync_descriptor
 from mlxqwen.json_file import read_json_object
 from mlxqwen_convert.companions import companion_files
 from mlxqwen_convert.conversion import Progress, convert
@@ -351,7 +352,7 @@ class _Entry:
             with new.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(record, indent=1) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
+                sync_descriptor(file.fileno())
             new.replace(path)
         except OSError as cause:
             new.unlink(missing_ok=True)

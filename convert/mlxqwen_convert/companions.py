@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxqwen.checkpoint.writing import sync_descriptor
 from mlxqwen.config import ModelConfig, YarnScaling
 from mlxqwen_convert.companion_files import check_companion, companion_files, filtered_text, is_filtered, without_code
 from mlxqwen_convert.errors import SourceUnreadableError
@@ -54,7 +54,7 @@ def _write(path: Path, chunks: Iterator[bytes]) -> None:
             for data in chunks:
                 file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_descriptor(file.fileno())
     except OSError as cause:
         raise unwritable(path, cause) from None
 

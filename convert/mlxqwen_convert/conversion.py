@@ -92,7 +92,7 @@ def convert(
             whose codes are then kept as they are.
         group_size: 32, 64 or 128 weights to a scale; by default the source's, or 64.
         dtype: of scales and of what stays unquantized: "bfloat16", "float16", "float32", or "auto": float16 for AWQ,
-            GPTQ and compressed-tensors, else the source's.
+            GPTQ and compressed-tensors (bfloat16 for symmetric ones with such scales), else the source's.
         lm_head_bits, embed_bits: other bits for the head and for the embeddings.
         keep: bits for modules by glob, such as `{"*.down_proj": 8}`; the last that matches counts. The MoE router
             has 8 at least.

@@ -15,6 +15,7 @@ from mlxqwen_convert import compressed_tensors, gptq
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.names import Module, Part
 from mlxqwen_convert.readers import (
+    DAMAGED,
     FLOATS,
     AwqReader,
     FloatReader,
@@ -29,7 +30,6 @@ from mlxqwen_convert.source_files import SourceFiles
 __all__ = ["SUPPORTED", "SourceFormat"]
 
 SUPPORTED = "BF16, F16, F32, FP8, AWQ (GEMM, 4 bit), GPTQ (4, 8 bit), compressed-tensors (int4, int8, FP8), MLX"
-_AGAIN = "Download the model again, or check that config.json belongs to these weights."
 # Words of packed zero points that are read together.
 _ZERO_POINTS_AT_ONCE = 1 << 18
 
@@ -92,7 +92,7 @@ class SourceFormat:
         """The reader for matrix number `index` of a module, checked against it. Raises `SourceError`."""
         named = replace(module, path=f"{module.path}[{index}]") if module.kind == "experts" else module
         if not part:
-            raise SourceError(f"{named.path}: its weights are missing", hint=_AGAIN)
+            raise SourceError(f"{named.path}: its weights are missing", hint=DAMAGED)
         reader = self._reader(module, part)
         reader.check_part(named, part)
         if self.unquantized is not None:
@@ -109,12 +109,12 @@ class SourceFormat:
         }
         is_float, said = info.dtype in FLOATS, not listed.isdisjoint(spelt)
         if said and not is_float:
-            raise SourceError(f"{name}: is stored as FP8, config.json lists it in modules_to_not_convert", hint=_AGAIN)
+            raise SourceError(f"{name}: is stored as FP8, config.json lists it in modules_to_not_convert", hint=DAMAGED)
         if is_float and not said and module.kind in ("attention", "mlp", "experts"):
             raise SourceError(
                 f"{name}: is stored as {info.dtype}, expected FP8: config.json does not list it in "
                 "modules_to_not_convert",
-                hint=_AGAIN,
+                hint=DAMAGED,
             )
 
     def _reader(self, module: Module, part: Part) -> Reader:
@@ -124,11 +124,11 @@ class SourceFormat:
         found = _stored_as(part)
         alike = {found, self.name} == {"awq", "gptq"}  # GPTQ without g_idx looks like AWQ until shapes are compared
         if found and found != self.name and not alike:
-            raise SourceError(f"{module.path}: is stored as {found}, config.json says {self.label}", hint=_AGAIN)
+            raise SourceError(f"{module.path}: is stored as {found}, config.json says {self.label}", hint=DAMAGED)
         if self.name == "mlx" and self.mlx is not None:
             affine = self.mlx.of(module.path)
             if affine is None:
-                raise SourceError(f"{module.path}: is quantized, but config.json does not say how", hint=_AGAIN)
+                raise SourceError(f"{module.path}: is quantized, but config.json does not say how", hint=DAMAGED)
             return MlxReader(affine)
         if self.name == "fp8":
             return Fp8Reader(self.block, "weight_scale_inv" if "weight_scale_inv" in part else "weight_scale")
@@ -136,15 +136,16 @@ class SourceFormat:
             return AwqReader(self.group_size or module.width)
         if self.name == "gptq":
             if self.act_order and "g_idx" not in part:
-                raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=_AGAIN)
+                raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=DAMAGED)
             return GptqReader(self.group_size or module.width, self.bits or 4, self.zero_offset)
         if self.name == "int":
             if self.act_order and "weight_g_idx" not in part:
-                raise SourceError(f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=_AGAIN)
+                raise SourceError(f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=DAMAGED)
             return PackedReader(self.group_size or module.width, self.bits or 4, self.symmetric)
         if weight is not None and weight.dtype not in FLOATS:
             raise SourceError(
-                f"{weight.path.name}: {weight.name} has dtype {weight.dtype}, expected BF16, F16 or F32", hint=_AGAIN
+                f"{weight.path.name}: {weight.name} has dtype {weight.dtype}, expected BF16, F16 or F32",
+                hint=DAMAGED,
             )
         return FloatReader("float")
 
@@ -174,7 +175,7 @@ def _settled(reader: Reader, module: Module, part: Part, files: SourceFiles) -> 
         said = files.whole(part["weight_shape"]).tolist()
         if said != [module.rows, module.width]:
             name = part["weight_shape"].name
-            raise SourceError(f"{name}: says {said}, expected {[module.rows, module.width]}", hint=_AGAIN)
+            raise SourceError(f"{name}: says {said}, expected {[module.rows, module.width]}", hint=DAMAGED)
     if reader.symmetric and "weight_zero_point" in part:
         _refuse_zero_points(files, part["weight_zero_point"], module.rows, reader.bits)
     act_order = _is_shuffled(files, part.get("weight_g_idx"), reader.group_size)
@@ -189,7 +190,7 @@ def _refuse_zero_points(files: SourceFiles, info: TensorInfo, rows: int, bits: i
         if not compressed_tensors.are_symmetric(words, bits, rows - start * 32 // bits):
             raise SourceError(
                 f"{info.path.name}: {info.name} has zero points, config.json says that the weights are symmetric",
-                hint=_AGAIN,
+                hint=DAMAGED,
             )
 
 
@@ -206,7 +207,7 @@ class _Section:
 
     def fail(self, key: str, expected: str) -> ConfigError:
         return ConfigError(
-            f"{self.source}: {key!r} is {str(self.values.get(key))[:80]}, expected {expected}", hint=_AGAIN
+            f"{self.source}: {key!r} is {str(self.values.get(key))[:80]}, expected {expected}", hint=DAMAGED
         )
 
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:

@@ -18,6 +18,7 @@ from mlxqwen_convert.scales import first_true, refuse_lost_scales
 from mlxqwen_convert.source_files import SourceFiles
 
 __all__ = [
+    "DAMAGED",
     "FLOATS",
     "AwqReader",
     "FloatReader",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 FLOATS = ("BF16", "F16", "F32")
-_AGAIN = "Download the model again, or check that config.json belongs to these weights."
+DAMAGED = "Download the model again, or check that config.json belongs to these weights."
 
 
 class Reader(Protocol):
@@ -65,15 +66,16 @@ def require(module: Module, part: Part, word: str, dtypes: Sequence[str], shapes
     info = part.get(word)
     if info is None:
         found = ", ".join(sorted(part)) or "nothing"
-        raise SourceError(f"{module.path}: {word} is missing, found {found}", hint=_AGAIN)
+        raise SourceError(f"{module.path}: {word} is missing, found {found}", hint=DAMAGED)
     if info.dtype not in dtypes:
         raise SourceError(
-            f"{info.path.name}: {info.name} has dtype {info.dtype}, expected {' or '.join(dtypes)}", hint=_AGAIN
+            f"{info.path.name}: {info.name} has dtype {info.dtype}, expected {' or '.join(dtypes)}",
+            hint=DAMAGED,
         )
     if info.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise SourceError(
-            f"{info.path.name}: {info.name} has shape {list(info.shape)}, expected {expected}", hint=_AGAIN
+            f"{info.path.name}: {info.name} has shape {list(info.shape)}, expected {expected}", hint=DAMAGED
         )
 
 
@@ -82,7 +84,7 @@ def allow(part: Part, words: Sequence[str]) -> None:
     for word, info in part.items():
         if word not in words:
             raise SourceError(
-                f"{info.path.name}: {info.name} is a tensor that this format has no place for", hint=_AGAIN
+                f"{info.path.name}: {info.name} is a tensor that this format has no place for", hint=DAMAGED
             )
 
 
@@ -182,7 +184,7 @@ class MlxReader:
         if remainder:
             raise SourceError(
                 f"{module.path}: is {module.width} wide, which groups of {self.own.group_size} do not divide",
-                hint=_AGAIN,
+                hint=DAMAGED,
             )
         require(module, part, "weight", ["U32"], [(module.rows, module.width * self.own.bits // 32)])
         for word in ("scales", "biases"):
@@ -369,7 +371,7 @@ def _whole_words(module: Module, per_word: int) -> None:
         if count % per_word:
             raise SourceError(
                 f"{module.path}: has {count} {what}, expected a multiple of {per_word}, which a packed word holds",
-                hint=_AGAIN,
+                hint=DAMAGED,
             )
 
 
@@ -377,6 +379,7 @@ def _groups(module: Module, group_size: int) -> int:
     groups, remainder = divmod(module.width, group_size)
     if remainder:
         raise SourceError(
-            f"{module.path}: is {module.width} wide, which groups of {group_size} do not divide", hint=_AGAIN
+            f"{module.path}: is {module.width} wide, which groups of {group_size} do not divide",
+            hint=DAMAGED,
         )
     return groups
