@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from inspect import GEN_RUNNING, getgeneratorstate
 from os import PathLike
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any, Unpack, cast
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.cache.prefix import PrefixCache, common_prefix
-from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions
+from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions, ToolRunOptions
 from mlxqwen.conversation_file import read_conversation, write_conversation
 from mlxqwen.engine import Engine
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.events import Done, Event, assistant_message
 from mlxqwen.generation import DEFAULT_PREFILL_CHUNK
 from mlxqwen.messages import check_conversation, count_turns, prepare_messages, to_plain_json, without_oldest_turns
-from mlxqwen.prompts import hard_switch, render_prompt
+from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Delta, Reply, join_deltas
-from mlxqwen.requests import PreparedRequest, prepare_request
+from mlxqwen.requests import PreparedRequest, check_shared_options, choose_sampling, prepare_request
+from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, stream_tool_loop
 
 __all__ = ["Conversation"]
 
@@ -78,7 +80,7 @@ class Conversation:
         self.options = options
         self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
         self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
-        self._running: weakref.ref[Generator[Event]] | None = None
+        self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
             check_conversation(self.messages)
@@ -137,22 +139,60 @@ class Conversation:
             GenerationError: while iterating.
         """
         self._abandon()
-        if isinstance(message, str):
-            said = [{"role": "user", "content": message}]
-        else:
-            said = _plain([message] if isinstance(message, Mapping) else message)
-        if not said or said[-1].get("role") not in ("user", "tool"):
-            # Roles that do not exist are told by the check of the whole conversation.
-            check_conversation([*self.messages, *said])
-            raise MessagesError(
-                f"message: found role {said[-1]['role']!r} at the end, expected 'user' or 'tool', to be answered",
-                hint="Engine.stream goes on with an assistant's message; thinking=False keeps a model from thinking.",
-            )
-        return self._begin([*self.messages, *said], keep_partial, options)
+        return self._begin([*self.messages, *self._said(message)], keep_partial, options)
 
     def chat(self, message: str | Message | Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
         """Say something, and have it answered; see `stream`."""
         return next(event.reply for event in self.stream(message, **options) if isinstance(event, Done))
+
+    def stream_tools(
+        self,
+        message: str | Message | Sequence[Message],
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> Generator[ToolEvent]:
+        """Say something, and have it answered with the help of functions, as `Engine.stream_tools` does.
+
+        Each reply reads only what is new: the results of the tools before it. All that was said is added to `messages`
+        when the run is over; a run that fails, or is abandoned, adds nothing.
+
+        Args:
+            message: as for `stream`.
+            tools: functions by name, instead of the conversation's own schemas.
+            max_rounds: the most replies.
+            **options: as for `stream`, for each reply.
+        """
+        self._abandon()
+        messages = [*self.messages, *self._said(message)]
+
+        def answer(messages: Sequence[Message], schemas: Sequence[Message]) -> Iterator[Event]:
+            merged = self._merged(cast(ChatOptions, {**options, "tools": schemas}))
+            return self._answer(None, self._prepare(messages, merged), merged, keep_partial=False)
+
+        run = self._run(messages, stream_tool_loop(answer, messages, tools, max_rounds=max_rounds))
+        self._running = weakref.ref(run)
+        return run
+
+    def run_tools(
+        self,
+        message: str | Message | Sequence[Message],
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolRun:
+        """Say something, and have it answered with the help of functions: the last event of `stream_tools`."""
+        events = self.stream_tools(message, tools, max_rounds=max_rounds, **options)
+        return next(event for event in events if isinstance(event, ToolRun))
+
+    def next_sampling(self) -> SamplingParams:
+        """What the answer to a message without a switch of its own will be drawn with."""
+        options = _request_options(self._merged({}))
+        return choose_sampling(
+            self.engine.model, self.engine.tokenizer, [*self.messages, _OPENING], self._unused, **options
+        )
 
     def retry(self, *, keep_partial: bool = False, **options: Unpack[ChatOptions]) -> Generator[Event]:
         """Answer the last user's message anew; what followed it is replaced when the reply is there. See `stream`."""
@@ -212,64 +252,85 @@ class Conversation:
 
     # One turn
 
+    def _said(self, message: str | Message | Sequence[Message]) -> list[dict[str, Any]]:
+        """What is said, as messages that can be answered. Raises `MessagesError`."""
+        if isinstance(message, str):
+            said = [{"role": "user", "content": message}]
+        else:
+            said = _plain([message] if isinstance(message, Mapping) else message)
+        if not said or said[-1].get("role") not in ("user", "tool"):
+            # Roles that do not exist are told by the check of the whole conversation.
+            check_conversation([*self.messages, *said])
+            raise MessagesError(
+                f"message: found role {said[-1]['role']!r} at the end, expected 'user' or 'tool', to be answered",
+                hint="Engine.stream goes on with an assistant's message; thinking=False keeps a model from thinking.",
+            )
+        return said
+
     def _begin(self, messages: Sequence[dict[str, Any]], keep_partial: bool, given: ChatOptions) -> Generator[Event]:
         options = self._merged(given)
-        sent, request = self._prepare(messages, options)
-        turn = self._answer(messages, sent, request, options, keep_partial)
+        turn = self._answer(messages, self._prepare(messages, options), options, keep_partial=keep_partial)
         self._running = weakref.ref(turn)  # a stream that nobody iterates any more is to end by itself
         return turn
 
+    def _run(self, messages: Sequence[dict[str, Any]], events: Generator[ToolEvent]) -> Generator[ToolEvent]:
+        for event in events:
+            if isinstance(event, ToolRun):
+                self.messages[:] = [*messages, *map(dict, event.messages)]
+            yield event
+
     def _answer(
         self,
-        messages: Sequence[dict[str, Any]],
-        sent: Sequence[Message],
+        said: Sequence[dict[str, Any]] | None,
         request: PreparedRequest,
         options: ChatOptions,
+        *,
         keep_partial: bool,
     ) -> Generator[Event]:
+        """The events of a reply; `said` are the messages that it is added to, or None if its caller sees to that."""
         deltas: list[Delta] = []
         is_over = False
         try:
             cached_tokens = self._held.begin(request.prompt)
-            options = self._marking(sent, request.prompt, options, cached_tokens)
+            options = self._marking(request, options, cached_tokens)
             reply_options = _reply_options(request, options, self.cache, cached_tokens)
             for event in self.engine.reply(request.prompt, **reply_options):
                 if isinstance(event, Done):
-                    self._end(messages, sent, options, event.reply, (*request.prompt, *event.tokens))
+                    self._end(said, request, options, event.reply, event.tokens)
                     is_over = True
                 else:
                     deltas.append(event)
                 yield event
         finally:
             if not is_over and keep_partial and deltas:
-                self._end(messages, sent, options, join_deltas(deltas), request.prompt)
+                self._end(said, request, options, join_deltas(deltas), ())
             elif not is_over:
                 self._held.roll_back()
 
     def _end(
         self,
-        messages: Sequence[dict[str, Any]],
-        sent: Sequence[Message],
+        said: Sequence[dict[str, Any]] | None,
+        request: PreparedRequest,
         options: ChatOptions,
         reply: Reply,
-        tokens: Sequence[int],
+        reply_tokens: Sequence[int],
     ) -> None:
-        """The turn counts; `tokens` are those of it that are known, from the prompt's first on."""
-        answer = assistant_message(reply)
+        """The reply counts; `reply_tokens` are those of it that are known."""
+        answer, tokens = assistant_message(reply), (*request.prompt, *reply_tokens)
         keep = len(tokens)
         if not reply.tool_calls:  # else their results come next, and all stays
-            keep = common_prefix(tokens, self._prompt_to_come([*sent, answer], options) or tokens)
+            keep = common_prefix(tokens, self._prompt_to_come([*request.messages, answer], options) or tokens)
         self._held.commit(tokens, keep)
-        self.messages[:] = [*messages, answer]
+        if said is not None:
+            self.messages[:] = [*said, answer]
 
-    def _marking(
-        self, sent: Sequence[Message], prompt: Sequence[int], options: ChatOptions, cached_tokens: int
-    ) -> ChatOptions:
+    def _marking(self, request: PreparedRequest, options: ChatOptions, cached_tokens: int) -> ChatOptions:
         """The options with what marks the cache where the next prompt will go on; only a ring needs it."""
         if self.cache.max_kv_size is None:
             return options
-        latest = common_prefix(prompt, self._prompt_to_come([*sent, {**_OPENING, "role": "assistant"}], options) or ())
-        latest = min(latest, len(prompt) - 1)  # so that the same question can be answered anew
+        answered = [*request.messages, {**_OPENING, "role": "assistant"}]
+        latest = common_prefix(request.prompt, self._prompt_to_come(answered, options) or ())
+        latest = min(latest, len(request.prompt) - 1)  # so that the same question can be answered anew
         on_prefill = options.get("on_prefill")
 
         def mark(done: int, total: int) -> None:
@@ -293,25 +354,14 @@ class Conversation:
         except MlxqwenError:
             return None
 
-    def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> tuple[Sequence[Message], PreparedRequest]:
-        """The messages that are sent, and their prompt; all that can be wrong with them or the options is raised."""
+    def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> PreparedRequest:
+        """What is sent; all that can be wrong with messages or options is raised."""
         model, tokenizer = self.engine.model, self.engine.tokenizer
-        for_request = {name: value for name, value in options.items() if name in RequestOptions.__annotations__}
+        check_shared_options(tokenizer, options)
         try:
-            if for_request.pop("drop_oldest", False):
-                messages = self.engine.fit(
-                    messages,
-                    max_tokens=options.get("max_tokens"),
-                    thinking=hard_switch(options.get("thinking"), options.get("thinking_budget")),
-                    tools=options.get("tools"),
-                    trust_special_tokens=options.get("trust_special_tokens", False),
-                    cache=self._unused,
-                )
-            request = prepare_request(model, tokenizer, messages, self._unused, **cast(RequestOptions, for_request))
+            return prepare_request(model, tokenizer, messages, self._unused, **_request_options(options))
         except ContextLengthError as error:
             raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
-        self.engine.reply(request.prompt, **_reply_options(request, options, self._unused))
-        return messages, request
 
     def _merged(self, options: ChatOptions) -> ChatOptions:
         merged: dict[str, Any] = {**self.options, **options}
@@ -340,9 +390,12 @@ class Conversation:
         raise MessagesError("conversation: found no message of a user, expected one", hint="Say something first.")
 
 
-def _reply_options(
-    request: PreparedRequest, options: ChatOptions, cache: KVCache, cached_tokens: int | None = None
-) -> ReplyOptions:
+def _request_options(options: ChatOptions) -> RequestOptions:
+    named = {name: value for name, value in options.items() if name in RequestOptions.__annotations__}
+    return cast(RequestOptions, named)
+
+
+def _reply_options(request: PreparedRequest, options: ChatOptions, cache: KVCache, cached_tokens: int) -> ReplyOptions:
     named = {name: value for name, value in options.items() if name in _REPLY_NAMES}
     return {
         **cast(ReplyOptions, named),

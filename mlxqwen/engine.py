@@ -31,9 +31,8 @@ from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
-from mlxqwen.requests import choose_sampling, fit_messages, prepare_request, prepare_requests
+from mlxqwen.requests import check_shared_options, choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.stop import StopStrings
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 
@@ -288,6 +287,8 @@ class Engine:
     ) -> Iterator[ToolEvent]:
         """Answer a conversation with the help of functions, as `mlxqwen.tool_loop.stream_tool_loop` says.
 
+        Each reply reads its whole prompt. `Conversation.stream_tools` reads only what is new.
+
         Args:
             messages: the conversation; never modified.
             tools: functions by name; their schemas come from their signatures and docstrings.
@@ -323,14 +324,14 @@ class Engine:
             `(index, done)` in the order in which replies end.
 
         Raises:
-            OptionError: at once, for a batch size, stop strings or a cache that cannot be; for other options for all
-                with the first conversation.
+            OptionError: at once, for a batch size, a cache, or options that no conversation has for itself, that cannot
+                be; for other options for all with the first conversation.
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
         _refuse_cache(options)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
-        StopStrings(options.get("stop", ()))
+        check_shared_options(self.tokenizer, options)
         return stream_groups(
             self.model,
             self.tokenizer,

@@ -10,21 +10,30 @@ from mlxqwen.cache import KVCache
 from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions
 from mlxqwen.completion import resolve_params
 from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, check_count, room_for_answer
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count, room_for_answer
 from mlxqwen.messages import count_turns
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, render_prompt
 from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.thinking import ThinkingBudget
+from mlxqwen.stop import StopStrings
+from mlxqwen.thinking import ThinkingBudget, check_early_stop_text
 from mlxqwen.tokenizer import Tokenizer
 
-__all__ = ["PreparedRequest", "choose_sampling", "fit_messages", "prepare_request", "prepare_requests"]
+__all__ = [
+    "PreparedRequest",
+    "check_shared_options",
+    "choose_sampling",
+    "fit_messages",
+    "prepare_request",
+    "prepare_requests",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A conversation as ids, and what its reply is made with."""
+    """A conversation, its ids, and what its reply is made with; `messages` are those that were not dropped."""
 
+    messages: Messages
     prompt: Sequence[int]
     sampling: SamplingParams
     max_tokens: int
@@ -50,8 +59,16 @@ def prepare_request(
     sampling = _resolve_sampling(model, tokenizer, prompt, messages, options)
     _check_bias(sampling, model.config.vocab_size)
     return PreparedRequest(
-        prompt, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, budget, bool(tools)
+        messages, prompt, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, budget, bool(tools)
     )
+
+
+def check_shared_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> None:
+    """Refuse what no conversation could be answered with, of the options that none has for itself."""
+    StopStrings(options.get("stop", ()))
+    check_count("prefill_chunk", options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK))
+    if (sentence := options.get("early_stop_text")) is not None:
+        tokenizer.encode_plain(check_early_stop_text(sentence))
 
 
 def prepare_requests(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def stream_tool_loop(
     tools: Mapping[str, Callable[..., Any]],
     *,
     max_rounds: int = DEFAULT_MAX_ROUNDS,
-) -> Iterator[ToolEvent]:
+) -> Generator[ToolEvent]:
     """Let the model answer, make its calls in order, tell it the results, and so on until it calls no more.
 
     Args:
@@ -88,7 +88,7 @@ def _rounds(
     functions: Mapping[str, Callable[..., Any]],
     schemas: Sequence[Mapping[str, Any]],
     max_rounds: int,
-) -> Iterator[ToolEvent]:
+) -> Generator[ToolEvent]:
     added: list[dict[str, Any]] = []
     rounds: list[Done] = []
     while True:

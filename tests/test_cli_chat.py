@@ -156,7 +156,7 @@ def test_a_conversation(chat: Start, tmp_path: Path) -> None:
     stats = "\n".join(talk.say("/stats"))
     assert f", {tokens_of(first)} of reasoning" in stats
     assert "Conversation: 2 messages" in stats
-    assert "temperature 0.7" in stats
+    assert "temperature 0.6" in stats
     second = talk.say("What is 12 + 39?")
     assert THOUGHT.fullmatch(second[0])
     assert not re.search(", 0 of them from the cache", "\n".join(talk.say("/stats")))
@@ -213,6 +213,7 @@ def test_retry_answers_anew(chat: Start, tmp_path: Path) -> None:
 def test_switches_and_budgets(chat: Start) -> None:
     talk = chat("--seed", "1")
     assert talk.say("/no_think") == ["Thinking: off."]
+    assert "temperature 0.7" in "\n".join(talk.say("/stats"))
     assert not any(map(THOUGHT.match, talk.say("How many r's in strawberry?")))
     assert talk.say("/think")[0].startswith("Thinking: on, no budget")
     assert any(map(THOUGHT.match, talk.say("How many r's in strawberry?")))
@@ -225,7 +226,10 @@ def test_switches_and_budgets(chat: Start) -> None:
     assert talk.say("/budget 0") == ["Thinking: off."]
     assert not any(map(THOUGHT.match, talk.say("What is 2 + 3?")))
     assert talk.say("/think")[0].startswith("Thinking: on, no budget")
-    assert talk.say("/budget off")[0].endswith("no budget.")
+    assert talk.say("/budget off")[0] == "Thinking: on, no budget."
+    talk.say("/no_think")
+    assert talk.say("/budget off")[0].endswith("have it, no budget.")
+    assert any(map(THOUGHT.match, talk.say("What is 2 + 3?")))
     for wrong in ("-1", "many", "1e3", "²"):
         assert talk.say(f"/budget {wrong}")[0].startswith("error: /budget: found")
 

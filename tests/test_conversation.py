@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, M
 from mlxqwen.events import Event
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import join_deltas
+from mlxqwen.sampling_params import NON_THINKING, THINKING
 from mlxqwen.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel
 from tests.test_conversation_cache import CALL, TOOLS, assert_holds, done_of, held, say, scripted
@@ -105,6 +107,28 @@ def test_options_of_a_turn_go_over_those_of_the_conversation(scripted: tuple[Eng
         assert progress[0][0] == 0
         assert progress[-1] == (done.usage.prompt_tokens, done.usage.prompt_tokens)
         progress.clear()
+
+
+@pytest.mark.parametrize(
+    ("history", "options", "thinks"),
+    [
+        ([], {}, True),
+        ([user("a"), assistant("b")], {}, True),
+        ([user("a /no_think"), assistant("b")], {}, False),
+        ([user("a /no_think"), assistant("b")], {"thinking": True}, False),
+        ([user("a"), assistant("b")], {"thinking": False}, False),
+        ([user("a"), assistant("b")], {"thinking_budget": 0}, False),
+        ([user("word " * 400 + "/no_think"), assistant("b")], {"drop_oldest": True}, True),
+        ([user("word " * 600 + "/no_think"), assistant("b")], {}, False),
+    ],
+)
+def test_what_the_next_answer_is_drawn_with(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], history: list[Any], options: dict[str, Any], thinks: bool
+) -> None:
+    conversation = Conversation(Engine(*demo), messages=history, seed=4, sampling={"min_p": 0.1}, **options)
+    expected = THINKING if thinks else NON_THINKING
+    assert conversation.next_sampling() == dataclasses.replace(expected, seed=4, min_p=0.1)
+    assert conversation.messages == history
 
 
 # Back and forth

@@ -62,7 +62,7 @@ def fresh(engine: Engine, messages: Sequence[Any], cache: dict[str, Any], **opti
 
 
 def held(conversation: Conversation) -> tuple[int, ...]:
-    return tuple(conversation._held.tokens)
+    return tuple(conversation._held._tokens)
 
 
 def assert_holds(cache: KVCache, tokens: Sequence[int], model: Qwen3ForCausalLM) -> None:
@@ -431,10 +431,10 @@ def test_an_interrupted_roll_back_is_made_up_for(model: Qwen3ForCausalLM) -> Non
     assert prefix.begin([1, 2, 3]) == 0
     list(generate_tokens(model, [1, 2, 3], cache=prefix.cache, cached_tokens=0, max_tokens=1))
     prefix.commit([1, 2, 3], 3)
-    assert (prefix.begin([1, 2, 9, 9]), prefix.tokens) == (2, ())
+    assert (prefix.begin([1, 2, 9, 9]), prefix._tokens) == (2, [])
     list(generate_tokens(model, [1, 2, 9, 9], cache=prefix.cache, cached_tokens=2, max_tokens=1))
     # Neither committed nor rolled back.
     assert prefix.begin([1, 2, 3, 4]) == 3
     prefix.roll_back()
     assert_holds(prefix.cache, [1, 2, 3], model)
-    assert prefix.tokens == (1, 2, 3)
+    assert prefix._tokens == [1, 2, 3]

@@ -38,11 +38,6 @@ class PrefixCache:
         self._mark: Snapshot | None = None  # stands within `_tokens`
         self._before: _State | None = None
 
-    @property
-    def tokens(self) -> Sequence[int]:
-        """The ids that the cache holds, in order; none while a generation runs."""
-        return tuple(self._tokens)
-
     def begin(self, prompt: Sequence[int]) -> int:
         """Make ready for a prompt → how many of its first tokens need not be read; its last one always must be."""
         self.roll_back()

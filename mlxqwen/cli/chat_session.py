@@ -121,11 +121,11 @@ class ChatSession:
         self._view.say(f"Thinking: {self._describe_mode()}.")
 
     def _set_budget(self, argument: str) -> None:
-        if argument == "off":
-            self._options["thinking_budget"] = None
-        elif argument.isascii() and argument.isdecimal() and len(argument) < 10:
-            self._options["thinking_budget"] = int(argument)
-            if not self._options.get("thinking") or not int(argument):
+        is_number = argument.isascii() and argument.isdecimal() and len(argument) < 10
+        if is_number or argument == "off":
+            budget = int(argument) if is_number else None
+            self._options["thinking_budget"] = budget
+            if budget == 0 or self._options.get("thinking") is False:
                 self._options["thinking"] = None
         elif argument:
             raise OptionError(f"/budget: found {argument!r}, expected a number of tokens, or off")
@@ -203,14 +203,7 @@ class ChatSession:
         )
 
     def _sampling(self) -> str:
-        messages = self._conversation.messages or [{"role": "user", "content": "Hello"}]
-        options = self._options
-        params = self._engine.sampling_for(
-            messages,
-            thinking=options.get("thinking"),
-            thinking_budget=options.get("thinking_budget"),
-            sampling=options.get("sampling"),
-        )
+        params = self._conversation.next_sampling()
         return ", ".join(f"{name} {value}" for name, value in asdict(params).items() if value is not None)
 
 
