@@ -193,24 +193,30 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what `prepare_messages` lets pass for the template's sake, but no chat should hold.
 
     Roles are system (first only), user, assistant and tool. Only an assistant calls tools, and may then lack content;
-    tools answer the calls of the assistant message before them.
+    tools answer the calls of the assistant message before them, each call once. Either all calls have their results or
+    none has.
 
     Raises:
         MessagesError: names the message, what is wrong with it and the way out.
     """
     calls: Sequence[Mapping[str, Any]] | None = None
+    results: list[Mapping[str, Any]] = []
     for i, message in enumerate(prepare_messages(messages)):
         where = f"messages[{i}]"
         role = message["role"]
         _check_role(role, where, is_first=i == 0)
         if role == "tool":
-            _check_tool_answer(message, calls, where)
+            _check_tool_answer(message, calls, results, where)
+            results.append(message)
             continue
+        _check_results(calls, results, f"messages[{i - 1}]")
+        results = []
         calls = _check_tool_calls(message, where)
         if role != "assistant" and messages[i].get("content") is None:
             raise MessagesError(
                 f"{where}: content: found none, expected text", hint="Only an assistant may lack content."
             )
+    _check_results(calls, results, f"messages[{len(messages) - 1}]")
 
 
 def _check_role(role: str, where: str, *, is_first: bool) -> None:
@@ -251,7 +257,13 @@ def _check_tool_calls(message: Mapping[str, Any], where: str) -> Sequence[Mappin
     return calls
 
 
-def _check_tool_answer(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]] | None, where: str) -> None:
+def _check_tool_answer(
+    message: Mapping[str, Any],
+    calls: Sequence[Mapping[str, Any]] | None,
+    before: Sequence[Mapping[str, Any]],
+    where: str,
+) -> None:
+    """Check a result that comes behind the results `before`."""
     if calls is None:
         raise MessagesError(
             f"{where}: found a tool's result, expected a call of it before",
@@ -264,6 +276,26 @@ def _check_tool_answer(message: Mapping[str, Any], calls: Sequence[Mapping[str, 
         raise MessagesError(
             f"{where}: tool_call_id: found {call_id!r}, expected {expected}",
             hint="Give each result the id of the call that it answers.",
+        )
+    answered = [result.get("tool_call_id") for result in before]
+    if call_id is not None and answered.count(call_id) == known.count(call_id):
+        raise MessagesError(
+            f"{where}: tool_call_id: found {call_id!r} for the second time, expected one result of each call",
+            hint="Put all that the model is to know of a call into one message.",
+        )
+    if len(before) == len(calls):
+        raise MessagesError(
+            f"{where}: found more results than the {len(calls)} of the calls before, expected one of each call",
+            hint="Put all that the model is to know of a call into one message.",
+        )
+
+
+def _check_results(calls: Sequence[Mapping[str, Any]] | None, results: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Refuse calls of which but some have results; `where` is the last result."""
+    if calls and results and len(results) < len(calls):
+        raise MessagesError(
+            f"{where}: found results of {len(results)} of {len(calls)} calls, expected one of each call",
+            hint="Add a message of role 'tool' for each call, or leave all results out.",
         )
 
 
@@ -297,6 +329,11 @@ def _prepare_message(message: object, where: str) -> dict[str, Any]:
     plain = {key: value for key, value in to_plain_json(message, where).items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING_NAMES if name in plain), None)
     if reasoning is not None:
+        if not isinstance(reasoning, str):
+            name = next(name for name in _REASONING_NAMES if name in plain)
+            raise MessagesError(
+                f"{where}: {name}: found {type(reasoning).__name__}, expected text", hint="Leave it out, or None."
+            )
         plain = _with_reasoning(plain, reasoning)
     may_lack_content = bool(plain.get("tool_calls")) or reasoning is not None
     plain["content"] = _content_text(plain.get("content"), where, may_lack_content)

@@ -18,6 +18,8 @@ ANSWER = {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
 CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "3", "tool_call_id": "1"}
+NAMELESS = {"role": "tool", "content": "3"}
+TWO_CALLS = {**CALLS, "tool_calls": [CALL, {**CALL, "id": "2"}]}
 # Whatever the checkpoint's template does, this one says all.
 TELL_ALL = "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}|{{ m.content }};{% endfor %}"
 
@@ -123,13 +125,16 @@ def test_old_reasoning_is_gone_whatever_the_template_does(messages: list[dict[st
         [USER],
         [SYSTEM, USER, ANSWER, USER],
         [USER, CALLS, RESULT, ANSWER],
-        [USER, {**CALLS, "content": "Let me see."}, RESULT, RESULT],
+        [USER, {**CALLS, "content": "Let me see."}, RESULT],
+        [USER, CALLS, USER],
+        [USER, {**CALLS, "tool_calls": [CALL, CALL]}, RESULT, RESULT],
+        [USER, TWO_CALLS, RESULT, NAMELESS, USER],
         [
             USER,
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]},
             {"role": "tool", "content": "3"},
         ],
-        [USER, {**CALLS, "tool_calls": [CALL, {**CALL, "id": "2"}]}, {**RESULT, "tool_call_id": "2"}, RESULT],
+        [USER, TWO_CALLS, {**RESULT, "tool_call_id": "2"}, RESULT],
         [USER, {"role": "assistant", "content": None, "reasoning": "r"}],
         [USER, {**ANSWER, "tool_calls": []}, USER],
         [USER, {**ANSWER, "tool_calls": None}, USER],
@@ -163,6 +168,14 @@ def test_sound_conversations(messages: list[dict[str, Any]]) -> None:
         ([USER, CALLS, USER, RESULT], r"messages\[3\]: found a tool's result"),
         ([USER, {**ANSWER, "tool_calls": []}, RESULT], "found a tool's result"),
         ([USER, CALLS, {"role": "tool", "content": None}], "content: found none"),
+        ([USER, CALLS, RESULT, RESULT], r"messages\[3\]: tool_call_id: found '1' for the second time"),
+        ([USER, CALLS, NAMELESS, NAMELESS], r"messages\[3\]: found more results than the 1 of the calls"),
+        ([USER, CALLS, RESULT, NAMELESS], r"messages\[3\]: found more results"),
+        ([USER, TWO_CALLS, RESULT], r"messages\[2\]: found results of 1 of 2 calls"),
+        ([USER, TWO_CALLS, RESULT, USER], r"messages\[2\]: found results of 1 of 2 calls"),
+        ([USER, {**ANSWER, "reasoning_content": 5}], r"messages\[1\]: reasoning_content: found int, expected text"),
+        ([USER, {**CALLS, "reasoning_content": ["a"]}, RESULT], "reasoning_content: found list"),
+        ([USER, {"role": "assistant", "content": "b", "reasoning": {}}, USER], "reasoning: found dict"),
         ([USER, CALLS, {**RESULT, "tool_call_id": "7"}], r"tool_call_id: found '7', expected one of \['1'\]"),
         ([USER, {**CALLS, "tool_calls": [{"name": "f", "arguments": {}}]}, RESULT], "found '1', expected none"),
         (

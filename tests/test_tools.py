@@ -658,13 +658,18 @@ def test_the_text_of_an_exception_is_bounded() -> None:
     assert len(call(fail, {})) < 500
 
 
-@pytest.mark.parametrize("cause", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("cause", [KeyboardInterrupt, GeneratorExit])
 def test_what_ends_the_program_passes_through(cause: type[BaseException]) -> None:
     def stop() -> None:
         raise cause
 
     with pytest.raises(cause):
         call(stop, {})
+
+
+def test_a_tool_does_not_end_the_program() -> None:
+    assert call(lambda: sys.exit("no disk"), {}) == "Error: SystemExit: no disk"
+    assert call(lambda: sys.exit(3), {}) == "Error: SystemExit: 3"
 
 
 def _circle() -> list[Any]:

@@ -39,11 +39,12 @@ def call_tool(
 
     Returns:
         a result that is text as it is, any other as JSON; "Error: …", in one line, for a call that cannot be made, for
-        an exception and for a result that JSON cannot hold.
+        an exception or `sys.exit`, and for a result that JSON cannot hold.
 
     Raises:
         OptionError: a limit below 1, a function that is no tool, or a schema that arguments cannot be checked against.
-        KeyboardInterrupt, SystemExit and their like pass through.
+        KeyboardInterrupt and its like pass through. A tool may take as long as it takes: nothing but Ctrl-C ends it, so
+            one that may hang has to bound itself.
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise OptionError(f"limit: found {limit!r}, expected a number of characters, 1 or more")
@@ -53,7 +54,7 @@ def call_tool(
         return _error(problem.problem)
     try:
         result = function(**arguments)
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         return _error(f"{type(cause).__name__}: {_text_of(cause)}")
     try:
         return _bounded(result if isinstance(result, str) else _to_json(result), limit)
@@ -82,7 +83,7 @@ def _prepare(
         raise MessagesError(f"arguments: found the unknown name {taken[0]!r}")
     try:
         return function, kind.convert(arguments)
-    except Exception as cause:  # a class in the arguments may refuse what it is made of
+    except (Exception, SystemExit) as cause:  # a class in the arguments may refuse what it is made of
         raise MessagesError(f"arguments: {type(cause).__name__}: {_text_of(cause)}") from None
 
 
@@ -116,7 +117,7 @@ def _error(text: str) -> str:
     return f"Error: {one_line(text, MAX_ERROR)}"
 
 
-def _text_of(cause: Exception) -> str:
+def _text_of(cause: Exception | SystemExit) -> str:
     try:
         return str(cause)
     except Exception:
