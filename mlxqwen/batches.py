@@ -40,7 +40,10 @@ def stream_groups(
         prepared = [request for _, request in group]
         replies = [
             ReplyEvents(
-                thinking=begins_in_thought(tokenizer, request.prompt), tools=request.tools, stop=stop, tags=tags
+                thinking=begins_in_thought(tokenizer, request.prompt, expect_thought=request.expect_thought),
+                tools=request.tools,
+                stop=stop,
+                tags=tags,
             )
             for request in prepared
         ]
@@ -51,6 +54,7 @@ def stream_groups(
             max_tokens=[request.max_tokens for request in prepared],
             sampling=[request.sampling for request in prepared],
             thinking_budget=[request.thinking_budget for request in prepared],
+            expect_thought=[request.expect_thought for request in prepared],
             tools=[request.tools for request in prepared],
             early_stop_text=early_stop_text,
             stop_on_loop=stop_on_loop,

@@ -66,6 +66,7 @@ class ReplyOptions(TypedDict, total=False):
     sampling: Sampling
     thinking_budget: int | None
     early_stop_text: str | None
+    expect_thought: bool
     tools: bool
     max_tokens: int | None
     stop: str | Sequence[str]

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PREFILL_CHUNK,
+    FinishReason,
     GeneratedToken,
     Tokens,
     TokenStream,
@@ -35,7 +36,6 @@ from mlxqwen.tokenizer import Tokenizer
 
 __all__ = [
     "BatchOptions",
-    "FinishReason",
     "GenerationResponse",
     "ResponseStream",
     "StreamOptions",
@@ -53,7 +53,6 @@ logger = logging.getLogger("mlxqwen")
 
 Prompt = str | Tokens
 Sampling = SamplingParams | Mapping[str, Any] | None
-FinishReason = Literal["stop", "length", "loop"]
 
 _T = TypeVar("_T")
 
@@ -105,6 +104,7 @@ class StreamOptions(_Options, total=False):
     max_tokens: int
     sampling: Sampling
     thinking_budget: int | None
+    expect_thought: bool
     tools: bool
 
 
@@ -114,6 +114,7 @@ class BatchOptions(_Options, total=False):
     max_tokens: int | Sequence[int]
     sampling: Sampling | Sequence[Sampling]
     thinking_budget: int | Sequence[int | None] | None
+    expect_thought: bool | Sequence[bool]
     tools: bool | Sequence[bool]
 
 
@@ -128,6 +129,7 @@ def stream_generate(
     thinking_budget: int | None = None,
     early_stop_text: str | None = None,
     stop_on_loop: bool = False,
+    expect_thought: bool = False,
     tools: bool = False,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
@@ -146,6 +148,7 @@ def stream_generate(
             `mlxqwen.thinking.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
         early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
         stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.loops` defines it.
+        expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
         tools: whether the model may call tools: a call ends its thought.
         cache: see `generate_tokens`; also for `cached_tokens`, `prefill_chunk` and `on_prefill`.
 
@@ -162,6 +165,7 @@ def stream_generate(
         thinking_budget=[thinking_budget],
         early_stop_text=early_stop_text,
         stop_on_loop=stop_on_loop,
+        expect_thought=[expect_thought],
         tools=tools,
         cache=cache,
         cached_tokens=cached_tokens,
@@ -182,6 +186,7 @@ def batch_stream(
     thinking_budget: int | Sequence[int | None] | None = None,
     early_stop_text: str | None = None,
     stop_on_loop: bool = False,
+    expect_thought: bool | Sequence[bool] = False,
     tools: bool | Sequence[bool] = False,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
@@ -194,8 +199,8 @@ def batch_stream(
 
     Args:
         prompts: texts or lists of ids.
-        max_tokens, sampling, thinking_budget, tools: for all, or one for each prompt; for these and the others see
-            `stream_generate`.
+        max_tokens, sampling, thinking_budget, expect_thought, tools: for all, or one for each prompt; for these and
+            the others see `stream_generate`.
     """
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given:
@@ -208,12 +213,20 @@ def batch_stream(
             len(prompt),
             cached_tokens or 0,
             StopStrings(stop),
-            ThinkingBudget(tokenizer, prompt, budget=budget, early_stop_text=early_stop_text, tools=may_call),
+            ThinkingBudget(
+                tokenizer,
+                prompt,
+                budget=budget,
+                early_stop_text=early_stop_text,
+                expect_thought=expected,
+                tools=may_call,
+            ),
             LoopDetector() if stop_on_loop else None,
         )
-        for prompt, budget, may_call in zip(
+        for prompt, budget, expected, may_call in zip(
             ids,
             _one_a_row("thinking_budget", thinking_budget, len(ids)),
+            _one_a_row("expect_thought", expect_thought, len(ids)),
             _one_a_row("tools", tools, len(ids)),
             strict=True,
         )

@@ -401,6 +401,7 @@ def _reply_options(request: PreparedRequest, options: ChatOptions, cache: KVCach
         **cast(ReplyOptions, named),
         "sampling": request.sampling,
         "thinking_budget": request.thinking_budget,
+        "expect_thought": request.expect_thought,
         "tools": request.tools,
         "max_tokens": request.max_tokens,
         "cache": cache,

@@ -169,9 +169,11 @@ class Engine:
         Args:
             messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
             thinking: the hard switch; None leaves it to the template, whose default is to think. Where thinking is
-                allowed, `/think` and `/no_think` in the latest user or system message steer it.
-            thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`; one that
-                is not reached, be it larger than the context, changes nothing.
+                allowed, `/think` and `/no_think` in the latest user or system message steer it. With True and no
+                `/no_think`, all up to `</think>` is reasoning, and a reply without one is nothing else, as the model
+                need not open its thought; else a reply is content unless it opens with `<think>`.
+            thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`, and
+                refused with True; one that is not reached, be it larger than the context, changes nothing.
             early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
             tools: JSON schemas of functions that the model may call.
             sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
@@ -207,6 +209,7 @@ class Engine:
             sampling=request.sampling,
             thinking_budget=thinking_budget,
             early_stop_text=early_stop_text,
+            expect_thought=request.expect_thought,
             tools=request.tools,
             max_tokens=request.max_tokens,
             stop=stop,
@@ -223,6 +226,7 @@ class Engine:
         sampling: Sampling = None,
         thinking_budget: int | None = None,
         early_stop_text: str | None = None,
+        expect_thought: bool = False,
         tools: bool = False,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
@@ -237,6 +241,8 @@ class Engine:
         Args:
             prompt: ids. Their end tells whether the reply begins in thought.
             sampling: by default the model card's profile, for thinking unless the prompt closes the think block.
+            expect_thought: whether a reply that the prompt leaves free is reasoning up to its first `</think>`, and all
+                of it without one, whether or not it opens with `<think>`; by default only if it does.
             tools: whether the prompt offers tools: else `<tool_call>` is content.
             max_tokens: by default 32,768, and never more than the context has room for.
             thinking_budget, early_stop_text, stop, stop_on_loop: see `stream`.
@@ -255,6 +261,7 @@ class Engine:
             thinking_budget=thinking_budget,
             early_stop_text=early_stop_text,
             stop_on_loop=stop_on_loop,
+            expect_thought=expect_thought,
             tools=tools,
             cache=cache,
             cached_tokens=cached_tokens,
@@ -262,7 +269,7 @@ class Engine:
             on_prefill=on_prefill,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
-        begins = begins_in_thought(self.tokenizer, prompt)
+        begins = begins_in_thought(self.tokenizer, prompt, expect_thought=expect_thought)
         return split_reply(responses, thinking=begins, tools=tools, stop=stop, tags=reply_tags(self.tokenizer))
 
     def run_tools(

@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 from mlxqwen.completion import GenerationResponse
+from mlxqwen.generation import FinishReason
 from mlxqwen.reply import Delta, Reply, ReplyParser, join_deltas
 from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
 from mlxqwen.stop import StopStrings
@@ -17,7 +18,6 @@ from mlxqwen.stop import StopStrings
 __all__ = [
     "Done",
     "Event",
-    "FinishReason",
     "ReplyEvents",
     "Timings",
     "Usage",
@@ -26,8 +26,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("mlxqwen")
-
-FinishReason = Literal["stop", "length", "tool_calls", "loop"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ DEFAULT_PREFILL_CHUNK = 512
 _CLEAR_EVERY = 256  # tokens
 UNBOUNDED = 1 << 62
 
-FinishReason = Literal["stop", "length"]
+# How a reply ends: tokens know the first two, their text the third, what it means the last.
+FinishReason = Literal["stop", "length", "loop", "tool_calls"]
 Tokens: TypeAlias = Sequence[int] | mx.array
 Prompts: TypeAlias = Tokens | Sequence[Tokens]
 

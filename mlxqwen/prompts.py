@@ -26,10 +26,21 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bool | None:
-    """What both switch thinking to: a budget of 0 switches it off. Raises `OptionError` for what is no switch."""
+    """What both switch thinking to: a budget of 0 switches it off.
+
+    Raises:
+        OptionError: `thinking` is no switch, or the budget contradicts it.
+    """
     if thinking is not None and not isinstance(thinking, bool):
         raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
-    return False if thinking_budget == 0 and not isinstance(thinking_budget, bool) else thinking
+    if thinking_budget != 0 or isinstance(thinking_budget, bool):
+        return thinking
+    if thinking:
+        raise OptionError(
+            "thinking: found True with a thinking_budget of 0, expected one that agrees with the other",
+            hint="Leave out thinking, or give a budget from 1, or None for no limit.",
+        )
+    return False
 
 
 def render_prompt(

@@ -39,6 +39,7 @@ class PreparedRequest:
     max_tokens: int
     thinking_budget: int | None
     tools: bool
+    expect_thought: bool
 
 
 def prepare_request(
@@ -58,8 +59,15 @@ def prepare_request(
     ThinkingBudget(tokenizer, prompt, budget=budget)  # complains here, where it is known which conversation has it
     sampling = _resolve_sampling(model, tokenizer, prompt, messages, options)
     _check_bias(sampling, model.config.vocab_size)
+    expect_thought = options.get("thinking") is True and asks_for_thought(tokenizer, prompt, messages)
     return PreparedRequest(
-        messages, prompt, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens, budget, bool(tools)
+        messages,
+        prompt,
+        sampling,
+        DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        budget,
+        bool(tools),
+        expect_thought,
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.events import Done, Event, FinishReason, assistant_message
+from mlxqwen.events import Done, Event, assistant_message
+from mlxqwen.generation import FinishReason
 from mlxqwen.reply import Reply, ToolCall
 from mlxqwen.tools import call_tool, tool_schema
 
@@ -61,7 +62,8 @@ def stream_tool_loop(
         answer: messages and schemas of tools → the events of a reply.
         messages: the conversation; never modified.
         tools: functions by the names that the model calls them by; no others are ever called. What goes wrong with a
-            call, exceptions included, is told to the model as text.
+            call, exceptions and `sys.exit` included, is told to the model as text. A call has no time limit: the run
+            waits for it, and Ctrl-C ends both.
         max_rounds: the most replies. The calls of the last one are still made, so that the messages can be run on.
 
     Returns:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlxqwen import Engine
-from mlxqwen.engine import Done
+from mlxqwen import Conversation, Engine
+from mlxqwen.engine import ChatRequest, Done
 from mlxqwen.errors import MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
 from mlxqwen.thinking import EARLY_STOP_TEXT
@@ -144,13 +144,31 @@ def test_the_profile_follows_the_mode(
 # --- budgets --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.parametrize("thinking", [None, False])
 def test_no_budget_is_no_thinking(engine: Engine, thinking: bool | None) -> None:
     options: dict[str, Any] = {"seed": 1, "max_tokens": 12}
     none = done_of(engine, [USER], thinking=thinking, thinking_budget=0, **options)
     off = done_of(engine, [USER], thinking=False, **options)
     assert (none.reply, none.usage) == (off.reply, off.usage)
     assert engine.sampling_for([USER], thinking=thinking, thinking_budget=0) == NON_THINKING
+
+
+def test_no_budget_contradicts_the_hard_switch(engine: Engine) -> None:
+    with pytest.raises(OptionError, match="thinking: found True with a thinking_budget of 0"):
+        engine.stream([USER], thinking=True, thinking_budget=0)
+    with pytest.raises(OptionError, match="thinking: found True with a thinking_budget of 0"):
+        engine.sampling_for([USER], thinking=True, thinking_budget=0)
+    told: list[tuple[int, str]] = []
+    lines: list[Any] = [[USER], ChatRequest([USER], {"thinking": True}), ChatRequest([USER], {"thinking": False})]
+    done = engine.batch(
+        lines, thinking_budget=0, max_tokens=2, on_error=lambda index, error: told.append((index, error.problem[:21]))
+    )
+    assert sorted(index for index, _ in done) == [0, 2]
+    assert told == [(1, "thinking: found True ")]
+    conversation = Conversation(engine, thinking_budget=0, max_tokens=2)
+    with pytest.raises(OptionError, match="thinking: found True with a thinking_budget of 0"):
+        conversation.chat("Hello", thinking=True)
+    assert conversation.messages == []
 
 
 def test_no_budget_closes_what_a_template_opens() -> None:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.completion import FinishReason, GenerationResponse
+from mlxqwen.completion import GenerationResponse
 from mlxqwen.errors import OptionError
 from mlxqwen.events import Done, Event, ReplyEvents, assistant_message, split_reply
+from mlxqwen.generation import FinishReason
 from mlxqwen.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
 from tests.test_tokenizer import QWEN
 

@@ -188,3 +188,53 @@ def test_usage_and_reply_agree_whatever_the_model_draws(
         assert not usage.budget_exhausted
     elif not usage.budget_exhausted and TAGS[2] not in drawn:
         assert usage.reasoning_tokens <= budget + 3  # of a character that would be cut in two
+
+
+# --- a thought that the model does not open --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "said", "expected"),
+    [
+        ("Hm.\n</think>\n\nHi.", True, "", Reply("Hm.", "Hi.")),
+        ("<think>\nHm.\n</think>\n\nHi.", True, "", Reply("Hm.", "Hi.")),
+        ("Hm, cut", True, "", Reply("Hm, cut", "")),
+        ("Hi.", True, " /no_think", Reply(None, "Hi.")),
+        ("<think>\n\n</think>\n\nHi.", True, " /no_think", Reply(None, "Hi.")),
+        ("Hi.", None, "", Reply(None, "Hi.")),
+        ("Hi.", False, "", Reply(None, "Hi.")),
+    ],
+)
+def test_the_hard_switch_expects_a_thought(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], text: str, thinking: bool | None, said: str, expected: Reply
+) -> None:
+    engine, model = scripted_engine(*demo)
+    messages = [{"role": "user", "content": USER[0]["content"] + said}]
+    tokens = [*engine.tokenizer.encode(text), engine.tokenizer.eos_token_id or 0]
+    model.say(tokens)
+    *_, streamed = engine.stream(messages, thinking=thinking)
+    model.say(tokens)
+    ((_, batched),) = engine.batch([messages], thinking=thinking)
+    model.say(tokens)
+    *_, said_on = Conversation(engine, thinking=thinking).stream(messages)
+    for done in (streamed, batched, said_on):
+        assert isinstance(done, Done)
+        assert done.reply == expected
+        assert (done.usage.reasoning_tokens > 0) == (expected.reasoning is not None)
+
+
+def test_a_budget_ends_a_thought_that_the_model_does_not_open(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, model = scripted_engine(*demo)
+    thought = engine.tokenizer.encode("one two three four five")
+    model.say(thought)
+    *_, done = engine.stream(USER, thinking=True, thinking_budget=3, early_stop_text="Enough.", max_tokens=40)
+    assert isinstance(done, Done)
+    assert done.reply.reasoning == engine.tokenizer.decode(thought[:3]) + "\n\nEnough."
+    assert done.usage.budget_exhausted
+
+
+def test_an_answer_that_is_gone_on_with_is_no_thought(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, model = scripted_engine(*demo)
+    model.say([*engine.tokenizer.encode(" it is 5."), engine.tokenizer.eos_token_id or 0])
+    reply = engine.chat([*USER, {"role": "assistant", "content": "Well,"}], thinking=True)
+    assert reply == Reply(None, " it is 5.")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
-from mlxqwen.events import Done, Event, FinishReason, Timings, Usage
+from mlxqwen.events import Done, Event, Timings, Usage
+from mlxqwen.generation import FinishReason
 from mlxqwen.messages import check_conversation
 from mlxqwen.reply import Delta, Reply, ToolCall
 from mlxqwen.tool_loop import ToolResult, ToolRun, stream_tool_loop
