@@ -10,7 +10,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.completion import Sampling
 
 __all__ = [
-    "BatchOptions",
+    "ChatBatchOptions",
     "ChatOptions",
     "ChatRequest",
     "Messages",
@@ -46,7 +46,7 @@ class RequestOptions(_OwnOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
 
 
-class BatchOptions(RequestOptions, _CommonOptions, total=False):
+class ChatBatchOptions(RequestOptions, _CommonOptions, total=False):
     """The options of `Engine.stream` that `Engine.batch` takes for all."""
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlxqwen.batches import stream_groups
 from mlxqwen.cache import KVCache
 from mlxqwen.chat_options import (
-    BatchOptions,
+    ChatBatchOptions,
     ChatOptions,
     ChatRequest,
     Messages,
@@ -37,7 +37,7 @@ from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 
 __all__ = [
-    "BatchOptions",
+    "ChatBatchOptions",
     "ChatOptions",
     "ChatRequest",
     "Done",
@@ -316,7 +316,7 @@ class Engine:
         batch_size: int = DEFAULT_BATCH_SIZE,
         on_error: Callable[[int, MlxqwenError], None] | None = None,
         new_cache: Callable[[int], KVCache] | None = None,
-        **options: Unpack[BatchOptions],
+        **options: Unpack[ChatBatchOptions],
     ) -> Iterator[tuple[int, Done]]:
         """Answer many conversations, many at once, each as it would be alone.
 

@@ -185,17 +185,19 @@ def test_lines_that_fail_are_answers_and_counted(files: Files) -> None:
     assert again.err.startswith(f"note: {files.output} has 3 of 3 answers\nerror: ")
 
 
-def test_a_failed_line_is_tried_again_once_it_is_removed(files: Files) -> None:
-    files.ask({"prompt": QUESTIONS[0]}, {"prompt": LONG})
-    assert files.run("--max-tokens", "2").status == 1
+def test_a_failed_line_is_tried_again_once_it_is_removed(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.ask({"prompt": QUESTIONS[0]}, {"prompt": QUESTIONS[1]})
+    with monkeypatch.context() as broken:
+        fail_for(QUESTIONS[1], broken)
+        assert files.run("--max-tokens", "2").status == 1
     kept = [line for line in files.output.read_text().splitlines(keepends=True) if '"error"' not in line]
     files.output.write_text("".join(kept))
-    assert files.run("--max-tokens", "2", "--max-kv-size", "64").status == 0
+    assert files.run("--max-tokens", "2").status == 0
     assert [answer["finish_reason"] for answer in files.answers] == ["length", "length"]
 
 
-def test_one_bad_row_does_not_take_the_others_with_it(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = Engine.load().prompt([{"role": "user", "content": QUESTIONS[2]}])
+def fail_for(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Engine.load().prompt([{"role": "user", "content": question}])
     prefill = TokenStream._prefill
 
     def failing(self: TokenStream) -> Any:
@@ -204,6 +206,10 @@ def test_one_bad_row_does_not_take_the_others_with_it(files: Files, monkeypatch:
         return prefill(self)
 
     monkeypatch.setattr(TokenStream, "_prefill", failing)
+
+
+def test_one_bad_row_does_not_take_the_others_with_it(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_for(QUESTIONS[2], monkeypatch)
     assert files.run("--seed", "2").status == 1
     expected = [alone(question, "--seed", "2") for question in QUESTIONS if question != QUESTIONS[2]]
     assert [core(answer) for answer in files.answers if "error" not in answer] == expected
@@ -260,7 +266,7 @@ def test_what_is_done_is_not_done_again(files: Files, monkeypatch: pytest.Monkey
     assert files.run("--max-tokens", "2").status == 0
     before = files.output.read_bytes()
     monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("loaded"))
-    result = files.run("--max-tokens", "2", "--batch-size", "3", "--kv-bits", "8")
+    result = files.run("--max-tokens", "2", "--batch-size", "3", "--prefill-chunk", "7")
     assert result == Result(0, "", f"note: {files.output} has 5 of 5 answers\n")
     assert files.output.read_bytes() == before
 
@@ -449,7 +455,19 @@ def test_answers_made_with_other_options_are_left_alone(files: Files, monkeypatc
     assert files.run("--max-tokens", "2").status == 0
     before = files.output.read_bytes()
     monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("loaded"))
-    for other in (["--max-tokens", "3"], [], ["--max-tokens", "2", "--seed", "1"]):
+    same = ["--max-tokens", "2"]
+    others: list[list[str]] = [
+        ["--max-tokens", "3"],
+        [],
+        [*same, "--seed", "1"],
+        [*same, "--dtype", "bfloat16"],
+        [*same, "--yarn-factor", "2"],
+        [*same, "--rope-scaling", '{"rope_type": "yarn", "factor": 2.0}'],
+        [*same, "--kv-bits", "8"],
+        [*same, "--max-kv-size", "64"],
+        [*same, "--max-kv-size", "64", "--kv-keep", "2"],
+    ]
+    for other in others:
         assert_error(files.run(*other), "line 1: found an answer that was made with other options")
     assert files.output.read_bytes() == before
 

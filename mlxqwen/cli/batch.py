@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlxqwen.cli.generate_options import (
-    DEFAULT_BATCH_SIZE,
     check_values,
     load_engine,
     new_cache,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
-from mlxqwen.cli.reply_printer import openai_tool_call, print_request
+from mlxqwen.cli.reply_printer import print_request
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["generate_batch"]
 
 MAX_BATCH_BYTES = 256 * 1024 * 1024
-# What answers depend on. The options about memory are not among them: a run may go on with others.
+# What answers depend on. How many are made at once, and in what steps, is not among it: a run may go on otherwise.
 _SHAPING = (
     "model",
     "revision",
@@ -47,6 +46,12 @@ _SHAPING = (
     "max_tokens",
     "stop",
     "stop_on_loop",
+    "max_kv_size",
+    "kv_keep",
+    "kv_bits",
+    "yarn_factor",
+    "rope_scaling",
+    "dtype",
 )
 
 
@@ -166,6 +171,8 @@ def _batch(
     options: Mapping[str, Any],
     refused: list[tuple[int, MlxqwenError]],
 ) -> Iterator[tuple[int, Done]]:
+    from mlxqwen.engine import DEFAULT_BATCH_SIZE
+
     shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop")
     more = ("trust_special_tokens", "drop_oldest", "prefill_chunk")
     return engine.batch(
@@ -195,10 +202,12 @@ def _refusal(request: BatchRequest, error: MlxqwenError) -> _Answer:
 
 
 def _fields(done: Done) -> dict[str, Any]:
+    from mlxqwen.events import assistant_message
+
     return {
         "reasoning": done.reply.reasoning,
         "content": done.reply.content,
-        "tool_calls": list(map(openai_tool_call, done.reply.tool_calls)),
+        "tool_calls": assistant_message(done.reply).get("tool_calls", []),
         "finish_reason": done.finish_reason,
         "usage": asdict(done.usage),
     }

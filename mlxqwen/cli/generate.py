@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
 
 if TYPE_CHECKING:
-    from mlxqwen.engine import Event
-    from mlxqwen.request_files import Conversation
+    from mlxqwen.engine import Engine, Event
+    from mlxqwen.request_files import MessagesWithTools
 
 __all__ = ["generate"]
 
@@ -49,7 +50,7 @@ def generate(**options: Any) -> int:
 
 
 def _generate_one(options: Mapping[str, Any]) -> int:
-    asked: str | Conversation
+    asked: str | MessagesWithTools
     asked = _read_text(options) if options["raw"] else _read_conversation(options)
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
@@ -80,13 +81,13 @@ def _read_text(options: Mapping[str, Any]) -> str:
     return text
 
 
-def _read_conversation(options: Mapping[str, Any]) -> Conversation:
+def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
     """Messages and tools from all options that give some."""
     with leave_at_once():
-        from mlxqwen.request_files import Conversation, parse_conversation, parse_tools
+        from mlxqwen.request_files import MessagesWithTools, parse_conversation, parse_tools
 
     messages, tools = options["messages"], options["tools"]
-    conversation = Conversation(())
+    conversation = MessagesWithTools(())
     if messages is not None:
         conversation = parse_conversation(read_text(messages), source_name(messages))
     if messages is None or options["prompt"] is not None or options["prompt_file"] is not None:
@@ -96,41 +97,38 @@ def _read_conversation(options: Mapping[str, Any]) -> Conversation:
     return conversation.with_system(options["system"])
 
 
-def _events(asked: str | Conversation, options: Mapping[str, Any], progress: PrefillProgress) -> Iterator[Event]:
+def _events(asked: str | MessagesWithTools, options: Mapping[str, Any], progress: PrefillProgress) -> Iterator[Event]:
     """Load the model and let it answer."""
     with leave_at_once():
-        from mlxqwen.completion import resolve_params, stream_generate
-        from mlxqwen.engine import split_reply
         from mlxqwen.generation import DEFAULT_MAX_TOKENS
 
-    overrides = sampling_overrides(options)
-    engine = load_engine(options)
-    thinking = {name: options[name] for name in ("thinking", "thinking_budget")}
-    if isinstance(asked, str):
-        sampling = resolve_params(engine.model, overrides, thinking=True)
-    else:
-        sampling = engine.sampling_for(asked.messages, **thinking, sampling=overrides)
+    engine, overrides = load_engine(options), sampling_overrides(options)
+    cache = new_cache(engine, options)
+    shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
+    how: dict[str, Any] = {**{name: options[name] for name in shared}, "on_prefill": progress, "cache": cache}
     request: dict[str, Any] = {
-        "sampling": sampling,
+        "sampling": overrides,
         "max_tokens": DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"],
         "thinking_budget": options["thinking_budget"],
-        "early_stop_text": options["early_stop_text"],
-        "stop": options["stop"],
-        "stop_on_loop": options["stop_on_loop"],
-        "prefill_chunk": options["prefill_chunk"],
-        "on_prefill": progress,
-        "cache": new_cache(engine, options),
     }
-    if options["verbose"]:
-        print_request(engine, sampling, options, overrides)
     if isinstance(asked, str):
-        responses = stream_generate(engine.model, engine.tokenizer, asked, **request)
-        return split_reply(responses, thinking=False)
-    return engine.stream(
-        asked.messages,
-        thinking=options["thinking"],
-        tools=asked.tools,
-        trust_special_tokens=options["trust_special_tokens"],
-        drop_oldest=options["drop_oldest"],
-        **request,
-    )
+        return _continue(engine, asked, {**request, **how}, options)
+    own = ("thinking", "trust_special_tokens", "drop_oldest")
+    request = {**request, **{name: options[name] for name in own}, "tools": asked.tools}
+    if options["verbose"]:
+        sampling = engine.sampling_for(asked.messages, cache=cache, **request)
+        print_request(engine, sampling, options, overrides)
+    return engine.stream(asked.messages, **request, **how)
+
+
+def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
+    """What follows a text: all of it is content, so that no part counts as reasoning."""
+    from mlxqwen.completion import resolve_params, stream_generate
+    from mlxqwen.engine import Done, split_reply
+
+    sampling = resolve_params(engine.model, request["sampling"], thinking=True)
+    if options["verbose"]:
+        print_request(engine, sampling, options, request["sampling"])
+    responses = stream_generate(engine.model, engine.tokenizer, text, **{**request, "sampling": sampling})
+    for event in split_reply(responses, thinking=False):
+        yield replace(event, usage=replace(event.usage, reasoning_tokens=0)) if isinstance(event, Done) else event

@@ -23,7 +23,6 @@ __all__ = ["check_usage", "check_values", "generate_options", "load_engine", "ne
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
-DEFAULT_BATCH_SIZE = 8
 DEFAULT_KV_KEEP = 4
 
 _SAMPLING_NAMES = (
@@ -67,7 +66,12 @@ _PROMPT = (
         is_flag=True,
         help="Leave out the oldest turns of a conversation that is too long; a system message stays.",
     ),
-    click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template."),
+    click.option(
+        "--raw",
+        is_flag=True,
+        help="Continue the prompt as it is, without a chat template: <|im_end|> and the like in it are tokens, "
+        "and all of the reply is content.",
+    ),
     click.option(
         "--trust-special-tokens",
         is_flag=True,
@@ -88,7 +92,7 @@ _BATCH = (
         metavar="FILE.jsonl",
         help="Where the answers to --batch go, as they are finished. If it has some already, the others are added.",
     ),
-    click.option("--batch-size", type=int, help=f"Prompts that are answered at once; {DEFAULT_BATCH_SIZE} by default."),
+    click.option("--batch-size", type=int, help="Prompts that are answered at once; 8 by default."),
 )
 _THINKING = (
     click.option(

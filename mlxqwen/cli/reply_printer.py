@@ -14,10 +14,10 @@ from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.engine import Done, Engine, Event
-    from mlxqwen.reply import Delta, ToolCall
+    from mlxqwen.reply import Delta, Reply, ToolCall
     from mlxqwen.sampling_params import SamplingParams
 
-__all__ = ["ReplyPrinter", "openai_tool_call", "print_note", "print_request", "print_speed"]
+__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed"]
 
 
 class ReplyPrinter:
@@ -53,7 +53,7 @@ class ReplyPrinter:
             self._stderr.line_is_open |= self._stderr.is_terminal  # the terminal itself wrote ^C there
         self.end_lines()
         if not self._as_json:
-            for call in self._tool_calls():
+            for call in self._reply().tool_calls:
                 self._stdout.write(self._dump(_printed_call(call)) + "\n")
 
     def end_lines(self) -> None:
@@ -61,18 +61,20 @@ class ReplyPrinter:
         self._stdout.end_line()
         self._stderr.end_line()
 
-    def _tool_calls(self) -> tuple[ToolCall, ...]:
+    def _reply(self) -> Reply:
         from mlxqwen.reply import join_deltas
 
-        return join_deltas(self._deltas).tool_calls if self._deltas else ()
+        return join_deltas(self._deltas)
 
     def _object(self, interrupted: bool) -> str:
-        done = self.done
+        from mlxqwen.events import assistant_message
+
+        done, reply = self.done, self._reply()
         return self._dump(
             {
-                "reasoning": "".join(delta.reasoning or "" for delta in self._deltas) or None,
-                "content": "".join(delta.content or "" for delta in self._deltas),
-                "tool_calls": list(map(openai_tool_call, self._tool_calls())),
+                "reasoning": reply.reasoning,
+                "content": reply.content,
+                "tool_calls": assistant_message(reply).get("tool_calls", []),
                 "finish_reason": "interrupted" if interrupted or done is None else done.finish_reason,
                 "usage": None if done is None else asdict(done.usage),
                 "timings": None if done is None else asdict(done.timings),
@@ -81,11 +83,6 @@ class ReplyPrinter:
 
     def _dump(self, value: object) -> str:
         return json.dumps(value, ensure_ascii=not self._stdout.is_unicode)
-
-
-def openai_tool_call(call: ToolCall) -> dict[str, Any]:
-    """A call as OpenAI's API spells it, arguments as JSON text."""
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _printed_call(call: ToolCall) -> dict[str, Any]:

@@ -2,6 +2,6 @@
 
 from mlxqwen.request_files.answers import AnswerFile
 from mlxqwen.request_files.batch import BatchRequest, parse_requests
-from mlxqwen.request_files.conversations import Conversation, parse_conversation, parse_tools
+from mlxqwen.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
 
-__all__ = ["AnswerFile", "BatchRequest", "Conversation", "parse_conversation", "parse_requests", "parse_tools"]
+__all__ = ["AnswerFile", "BatchRequest", "MessagesWithTools", "parse_conversation", "parse_requests", "parse_tools"]

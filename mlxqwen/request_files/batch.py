@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxqwen.errors import OptionError
 from mlxqwen.request_files.conversations import (
-    Conversation,
+    MessagesWithTools,
     check_keys,
     conversation_of,
     located,
@@ -40,7 +40,7 @@ class BatchRequest:
 
     index: int
     id: str | int | None
-    conversation: Conversation
+    conversation: MessagesWithTools
     options: Mapping[str, Any]
     digest: str
 

@@ -13,19 +13,19 @@ from mlxqwen.json_file import parse_json
 from mlxqwen.messages import check_conversation
 from mlxqwen.tools import check_tool_schemas
 
-__all__ = ["Conversation", "check_keys", "located", "parse_conversation", "parse_json_text", "parse_tools"]
+__all__ = ["MessagesWithTools", "check_keys", "located", "parse_conversation", "parse_json_text", "parse_tools"]
 
 _FORM = 'A conversation is a list such as [{"role": "user", "content": "Hello"}], or {"messages": […], "tools": […]}.'
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class MessagesWithTools:
     """Checked messages, and tools or None."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
-    def with_system(self, text: str | None) -> Conversation:
+    def with_system(self, text: str | None) -> MessagesWithTools:
         """With a system message in front; as it is for None. Raises `OptionError` if it has one of its own."""
         if text is None:
             return self
@@ -36,7 +36,7 @@ class Conversation:
             )
         return replace(self, messages=({"role": "system", "content": text}, *self.messages))
 
-    def with_tools(self, tools: tuple[Mapping[str, Any], ...]) -> Conversation:
+    def with_tools(self, tools: tuple[Mapping[str, Any], ...]) -> MessagesWithTools:
         """With `tools`. Raises `OptionError` if it has tools of its own."""
         if self.tools is not None:
             raise OptionError(
@@ -45,12 +45,12 @@ class Conversation:
             )
         return replace(self, tools=tools)
 
-    def with_user(self, text: str | None) -> Conversation:
+    def with_user(self, text: str | None) -> MessagesWithTools:
         """With a user's message at the end; as it is for None."""
         return self if text is None else replace(self, messages=(*self.messages, {"role": "user", "content": text}))
 
 
-def parse_conversation(text: str, source: str) -> Conversation:
+def parse_conversation(text: str, source: str) -> MessagesWithTools:
     """The conversation that a JSON text holds: a list of messages, or an object with `messages` and perhaps `tools`.
 
     Args:
@@ -69,12 +69,12 @@ def parse_conversation(text: str, source: str) -> Conversation:
         return conversation_of(value)
 
 
-def conversation_of(value: Mapping[str, Any]) -> Conversation:
+def conversation_of(value: Mapping[str, Any]) -> MessagesWithTools:
     """The checked `messages` and `tools` of an object; other keys play no part."""
     messages: Any = value.get("messages")  # what is no list, the check refuses
     check_conversation(messages)
     tools = value.get("tools")
-    return Conversation(tuple(messages), None if tools is None else tuple(check_tool_schemas(tools)))
+    return MessagesWithTools(tuple(messages), None if tools is None else tuple(check_tool_schemas(tools)))
 
 
 def parse_tools(text: str, source: str) -> tuple[Mapping[str, Any], ...]:
