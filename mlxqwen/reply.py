@@ -66,10 +66,10 @@ class ReplyParser:
     """Splits a reply while it is being written.
 
     Think tags count only around the reply's first thought; in the content they are text. A call counts once all of it
-    is there and its JSON is sound. A broken or unfinished one is text, exactly as written, and `warnings` says what is
-    wrong with it; what is behind it counts. In a thought that text is reasoning, for only a call ends a thought: then
-    the `</think>` that may still follow is no content either. Line breaks around a call are no content, except that
-    texts before and behind it stay on lines of their own.
+    is there and its JSON is sound. A broken or unfinished one is content, exactly as written, and `warnings` says what is
+    wrong with it; what is behind it counts. A call ends a thought, sound or not, and the `</think>` that may still follow
+    is no content either; a `<tool_call>` with no object behind it is only talked about, and stays in the thought. Line
+    breaks around a call are no content, except that texts before and behind it stay on lines of their own.
 
     Args:
         thinking: True if the reply is known to begin in thought: then everything up to `</think>` is reasoning, whether
@@ -210,9 +210,9 @@ class ReplyParser:
                 scanner.problem, intact = str(problem), len(taken)
         if scanner.problem is not None:
             self._warn(scanner.problem)
-            if self._end_think_due and (thought_end := taken.find(self._tags.end_think, 0, intact)) >= 0:
-                intact = thought_end
             self._take_back(taken[intact:])
+            if self._in_thought and taken.lstrip(" \t\r\n").startswith("{"):
+                self._end_thought(self._scanned_from)
             yield from self._shown(self._tags.tool_call + taken[:intact])
             return
         if self._in_thought:

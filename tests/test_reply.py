@@ -213,8 +213,8 @@ def thought_by_the_book(text: str, tools: bool) -> tuple[str, str, bool]:
     while tag := re.compile("</think>|<tool_call>" if tools else "</think>").search(text, at):
         if tag[0] == "</think>":
             return text[: tag.start()], text[tag.end() :], False
-        at, call = call_by_the_book(text, tag.end(), may_close=True)
-        if call:
+        at, _ = call_by_the_book(text, tag.end())
+        if re.compile(r"[ \t\r\n]*{").match(text, tag.end()):
             return text[: tag.start()], text[tag.start() :], True
     return text, "", False
 
@@ -230,23 +230,21 @@ def calls_by_the_book(text: str, is_cut: bool = False) -> tuple[str, list[tuple[
         if tag[0] == "</think>":
             content, at, is_cut = content + "\0", tag.end(), False
             continue
-        at, call = call_by_the_book(text, tag.end(), may_close=is_cut)
+        at, call = call_by_the_book(text, tag.end())
         content += text[tag.start() : at] if call is None else "\0"
         calls += [] if call is None else [call]
     content = (content + text[at:]).strip("\n\0")
     return re.sub("\n*\0[\n\0]*", lambda found: "\n" if "\n" in found[0] else "", content), calls
 
 
-def call_by_the_book(text: str, start: int, *, may_close: bool = False) -> tuple[int, tuple[str, str] | None]:
-    """Where what begins with a call's tag ends, and the call, if it is one; a broken one ends at a due `</think>`."""
+def call_by_the_book(text: str, start: int) -> tuple[int, tuple[str, str] | None]:
+    """Where what begins with a call's tag ends, and the call, if it is one."""
     end, value = json_object(text, start)
     close = re.compile(r"[ \t\r\n]*(</tool_call>)?").match(text, end)
     assert close
     stop, call = close.end(), checked_call(text[start:end]) if value is not None and close[1] else None
     if (value is None or not close[1]) and (first := text.find("</tool_call>", start, stop)) >= 0:
         stop = first + len("</tool_call>")
-    if call is None and may_close and (think := text.find("</think>", start, stop)) >= 0:
-        stop = think
     return stop, call
 
 
@@ -358,11 +356,11 @@ def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
         ("Hm. <tool_call> or", "Hm. <tool_call> or", "", 0),
         ("I could use <tool_call> tags here.</think>Yes.", "I could use <tool_call> tags here.", "Yes.", 0),
         ("a<tool_call></think>b", "a<tool_call>", "b", 0),
-        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', 'a<tool_call>{"name": 1}</tool_call>b', "c", 1),
-        ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', 'a\n<tool_call>{"name": "f}</tool_call>\nb', "c", 0),
-        ('a<tool_call>{"name": "f</think>b', 'a<tool_call>{"name": "f', "b", 0),
-        ('a<tool_call>{"x": "</think>b"}</tool_call>', 'a<tool_call>{"x": "', 'b"}</tool_call>', 0),
-        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "fb', 1),
+        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', "a", '<tool_call>{"name": 1}</tool_call>bc', 1),
+        ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', "a", '<tool_call>{"name": "f}</tool_call>\nb\nc', 0),
+        ('a<tool_call>{"name": "f</think>b', "a", '<tool_call>{"name": "f</think>b', 0),
+        ('a<tool_call>{"x": "</think>b"}</tool_call>', "a", '<tool_call>{"x": "</think>b"}</tool_call>', 0),
+        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "f</think>b', 1),
         ("Hm. <tool_call", "Hm. <tool_call", "", 0),
         ("Hm. <tool_calls></think>a", "Hm. <tool_calls>", "a", 0),
     ],

@@ -155,22 +155,16 @@ def test_a_call_ends_a_thought_only_where_there_are_tools() -> None:
     assert forced_by(thinking(3), drawn) == EARLY_STOP
 
 
-def test_what_is_no_call_after_all_is_thought() -> None:
+def test_a_call_that_is_only_talked_about_is_thought() -> None:
     mentioned = [OPEN, *ANSWER, TOOL_CALL, *ANSWER, CLOSE, *ANSWER * 40]
     row = thinking(5, tools=True)
     assert reply(row, mentioned) == (mentioned, [])
     assert row.reasoning_tokens == 5
-    # While it may become a call it is not interrupted.
-    broken = [OPEN, *ANSWER, TOOL_CALL, *QWEN.encode('{"name": "a b c"} oh')]
+    # One that is made, if badly, ends the thought, and is not interrupted.
+    broken = [OPEN, *ANSWER, TOOL_CALL, *QWEN.encode('{"name": "a b c"} oh'), *ANSWER * 40]
     row = thinking(3, tools=True)
-    tokens, forced = reply(row, [*broken, *ANSWER * 40])
-    assert tokens[: tokens.index(forced[0])] == broken
-    assert row.exhausted
-    # At the end of the reply it is none, and its thought ended where it was closed.
-    row = thinking(None, tools=True)
-    reply(row, [OPEN, *QWEN.encode('<tool_call>{"'), *ANSWER, CLOSE, *ANSWER * 4])
-    row.finish()
-    assert row.reasoning_tokens == 4
+    assert reply(row, broken) == (broken, [])
+    assert (row.reasoning_tokens, row.exhausted) == (2, False)
 
 
 def test_text_that_spells_a_tag_ends_no_thought() -> None:
