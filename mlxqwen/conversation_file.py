@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.json_file import parse_json, read_json_object
+from mlxqwen.json_file import parse_json, read_text
 from mlxqwen.messages import check_conversation, to_plain_json
+from mlxqwen.request_files.conversations import CONVERSATION_FORMAT, parse_json_text
 from mlxqwen.sampling_params import SamplingParams
 
 __all__ = ["read_conversation", "write_conversation"]
 
-_FORMAT = "mlxqwen-conversation-1"
 _MAX_BYTES = 256 * 2**20
 # Neither what would let a file forge tokens, nor what is of this machine or call.
 _OPTIONS = (
@@ -33,7 +33,7 @@ _OPTIONS = (
     "stop_on_loop",
     "drop_oldest",
 )
-_HINT = "Give a file that Conversation.save, or /save in the chat, has written."
+_HINT = "Give a file that Conversation.save, or /save in the chat, has written, or a list of messages."
 
 
 def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
@@ -46,7 +46,9 @@ def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], option
     if messages:
         check_conversation(messages)
     kept = {name: _plain_option(name, options[name]) for name in _OPTIONS if options.get(name) is not None}
-    text = json.dumps({"format": _FORMAT, "messages": list(messages), "options": kept}, ensure_ascii=False, indent=1)
+    text = json.dumps(
+        {"format": CONVERSATION_FORMAT, "messages": list(messages), "options": kept}, ensure_ascii=False, indent=1
+    )
     try:
         parse_json(text)
     except ValueError as error:
@@ -59,16 +61,22 @@ def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], option
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages and options of a file. That the options' values can be is for their user to check.
 
+    Besides what `write_conversation` wrote, it may be a list of messages, or an object with `messages` and perhaps
+    `tools`.
+
     Raises:
         MessagesError: the file cannot be read, is damaged, or holds something else.
     """
     try:
-        value = read_json_object(path, error=MessagesError, max_bytes=_MAX_BYTES)
+        text = read_text(path, error=MessagesError, max_bytes=_MAX_BYTES)
     except MessagesError as error:
         raise MessagesError(error.problem, hint=_HINT) from None
+    value = _with_format(path, _parse(path, text))
     messages, options = value.get("messages"), value.get("options", {})
-    if value.get("format") != _FORMAT:
-        raise MessagesError(f"{path}: format: found {value.get('format')!r}, expected {_FORMAT!r}", hint=_HINT)
+    if value["format"] != CONVERSATION_FORMAT:
+        raise MessagesError(
+            f"{path}: format: found {value['format']!r:.80}, expected {CONVERSATION_FORMAT!r}", hint=_HINT
+        )
     for name in value:
         if name not in ("format", "messages", "options"):
             raise MessagesError(f"{path}: found {name!r}, expected format, messages and options", hint=_HINT)
@@ -85,6 +93,25 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
         except MessagesError as error:
             raise MessagesError(f"{path}: {error.problem}", hint=error.hint) from None
     return messages, {name: _option(path, name, option) for name, option in options.items()}
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return parse_json_text(text, hint=_HINT)
+    except OptionError as error:
+        raise MessagesError(f"{path}: {error.problem}", hint=_HINT) from None
+
+
+def _with_format(path: Path, value: Any) -> dict[str, Any]:
+    """A list of messages, or an object of messages and tools, as it would have been saved."""
+    if isinstance(value, list):
+        value = {"messages": value}
+    if not isinstance(value, dict):
+        raise MessagesError(f"{path}: found {type(value).__name__}, expected an object or a list", hint=_HINT)
+    if "format" in value or "options" in value:
+        return {"format": None, **value}
+    tools = value.pop("tools", None)
+    return {"format": CONVERSATION_FORMAT, **value, "options": {} if tools is None else {"tools": tools}}
 
 
 def _plain_option(name: str, value: Any) -> Any:

@@ -280,22 +280,22 @@ def test_ways_out_of_a_long_prompt() -> None:
         (["hi", "--temperature", "nan"], "temperature"),
         (["hi", "--temperature", "-1"], "temperature"),
         (["hi", "--temperature", "inf"], "temperature"),
-        (["hi", "--top-p", "1.5"], "top_p"),
-        (["hi", "--top-p", "nan"], "top_p"),
-        (["hi", "--top-k", "-2"], "top_k"),
-        (["hi", "--min-p", "2"], "min_p"),
-        (["hi", "--presence-penalty", "3"], "presence_penalty"),
-        (["hi", "--frequency-penalty", "nan"], "frequency_penalty"),
-        (["hi", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["hi", "--top-p", "1.5"], "--top-p: found"),
+        (["hi", "--top-p", "nan"], "--top-p: found"),
+        (["hi", "--top-k", "-2"], "--top-k: found"),
+        (["hi", "--min-p", "2"], "--min-p: found"),
+        (["hi", "--presence-penalty", "3"], "--presence-penalty: found"),
+        (["hi", "--frequency-penalty", "nan"], "--frequency-penalty: found"),
+        (["hi", "--repetition-penalty", "0"], "--repetition-penalty: found"),
         (["hi", "--seed", "-1"], "seed"),
         (["hi", "--seed", "9" * 40], "seed"),
         (["hi", "--stop", ""], "stop"),
-        (["hi", "--max-tokens", "0"], "max_tokens"),
-        (["hi", "--prefill-chunk", "0"], "prefill_chunk"),
-        (["hi", "--max-kv-size", "4", "--kv-keep", "4"], "max_kv_size"),
-        (["hi", "--max-kv-size", "0"], "max_kv_size"),
-        (["hi", "--max-kv-size", "9" * 30], "max_kv_size"),
-        (["hi", "--max-kv-size", "9", "--kv-keep", "-1"], "keep"),
+        (["hi", "--max-tokens", "0"], "--max-tokens: found"),
+        (["hi", "--prefill-chunk", "0"], "--prefill-chunk: found"),
+        (["hi", "--max-kv-size", "4", "--kv-keep", "4"], "--max-kv-size: found"),
+        (["hi", "--max-kv-size", "0"], "--max-kv-size: found"),
+        (["hi", "--max-kv-size", "9" * 30], "--max-kv-size: found"),
+        (["hi", "--max-kv-size", "9", "--kv-keep", "-1"], "--kv-keep: found -1"),
         (["hi", "--yarn-factor", "nan"], "factor"),
         (["hi", "--yarn-factor", "0.5"], "factor"),
         (["hi", "--rope-scaling", "{"], "not JSON"),
@@ -347,6 +347,10 @@ def test_a_misspelt_command(typed: str, meant: str) -> None:
 def test_only_commands_with_a_prompt_tell_of_dashes() -> None:
     assert "--" in run("generate", "--modle", "x").err.partition("Put ")[2]
     assert "prompt" not in run("convert", "a", "b", "--bit", "4").err
+
+
+def test_an_option_without_its_value_is_told_of_by_its_command() -> None:
+    assert_error(run("generate", "--seed"), "'--seed' requires an argument", "Try 'mlxqwen generate --help'.", status=2)
 
 
 def test_the_list_of_commands_is_not_cut_short() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from mlxqwen.cli.batch import batch_line
+from mlxqwen.cli.batch import batch_lines
 from mlxqwen.engine import Engine
 from mlxqwen.errors import GenerationError
 from mlxqwen.generation import TokenStream
@@ -165,6 +165,9 @@ def test_verbose_tells_of_all(files: Files) -> None:
     assert second.endswith("at most 4 tokens within the context")
     assert third.startswith("thinking budget: 2 tokens, then ")
     assert last.startswith("5 answers of 20 tokens in ")
+    files.ask({"prompt": QUESTIONS[0]})
+    files.output.unlink()
+    assert files.run("--verbose", "--max-tokens", "1").err.splitlines()[-1].startswith("1 answer of 1 token in ")
 
 
 # Failures of single lines
@@ -176,8 +179,10 @@ def test_lines_that_fail_are_answers_and_counted(files: Files) -> None:
     assert result.status == 1
     assert result.err.splitlines()[0] == f"error: {files.output}: 1 of 3 lines have failed"
     first, failed, last = files.answers
-    assert (failed["index"], failed["id"], sorted(failed)) == (1, "long", ["error", "id", "index", "request"])
+    assert (failed["index"], failed["id"], sorted(failed)) == (1, "long", ["error", "hint", "id", "index", "request"])
     assert "context of 512" in failed["error"]
+    assert "--max-kv-size" in failed["hint"]
+    assert failed["hint"] not in failed["error"]
     assert [core(first), core(last)] == [alone(question, "--seed", "1") for question in QUESTIONS[:2]]
     before = files.output.read_bytes()
     again = files.run("--seed", "1")
@@ -288,9 +293,28 @@ def test_a_progress_bar_on_a_terminal(files: Files) -> None:
 
 
 def test_the_line_of_progress() -> None:
-    assert batch_line(0, 5, 0, 0.0) == "0 of 5 lines  |                    |"
-    assert batch_line(1, 4, 300, 10.0) == "1 of 4 lines  |#####               |  30 tokens/s  0:30 left"
-    assert batch_line(1_000, 2_000, 9, 90.0).startswith("1,000 of 2,000 lines  |##########          |")
+    assert batch_lines(0, 5, 0, 0.0)[0] == "0 of 5 lines  |                    |"
+    assert batch_lines(1, 4, 300, 10.0) == [
+        "1 of 4 lines  |#####               |  30 tokens/s  0:30 left",
+        "1 of 4 lines  30 tokens/s  0:30 left",
+        "1 of 4 lines  0:30 left",
+        "1 of 4 lines",
+    ]
+    assert batch_lines(1_000, 2_000, 9, 90.0)[0].startswith("1,000 of 2,000 lines  |##########          |")
+
+
+def test_progress_fits_a_narrow_terminal(files: Files) -> None:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mlxqwen", *files.arguments, "--max-tokens", "5"],
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(24, 20),
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    assert "5 of 5 lines" in child.before
+    assert all(len(line) < 20 for line in child.before.replace("\x1b[K", "").split("\r"))
 
 
 def test_ctrl_c_on_a_terminal_begins_its_own_line(files: Files) -> None:
@@ -351,6 +375,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--batch", "-", "--tools", "-", "--output", "x"], "--tools and --batch: only one can be '-'"),
         (["--batch", "/no/such/file", "--output", "x"], "does not exist"),
         (["--batch", "/", "--output", "x"], "is a directory"),
+        (["--batch", __file__, "--output", "-"], "--output cannot be '-'"),
         (["--batch", __file__, "--output", "x", "--batch-size", "many"], "not a valid integer"),
         (["--batch", __file__, "--output", "x", "--no-thinking", "--thinking-budget", "1"], "--thinking-budget"),
     ],
@@ -377,6 +402,14 @@ def test_a_broken_line_is_named_before_anything_runs(files: Files, line: str, wo
 
 
 @pytest.mark.usefixtures("no_model")
+def test_a_budget_of_a_line_beside_the_switch_of_all(files: Files) -> None:
+    files.ask({"prompt": "a", "thinking_budget": 3})
+    assert_error(files.run("--no-thinking"), "line 1: thinking_budget: found 3 beside --no-thinking")
+    files.ask({"prompt": "a", "thinking_budget": 0})
+    assert_error(files.run("--thinking"), "line 1: thinking_budget: found 0 beside --thinking")
+
+
+@pytest.mark.usefixtures("no_model")
 def test_inputs_that_are_none(files: Files) -> None:
     for content, words in ((b"", "found no lines"), (b"\xff", "found byte 0xff at 0, expected UTF-8 text")):
         files.input.write_bytes(content)
@@ -390,9 +423,9 @@ def test_inputs_that_are_none(files: Files) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--batch-size", "0", "batch_size: found 0"),
-        ("--max-tokens", "0", "max_tokens: found 0"),
-        ("--thinking-budget", "-1", "thinking_budget: found -1"),
+        ("--batch-size", "0", "error: --batch-size: found 0"),
+        ("--max-tokens", "0", "error: --max-tokens: found 0"),
+        ("--thinking-budget", "-1", "error: --thinking-budget: found -1, expected an integer from 0 to"),
         ("--max-kv-size", "3", "more than the 4 tokens"),
     ],
 )

@@ -62,6 +62,10 @@ def test_other_shells_are_refused() -> None:
         assert result.err.startswith("error: ")
 
 
+def test_the_shells_to_choose_from_are_on_one_line() -> None:
+    assert "Choose from: bash, zsh, fish\n" in run("completion").err
+
+
 def test_help_says_where_the_script_goes() -> None:
     text = run("completion", "--help").out
     for shell, file in (("bash", ".bashrc"), ("zsh", ".zshrc"), ("fish", "config.fish")):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.conversation_file import write_conversation
 from mlxqwen.engine import Engine
 from mlxqwen.events import Done, Event, Timings, Usage
 from mlxqwen.hub import DEMO_FOLDER
@@ -88,6 +89,16 @@ def test_messages_come_from_a_file(seen: list[dict[str, Any]], tmp_path: Path) -
         assert seen.pop()["messages"] == [*conversation, asked]
     assert run("generate", "--messages", file, "--system", "s", stdin=b"not read").status == 0
     assert seen.pop()["messages"] == [{"role": "system", "content": "s"}, *conversation]
+
+
+def test_a_saved_conversation_is_gone_on_with(seen: list[dict[str, Any]], tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    write_conversation(tmp_path / "saved.json", messages, {"thinking": False, "tools": [CALCULATOR]})
+    assert run("generate", "And now?", "--messages", str(tmp_path / "saved.json")).status == 0
+    (asked,) = seen
+    assert list(asked["messages"]) == [*messages, {"role": "user", "content": "And now?"}]
+    assert asked["thinking"] is None
+    assert [tool["function"]["name"] for tool in asked["tools"]] == ["calculator"]
 
 
 def test_a_conversation_is_what_its_prompt_is(tmp_path: Path) -> None:
@@ -331,12 +342,12 @@ def test_options_that_do_not_go_together(arguments: list[str], words: str, tmp_p
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--thinking-budget", "-1", "thinking_budget: found -1"),
-        ("--max-tokens", "0", "max_tokens: found 0"),
-        ("--prefill-chunk", "0", "prefill_chunk: found 0"),
+        ("--thinking-budget", "-1", "error: --thinking-budget: found -1, expected an integer from 0 to"),
+        ("--max-tokens", "0", "error: --max-tokens: found 0"),
+        ("--prefill-chunk", "0", "error: --prefill-chunk: found 0"),
         ("--max-kv-size", "4", "more than the 4 tokens"),
-        ("--max-kv-size", "0", "max_kv_size: found 0"),
-        ("--temperature", "-1", "temperature"),
+        ("--max-kv-size", "0", "error: --max-kv-size: found 0"),
+        ("--temperature", "-1", "error: --temperature: found -1.0"),
         ("--stop", "", "stop: found ''"),
         ("--rope-scaling", "{", "not JSON"),
         ("--system", "\udcff", "system: found bytes"),
@@ -348,7 +359,7 @@ def test_values_are_checked_before_a_model_is_loaded(option: str, value: str, wo
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("text", "words"), [("Stop.</think>", "found </think> in it"), ("\udcff", "early-stop-text: found bytes")]
+    ("text", "words"), [("Stop.</think>", "found </think> in it"), ("\udcff", "error: --early-stop-text: found bytes")]
 )
 def test_sentences_that_end_no_thought(text: str, words: str) -> None:
     assert_error(run("generate", "hi", "--thinking-budget", "5", "--early-stop-text", text), words)

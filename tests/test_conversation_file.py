@@ -54,6 +54,15 @@ def test_what_is_saved_comes_back_and_goes_on(engine: Engine, tmp_path: Path) ->
     assert Conversation.load(path, engine).messages == []
 
 
+def test_plain_messages_are_a_conversation(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    contents: list[tuple[Any, Any]] = [(MESSAGES, None), ({"messages": MESSAGES, "tools": TOOLS}, TOOLS)]
+    for content, tools in contents:
+        path.write_text(json.dumps(content))
+        loaded = Conversation.load(path, engine)
+        assert (loaded.messages, loaded.options.get("tools")) == (MESSAGES, tools)
+
+
 def test_what_is_not_for_a_file_to_say_is_not_saved(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     Conversation(engine, trust_special_tokens=True, prefill_chunk=7, on_prefill=print, thinking=True).save(path)
@@ -89,8 +98,11 @@ def written(messages: Any = (), options: Any = None, **more: Any) -> str:
 DAMAGED = {
     "empty": "",
     "no JSON": "{",
-    "a list": json.dumps(MESSAGES),
-    "another format": json.dumps({"messages": MESSAGES}),
+    "a number": "5",
+    "a broken list": json.dumps(["Hello"]),
+    "options without a format": json.dumps({"messages": MESSAGES, "options": {}}),
+    "more without a format": json.dumps({"messages": MESSAGES, "model": "x"}),
+    "broken tools without a format": json.dumps({"messages": MESSAGES, "tools": [{}]}),
     "a later format": json.dumps({"format": "mlxqwen-conversation-2", "messages": []}),
     "no list": written("Hello"),
     "no messages": json.dumps({"format": "mlxqwen-conversation-1"}),
@@ -139,7 +151,10 @@ def test_files_that_are_none(engine: Engine, tmp_path: Path) -> None:
     for wrong in ("none.json", ".", "pipe", "binary", "a\0b"):
         with pytest.raises(MessagesError) as caught:
             Conversation.load(tmp_path / wrong, engine)
-        assert caught.value.hint == "Give a file that Conversation.save, or /save in the chat, has written."
+        assert (
+            caught.value.hint
+            == "Give a file that Conversation.save, or /save in the chat, has written, or a list of messages."
+        )
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -52,7 +52,8 @@ def _run() -> int:
         takes_prompt = error.ctx is not None and any(param.name == "prompt" for param in error.ctx.command.params)
         dash = isinstance(error, click.NoSuchOption) and takes_prompt
         way_out = " Put -- before a prompt that begins with a dash." if dash else ""
-        print_error(error.format_message(), f"Try '{command} --help'.{way_out}")
+        # click puts each choice on a line of its own.
+        print_error(error.format_message().replace("\n\t", " "), f"Try '{command} --help'.{way_out}")
         return error.exit_code
     except click.ClickException as error:
         print_error(error.format_message())

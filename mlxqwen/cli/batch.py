@@ -18,7 +18,7 @@ from mlxqwen.cli.generate_options import (
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.reply_printer import print_request
-from mlxqwen.cli.terminal import print_error
+from mlxqwen.cli.terminal import StatusLine, print_error
 from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
 
@@ -65,7 +65,10 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     if source != "-" and output.exists() and output.samefile(source):
         raise OptionError(f"{output}: found as --batch and --output, expected two files")
     requests = parse_requests(
-        read_text(source, max_bytes=MAX_BATCH_BYTES), source_name(source), system=options["system"]
+        read_text(source, max_bytes=MAX_BATCH_BYTES),
+        source_name(source),
+        system=options["system"],
+        thinking=options["thinking"],
     )
     tools = None
     if options["tools"] is not None:
@@ -117,8 +120,13 @@ def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: 
     if options["verbose"]:
         seconds = time.perf_counter() - started
         sys.stderr.write(
-            f"{len(requests):,} answers of {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s\n"
+            f"{_count(len(requests), 'answer')} of {_count(tokens, 'token')} in {seconds:.1f} s, "
+            f"{tokens / seconds:.1f} tokens/s\n"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _print_options(engine: Engine, options: Mapping[str, Any]) -> None:
@@ -198,7 +206,7 @@ def _conversations(
 
 
 def _refusal(request: BatchRequest, error: MlxqwenError) -> _Answer:
-    return request, {"error": " ".join(filter(None, (error.problem, error.hint)))}, 0
+    return request, {"error": error.problem, **({"hint": error.hint} if error.hint else {})}, 0
 
 
 def _fields(done: Done) -> dict[str, Any]:
@@ -217,8 +225,7 @@ class BatchProgress:
     """One line on a terminal: how many lines are answered, how fast, and how long it will take; nothing elsewhere."""
 
     def __init__(self, stream: TextIO, total: int) -> None:
-        self._stream = stream
-        self._shows = stream.isatty()
+        self._line = StatusLine(stream)
         self._done, self._total, self._tokens = 0, total, 0
         self._began = time.monotonic()
         self._draw()
@@ -231,23 +238,20 @@ class BatchProgress:
 
     def wipe(self) -> None:
         """Leave an empty line to whatever is written next."""
-        if self._shows:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        self._line.wipe()
 
     def _draw(self) -> None:
-        if self._shows:
-            seconds = time.monotonic() - self._began
-            line = batch_line(self._done, self._total, self._tokens, seconds)
-            self._stream.write(f"\r\x1b[K{line}")
-            self._stream.flush()
+        self._line.draw(*batch_lines(self._done, self._total, self._tokens, time.monotonic() - self._began))
 
 
-def batch_line(done: int, total: int, tokens: int, seconds: float) -> str:
-    """For example `42 of 100 lines  |########            |  310 tokens/s  0:12 left`."""
+def batch_lines(done: int, total: int, tokens: int, seconds: float) -> list[str]:
+    """For example `42 of 100 lines  |########            |  310 tokens/s  0:12 left`, and ever shorter ones."""
+    count = f"{done:,} of {total:,} lines"
     filled = 20 * done // total
-    line = f"{done:,} of {total:,} lines  |{'#' * filled}{' ' * (20 - filled)}|"
-    if not done or seconds <= 0:
-        return line
-    left = round(seconds / done * (total - done))
-    return f"{line}  {tokens / seconds:.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+    bar = f"  |{'#' * filled}{' ' * (20 - filled)}|"
+    rate = left = ""
+    if done and seconds > 0:
+        seconds_left = round(seconds / done * (total - done))
+        rate = f"  {tokens / seconds:.0f} tokens/s"
+        left = f"  {seconds_left // 60}:{seconds_left % 60:02d} left"
+    return [count + bar + rate + left, count + rate + left, count + left, count]

@@ -62,6 +62,11 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            # click's parser does not say whose option lacks its value.
+            if error.ctx is None and (command := self.get_command(ctx, ctx.invoked_subcommand or "")) is not None:
+                error.ctx = click.Context(command, parent=ctx, info_name=ctx.invoked_subcommand)
+            raise
         except BrokenPipeError:
             silence_streams()
             return BROKEN_PIPE

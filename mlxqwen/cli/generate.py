@@ -38,10 +38,12 @@ def generate(**options: Any) -> int:
     The answer goes to standard output, the model's reasoning to standard error.
 
     With --batch each answer becomes a line of --output with "index" (the line's number in the input, from 0), "id",
-    "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" if the line could not be
-    answered. After any end of a run the same command goes on with the lines that have no answer.
+    "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" and perhaps "hint" if the
+    line could not be answered. After any end of a run the same command goes on with the lines that have no answer.
     """
     check_usage(options)
+    if options["drop_oldest"] and options["messages"] is None and options["batch"] is None:
+        raise click.UsageError("--drop-oldest needs --messages or --batch: a prompt alone has no older turns.")
     if options["batch"] is not None:
         with leave_at_once():
             from mlxqwen.cli.batch import generate_batch

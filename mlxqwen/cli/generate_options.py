@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -24,6 +25,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 DEFAULT_KV_KEEP = 4
+_MOST_TOKENS = 1 << 40
 
 _SAMPLING_NAMES = (
     "temperature",
@@ -51,8 +53,9 @@ _PROMPT = (
         "--messages",
         type=_FILE,
         metavar="FILE.json",
-        help='Go on with a conversation: a list of messages, or {"messages": […], "tools": […]}; "-" reads standard '
-        "input. A prompt given besides is the user's next message.",
+        help='Go on with a conversation: a list of messages, {"messages": […], "tools": […]}, or what /save in the '
+        'chat has written, without its options; "-" reads standard input. A prompt given besides is the '
+        "user's next message.",
     ),
     click.option(
         "--tools",
@@ -154,11 +157,11 @@ def check_usage(options: Mapping[str, Any]) -> None:
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
     if "batch" in given and "output" not in given:
         raise click.UsageError("--batch needs --output, the file that the answers go to.")
+    if options["output"] == "-":
+        raise click.UsageError("--output cannot be '-': only from a file can a run that was ended be taken up.")
     for name in ("output", "batch_size"):
         if name in given and "batch" not in given:
             raise click.UsageError(f"{_flag(name)} needs --batch, whose answers it is about.")
-    if "drop_oldest" in given and not given & {"messages", "batch"}:
-        raise click.UsageError("--drop-oldest needs --messages or --batch: a prompt alone has no older turns.")
     if options["kv_keep"] is not None and options["max_kv_size"] is None:
         raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
     budget = options["thinking_budget"]
@@ -189,22 +192,35 @@ def check_values(options: Mapping[str, Any]) -> None:
     with leave_at_once():
         from mlxqwen.cache import check_window
         from mlxqwen.generation import check_count
-        from mlxqwen.sampling_params import SamplingParams
+        from mlxqwen.sampling_params import SamplingParams, check_integer
         from mlxqwen.stop import StopStrings
-        from mlxqwen.thinking import check_budget, check_early_stop_text
+        from mlxqwen.thinking import check_early_stop_text
 
     names = ("prompt", "system", "model", "revision", "early_stop_text")
-    check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
-    SamplingParams(**sampling_overrides(options))
-    StopStrings(options["stop"])
-    check_budget(options["thinking_budget"])
-    if options["early_stop_text"] is not None:
-        check_early_stop_text(options["early_stop_text"])
-    for name in ("max_tokens", "prefill_chunk", "batch_size"):
-        if options[name] is not None:
-            check_count(name, options[name])
-    check_window(options["max_kv_size"], _kv_keep(options))
+    with _options_named():
+        check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
+        SamplingParams(**sampling_overrides(options))
+        StopStrings(options["stop"])
+        if options["thinking_budget"] is not None:
+            check_integer("thinking_budget", options["thinking_budget"], _MOST_TOKENS)
+        if options["early_stop_text"] is not None:
+            check_early_stop_text(options["early_stop_text"])
+        for name in ("max_tokens", "prefill_chunk", "batch_size"):
+            if options[name] is not None:
+                check_count(name, options[name])
+        check_window(options["max_kv_size"], _kv_keep(options))
     _parse_rope_scaling(options["rope_scaling"])
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Let an `OptionError` name the option as it is typed, where the library names its parameter."""
+    try:
+        yield
+    except OptionError as error:
+        parameter, found, rest = error.problem.partition(": ")
+        option = _flag({"keep": "kv_keep"}.get(parameter, parameter))
+        raise OptionError(f"{option}{found}{rest}", hint=error.hint) from None
 
 
 def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:

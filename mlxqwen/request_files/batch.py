@@ -51,12 +51,15 @@ class BatchRequest:
         return replace(self, conversation=self.conversation.with_tools(tools))
 
 
-def parse_requests(text: str, source: str, *, system: str | None = None) -> list[BatchRequest]:
+def parse_requests(
+    text: str, source: str, *, system: str | None = None, thinking: bool | None = None
+) -> list[BatchRequest]:
     """All requests of a JSON Lines text; empty lines are skipped.
 
     Args:
         source: where the text is from, for errors.
         system: the system message of every request.
+        thinking: the switch of requests that have none of their own.
 
     Raises:
         OptionError: names the first line that is not sound, from 1, and what is wrong with it.
@@ -68,7 +71,7 @@ def parse_requests(text: str, source: str, *, system: str | None = None) -> list
         if not line.strip():
             continue
         with located(f"{source}: line {number}"):
-            request = _parse_line(line.strip(), number - 1, system)
+            request = _parse_line(line.strip(), number - 1, system, thinking)
             if request.id is not None and line_of_id.setdefault(request.id, number) != number:
                 raise OptionError(f"id: {request.id!r} is already that of line {line_of_id[request.id]}")
         requests.append(request)
@@ -77,7 +80,7 @@ def parse_requests(text: str, source: str, *, system: str | None = None) -> list
     return requests
 
 
-def _parse_line(line: str, index: int, system: str | None) -> BatchRequest:
+def _parse_line(line: str, index: int, system: str | None, thinking: bool | None) -> BatchRequest:
     value = parse_json_text(line, hint=_HINT)
     if not isinstance(value, dict):
         raise OptionError(f"found a JSON {type(value).__name__}, expected an object", hint=_HINT)
@@ -95,7 +98,9 @@ def _parse_line(line: str, index: int, system: str | None) -> BatchRequest:
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise OptionError(f"id: found {name!r:.80}, expected a string or an integer")
     conversation = conversation_of(value).with_system(system)
-    return BatchRequest(index, name, conversation, _checked_options(value), digest(line))
+    options = _checked_options(value)
+    _check_thought(options, thinking)
+    return BatchRequest(index, name, conversation, options, digest(line))
 
 
 def digest(text: str) -> str:
@@ -120,3 +125,12 @@ def _checked_options(value: Mapping[str, Any]) -> dict[str, Any]:
     if "max_tokens" in options and check_integer("max_tokens", options["max_tokens"], _MOST) == 0:
         raise OptionError("max_tokens: found 0, expected an integer from 1")
     return options
+
+
+def _check_thought(options: Mapping[str, Any], thinking: bool | None) -> None:
+    """Refuse a budget that contradicts the switch: the line's own, or `thinking`, which is that of all."""
+    budget, switch = options.get("thinking_budget"), options.get("thinking", thinking)
+    if budget is None or switch is None or (switch and budget):
+        return
+    beside = f'"thinking": {str(switch).lower()}' if "thinking" in options else f"--{'' if switch else 'no-'}thinking"
+    raise OptionError(f"thinking_budget: found {budget} beside {beside}, expected one of them")

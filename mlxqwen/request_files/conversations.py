@@ -13,7 +13,17 @@ from mlxqwen.json_file import parse_json
 from mlxqwen.messages import check_conversation
 from mlxqwen.tools import check_tool_schemas
 
-__all__ = ["MessagesWithTools", "check_keys", "located", "parse_conversation", "parse_json_text", "parse_tools"]
+__all__ = [
+    "CONVERSATION_FORMAT",
+    "MessagesWithTools",
+    "check_keys",
+    "located",
+    "parse_conversation",
+    "parse_json_text",
+    "parse_tools",
+]
+
+CONVERSATION_FORMAT = "mlxqwen-conversation-1"  # of files that `Conversation.save` writes
 
 _FORM = 'A conversation is a list such as [{"role": "user", "content": "Hello"}], or {"messages": […], "tools": […]}.'
 
@@ -53,6 +63,8 @@ class MessagesWithTools:
 def parse_conversation(text: str, source: str) -> MessagesWithTools:
     """The conversation that a JSON text holds: a list of messages, or an object with `messages` and perhaps `tools`.
 
+    Of a conversation that was saved, the options play no part, but for its tools.
+
     Args:
         source: where the text is from, for errors.
 
@@ -65,8 +77,21 @@ def parse_conversation(text: str, source: str) -> MessagesWithTools:
             return conversation_of({"messages": value})
         if not isinstance(value, dict):
             raise OptionError(f"found a JSON {type(value).__name__}, expected a list or an object", hint=_FORM)
+        if "format" in value:
+            return conversation_of(_saved(value))
         check_keys(value, {"messages", "tools"}, hint=_FORM)
         return conversation_of(value)
+
+
+def _saved(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Messages and tools of what `Conversation.save` wrote."""
+    if value["format"] != CONVERSATION_FORMAT:
+        raise OptionError(f"format: found {value['format']!r:.80}, expected {CONVERSATION_FORMAT!r}", hint=_FORM)
+    check_keys(value, {"format", "messages", "options"}, hint=_FORM)
+    options = value.get("options", {})
+    if not isinstance(options, dict):
+        raise OptionError(f"options: found {type(options).__name__}, expected an object", hint=_FORM)
+    return {"messages": value.get("messages"), "tools": options.get("tools")}
 
 
 def conversation_of(value: Mapping[str, Any]) -> MessagesWithTools:
