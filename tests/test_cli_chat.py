@@ -26,6 +26,7 @@ READS, HAS_READ = "\x1b[?2004h", "\x1b[?2004l"
 PROMPT_ESCAPES = re.compile(r"\x1b\[\?\d+[a-z]|\x1b\[\d* q|\x1b\[\d*[BCDKG]|\x1b\[\d*;\d*H|\x1b\]\S*?\x07")
 UP, LEFT, ALT_ENTER = "\x1b[A", "\x1b[D", "\x1b\r"
 INTERRUPT, END = "\x03", "\x04"
+LEAVES = "Ctrl-C again leaves, and so does Ctrl-D."
 THOUGHT = re.compile(r"Thought for \d+\.\d s, ([\d,]+) tokens?")
 
 
@@ -161,13 +162,13 @@ def test_a_conversation(chat: Start, tmp_path: Path) -> None:
     assert THOUGHT.fullmatch(second[0])
     assert not re.search(", 0 of them from the cache", "\n".join(talk.say("/stats")))
     file = tmp_path / "my chat.json"
-    assert talk.say(f"/save {file}") == [f"Saved 4 messages to {file}."]
+    assert talk.say(f"/save '{file}'") == [f"Saved 4 messages to {file}."]
     asked = [message["content"] for message in messages_of(file) if message["role"] == "user"]
     assert asked == ["How many r's in strawberry?", "What is 12 + 39?"]
     assert "\n".join(second[1:]) == messages_of(file)[-1]["content"]
     assert talk.say("/undo") == ["Undone; 2 messages left."]
     assert "found" in talk.say(f"/save {tmp_path}")[0]
-    assert talk.say(f"/save {file}") == [f"Saved 2 messages to {file}."]
+    assert talk.say(f'/save "{file}"') == [f"Saved 2 messages to {file}."]
     assert len(messages_of(file)) == 2
     assert talk.end("/quit\r") == 0
 
@@ -230,6 +231,7 @@ def test_switches_and_budgets(chat: Start) -> None:
     talk.say("/no_think")
     assert talk.say("/budget off")[0].endswith("have it, no budget.")
     assert any(map(THOUGHT.match, talk.say("What is 2 + 3?")))
+    assert "expected at most 999,999,999 tokens" in " ".join(talk.say("/budget 99999999999999999"))
     for wrong in ("-1", "many", "1e3", "²"):
         assert talk.say(f"/budget {wrong}")[0].startswith("error: /budget: found")
 
@@ -342,11 +344,23 @@ def test_ctrl_c_at_the_prompt(chat: Start) -> None:
     talk.send("never sent")
     talk.child.expect_exact("sent")
     talk.send(INTERRUPT)
-    assert talk.answer() == ["Ctrl-C again leaves, and so does Ctrl-D."]
-    assert "Conversation: 0 messages." in talk.say("/stats")
+    assert "Conversation: 0 messages." in talk.say("/stats")  # nothing of the line is left before it
     talk.send(INTERRUPT)
-    talk.answer()
+    assert talk.answer() == [LEAVES]
+    talk.send(f"x{INTERRUPT}{INTERRUPT}")  # typing begins anew
+    assert talk.answer() == [LEAVES]
+    talk.say("")
+    talk.send(INTERRUPT)
+    assert talk.answer() == [LEAVES]
     assert talk.end(INTERRUPT) == 0
+
+
+def test_ctrl_c_right_behind_a_message_is_not_for_the_next_prompt(chat: Start) -> None:
+    talk = chat("--no-thinking", "--max-tokens", "8")
+    talk.send(f"Hello\r{INTERRUPT}{INTERRUPT}/stats")
+    assert LEAVES not in talk.answer()
+    assert "Conversation: 2 messages." in talk.say("")
+    assert talk.end() == 0
 
 
 def test_ctrl_d_leaves(chat: Start) -> None:
@@ -487,6 +501,40 @@ def piped(*lines: str, arguments: tuple[str, ...] = ()) -> Result:
     return run("chat", *arguments, stdin="".join(f"{line}\n" for line in lines).encode())
 
 
+def test_the_oldest_turns_may_be_left_out() -> None:
+    questions = ["How many r's in strawberry? " * 20] * 4
+    result = piped(*questions, arguments=("--no-thinking", "--max-tokens", "4", "--drop-oldest"))
+    assert (result.status, "error" in result.err) == (0, False)
+    assert piped(*questions, arguments=("--no-thinking", "--max-tokens", "4")).status == 1
+
+
+def test_a_first_message_that_is_too_long_is_to_be_shortened() -> None:
+    for arguments in ([], ["--drop-oldest"]):
+        result = piped("How many r's in strawberry? " * 200, arguments=tuple(arguments))
+        assert result.status == 1
+        assert "Shorten it." in result.err
+        assert "/drop" not in result.err
+
+
+def test_files_are_named_as_in_a_shell(tmp_path: Path) -> None:
+    file = tmp_path / "a b.json"
+    assert (
+        piped(f'/save "{file}"', f"/load '{file}'").err
+        == f"Saved 0 messages to {file}.\nLoaded 0 messages from {file}.\n"
+    )
+    for wrong in (str(file), f'"{file}', '""'):
+        result = piped(f"/save {wrong}")
+        assert (result.status, result.err[:20]) == (1, "error: /save: found ")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_plain_messages_are_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "messages.json"
+    for content in ([{"role": "user", "content": "a"}], {"messages": [{"role": "user", "content": "a"}]}):
+        file.write_text(json.dumps(content))
+        assert piped(f"/load {file}").err == f"Loaded 1 message from {file}.\n"
+
+
 def test_each_line_is_answered() -> None:
     result = piped("How many r's in strawberry?", "", "What is 12 + 39?", arguments=("--seed", "1"))
     assert result.status == 0
@@ -556,7 +604,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     ("arguments", "word"),
     [
         (["--temperature", "-1"], "temperature"),
-        (["--thinking-budget", "-1"], "thinking_budget"),
+        (["--thinking-budget", "-1"], "--thinking-budget: found"),
         (["--model", "/no/such/folder"], "no such folder"),
         (["--system", "\udcff"], "system"),
         (["--stop", ""], "stop"),

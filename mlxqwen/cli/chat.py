@@ -83,20 +83,17 @@ def _greet(view: ChatView, options: Mapping[str, Any]) -> None:
 
 def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
     """Until the user leaves; what goes wrong in a turn is told, and the chat goes on."""
-    was_interrupted = False
     while True:
+        reads = True
         try:
             text = source.read()
-            was_interrupted = False
+            reads = False
             if not session.handle(text):
                 return
         except EOFError:
             return
         except KeyboardInterrupt:
-            if was_interrupted:
-                return
-            was_interrupted = True
-            view.say("Ctrl-C again leaves, and so does Ctrl-D.")
+            view.say("Ctrl-C again leaves, and so does Ctrl-D." if reads else "Interrupted.")
         except MlxqwenError as error:
             print_error(error.problem, error.hint)
         except (MemoryError, RuntimeError) as error:

@@ -37,7 +37,7 @@ COMMANDS = {
     "/budget": _Usage("[N|off]", "Let it think for at most N tokens, 0 for none; off is no limit; alone it tells."),
     "/reasoning": _Usage("[show|hide]", "Keep reasoning on the screen or fold it into a line; alone shows the last."),
     "/system": _Usage("[TEXT|-]", "Set the system message; - removes it; alone it tells."),
-    "/save": _Usage("FILE", "Write the conversation to a file."),
+    "/save": _Usage("FILE", "Write the conversation to a file; a name with blanks stands in quotes."),
     "/load": _Usage("FILE", "Go on with a conversation from a file."),
     "/undo": _Usage("", "Forget the last message and its answer."),
     "/drop": _Usage("", "Forget the oldest message and its answer, for want of room."),
@@ -55,7 +55,8 @@ _NOTES = (
     "A message that begins with // is sent with one / less.",
     "Alt-Enter, or a \\ at the end of a line, begins another line; pasted lines stay one message. The up arrow brings "
     "earlier messages back, Tab completes commands.",
-    "Ctrl-C stops an answer, and what was shown of it stays; at the prompt it clears the line, and twice it leaves.",
+    "Ctrl-C stops an answer, and what was shown of it stays; at the prompt it clears the line, and "
+    "twice on an empty one leaves.",
 )
 
 HELP = "".join(f"{f'{name} {usage.argument}':<26}{usage.help}\n" for name, usage in COMMANDS.items())

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
 from mlxqwen.cli.chat_commands import COMMANDS
@@ -28,12 +31,16 @@ class Source(Protocol):
 
         Raises:
             EOFError: there is none any more.
-            KeyboardInterrupt: Ctrl-C.
+            KeyboardInterrupt: Ctrl-C, where it has not ended the input.
         """
 
 
 class Keyboard:
-    """A line editor with history on the terminal; a message may have several lines."""
+    """A line editor with history on the terminal; a message may have several lines.
+
+    Ctrl-C clears a line that has text. On an empty one it is a KeyboardInterrupt, and the end at the second time in a
+    row.
+    """
 
     def __init__(self) -> None:
         shown_on = sys.stdout if sys.stdout.isatty() else sys.stderr
@@ -49,10 +56,34 @@ class Keyboard:
             enable_suspend=True,
             output=create_output(shown_on),
         )
+        self._was_interrupted = False  # on an empty line, and nothing typed since
+        self._session.default_buffer.on_text_changed += self._start_anew
 
     def read(self) -> str:
         """What was typed until Enter."""
-        return self._session.prompt()
+        if not self._was_interrupted:
+            self._drop_interrupts()
+        try:
+            text = self._session.prompt()
+        except KeyboardInterrupt:
+            if self._was_interrupted:
+                raise EOFError from None
+            self._was_interrupted = True
+            raise
+        self._was_interrupted = False
+        return text
+
+    def _start_anew(self, buffer: Buffer) -> None:
+        self._was_interrupted = False
+
+    def _drop_interrupts(self) -> None:
+        """Of what was typed before the prompt, forget each Ctrl-C: it was for what went on then."""
+        keyboard = self._session.app.input
+        typed = get_typeahead(keyboard)
+        with keyboard.raw_mode():
+            while keys := keyboard.read_keys():
+                typed += keys
+        store_typeahead(keyboard, [key for key in typed if key.key is not Keys.ControlC])
 
 
 class Lines:
@@ -88,6 +119,14 @@ def _keys() -> KeyBindings:
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
+
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def clear_or_interrupt(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     @keys.add("escape", "enter")
     def begin_line(event: KeyPressEvent) -> None:

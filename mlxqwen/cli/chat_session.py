@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,12 @@ _WAYS_OUT = (
     "/drop forgets the oldest turn, /clear all of them. Started with --drop-oldest the chat leaves old turns out by "
     "itself, with --max-kv-size it slides over them, --yarn-factor extends the context."
 )
+_WAYS_OUT_ALONE = (
+    "Shorten it. Started with --max-kv-size the chat slides over its beginning, --yarn-factor extends the context."
+)
+
+
+_MOST_BUDGET = 999_999_999
 
 
 class ChatSession:
@@ -74,7 +81,7 @@ class ChatSession:
                 stoppable=self._is_interactive,
             )
         except ContextLengthError as error:
-            raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
+            raise ContextLengthError(error.problem, hint=self._ways_out()) from None
         self._answers += 1
         self._last = answer.done
         if answer.done is not None:
@@ -85,6 +92,11 @@ class ChatSession:
             self._view.say("Stopped; what is shown stays.")
         else:
             self._view.say("Stopped before the first word: nothing has changed.")
+
+    def _ways_out(self) -> str:
+        """Out of a prompt that is too long; a message that is too long alone has no older turns to leave out."""
+        has_turns = any(message["role"] == "user" for message in self._conversation.messages)
+        return _WAYS_OUT if has_turns and not self._options.get("drop_oldest") else _WAYS_OUT_ALONE
 
     def _retry(self) -> None:
         self._answer(lambda options: self._conversation.retry(keep_partial=True, **options))
@@ -121,9 +133,11 @@ class ChatSession:
         self._view.say(f"Thinking: {self._describe_mode()}.")
 
     def _set_budget(self, argument: str) -> None:
-        is_number = argument.isascii() and argument.isdecimal() and len(argument) < 10
+        is_number = argument.isascii() and argument.isdecimal() and len(argument) < 1_000
         if is_number or argument == "off":
             budget = int(argument) if is_number else None
+            if budget is not None and budget > _MOST_BUDGET:
+                raise OptionError(f"/budget: found {argument}, expected at most {_MOST_BUDGET:,} tokens, or off")
             self._options["thinking_budget"] = budget
             if budget == 0 or self._options.get("thinking") is False:
                 self._options["thinking"] = None
@@ -208,10 +222,18 @@ class ChatSession:
 
 
 def _path(command: str, argument: str) -> Path:
+    """The one file name that stands behind a command, with quotes as in a shell."""
+    hint = f'Put a name with blanks or quotes in quotes, such as {command} "my chat.json".'
     try:
-        return Path(argument).expanduser()
+        name, *others = shlex.split(argument)
+    except ValueError as error:
+        raise OptionError(f"{command}: found {argument!r}: {str(error).lower()}", hint=hint) from None
+    if others or not name:
+        raise OptionError(f"{command}: found {argument!r}, expected one file name", hint=hint)
+    try:
+        return Path(name).expanduser()
     except RuntimeError:
-        raise OptionError(f"{command}: found {argument!r}, whose user has no home folder") from None
+        raise OptionError(f"{command}: found {name!r}, whose user has no home folder") from None
 
 
 def _cache_options(options: Mapping[str, Any]) -> dict[str, Any]:
