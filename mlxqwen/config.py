@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxqwen.errors import ConfigError, OptionError
-from mlxqwen.json_file import read_json_object
+from mlxqwen.json_file import json_kind, read_json_object
 
 __all__ = [
     "AffineQuantization",
@@ -151,7 +151,7 @@ class ModelConfig:
         """
         example = 'For example {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}.'
         if not isinstance(rope_scaling, Mapping):
-            raise OptionError(f"rope_scaling: found {type(rope_scaling).__name__}, expected an object", hint=example)
+            raise OptionError(f"rope_scaling: found {json_kind(rope_scaling)}, expected an object", hint=example)
         for key in rope_scaling:
             if key not in _ROPE_KEYS:
                 raise OptionError(f"rope_scaling: found {key!r}, expected only {', '.join(_ROPE_KEYS)}", hint=example)

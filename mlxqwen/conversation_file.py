@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.json_file import parse_json, read_text
+from mlxqwen.json_file import json_kind, parse_json, read_text
 from mlxqwen.messages import check_conversation, to_plain_json
 from mlxqwen.request_files.conversations import CONVERSATION_FORMAT, parse_json_text
 from mlxqwen.sampling_params import SamplingParams
@@ -81,9 +81,9 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
         if name not in ("format", "messages", "options"):
             raise MessagesError(f"{path}: found {name!r}, expected format, messages and options", hint=_HINT)
     if not isinstance(messages, list):
-        raise MessagesError(f"{path}: messages: found {type(messages).__name__}, expected a list", hint=_HINT)
+        raise MessagesError(f"{path}: messages: found {json_kind(messages)}, expected a list", hint=_HINT)
     if not isinstance(options, dict):
-        raise MessagesError(f"{path}: options: found {type(options).__name__}, expected an object", hint=_HINT)
+        raise MessagesError(f"{path}: options: found {json_kind(options)}, expected an object", hint=_HINT)
     for name in options:
         if name not in _OPTIONS:
             raise MessagesError(f"{path}: options: found {name!r}, expected {', '.join(_OPTIONS)}", hint=_HINT)
@@ -107,7 +107,7 @@ def _with_format(path: Path, value: Any) -> dict[str, Any]:
     if isinstance(value, list):
         value = {"messages": value}
     if not isinstance(value, dict):
-        raise MessagesError(f"{path}: found {type(value).__name__}, expected an object or a list", hint=_HINT)
+        raise MessagesError(f"{path}: found {json_kind(value)}, expected an object or a list", hint=_HINT)
     if "format" in value or "options" in value:
         return {"format": None, **value}
     tools = value.pop("tools", None)

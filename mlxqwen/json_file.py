@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mlxqwen.errors import MlxqwenError
 
-__all__ = ["find_lone_surrogate", "parse_json", "read_bounded", "read_json_object", "read_text"]
+__all__ = ["find_lone_surrogate", "json_kind", "parse_json", "read_bounded", "read_json_object", "read_text"]
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 3_000_000
@@ -48,8 +48,7 @@ def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 
     except ValueError as cause:
         raise error(f"{path}: {cause}", hint=way_out(path)) from None
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise error(f"{path}: found a JSON {found}, expected an object {{…}}", hint=way_out(path))
+        raise error(f"{path}: found {json_kind(value)}, expected an object {{…}}", hint=way_out(path))
     return value
 
 
@@ -107,6 +106,13 @@ def find_lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def json_kind(value: object) -> str:
+    """What a value is called in JSON, with its article; Python's name of its type for what JSON does not have."""
+    names = {bool: "true or false", dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    name = next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
+    return "null" if value is None else name
 
 
 def way_out(path: Path) -> str:

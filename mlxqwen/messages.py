@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.json_file import find_lone_surrogate
+from mlxqwen.json_file import find_lone_surrogate, json_kind, parse_json
 
 __all__ = [
     "check_conversation",
@@ -68,7 +69,7 @@ def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise MessagesError(
-        f"{where}: found {type(value).__name__}, expected text, a number, a bool, null, a list or a dict",
+        f"{where}: found {json_kind(value)}, expected text, a number, a bool, null, a list or a dict",
         hint="Convert it to plain JSON values first.",
     )
 
@@ -84,7 +85,7 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     """
     if not isinstance(messages, list | tuple):
         raise MessagesError(
-            f"messages: found {type(messages).__name__}, expected a list of messages",
+            f"messages: found {json_kind(messages)}, expected a list of messages",
             hint='A message is a dict such as {"role": "user", "content": "Hello"}.',
         )
     if not messages:
@@ -109,11 +110,11 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
     if tools is None:
         return None
     if not isinstance(tools, list | tuple):
-        raise MessagesError(f"tools: found {type(tools).__name__}, expected a list of JSON schemas")
+        raise MessagesError(f"tools: found {json_kind(tools)}, expected a list of JSON schemas")
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise MessagesError(
-                f"tools[{i}]: found {type(tool).__name__}, expected a dict",
+                f"tools[{i}]: found {json_kind(tool)}, expected a dict",
                 hint='Describe the function by its schema: {"type": "function", "function": {"name": …}}.',
             )
     return [to_plain_json(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
@@ -193,8 +194,8 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what `prepare_messages` lets pass for the template's sake, but no chat should hold.
 
     Roles are system (first only), user, assistant and tool. Only an assistant calls tools, and may then lack content;
-    tools answer the calls of the assistant message before them, each call once. Either all calls have their results or
-    none has.
+    tools answer the calls of the assistant message before them, each call once. Calls at the end
+    may have no results yet; else all have theirs.
 
     Raises:
         MessagesError: names the message, what is wrong with it and the way out.
@@ -209,6 +210,11 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
             _check_tool_answer(message, calls, results, where)
             results.append(message)
             continue
+        if calls and not results:
+            raise MessagesError(
+                f"{where}: found no results of the calls before, expected one of each call",
+                hint="Add a message of role 'tool' for each call, or leave the calls out.",
+            )
         _check_results(calls, results, f"messages[{i - 1}]")
         results = []
         calls = _check_tool_calls(message, where)
@@ -244,17 +250,31 @@ def _check_tool_calls(message: Mapping[str, Any], where: str) -> Sequence[Mappin
             hint="Only an assistant calls tools; results are messages of role 'tool'.",
         )
     if not isinstance(calls, list):
-        raise MessagesError(f"{where}: tool_calls: found {type(calls).__name__}, expected a list", hint=_CALL_FORM)
+        raise MessagesError(f"{where}: tool_calls: found {json_kind(calls)}, expected a list", hint=_CALL_FORM)
     for i, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise MessagesError(f"{where}: tool_calls[{i}]: found no function name", hint=_CALL_FORM)
-        if not isinstance(function.get("arguments"), str | dict):
-            found = type(function["arguments"]).__name__ if function.get("arguments") is not None else "none"
-            raise MessagesError(
-                f"{where}: tool_calls[{i}]: arguments: found {found}, expected a dict or its JSON text", hint=_CALL_FORM
-            )
+        _check_arguments(function.get("arguments"), f"{where}: tool_calls[{i}]: arguments")
+    ids = sorted(repr(call["id"]) for call in calls if call.get("id") is not None)
+    if repeated := next((call_id for call_id, following in pairwise(ids) if call_id == following), None):
+        raise MessagesError(
+            f"{where}: tool_calls: found the id {repeated} twice, expected one of its own for each call",
+            hint="Each result names the call that it answers by its id.",
+        )
     return calls
+
+
+def _check_arguments(arguments: object, where: str) -> None:
+    found = "none" if arguments is None else json_kind(arguments)
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments)
+        except ValueError as cause:
+            raise MessagesError(f"{where}: not valid JSON: {cause}", hint=_CALL_FORM) from None
+        found = f"the JSON text of {json_kind(arguments)}"
+    if not isinstance(arguments, dict):
+        raise MessagesError(f"{where}: found {found}, expected an object or its JSON text", hint=_CALL_FORM)
 
 
 def _check_tool_answer(
@@ -277,8 +297,7 @@ def _check_tool_answer(
             f"{where}: tool_call_id: found {call_id!r}, expected {expected}",
             hint="Give each result the id of the call that it answers.",
         )
-    answered = [result.get("tool_call_id") for result in before]
-    if call_id is not None and answered.count(call_id) == known.count(call_id):
+    if call_id is not None and call_id in [result.get("tool_call_id") for result in before]:
         raise MessagesError(
             f"{where}: tool_call_id: found {call_id!r} for the second time, expected one result of each call",
             hint="Put all that the model is to know of a call into one message.",
@@ -319,7 +338,7 @@ def _with_reasoning(message: Mapping[str, Any], reasoning: object) -> dict[str, 
 def _prepare_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise MessagesError(
-            f"{where}: found {type(message).__name__}, expected a dict",
+            f"{where}: found {json_kind(message)}, expected a dict",
             hint='A message is a dict such as {"role": "user", "content": "Hello"}.',
         )
     role = message.get("role")
@@ -332,7 +351,7 @@ def _prepare_message(message: object, where: str) -> dict[str, Any]:
         if not isinstance(reasoning, str):
             name = next(name for name in _REASONING_NAMES if name in plain)
             raise MessagesError(
-                f"{where}: {name}: found {type(reasoning).__name__}, expected text", hint="Leave it out, or None."
+                f"{where}: {name}: found {json_kind(reasoning)}, expected text", hint="Leave it out, or None."
             )
         plain = _with_reasoning(plain, reasoning)
     may_lack_content = bool(plain.get("tool_calls")) or reasoning is not None
@@ -348,16 +367,16 @@ def _content_text(content: object, where: str, may_be_missing: bool) -> str:
             return ""
         raise MessagesError(f"{where}: content: found none, expected text", hint="Only tool calls may stand alone.")
     if not isinstance(content, list):
-        raise MessagesError(f"{where}: content: found {type(content).__name__}, expected text or a list of parts")
+        raise MessagesError(f"{where}: content: found {json_kind(content)}, expected text or a list of parts")
     return "".join(_part_text(part, f"{where}: content[{i}]") for i, part in enumerate(content))
 
 
 def _part_text(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    found = repr(part.get("type")) if isinstance(part, dict) else json_kind(part)
     raise MessagesError(
-        f'{where}: found {kind!r}, expected {{"type": "text", "text": …}}',
+        f'{where}: found {found}, expected {{"type": "text", "text": …}}',
         hint="Qwen3 reads text only: leave images, audio and files out.",
     )
 
@@ -370,5 +389,5 @@ def _plain_string(text: str, where: str) -> str:
 
 def _plain_key(key: object, where: str) -> str:
     if not isinstance(key, str):
-        raise MessagesError(f"{where}: found a key of type {type(key).__name__}, expected text")
+        raise MessagesError(f"{where}: found a key that is {json_kind(key)}, expected text")
     return _plain_string(key, where)

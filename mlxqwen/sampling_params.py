@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from mlxqwen.errors import OptionError
+from mlxqwen.json_file import json_kind
 
 __all__ = ["NON_THINKING", "THINKING", "SamplingParams", "check_integer", "resolve_sampling"]
 
@@ -145,7 +146,7 @@ def resolve_sampling(
 
 def _from_generation_config(config: object) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(config, Mapping):
-        return {}, (f"generation_config.json: found {type(config).__name__}, expected an object; ignored",)
+        return {}, (f"generation_config.json: found {json_kind(config)}, expected an object; ignored",)
     values: dict[str, Any] = {}
     notes: list[str] = []
     for name in _FILE_KEYS:

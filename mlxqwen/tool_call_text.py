@@ -10,9 +10,8 @@ import json
 import re
 from enum import StrEnum
 from string import hexdigits
-from typing import Any
 
-from mlxqwen.json_file import MAX_DEPTH, parse_json
+from mlxqwen.json_file import MAX_DEPTH, json_kind, parse_json
 from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
 
 __all__ = ["ToolCallScanner", "parse_tool_call"]
@@ -201,10 +200,11 @@ def parse_tool_call(text: str) -> tuple[str, str]:
     """
     call = parse_json(text)
     if not isinstance(call, dict):
-        raise ValueError(f"found {_kind(call)}, expected an object")
+        raise ValueError(f"found {json_kind(call)}, expected an object")
     name = call.get("name")
     if not isinstance(name, str) or not name:
-        found = f"keys {', '.join(map(repr, call))}" if "name" not in call else _kind(name)
+        kind = "empty text" if name == "" else json_kind(name)
+        found = kind if "name" in call else f"keys {', '.join(map(repr, call))}"
         raise ValueError(f"name: found {found}, expected text")
     if "arguments" not in call:
         if len(call) > 1:
@@ -215,7 +215,7 @@ def parse_tool_call(text: str) -> tuple[str, str]:
         return name, _source_of_value(text, "arguments")
     value = parse_json(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(value, dict):
-        raise ValueError(f"arguments: found {_kind(value)}, expected an object")
+        raise ValueError(f"arguments: found {json_kind(value)}, expected an object")
     return name, str(arguments)
 
 
@@ -234,8 +234,3 @@ def _source_of_value(text: str, wanted: str) -> str:
 def _skip(text: str, at: int) -> int:
     found = _SPACE_AND_SEPARATOR.match(text, at)
     return found.end() if found else at
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "empty text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")

@@ -58,7 +58,7 @@ def test_what_is_added_to_a_conversation() -> None:
         ("", "file: not valid JSON at column 1"),
         ('[{"role":\n "user",}]', "file: not valid JSON at line 2"),
         ('"hi"', "file: found a JSON str, expected a list or an object"),
-        ("{}", "file: messages: found NoneType"),
+        ("{}", "file: messages: found null"),
         ("[]", "file: messages: found an empty list"),
         ('{"messages": []}', "empty list"),
         ('{"messages": [{"role": "user", "content": "a"}], "model": "b"}', "found 'model', expected messages, tools"),
@@ -72,7 +72,7 @@ def test_what_is_added_to_a_conversation() -> None:
         ('[{"role": "user", "content": "\\ud800"}]', "surrogate"),
         ("[" * 100_000, "nested deeper than 64 levels"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": 5}]}', "tools[0]: name: found 5"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": {}}', "tools: found dict"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": {}}', "tools: found an object"),
     ],
 )
 def test_conversations_that_are_none(text: str, words: str) -> None:
@@ -90,7 +90,7 @@ def test_tools() -> None:
     [
         ("[]", "file: found an empty list, expected a list of function schemas"),
         ("{}", "file: found a JSON dict"),
-        ("[1]", "file: tools[0]: found int"),
+        ("[1]", "file: tools[0]: found a number"),
         (json.dumps([CLOCK, CLOCK]), "tools[1]: name: 'clock' is already that of tools[0]"),
         ('[{"name": "a", "parameters": {"type": "object", "properties": {"b": {"type": "int"}}}}]', "'int'"),
         ("[", "not valid JSON"),

@@ -592,15 +592,20 @@ def test_a_call_without_arguments(arguments: Any) -> None:
     assert call_tool({"f": lambda: "14:32"}, [tool_schema("f", lambda: 0)], {"name": "f"}) == "14:32"
 
 
+def test_a_tool_without_parameters_knows_no_names() -> None:
+    told = call(lambda: "14:32", {"zone": "UTC"})
+    assert told == 'Error: arguments: found the unknown name "zone", expected none'
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ("{", "arguments: not valid JSON"),
         ('{"n": 1, "n": 2}', "arguments: not valid JSON: the key 'n' appears twice"),
         ('{"n": NaN}', "arguments: not valid JSON: NaN"),
-        ("[1]", "arguments: found list, expected a JSON object"),
-        ("null", "arguments: found NoneType, expected a JSON object"),
-        (None, "arguments: found NoneType, expected a JSON object"),
+        ("[1]", "arguments: found a list, expected an object"),
+        ("null", "arguments: found null, expected an object"),
+        (None, "arguments: found null, expected an object"),
         (f'{{"n": {"[" * 100}{"]" * 100}}}', "arguments: not valid JSON: nested deeper"),
         ({"n": "\ud800"}, "arguments.n: found half of a surrogate pair"),
         ({"n": {1}}, "arguments.n: found set"),
@@ -672,6 +677,9 @@ def test_a_tool_does_not_end_the_program() -> None:
     assert call(lambda: sys.exit(3), {}) == "Error: SystemExit: 3"
 
 
+GAVE = "the tool gave a result of type"
+
+
 def _circle() -> list[Any]:
     circle: list[Any] = []
     circle.append(circle)
@@ -680,11 +688,11 @@ def _circle() -> list[Any]:
 
 @pytest.mark.parametrize("result", [{1, 2}, b"x", math.inf, _circle(), {(1, 2): 3}, object(), asynchronous])
 def test_a_result_that_json_cannot_hold(result: Any) -> None:
-    assert call(lambda: result, {}) == f"Error: the tool gave a {type(result).__name__} that JSON cannot hold"
+    assert call(lambda: result, {}) == f"Error: {GAVE} {type(result).__name__}, which JSON cannot hold"
 
 
 def test_a_coroutine_as_a_result_is_closed() -> None:
-    assert call(lambda: asynchronous(1), {}) == "Error: the tool gave a coroutine that JSON cannot hold"
+    assert call(lambda: asynchronous(1), {}) == f"Error: {GAVE} coroutine, which JSON cannot hold"
 
 
 @settings(deadline=None)
@@ -741,7 +749,7 @@ def _deep() -> Schema:
 @pytest.mark.parametrize(
     ("tool", "told"),
     [
-        ("x", "tools[0]: found str, expected a dict"),
+        ("x", "tools[0]: found text, expected a dict"),
         ({"type": "web_search"}, "tools[0]: type: found 'web_search', expected 'function'"),
         ({"type": "function"}, "tools[0]: name: found None"),
         ({"type": "function", "function": []}, "tools[0]: function: found [], expected an object"),

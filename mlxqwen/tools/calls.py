@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlxqwen.errors import MessagesError, OptionError, one_line
-from mlxqwen.json_file import parse_json
+from mlxqwen.json_file import json_kind, parse_json
 from mlxqwen.messages import to_plain_json
 from mlxqwen.tools.functions import arguments_kind, bound_names
 from mlxqwen.tools.validation import find_problem
@@ -59,7 +59,7 @@ def call_tool(
     try:
         return _bounded(result if isinstance(result, str) else _to_json(result), limit)
     except Exception:
-        return _error(f"the tool gave a {type(result).__name__} that JSON cannot hold")
+        return _error(f"the tool gave a result of type {type(result).__name__}, which JSON cannot hold")
 
 
 def _prepare(
@@ -94,7 +94,7 @@ def _parse_arguments(arguments: object) -> dict[str, Any]:
         except ValueError as cause:
             raise MessagesError(f"arguments: not valid JSON: {cause}") from None
     if not isinstance(arguments, Mapping):
-        raise MessagesError(f"arguments: found {type(arguments).__name__}, expected a JSON object")
+        raise MessagesError(f"arguments: found {json_kind(arguments)}, expected an object")
     plain: dict[str, Any] = to_plain_json(arguments, "arguments")
     return plain
 

@@ -88,8 +88,8 @@ def _object_problem(value: dict[str, Any], schema: Mapping[str, Any], where: str
         return f"{where}: {missing[0]} is missing"
     for name, item in value.items():
         if name not in properties and others is False:
-            known = ", ".join(properties) or "no names at all"
-            return f"{where}: found the unknown name {_shown(name)}, expected only {known}"
+            known = f"only {', '.join(properties)}" if properties else "none"
+            return f"{where}: found the unknown name {_shown(name)}, expected {known}"
         if problem := find_problem(item, properties.get(name, others), f"{where}.{name}"):
             return problem
     return None
