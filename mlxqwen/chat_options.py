@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from mlxqwen.cache import KVCache
 from mlxqwen.completion import Sampling
+from mlxqwen.errors import OptionError
+from mlxqwen.sampling_params import SamplingParams
 
 __all__ = [
     "ChatBatchOptions",
@@ -17,6 +19,7 @@ __all__ = [
     "ReplyOptions",
     "RequestOptions",
     "ToolRunOptions",
+    "check_option_names",
 ]
 
 Messages = Sequence[Mapping[str, Any]]
@@ -75,6 +78,18 @@ class ReplyOptions(TypedDict, total=False):
     cached_tokens: int | None
     prefill_chunk: int
     on_prefill: Callable[[int, int], None] | None
+
+
+def check_option_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options of `what` that are not among the `known`. Raises `OptionError`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            is_sampling = any(field.name == name for field in fields(SamplingParams))
+            raise OptionError(
+                f"option of {what}: found {name!r}, expected one of {', '.join(known)}",
+                hint=f'Say how to sample in sampling, here sampling={{"{name}": …}}.' if is_sampling else "",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,8 +203,12 @@ def batch_stream(
             the others see `stream_generate`.
     """
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
-    if not given:
-        raise OptionError("prompts: expected a list of at least one text or list of token ids")
+    if not given or isinstance(given[0], int):
+        found = "one prompt" if given or prompts else "none"
+        raise OptionError(
+            f"prompts: found {found}, expected a list of at least one text or list of token ids",
+            hint="A single prompt goes into a list of its own: [prompt].",
+        )
     ids = [_encode(model, tokenizer, prompt) for prompt in given]
     params = _params(model, tokenizer, ids, _one_a_row("sampling", sampling, len(ids)))
     rows = [

@@ -7,11 +7,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from inspect import GEN_RUNNING, getgeneratorstate
 from os import PathLike
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.cache.prefix import PrefixCache, common_prefix
-from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions, ToolRunOptions
+from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions, ToolRunOptions, check_option_names
 from mlxqwen.conversation_file import read_conversation, write_conversation
 from mlxqwen.engine import Engine
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
@@ -22,11 +22,13 @@ from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Delta, Reply, join_deltas
 from mlxqwen.requests import PreparedRequest, check_shared_options, choose_sampling, prepare_request
 from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.thinking import check_budget_use
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, stream_tool_loop
 
 __all__ = ["Conversation"]
 
 Message = Mapping[str, Any]
+_E = TypeVar("_E")
 
 _OPENING = {"role": "user", "content": "Hello"}
 _REPLY_NAMES = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk", "on_prefill")
@@ -101,9 +103,8 @@ class Conversation:
     @property
     def system(self) -> str | None:
         """The text of the system message, None without one; set it to change it, or to None to remove it."""
-        if self.messages and self.messages[0].get("role") == "system":
-            return str(prepare_messages(self.messages[:1])[0]["content"])
-        return None
+        first = prepare_messages(self.messages[:1])[0] if self.messages else {}
+        return str(first["content"]) if first.get("role") == "system" else None
 
     @system.setter
     def system(self, text: str | None) -> None:
@@ -124,7 +125,7 @@ class Conversation:
         """Say something, and have it answered piece by piece: deltas, and `Done` at the end.
 
         Nothing runs before the first event is asked for. A stream that is not at its end when the conversation is next
-        used is abandoned.
+        used is abandoned, and says so when it is asked for more.
 
         Args:
             message: what a user says; or a message; or several, such as the results of the tools that the last reply
@@ -136,7 +137,7 @@ class Conversation:
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once.
-            GenerationError: while iterating.
+            GenerationError, or OptionError for a stream that was abandoned: while iterating.
         """
         self._abandon()
         return self._begin([*self.messages, *self._said(message)], keep_partial, options)
@@ -173,7 +174,7 @@ class Conversation:
 
         run = self._run(messages, stream_tool_loop(answer, messages, tools, max_rounds=max_rounds))
         self._running = weakref.ref(run)
-        return run
+        return _until_superseded(run, ToolRun)
 
     def run_tools(
         self,
@@ -271,7 +272,7 @@ class Conversation:
         options = self._merged(given)
         turn = self._answer(messages, self._prepare(messages, options), options, keep_partial=keep_partial)
         self._running = weakref.ref(turn)  # a stream that nobody iterates any more is to end by itself
-        return turn
+        return _until_superseded(turn, Done)
 
     def _run(self, messages: Sequence[dict[str, Any]], events: Generator[ToolEvent]) -> Generator[ToolEvent]:
         for event in events:
@@ -365,10 +366,10 @@ class Conversation:
 
     def _merged(self, options: ChatOptions) -> ChatOptions:
         merged: dict[str, Any] = {**self.options, **options}
-        for name in merged:
-            if name not in ChatOptions.__annotations__ or name == "cache":
-                known = ", ".join(known for known in ChatOptions.__annotations__ if known != "cache")
-                raise OptionError(f"option of a conversation: found {name!r}, expected one of {known}")
+        check_option_names("a conversation", merged, [name for name in ChatOptions.__annotations__ if name != "cache"])
+        # Turning off thinking for a turn sets a budget for all turns aside.
+        switch = options.get("thinking") if "thinking_budget" in options else None
+        check_budget_use(switch, merged.get("thinking_budget"), options.get("early_stop_text"))
         return cast(ChatOptions, merged)
 
     def _abandon(self) -> None:
@@ -384,10 +385,26 @@ class Conversation:
         turn.close()
 
     def _last_question(self) -> int:
-        for i in reversed(range(len(self.messages))):
-            if self.messages[i].get("role") == "user":
+        messages = prepare_messages(self.messages) if self.messages else []
+        for i in reversed(range(len(messages))):
+            if messages[i]["role"] == "user":
                 return i
         raise MessagesError("conversation: found no message of a user, expected one", hint="Say something first.")
+
+
+def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
+    """The events, up to one of the type `last`. Raises `OptionError` if they were ended from elsewhere before it."""
+    event: _E | None = None
+    try:
+        for event in events:
+            yield event
+    finally:
+        events.close()
+    if not isinstance(event, last):
+        raise OptionError(
+            "conversation: found a stream whose reply was abandoned, as the conversation went on with something else",
+            hint="Take a reply to its end before the next turn, or hold a second Conversation.",
+        )
 
 
 def _request_options(options: ChatOptions) -> RequestOptions:

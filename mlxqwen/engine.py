@@ -19,13 +19,15 @@ from mlxqwen.chat_options import (
     ReplyOptions,
     RequestOptions,
     ToolRunOptions,
+    check_option_names,
 )
 from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
 from mlxqwen.config import ModelConfig
-from mlxqwen.errors import MlxqwenError, OptionError, TokenizerError
+from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
 from mlxqwen.hub import resolve_model
+from mlxqwen.json_file import json_kind
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import render_prompt
@@ -33,6 +35,7 @@ from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import check_shared_options, choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.thinking import check_budget_use
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 
@@ -143,6 +146,7 @@ class Engine:
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
+        check_option_names("a chat", options, ChatOptions.__annotations__)
         return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
@@ -173,8 +177,9 @@ class Engine:
                 `/no_think`, all up to `</think>` is reasoning, and a reply without one is nothing else, as the model
                 need not open its thought; else a reply is content unless it opens with `<think>`.
             thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`, and
-                refused with True; one that is not reached, be it larger than the context, changes nothing.
-            early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
+                refused with True, as any other is with False; one that is not reached, be it larger than the context,
+                changes nothing.
+            early_stop_text: the sentence that ends a thought over its budget; by default Qwen's. Only with a budget.
             tools: JSON schemas of functions that the model may call.
             sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
             max_tokens: by default 32,768, and never more than the context has room for.
@@ -190,6 +195,7 @@ class Engine:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
+        check_budget_use(thinking, thinking_budget, early_stop_text)
         request = prepare_request(
             self.model,
             self.tokenizer,
@@ -303,6 +309,7 @@ class Engine:
             **options: those of `stream`, for each reply, but for `tools` and `cache`.
         """
         _refuse_cache(options)
+        check_option_names("a run with tools", options, ToolRunOptions.__annotations__)
 
         def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
             return self.stream(messages, tools=schemas, **options)
@@ -336,6 +343,9 @@ class Engine:
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
         _refuse_cache(options)
+        check_option_names("a batch", options, ChatBatchOptions.__annotations__)
+        if not isinstance(conversations, Iterable):
+            raise MessagesError(f"conversations: found {json_kind(conversations)}, expected a list of conversations")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
         check_shared_options(self.tokenizer, options)

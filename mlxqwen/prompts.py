@@ -20,7 +20,7 @@ from mlxqwen.thinking import begins_in_thought, can_think
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tools import check_tool_schemas
 
-__all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "render_prompt"]
+__all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -71,6 +71,12 @@ def render_prompt(
         enable_thinking=thinking,
         trust_special_tokens=trust_special_tokens,
     )
+
+
+def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_tokens: bool = False) -> int:
+    """A lower bound of the length of the prompt that `messages` make, found without encoding it."""
+    kept = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
+    return tokenizer.least_tokens("".join(message["content"].strip() for message in kept))
 
 
 def asks_for_thought(

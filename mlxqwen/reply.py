@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from mlxqwen.errors import OptionError
 from mlxqwen.reply_tags import TEXT_TAGS, ReplyTags
 from mlxqwen.tool_call_text import ToolCallScanner, parse_tool_call
 
@@ -66,10 +67,11 @@ class ReplyParser:
     """Splits a reply while it is being written.
 
     Think tags count only around the reply's first thought; in the content they are text. A call counts once all of it
-    is there and its JSON is sound. A broken or unfinished one is content, exactly as written, and `warnings` says what is
-    wrong with it; what is behind it counts. A call ends a thought, sound or not, and the `</think>` that may still follow
-    is no content either; a `<tool_call>` with no object behind it is only talked about, and stays in the thought. Line
-    breaks around a call are no content, except that texts before and behind it stay on lines of their own.
+    is there and its JSON is sound. A broken or unfinished one is content, exactly as written, and `warnings` says what
+    is wrong with it; what is behind it counts. A call ends a thought, sound or not, and the `</think>` that may still
+    follow is no content either; a `<tool_call>` with no object behind it is only talked about, and stays in the
+    thought. Line breaks around a call are no content, except that texts before and behind it stay on lines of their
+    own.
 
     Args:
         thinking: True if the reply is known to begin in thought: then everything up to `</think>` is reasoning, whether
@@ -240,7 +242,9 @@ class ReplyParser:
 
 
 def parse_reply(text: str, *, thinking: bool | None = True, tools: bool = False) -> Reply:
-    """Split a whole reply, as `ReplyParser` does; its warnings are logged."""
+    """Split a whole reply, as `ReplyParser` does; its warnings are logged. Raises `OptionError` for what is no text."""
+    if not isinstance(text, str):
+        raise OptionError(f"text: found {type(text).__name__}, expected a string")
     parser = ReplyParser(thinking=thinking, tools=tools)
     reply = join_deltas(parser.feed(text) + parser.finish())
     for warning in parser.warnings:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast
 
 from mlxqwen.cache import KVCache
-from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions
+from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions, check_option_names
 from mlxqwen.completion import resolve_params
 from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
 from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count, room_for_answer
-from mlxqwen.messages import count_turns
+from mlxqwen.messages import count_turns, without_oldest_turns
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, render_prompt
+from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.stop import StopStrings
 from mlxqwen.thinking import ThinkingBudget, check_early_stop_text
@@ -53,8 +53,11 @@ def prepare_request(
     max_tokens, budget, tools = options.get("max_tokens"), options.get("thinking_budget"), options.get("tools")
     if max_tokens is not None:
         check_count("max_tokens", max_tokens)
+    trust = options.get("trust_special_tokens", False)
+    if not options.get("drop_oldest", False):
+        _check_length(model, tokenizer, messages, cache, trust_special_tokens=trust)
     messages, prompt = _fitted_prompt(model, tokenizer, messages, cache, options)
-    turns = count_turns(messages, trust_special_tokens=options.get("trust_special_tokens", False))
+    turns = count_turns(messages, trust_special_tokens=trust)
     _check_room(model, len(prompt), cache, turns=turns)
     ThinkingBudget(tokenizer, prompt, budget=budget)  # complains here, where it is known which conversation has it
     sampling = _resolve_sampling(model, tokenizer, prompt, messages, options)
@@ -99,9 +102,7 @@ def prepare_requests(
     for index, one in enumerate(conversations):
         request = one if isinstance(one, ChatRequest) else ChatRequest(one)
         try:
-            for name in request.options:
-                if name not in names:
-                    raise OptionError(f"option of one conversation: found {name!r}, expected one of {', '.join(names)}")
+            check_option_names("one conversation", request.options, names)
             options = cast(RequestOptions, {**for_all, **request.options})
             prepared = prepare_request(model, tokenizer, request.messages, cache, **options)
         except MlxqwenError as error:
@@ -132,12 +133,18 @@ def fit_messages(
     held, window = _held(cache)
 
     def tokens_of(kept: Messages) -> int:
+        least = least_tokens(tokenizer, kept, trust_special_tokens=trust_special_tokens)
+        if least >= context:  # no need to know by how much it is too long
+            return least
         return len(
             render_prompt(tokenizer, kept, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens)
         )
 
     if window is not None and window <= context:
         return list(messages)
+    turns = count_turns(messages, trust_special_tokens=trust_special_tokens)
+    last = without_oldest_turns(messages, turns - 1, trust_special_tokens=trust_special_tokens)
+    _check_length(model, tokenizer, last, cache, trust_special_tokens=trust_special_tokens)
     return drop_oldest_turns(
         messages, tokens_of, room=context - held, reserve=reserve, trust_special_tokens=trust_special_tokens
     )
@@ -195,13 +202,31 @@ def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
             raise OptionError(f"logit_bias: found {token}, expected token ids from 0 to {vocab_size - 1}")
 
 
-def _check_room(model: Qwen3ForCausalLM, prompt_tokens: int, cache: KVCache | None, *, turns: int) -> None:
+def _check_length(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    messages: Messages,
+    cache: KVCache | None,
+    *,
+    trust_special_tokens: bool,
+) -> None:
+    """Refuse what no tokens could make short enough: to encode millions of characters takes minutes."""
+    least = least_tokens(tokenizer, messages, trust_special_tokens=trust_special_tokens)
+    turns = count_turns(messages, trust_special_tokens=trust_special_tokens)
+    _check_room(model, least, cache, turns=turns, is_bound=True)
+
+
+def _check_room(
+    model: Qwen3ForCausalLM, prompt_tokens: int, cache: KVCache | None, *, turns: int, is_bound: bool = False
+) -> None:
+    """Raises `ContextLengthError`; `is_bound` if the prompt has that many tokens or more."""
     held, window = _held(cache)
     try:
         room_for_answer(model, held + prompt_tokens, window)
     except ContextLengthError as error:
         drop = "Drop the oldest turns (drop_oldest=True, or messages = engine.fit(messages)). " if turns > 1 else ""
-        raise ContextLengthError(error.problem, hint=f"{drop}{error.hint}") from None
+        problem = error.problem.replace("prompt: ", "prompt: at least ", 1) if is_bound else error.problem
+        raise ContextLengthError(problem, hint=f"{drop}{error.hint}") from None
 
 
 def _held(cache: KVCache | None) -> tuple[int, int | None]:

@@ -178,6 +178,20 @@ def check_budget(budget: object) -> int | None:
     raise OptionError(f"thinking_budget: found {budget!r}, expected an integer from 0, or None for no limit")
 
 
+def check_budget_use(thinking: object, budget: object, early_stop_text: object) -> None:
+    """Refuse a budget where thinking is switched off, and a sentence without a budget. Raises `OptionError`."""
+    if thinking is False and budget:
+        raise OptionError(
+            f"thinking_budget: found {budget!r} with thinking=False, expected none, or 0",
+            hint="Leave out thinking=False to let the model think, or the budget.",
+        )
+    if early_stop_text is not None and budget is None:
+        raise OptionError(
+            "early_stop_text: found one without a thinking_budget, expected both",
+            hint="The sentence ends a thought over its budget: give one, such as thinking_budget=1000.",
+        )
+
+
 def check_early_stop_text(text: object) -> str:
     """A sentence without the line breaks around it. Raises `OptionError` for what is no text, or holds a tag."""
     if not isinstance(text, str):

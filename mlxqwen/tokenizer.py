@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import operator
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -166,6 +167,16 @@ class Tokenizer:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
         """
         return self._encode(self._plain_backend, text, add_special_tokens=False)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of `text`, which is not encoded: its bytes by those of the longest."""
+        return -(-len(unicodedata.normalize("NFC", text).encode()) // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token: in the alphabet of byte-level tokens each character is one."""
+        added = (len(token.content.encode()) for token in self._added_tokens.values())
+        return max(1, *map(len, self._backend.get_vocab(with_added_tokens=False)), *added)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.

@@ -304,6 +304,8 @@ def test_an_abandoned_turn_leaves_all_as_it_was(conversation: Conversation, even
             del stream
         else:  # until the conversation is used again
             conversation.system = conversation.system
+            with pytest.raises(OptionError, match="conversation: found a stream whose reply was abandoned"):
+                list(stream)
             assert list(stream) == []
         assert (conversation.messages, held(conversation)) == (messages, tokens)
         assert_holds(conversation.cache, tokens, conversation.engine.model)
@@ -311,12 +313,25 @@ def test_an_abandoned_turn_leaves_all_as_it_was(conversation: Conversation, even
     assert len(conversation.messages) == len(messages) + (0 if retry else 2)
 
 
+def test_messages_that_are_none_are_told_by_what_looks_at_them(conversation: Conversation) -> None:
+    conversation.messages.append(5)  # type: ignore[arg-type]
+    for change in (conversation.undo, conversation.retry, conversation.drop_oldest):
+        with pytest.raises(MessagesError, match=r"messages\[3\]: found a number"):
+            change()
+    conversation.messages[:] = [5]  # type: ignore[list-item]
+    uses: list[Callable[[], object]] = [conversation.clear, lambda: conversation.system]
+    for use in uses:
+        with pytest.raises(MessagesError, match=r"messages\[0\]: found a number"):
+            use()
+
+
 def test_an_answer_counts_as_soon_as_it_is_done(conversation: Conversation) -> None:
     answer_with(conversation, "<think>\n\n</think>\n\nYes.")
     events = conversation.stream("Sure?")
     next(event for event in events if isinstance(event, Done))
-    events.close()
     assert conversation.messages[-2:] == [user("Sure?"), assistant("Yes.")]
+    conversation.undo()
+    assert list(events) == []
 
 
 @pytest.mark.parametrize("window", [None, 24])
@@ -373,7 +388,8 @@ def test_what_is_said_while_a_stream_is_open_ends_it(conversation: Conversation)
     conversation.chat("Really?")
     said = [message["content"] for message in conversation.messages if message["role"] == "user"]
     assert said == ["How many?", "Sure?", "Really?"]
-    assert list(first) == []
+    with pytest.raises(OptionError, match="conversation: found a stream whose reply was abandoned"):
+        list(first)
 
 
 def test_a_conversation_is_not_to_be_used_while_it_answers(conversation: Conversation) -> None:

@@ -122,7 +122,8 @@ def test_a_run_without_an_end_adds_nothing(
             model.fail_after = None
         if ending == "first reply":
             conversation.system = None  # any use of the conversation abandons it
-            assert next(run, None) is None
+            with pytest.raises(OptionError, match="conversation: found a stream whose reply was abandoned"):
+                next(run)
         del run
     assert conversation.messages == before
     assert_holds(conversation.cache, held(conversation), engine.model)

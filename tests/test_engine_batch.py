@@ -94,8 +94,10 @@ def test_errors_name_the_conversation(engine: Engine) -> None:
     with pytest.raises(ContextLengthError, match=r"conversations\[1\]: prompt: ") as caught:
         list(engine.batch(BAD, max_tokens=1))
     assert "--max-kv-size" in caught.value.hint
-    with pytest.raises(MessagesError, match=r"conversations\[0\]: messages: found dict"):
+    with pytest.raises(MessagesError, match=r"conversations\[0\]: messages: found an object"):
         list(engine.batch(QUESTIONS[0], max_tokens=1))  # type: ignore[arg-type]
+    with pytest.raises(MessagesError, match="conversations: found null, expected a list"):
+        engine.batch(None)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"conversations\[0\]: option of one conversation: found 'stop'"):
         list(engine.batch([ChatRequest(QUESTIONS[0], {"stop": "a"})]))  # type: ignore[typeddict-unknown-key]
 

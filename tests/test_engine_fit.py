@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen import Engine, make_cache
+from mlxqwen import Conversation, Engine, make_cache
 from mlxqwen.engine import Done
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.messages import check_conversation, count_turns, without_oldest_turns
@@ -144,6 +144,40 @@ def test_a_last_turn_too_long_is_an_error_with_a_way_out(engine: Engine) -> None
     with pytest.raises(ContextLengthError) as caught:
         engine.stream(messages[2:])
     assert "drop_oldest" not in caught.value.hint
+
+
+def test_text_that_cannot_fit_is_not_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = {"role": "user", "content": "x" * (128 * CONTEXT)}  # Qwen's longest token has 128 bytes
+    small = {"role": "user", "content": "Hi"}
+    encoded: list[Any] = []
+    encode = type(engine.tokenizer).apply_chat_template
+
+    def recorded(self: Any, messages: Any, **options: Any) -> Any:
+        encoded.append(messages)
+        return encode(self, messages, **options)
+
+    monkeypatch.setattr(type(engine.tokenizer), "apply_chat_template", recorded)
+    window = make_cache(engine.model, max_kv_size=64)
+    for ask in (
+        lambda: engine.stream([huge]),
+        lambda: engine.stream([SYSTEM, small, {**huge, "role": "assistant"}, small]),
+        lambda: engine.stream([small, huge], drop_oldest=True),
+        lambda: engine.fit([small, huge]),
+        lambda: Conversation(engine).stream([huge]),
+    ):
+        encoded.clear()
+        with pytest.raises(
+            ContextLengthError, match=f"prompt: at least 12[89] tokens, but the model's.* {CONTEXT}"
+        ) as caught:
+            ask()
+        assert "--max-kv-size" in caught.value.hint
+        assert huge["content"] not in [message["content"] for messages in encoded for message in messages]
+    encoded.clear()
+    assert engine.fit([huge, small]) == [small]
+    assert all(len(messages) == 1 for messages in encoded)
+    engine.stream([{**huge, "content": "ab" * 64 * CONTEXT}], cache=window)
+    thought = {"role": "assistant", "content": "Hi", "reasoning_content": huge["content"]}
+    engine.stream([small, thought, small])  # which the model does not see again
 
 
 def test_a_window_within_the_context_drops_nothing(engine: Engine) -> None:

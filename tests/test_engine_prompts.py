@@ -171,6 +171,45 @@ def test_no_budget_contradicts_the_hard_switch(engine: Engine) -> None:
     assert conversation.messages == []
 
 
+def test_a_budget_needs_a_thought_and_its_sentence_a_budget(engine: Engine) -> None:
+    conversation = Conversation(engine, thinking_budget=3, max_tokens=2)
+    for refused in (
+        lambda: engine.chat([USER], thinking=False, thinking_budget=5),
+        lambda: conversation.stream("Hello", thinking=False, thinking_budget=5),
+    ):
+        with pytest.raises(OptionError, match="thinking_budget: found 5 with thinking=False"):
+            refused()
+    unbounded = Conversation(engine, max_tokens=2)
+    for refused in (
+        lambda: engine.chat([USER], early_stop_text="Enough."),
+        lambda: unbounded.stream("Hello", early_stop_text="Enough."),
+    ):
+        with pytest.raises(OptionError, match="early_stop_text: found one without a thinking_budget"):
+            refused()
+    assert conversation.messages == unbounded.messages == []
+    conversation.chat("Hello", early_stop_text="Enough.")
+    conversation.chat("Hello", thinking=False)  # the budget of all turns is not this one's
+    engine.chat([USER], thinking=False, thinking_budget=0, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda engine, **options: engine.chat([USER], **options),
+        lambda engine, **options: engine.run_tools([USER], {}, **options),
+        lambda engine, **options: engine.batch([[USER]], **options),
+        lambda engine, **options: Conversation(engine).chat("Hello", **options),
+        lambda engine, **options: list(engine.batch([ChatRequest([USER], options)])),
+    ],
+)
+def test_options_that_do_not_exist_are_told_with_their_place(engine: Engine, answer: Any) -> None:
+    with pytest.raises(OptionError, match=r"found 'temperature', expected one of .*\n.*sampling={\"temperature\": …}"):
+        answer(engine, temperature=0)
+    with pytest.raises(OptionError, match="found 'temprature'") as caught:
+        answer(engine, temprature=0)
+    assert not caught.value.hint
+
+
 def test_no_budget_closes_what_a_template_opens() -> None:
     tokenizer = Tokenizer.from_folder(REAL)
     tokenizer.chat_templates["default"] = "{{ messages[0].content }}<think>\n"

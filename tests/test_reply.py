@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxqwen.errors import OptionError
 from mlxqwen.reply import MAX_WARNINGS, Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, join_deltas, parse_reply
 from mlxqwen.tool_call_text import ToolCallScanner
 
@@ -607,3 +608,8 @@ def test_many_line_breaks_cost_no_more_than_other_text(thinking: bool | None) ->
     assert [delta for piece in ["\n"] * 50_000 for delta in parser.feed(piece)] == []
     deltas = parser.feed("a") + [delta for _ in range(50_000) for delta in parser.feed("\n")] + parser.feed("b")
     assert joined(deltas) in (Reply("a" + "\n" * 50_000 + "b", ""), Reply(None, "a" + "\n" * 50_000 + "b"))
+
+
+def test_what_is_no_text_is_no_reply() -> None:
+    with pytest.raises(OptionError, match="text: found int, expected a string"):
+        parse_reply(5)  # type: ignore[arg-type]

@@ -289,3 +289,16 @@ def test_other_decoders_are_named() -> None:
     other.decoder = tokenizers.decoders.Metaspace()
     with pytest.raises(TokenizerError, match="Metaspace"):
         Tokenizer(other)
+
+
+@given(
+    st.text() | st.lists(st.sampled_from(["e\u0301", "\u1112\u1161\u11ab", " " * 128, "<|im_end|>", "a"])).map("".join)
+)
+def test_no_text_has_fewer_tokens_than_the_bound(text: str) -> None:
+    least = QWEN.least_tokens(text)
+    assert least <= min(len(QWEN.encode(text)), len(QWEN.encode_plain(text)))
+    assert least >= len(text) / 512
+
+
+def test_the_bound_counts_bytes_by_the_longest_token() -> None:
+    assert [QWEN.least_tokens(text) for text in ("", " ", " " * 128, " " * 129, "é" * 128)] == [0, 1, 1, 2, 2]
