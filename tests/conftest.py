@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -12,6 +13,10 @@ import mlxqwen
 from mlxqwen.config import GenerationConfig, ModelConfig
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.tokenizer import Tokenizer
+
+# Programs that a background job starts ignore Ctrl-C; those that the tests start are to hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB_SIZE = 97
 CONTEXT = 64
