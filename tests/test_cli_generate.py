@@ -373,7 +373,7 @@ def test_files_are_read_before_a_model_is_loaded(tmp_path: Path, option: str) ->
         (b"", "file.json: not valid JSON at column 1"),
         (b"[{]", "not valid JSON"),
         (b"\xff", "file.json: found byte 0xff at 0, expected UTF-8 text"),
-        (b"5", "file.json: found a JSON int, expected a list"),
+        (b"5", "file.json: found a number, expected a list"),
         (b'[{"a": 1, "a": 2}]', "'a' appears twice"),
         (b"[" * 3_000_001, "more than 3,000,000 objects and lists"),
         (b'["\x1b[31m"]', "Invalid control character"),

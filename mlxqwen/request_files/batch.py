@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxqwen.errors import OptionError
+from mlxqwen.json_file import json_kind
 from mlxqwen.request_files.conversations import (
     MessagesWithTools,
     check_keys,
@@ -83,7 +84,7 @@ def parse_requests(
 def _parse_line(line: str, index: int, system: str | None, thinking: bool | None) -> BatchRequest:
     value = parse_json_text(line, hint=_HINT)
     if not isinstance(value, dict):
-        raise OptionError(f"found a JSON {type(value).__name__}, expected an object", hint=_HINT)
+        raise OptionError(f"found {json_kind(value)}, expected an object", hint=_HINT)
     value = {key: item for key, item in value.items() if item is not None}
     check_keys(value, _KEYS, hint=_HINT)
     if ("prompt" in value) == ("messages" in value):
@@ -112,7 +113,7 @@ def _checked_options(value: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value[name] for name in _OPTIONS if name in value}
     sampling = options.get("sampling", {})
     if not isinstance(sampling, dict):
-        raise OptionError(f"sampling: found a JSON {type(sampling).__name__}, expected options by name")
+        raise OptionError(f"sampling: found {json_kind(sampling)}, expected options by name")
     if "seed" in options and "seed" in sampling:
         raise OptionError("seed: found beside sampling and in it, expected one of them")
     resolve_sampling({}, thinking=True, overrides=sampling)

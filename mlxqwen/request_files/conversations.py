@@ -9,7 +9,7 @@ from json import JSONDecodeError
 from typing import Any
 
 from mlxqwen.errors import OptionError
-from mlxqwen.json_file import parse_json
+from mlxqwen.json_file import json_kind, parse_json
 from mlxqwen.messages import check_conversation
 from mlxqwen.tools import check_tool_schemas
 
@@ -76,7 +76,7 @@ def parse_conversation(text: str, source: str) -> MessagesWithTools:
         if isinstance(value, list):
             return conversation_of({"messages": value})
         if not isinstance(value, dict):
-            raise OptionError(f"found a JSON {type(value).__name__}, expected a list or an object", hint=_FORM)
+            raise OptionError(f"found {json_kind(value)}, expected a list or an object", hint=_FORM)
         if "format" in value:
             return conversation_of(_saved(value))
         check_keys(value, {"messages", "tools"}, hint=_FORM)
@@ -90,7 +90,7 @@ def _saved(value: Mapping[str, Any]) -> dict[str, Any]:
     check_keys(value, {"format", "messages", "options"}, hint=_FORM)
     options = value.get("options", {})
     if not isinstance(options, dict):
-        raise OptionError(f"options: found {type(options).__name__}, expected an object", hint=_FORM)
+        raise OptionError(f"options: found {json_kind(options)}, expected an object", hint=_FORM)
     return {"messages": value.get("messages"), "tools": options.get("tools")}
 
 
@@ -108,7 +108,7 @@ def parse_tools(text: str, source: str) -> tuple[Mapping[str, Any], ...]:
     with located(source):
         tools = parse_json_text(text, hint=hint)
         if not isinstance(tools, list) or not tools:
-            found = f"a JSON {type(tools).__name__}" if tools != [] else "an empty list"
+            found = json_kind(tools) if tools != [] else "an empty list"
             raise OptionError(f"found {found}, expected a list of function schemas", hint=hint)
         return tuple(check_tool_schemas(tools))
 
