@@ -194,8 +194,8 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what `prepare_messages` lets pass for the template's sake, but no chat should hold.
 
     Roles are system (first only), user, assistant and tool. Only an assistant calls tools, and may then lack content;
-    tools answer the calls of the assistant message before them, each call once. Calls at the end
-    may have no results yet; else all have theirs.
+    tools answer the calls of the assistant message before them, each call once. Either all calls have their results or
+    none has, when the user went on without them.
 
     Raises:
         MessagesError: names the message, what is wrong with it and the way out.
@@ -210,11 +210,6 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
             _check_tool_answer(message, calls, results, where)
             results.append(message)
             continue
-        if calls and not results:
-            raise MessagesError(
-                f"{where}: found no results of the calls before, expected one of each call",
-                hint="Add a message of role 'tool' for each call, or leave the calls out.",
-            )
         _check_results(calls, results, f"messages[{i - 1}]")
         results = []
         calls = _check_tool_calls(message, where)
