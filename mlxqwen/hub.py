@@ -18,29 +18,32 @@ from mlxqwen.errors import HubError, OptionError
 __all__ = ["DEMO_FOLDER", "resolve_model"]
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-WANTED_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "weights*.safetensors",
-    "model.safetensors.index.json",
+# Beside config and weights: what the model is used with, and its licence.
+COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.json",
     "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    # What a conversion passes on: the licence, and the card that names it.
-    "README.md",
+    "chat_template.json",
+    "generation_config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
     "LICENCE",
     "NOTICE",
     "NOTICE.txt",
+)
+WANTED_FILES = [
+    "config.json",
+    "model*.safetensors",
+    "weights*.safetensors",
+    "model.safetensors.index.json",
+    *COMPANION_FILES,
+    "additional_chat_templates/*.jinja",
+    "README.md",  # names the licence
 ]
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

@@ -8,28 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxqwen.hub import COMPANION_FILES
 from mlxqwen.json_file import parse_json, read_text
 from mlxqwen_convert.errors import SourceError, SourceUnreadableError
 
-__all__ = ["NAMES", "check_companions", "companion_files", "filtered_text", "is_filtered", "without_code"]
+__all__ = ["check_companions", "companion_files", "filtered_text", "is_filtered", "without_code"]
 
-NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "LICENCE",
-    "NOTICE",
-    "NOTICE.txt",
-)
 _TEMPLATES = "additional_chat_templates"
 # Settings, in which libraries look for code to run. The others map tokens to ids: there, every key is a token.
 _FILTERED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "generation_config.json")
@@ -42,7 +26,7 @@ _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 def companion_files(folder: Path) -> Iterator[Path]:
     """The files of a model's folder that go along with its weights, relative to it."""
-    for name in NAMES:
+    for name in COMPANION_FILES:
         if (folder / name).is_file():
             yield Path(name)
     if (folder / _TEMPLATES).is_dir():

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 from mlxqwen.config import ModelConfig
-from mlxqwen.hub import WANTED_FILES
+from mlxqwen.hub import COMPANION_FILES, WANTED_FILES
 from mlxqwen.loading import load_model
 from mlxqwen_convert import convert
-from mlxqwen_convert.companion_files import NAMES
 from mlxqwen_convert.companions import config_text, copy_companions
 from mlxqwen_convert.errors import OutputError, SourceError
 from mlxqwen_convert.plan import Options, make_plan
@@ -317,5 +316,5 @@ def test_a_disk_that_fails_while_they_are_flushed(tmp_path: Path, monkeypatch: p
 
 
 def test_the_hub_is_asked_for_all_of_them() -> None:
-    for name in (*NAMES, "README.md", "additional_chat_templates/tool_use.jinja"):
+    for name in (*COMPANION_FILES, "README.md", "additional_chat_templates/tool_use.jinja"):
         assert any(fnmatch(name, pattern) for pattern in WANTED_FILES), name
