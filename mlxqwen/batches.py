@@ -1,4 +1,4 @@
-"""Many prompts answered a group at a time: as many as asked for run at once, the rest wait."""
+"""Many prompts answered together: as many as asked for run at once, and where one ends the next begins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import PreparedRequest
 from mlxqwen.tokenizer import Tokenizer
 
-__all__ = ["stream_groups"]
+__all__ = ["stream_batch"]
 
 
-def stream_groups(
+def stream_batch(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
     requests: Iterable[tuple[int, PreparedRequest]],
@@ -31,39 +31,49 @@ def stream_groups(
 ) -> Iterator[tuple[int, Done]]:
     """The end of each numbered request, in the order in which they end.
 
-    Requests are taken `batch_size` at a time, and only when those before have ended. For the other options, which hold
-    for all, see `Engine.batch`.
+    `batch_size` requests are taken at first, then one for each that has ended. For the other options, which hold for
+    all, see `Engine.batch`.
     """
     requests = iter(requests)
+    first = list(islice(requests, batch_size))
+    if not first:
+        return
     tags = reply_tags(tokenizer)
-    while group := list(islice(requests, batch_size)):
-        prepared = [request for _, request in group]
-        replies = [
-            ReplyEvents(
-                thinking=begins_in_thought(tokenizer, request.prompt, expect_thought=request.expect_thought),
-                tools=request.tools,
-                stop=stop,
-                tags=tags,
-            )
-            for request in prepared
-        ]
-        responses = batch_stream(
-            model,
-            tokenizer,
-            [request.prompt for request in prepared],
-            max_tokens=[request.max_tokens for request in prepared],
-            sampling=[request.sampling for request in prepared],
-            thinking_budget=[request.thinking_budget for request in prepared],
-            expect_thought=[request.expect_thought for request in prepared],
-            tools=[request.tools for request in prepared],
-            early_stop_text=early_stop_text,
-            stop_on_loop=stop_on_loop,
-            cache=None if new_cache is None else new_cache(len(group)),
-            prefill_chunk=prefill_chunk,
-            on_prefill=on_prefill,
-        )
-        for row, response in responses:
-            for event in replies[row].feed(response):
-                if isinstance(event, Done):
-                    responses.stop(row)
-                    yield group[row][0], event
+
+    def events_of(request: PreparedRequest) -> ReplyEvents:
+        begins = begins_in_thought(tokenizer, request.prompt, expect_thought=request.expect_thought)
+        return ReplyEvents(thinking=begins, tools=request.tools, stop=stop, tags=tags)
+
+    replies = [(number, events_of(request)) for number, request in first]
+    prepared = [request for _, request in first]
+    responses = batch_stream(
+        model,
+        tokenizer,
+        [request.prompt for request in prepared],
+        max_tokens=[request.max_tokens for request in prepared],
+        sampling=[request.sampling for request in prepared],
+        thinking_budget=[request.thinking_budget for request in prepared],
+        expect_thought=[request.expect_thought for request in prepared],
+        tools=[request.tools for request in prepared],
+        early_stop_text=early_stop_text,
+        stop_on_loop=stop_on_loop,
+        cache=None if new_cache is None else new_cache(len(prepared)),
+        prefill_chunk=prefill_chunk,
+        on_prefill=on_prefill,
+    )
+    for row, response in responses:
+        number, events = replies[row]
+        for event in events.feed(response):
+            if isinstance(event, Done):
+                responses.stop(row)
+                yield number, event
+                for number, request in islice(requests, 1):
+                    replies.append((number, events_of(request)))
+                    responses.add(
+                        request.prompt,
+                        max_tokens=request.max_tokens,
+                        sampling=request.sampling,
+                        thinking_budget=request.thinking_budget,
+                        expect_thought=request.expect_thought,
+                        tools=request.tools,
+                    )

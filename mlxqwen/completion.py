@@ -195,7 +195,8 @@ def batch_stream(
 ) -> ResponseStream:
     """Continue many prompts at once, yielding `(row, response)` as text becomes certain.
 
-    Each row gets the text that it would get alone (with a seed, that very text), and leaves when it ends.
+    Each row gets the text that it would get alone (with a seed, that very text), and leaves when it ends;
+    `ResponseStream.add` lets another join.
 
     Args:
         prompts: texts or lists of ids.
@@ -211,22 +212,9 @@ def batch_stream(
         )
     ids = [_encode(model, tokenizer, prompt) for prompt in given]
     params = _params(model, tokenizer, ids, _one_a_row("sampling", sampling, len(ids)))
+    new_row = _RowMaker(tokenizer, stop, early_stop_text, stop_on_loop)
     rows = [
-        _Row(
-            tokenizer,
-            len(prompt),
-            cached_tokens or 0,
-            StopStrings(stop),
-            ThinkingBudget(
-                tokenizer,
-                prompt,
-                budget=budget,
-                early_stop_text=early_stop_text,
-                expect_thought=expected,
-                tools=may_call,
-            ),
-            LoopDetector() if stop_on_loop else None,
-        )
+        new_row(prompt, budget, expected, may_call, cached_tokens=cached_tokens or 0)
         for prompt, budget, expected, may_call in zip(
             ids,
             _one_a_row("thinking_budget", thinking_budget, len(ids)),
@@ -247,21 +235,60 @@ def batch_stream(
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
     )
-    return ResponseStream(stream, _responses(stream, rows, ends))
+    return ResponseStream(model, stream, rows, ends, new_row)
 
 
 class ResponseStream:
-    """What `batch_stream` returns: iterate it, and `stop` rows early."""
+    """What `batch_stream` returns: iterate it, `add` prompts while others run, and `stop` rows early."""
 
-    def __init__(self, stream: TokenStream, responses: Generator[tuple[int, GenerationResponse], None, None]) -> None:
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        stream: TokenStream,
+        rows: Iterable[_Row],
+        ends: Collection[int],
+        new_row: _RowMaker,
+    ) -> None:
+        self._model = model
         self._stream = stream
-        self._responses = responses
+        self._rows: list[_Row] = []
+        self._ends = ends
+        self._new_row = new_row
+        for row in rows:
+            self._begin(row)
+        self._responses = _responses(stream, self._rows, ends)
 
     def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
         return self
 
     def __next__(self) -> tuple[int, GenerationResponse]:
         return next(self._responses)
+
+    def add(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling = None,
+        thinking_budget: int | None = None,
+        expect_thought: bool = False,
+        tools: bool = False,
+    ) -> int:
+        """Take in one more prompt → the number of its row, which gets the text that it would get alone.
+
+        It joins after the step that is being told. For the options see `stream_generate`; the others are those that
+        the stream began with.
+
+        Raises:
+            OptionError, ContextLengthError: as `stream_generate`; also once the stream is over. The others go on.
+        """
+        tokenizer = self._new_row.tokenizer
+        ids = _encode(self._model, tokenizer, prompt)
+        (params,) = _params(self._model, tokenizer, [ids], [sampling])
+        row = self._new_row(ids, thinking_budget, expect_thought, tools)
+        number = self._stream.add(ids, sampling=params, max_tokens=max_tokens)
+        self._begin(row)
+        return number
 
     def stop(self, row: int) -> None:
         """End `row` here: no further token of it is computed."""
@@ -271,12 +298,19 @@ class ResponseStream:
         """End all rows."""
         self._responses.close()
 
+    def _begin(self, row: _Row) -> None:
+        _begin(self._stream, len(self._rows), row, self._ends)
+        self._rows.append(row)
+
+
+def _begin(stream: TokenStream, number: int, row: _Row, ends: Collection[int]) -> None:
+    """Force what a reply has to begin with, where a budget of no thought asks for it."""
+    stream.force(number, row.thinking.start(), unless={*row.thinking.closing, *ends})
+
 
 def _responses(
     stream: TokenStream, rows: Sequence[_Row], ends: Collection[int]
 ) -> Generator[tuple[int, GenerationResponse], None, None]:
-    for number, row in enumerate(rows):
-        stream.force(number, row.thinking.start(), unless={*row.thinking.closing, *ends})
     for generated in stream:
         row = rows[generated.row]
         if generated.finish_reason != "stop" and (
@@ -287,6 +321,36 @@ def _responses(
         if response.finish_reason is not None:
             stream.stop(generated.row)
         yield generated.row, response
+
+
+@dataclass(frozen=True, slots=True)
+class _RowMaker:
+    """New rows of one stream, and what they have in common; for the options see `stream_generate`."""
+
+    tokenizer: Tokenizer
+    stop: str | Sequence[str]
+    early_stop_text: str | None
+    stop_on_loop: bool
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        thinking_budget: int | None,
+        expect_thought: bool,
+        tools: bool,
+        *,
+        cached_tokens: int = 0,
+    ) -> _Row:
+        thinking = ThinkingBudget(
+            self.tokenizer,
+            prompt,
+            budget=thinking_budget,
+            early_stop_text=self.early_stop_text,
+            expect_thought=expect_thought,
+            tools=tools,
+        )
+        loops = LoopDetector() if self.stop_on_loop else None
+        return _Row(self.tokenizer, len(prompt), cached_tokens, StopStrings(self.stop), thinking, loops)
 
 
 class _Row:

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import mlx.core as mx
 
-from mlxqwen.batches import stream_groups
+from mlxqwen.batches import stream_batch
 from mlxqwen.cache import KVCache
 from mlxqwen.chat_options import (
     ChatBatchOptions,
@@ -329,9 +329,9 @@ class Engine:
 
         Args:
             conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
-            batch_size: how many run at once; memory grows with it. The next group starts when one has ended.
+            batch_size: how many run at once; memory grows with it. Where one ends, the next begins.
             on_error: told of a conversation that cannot be answered, which is then left out.
-            new_cache: makes the empty cache of a group of so many; by default `make_cache` without options.
+            new_cache: makes an empty cache of so many rows; by default `make_cache` without options.
             **options: those of `stream`, for all, but for `cache`.
 
         Returns:
@@ -349,7 +349,7 @@ class Engine:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
         check_shared_options(self.tokenizer, options)
-        return stream_groups(
+        return stream_batch(
             self.model,
             self.tokenizer,
             prepare_requests(self.model, self.tokenizer, conversations, options, on_error, new_cache and new_cache(1)),

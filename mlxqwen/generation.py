@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
 import mlx.core as mx
@@ -32,6 +32,7 @@ __all__ = [
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
 _CLEAR_EVERY = 256  # tokens
+_PADDING = 16  # tokens a row: reading so many more costs less than one step more
 UNBOUNDED = 1 << 62
 
 # How a reply ends: tokens know the first two, their text the third, what it means the last.
@@ -77,12 +78,14 @@ def generate_tokens(
         max_tokens: at most this many tokens, for all rows or for each, and never more than the context has room for.
         eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
         cache: holds what came before the prompts, and at the end everything but the last token (a device that overlaps
-            steps may have added that too: `offsets` tell). Rows that end before others leave it. Made if not given.
+            steps may have added that too: `offsets` tell). Rows that end before others leave it, those that
+            `TokenStream.add` takes in join it. Made if not given.
         cached_tokens: that the cache's first so many tokens are the first of each prompt: these are not read again, and
             what the cache holds behind them is forgotten as generation starts. By default prompts follow all it holds.
-        prefill_chunk: prompt tokens a step; memory grows with it.
-        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; cached ones do not
-            count.
+        prefill_chunk: prompt tokens a step, over all rows; memory grows with it. Only prompts of about one length are
+            read together.
+        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; those of all
+            prompts that are read at one time count, cached ones do not.
         device: the machine; by default this one.
 
     Returns:
@@ -97,16 +100,11 @@ def generate_tokens(
     rows = _rows(prompts, model.config.vocab_size)
     check_count("prefill_chunk", prefill_chunk)
     most = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens] * len(rows)
-    for limit in most:
-        check_count("max_tokens", limit)
     if len(most) != len(rows):
         raise OptionError(f"max_tokens: found {len(most)} for {len(rows)} prompts")
     params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
     if len(params) != len(rows):
         raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
-    for one in params:
-        if not isinstance(one, SamplingParams):
-            raise OptionError(f"sampling: found {type(one).__name__}, expected SamplingParams")
     if cache is None:
         cache = make_cache(model, batch_size=len(rows))
     elif not isinstance(cache, KVCache):
@@ -118,15 +116,12 @@ def generate_tokens(
     if cached_tokens is not None:
         _check_cached_tokens(cached_tokens, cache, rows)
     held = cache.offsets if cached_tokens is None else [0] * len(rows)
-    limits = [
-        min(limit, room_for_answer(model, offset + len(row), cache.max_kv_size))
-        for limit, offset, row in zip(most, held, rows, strict=True)
-    ]
     return TokenStream(
         model,
-        [row[cached_tokens or 0 :] for row in rows],
-        Sampler(params, rows, model.config.vocab_size),
-        limits,
+        [
+            _new_row(model, number, row, one, limit, cache.max_kv_size, held=offset, cached_tokens=cached_tokens or 0)
+            for number, (row, one, limit, offset) in enumerate(zip(rows, params, most, held, strict=True))
+        ],
         frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids),
         cache,
         cached_tokens,
@@ -203,15 +198,68 @@ def check_prompt(tokens: Sequence[Any], vocab_size: int) -> None:
     _check_ids("prompt", tokens, vocab_size)
 
 
+@dataclass(slots=True)
+class _Row:
+    """A prompt and its answer.
+
+    Args:
+        number: counts the stream's rows.
+        follows: whether what comes before it is in the stream's cache, in the row of its number.
+        unread: what of the prompt the cache does not hold.
+        sampler: its own, until it joins that of the batch.
+        limit: tokens that it may have.
+        count: tokens that it has.
+        ended: no further token of it is told.
+        pending: forced tokens to come.
+        unless: tokens that are kept in place of the forced ones.
+    """
+
+    number: int
+    follows: bool
+    unread: list[int]
+    sampler: Sampler
+    limit: int
+    count: int = 0
+    ended: bool = False
+    pending: deque[int] = field(default_factory=deque)
+    unless: frozenset[int] = frozenset()
+
+
+def _new_row(
+    model: Qwen3ForCausalLM,
+    number: int,
+    prompt: list[int],
+    sampling: SamplingParams,
+    max_tokens: int,
+    max_kv_size: int | None,
+    *,
+    held: int | None = None,
+    cached_tokens: int = 0,
+) -> _Row:
+    """A row whose prompt, less `cached_tokens`, follows the `held` tokens of the stream's cache, or begins anew.
+
+    Refused as `generate_tokens` says.
+    """
+    check_count("max_tokens", max_tokens)
+    if not isinstance(sampling, SamplingParams):
+        raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams")
+    room = room_for_answer(model, (held or 0) + len(prompt), max_kv_size)
+    sampler = Sampler([sampling], [prompt], model.config.vocab_size)
+    return _Row(number, held is not None, prompt[cached_tokens:], sampler, min(max_tokens, room))
+
+
 class TokenStream:
-    """The running generation behind `generate_tokens`: iterate it, `force` what a row says next, `stop` rows early."""
+    """The running generation behind `generate_tokens`: iterate it, `add` rows, `force` what one says, `stop` it early.
+
+    A prompt is read apart from the rows that are running, and then joins them. Those that are read at one time are
+    sorted by length: what goes through the model together is about equally long and no more than a chunk, so padding
+    stays below a quarter of the prompts, or 16 tokens a row.
+    """
 
     def __init__(
         self,
         model: Qwen3ForCausalLM,
-        rows: list[list[int]],
-        sampler: Sampler,
-        limits: list[int],
+        rows: list[_Row],
         eos_token_ids: frozenset[int],
         cache: KVCache,
         cached_tokens: int | None,
@@ -223,22 +271,49 @@ class TokenStream:
         self._cached_tokens = cached_tokens
         self._model = model
         self._rows = rows
-        self._sampler = sampler
-        self._limits = limits
+        self._waiting = list(rows)
+        self._active: list[_Row] = []
+        self._sampler = Sampler([], [], model.config.vocab_size)
         self._eos_token_ids = eos_token_ids
         self._prefill_chunk = prefill_chunk
         self._on_prefill = on_prefill
         self._overlap = device.overlaps_steps
-        self._finished: set[int] = set()
-        self._pending: list[deque[int]] = [deque() for _ in rows]
-        self._unless: dict[int, frozenset[int]] = {}
+        self._over = False
         self._tokens = self._run()
 
     def __iter__(self) -> Iterator[GeneratedToken]:
         return self
 
     def __next__(self) -> GeneratedToken:
-        return next(self._tokens)
+        try:
+            return next(self._tokens)
+        except BaseException:
+            self._over = True
+            raise
+
+    def add(
+        self, prompt: Tokens, *, sampling: SamplingParams | None = None, max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> int:
+        """Take in one more prompt → the number of its row. It joins after the step that is being told.
+
+        It begins anew, whatever the stream's cache held at first, and gets the tokens that it would get alone.
+
+        Args:
+            prompt: ids, a list or an integer array.
+            sampling, max_tokens: see `generate_tokens`.
+
+        Raises:
+            ContextLengthError, OptionError: as `generate_tokens`; also once the stream is over. The others go on.
+        """
+        if self._over:
+            raise OptionError("add: found a stream that is over", hint="Add rows while others run, or start anew.")
+        tokens = as_token_ids(prompt)
+        check_prompt(tokens, self._model.config.vocab_size)
+        sampling = SamplingParams() if sampling is None else sampling
+        row = _new_row(self._model, len(self._rows), tokens, sampling, max_tokens, self.cache.max_kv_size)
+        self._rows.append(row)
+        self._waiting.append(row)
+        return row.number
 
     def force(self, row: int, tokens: Sequence[int], *, unless: Collection[int] = ()) -> None:
         """Let `row` go on with `tokens`, whatever is drawn.
@@ -259,68 +334,85 @@ class TokenStream:
         if not 0 <= row < len(self._rows):
             raise OptionError(f"force: found row {row}, expected a row from 0 to {len(self._rows) - 1}")
         _check_ids("force", tokens, self._model.config.vocab_size)
-        if not self._pending[row]:
-            self._unless[row] = frozenset(unless)
-        self._pending[row].extend(tokens)
+        if not self._rows[row].pending:
+            self._rows[row].unless = frozenset(unless)
+        self._rows[row].pending.extend(tokens)
 
     def stop(self, row: int) -> None:
         """End `row` here: no further token of it is computed."""
-        self._finished.add(row)
+        self._rows[row].ended = True
 
     def close(self) -> None:
         """End all rows."""
+        self._over = True
         self._tokens.close()
 
     def _run(self) -> Generator[GeneratedToken, None, None]:
-        active = list(range(len(self._rows)))
-        drawn = self._sampler(self._prefill())
-        mx.async_eval(drawn)
-        count = 0
-        while active:
-            count += 1
-            if count % _CLEAR_EVERY == 0:
+        if self._cached_tokens is not None:
+            self.cache.trim(self._cached_tokens)
+        self._forget_stopped()
+        drawn = self._admit(mx.zeros(0, dtype=mx.int32), []) if self._waiting else mx.zeros(0, dtype=mx.int32)
+        steps = 0
+        while self._active:
+            steps += 1
+            if steps % _CLEAR_EVERY == 0:
                 mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
             forced: set[int] = set()
-            if any(self._pending[row] for row in active):
-                drawn, forced = self._enforce(drawn, active)
+            if any(row.pending for row in self._active):
+                drawn, forced = self._enforce(drawn)
             ahead = None
-            if self._overlap and any(count < self._limits[row] for row in active):
+            if self._overlap and any(row.count + 1 < row.limit for row in self._active):
                 ahead = self._step(drawn)
-            numbers = active if len(self._rows) > 1 else [None] * len(active)
+            numbers = [row.number if len(self._rows) > 1 else None for row in self._active]
             tokens = list(map(check_token, cast(list[int], drawn.tolist()), numbers))
-            for row, token in zip(active, tokens, strict=True):
-                reason = self._reason(row, token, count)
-                if row not in self._finished:
-                    yield GeneratedToken(row, token, reason, row in forced)
+            for row, token in zip(self._active, tokens, strict=True):
+                row.count += 1
+                reason = self._reason(row, token)
+                if not row.ended:
+                    yield GeneratedToken(row.number, token, reason, row.number in forced)
                 if reason is not None:
-                    self._finished.add(row)
-            going = [place for place, row in enumerate(active) if row not in self._finished]
-            active = [active[place] for place in going]
-            if not active:
+                    row.ended = True
+            going = [place for place, row in enumerate(self._active) if not row.ended]
+            self._forget_stopped()
+            if not going and not self._waiting:
                 return
-            if ahead is None:
-                if len(going) < len(tokens):
-                    drawn = self._leave(drawn, going)
-                drawn = self._step(drawn)
-            else:
-                drawn = self._leave(ahead, going) if len(going) < len(tokens) else ahead
+            drawn = self._go_on(drawn, ahead, going)
 
-    def _reason(self, row: int, token: int, count: int) -> FinishReason | None:
+    def _forget_stopped(self) -> None:
+        """Rows that are stopped before they join are not read."""
+        self._waiting = [row for row in self._waiting if not row.ended]
+
+    def _go_on(self, drawn: mx.array, ahead: mx.array | None, going: list[int]) -> mx.array:
+        """The next tokens, of the rows that are going and of those that join.
+
+        Where some join, those that have ended take part in one step more, so that the cache is put together only once.
+        """
+        if self._waiting:
+            if going and ahead is None:
+                ahead = self._step(drawn)
+            return self._admit(drawn if ahead is None else ahead, going)
+        if ahead is None:
+            return self._step(self._leave(drawn, going))
+        return self._leave(ahead, going)
+
+    def _reason(self, row: _Row, token: int) -> FinishReason | None:
         if token in self._eos_token_ids:
             return "stop"
-        return "length" if count >= self._limits[row] else None
+        return "length" if row.count >= row.limit else None
 
-    def _enforce(self, drawn: mx.array, active: list[int]) -> tuple[mx.array, set[int]]:
+    def _enforce(self, drawn: mx.array) -> tuple[mx.array, set[int]]:
         """Put pending tokens in the place of those drawn → the step's tokens, and the rows that were forced."""
         tokens = cast(list[int], drawn.tolist())
         forced = set()
-        for place, row in enumerate(active):
-            kept = {BAD_TOKEN, *self._unless.pop(row, ())} if self._pending[row] else set()
+        for place, row in enumerate(self._active):
+            if not row.pending:
+                continue
+            kept, row.unless = {BAD_TOKEN, *row.unless}, frozenset()
             if tokens[place] in kept:
-                self._pending[row].clear()
-            elif self._pending[row]:
-                tokens[place] = self._pending[row].popleft()
-                forced.add(row)
+                row.pending.clear()
+            else:
+                tokens[place] = row.pending.popleft()
+                forced.add(row.number)
         replaced = mx.array(tokens, dtype=mx.int32)
         self._sampler.replace(drawn, replaced)
         return replaced, forced
@@ -334,30 +426,93 @@ class TokenStream:
 
     def _leave(self, tokens: mx.array, going: list[int]) -> mx.array:
         """Drop the rows that have ended, so that nobody pays for them."""
+        if going == list(range(len(self._active))):
+            return tokens
         self.cache.keep_rows(going)
         self._sampler.keep_rows(going)
+        self._active = [self._active[place] for place in going]
         return tokens[mx.array(going, dtype=mx.int32)]
 
-    def _prefill(self) -> mx.array:
-        """All prompts through the model in chunks → the logits `[B, vocab_size]` behind each one's last token."""
-        if self._cached_tokens is not None:
-            self.cache.trim(self._cached_tokens)
-        longest = max(map(len, self._rows))
-        self.cache.reserve(self.cache.offset + longest + 1)
-        last_hidden: list[mx.array | None] = [None] * len(self._rows)
-        if self._on_prefill:
-            self._on_prefill(0, longest)
+    def _admit(self, tokens: mx.array, going: list[int]) -> mx.array:
+        """Read the prompts that wait, and let them join the rows at the places `going` → `tokens` of all."""
+        waiting, self._waiting = self._waiting, []
+        progress = _Progress(self._on_prefill, sum(len(row.unread) for row in waiting))
+        parts: list[tuple[KVCache, Sequence[int]]] = [(self.cache, going)] if going else []
+        drawn, samplers = [tokens[mx.array(going, dtype=mx.int32)]], []
+        active = [self._active[place] for place in going]
+        for group in _alike(waiting, self._prefill_chunk):
+            cache = self._cache_for(group)
+            sampler, *others = [row.sampler for row in group]
+            sampler.join(others)
+            drawn.append(sampler(self._prefill(group, cache, progress)))
+            mx.async_eval(drawn[-1])
+            parts.append((cache, range(len(group))))
+            samplers.append(sampler)
+            active += group
+        if len(parts) > 1 or parts[0][0] is not self.cache:
+            self.cache.assemble(parts)
+        self._sampler.keep_rows(going)
+        self._sampler.join(samplers)
+        self._active = active
+        in_order = sorted(range(len(active)), key=lambda place: active[place].number)
+        return self._leave(mx.concatenate(drawn), in_order)
+
+    def _cache_for(self, group: list[_Row]) -> KVCache:
+        """What holds all that comes before the prompts of `group`, and nothing else."""
+        places = [row.number for row in group if row.follows]
+        if places == list(range(self.cache.batch_size)):
+            return self.cache
+        cache = self.cache.like(len(group))
+        if places and self.cache.offset:
+            cache.assemble([(self.cache, places)])
+        return cache
+
+    def _prefill(self, rows: list[_Row], cache: KVCache, progress: _Progress) -> mx.array:
+        """Prompts through the model in chunks → the logits `[B, vocab_size]` behind each one's last token."""
+        longest = max(len(row.unread) for row in rows)
+        cache.reserve(cache.offset + longest + 1)
+        last_hidden: list[mx.array | None] = [None] * len(rows)
         for start in range(0, longest, self._prefill_chunk):
             length = min(self._prefill_chunk, longest - start)
-            pieces = [row[start : start + length] for row in self._rows]
+            pieces = [row.unread[start : start + length] for row in rows]
             lengths = [len(piece) for piece in pieces]
             padded = mx.array([piece + [0] * (length - len(piece)) for piece in pieces], dtype=mx.int32)
-            hidden = self._model.model(padded, self.cache, lengths=lengths)
-            for place, row in enumerate(self._rows):
-                if start < len(row) <= start + length:
-                    last_hidden[place] = hidden[place, len(row) - start - 1]
-            mx.eval(self.cache.state, [one for one in last_hidden if one is not None])
+            hidden = self._model.model(padded, cache, lengths=lengths)
+            for place, row in enumerate(rows):
+                if start < len(row.unread) <= start + length:
+                    last_hidden[place] = hidden[place, len(row.unread) - start - 1]
+            mx.eval(cache.state, [one for one in last_hidden if one is not None])
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
-            if self._on_prefill:
-                self._on_prefill(start + length, longest)
+            progress.advance(sum(lengths))
         return self._model.logits(mx.stack([one for one in last_hidden if one is not None]))
+
+
+def _alike(rows: list[_Row], chunk: int) -> list[list[_Row]]:
+    """Groups of rows to be read together: about equally long, and padded no more than a chunk in all."""
+
+    def may_join(row: _Row, group: list[_Row]) -> bool:
+        shortest, length = len(group[0].unread), len(row.unread)
+        close = length <= shortest + max(_PADDING, shortest // 4)
+        return row.follows == group[0].follows and close and (len(group) + 1) * length <= chunk
+
+    groups: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: (row.follows, len(row.unread))):
+        if groups and may_join(row, groups[-1]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group, key=lambda row: row.number) for group in groups]
+
+
+class _Progress:
+    """How many tokens of the prompts that are read at one time have been read."""
+
+    def __init__(self, told: Callable[[int, int], None] | None, total: int) -> None:
+        self._told = told
+        self._done, self._total = 0, total
+        self.advance(0)
+
+    def advance(self, tokens: int) -> None:
+        self._done += tokens
+        if self._told:
+            self._told(self._done, self._total)

@@ -142,6 +142,26 @@ class Sampler:
             group.keep_rows(rows)
         self._groups = [group for group in self._groups if group.rows]
 
+    def join(self, others: Sequence[Sampler]) -> None:
+        """Take in the rows of `others`, behind its own, with all that they remember; `others` are used up.
+
+        Raises `OptionError` for samplers of another vocabulary.
+        """
+        rows, vocab_size = self._shape
+        alike = {group.params: [group] for group in self._groups}
+        for other in others:
+            if other._shape[1] != vocab_size:
+                raise OptionError(f"join: found a vocabulary of {other._shape[1]}, expected {vocab_size}")
+            for group in other._groups:
+                group.rows = [rows + row for row in group.rows]
+                alike.setdefault(group.params, []).append(group)
+            rows += other._shape[0]
+        for group, *more in alike.values():
+            if more:
+                group.join(more)
+        self._groups = [group for group, *_ in alike.values()]
+        self._shape = rows, vocab_size
+
 
 def check_token(token: int, row: int | None = None) -> int:
     """The token, unless it says that its row of logits was no distribution; `row` is told if given.
@@ -167,29 +187,29 @@ class _Group:
 
     def __init__(self, rows: list[int], params: Sequence[SamplingParams], prompts: _Rows, vocab_size: int) -> None:
         self.rows = rows
-        self._params = params[rows[0]]
-        self._history = _History(self._params, [prompts[row] for row in rows], [[]] * len(rows), vocab_size)
+        self.params = dataclasses.replace(params[rows[0]], seed=None)
+        self._history = _History(self.params, [prompts[row] for row in rows], [[]] * len(rows), vocab_size)
         seeds = [params[row].seed for row in rows]
         self._keys = mx.stack([mx.random.key(secrets.randbits(64) if seed is None else seed) for seed in seeds])
 
     def draw(self, logits: mx.array) -> mx.array:
         """One token of each row of logits `[B, V]`; int32 `[B]`."""
-        scores = _Scores(self._history.adjust(logits), self._params.temperature)
+        scores = _Scores(self._history.adjust(logits), self.params.temperature)
         tokens = mx.where(scores.usable, self._pick(scores).astype(mx.int32), BAD_TOKEN)
         self._history.add(tokens)
         return tokens
 
     def _pick(self, scores: _Scores) -> mx.array:
-        if self._params.greedy:
+        if self.params.greedy:
             return scores.best
         keys = _split_keys(self._keys)
         self._keys = keys[:, 0]
         # The other two keys are random bits themselves: 24 of each word make a float32 in [0, 1).
         uniform = (keys[:, 1:].reshape(-1, 4) >> 8).astype(mx.float32) * 2.0**-24
-        if self._params.top_k > 0 or self._params.top_p < 1.0:
-            return _Ranking(scores, self._params).draw(uniform)
+        if self.params.top_k > 0 or self.params.top_p < 1.0:
+            return _Ranking(scores, self.params).draw(uniform)
         weights = mx.exp(scores.log_weights(scores.values))
-        return _pick(weights * (weights >= self._params.min_p) if self._params.min_p else weights, uniform)
+        return _pick(weights * (weights >= self.params.min_p) if self.params.min_p else weights, uniform)
 
     def replace(self, drawn: mx.array, tokens: mx.array) -> None:
         """The last draw was `drawn`, but the rows go on with `tokens`; both int32 `[B]`."""
@@ -205,13 +225,21 @@ class _Group:
             self._history.keep_rows(chosen)
         self.rows = [new for new, _ in kept]
 
+    def join(self, others: Sequence[_Group]) -> None:
+        """Take in the rows of groups with the same parameters."""
+        self.rows = [*self.rows, *(row for other in others for row in other.rows)]
+        self._keys = mx.concatenate([self._keys, *(other._keys for other in others)])
+        self._history.join([other._history for other in others])
+
 
 class _History:
     """What bias and penalties need to know of rows with the same parameters; holds nothing while they are off."""
 
     def __init__(self, params: SamplingParams, prompts: _Rows, replies: _Rows, vocab_size: int) -> None:
         self._params = params
-        self._bias = self._prompt = self._reply = self._touched = mx.zeros(0)
+        self._bias = self._prompt = self._reply = mx.zeros(0)
+        # Ids that penalties may concern, on the right of each row; on the left any, as none is harmed by being listed.
+        self._touched, self._widths = mx.zeros(0), list[int]()
         self._penalised = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         if params.logit_bias:
             _check_ids("logit_bias", params.logit_bias, vocab_size)
@@ -219,10 +247,12 @@ class _History:
             self._bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(params.logit_bias.values())))
         if self._penalised:
             self._reply = _count("reply", replies, vocab_size)
-            self._touched = _rectangle(replies)
-        if params.repetition_penalty != 1.0:
-            self._prompt = _count("prompt", prompts, vocab_size)
-            self._touched = _rectangle([{*prompt, *reply} for prompt, reply in zip(prompts, replies, strict=True)])
+            touched: list[Collection[int]] = [set(reply) for reply in replies]
+            if params.repetition_penalty != 1.0:
+                self._prompt = _count("prompt", prompts, vocab_size)
+                touched = [{*prompt, *reply} for prompt, reply in zip(prompts, replies, strict=True)]
+            self._widths = [len(tokens) for tokens in touched]
+            self._touched = _rectangle(touched)
 
     def add(self, tokens: mx.array) -> None:
         """Take note of a drawn token of each row, int32 `[B]`."""
@@ -230,8 +260,9 @@ class _History:
             rows, vocab_size = self._reply.shape
             self._reply = self._reply.at[mx.arange(rows), tokens].add(1.0)
             self._touched = mx.concatenate([self._touched, tokens[:, None]], axis=1)
+            self._widths = [width + 1 for width in self._widths]
             if self._touched.shape[1] >= vocab_size:
-                self._touched = mx.broadcast_to(mx.arange(vocab_size), (rows, vocab_size))
+                self._touch_all()
 
     def replace(self, old: mx.array, new: mx.array) -> None:
         """The tokens last added were `old`, and are to be `new`: int32 `[B]` both."""
@@ -246,8 +277,31 @@ class _History:
         """Keep only these rows, in this order."""
         if self._penalised:
             self._reply, self._touched = self._reply[rows], self._touched[rows]
+            self._widths = [self._widths[row] for row in cast(list[int], rows.tolist())]
+            self._touched = self._touched[:, -max([1, *self._widths]) :]
         if self._params.repetition_penalty != 1.0:
             self._prompt = self._prompt[rows]
+
+    def join(self, others: Sequence[_History]) -> None:
+        """Take in the rows of histories with the same parameters."""
+        if not self._penalised:
+            return
+        both = [self, *others]
+        self._reply = mx.concatenate([one._reply for one in both])
+        self._widths = [width for one in both for width in one._widths]
+        widest = max(one._touched.shape[1] for one in both)
+        if widest >= self._reply.shape[1]:
+            self._touch_all()
+        else:
+            padding = [[(0, 0), (widest - one._touched.shape[1], 0)] for one in both]
+            self._touched = mx.concatenate([mx.pad(one._touched, p) for one, p in zip(both, padding, strict=True)])
+        if self._params.repetition_penalty != 1.0:
+            self._prompt = mx.concatenate([one._prompt for one in both])
+
+    def _touch_all(self) -> None:
+        rows, vocab_size = self._reply.shape
+        self._widths = [vocab_size] * rows
+        self._touched = mx.broadcast_to(mx.arange(vocab_size), (rows, vocab_size))
 
     def adjust(self, logits: mx.array) -> mx.array:
         """Logits `[B, V]` of any float dtype with bias and penalties; float32, and with any of these less a constant.
@@ -296,9 +350,9 @@ def _count(name: str, rows: _Rows, vocab_size: int) -> mx.array:
 
 
 def _rectangle(rows: Sequence[Collection[int]]) -> mx.array:
-    """Ids as int32 `[B, n]`; shorter rows are filled up with token 0."""
+    """Ids as int32 `[B, n]`; shorter rows have token 0 on their left."""
     width = max(1, *map(len, rows))
-    return mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in rows], dtype=mx.int32)
+    return mx.array([[*[0] * (width - len(tokens)), *tokens] for tokens in rows], dtype=mx.int32)
 
 
 def _peak(scores: mx.array) -> mx.array:

@@ -249,7 +249,7 @@ def test_argument_leaves_stdin_alone() -> None:
 
 
 def test_prompt_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.generation.TokenStream._prefill", lambda self: pytest.fail("prefilled"))
+    monkeypatch.setattr("mlxqwen.generation.TokenStream._prefill", lambda *arguments: pytest.fail("prefilled"))
     tokens = prompt_tokens_of(LONG)
     assert_error(run("generate", LONG), f"{tokens:,} tokens", "context of 512", "--yarn-factor", "--max-kv-size")
 

@@ -85,9 +85,9 @@ def test_rows_go_through_the_model_together(files: Files, monkeypatch: pytest.Mo
     rows: list[int] = []
     prefill = TokenStream._prefill
 
-    def counted(self: TokenStream) -> Any:
-        rows.append(len(self._rows))
-        return prefill(self)
+    def counted(self: TokenStream, group: list[Any], *arguments: Any) -> Any:
+        rows.append(len(group))
+        return prefill(self, group, *arguments)
 
     monkeypatch.setattr(TokenStream, "_prefill", counted)
     files.run("--batch-size", "2", "--max-tokens", "2")
@@ -205,10 +205,10 @@ def fail_for(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Engine.load().prompt([{"role": "user", "content": question}])
     prefill = TokenStream._prefill
 
-    def failing(self: TokenStream) -> Any:
-        if bad in self._rows:
+    def failing(self: TokenStream, group: list[Any], *arguments: Any) -> Any:
+        if any(row.unread == bad for row in group):
             raise GenerationError("logits: found NaN")
-        return prefill(self)
+        return prefill(self, group, *arguments)
 
     monkeypatch.setattr(TokenStream, "_prefill", failing)
 

@@ -46,7 +46,8 @@ def test_each_is_answered_as_alone(engine: Engine, thinking: bool | None, batch_
     assert before == QUESTIONS
 
 
-def test_options_of_their_own(engine: Engine) -> None:
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_options_of_their_own(engine: Engine, batch_size: int) -> None:
     own: list[dict[str, Any]] = [
         {"seed": 1},
         {"thinking": False, "max_tokens": 3},
@@ -56,11 +57,11 @@ def test_options_of_their_own(engine: Engine) -> None:
     ]
     shared: dict[str, Any] = {"seed": 9, "max_tokens": 60}
     requests = [ChatRequest(messages, options) for messages, options in zip(QUESTIONS, own, strict=True)]  # type: ignore[arg-type]
-    for index, done in engine.batch(requests, **shared):
+    for index, done in engine.batch(requests, batch_size=batch_size, **shared):
         assert facts(done) == facts(alone(engine, QUESTIONS[index], **{**shared, **own[index]}))
 
 
-def test_rows_come_as_they_end_and_groups_in_turn(engine: Engine) -> None:
+def test_rows_come_as_they_end_and_the_next_takes_the_place(engine: Engine) -> None:
     letter = engine.tokenizer.encode("x")[0]
     sampling = SamplingParams(logit_bias={letter: 100.0}, top_k=1)
     limits = [9, 3, 6, 2, 1]
@@ -74,7 +75,7 @@ def test_rows_come_as_they_end_and_groups_in_turn(engine: Engine) -> None:
     seen = []
     for index, done in engine.batch(requests(), batch_size=3, sampling=sampling, thinking=False):
         seen.append((index, done.usage.completion_tokens, len(taken)))
-    assert seen == [(1, 3, 3), (2, 6, 3), (0, 9, 3), (4, 1, 5), (3, 2, 5)]
+    assert seen == [(1, 3, 3), (3, 2, 4), (2, 6, 5), (4, 1, 5), (0, 9, 5)]
 
 
 def test_a_row_that_stops_in_its_content_is_not_computed_on(engine: Engine) -> None:
@@ -151,7 +152,7 @@ def test_caches_of_its_own(engine: Engine) -> None:
 
     long = [{"role": "user", "content": "word " * 600}]
     found = dict(engine.batch([*QUESTIONS[:2], long], batch_size=2, max_tokens=1, new_cache=new_cache))
-    assert made[-2:] == [2, 1]
+    assert made == [1, 2]
     assert found[2].usage.prompt_tokens > engine.model.config.context_length
 
 

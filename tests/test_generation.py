@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
@@ -225,8 +226,13 @@ def test_prefill_tells_how_far_it_is(tiny: Qwen3ForCausalLM, lengths: list[int],
         tiny, prompts, max_tokens=1, prefill_chunk=chunk, on_prefill=lambda done, total: told.append((done, total))
     )
     list(stream)
-    total = max(lengths)
-    assert told == [(done, total) for done in [*range(0, total, chunk), total]]
+    assert {total for _, total in told} == {sum(lengths)}
+    done = [count for count, _ in told]
+    assert done[0] == 0
+    assert done[-1] == sum(lengths)
+    assert all(0 < after - before <= chunk for before, after in pairwise(done))
+    if len(lengths) == 1:
+        assert done == [*range(0, lengths[0], chunk), lengths[0]]
 
 
 def test_the_context_bounds_each_row_by_itself(tiny: Qwen3ForCausalLM) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Conversation, Engine
-from mlxqwen.completion import _responses, _Row
+from mlxqwen.completion import _begin, _responses, _Row
 from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.events import Done, split_reply
 from mlxqwen.generation import GeneratedToken, TokenStream
@@ -172,6 +172,7 @@ def test_usage_and_reply_agree_whatever_the_model_draws(
     counted = ThinkingBudget(QWEN, prompt, budget=budget, tools=tools, expect_thought=expect_thought)
     stream = ScriptedStream(drawn, [END])
     rows = [_Row(QWEN, 5, 0, StopStrings(), counted, None)]
+    _begin(cast(TokenStream, stream), 0, rows[0], [END])
     responses = (response for _, response in _responses(cast(TokenStream, stream), rows, [END]))
     begins = begins_in_thought(QWEN, prompt, expect_thought=expect_thought)
     *deltas, done = split_reply(responses, thinking=begins, tools=tools, tags=reply_tags(QWEN))

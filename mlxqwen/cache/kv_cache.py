@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxqwen.cache.layer import KVLayer
 from mlxqwen.cache.placement import LinearPlacement, Placement, RingPlacement
-from mlxqwen.cache.storage import PlainStorage, QuantizedStorage, Storage
+from mlxqwen.cache.storage import PlainStorage, QuantizedStorage, Storage, join_rows
 from mlxqwen.checkpoint import load_safetensors, save_safetensors
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError, OptionError
@@ -135,16 +135,45 @@ class KVCache:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order. Raises `CacheError` for rows that are not there."""
-        if not rows or not all(_is_integer(row, 0, self.batch_size - 1) for row in rows):
-            raise CacheError(
-                f"cache of {self.batch_size} rows: cannot go on with rows {list(rows)}",
-                hint=f"Give at least one row from 0 to {self.batch_size - 1}.",
+        self.assemble([(self, rows)])
+
+    def like(self, batch_size: int) -> KVCache:
+        """An empty cache of the same kind for so many rows."""
+        return _make_cache(self.config, self.max_kv_size, self.keep, self.kv_bits, self.kv_group_size, [0] * batch_size)
+
+    def assemble(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> None:
+        """Become these rows of these caches, in this order; this one may be among them.
+
+        Buffers are as long as the longest of the rows needs. A layer is done at a time, so that both what was and what
+        comes is held of one layer only, if the caches given are not used any more.
+
+        Raises `CacheError` for no rows, rows that are not there, or a cache of another kind.
+        """
+        for cache, rows in parts:
+            if not all(_is_integer(row, 0, cache.batch_size - 1) for row in rows):
+                raise CacheError(
+                    f"cache of {cache.batch_size} rows: cannot go on with rows {list(rows)}",
+                    hint=f"Give at least one row from 0 to {cache.batch_size - 1}.",
+                )
+            if cache._kind != self._kind:
+                raise CacheError("cache: rows of another kind of cache", hint="Make it with like(batch_size).")
+        offsets = [cache.placement.offsets[row] for cache, rows in parts for row in rows]
+        if not offsets:
+            raise CacheError("cache: cannot go on with no rows", hint="Give at least one.")
+        self.placement.reserved = 0
+        capacity = self.placement.capacity_for(max(offsets))
+        for number, layer in enumerate(self.layers):
+            others = [(cache.layers[number], rows) for cache, rows in parts]
+            layer.keys, layer.values = (
+                join_rows([(other.keys, rows) for other, rows in others], capacity),
+                join_rows([(other.values, rows) for other, rows in others], capacity),
             )
-        index = mx.array(list(rows), dtype=mx.int32)
-        self.placement.offsets = [self.placement.offsets[row] for row in rows]
-        for layer in self.layers:
-            layer.keys = tuple(part[index] for part in layer.keys)
-            layer.values = tuple(part[index] for part in layer.values)
+            mx.eval(layer.keys, layer.values)
+        self.placement.offsets = offsets
+
+    @property
+    def _kind(self) -> tuple[str, int | None, int, int | None, int]:
+        return cache_identity(self.config), self.max_kv_size, self.keep, self.kv_bits, self.kv_group_size
 
     @property
     def state(self) -> list[mx.array]:

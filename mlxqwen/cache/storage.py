@@ -5,11 +5,12 @@ A stored tensor is a tuple of arrays whose second-last axis is the slot: `(x,)`,
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
-__all__ = ["PlainStorage", "QuantizedStorage", "Storage", "Stored"]
+__all__ = ["PlainStorage", "QuantizedStorage", "Storage", "Stored", "join_rows"]
 
 Stored: TypeAlias = tuple[mx.array, ...]
 
@@ -68,3 +69,34 @@ class QuantizedStorage:
         return mx.quantized_matmul(
             x, codes, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
         )
+
+
+def join_rows(parts: Sequence[tuple[Stored, Sequence[int]]], capacity: int) -> Stored:
+    """These rows of these tensors, in this order, in buffers of `capacity` slots; `()` stands for empty rows."""
+    like = next((stored for stored, _ in parts if stored), ())
+    return tuple(
+        _join_part([(s[n] if s else None, rows) for s, rows in parts], x, capacity) for n, x in enumerate(like)
+    )
+
+
+def _join_part(parts: Sequence[tuple[mx.array | None, Sequence[int]]], like: mx.array, capacity: int) -> mx.array:
+    _, heads, _, width = like.shape
+    pieces: list[mx.array] = []
+    for array, rows in parts:
+        if array is None:
+            pieces.append(mx.zeros((len(rows), heads, capacity, width), dtype=like.dtype))
+            continue
+        for start, stop in _runs(rows):
+            piece = array[start:stop, :, :capacity]
+            missing = capacity - piece.shape[2]
+            pieces.append(mx.pad(piece, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else piece)
+    return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Rows that follow each other, as `(start, stop)`: slices are cheaper than picking one by one."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[end - 1] + 1:
+            yield rows[start], rows[end - 1] + 1
+            start = end
