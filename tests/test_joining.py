@@ -16,14 +16,14 @@ from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.generation import TokenStream, generate_tokens
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling import Sampler
 from mlxqwen.sampling_params import SamplingParams
 from tests.conftest import CONTEXT, VOCAB_SIZE
+from tests.reference_attention import Floats
 from tests.test_cache import (
     ATTENTION_TOLERANCE,
     KV_BITS,
-    Floats,
     attend,
     expected,
     new_cache,
@@ -105,9 +105,10 @@ def test_only_rows_of_the_same_kind_of_cache_join(tiny: Qwen3ForCausalLM, model:
     for other in others:
         with pytest.raises(CacheError, match="another kind"):
             cache.assemble([(cache, [0]), (other, [0])])
-    for parts in ([], [(cache, [])], [(cache, [1])], [(cache, [-1])], [(cache, [0.0])]):
+    wrong: list[Any] = [[], [(cache, [])], [(cache, [1])], [(cache, [-1])], [(cache, [0.0])]]
+    for parts in wrong:
         with pytest.raises(CacheError, match="cannot go on with"):
-            cache.assemble(parts)  # type: ignore[arg-type]
+            cache.assemble(parts)
     assert cache.offsets == (0,)
 
 
@@ -319,13 +320,14 @@ def test_what_cannot_join(tiny: Qwen3ForCausalLM) -> None:
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), chunk=st.integers(1, 200))
 def test_no_prompt_pays_for_the_padding_of_a_longer_one(tiny: Qwen3ForCausalLM, lengths: list[int], chunk: int) -> None:
     shapes: list[tuple[int, ...]] = []
-    step = tiny.model.__class__.__call__
+    step = Qwen3Model.__call__
+
+    def recorded(self: Qwen3Model, tokens: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shapes.append(tokens.shape)
+        return step(self, tokens, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            tiny.model.__class__,
-            "__call__",
-            lambda self, tokens, *a, **k: (shapes.append(tokens.shape), step(self, tokens, *a, **k))[1],
-        )
+        patch.setattr(Qwen3Model, "__call__", recorded)
         list(generate_tokens(tiny, [[1] * length for length in lengths], max_tokens=1, prefill_chunk=chunk))
     fed = [rows * tokens for rows, tokens in shapes]
     assert max(fed) <= chunk
