@@ -18,13 +18,14 @@ from typing import Any, Literal, TypeVar, overload
 import tokenizers
 
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
-from mlxqwen.json_file import find_lone_surrogate, read_bounded, read_json_object, read_text
+from mlxqwen.json_file import find_lone_surrogate, read_json_object, read_text
 from mlxqwen.messages import check_unicode, prepare_messages, prepare_tools, to_plain_json
 from mlxqwen.safe_text import SafeChatEncoder
+from mlxqwen.tokenizer_backend import LibraryBackend, TokenizerBackend, open_backend
+from mlxqwen.tokenizer_backend.library import guard
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
-MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_TEXT_FILE_BYTES = 16 * 2**20
 MAX_NAMED_TEMPLATES = 64
 
@@ -38,7 +39,6 @@ _WITHOUT_TEMPLATE = (
     "or give a template: apply_chat_template(…, chat_template=…)."
 )
 
-_T = TypeVar("_T")
 _Rendered = TypeVar("_Rendered", str, list[int])
 
 
@@ -56,7 +56,8 @@ class Tokenizer:
     """The tokenizer and the chat templates of one checkpoint folder; see `from_folder`.
 
     Args:
-        backend: a byte-level tokenizer of the `tokenizers` library; truncation and padding are switched off.
+        backend: a byte-level tokenizer, such as one of the `tokenizers` library; of that, truncation and padding are
+            switched off.
         config: what `tokenizer_config.json` holds.
         chat_templates: template sources by name; `"default"` is the one used when nothing else is asked for.
         source: the file that errors name.
@@ -67,24 +68,18 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | TokenizerBackend,
         config: Mapping[str, Any] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         *,
         source: str = "tokenizer.json",
     ) -> None:
-        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            found = "no decoder" if backend.decoder is None else f"decoder {type(backend.decoder).__name__}"
-            raise TokenizerError(
-                f"{source}: found {found}, expected ByteLevel",
-                hint="Only the byte-level tokenizers of the Qwen family are supported.",
-            )
-        backend.no_truncation()
-        backend.no_padding()
+        if isinstance(backend, tokenizers.Tokenizer):
+            backend = LibraryBackend(backend, source)
         self._backend = backend
         self._source = source
         self.chat_templates = dict(chat_templates or {})
-        self._added_tokens = backend.get_added_tokens_decoder()
+        self._added_tokens = backend.added_tokens
         self._special_ids = frozenset(i for i, token in self._added_tokens.items() if token.special)
         self._bytes_of_id: dict[int, bytes] = {}
         config = config or {}
@@ -110,12 +105,7 @@ class Tokenizer:
                 f"{path}: no such file",
                 hint="Download tokenizer.json from the model's page; vocab.json and merges.txt are not read.",
             )
-        data = read_bounded(path, error=TokenizerError, max_bytes=MAX_TOKENIZER_BYTES)
-        backend = _guard_backend(
-            lambda: tokenizers.Tokenizer.from_buffer(data),
-            f"{path}: not a readable tokenizer",
-            "Download tokenizer.json anew.",
-        )
+        backend = open_backend(path)
         config = _read_json_object(folder / "tokenizer_config.json")
         return cls(backend, config, _read_templates(folder, config), source=str(path))
 
@@ -127,8 +117,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The number of token ids, added tokens included: one more than the largest id."""
-        size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        return max(size, max(self._added_tokens, default=-1) + 1)
+        return max(self._backend.vocab_size, max(self._added_tokens, default=-1) + 1)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -149,8 +138,7 @@ class Tokenizer:
         """The id of the token spelled `token` in `tokenizer.json`; None if there is none."""
         if not isinstance(token, str) or find_lone_surrogate(token) is not None:
             return None
-        found: int | None = self._backend.token_to_id(token)
-        return found
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; added tokens such as `<|im_end|>` or `<think>` in it become their one id.
@@ -158,7 +146,7 @@ class Tokenizer:
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
         """
-        return self._encode(self._backend, text, add_special_tokens=True)
+        return self._encode(lambda: self._backend.encode(text, add_special_tokens=True), text)
 
     def encode_plain(self, text: str) -> list[int]:
         """The token ids of text that nobody vouches for: no added token is recognised in it.
@@ -166,17 +154,11 @@ class Tokenizer:
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
         """
-        return self._encode(self._plain_backend, text, add_special_tokens=False)
+        return self._encode(lambda: self._backend.encode_plain(text), text)
 
     def least_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, which is not encoded: its bytes by those of the longest."""
-        return -(-len(unicodedata.normalize("NFC", text).encode()) // self._longest_token)
-
-    @cached_property
-    def _longest_token(self) -> int:
-        """Bytes of the longest token: in the alphabet of byte-level tokens each character is one."""
-        added = (len(token.content.encode()) for token in self._added_tokens.values())
-        return max(1, *map(len, self._backend.get_vocab(with_added_tokens=False)), *added)
+        return -(-len(unicodedata.normalize("NFC", text).encode()) // self._backend.longest_token)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.
@@ -348,31 +330,21 @@ class Tokenizer:
         return SafeChatEncoder(self._added_tokens, self._encode_trusted, self.encode_plain)
 
     def _encode_trusted(self, text: str) -> list[int]:
-        return self._encode(self._backend, text, add_special_tokens=False)
+        return self._encode(lambda: self._backend.encode(text, add_special_tokens=False), text)
 
     @property
     def _folder(self) -> Path:
         return Path(self._source).parent
 
-    @cached_property
-    def _plain_backend(self) -> tokenizers.Tokenizer:
-        plain = tokenizers.Tokenizer(self._backend.model)
-        if self._backend.normalizer is not None:
-            plain.normalizer = self._backend.normalizer
-        if self._backend.pre_tokenizer is not None:
-            plain.pre_tokenizer = self._backend.pre_tokenizer
-        return plain
-
-    def _encode(self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, encode: Callable[[], list[int]], text: str) -> list[int]:
         if not isinstance(text, str):
             raise OptionError(f"encode: found {type(text).__name__}, expected a string")
         check_unicode(text, "encode")
-        ids: list[int] = _guard_backend(
-            lambda: backend.encode(text, add_special_tokens=add_special_tokens).ids,
+        return guard(
+            encode,
             f"{self._source}: could not encode the text",
             "The tokenizer may be damaged; download tokenizer.json anew.",
         )
-        return ids
 
     def _spell(self, token_id: int) -> bytes:
         if not 0 <= token_id < 2**32:
@@ -443,16 +415,6 @@ class Detokenizer:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
-
-
-def _guard_backend(call: Callable[[], _T], problem: str, hint: str) -> _T:
-    """Run code of the `tokenizers` library: its errors are bare, its panics pass by `except Exception`."""
-    try:
-        return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise TokenizerError(f"{problem}: {error}", hint=hint) from error
 
 
 def _token_string(config: Mapping[str, Any], key: str) -> str | None:

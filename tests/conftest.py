@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ from mlxqwen.tokenizer import Tokenizer
 # Programs that a background job starts ignore Ctrl-C; those that the tests start are to hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test leaves compiled tokenizers in the cache of whoever runs it; those of that cache have one of their own.
+os.environ["MLXQWEN_TOKENIZER_CACHE"] = "off"
 
 VOCAB_SIZE = 97
 CONTEXT = 64

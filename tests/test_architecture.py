@@ -18,6 +18,7 @@ ROOMS = [
     "errors",
     "console",
     "json_file",
+    "user_cache",
     "config",
     "checkpoint",
     "hub",
@@ -37,6 +38,7 @@ ROOMS = [
     "sandbox",
     "chat_template",
     "safe_text",
+    "tokenizer_backend",
     "tokenizer",
     "stop",
     "reply_tags",
@@ -58,7 +60,7 @@ ROOMS = [
 ]
 # The only rooms that may know these libraries.
 HOMES = {
-    "tokenizers": {"safe_text", "tokenizer"},
+    "tokenizers": {"safe_text", "tokenizer_backend", "tokenizer"},
     "jinja2": {"sandbox"},
     "huggingface_hub": {"hub"},
     "click": {"cli"},

@@ -21,7 +21,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +34,7 @@ import mlxqwen
 from mlxqwen.checkpoint import INDEX_NAME
 from mlxqwen.checkpoint.writing import sync_descriptor
 from mlxqwen.json_file import read_json_object
+from mlxqwen.user_cache import user_cache_folder
 from mlxqwen_convert.companions import companion_files
 from mlxqwen_convert.conversion import Progress, convert
 from mlxqwen_convert.errors import DiskFullError, OutputError, ResumeError, SourceChangedError, SourceError
@@ -113,15 +113,10 @@ def cache_folder() -> Path:
     Raises:
         OutputError: the user has no home.
     """
-    chosen, shared = os.environ.get("MLXQWEN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        if chosen:
-            return Path(chosen).expanduser().absolute()
-        if os.path.isabs(shared):
-            return Path(shared) / "mlxqwen"
-        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxqwen"
-    except RuntimeError:
-        raise OutputError("no home folder found to keep converted models in", hint=_ELSEWHERE) from None
+    folder = user_cache_folder()
+    if folder is None:
+        raise OutputError("no home folder found to keep converted models in", hint=_ELSEWHERE)
+    return folder
 
 
 def planned_size(folder: Path) -> tuple[mx.Dtype, int, int]:

@@ -18,6 +18,7 @@ from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:
+    from mlxqwen.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
     from mlxqwen_convert.cached import CachedModel, Removal
 
 __all__ = ["cache", "conversion_progress"]
@@ -27,6 +28,12 @@ _COLUMNS = (
     Column("source", least=20),
     Column("from", left_out=3),
     Column("to", left_out=4),
+    Column("size", right=True, left_out=1),
+    Column("last used", left_out=2),
+    Column("state"),
+)
+_TOKENIZER_COLUMNS = (
+    Column("tokenizer", least=20),
     Column("size", right=True, left_out=1),
     Column("last used", left_out=2),
     Column("state"),
@@ -56,10 +63,11 @@ def conversion_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @click.group()
 def cache() -> None:
-    """Models that were converted when they were first loaded.
+    """Models that were converted when they were first loaded, and tables of large tokenizers.
 
-    They are kept in $MLXQWEN_CACHE, by default in the folder "mlxqwen" of the user's caches: $XDG_CACHE_HOME, else
-    ~/Library/Caches on a Mac and ~/.cache elsewhere.
+    Tables make the next start quicker; MLXQWEN_TOKENIZER_CACHE=off does without. Both are kept in $MLXQWEN_CACHE, by
+    default in the folder "mlxqwen" of the user's caches: $XDG_CACHE_HOME, else ~/Library/Caches on a Mac and ~/.cache
+    elsewhere.
     """
 
 
@@ -68,18 +76,25 @@ def cache() -> None:
 def list_models(as_json: bool) -> None:
     """List them: source, formats, size, last use, state."""
     with leave_at_once():
+        from mlxqwen.tokenizer_backend.store import cached_tokenizers
         from mlxqwen_convert.cached import cache_folder, cached_models
 
-    models = cached_models()
+    models, tokenizers = cached_models(), cached_tokenizers()
     if as_json:
-        listing = {"cache": str(cache_folder()), "models": [_facts(model) for model in models]}
+        listing = {
+            "cache": str(cache_folder()),
+            "models": [_facts(model) for model in models],
+            "tokenizers": [_tokenizer_facts(tokenizer) for tokenizer in tokenizers],
+        }
         Output(sys.stdout).write(json.dumps(listing) + "\n")
-    else:
-        Output(sys.stdout).write(_table(models) if models else f"{one_line(str(cache_folder()))} is empty\n")
+        return
+    tables = [_table(models)] if models else []
+    tables += [_tokenizer_table(tokenizers)] if tokenizers else []
+    Output(sys.stdout).write("\n".join(tables) or f"{one_line(str(cache_folder()))} is empty\n")
 
 
 @cache.command()
-@click.option("--all", "everything", is_flag=True, help="Remove every model.")
+@click.option("--all", "everything", is_flag=True, help="Remove everything.")
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),
@@ -91,16 +106,19 @@ def list_models(as_json: bool) -> None:
 def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bool) -> None:
     """Remove what is of no use any more.
 
-    That is what was never finished, and models whose source is gone or has changed or that another version of mlxqwen
-    has made. Conversions that are going on are left alone.
+    That is what was never finished, and what has lost its source, or was made of another state of it or by another
+    version of mlxqwen. Conversions that are going on are left alone.
     """
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():
+        from mlxqwen.tokenizer_backend.store import prune_tokenizers
         from mlxqwen_convert.cached import prune as prune_models
 
-    removals = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
-    Output(sys.stdout).write(_json(removals, dry_run) if as_json else _account(removals, dry_run))
+    models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
+    tokenizers = prune_tokenizers(everything=everything, unused_days=older_than, dry_run=dry_run)
+    told = _json if as_json else _account
+    Output(sys.stdout).write(told(models, tokenizers, dry_run))
 
 
 def _table(models: list[CachedModel]) -> str:
@@ -109,14 +127,31 @@ def _table(models: list[CachedModel]) -> str:
     rows = []
     for model in models:
         words = ["-" if word == _UNKNOWN else word for word in (model.source, model.format, model.target)]
-        used = datetime.fromtimestamp(model.last_used).strftime("%Y-%m-%d %H:%M") if model.last_used else "-"
-        rows.append([one_line(cell) for cell in (*words, size_of(model.nbytes), used, model.state)])
+        cells = (*words, size_of(model.nbytes), _day_and_time(model.last_used), model.state)
+        rows.append([one_line(cell) for cell in cells])
     total = size_of(sum(model.nbytes for model in models))
     folder = one_line(str(models[0].folder.parent))
     return f"{table(_COLUMNS, rows, columns_of(sys.stdout))}{total} in {folder}\n"
 
 
-def _account(removals: list[Removal], dry_run: bool) -> str:
+def _tokenizer_table(tokenizers: list[CachedTokenizer]) -> str:
+    from mlxqwen_convert.sizes import size_of
+
+    rows = []
+    for found in tokenizers:
+        source = "-" if found.source == _UNKNOWN else found.source
+        cells = (source, size_of(found.nbytes), _day_and_time(found.last_used), found.state)
+        rows.append([one_line(cell) for cell in cells])
+    total = size_of(sum(found.nbytes for found in tokenizers))
+    folder = one_line(str(tokenizers[0].path.parent))
+    return f"{table(_TOKENIZER_COLUMNS, rows, columns_of(sys.stdout))}{total} in {folder}\n"
+
+
+def _day_and_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else "-"
+
+
+def _account(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_run: bool) -> str:
     from mlxqwen_convert.sizes import size_of
 
     text = ""
@@ -125,20 +160,44 @@ def _account(removals: list[Removal], dry_run: bool) -> str:
         model = removal.model
         reason = "" if removal.in_use or removal.reason == "all" else f": {removal.reason}"
         text += one_line(f"{verb} {model.source} ({model.target}, {size_of(model.nbytes)}){reason}") + "\n"
-    freed = _freed(removals)
-    if not removals:
+    for gone in tokenizers:
+        verb = "would remove" if dry_run else "removed"
+        reason = "" if gone.reason == "all" else f": {gone.reason}"
+        size = size_of(gone.tokenizer.nbytes)
+        text += one_line(f"{verb} tables of tokenizer {gone.tokenizer.source} ({size}){reason}") + "\n"
+    if not text:
         return "nothing to remove\n"
-    return text + f"{size_of(freed)} {'would be freed' if dry_run else 'freed'}\n"
+    return text + f"{size_of(_freed(removals, tokenizers))} {'would be freed' if dry_run else 'freed'}\n"
 
 
-def _json(removals: list[Removal], dry_run: bool) -> str:
-    facts = [{**_facts(removal.model), "reason": removal.reason} for removal in removals if not removal.in_use]
-    left = [_facts(removal.model) for removal in removals if removal.in_use]
-    return json.dumps({"dry_run": dry_run, "removed": facts, "in_use": left, "freed_bytes": _freed(removals)}) + "\n"
+def _json(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_run: bool) -> str:
+    told = {
+        "dry_run": dry_run,
+        "removed": [{**_facts(removal.model), "reason": removal.reason} for removal in removals if not removal.in_use],
+        "removed_tokenizers": [{**_tokenizer_facts(gone.tokenizer), "reason": gone.reason} for gone in tokenizers],
+        "in_use": [_facts(removal.model) for removal in removals if removal.in_use],
+        "freed_bytes": _freed(removals, tokenizers),
+    }
+    return json.dumps(told) + "\n"
 
 
-def _freed(removals: list[Removal]) -> int:
-    return sum(removal.model.nbytes for removal in removals if not removal.in_use)
+def _freed(removals: list[Removal], tokenizers: list[TokenizerRemoval]) -> int:
+    models = sum(removal.model.nbytes for removal in removals if not removal.in_use)
+    return models + sum(gone.tokenizer.nbytes for gone in tokenizers)
+
+
+def _tokenizer_facts(tokenizer: CachedTokenizer) -> dict[str, object]:
+    return {
+        "path": str(tokenizer.path),
+        "source": tokenizer.source,
+        "bytes": tokenizer.nbytes,
+        "last_used": _in_utc(tokenizer.last_used),
+        "state": tokenizer.state,
+    }
+
+
+def _in_utc(seconds: float) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
 
 
 def _facts(model: CachedModel) -> dict[str, object]:
@@ -150,8 +209,6 @@ def _facts(model: CachedModel) -> dict[str, object]:
         "target": model.target,
         "model": str(model.model),
         "bytes": model.nbytes,
-        "last_used": datetime.fromtimestamp(model.last_used, UTC).isoformat(timespec="seconds")
-        if model.last_used
-        else None,
+        "last_used": _in_utc(model.last_used),
         "state": model.state,
     }

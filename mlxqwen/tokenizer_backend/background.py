@@ -1,0 +1,61 @@
+"""Compiling in a process of its own, so that nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+from mlxqwen.tokenizer_backend import store
+from mlxqwen.tokenizer_backend.library import LibraryBackend
+from mlxqwen.tokenizer_backend.tables import Tables
+
+__all__ = ["compile_file", "start"]
+
+# Modules come from where the caller's come from, and nothing is imported before that is known.
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[3:]; from mlxqwen.tokenizer_backend.background import compile_file; "
+    "from pathlib import Path; compile_file(Path(sys.argv[1]), sys.argv[2])"
+)
+
+
+def start(path: Path, digest: str) -> None:
+    """Begin to compile a `tokenizer.json`; whatever keeps it from that is of no account.
+
+    Args:
+        path: the file.
+        digest: what its content is expected to be.
+    """
+    if not os.path.basename(sys.executable or "").lower().startswith("python") or getattr(sys, "frozen", False):
+        return  # an application that holds an interpreter: to start it again is not to start Python
+    nowhere = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)]
+    arguments = [sys.executable, "-c", _PROGRAM, os.path.abspath(path), digest, *sys.path]
+    with suppress(OSError, ValueError):
+        process = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=nowhere)
+        Thread(target=_forget, args=(process,), daemon=True).start()
+
+
+def _forget(process: int) -> None:
+    """Take note of the end of a process, so that it leaves nothing behind."""
+    with suppress(OSError):
+        os.waitpid(process, 0)
+
+
+def compile_file(path: Path, digest: str) -> None:
+    """Put the tables of a `tokenizer.json` into the cache, or a note that it has none."""
+    with suppress(OSError):
+        os.setsid()
+        os.nice(10)
+    from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
+
+    entry, data = store.entry_path(digest), path.read_bytes()
+    if entry is None or store.digest(data) != digest:
+        return
+    facts = {"source": str(path)}
+    try:
+        tables = compile_tokenizer(LibraryBackend.parse(data, str(path)), facts)
+    except UnsuitableError as reason:
+        tables = Tables.make({**facts, "unsuitable": str(reason)})
+    store.write_tables(entry, tables)

@@ -1,0 +1,53 @@
+"""A `tokenizer.json` → a backend: the compiled one if there is one, else the library's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxqwen.errors import TokenizerError
+from mlxqwen.json_file import read_bounded
+from mlxqwen.tokenizer_backend import background, store
+from mlxqwen.tokenizer_backend.compiled import CompiledBackend
+from mlxqwen.tokenizer_backend.library import LibraryBackend, TokenizerBackend
+
+__all__ = ["open_backend"]
+
+MAX_TOKENIZER_BYTES = 256 * 2**20
+MIN_COMPILED_BYTES = 2**20
+"""A smaller file is read by the library in less than 30 ms."""
+
+
+def open_backend(path: Path) -> TokenizerBackend:
+    """The tokenizer of a file.
+
+    A large one is compiled in the background when it is first seen, which costs its reader the start of a process.
+    From then on only its tables are read, until so much has been encoded that the whole tokenizer is worth its price.
+
+    Raises:
+        TokenizerError: the file is missing, damaged, too large, or of another kind of tokenizer.
+    """
+    data = _read(path)
+    if len(data) < MIN_COMPILED_BYTES or store.is_switched_off():
+        return LibraryBackend.parse(data, str(path))
+    digest = store.digest(data)
+    entry = store.entry_path(digest)
+    tables = None if entry is None else store.read_tables(entry)
+    if tables is not None and "skeleton" in tables.facts:
+        return CompiledBackend(tables, lambda: _read_again(path, digest))
+    library = LibraryBackend.parse(data, str(path))
+    if entry is not None and tables is None and store.is_writable(entry):
+        background.start(path, digest)
+    return library
+
+
+def _read_again(path: Path, digest: str) -> LibraryBackend:
+    data = _read(path)
+    if store.digest(data) != digest:
+        raise TokenizerError(
+            f"{path}: changed since it was first read, expected the same content", hint="Load the model again."
+        )
+    return LibraryBackend.parse(data, str(path))
+
+
+def _read(path: Path) -> bytes:
+    return read_bounded(path, error=TokenizerError, max_bytes=MAX_TOKENIZER_BYTES)

@@ -1,0 +1,514 @@
+"""Compiled tokenizers give what the `tokenizers` library gives; and how they are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxqwen.errors import TokenizerError
+from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.tokenizer_backend import LibraryBackend, background, compiled, opening, store
+from mlxqwen.tokenizer_backend.background import compile_file
+from mlxqwen.tokenizer_backend.compiled import CompiledBackend
+from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
+from mlxqwen.tokenizer_backend.tables import NO_MERGE, DamagedTablesError, Tables
+from tests.test_tokenizer import ADDED, IDS, QWEN, REAL, REFERENCE, small_tokenizer
+
+CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]
+ROOT = Path(__file__).parent.parent
+
+
+def refuse() -> NoReturn:
+    raise AssertionError("the whole tokenizer was read")
+
+
+LIBRARY = LibraryBackend(tokenizers.Tokenizer.from_file(str(REAL / "tokenizer.json")), "tokenizer.json")
+TABLES = Tables.unpack(compile_tokenizer(LIBRARY, {"source": "tokenizer.json"}).pack())
+CONFIG = json.loads((REAL / "tokenizer_config.json").read_text())
+
+
+def compiled_qwen(load: Callable[[], LibraryBackend] = refuse) -> Tokenizer:
+    """Qwen's tokenizer from tables; with nothing encoded yet, so that no test can use up what may be."""
+    return Tokenizer(CompiledBackend(TABLES, load), CONFIG, {"default": CONFIG["chat_template"]})
+
+
+SCRIPTS = [
+    "Latin ",
+    "ёлка",
+    "Ελλάς",
+    "العربية",
+    "עברית",
+    "हिन्दी",
+    "ไทย",
+    "中文字符",
+    "かな",
+    "한국어",
+    "ᚠᚢ",
+    "𒀀𐍈",
+    "\U0010fffd",
+]
+PIECES = [
+    *SCRIPTS,
+    "e\u0301",
+    "\u1112\u1161\u11ab",
+    " ",
+    "\n",
+    "\t\r\n",
+    "\u00a0",
+    "'ll",
+    "'RE",
+    "123",
+    "def f(x):",
+    "=>",
+    "👩‍👩‍👧",
+    "\0",
+]
+TEXT = st.lists(st.text(max_size=12) | st.sampled_from(PIECES) | st.sampled_from(sorted(ADDED))).map("".join)
+
+
+# --- the same ids, spellings and texts ------------------------------------------------------------------
+
+
+@given(TEXT)
+def test_texts_have_the_library_s_ids(text: str) -> None:
+    tokenizer = compiled_qwen()
+    assert tokenizer.encode(text) == REFERENCE.encode(text).ids
+    assert tokenizer.encode_plain(text) == QWEN.encode_plain(text)
+
+
+@given(st.text("etaoin shrdlu", max_size=200))
+def test_words_of_many_merges_have_the_library_s_ids(text: str) -> None:
+    assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
+
+
+@pytest.mark.parametrize("path", ["mlxqwen/config.py", "docs/conversion.md", "LICENSE", "scripts/demo_phrases.json"])
+def test_files_have_the_library_s_ids(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
+
+
+@pytest.mark.parametrize("character", ["a", " ", "x1", "ab", "的", "=", "\n", "-", "é"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 127, 128, 129, 1000])
+def test_repetition_has_the_library_s_ids(character: str, count: int) -> None:
+    text = character * count
+    assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
+
+
+def test_every_character_of_the_first_planes_has_the_library_s_ids() -> None:
+    characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(characters), 4096):
+        text = " ".join(characters[start : start + 4096])
+        assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
+
+
+def test_every_token_has_the_library_s_spelling_and_id() -> None:
+    backend = compiled_qwen()._backend
+    for token_id in range(152_000):
+        token = REFERENCE.id_to_token(token_id)
+        assert backend.id_to_token(token_id) == token
+        if token is not None and token_id % 101 == 0:
+            assert backend.token_to_id(token) == token_id
+    assert backend.vocab_size == QWEN._backend.vocab_size
+    assert backend.longest_token == QWEN._backend.longest_token
+    assert compiled_qwen().vocab_size == QWEN.vocab_size
+
+
+@pytest.mark.parametrize(
+    "token", ["", "no such token", "\n", "\ud800", "Ġthe\nĠof", " the", "Ġ", "ĠĠ", "!", "Ā", "<think>"]
+)
+def test_tokens_are_looked_up_as_the_library_does(token: str) -> None:
+    assert compiled_qwen().token_to_id(token) == QWEN.token_to_id(token)
+
+
+def test_added_tokens_have_the_library_s_ids_and_rules() -> None:
+    found, expected = (tokenizer._backend.added_tokens for tokenizer in (compiled_qwen(), QWEN))
+    assert {i: repr(token) for i, token in found.items()} == {i: repr(token) for i, token in expected.items()}
+    tokenizer = compiled_qwen()
+    for name in ("bos_token", "eos_token", "pad_token"):
+        assert getattr(tokenizer, f"{name}_id") == getattr(QWEN, f"{name}_id")
+
+
+@given(IDS, st.booleans())
+def test_ids_have_the_library_s_text_whole_and_streamed(ids: list[int], skip: bool) -> None:
+    tokenizer = compiled_qwen()
+    text = REFERENCE.decode(ids, skip_special_tokens=skip)
+    stream = tokenizer.detokenizer(skip_special_tokens=skip)
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == text
+    assert "".join(map(stream.add, ids)) + stream.finish() == text
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_golden_conversations(case: dict[str, Any]) -> None:
+    arguments = {key: value for key, value in case.items() if key not in ("name", "text", "ids")}
+    assert compiled_qwen().apply_chat_template(**arguments) == case["ids"]
+    safe = compiled_qwen().apply_chat_template(**arguments, trust_special_tokens=False)
+    assert safe == QWEN.apply_chat_template(**arguments, trust_special_tokens=False)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=20), st.text("abc ", max_size=60))
+def test_any_merges_are_applied_in_the_library_s_order(corpus: list[str], text: str) -> None:
+    """Few letters and merges learned from chance: pairs compete at every place."""
+    library = LibraryBackend(trained(corpus), "tokenizer.json")
+    tables = Tables.unpack(compile_tokenizer(library, {}).pack())
+    assert CompiledBackend(tables, refuse).encode(text, add_special_tokens=True) == library.encode(
+        text, add_special_tokens=True
+    )
+
+
+def trained(corpus: list[str], **settings: Any) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(**settings))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def test_what_a_post_processor_adds() -> None:
+    small = small_tokenizer()
+    small.add_tokens([tokenizers.AddedToken(" mid ", lstrip=True), tokenizers.AddedToken("é", normalized=True)])
+    small.normalizer = tokenizers.normalizers.NFC()
+    small.post_processor = tokenizers.processors.TemplateProcessing("<end> $A <end>", special_tokens=[("<end>", 0)])
+    library = LibraryBackend(small, "tokenizer.json")
+    backend = CompiledBackend(Tables.unpack(compile_tokenizer(library, {}).pack()), refuse)
+    for text in ("", "hello", "hello mid  mid world<end>e\u0301<end><end>é"):
+        for special in (False, True):
+            assert backend.encode(text, add_special_tokens=special) == library.encode(text, add_special_tokens=special)
+        assert backend.encode_plain(text) == library.encode_plain(text)
+
+
+# --- what is not compiled -------------------------------------------------------------------------------
+
+
+def without_bytes(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+
+
+def without_an_alphabet(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+
+
+def with_gaps(tokenizer: tokenizers.Tokenizer) -> None:
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.model = tokenizers.models.BPE({letter: 2 * place for place, letter in enumerate(letters)}, [])
+
+
+def as_words(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.model = tokenizers.models.WordLevel({"a": 0, "?": 1}, "?")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_bytes, "not spelled in bytes"),
+        (without_an_alphabet, "bytes without a token"),
+        (with_gaps, "ids with gaps"),
+        (as_words, "WordLevel"),
+    ],
+)
+def test_unsuitable_tokenizers(change: Callable[[tokenizers.Tokenizer], None], reason: str) -> None:
+    small = small_tokenizer()
+    change(small)
+    with pytest.raises(UnsuitableError, match=reason):
+        compile_tokenizer(LibraryBackend(small, "tokenizer.json"), {})
+
+
+@pytest.mark.parametrize("settings", [{"ignore_merges": True}, {"dropout": 0.5}, {"unk_token": "<end>"}])
+def test_other_rules_of_merging_are_unsuitable(settings: dict[str, Any]) -> None:
+    with pytest.raises(UnsuitableError, match=next(iter(settings))):
+        compile_tokenizer(LibraryBackend(trained(["hello hello"], **settings), "tokenizer.json"), {})
+
+
+def test_tables_that_give_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CompiledBackend, "_merge_word", lambda self, word: list(word))
+    with pytest.raises(UnsuitableError, match="other ids"):
+        compile_tokenizer(LibraryBackend(small_tokenizer(), "tokenizer.json"), {})
+
+
+# --- the whole tokenizer, when it is worth its price ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["word " * compiled.MAX_WORK], ["的" * 3000], [f"{chr(number)} a" for number in range(0x3400, 0x9E00)]],
+    ids=["a long text", "a long word", "many texts"],
+)
+def test_the_whole_tokenizer_is_read_once_when_much_is_encoded(texts: list[str]) -> None:
+    reads = []
+
+    def load() -> LibraryBackend:
+        reads.append(1)
+        return LIBRARY
+
+    tokenizer = compiled_qwen(load)
+    for text in texts:
+        assert tokenizer.encode(text) == LIBRARY.encode(text, add_special_tokens=True)
+    assert tokenizer.encode_plain(texts[0]) == LIBRARY.encode_plain(texts[0])
+    assert len(reads) == 1
+
+
+def test_words_that_were_seen_cost_nothing_again() -> None:
+    tokenizer = compiled_qwen()
+    for _ in range(compiled.MAX_WORK // 1000):
+        tokenizer.encode("a text of few words " * 100)
+
+
+# --- tables as bytes ------------------------------------------------------------------------------------
+
+
+def test_tables_come_back_from_their_bytes() -> None:
+    tables = Tables.unpack(Tables.make({"key": "ü"}, ["a", "b", "ab", "é"], [(0, 1, 2), (1, 0, 3)]).pack())
+    assert tables.facts == {"key": "ü"}
+    assert [tables.spelling(i) for i in range(-1, 5)] == [None, "a", "b", "ab", "é", None]
+    assert [tables.find(token) for token in ("a", "b", "ab", "é", "", "c", "b\nab")] == [0, 1, 2, 3, None, None, None]
+    assert [tables.rank(*pair) for pair in ((0, 1), (1, 0), (1, 1), (2, 0))] == [0, 1, NO_MERGE, NO_MERGE]
+    assert list(tables.products) == [2, 3]
+
+
+@given(st.data())
+def test_any_changed_byte_is_found(data: st.DataObject) -> None:
+    whole = Tables.make({"key": 1}, ["a", "b", "ab"], [(0, 1, 2)]).pack()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    changed = bytearray(whole)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    for damaged in (bytes(changed), whole[:place], whole + b"\0"):
+        with pytest.raises(DamagedTablesError):
+            Tables.unpack(damaged)
+
+
+# --- files of the cache ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLXQWEN_TOKENIZER_CACHE", raising=False)
+    return tmp_path / "cache" / "tokenizers"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were to be compiled in the background; nothing is."""
+    files: list[Path] = []
+    monkeypatch.setattr(background, "start", lambda path, digest: files.append(path))
+    return files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small tokenizer that counts as a large one."""
+    monkeypatch.setattr(opening, "MIN_COMPILED_BYTES", 0)
+    (tmp_path / "model").mkdir()
+    small_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path / "model"
+
+
+def compile_now(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    digest = store.digest(path.read_bytes())
+    compile_file(path, digest)
+    entry = store.entry_path(digest)
+    assert entry is not None
+    return entry
+
+
+def is_compiled(folder: Path) -> bool:
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("hello world<end>") == small_tokenizer().encode("hello world<end>").ids
+    return isinstance(tokenizer._backend, CompiledBackend)
+
+
+def test_a_tokenizer_is_compiled_when_it_is_first_read(folder: Path, cache: Path, started: list[Path]) -> None:
+    assert not is_compiled(folder)
+    assert started == [folder / "tokenizer.json"]
+    compile_now(folder)
+    assert is_compiled(folder)
+    assert len(started) == 1
+
+
+def test_the_background_process(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    Tokenizer.from_folder(folder)
+    deadline = time.monotonic() + 60
+    while not is_compiled(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_compiled(folder)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_applications_with_an_interpreter_inside_start_nothing(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_spawn", lambda *args, **options: refuse())
+    for executable in ("/opt/app/browser", "", None):
+        monkeypatch.setattr(sys, "executable", executable)
+        assert not is_compiled(folder)
+
+
+def test_small_tokenizers_are_not_compiled(folder: Path, cache: Path, started: list[Path], monkeypatch: Any) -> None:
+    monkeypatch.undo()
+    Tokenizer.from_folder(folder)
+    assert (started, cache.exists()) == ([], False)
+
+
+@pytest.mark.parametrize("word", ["off", "0", "no"])
+def test_it_can_be_switched_off(
+    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    compile_now(folder)
+    monkeypatch.setenv("MLXQWEN_TOKENIZER_CACHE", word)
+    assert not is_compiled(folder)
+    assert started == []
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "empty", "a folder", "a link"])
+def test_a_damaged_file_is_made_anew(folder: Path, cache: Path, started: list[Path], damage: str) -> None:
+    entry = compile_now(folder)
+    whole = entry.read_bytes()
+    if damage == "changed":
+        entry.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    elif damage == "a folder":
+        entry.unlink()
+        entry.mkdir()
+    elif damage == "a link":
+        entry.rename(cache / "elsewhere")
+        entry.symlink_to(cache / "elsewhere")
+    else:
+        entry.write_bytes(whole[:1000] if damage == "cut" else b"")
+    assert not is_compiled(folder)
+    assert len(started) == 1
+    if damage != "a folder":
+        assert compile_now(folder).read_bytes() == whole
+        assert is_compiled(folder)
+
+
+def test_an_old_file_never_hides_a_damaged_tokenizer(folder: Path, cache: Path, started: list[Path]) -> None:
+    compile_now(folder)
+    path = folder / "tokenizer.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a readable tokenizer"):
+        Tokenizer.from_folder(folder)
+    assert started == []
+    path.write_bytes(whole)
+    assert is_compiled(folder)
+
+
+def test_a_tokenizer_that_changes_while_it_is_in_use(folder: Path, cache: Path, started: list[Path]) -> None:
+    compile_now(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert tokenizer.encode("hello") == small_tokenizer().encode("hello").ids
+    with pytest.raises(TokenizerError, match=r"^[^:]*tokenizer\.json: changed since"):
+        tokenizer.encode("hello " * compiled.MAX_WORK)
+
+
+def test_an_unsuitable_tokenizer_is_tried_once(folder: Path, cache: Path, started: list[Path]) -> None:
+    small = small_tokenizer()
+    without_an_alphabet(small)
+    small.save(str(folder / "tokenizer.json"))
+    Tokenizer.from_folder(folder)
+    compile_now(folder)
+    assert not isinstance(Tokenizer.from_folder(folder)._backend, CompiledBackend)
+    assert len(started) == 1
+    assert [found.state for found in store.cached_tokenizers()] == ["not compilable"]
+    assert store.prune_tokenizers() == []
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "a link", "no home", "read-only"])
+def test_a_cache_that_cannot_be_written_to(
+    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, obstacle: str
+) -> None:
+    if obstacle == "a file":
+        cache.parent.write_text("")
+    elif obstacle == "a link":
+        cache.parent.mkdir()
+        cache.symlink_to(tmp_path)
+    elif obstacle == "no home":
+        monkeypatch.setenv("MLXQWEN_CACHE", "~no-such-user-at-all/cache")
+    else:
+        monkeypatch.setattr(os, "access", lambda *args: False)
+    assert not is_compiled(folder)
+    assert started == []
+    assert store.cached_tokenizers() == []
+
+
+def test_two_processes_write_at_once(folder: Path, cache: Path) -> None:
+    path = folder / "tokenizer.json"
+    program = "import sys; from pathlib import Path; from mlxqwen.tokenizer_backend.background import compile_file; "
+    program += "compile_file(Path(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", program, str(path), store.digest(path.read_bytes())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert len(list(cache.iterdir())) == 1
+    assert is_compiled(folder)
+
+
+def test_a_file_is_compiled_only_if_it_is_still_the_same(folder: Path, cache: Path) -> None:
+    compile_file(folder / "tokenizer.json", "0" * 64)
+    assert not cache.exists()
+
+
+# --- list and prune -------------------------------------------------------------------------------------
+
+
+def test_list_and_prune(folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = compile_now(folder)
+    shutil.copy(entry, cache / entry.name.replace("-1-", "-0-"))
+    (cache / f"{entry.name}.0123abcd.new").write_bytes(b"half")
+    os.utime(cache / f"{entry.name}.0123abcd.new", (1, 1))
+    (cache / "notes.txt").write_text("mine")
+    found = {tokenizer.state: tokenizer for tokenizer in store.cached_tokenizers()}
+    assert found.keys() == {"ready", "other version", "unfinished"}
+    assert found["ready"].source == str(folder / "tokenizer.json")
+    assert found["ready"].nbytes > 0
+    removed = store.prune_tokenizers(dry_run=True)
+    assert {removal.reason for removal in removed} == {"other version", "unfinished"}
+    assert len(store.cached_tokenizers()) == 3
+    assert store.prune_tokenizers() == removed
+    assert store.prune_tokenizers(unused_days=1) == []
+    os.utime(entry, (1, 1))
+    [removal] = store.prune_tokenizers(unused_days=1, dry_run=True)
+    assert re.fullmatch(r"unused for \d+ days", removal.reason)
+    assert is_compiled(folder)  # which is a use
+    assert store.prune_tokenizers(unused_days=1) == []
+    (folder / "tokenizer.json").unlink()
+    assert [removal.reason for removal in store.prune_tokenizers()] == ["source gone"]
+    assert [path.name for path in cache.iterdir()] == ["notes.txt"]
+
+
+def test_everything_is_pruned_but_what_is_just_being_written(folder: Path, cache: Path) -> None:
+    entry = compile_now(folder)
+    new = cache / f"{entry.name}.0123abcd.new"
+    new.write_bytes(b"half")
+    assert [removal.reason for removal in store.prune_tokenizers(everything=True)] == ["all"]
+    assert list(cache.iterdir()) == [new]
+
+
+def test_a_file_that_cannot_be_removed_is_named(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = compile_now(folder)
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(TokenizerError, match="cannot be removed: Permission denied") as caught:
+        store.prune_tokenizers(everything=True)
+    assert entry.name[:32] in caught.value.problem
