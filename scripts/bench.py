@@ -1,171 +1,119 @@
-"""Measure mlxqwen beside mlx-lm: same machine, same weights, same run, interleaved.
+"""Measure mlxqwen beside mlx-lm: same machine, same weights, same run, turn by turn.
 
-Prints a markdown table of medians and ratios. Nothing is installed or downloaded; mlx-lm and the real Qwen3 tokenizer
-come with the `dev` extra.
+Prints a markdown table of medians, and of the ratios of the turns. Nothing is installed or downloaded; mlx-lm and the
+real Qwen3 tokenizer come with the `dev` extra. Weights are random, of true shapes; both sides read one folder.
+
+With --check nothing is timed: counts of work that do not depend on the machine are held to a committed baseline.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PROMPT = "How many r's in strawberry?"
+from benchmarks.baseline import BASELINE, Baseline, changes, report
+from benchmarks.comparison import HEAD
+from benchmarks.machine import describe, missing_packages
+from benchmarks.parts import PARTS, PartError, run_part
+from benchmarks.processes import ROOT
+from benchmarks.settings import Settings
+
+NOTES = """\
+Ratios above one are in mlxqwen's favour; medians of turns, and the quartiles of the turns' ratios. A first turn that
+warms disk and caches is not counted. Both sides get the same ids, decode the same number of tokens, greedily where
+nothing else is said, and know no end tokens. On a CPU mlxqwen computes in float32, mlx-lm as the checkpoint says, in
+bfloat16; "mlx-lm set to float32" computes as mlxqwen does."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One process: wall-clock seconds and the most memory it held, in bytes."""
-
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what was measured, for mlxqwen and for something else."""
-
-    name: str
-    other: str
-    ours: Sequence[Run]
-    theirs: Sequence[Run]
-
-    def markdown(self) -> str:
-        ours, theirs = (statistics.median(run.seconds for run in runs) for runs in (self.ours, self.theirs))
-        memory = [statistics.median(run.peak_bytes for run in runs) / 2**20 for runs in (self.ours, self.theirs)]
-        return (
-            f"| {self.name} | {self.other} | {ours:.3f} s | {theirs:.3f} s | {theirs / ours:.1f} × "
-            f"| {memory[0]:.0f} MiB | {memory[1]:.0f} MiB |"
-        )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    check(parser, options)
+    if options.check or options.update_baseline:
+        return check_counts(update=options.update_baseline)
+    return measure(options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 runs a side instead of 15")
-    parser.add_argument("--runs", type=int, help="so many runs a side; of conversions 3")
-    commands = parser.add_subparsers(dest="command")
-    conversions = commands.add_parser("convert", help="BF16 → 4-bit beside mlx_lm.convert, on random weights")
-    conversions.add_argument("--shape", action="append", help="a release's name; Qwen3-0.6B by default; repeatable")
-    conversions.add_argument("--layers", type=int, help="only so many layers of it")
-    conversions.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
-    arguments = parser.parse_args()
-    default = 3 if arguments.quick or arguments.command == "convert" else 15
-    runs = arguments.runs if arguments.runs is not None else default
-    if runs < 1:
-        parser.error("--runs: at least 1")
-    if arguments.command == "convert":
-        shapes = arguments.shape or ["Qwen3-0.6B"]
-        print_table(
-            [row for shape in shapes for row in conversion_rows(shape, arguments.layers, arguments.folder, runs)], runs
-        )
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own: a child's peak memory counts what its parent held when it was started.
-        writer = [sys.executable, str(ROOT / "scripts" / "small_model.py"), folder]
-        if status := subprocess.run(writer, env=environment()).returncode:
-            sys.exit(status)
-        rows = cold_starts(Path(folder), runs)
-    print_table(rows, runs)
+def check_counts(*, update: bool) -> int:
+    """Hold the counts to the baseline, or write them as the new one → the exit status."""
+    from benchmarks.counts import all_counts
+
+    found = Baseline.of(all_counts())
+    changed = changes(Baseline.read(BASELINE), found) if BASELINE.exists() else []
+    print(report(changed, len(found.counts), BASELINE.name))
+    if update:
+        found.write(BASELINE)
+        print(f"written: {BASELINE}")
+        return 0
+    return int(any(change.fails for change in changed))
 
 
-def print_table(rows: Sequence[Row], runs: int) -> None:
-    print(heading(runs))
+def measure(options: argparse.Namespace) -> int:
+    """Run the parts and print the table → the exit status."""
+    if missing := missing_packages():
+        print(f"bench: {' and '.join(missing)} not installed: pip install -e '.[dev]'", file=sys.stderr)
+        return 1
+    names = options.names or [name for name, part in PARTS.items() if part.by_default]
+    heading = describe()
+    failed = False
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="mlxqwen-bench-") as work:
+        settings = Settings(Path(work), options.runs, options.quick, options.layers, tuple(options.shape or ()))
+        for name in names:
+            settings.tell(f"{name}, about {PARTS[name].minutes:g} min on two slow cores")
+            try:
+                rows += run_part(name, settings)
+            except PartError as error:
+                failed = True
+                print(f"bench: {error}", file=sys.stderr)
+    print(f"{heading}\n\n{NOTES}\n\n{HEAD}")
     for row in rows:
         print(row.markdown())
+    return int(failed)
 
 
-def heading(runs: int) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "tokenizers"))
-    return (
-        f"{versions}; Python {platform.python_version()}; {platform.machine()}, {os.cpu_count()} cores, "
-        f"{platform.system()}. Whole processes, medians of {runs} interleaved runs. The model has bfloat16 weights; on "
-        "a CPU mlxqwen computes in float32, mlx-lm in bfloat16.\n\n"
-        "| what | beside | mlxqwen | the other | ratio | peak | the other's peak |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parts = "\n".join(f"  {name:12} {part.what}" for name, part in PARTS.items())
+    total = sum(part.minutes for part in PARTS.values() if part.by_default)
+    others = ", ".join(name for name, part in PARTS.items() if not part.by_default)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        epilog=f"parts:\n{parts}\n\nAll but {others} run by default, in about {total:g} minutes on two slow cores.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("names", nargs="*", metavar="PART", help="what to measure; see below")
+    parser.add_argument("--quick", action="store_true", help="fewer turns and less work in each")
+    parser.add_argument("--runs", type=int, help="so many turns in each part")
+    parser.add_argument("--layers", type=int, help="models of only so many layers")
+    parser.add_argument(
+        "--shape", action="append", help="a release's name; Qwen3-0.6B by default; repeatable (convert)"
+    )
+    parser.add_argument("--check", action="store_true", help="compare counts with the baseline; 1 if any got worse")
+    parser.add_argument("--update-baseline", action="store_true", help="count, and write the baseline")
+    parser.add_argument("--folder", type=Path, help="where to write weights; the system's temporary folder by default")
+    return parser
 
 
-def cold_starts(model: Path, runs: int) -> list[Row]:
-    """Importing, and answering with one token from a standing start."""
-    common = ["--model", str(model), "--prompt", PROMPT, "--max-tokens", "1", "--temp", "0.6"]
-    theirs_generate = [sys.executable, "-m", "mlx_lm", "generate", *common, "--top-p", "0.95", "--top-k", "20"]
-    ours_generate = [sys.executable, "-m", "mlxqwen", "generate", PROMPT, "--model", str(model), "--max-tokens", "1"]
-    pairs = [
-        ("import", "mlx_lm", importing("mlxqwen"), importing("mlx_lm")),
-        ("import", "mlx.core", importing("mlxqwen"), importing("mlx.core")),
-        ("one token, 2 layers, real tokenizer", "mlx_lm.generate", ours_generate, theirs_generate),
-    ]
-    return [Row(name, other, *interleaved(ours, theirs, runs)) for name, other, ours, theirs in pairs]
-
-
-def conversion_rows(shape: str, layers: int | None, folder: Path | None, runs: int) -> list[Row]:
-    """BF16 → 4-bit with and without reading everything back, each beside mlx_lm.convert."""
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        source, output = Path(work) / "source", Path(work) / "output"
-        size = [] if layers is None else ["--layers", str(layers)]
-        subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "make_checkpoint.py"), "--shape", shape, *size, str(source)],
-            check=True,
-            env=environment(),
-        )
-        theirs = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source), "--mlx-path", str(output), "-q"]
-        ours = [sys.executable, "-m", "mlxqwen", "convert", str(source), str(output), "--bits", "4"]
-        commands = [ours, [*ours, "--no-verify"], theirs]
-        timings: list[list[Run]] = [[], [], []]
-        for turn in range(runs + 1):
-            for command, runs_so_far in zip(commands, timings, strict=True):
-                run = timed(command)
-                shutil.rmtree(output)
-                if turn:  # the first warms the disk cache
-                    runs_so_far.append(run)
-    name = f"{shape}{'' if layers is None else f', {layers} layers'}, BF16 → 4-bit"
-    return [
-        Row(f"{name}, verified", "mlx_lm.convert", timings[0], timings[2]),
-        Row(f"{name}, --no-verify", "mlx_lm.convert", timings[1], timings[2]),
-    ]
-
-
-def environment() -> dict[str, str]:
-    """The packages of this checkout come first, installed or not."""
-    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-
-
-def importing(module: str) -> list[str]:
-    return [sys.executable, "-c", f"import {module}"]
-
-
-def interleaved(ours: list[str], theirs: list[str], runs: int) -> tuple[list[Run], list[Run]]:
-    """One run of each that does not count (it warms the disk cache), then turn by turn."""
-    for command in (ours, theirs):
-        timed(command)
-    both = [(timed(ours), timed(theirs)) for _ in range(runs)]
-    return [pair[0] for pair in both], [pair[1] for pair in both]
-
-
-def timed(command: list[str]) -> Run:
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment())
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * unit)
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave with the parser's error for what cannot be."""
+    for name in options.names:
+        if name not in PARTS:
+            parser.error(f"{name}: no such part; there are {', '.join(PARTS)}")
+    if options.names and (options.check or options.update_baseline):
+        parser.error("--check and --update-baseline count everything: leave out the parts")
+    for name in ("runs", "layers"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name}: at least 1")
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder: {options.folder} is no folder")
 
 
 if __name__ == "__main__":
-    main()
+    sys.path[:0] = [str(ROOT), str(ROOT / "convert")]  # the packages of this checkout, installed or not
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Random weights in the true shapes of releases, converted, for both sides to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.processes import ROOT, python, timed
+from benchmarks.settings import Settings
+
+__all__ = ["bits_name", "checkpoint", "small_checkpoint"]
+
+
+def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None, layers: int | None = None) -> Path:
+    """A folder with a release's weights in so many bits (None for BF16), made once a run.
+
+    Written in processes of their own: a child's peak memory counts what its parent held when it was started.
+    """
+    shape = shape or settings.shape
+    layers = layers or settings.layers
+    size = "" if layers is None else f"-{layers}-layers"
+    plain = settings.work / f"{shape}{size}"
+    if not plain.exists():
+        settings.tell(f"writing {plain.name}")
+        some = [] if layers is None else ["--layers", str(layers)]
+        timed(python(ROOT / "scripts" / "make_checkpoint.py", "--shape", shape, *some, plain))
+    if bits is None:
+        return plain
+    folder = settings.work / f"{plain.name}-{bits}-bit"
+    if not folder.exists():
+        settings.tell(f"converting {plain.name} to {bits}-bit")
+        timed(python("-m", "mlxqwen", "convert", plain, folder, "--bits", str(bits), "--no-verify"))
+    return folder
+
+
+def small_checkpoint(settings: Settings) -> Path:
+    """The folder that `scripts/small_model.py` writes: two narrow layers, the real vocabulary and tokenizer."""
+    folder = settings.work / "small"
+    if not folder.exists():
+        folder.mkdir()
+        timed(python(ROOT / "scripts" / "small_model.py", folder))
+    return folder
+
+
+def layers_of(folder: Path) -> int:
+    """The number of layers that a folder's config names."""
+    return int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+
+
+def bits_name(bits: int | None) -> str:
+    """As tables have it."""
+    return "BF16" if bits is None else f"{bits}-bit"

@@ -1,0 +1,151 @@
+"""Counts of work that do not depend on the machine: what a change made worse shows here without a clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+from graph_counts import KINDS, count_primitives, ours, single_nodes, write_model
+from start_counts import STARTS, imported_modules
+
+from mlxqwen.cache import make_cache
+from mlxqwen.conversation import Conversation
+from mlxqwen.device import current_device
+from mlxqwen.engine import Engine
+from mlxqwen.events import Done
+from mlxqwen.generation import generate_tokens
+from mlxqwen.loading import load_model
+from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling_params import SamplingParams
+
+__all__ = ["all_counts", "conversation_counts", "decoding_counts", "module_counts", "reply_counts"]
+
+# Results of these take no memory of their own: they look at their input's, or write into it.
+_VIEWS = {"Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "SliceUpdate", "Squeeze", "Transpose", "Unflatten"}
+_GRAPHS = ("dense, 4-bit", "MoE, 4-bit")
+_PROMPT = 700  # tokens: two chunks
+_REPLY = 300
+_TURNS = ("How many r's in strawberry?", "And how many b's?", "Thank you.")
+
+
+def all_counts() -> dict[str, int]:
+    """Every count by name."""
+    return {**decoding_counts(), **reply_counts(), **conversation_counts(), **module_counts()}
+
+
+def decoding_counts() -> dict[str, int]:
+    """Of one decoded token, 28 layers, as for a GPU: primitives, and bytes of their results but for views."""
+    found = {}
+    device = dataclasses.replace(current_device(), is_gpu=True)
+    for kind in _GRAPHS:
+        with tempfile.TemporaryDirectory() as folder, single_nodes():
+            write_model(Path(folder), *KINDS[kind])
+            side = ours(Path(folder), device)
+            token = mx.array([[5]])
+            for _ in range(2):  # the first fills what is kept from step to step
+                mx.eval(side.step(token), side.state())
+            found[f"primitives per decoded token, {kind}"] = count_primitives([side.step(token), *side.state()]).total()
+            mx.eval(side.state())
+            found[f"bytes written per decoded token, {kind}"] = _bytes_written(side.step, token)
+    return found
+
+
+def _bytes_written(step: Callable[[mx.array], mx.array], token: mx.array) -> int:
+    nodes: list[dict[str, Any]] = []
+    mx.export_function(nodes.append, step, token)
+    return sum(
+        prod(shape) * dtype.size
+        for node in nodes
+        if node["type"] == "primitive" and node["name"] not in _VIEWS
+        for _, shape, dtype in node["outputs"]
+    )
+
+
+def reply_counts() -> dict[str, int]:
+    """Of one reply of 300 tokens to a prompt of 700: calls, evaluations, and what stays in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), *KINDS["dense, 4-bit"], layers=2)
+        model = load_model(folder)
+    cache = make_cache(model)
+    stream = generate_tokens(
+        model,
+        [1 + place % 200 for place in range(_PROMPT)],
+        sampling=SamplingParams(seed=1),
+        max_tokens=_REPLY,
+        eos_token_ids=(),
+        cache=cache,
+    )
+    with (
+        _calls(Qwen3Model, "__call__") as models,
+        _calls(Qwen3ForCausalLM, "logits", _positions) as positions,
+        _calls(mx, "eval") as evaluations,
+        _calls(mx, "async_eval") as started,
+    ):
+        next(stream)
+        before, held, kept = len(evaluations) + len(started), _held(), cache.nbytes
+        for _ in stream:
+            pass
+        decoding = len(evaluations) + len(started) - before
+    return {
+        f"model calls per reply of {_REPLY} tokens to {_PROMPT}": len(models),
+        f"positions with logits per reply of {_REPLY} tokens to {_PROMPT}": sum(positions),
+        f"evaluations per {_REPLY - 1} decoded tokens": decoding,
+        f"bytes of the cache behind {_PROMPT + _REPLY} tokens, 2 layers": cache.nbytes,
+        f"bytes held beyond the cache after {_REPLY - 1} decoded tokens": _held() - held - (cache.nbytes - kept),
+    }
+
+
+def _held() -> int:
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+def _positions(model: Qwen3ForCausalLM, hidden: mx.array) -> int:
+    return prod(hidden.shape[:-1])
+
+
+@contextmanager
+def _calls(owner: Any, name: str, measure: Callable[..., int] = lambda *_: 1) -> Iterator[list[int]]:
+    """What `measure` makes of the arguments of each call of a function while this is open."""
+    real, calls = getattr(owner, name), list[int]()
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(measure(*arguments))
+        return real(*arguments, **options)
+
+    with patch.object(owner, name, call):
+        yield calls
+
+
+def conversation_counts() -> dict[str, int]:
+    """Tokens read in each turn of a conversation with the demo model, without thoughts, and answered greedily."""
+    conversation = Conversation(Engine.load(), thinking=False, sampling=SamplingParams(temperature=0.0), max_tokens=24)
+    found = {}
+    for number, text in enumerate(_TURNS, start=1):
+        usage = next(event.usage for event in conversation.stream(text) if isinstance(event, Done))
+        found[f"prompt tokens read in turn {number}"] = usage.prompt_tokens - usage.cached_tokens
+    return found
+
+
+def module_counts() -> dict[str, int]:
+    """Modules imported, by whose they are."""
+    found: dict[str, int] = {}
+    for start, source in STARTS.items():
+        owners = {"mlxqwen": 0, "libraries": 0, "standard library": 0}
+        for name in imported_modules(source):
+            top = name.partition(".")[0]
+            if top in ("mlxqwen", "mlxqwen_convert"):
+                owners["mlxqwen"] += 1
+            else:
+                owners["standard library" if top in sys.stdlib_module_names else "libraries"] += 1
+        found |= {f"modules, {start}: {owner}": count for owner, count in owners.items()}
+    return found

@@ -1,0 +1,65 @@
+"""The most memory that a process holds while it loads a model and generates; one process a side."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.checkpoints import bits_name, checkpoint, layers_of
+from benchmarks.comparison import Comparison
+from benchmarks.settings import Settings
+
+__all__ = ["memory"]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """In MiB: of the process; of MLX's arrays while loading, beyond the weights; while generating, beyond weights and
+    cache."""
+
+    process: float
+    loading: float
+    generating: float
+
+
+def memory(settings: Settings) -> list[Comparison]:
+    """A long prompt through few layers, and a short one through all; by default each side computes as it likes."""
+    long, some = (256, 2) if settings.quick else (512, 4)
+    rows = []
+    for bits, layers, prompt in ((None, settings.layers or some, long), (None, None, 16), (4, None, 8)):
+        folder = checkpoint(settings, bits, layers=layers)
+        name = f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}"
+        what = f"{name}, {layers_of(folder)} layers, {prompt} + 8 tokens"
+        settings.tell(f"memory: {what}")
+        ours, theirs = (_in_a_process(side, folder, prompt) for side in ("Ours", "Theirs"))
+        for peak in ("generating, beyond weights and cache", "loading, beyond weights", "process, at most"):
+            field = peak.partition(",")[0]
+            pair = [getattr(ours, field)], [getattr(theirs, field)]
+            rows.append(Comparison(f"memory, {what}: {peak}", "mlx-lm", "MiB", *pair))
+    return rows
+
+
+def _in_a_process(side: str, folder: Path, prompt: int) -> Peaks:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peaks, side, folder, prompt).result()
+
+
+def _peaks(name: str, folder: Path, prompt: int) -> Peaks:
+    import mlx.core as mx
+
+    from benchmarks.sides import Ours, Side, Theirs, prompt_ids
+
+    side: Side = Ours.load(folder) if name == "Ours" else Theirs.load(folder)
+    loading = mx.get_peak_memory() - side.weight_bytes
+    mx.reset_peak_memory()
+    for _ in side.tokens(prompt_ids(prompt), 8):
+        pass
+    side.settle()
+    generating = mx.get_peak_memory() - side.weight_bytes - side.cache_bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Peaks(process / 2**20, max(0, loading) / 2**20, generating / 2**20)

@@ -1,0 +1,53 @@
+"""Whole processes: the packages of this checkout in a fresh interpreter, timed, with the most memory that they held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ROOT", "ProcessError", "Run", "environment", "python", "timed"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ProcessError(Exception):
+    """A command did not end well."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: wall-clock seconds and the most memory it held, in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def environment() -> dict[str, str]:
+    """The packages of this checkout come first, installed or not."""
+    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def python(*arguments: str | Path) -> list[str]:
+    """This interpreter's command line."""
+    return [sys.executable, *map(str, arguments)]
+
+
+def timed(command: list[str]) -> Run:
+    """Run a command to its end. Raises `ProcessError` with what it wrote if it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment())
+    assert process.stderr is not None
+    with process.stderr:
+        errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise ProcessError(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Run(seconds, usage.ru_maxrss * unit)

@@ -1,0 +1,58 @@
+"""One token from a row of logits over Qwen3's whole vocabulary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from benchmarks.comparison import Comparison, take_turns
+from benchmarks.settings import Settings
+from benchmarks.sides import MLX_LM
+from mlxqwen.sampling import Sampler
+from mlxqwen.sampling_params import SamplingParams
+
+__all__ = ["sample"]
+
+VOCABULARY = 151_936
+
+
+def sample(settings: Settings) -> list[Comparison]:
+    """Milliseconds a draw, with the card's profile for thinking and greedily, from the same float32 logits."""
+    mx.random.seed(0)
+    logits = mx.random.normal((1, VOCABULARY)) * 4
+    mx.eval(logits)
+    card = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, seed=0)
+    pairs = {
+        "sampling, T 0.6, top-p 0.95, top-k 20": (card, make_sampler(temp=0.6, top_p=0.95, top_k=20)),
+        "greedy": (SamplingParams(temperature=0.0), make_sampler(temp=0.0)),
+    }
+    draws = 5 if settings.quick else 20
+    rows = []
+    for name, (params, theirs) in pairs.items():
+        sides = [
+            partial(_milliseconds, partial(_ours, Sampler([params], [[0]], VOCABULARY), logits), draws),
+            partial(_milliseconds, partial(_theirs, theirs, logits), draws),
+        ]
+        settings.tell(name)
+        rows.append(Comparison(f"{name}, 151,936 logits", MLX_LM, "ms", *take_turns(sides, settings.turns(15))))
+    return rows
+
+
+def _ours(sampler: Sampler, logits: mx.array) -> mx.array:
+    return sampler(logits)
+
+
+def _theirs(sampler: Callable[[mx.array], mx.array], logits: mx.array) -> mx.array:
+    """What `generate_step` does with logits."""
+    return sampler(logits - mx.logsumexp(logits, keepdims=True))
+
+
+def _milliseconds(draw: Callable[[], mx.array], draws: int) -> float:
+    started = time.perf_counter()
+    for _ in range(draws):
+        draw().item()
+    return (time.perf_counter() - started) / draws * 1e3

@@ -1,0 +1,153 @@
+"""mlxqwen and mlx-lm behind one face: load a folder, continue ids greedily, with no end tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model as load_theirs
+
+from mlxqwen.cache import make_cache
+from mlxqwen.generation import generate_tokens
+from mlxqwen.loading import load_model
+from mlxqwen.sampling_params import SamplingParams
+
+__all__ = ["FLOAT32", "MLX_LM", "Ours", "Side", "Theirs", "prompt_ids", "seconds_per_token", "seconds_to_first_token"]
+
+MLX_LM = "mlx-lm"
+FLOAT32 = "mlx-lm set to float32"
+
+
+class Side(Protocol):
+    """What both sides can do."""
+
+    def tokens(self, prompt: list[int], count: int) -> Iterator[object]:
+        """Read `prompt` with an empty cache, then decode `count` tokens, greedily."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for all that is queued, so that the next turn does not pay for it."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, as they are held."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the last run's cache."""
+        ...
+
+
+@dataclass
+class Ours:
+    """mlxqwen, as `generate_tokens` runs it."""
+
+    model: Any
+    cache: Any = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Ours:
+        """With its default dtype."""
+        return cls(load_model(folder))
+
+    def tokens(self, prompt: list[int], count: int) -> Iterator[object]:
+        """See `Side`."""
+        self.cache = make_cache(self.model)
+        greedy = SamplingParams(temperature=0.0)
+        return iter(
+            generate_tokens(self.model, prompt, sampling=greedy, max_tokens=count, eos_token_ids=(), cache=self.cache)
+        )
+
+    def settle(self) -> None:
+        """See `Side`."""
+        mx.synchronize()
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `Side`."""
+        return _bytes(self.model)
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `Side`."""
+        return int(self.cache.nbytes)
+
+
+@dataclass
+class Theirs:
+    """mlx-lm, as its `generate_step` runs it; that knows no end tokens."""
+
+    model: Any
+    cache: Any = None
+
+    @classmethod
+    def load(cls, folder: Path, dtype: mx.Dtype | None = None) -> Theirs:
+        """As the checkpoint says, or set to compute in `dtype`."""
+        model, _ = load_theirs(folder)
+        if dtype is not None:
+            model.set_dtype(dtype)
+            mx.eval(model.parameters())
+        return cls(model)
+
+    def tokens(self, prompt: list[int], count: int) -> Iterator[object]:
+        """See `Side`."""
+        self.cache = make_prompt_cache(self.model)
+        return iter(generate_step(mx.array(prompt), self.model, max_tokens=count, prompt_cache=self.cache))
+
+    def settle(self) -> None:
+        """See `Side`: one more step than it was asked for is on its way."""
+        mx.eval([layer.state for layer in self.cache])
+        mx.synchronize()
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `Side`."""
+        return _bytes(self.model)
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `Side`."""
+        return sum(int(layer.nbytes) for layer in self.cache)
+
+
+def _bytes(model: Any) -> int:
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+
+
+def prompt_ids(count: int) -> list[int]:
+    """So many ids of Qwen3's vocabulary, no two alike."""
+    return [(7919 * place + 11) % 151_643 for place in range(count)]
+
+
+def seconds_to_first_token(side: Side, prompt: list[int]) -> float:
+    """From the prompt's ids to the first token."""
+    stream = side.tokens(prompt, 1)
+    started = time.perf_counter()
+    next(stream)
+    seconds = time.perf_counter() - started
+    deque(stream, maxlen=0)
+    side.settle()
+    return seconds
+
+
+def seconds_per_token(side: Side, prompt: list[int], count: int) -> float:
+    """Between the first of `count + 1` tokens and the last."""
+    stream = side.tokens(prompt, count + 1)
+    next(stream)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    seconds = (time.perf_counter() - started) / count
+    deque(stream, maxlen=0)
+    side.settle()
+    return seconds

@@ -1,0 +1,187 @@
+"""The benchmark's arithmetic, its command line, and the counts that are held to a baseline; no times."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bench
+import pytest
+from benchmarks import baseline, counts, parts
+from benchmarks.baseline import Baseline, Change, changes, report
+from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
+from benchmarks.processes import ROOT, ProcessError, python, timed
+from benchmarks.settings import Settings
+from hypothesis import given
+from hypothesis import strategies as st
+
+costs = st.floats(1e-6, 1e6)
+
+
+def test_a_line_of_the_table_by_hand() -> None:
+    row = Comparison("load", "mlx-lm", "s", [1.0, 2.0, 4.0], [2.0, 6.0, 16.0])
+    assert row.ratios == [2.0, 3.0, 4.0]
+    assert row.ratio == 3.0
+    assert row.markdown() == "| load | mlx-lm | 2.00 s | 6.00 s | 3.00 × | 2.50–3.50 | 3 |"
+    assert row.markdown().count("|") == HEAD.splitlines()[0].count("|")
+
+
+def test_of_rates_more_is_better() -> None:
+    row = Comparison("batch", "mlx-lm", "tokens/s", [30.0], [10.0], more_is_better=True)
+    assert row.ratio == 3.0
+    assert row.markdown() == "| batch | mlx-lm | 30.0 tokens/s | 10.0 tokens/s | 3.00 × |  | 1 |"
+
+
+def test_nothing_beside_nothing_is_a_draw() -> None:
+    assert Comparison("memory", "mlx-lm", "MiB", [0.0], [0.0]).ratio == 1.0
+    some = Comparison("memory", "mlx-lm", "MiB", [0.0], [5.0])
+    assert some.markdown() == "| memory | mlx-lm | 0 MiB | 5.00 MiB | inf × |  | 1 |"
+
+
+@given(st.lists(st.tuples(costs, costs), min_size=1, max_size=20), st.floats(0.1, 10))
+def test_a_turn_that_is_slower_for_both_changes_no_ratio(pairs: list[tuple[float, float]], slower: float) -> None:
+    ours, theirs = zip(*pairs, strict=True)
+    calm = Comparison("", "", "s", ours, theirs)
+    busy = Comparison("", "", "s", [slower * ours[0], *ours[1:]], [slower * theirs[0], *theirs[1:]])
+    assert busy.ratios == pytest.approx(calm.ratios)
+    low, high = quartiles(calm.ratios)
+    assert min(calm.ratios) <= low <= calm.ratio <= high <= max(calm.ratios)
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
+    called: list[str] = []
+
+    def side(name: str) -> float:
+        called.append(name)
+        return float(len(called))
+
+    told: list[int] = []
+    numbers = take_turns([lambda: side("ours"), lambda: side("theirs")], 2, told.append)
+    assert called == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+    assert numbers == [[3.0, 6.0], [4.0, 5.0]]
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing: no such part; there are import"),
+        (["import", "--runs", "0"], "--runs: at least 1"),
+        (["decode", "--layers", "-1"], "--layers: at least 1"),
+        (["load", "--folder", "/no/such/folder"], "--folder: /no/such/folder is no folder"),
+        (["import", "--check"], "leave out the parts"),
+    ],
+)
+def test_what_cannot_be_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        bench.main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_mlx_lm_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "missing_packages", lambda: ["mlx-lm"])
+    assert bench.main(["import"]) == 1
+    assert "mlx-lm not installed: pip install -e '.[dev]'" in capsys.readouterr().err
+
+
+def test_settings_give_turns() -> None:
+    plain, quick, three = (Settings(Path(), **more) for more in ({}, {"quick": True}, {"runs": 4, "quick": True}))
+    assert [one.turns(15) for one in (plain, quick, three)] == [15, 3, 4]
+    assert quick.turns(2) == 2
+
+
+def test_every_part_is_there() -> None:
+    modules = {path.stem for path in (ROOT / "scripts" / "benchmarks").glob("*.py")}
+    for part in parts.PARTS.values():
+        assert part.module in modules
+        source = (ROOT / "scripts" / "benchmarks" / f"{part.module}.py").read_text()
+        assert f"def {part.function}(settings: Settings) -> list[Comparison]:" in source
+
+
+def test_a_command_that_fails_is_told_with_what_it_wrote() -> None:
+    with pytest.raises(ProcessError, match="the reason"):
+        timed(python("-c", "raise SystemExit('the reason')"))
+
+
+def test_a_cheap_part_runs_whole() -> None:
+    found = subprocess.run(
+        [sys.executable, "scripts/bench.py", "import", "--runs", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    heading, *_, first, second = found.stdout.splitlines()
+    assert re.match(r"mlx [\d.]+, mlx-lm [\d.]+, tokenizers [\d.]+; Python .*; load at the start [\d./]+$", heading)
+    assert first.startswith("| import, whole process | import mlx_lm | ")
+    assert second.startswith("| import, whole process | import mlx.core | ")
+    assert "bench: import" in found.stderr
+
+
+OLD = Baseline({"model calls": 10, "modules, start: libraries": 100, "primitives per token": 200}, "0.32.4", "3.11.7")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "mlx", "verdict"),
+    [
+        ("model calls", 11, "0.32.4", "worse"),
+        ("model calls", 9, "0.32.4", "better"),
+        ("modules, start: libraries", 110, "0.32.4", None),
+        ("modules, start: libraries", 111, "0.32.4", "worse"),
+        ("primitives per token", 201, "0.32.4", "worse"),
+        ("primitives per token", 210, "0.33.0", None),
+        ("primitives per token", 211, "0.33.0", "worse"),
+    ],
+)
+def test_more_fails_and_less_is_told(name: str, count: int, mlx: str, verdict: str | None) -> None:
+    changed = changes(OLD, Baseline({**OLD.counts, name: count}, mlx, "3.13.0"))
+    assert [change.verdict for change in changed] == ([] if verdict is None else [verdict])
+    assert any(change.fails for change in changed) == (verdict == "worse")
+
+
+def test_counts_on_one_side_only_fail() -> None:
+    changed = changes(Baseline({"old": 1}, "0", "3"), Baseline({"new": 2}, "0", "3"))
+    assert changed == [Change("old", 1, None), Change("new", None, 2)]
+    assert [(change.verdict, change.fails) for change in changed] == [("gone", True), ("new", True)]
+
+
+def test_the_report_by_hand() -> None:
+    assert report([], 3, "x.json") == "3 counts are as in x.json"
+    lines = report([Change("model calls", 1000, 1001)], 3, "x.json").splitlines()
+    assert lines[2] == "| model calls | 1,000 | 1,001 | worse |"
+    assert lines[-1] == "More work than before: mend it, or, if it is meant, scripts/bench --update-baseline"
+    assert report([Change("a", 2, 1)], 3, "x.json").endswith("Update the baseline: scripts/bench --update-baseline")
+
+
+def test_check_fails_for_a_doctored_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"model calls": 10, "primitives per token": 200}
+    monkeypatch.setattr(counts, "all_counts", lambda: found)
+    path = tmp_path / "bench_counts.json"
+    monkeypatch.setattr(bench, "BASELINE", path)
+    assert bench.main(["--update-baseline"]) == 0
+    assert bench.main(["--check"]) == 0
+    doctored = json.loads(path.read_text())
+    doctored["counts"]["model calls"] = 9
+    path.write_text(json.dumps(doctored))
+    capsys.readouterr()
+    assert bench.main(["--check"]) == 1
+    assert "| model calls | 9 | 10 | worse |" in capsys.readouterr().out
+
+
+def test_the_committed_baseline_counts_what_is_counted_now() -> None:
+    committed = Baseline.read(baseline.BASELINE)
+    for count in (*counts.reply_counts(), *counts.decoding_counts()):
+        assert count in committed.counts
+    assert committed.counts["modules, import mlxqwen: libraries"] == 0
+
+
+def test_a_reply_takes_one_call_a_token_and_one_for_each_chunk() -> None:
+    found = counts.reply_counts()
+    assert found["model calls per reply of 300 tokens to 700"] == 2 + 299
+    assert found["positions with logits per reply of 300 tokens to 700"] == 300
+    assert found == counts.reply_counts()
