@@ -18,6 +18,7 @@ from mlxqwen.sampling_params import SamplingParams, check_integer
 
 __all__ = [
     "Sampler",
+    "SamplerState",
     "SamplingParams",
     "check_token",
     "token_logprobs",
@@ -28,6 +29,8 @@ _BLOCK = 128
 _SMALLEST_TEMPERATURE = 1e-30
 
 _Rows: TypeAlias = Sequence[Sequence[int]]
+_HistoryState: TypeAlias = tuple[mx.array, mx.array, list[int]]  # replaced by later tokens, never changed
+_GroupState: TypeAlias = tuple[mx.array, _HistoryState]
 
 
 def token_logprobs(
@@ -111,25 +114,39 @@ class Sampler:
             alike.setdefault(dataclasses.replace(one, seed=None), []).append(row)
         self._groups = [_Group(rows, params, prompts, vocab_size) for rows in alike.values()]
 
-    def __call__(self, logits: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array, *, remember: mx.array | None = None) -> mx.array:
         """Draw from logits `[B, V]` of any float dtype; int32 `[B]`, not evaluated.
 
         A row of NaN, +inf or nothing but -inf gives a token that `check_token` refuses.
+
+        Args:
+            remember: the tokens that the replies are taken to go on with, int32 `[B]`; by default those drawn.
         """
         if logits.shape != self._shape:
             raise OptionError(f"logits: found shape {logits.shape}, expected {self._shape}")
         if len(self._groups) == 1:
-            return self._groups[0].draw(logits)
+            return self._groups[0].draw(logits, remember)
         tokens = mx.zeros(self._shape[0], dtype=mx.int32)
         for group in self._groups:
             rows = mx.array(group.rows)
-            tokens[rows] = group.draw(logits[rows])
+            tokens[rows] = group.draw(logits[rows], None if remember is None else remember[rows])
         return tokens
 
-    def replace(self, drawn: mx.array, tokens: mx.array) -> None:
-        """Remember that the replies go on with `tokens` instead of `drawn`, the last draw; both int32 `[B]`.
+    @property
+    def state(self) -> SamplerState:
+        """What has been drawn until now, to come back to with `restore`; nothing is copied."""
+        return SamplerState(tuple(group.state for group in self._groups))
 
-        Penalties then know nothing of what was drawn; the random streams go on as if it had been used.
+    def restore(self, state: SamplerState) -> None:
+        """Go back, or on, to a `state` of this sampler with the rows that it has now."""
+        for group, one in zip(self._groups, state.groups, strict=True):
+            group.restore(one)
+
+    def replace(self, drawn: mx.array, tokens: mx.array) -> None:
+        """Remember that the replies go on with `tokens` instead of `drawn`; both int32 `[B]`.
+
+        `drawn` is what was remembered of the last draw. Penalties then know nothing of it; the random streams go on as
+        if it had been used.
         """
         for group in self._groups:
             rows = mx.array(group.rows)
@@ -178,6 +195,13 @@ def check_token(token: int, row: int | None = None) -> int:
     return token
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplerState:
+    """Where a `Sampler` stands: the random keys and the history of each of its groups."""
+
+    groups: tuple[_GroupState, ...]
+
+
 # The same for each key, so that a row's random numbers do not depend on the other rows.
 _split_keys = mx.vmap(lambda key: mx.random.split(key, 3))
 
@@ -192,11 +216,20 @@ class _Group:
         seeds = [params[row].seed for row in rows]
         self._keys = mx.stack([mx.random.key(secrets.randbits(64) if seed is None else seed) for seed in seeds])
 
-    def draw(self, logits: mx.array) -> mx.array:
-        """One token of each row of logits `[B, V]`; int32 `[B]`."""
+    @property
+    def state(self) -> _GroupState:
+        """What later draws leave as it is."""
+        return self._keys, self._history.state
+
+    def restore(self, state: _GroupState) -> None:
+        """Stand where `state` was taken."""
+        self._keys, self._history.state = state
+
+    def draw(self, logits: mx.array, remember: mx.array | None = None) -> mx.array:
+        """One token of each row of logits `[B, V]`, int32 `[B]`; `remember` or the token itself is added to each."""
         scores = _Scores(self._history.adjust(logits), self.params.temperature)
         tokens = mx.where(scores.usable, self._pick(scores).astype(mx.int32), BAD_TOKEN)
-        self._history.add(tokens)
+        self._history.add(tokens if remember is None else remember)
         return tokens
 
     def _pick(self, scores: _Scores) -> mx.array:
@@ -253,6 +286,15 @@ class _History:
                 touched = [{*prompt, *reply} for prompt, reply in zip(prompts, replies, strict=True)]
             self._widths = [len(tokens) for tokens in touched]
             self._touched = _rectangle(touched)
+
+    @property
+    def state(self) -> _HistoryState:
+        """What changes as tokens are added."""
+        return self._reply, self._touched, self._widths
+
+    @state.setter
+    def state(self, state: _HistoryState) -> None:
+        self._reply, self._touched, self._widths = state
 
     def add(self, tokens: mx.array) -> None:
         """Take note of a drawn token of each row, int32 `[B]`."""

@@ -31,6 +31,7 @@ ROOMS = [
     "sampling_params",
     "sampling",
     "generation",
+    "speculation",
     "loops",
     "messages",
     "tools",
@@ -69,7 +70,7 @@ HOMES = {
     "rich": {"cli"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
-    | {"completion", "engine", "cli"},
+    | {"speculation", "completion", "engine", "cli"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -19,6 +19,7 @@ class KVLayer:
         self.keep = keep
         self.keys: Stored = ()
         self.values: Stored = ()
+        self.unstored: tuple[Stored, Stored] = (), ()  # of the last step, if its plan stores later
         self.plan = Step(offset=0, length=0, visible=0, capacity=0)
 
     @property
@@ -29,8 +30,10 @@ class KVLayer:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """See `mlxqwen.layers.attention.LayerCache`."""
         plan = self.plan
-        self.keys, seen_keys = _store(self.keys, self.storage.encode(rope(keys, plan.offset)), plan)
-        self.values, seen_values = _store(self.values, self.storage.encode(values), plan)
+        new_keys, new_values = self.storage.encode(rope(keys, plan.offset)), self.storage.encode(values)
+        self.keys, seen_keys = _store(self.keys, new_keys, plan)
+        self.values, seen_values = _store(self.values, new_values, plan)
+        self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
         rotated = rope(queries, plan.offset)
         if plan.sink_positions is None and isinstance(self.storage, PlainStorage):
             return mx.fast.scaled_dot_product_attention(
@@ -60,6 +63,12 @@ class KVLayer:
         weights = mx.softmax(logits, axis=-1, precise=True)
         return self.storage.mix(weights, seen_values).reshape(B, heads, L, head_dim)
 
+    def store(self, start: int, stop: int, slot: int) -> None:
+        """Put tokens `start` to `stop` of a step that stores later into the slots from `slot` on."""
+        keys, values = (_slots(new, start, stop) for new in self.unstored)
+        plan = Step(offset=0, length=stop - start, visible=0, capacity=self.plan.capacity, write_at=slot)
+        self.keys, self.values = _store(self.keys, keys, plan)[0], _store(self.values, values, plan)[0]
+
 
 def _slots(stored: Stored, start: int, stop: int | None) -> Stored:
     return tuple(part[..., start:stop, :] for part in stored)
@@ -67,13 +76,17 @@ def _slots(stored: Stored, start: int, stop: int | None) -> Stored:
 
 def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
     """Put `new` where the plan says → (the buffers, what the queries look at)."""
+    if plan.stores_later:
+        return stored, tuple(
+            _beside(old, part, plan) for old, part in zip(stored or [None] * len(new), new, strict=True)
+        )
     pairs = [_store_part(old, part, plan) for old, part in zip(stored or [None] * len(new), new, strict=True)]
     return tuple(buffer for buffer, _ in pairs), tuple(seen for _, seen in pairs)
 
 
 def _store_part(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.array, mx.array]:
     if plan.gather is not None:
-        whole = new if buffer is None else mx.concatenate([buffer[..., : plan.visible, :], new], axis=-2)
+        whole = _beside(buffer, new, plan)
         return mx.take_along_axis(whole, plan.gather[:, None, :, None], axis=-2), whole
     buffer = _with_room(buffer, new, plan.capacity)
     if isinstance(plan.write_at, mx.array):
@@ -82,6 +95,11 @@ def _store_part(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.
     else:
         buffer[..., plan.write_at : plan.write_at + plan.length, :] = new
     return buffer, buffer if plan.visible == buffer.shape[-2] else buffer[..., : plan.visible, :]
+
+
+def _beside(buffer: mx.array | None, new: mx.array, plan: Step) -> mx.array:
+    """The stored slots that queries look at, and `new` behind them."""
+    return new if buffer is None else mx.concatenate([buffer[..., : plan.visible, :], new], axis=-2)
 
 
 def _with_room(buffer: mx.array | None, like: mx.array, capacity: int) -> mx.array:

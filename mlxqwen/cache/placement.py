@@ -7,7 +7,7 @@ chunks. Every plan is made once for a step and shared by all layers. Shapes: `B`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +36,8 @@ class Step:
         sink_positions: int32 `[B, L]`: where queries stand when they look at the sinks, if that is not where they stand
             for everything else.
         sinks: `[B, 1, 1, S]` booleans: which slots hold sinks, if those are not the first ones of every row.
+        stores_later: the queries look at the stored slots and the new tokens behind them, as with `gather`, but nothing
+            is stored: which of the new tokens stay is not known yet.
     """
 
     offset: int | mx.array
@@ -47,6 +49,7 @@ class Step:
     mask: mx.array | str | None = None
     sink_positions: mx.array | None = None
     sinks: mx.array | None = None
+    stores_later: bool = False
 
     @cached_property
     def mask_array(self) -> mx.array | None:
@@ -78,6 +81,17 @@ class Placement(ABC):
         step = self._plan(length, lengths)
         self.offsets = [offset + count for offset, count in zip(self.offsets, lengths, strict=True)]
         return step
+
+    def plan_tentative(self, length: int) -> Step:
+        """Plan for `length` more tokens a row of which any number may stay: no slot that is filled is written to.
+
+        Does not move. The rows have to stand at one position.
+        """
+        return self._plan(length, [length] * len(self.offsets))
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The positions from `start` to `stop` as runs of consecutive slots: first position, end, first slot."""
+        yield start, stop, start
 
     def can_trim_to(self, length: int) -> bool:
         """Whether what the first `length` tokens left is still there."""
@@ -138,19 +152,40 @@ class RingPlacement(Placement):
             return self._plan_line(length, lengths)
         uniform = len(set(self.offsets)) == 1 and min(lengths) == length
         offset = mx.array(self.offsets, dtype=mx.int32)
+        step = self._beyond_window(offset, length, uniform)
+        if length == 1 and min(lengths) == 1:
+            self._plan_decode(step, offset, uniform)
+        else:
+            self._plan_view(step, offset)
+            self._plan_gather(step, offset, lengths)
+        return step
+
+    def plan_tentative(self, length: int) -> Step:
+        if max(self.offsets) + length <= self.window:
+            return super().plan_tentative(length)
+        offset = mx.array(self.offsets, dtype=mx.int32)
+        step = self._beyond_window(offset, length, uniform=True)
+        self._plan_view(step, offset)
+        step.stores_later = True
+        return step
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        while start < stop:
+            slot = self._slot(start)
+            end = min(stop, start + self.window - slot)  # the ring's last slot, or the line's
+            yield start, end, slot
+            start = end
+
+    def _beyond_window(self, offset: mx.array, length: int, uniform: bool) -> Step:
+        """What any step has that leads beyond the window."""
         step = Step(
             offset=self.offsets[0] if uniform else offset,
             length=length,
             visible=self.slots_for(max(self.offsets)),
             capacity=self.window,
         )
-        positions = offset[:, None] + mx.arange(length)
         if self.keep:
-            step.sink_positions = mx.minimum(positions, self.window - 1)
-        if length == 1 and min(lengths) == 1:
-            self._plan_decode(step, offset, uniform)
-        else:
-            self._plan_chunk(step, offset, positions, lengths)
+            step.sink_positions = mx.minimum(offset[:, None] + mx.arange(length), self.window - 1)
         return step
 
     def _plan_decode(self, step: Step, offset: mx.array, uniform: bool) -> None:
@@ -162,10 +197,10 @@ class RingPlacement(Placement):
         step.write_at = mx.array([[self._slot(o)] for o in self.offsets], dtype=mx.int32)
         step.mask = (self._slot_positions(offset + 1, self.window) >= 0)[:, None, None]
 
-    def _plan_chunk(self, step: Step, offset: mx.array, positions: mx.array, lengths: list[int]) -> None:
-        """Several tokens: all of the old slots are still seen by some query, so store after looking."""
-        stored = step.visible
-        held = self._slot_positions(offset, stored)
+    def _plan_view(self, step: Step, offset: mx.array) -> None:
+        """Several tokens: all of the old slots are still seen by some query, so they are looked at before storing."""
+        positions = offset[:, None] + mx.arange(step.length)
+        held = self._slot_positions(offset, step.visible)
         seen = mx.concatenate([held, positions], axis=1)[:, None, :]
         queries = positions[:, :, None]
         in_window = (queries - seen < self.window - self.keep) | (seen < self.keep)
@@ -173,6 +208,9 @@ class RingPlacement(Placement):
         if min(self.offsets) < min(self.keep, max(self.offsets)):  # a shorter row's sinks are among the new tokens
             step.sinks = (seen < self.keep)[:, None]
 
+    def _plan_gather(self, step: Step, offset: mx.array, lengths: list[int]) -> None:
+        """What the slots hold afterwards, out of all that was looked at."""
+        stored = step.visible
         slots = self.slots_for(max(o + n for o, n in zip(self.offsets, lengths, strict=True)))
         end = offset + mx.array(lengths, dtype=mx.int32)
         will_hold = self._slot_positions(end, slots)
