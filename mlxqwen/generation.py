@@ -105,16 +105,8 @@ def generate_tokens(
     params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
     if len(params) != len(rows):
         raise OptionError(f"sampling: found {len(params)} sets of parameters for {len(rows)} prompts")
-    if cache is None:
-        cache = make_cache(model, batch_size=len(rows))
-    elif not isinstance(cache, KVCache):
-        raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
-    elif cache.batch_size != len(rows):
-        raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
-    elif not cache.fits(model.config):
-        raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
-    if cached_tokens is not None:
-        _check_cached_tokens(cached_tokens, cache, rows)
+    cache = make_cache(model, batch_size=len(rows)) if cache is None else cache
+    check_cache(cache, model, rows, cached_tokens)
     held = cache.offsets if cached_tokens is None else [0] * len(rows)
     return TokenStream(
         model,
@@ -156,6 +148,20 @@ def as_token_ids(tokens: object) -> list[Any]:
     raise OptionError(f"prompt: found {type(tokens).__name__}, expected text or token ids")
 
 
+def check_cache(
+    cache: KVCache, model: Qwen3ForCausalLM, rows: Sequence[Sequence[int]], cached_tokens: int | None
+) -> None:
+    """Refuse a cache that these prompts cannot go on with. Raises `OptionError` or `CacheError`."""
+    if not isinstance(cache, KVCache):
+        raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
+    if cache.batch_size != len(rows):
+        raise CacheError(f"cache: made for {cache.batch_size} rows, found {len(rows)} prompts")
+    if not cache.fits(model.config):
+        raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
+    if cached_tokens is not None:
+        _check_cached_tokens(cached_tokens, cache, rows)
+
+
 def _check_cached_tokens(count: object, cache: KVCache, rows: Sequence[Sequence[int]]) -> None:
     shortest = min(map(len, rows))
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < shortest:
@@ -185,7 +191,8 @@ def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     return rows
 
 
-def _check_ids(name: str, tokens: Sequence[Any], vocab_size: int) -> None:
+def check_ids(name: str, tokens: Sequence[Any], vocab_size: int) -> None:
+    """Refuse what is no token id of the model. Raises `OptionError`."""
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise OptionError(f"{name}: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
@@ -195,7 +202,7 @@ def check_prompt(tokens: Sequence[Any], vocab_size: int) -> None:
     """Refuse an empty prompt and what is no token id of the model. Raises `OptionError`."""
     if not tokens:
         raise OptionError("prompt: found no tokens, expected at least one")
-    _check_ids("prompt", tokens, vocab_size)
+    check_ids("prompt", tokens, vocab_size)
 
 
 @dataclass(slots=True)
@@ -333,7 +340,7 @@ class TokenStream:
         """
         if not 0 <= row < len(self._rows):
             raise OptionError(f"force: found row {row}, expected a row from 0 to {len(self._rows) - 1}")
-        _check_ids("force", tokens, self._model.config.vocab_size)
+        check_ids("force", tokens, self._model.config.vocab_size)
         if not self._rows[row].pending:
             self._rows[row].unless = frozenset(unless)
         self._rows[row].pending.extend(tokens)

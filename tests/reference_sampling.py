@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,6 +50,20 @@ def probabilities(
 
 def total_variation(left: Floats, right: Floats) -> float:
     return float(np.abs(left - right).sum() / 2)
+
+
+def assert_drawn_from(expected: Floats, tokens: Sequence[int]) -> None:
+    """Chi-square at six standard deviations over twenty groups; nothing outside the distribution at all."""
+    counts = np.bincount(tokens, minlength=expected.size)
+    assert counts[expected == 0].sum() == 0
+    # Groups in an order unrelated to probability, each of about the same mass.
+    order = np.random.default_rng(0).permutation(expected.size)
+    group = np.minimum(np.cumsum(expected[order]) * 20, 19.5).astype(int)
+    wanted = np.bincount(group, expected[order] * len(tokens))
+    found = np.bincount(group, counts[order])
+    some = wanted > 0
+    statistic = ((found[some] - wanted[some]) ** 2 / wanted[some]).sum()
+    assert statistic < some.sum() + 6 * math.sqrt(2 * some.sum())
 
 
 def _softmax(scores: Floats) -> Floats:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mlxqwen.errors import GenerationError, OptionError
 from mlxqwen.sampling import Sampler, check_token, token_logprobs
 from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams, resolve_sampling
-from tests.reference_sampling import penalised, probabilities, total_variation
+from tests.reference_sampling import assert_drawn_from, penalised, probabilities, total_variation
 
 QWEN_VOCAB = 151_936
 GREEDY = SamplingParams(temperature=0.0)
@@ -54,20 +54,6 @@ def draws(logits: mx.array, params: SamplingParams, count: int) -> list[int]:
         chunk = [sampler(logits[None]) for _ in range(min(500, count - start))]
         tokens += ids(mx.concatenate(chunk))
     return tokens
-
-
-def assert_drawn_from(expected: NDArray[np.float64], tokens: Sequence[int]) -> None:
-    """Chi-square at six standard deviations over twenty groups; nothing outside the distribution at all."""
-    counts = np.bincount(tokens, minlength=expected.size)
-    assert counts[expected == 0].sum() == 0
-    # Groups in an order unrelated to probability, each of about the same mass.
-    order = np.random.default_rng(0).permutation(expected.size)
-    group = np.minimum(np.cumsum(expected[order]) * 20, 19.5).astype(int)
-    wanted = np.bincount(group, expected[order] * len(tokens))
-    found = np.bincount(group, counts[order])
-    some = wanted > 0
-    statistic = ((found[some] - wanted[some]) ** 2 / wanted[some]).sum()
-    assert statistic < some.sum() + 6 * math.sqrt(2 * some.sum())
 
 
 # Parameters

@@ -1,0 +1,362 @@
+"""Speculative decoding: against plain decoding with the same seed, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_map
+
+from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
+from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
+from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling import Sampler
+from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.speculation import Drafter, DraftModel, PromptLookup, SpeculativeStream, speculate_tokens
+from mlxqwen.speculation.drafter import DraftLength
+from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
+from tests.reference_sampling import assert_drawn_from, probabilities
+from tests.tolerance import to_numpy, worst
+
+GREEDY = SamplingParams(temperature=0)
+IDS = st.integers(0, VOCAB_SIZE - 1)
+PROMPT = st.lists(IDS, min_size=1, max_size=20)
+SEEDED = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    presence_penalty=st.sampled_from([0.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+class KnowsTheReply:
+    """Guesses what will be said, but for the places of the reply that it gets wrong."""
+
+    def __init__(self, prompt: Sequence[int], reply: Sequence[int], wrong: set[int]) -> None:
+        right = [(token + (place in wrong)) % VOCAB_SIZE for place, token in enumerate(reply)]
+        self._text = [*prompt, *right]
+
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
+        return self._text[len(text) : len(text) + count]
+
+
+class NoIdea:
+    """Never guesses."""
+
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
+        return []
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each step takes that a model takes from here on."""
+    lengths: list[int] = []
+    step = Qwen3Model.__call__
+
+    def recorded(self: Qwen3Model, tokens: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        lengths.append(tokens.shape[1])
+        return step(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen3Model, "__call__", recorded)
+    return lengths
+
+
+def tokens_of(stream: TokenStream | SpeculativeStream) -> list[int]:
+    return [one.token for one in stream]
+
+
+def held(cache: KVCache) -> list[mx.array]:
+    slots = cache.placement.slots_for(cache.offset)
+    return [part[..., :slots, :].astype(mx.float32) for part in cache.state]
+
+
+def disturbed(model: Qwen3ForCausalLM, amount: float) -> Qwen3ForCausalLM:
+    """A model that mostly agrees: each weight off by about `amount` of itself."""
+    copy = random_model()
+    keys = iter(mx.random.split(mx.random.key(5), 64))
+    noisy = tree_map(lambda w: w * (1 + amount * mx.random.normal(w.shape, key=next(keys))), model.parameters())
+    copy.update(noisy)
+    return copy
+
+
+# The reply is that of plain decoding
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), prompt=PROMPT, params=SEEDED, count=st.integers(1, 30), drafts=st.integers(1, 9))
+def test_a_reply_is_that_of_the_seed_whatever_is_guessed(
+    tiny: Qwen3ForCausalLM, data: st.DataObject, prompt: list[int], params: SamplingParams, count: int, drafts: int
+) -> None:
+    window = data.draw(st.sampled_from([None, 6, 16]), label="window")
+    kv_bits = data.draw(st.sampled_from([None, 8]), label="kv_bits")
+    ends = data.draw(st.sets(IDS, max_size=8), label="ends")
+    plain_cache, cache = (make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits) for _ in range(2))
+    how: dict[str, Any] = {"sampling": params, "max_tokens": count, "eos_token_ids": ends}
+    expected = list(generate_tokens(tiny, prompt, cache=plain_cache, **how))
+    wrong = data.draw(st.sets(st.integers(0, count)), label="wrong")
+    drafter = KnowsTheReply(prompt, [one.token for one in expected], wrong)
+    stream = speculate_tokens(tiny, prompt, drafter, draft_tokens=drafts, cache=cache, **how)
+    found = []
+    for one in stream:
+        found.append(one)
+        assert cache.offset == len(prompt) + len(found) - 1  # all but this token
+    assert found == expected
+    assert cache.offsets == plain_cache.offsets
+    for ours, theirs in zip(held(cache), held(plain_cache), strict=True):
+        assert worst(ours, theirs) <= (1e-4 if kv_bits is None else 2.0)
+    assert stream.accepted_tokens <= stream.drafted_tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), prompt=PROMPT, params=SEEDED)
+def test_forced_tokens_and_an_end_anywhere_leave_what_plain_decoding_leaves(
+    tiny: Qwen3ForCausalLM, data: st.DataObject, prompt: list[int], params: SamplingParams
+) -> None:
+    """Forced in the middle of what was guessed right, left alone where the model says one of `unless`, then stopped."""
+    at = data.draw(st.integers(0, 12), label="forced behind so many")
+    forced = data.draw(st.lists(IDS, max_size=12), label="forced")
+    unless = data.draw(st.sets(IDS, max_size=20), label="unless")
+    last = data.draw(st.integers(1, 25), label="stopped at")
+    window = data.draw(st.sampled_from([None, 9]), label="window")
+
+    def run(stream: TokenStream | SpeculativeStream) -> list[GeneratedToken]:
+        told: list[GeneratedToken] = []
+        if at == 0:
+            stream.force(0, forced, unless=unless)
+        for one in stream:
+            told.append(one)
+            if len(told) == at:
+                stream.force(0, forced, unless=unless)
+            if len(told) == last:
+                stream.stop(0)
+        return told
+
+    caches = [make_cache(tiny, max_kv_size=window, keep=2) for _ in range(2)]
+    how: dict[str, Any] = {"sampling": params, "max_tokens": 30}
+    expected = run(generate_tokens(tiny, prompt, cache=caches[0], **how))
+    drafter = KnowsTheReply(prompt, [one.token for one in expected], data.draw(st.sets(st.integers(0, 25))))
+    assert run(speculate_tokens(tiny, prompt, drafter, cache=caches[1], **how)) == expected
+    assert caches[0].offsets == caches[1].offsets
+    replies = [tokens_of(generate_tokens(tiny, [5], sampling=GREEDY, max_tokens=5, cache=cache)) for cache in caches]
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_stream_left_in_the_middle_of_right_guesses_holds_what_was_told(
+    tiny: Qwen3ForCausalLM, window: int | None
+) -> None:
+    cache = make_cache(tiny, max_kv_size=window, keep=2)
+    reply = tokens_of(generate_tokens(tiny, [1, 2, 3], sampling=GREEDY, max_tokens=20))
+    if window is not None:
+        ring = make_cache(tiny, max_kv_size=window, keep=2)
+        reply = tokens_of(generate_tokens(tiny, [1, 2, 3], sampling=GREEDY, max_tokens=20, cache=ring))
+    stream = speculate_tokens(
+        tiny, [1, 2, 3], KnowsTheReply([1, 2, 3], reply, set()), sampling=GREEDY, cache=cache, draft_tokens=9
+    )
+    told = [next(stream).token for _ in range(9)]
+    stream.close()
+    assert told == reply[:9]
+    assert cache.offset == 3 + 8
+    rest = generate_tokens(tiny, told[-1:], sampling=GREEDY, max_tokens=5, cache=cache)
+    assert tokens_of(rest) == reply[9:14]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=3), SamplingParams(seed=3, repetition_penalty=1.2)])
+@pytest.mark.parametrize("window", [None, 12])
+def test_the_drafters_of_the_package_change_no_token(
+    tiny: Qwen3ForCausalLM, params: SamplingParams, window: int | None
+) -> None:
+    prompt = [1, 2, 3, 4, 1, 2, 3, 4]
+    caches = [make_cache(tiny, max_kv_size=window) for _ in range(4)]
+    expected = tokens_of(generate_tokens(tiny, prompt, sampling=params, max_tokens=40, cache=caches.pop()))
+    close, strange = DraftModel(disturbed(tiny, 0.02)), DraftModel(disturbed(tiny, 1.0), max_kv_size=20, kv_bits=8)
+    for drafter in (PromptLookup(), close, strange):
+        stream = speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=40, cache=caches.pop())
+        assert tokens_of(stream) == expected
+        if drafter is close:
+            assert stream.accepted_tokens > stream.drafted_tokens / 4
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 100), limit=st.integers(1, 60))
+def test_the_context_and_the_limit_end_a_reply_where_they_would(tiny: Qwen3ForCausalLM, seed: int, limit: int) -> None:
+    params, prompt = SamplingParams(seed=seed), list(range(30))
+    expected = list(generate_tokens(tiny, prompt, sampling=params, max_tokens=limit))
+    drafter = KnowsTheReply(prompt, [one.token for one in expected] + [7] * 40, set())
+    found = list(speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=limit))
+    assert found == expected
+    assert found[-1].finish_reason == "length"
+    assert len(found) == min(limit, CONTEXT - 30)
+
+
+def test_what_a_cache_holds_is_not_read_again(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
+    cache = make_cache(tiny)
+    first = tokens_of(speculate_tokens(tiny, [1, 2, 3], PromptLookup(), sampling=GREEDY, max_tokens=10, cache=cache))
+    passes.clear()
+    prompt, done = [1, 2, 3, *first, 4, 5], []
+    stream = speculate_tokens(
+        tiny,
+        prompt,
+        NoIdea(),
+        sampling=GREEDY,
+        max_tokens=3,
+        cache=cache,
+        cached_tokens=12,
+        prefill_chunk=2,
+        on_prefill=lambda *progress: done.append(progress),
+    )
+    assert tokens_of(stream) == tokens_of(generate_tokens(tiny, prompt, sampling=GREEDY, max_tokens=3))
+    assert passes[:2] == [2, 1]
+    assert done == [(0, 3), (2, 3), (3, 3)]
+
+
+# Passes of the model, and what is counted
+
+
+def test_right_guesses_save_passes(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
+    reply = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=30))
+    passes.clear()
+    stream = speculate_tokens(tiny, [1, 2], KnowsTheReply([1, 2], reply, set()), sampling=GREEDY, max_tokens=30)
+    assert tokens_of(stream) == reply
+    # The prompt; then one token and 4 guesses, one and 8, ... so that the limit is met by the token behind the last.
+    assert passes == [2, 5, 9, 9, 6]
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (25, 25)
+
+
+def test_wrong_guesses_are_given_up(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
+    reply = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=50))
+    passes.clear()
+    drafter = KnowsTheReply([1, 2], reply, set(range(50)))
+    stream = speculate_tokens(tiny, [1, 2], drafter, sampling=GREEDY, max_tokens=50)
+    assert tokens_of(stream) == reply
+    # Four guesses and one, then one behind pauses of 1, 2, 4, 8 and 16 passes.
+    guesses = [place for place, length in enumerate(passes[1:]) if length > 1]
+    assert guesses == [0, 1, 3, 6, 11, 20, 37]
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (10, 0)
+
+
+def test_forced_tokens_are_read_together_and_are_no_guesses(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
+    stream = speculate_tokens(tiny, [1, 2], NoIdea(), sampling=GREEDY, max_tokens=20)
+    next(stream)
+    stream.force(0, [7, 8, 9, 10, 11])
+    assert [next(stream).token for _ in range(5)] == [7, 8, 9, 10, 11]
+    assert passes == [2, 6]
+    assert (stream.drafted_tokens, stream.accepted_tokens) == (0, 0)
+
+
+def test_draft_lengths_follow_what_was_right() -> None:
+    length = DraftLength(10)
+    found = []
+    for drafted, accepted in [(4, 4), (8, 8), (10, 6), (7, 0), (1, 1), (2, 2)]:
+        found.append(length.next())
+        length.record(drafted, accepted)
+    assert [*found, length.next()] == [4, 8, 10, 7, 1, 2, 4]
+
+
+# Statistics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("params", "drafter"),
+    [
+        (SamplingParams(), PromptLookup(1)),
+        (SamplingParams(temperature=0.7, top_k=3), KnowsTheReply([1, 2, 1, 2], [3, 3, 3], set())),
+        (SamplingParams(top_p=0.8), PromptLookup(1)),
+        (SamplingParams(min_p=0.1), KnowsTheReply([1, 2, 1, 2], [0, 1, 0], set())),
+        (SamplingParams(presence_penalty=2.0, frequency_penalty=1.0), PromptLookup(1)),
+        (SamplingParams(repetition_penalty=1.5, temperature=1.5), KnowsTheReply([1, 2, 1, 2], [4, 4, 4], set())),
+    ],
+    ids=str,
+)
+def test_replies_follow_the_distribution(params: SamplingParams, drafter: Drafter) -> None:
+    """Hundreds of replies of three tokens, against the probabilities of all such replies in float64."""
+    small, prompt = random_model(vocab_size=5), [1, 2, 1, 2]
+    expected = np.ones(5**3)
+    for reply in itertools.product(range(5), repeat=3):
+        for place, token in enumerate(reply):
+            logits = to_numpy(small(mx.array([[*prompt, *reply[:place]]]))[0, -1])
+            expected[np.ravel_multi_index(reply, (5, 5, 5))] *= probabilities(logits, params, prompt, reply[:place])[
+                token
+            ]
+    found = []
+    for seed in range(800):
+        seeded = dataclasses.replace(params, seed=seed)
+        told = tokens_of(speculate_tokens(small, prompt, drafter, sampling=seeded, max_tokens=3))
+        found.append(int(np.ravel_multi_index(tuple(told), (5, 5, 5))))
+    assert_drawn_from(expected, found)
+
+
+# What cannot be
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Qwen3ForCausalLM) -> None:
+    draft = DraftModel(random_model(vocab_size=98))
+    with pytest.raises(
+        OptionError, match=r"^draft model: found a vocabulary of 98 tokens, expected the model's own of 97"
+    ):
+        speculate_tokens(tiny, [1], draft)
+
+
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -1, True, 1.0])
+def test_a_drafter_that_guesses_no_token_is_refused(tiny: Qwen3ForCausalLM, token: Any) -> None:
+    stream = speculate_tokens(tiny, [1], KnowsTheReply([1], [], set()))
+    next(stream)
+    stream._drafter = type("Bad", (), {"propose": lambda *_: [token]})()
+    with pytest.raises(OptionError, match=rf"^draft: found {token!r}, expected token ids from 0 to 96"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt: found no tokens"),
+        ({"prompt": [97]}, "prompt: found 97"),
+        ({"prompt": [[1], [2]]}, r"prompt: found \[1\]"),
+        ({"draft_tokens": 0}, "draft_tokens: found 0"),
+        ({"max_tokens": True}, "max_tokens: found True"),
+        ({"prefill_chunk": 0}, "prefill_chunk: found 0"),
+        ({"sampling": {}}, "sampling: found dict"),
+        ({"cache": []}, "cache: found list"),
+        ({"cached_tokens": 1}, "cached_tokens: found 1"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(tiny: Qwen3ForCausalLM, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{message}"):
+        speculate_tokens(tiny, **{"prompt": [1], "drafter": NoIdea(), **arguments})
+
+
+def test_one_row_alone_is_speculated_on(tiny: Qwen3ForCausalLM) -> None:
+    with pytest.raises(CacheError, match=r"^cache: made for 2 rows, found 1 prompts"):
+        speculate_tokens(tiny, [1], NoIdea(), cache=make_cache(tiny, batch_size=2))
+    with pytest.raises(OptionError, match=r"^force: found row 1, expected a row from 0 to 0"):
+        speculate_tokens(tiny, [1], NoIdea()).force(1, [2])
+    with pytest.raises(ContextLengthError, match=r"^prompt: 64 tokens"):
+        speculate_tokens(tiny, [1] * CONTEXT, NoIdea())
+
+
+def test_a_model_of_no_numbers_ends_with_an_error_and_a_draft_model_of_none_guesses_nothing(
+    tiny: Qwen3ForCausalLM,
+) -> None:
+    broken = random_model()
+    broken.model.norm.weight = broken.model.norm.weight * mx.nan
+    with pytest.raises(GenerationError, match="NaN"):
+        next(speculate_tokens(broken, [1, 2], PromptLookup()))
+    expected = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=10))
+    stream = speculate_tokens(tiny, [1, 2], DraftModel(broken), sampling=GREEDY, max_tokens=10)
+    assert tokens_of(stream) == expected
+    assert stream.drafted_tokens == 0
