@@ -28,6 +28,7 @@ __all__ = ["Detokenizer", "Tokenizer"]
 
 MAX_TEXT_FILE_BYTES = 16 * 2**20
 MAX_NAMED_TEMPLATES = 64
+_SHORT_TEXT_BYTES = 8 * 1024
 
 # Arguments that transformers' method of the same name takes and this one has no use for.
 _TRANSFORMERS_ARGUMENTS = frozenset(
@@ -157,8 +158,13 @@ class Tokenizer:
         return self._encode(lambda: self._backend.encode_plain(text), text)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of the number of tokens of `text`, which is not encoded: its bytes by those of the longest."""
-        return -(-len(unicodedata.normalize("NFC", text).encode()) // self._backend.longest_token)
+        """A lower bound of the number of tokens of `text`, which is not encoded.
+
+        Its bytes by those of the longest token; of a short text only that it has any, for to look through a large
+        vocabulary takes longer than to encode 8 KiB.
+        """
+        size = len(unicodedata.normalize("NFC", text).encode())
+        return -(-size // self._backend.longest_token) if size > _SHORT_TEXT_BYTES else min(size, 1)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.

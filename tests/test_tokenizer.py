@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
@@ -291,14 +291,23 @@ def test_other_decoders_are_named() -> None:
         Tokenizer(other)
 
 
+LONG = 8 * 1024
+
+
+@settings(deadline=None, max_examples=20)
 @given(
-    st.text() | st.lists(st.sampled_from(["e\u0301", "\u1112\u1161\u11ab", " " * 128, "<|im_end|>", "a"])).map("".join)
+    st.text(min_size=1)
+    | st.lists(st.sampled_from(["e\u0301", "\u1112\u1161\u11ab", " " * 128, "<|im_end|>", "a"]), min_size=1).map(
+        "".join
+    )
 )
 def test_no_text_has_fewer_tokens_than_the_bound(text: str) -> None:
-    least = QWEN.least_tokens(text)
-    assert least <= min(len(QWEN.encode(text)), len(QWEN.encode_plain(text)))
-    assert least >= len(text) / 512
+    for whole in (text, text * (LONG // len(text) + 1)):
+        least = QWEN.least_tokens(whole)
+        assert least <= min(len(QWEN.encode(whole)), len(QWEN.encode_plain(whole)))
+        assert least >= len(whole) / 512 or len(whole.encode()) <= LONG
 
 
 def test_the_bound_counts_bytes_by_the_longest_token() -> None:
-    assert [QWEN.least_tokens(text) for text in ("", " ", " " * 128, " " * 129, "é" * 128)] == [0, 1, 1, 2, 2]
+    texts = ("", " ", " " * LONG, " " * (LONG + 1), " " * (LONG + 128), " " * (LONG + 129), "é" * LONG)
+    assert [QWEN.least_tokens(text) for text in texts] == [0, 1, 1, 65, 65, 66, 128]

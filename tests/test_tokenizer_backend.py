@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import TokenizerError
@@ -82,6 +82,7 @@ TEXT = st.lists(st.text(max_size=12) | st.sampled_from(PIECES) | st.sampled_from
 # --- the same ids, spellings and texts ------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_texts_have_the_library_s_ids(text: str) -> None:
     tokenizer = compiled_qwen()
@@ -89,6 +90,7 @@ def test_texts_have_the_library_s_ids(text: str) -> None:
     assert tokenizer.encode_plain(text) == QWEN.encode_plain(text)
 
 
+@settings(deadline=None)
 @given(st.text("etaoin shrdlu", max_size=200))
 def test_words_of_many_merges_have_the_library_s_ids(text: str) -> None:
     assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
@@ -141,6 +143,7 @@ def test_added_tokens_have_the_library_s_ids_and_rules() -> None:
         assert getattr(tokenizer, f"{name}_id") == getattr(QWEN, f"{name}_id")
 
 
+@settings(deadline=None)
 @given(IDS, st.booleans())
 def test_ids_have_the_library_s_text_whole_and_streamed(ids: list[int], skip: bool) -> None:
     tokenizer = compiled_qwen()
@@ -158,6 +161,7 @@ def test_golden_conversations(case: dict[str, Any]) -> None:
     assert safe == QWEN.apply_chat_template(**arguments, trust_special_tokens=False)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=20), st.text("abc ", max_size=60))
 def test_any_merges_are_applied_in_the_library_s_order(corpus: list[str], text: str) -> None:
     """Few letters and merges learned from chance: pairs compete at every place."""
@@ -281,6 +285,7 @@ def test_tables_come_back_from_their_bytes() -> None:
     assert list(tables.products) == [2, 3]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     whole = Tables.make({"key": 1}, ["a", "b", "ab"], [(0, 1, 2)]).pack()
