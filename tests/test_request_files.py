@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.errors import OptionError
-from mlxqwen.request_files import AnswerFile, BatchRequest, parse_conversation, parse_requests, parse_tools
-from mlxqwen.request_files.batch import digest
+from mlxqwen.request_files.answers import AnswerFile
+from mlxqwen.request_files.batch import BatchRequest, digest, parse_requests
+from mlxqwen.request_files.conversations import parse_conversation, parse_tools
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
 WRAPPED = {"type": "function", "function": CLOCK}

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mlxqwen.chat_options import ChatRequest
     from mlxqwen.engine import Engine
     from mlxqwen.events import Done
-    from mlxqwen.request_files import AnswerFile, BatchRequest
+    from mlxqwen.request_files.answers import AnswerFile
+    from mlxqwen.request_files.batch import BatchRequest
 
     _Answer = tuple[BatchRequest, dict[str, Any], int]  # its fields, and its number of tokens
 
@@ -58,7 +59,9 @@ _SHAPING = (
 def generate_batch(options: Mapping[str, Any]) -> int:
     """Answer all lines of --batch that --output has no answer to yet → the exit status."""
     with leave_at_once():
-        from mlxqwen.request_files import AnswerFile, parse_requests, parse_tools
+        from mlxqwen.request_files.answers import AnswerFile
+        from mlxqwen.request_files.batch import parse_requests
+        from mlxqwen.request_files.conversations import parse_tools
 
     check_values(options)
     source, output = options["batch"], Path(options["output"])

@@ -1,11 +1,9 @@
-"""`mlxqwen cache`, and what other commands show of a conversion at load time."""
+"""`mlxqwen cache`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,6 @@ import click
 
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.table import Column, columns_of, table
-from mlxqwen.cli.terminal import ConversionProgress
 from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from mlxqwen.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
     from mlxqwen_convert.cached import CachedModel, Removal
 
-__all__ = ["cache", "conversion_progress"]
+__all__ = ["cache"]
 
 _UNKNOWN = "unknown"  # of a model whose conversion begins at this moment, or whose record is damaged
 _COLUMNS = (
@@ -38,27 +35,6 @@ _TOKENIZER_COLUMNS = (
     Column("last used", left_out=2),
     Column("state"),
 )
-
-
-@contextmanager
-def conversion_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, wiped at the end; an interrupted conversion says that it will go on."""
-    bar, unfinished = ConversionProgress(sys.stderr), False
-
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal unfinished
-        unfinished = stage != "verifying" or done < total
-        bar(stage, done, total)
-
-    try:
-        yield show
-    except KeyboardInterrupt:
-        bar.close()
-        if unfinished:
-            sys.stderr.write("interrupted; the same command goes on from here\n")
-        raise
-    finally:
-        bar.close()
 
 
 @click.group()

@@ -25,7 +25,7 @@ from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source
 
 if TYPE_CHECKING:
     from mlxqwen.engine import Engine, Event
-    from mlxqwen.request_files import MessagesWithTools
+    from mlxqwen.request_files.conversations import MessagesWithTools
 
 __all__ = ["generate"]
 
@@ -86,7 +86,7 @@ def _read_text(options: Mapping[str, Any]) -> str:
 def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
     """Messages and tools from all options that give some."""
     with leave_at_once():
-        from mlxqwen.request_files import MessagesWithTools, parse_conversation, parse_tools
+        from mlxqwen.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
 
     messages, tools = options["messages"], options["tools"]
     conversation = MessagesWithTools(())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxqwen.cli.cache import conversion_progress
 from mlxqwen.cli.completion import complete_folder
+from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.errors import OptionError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlxqwen.errors import TokenizerError
 from mlxqwen.json_file import read_bounded
-from mlxqwen.tokenizer_backend import background, store
+from mlxqwen.tokenizer_backend import store
 from mlxqwen.tokenizer_backend.compiled import CompiledBackend
 from mlxqwen.tokenizer_backend.library import LibraryBackend, TokenizerBackend
 
@@ -36,6 +36,8 @@ def open_backend(path: Path) -> TokenizerBackend:
         return CompiledBackend(tables, lambda: _read_again(path, digest))
     library = LibraryBackend.parse(data, str(path))
     if entry is not None and tables is None and store.is_writable(entry):
+        from mlxqwen.tokenizer_backend import background
+
         background.start(path, digest)
     return library
 
