@@ -58,6 +58,14 @@ class Device:
         """
         return self.is_gpu
 
+    @property
+    def compiles_kernels(self) -> bool:
+        """Whether chains of elementwise operations are compiled into one kernel.
+
+        A GPU's driver does that in passing; on a CPU, MLX starts a C++ compiler for each.
+        """
+        return self.is_gpu
+
 
 def device_from_info(info: Mapping[str, Any], *, is_gpu: bool, physical: int, limit: int | None = None) -> Device:
     """The machine that MLX describes.

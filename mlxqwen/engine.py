@@ -69,6 +69,7 @@ def load(
     revision: str | None = None,
     yarn_factor: float | None = None,
     force: bool = False,
+    fused: bool = True,
     on_convert: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, Tokenizer]:
     """Load a model and its tokenizer.
@@ -82,6 +83,8 @@ def load(
         revision: a branch, tag or commit of a hub id.
         yarn_factor: shorter for YaRN over the trained context.
         force: load even what does not fit this machine's memory.
+        fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
+            in an MLX checkpoint, to be looked at or trained.
         on_convert: called as a conversion goes on: "converting" or "verifying", weights done, weights in all.
 
     Raises:
@@ -94,6 +97,7 @@ def load(
         revision=revision,
         yarn_factor=yarn_factor,
         force=force,
+        fused=fused,
         on_convert=on_convert,
     )
     return engine.model, engine.tokenizer

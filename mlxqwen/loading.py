@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -23,7 +23,7 @@ from mlxqwen.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.layers.moe import QuantizedSwitchLinear, SwitchLinear
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.model import CompiledDecoder, Qwen3ForCausalLM
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -76,6 +76,7 @@ class LoadOptions(TypedDict, total=False):
     rope_scaling: Mapping[str, Any] | None
     yarn_factor: float | None
     force: bool
+    fused: bool
     device: Device | None
 
 
@@ -97,6 +98,7 @@ def prepare_model(
     rope_scaling: Mapping[str, Any] | None = None,
     yarn_factor: float | None = None,
     force: bool = False,
+    fused: bool = True,
     device: Device | None = None,
     convert: Convert | None = None,
 ) -> Callable[[], Qwen3ForCausalLM]:
@@ -108,6 +110,8 @@ def prepare_model(
         rope_scaling: replaces the RoPE scaling of `config.json`, in the same form.
         yarn_factor: extends the trained context this many times by YaRN.
         force: load even what does not fit this machine.
+        fused: lay projections of the same input together, which is quicker; without, every weight is found under its
+            name in an MLX checkpoint, to be looked at or trained.
         device: the machine to load for; by default this one.
         convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
 
@@ -138,7 +142,13 @@ def prepare_model(
 
         made = convert(folder, check_size)
         return prepare_model(
-            made, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, force=force, device=device
+            made,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            yarn_factor=yarn_factor,
+            force=force,
+            fused=fused,
+            device=device,
         )
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
@@ -165,7 +175,14 @@ def prepare_model(
 
     def read() -> Qwen3ForCausalLM:
         device.keep_resident()
-        _fill(model, checkpoint, sources, compute)
+        for layer, weights in _weights_by_layer(checkpoint, sources, compute):
+            model.update(tree_unflatten(weights))
+            weights.clear()
+            if fused and layer is not None:
+                model.model.layers[layer].fuse(compile_kernels=device.compiles_kernels)
+                mx.clear_cache()  # the parts
+        if fused and device.compiles_kernels:
+            model.model.decoder = CompiledDecoder(model.model.layers)
         return model
 
     return read
@@ -387,26 +404,34 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
     return True
 
 
-def _fill(model: Qwen3ForCausalLM, checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype) -> None:
-    """Read the weights, in `dtype` but for packed codes, a layer at a time so that little is held twice."""
+def _weights_by_layer(
+    checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
+) -> Iterator[tuple[int | None, list[tuple[str, mx.array]]]]:
+    """Read the weights, in `dtype` but for packed codes → (number of a layer or None, its weights by name).
+
+    They are the caller's: who lets go of one layer's before asking for the next holds no more than that.
+    """
     arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
-    by_layer: dict[str, list[tuple[str, mx.array]]] = {}
+    by_group: dict[str, list[tuple[str, mx.array]]] = {}
     for name, source in sources.items():
-        parts = [arrays[info.name] for info in source.tensors]
-        array = mx.stack(parts) if source.stacked else parts[0]
-        if source.rows is not None:
-            array = array[:, source.rows]
-        if array.dtype != mx.uint32:
-            array = array.astype(dtype)
-        by_layer.setdefault(".".join(name.split(".")[:3]), []).append((name, array))
+        by_group.setdefault(".".join(name.split(".")[:3]), []).append((name, _assemble(source, arrays, dtype)))
     arrays.clear()
-    for layer in list(by_layer):
-        weights = by_layer.pop(layer)
+    for group in list(by_group):
+        weights = by_group.pop(group)
         try:
             mx.eval([array for _, array in weights])
         except RuntimeError as error:  # MLX's word for a file that shrank or failed under its hands
-            raise CheckpointError(f"{checkpoint.folder}: the weights of {layer} could not be read: {error}") from None
-        model.update(tree_unflatten(weights))
+            raise CheckpointError(f"{checkpoint.folder}: the weights of {group} could not be read: {error}") from None
+        yield int(group.rpartition(".")[2]) if group.startswith("model.layers.") else None, weights
+
+
+def _assemble(source: _Source, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
+    """One parameter, of the tensors that it is made of; not read yet."""
+    parts = [arrays[info.name] for info in source.tensors]
+    array = mx.stack(parts) if source.stacked else parts[0]
+    if source.rows is not None:
+        array = array[:, source.rows]
+    return array if array.dtype == mx.uint32 else array.astype(dtype)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

@@ -1,12 +1,15 @@
 """Qwen3, dense or mixture of experts layer by layer.
 
-Shapes: `B` rows, `L` tokens a row. Modules are named as their tensors are in the checkpoints, so that a weight's name
-is the path to it.
+Shapes: `B` rows, `L` tokens a row; within the layers the tokens of all rows stand one behind the other,
+`[B * L, hidden_size]`. Modules are named as their tensors are in the checkpoints, so that a weight's name is the path
+to it, until `fuse` lays some together. What runs in every layer of every step reads children as `self["name"]`: a
+module's attributes are slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import mlx.core as mx
@@ -50,9 +53,53 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
+        """`[B * L, hidden_size]` → `[B * L, hidden_size]`."""
+        attended = self["self_attn"].attend(*self.before_attention(x, batch_size), cache)
+        return self.after_attention(x, attended)
+
+    def before_attention(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values, `[B, heads, L, head_dim]`."""
+        return self["self_attn"].project(self["input_layernorm"](x), batch_size)
+
+    def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+        """Add what was attended to, then the feed-forward's word."""
+        x = x + self["self_attn"].output(attended)
+        return x + self["mlp"](self["post_attention_layernorm"](x))
+
+    def fuse(self, *, compile_kernels: bool) -> None:
+        """Lay projections of the same input together, one module after the other; see `Device.compiles_kernels`."""
+        self.self_attn.fuse()
+        self.mlp.fuse(compile_kernels=compile_kernels)
+
+
+class CompiledDecoder:
+    """All layers for one token a row, where what lies between two attentions is compiled into one call.
+
+    The weights are those that the layers have when a batch size is first met: who means to change them loads a model
+    without.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._attentions = [layer.self_attn for layer in layers]
+        self._first = mx.compile(lambda x: layers[0].before_attention(x, x.shape[0]))
+        self._between = [mx.compile(_between(one, following)) for one, following in pairwise(layers)]
+        self._last = mx.compile(layers[-1].after_attention)
+
+    def __call__(self, x: mx.array, caches: Sequence[LayerCache | None]) -> mx.array:
+        """`[B, hidden_size]` → `[B, hidden_size]`."""
+        queries, keys, values = self._first(x)
+        for attention, between, cache in zip(self._attentions, self._between, caches, strict=False):
+            x, queries, keys, values = between(x, attention.attend(queries, keys, values, cache))
+        return self._last(x, self._attentions[-1].attend(queries, keys, values, caches[-1]))
+
+
+def _between(layer: DecoderLayer, following: DecoderLayer) -> Callable[[mx.array, mx.array], tuple[mx.array, ...]]:
+    def run(x: mx.array, attended: mx.array) -> tuple[mx.array, ...]:
+        x = layer.after_attention(x, attended)
+        return x, *following.before_attention(x, x.shape[0])
+
+    return run
 
 
 class Qwen3Model(nn.Module):
@@ -65,25 +112,30 @@ class Qwen3Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.decoder: CompiledDecoder | None = None
 
     def __call__(
         self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
     ) -> mx.array:
         _check_tokens(tokens)
-        caches: Sequence[LayerCache | None] = [None] * len(self.layers)
+        layers = self.layers
+        B, L = tokens.shape
+        caches: Sequence[LayerCache | None] = [None] * len(layers)
         if cache is not None:
             if not cache.fits(self.config):
                 raise CacheError(
                     "cache: made for a model of another shape", hint="Make it with make_cache and this model."
                 )
-            B, L = tokens.shape
             caches = cache.begin(B, L, lengths)
         elif lengths is not None:
             raise OptionError("lengths: found without a cache", hint="Pass cache=make_cache(model, batch_size=rows).")
-        hidden = self.embed_tokens(tokens)
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, layer_cache)
-        return self.norm(hidden)
+        hidden = self.embed_tokens(tokens.reshape(B * L))
+        if L == 1 and self.decoder is not None:
+            hidden = self.decoder(hidden, caches)
+        else:
+            for layer, layer_cache in zip(layers, caches, strict=True):
+                hidden = layer(hidden, B, layer_cache)
+        return self.norm(hidden).reshape(B, L, -1)
 
 
 def _check_tokens(tokens: object) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlxqwen.cache import KVCache, cache_identity, load_cache, make_cache
 from mlxqwen.cache import layer as cache_layer
 from mlxqwen.cache.placement import Step
+from mlxqwen.cache.storage import Stored
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError, CheckpointError, MlxqwenError, OptionError
 from mlxqwen.footprint import cache_bytes
@@ -324,16 +325,16 @@ def test_a_ring_holds_its_window_and_shows_a_chunk_more(
     slot = new_cache_slot_bytes(kv_bits)
     cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
     shown: list[int] = []
-    store = cache_layer._store_part
+    store = cache_layer._store
 
-    def recorded(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.array, mx.array]:
-        held, seen = store(buffer, new, plan)
-        shown.append(seen.nbytes)
+    def recorded(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
+        held, seen = store(stored, new, plan)
+        shown.extend(part.nbytes for part in seen)
         return held, seen
 
     start = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_layer, "_store_part", recorded)
+        patch.setattr(cache_layer, "_store", recorded)
         for length in [*chunks, 1, 1, 1]:
             shown.clear()
             attend(cache, [random_tokens(length, seed=length)], [(0, length)], length)

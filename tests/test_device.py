@@ -26,6 +26,7 @@ def test_mac_holds_its_working_set() -> None:
     assert device == Device("Apple M1 Max", True, 64 * GIB, 48 * GIB)
     assert device.compute_dtype(mx.bfloat16) == mx.bfloat16
     assert device.overlaps_steps
+    assert device.compiles_kernels
 
 
 def test_cpu_leaves_a_tenth_and_computes_in_float32() -> None:
@@ -34,6 +35,7 @@ def test_cpu_leaves_a_tenth_and_computes_in_float32() -> None:
         assert device == Device("unknown", False, 10 * GIB, 9 * GIB)
         assert device.compute_dtype(mx.bfloat16) == mx.float32
         assert not device.overlaps_steps
+        assert not device.compiles_kernels
 
 
 @pytest.mark.parametrize(("limit", "memory"), [(None, 10 * GIB), (2 * GIB, 2 * GIB), (20 * GIB, 10 * GIB)])

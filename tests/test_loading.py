@@ -161,7 +161,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 def test_codes_stay_packed_and_everything_else_is_computed_in_one_dtype(tmp_path: Path) -> None:
     for dtype in (mx.float32, mx.bfloat16):
-        model = load_model(quantized_folder(tmp_path / str(dtype), WIDE_MOE), dtype=dtype)
+        model = load_model(quantized_folder(tmp_path / str(dtype), WIDE_MOE), dtype=dtype, fused=False)
         parameters = dict(tree_flatten(model.parameters()))
         assert {array.dtype for array in parameters.values()} == {mx.uint32, dtype}
         assert isinstance(model.model.layers[0].mlp.switch_mlp.up_proj, QuantizedSwitchLinear)
@@ -420,13 +420,13 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_between_the_check_and_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path, DENSE, make_weights(DENSE))
     path = folder / "model.safetensors"
-    fill = loading._fill
+    weights_by_layer = loading._weights_by_layer
 
-    def shrink_and_fill(*arguments: Any) -> None:
+    def shrink_and_read(*arguments: Any) -> Any:
         path.write_bytes(path.read_bytes()[:-5000])
-        fill(*arguments)
+        return weights_by_layer(*arguments)
 
-    monkeypatch.setattr(loading, "_fill", shrink_and_fill)
+    monkeypatch.setattr(loading, "_weights_by_layer", shrink_and_read)
     assert str(folder) in refusal(folder)
 
 
@@ -522,7 +522,7 @@ def test_float16_scales_keep_their_digits_on_a_gpu(tmp_path: Path) -> None:
     """Packed codes from AWQ have them beside bfloat16 norms and embeddings."""
     folder = quantized_folder(tmp_path)
     store_as(folder, ".self_attn.", mx.float16, mx.bfloat16)
-    model = load_model(folder, device=MAC)
+    model = load_model(folder, device=MAC, fused=False)
     stored = Checkpoint.open(folder).arrays()
     scales = "model.layers.0.self_attn.q_proj.scales"
     assert stored[scales].dtype == model.dtype == mx.float16

@@ -77,35 +77,37 @@ def _slots(stored: Stored, start: int, stop: int | None) -> Stored:
 def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
     """Put `new` where the plan says → (the buffers, what the queries look at)."""
     if plan.stores_later:
-        return stored, tuple(
-            _beside(old, part, plan) for old, part in zip(stored or [None] * len(new), new, strict=True)
-        )
-    pairs = [_store_part(old, part, plan) for old, part in zip(stored or [None] * len(new), new, strict=True)]
-    return tuple(buffer for buffer, _ in pairs), tuple(seen for _, seen in pairs)
-
-
-def _store_part(buffer: mx.array | None, new: mx.array, plan: Step) -> tuple[mx.array, mx.array]:
+        return stored, _beside(stored, new, plan.visible)
     if plan.gather is not None:
-        whole = _beside(buffer, new, plan)
-        return mx.take_along_axis(whole, plan.gather[:, None, :, None], axis=-2), whole
-    buffer = _with_room(buffer, new, plan.capacity)
-    if isinstance(plan.write_at, mx.array):
-        slots = mx.broadcast_to(plan.write_at[:, None, :, None], new.shape)
-        buffer = mx.put_along_axis(buffer, slots, new, axis=-2)
+        whole, slots = _beside(stored, new, plan.visible), plan.gather[:, None, :, None]
+        return tuple(mx.take_along_axis(part, slots, axis=2) for part in whole), whole
+    buffers = stored if stored and stored[0].shape[2] >= plan.capacity else _with_room(stored, new, plan.capacity)
+    start, visible = plan.write_at, plan.visible
+    if isinstance(start, mx.array):
+        buffers = tuple(_scattered(buffer, part, start) for buffer, part in zip(buffers, new, strict=True))
     else:
-        buffer[..., plan.write_at : plan.write_at + plan.length, :] = new
-    return buffer, buffer if plan.visible == buffer.shape[-2] else buffer[..., : plan.visible, :]
+        stop = start + plan.length
+        for number, part in enumerate(new):
+            buffers[number][:, :, start:stop] = part
+    if visible == buffers[0].shape[2]:
+        return buffers, buffers
+    return buffers, tuple([buffer[:, :, :visible] for buffer in buffers])
 
 
-def _beside(buffer: mx.array | None, new: mx.array, plan: Step) -> mx.array:
+def _beside(stored: Stored, new: Stored, visible: int) -> Stored:
     """The stored slots that queries look at, and `new` behind them."""
-    return new if buffer is None else mx.concatenate([buffer[..., : plan.visible, :], new], axis=-2)
+    if not stored:
+        return new
+    return tuple(mx.concatenate([old[:, :, :visible], part], axis=2) for old, part in zip(stored, new, strict=True))
 
 
-def _with_room(buffer: mx.array | None, like: mx.array, capacity: int) -> mx.array:
-    B, heads, _, width = like.shape
-    held = 0 if buffer is None else buffer.shape[-2]
-    if buffer is not None and held >= capacity:
-        return buffer
-    room = mx.zeros((B, heads, capacity - held, width), dtype=like.dtype)
-    return room if buffer is None else mx.concatenate([buffer, room], axis=-2)
+def _with_room(stored: Stored, like: Stored, capacity: int) -> Stored:
+    """Buffers of `capacity` slots that begin with what is stored."""
+    held = stored[0].shape[2] if stored else 0
+    rooms = [mx.zeros((*part.shape[:2], capacity - held, part.shape[3]), dtype=part.dtype) for part in like]
+    return _beside(stored, tuple(rooms), held)
+
+
+def _scattered(buffer: mx.array, new: mx.array, slots: mx.array) -> mx.array:
+    """`buffer` with token `l` of row `b` in slot `slots[b, l]`."""
+    return mx.put_along_axis(buffer, mx.broadcast_to(slots[:, None, :, None], new.shape), new, axis=2)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxqwen.config import AffineQuantization, MoeConfig
-from mlxqwen.layers.mlp import swiglu
+from mlxqwen.layers.linear import FusedLinear, fuse_children, joined_rows
+from mlxqwen.layers.mlp import compiled_swiglu, swiglu
 
-__all__ = ["QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
+__all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
 
 # From this many routed rows on, sorting them by expert pays for itself: each expert's weights are then read once.
 _SORT_FROM = 64
 
 
 def route(router_logits: mx.array, num_experts_per_tok: int, *, norm_topk_prob: bool) -> tuple[mx.array, mx.array]:
-    """Pick experts: `[..., num_experts]` logits → their `[..., k]` indices and weights (float32), in no set order.
+    """Pick experts: `[N, num_experts]` logits → their `[N, k]` indices and weights, in no set order.
 
-    The softmax runs over all experts in float32 before the choice, as in transformers; with `norm_topk_prob` the chosen
-    weights are scaled to sum to one.
+    The weights are the softmax over all experts, in float32 as in transformers; with `norm_topk_prob` scaled to sum to
+    one, which makes them the softmax over the chosen ones alone. They are rounded to the dtype of the logits.
     """
-    probabilities = mx.softmax(router_logits.astype(mx.float32), axis=-1, precise=True)
     k = num_experts_per_tok
-    experts = mx.argpartition(-probabilities, kth=k - 1, axis=-1)[..., :k]
-    weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    experts = mx.stop_gradient(mx.argpartition(router_logits, kth=-k, axis=-1)[:, -k:])
     if norm_topk_prob:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    return experts, weights
+        return experts, mx.softmax(mx.take_along_axis(router_logits, experts, axis=-1), axis=-1, precise=True)
+    return experts, mx.take_along_axis(mx.softmax(router_logits, axis=-1, precise=True), experts, axis=-1)
 
 
 class SwitchLinear(nn.Module):
@@ -55,11 +56,38 @@ class QuantizedSwitchLinear(nn.Module):
         """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
         return mx.gather_qmm(
             x,
-            self.weight,
-            self.scales,
-            self.biases,
+            self["weight"],
+            self["scales"],
+            self["biases"],
             rhs_indices=experts,
-            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            sorted_indices=sorted_experts,
+        )
+
+
+class FusedSwitchLinear(nn.Module):
+    """`FusedLinear` for experts: the parts are `SwitchLinear`s or `QuantizedSwitchLinear`s of the same input."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.weight, *quantization = joined_rows(parts)
+        if quantization:
+            self.scales, self.biases = quantization
+            self.group_size, self.bits = parts[0].group_size, parts[0].bits
+        else:
+            self.weight = self.weight.swapaxes(-1, -2)
+
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool = False) -> mx.array:
+        """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
+        if "scales" not in self:
+            return mx.gather_mm(x, self["weight"], rhs_indices=experts, sorted_indices=sorted_experts)
+        return mx.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            self["biases"],
+            rhs_indices=experts,
             group_size=self.group_size,
             bits=self.bits,
             sorted_indices=sorted_experts,
@@ -74,11 +102,12 @@ class SwitchGLU(nn.Module):
         self.gate_proj = SwitchLinear(hidden_size, moe_intermediate_size, num_experts)
         self.up_proj = SwitchLinear(hidden_size, moe_intermediate_size, num_experts)
         self.down_proj = SwitchLinear(moe_intermediate_size, hidden_size, num_experts)
+        self.swiglu = swiglu
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         N, k = experts.shape
         if N * k < _SORT_FROM:
-            return self._experts(x[:, None, None, :], experts, sorted_experts=False).squeeze(-2)
+            return self._experts(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         chosen = experts.reshape(N * k)
         by_expert = mx.argsort(chosen)
         rows = x[by_expert // k][:, None, :]
@@ -86,9 +115,18 @@ class SwitchGLU(nn.Module):
         return outputs[mx.argsort(by_expert)].reshape(N, k, -1)
 
     def _experts(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        gate = self.gate_proj(x, experts, sorted_experts=sorted_experts)
-        up = self.up_proj(x, experts, sorted_experts=sorted_experts)
-        return self.down_proj(swiglu(gate, up), experts, sorted_experts=sorted_experts)
+        if "gate_up_proj" in self:
+            gate, up = self["gate_up_proj"](x, experts, sorted_experts=sorted_experts).split(2, axis=-1)
+        else:
+            gate = self["gate_proj"](x, experts, sorted_experts=sorted_experts)
+            up = self["up_proj"](x, experts, sorted_experts=sorted_experts)
+        return self["down_proj"](self.swiglu(gate, up), experts, sorted_experts=sorted_experts)
+
+    def fuse(self, *, compile_kernels: bool) -> None:
+        """Lay the projections of the input together, if they are quantized alike."""
+        self.swiglu = compiled_swiglu if compile_kernels else swiglu
+        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear)
+        fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear)
 
 
 class SparseMoeBlock(nn.Module):
@@ -102,8 +140,12 @@ class SparseMoeBlock(nn.Module):
         self.switch_mlp = SwitchGLU(hidden_size, moe.moe_intermediate_size, moe.num_experts)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """`[B, L, hidden_size]` → `[B, L, hidden_size]`."""
-        tokens = x.reshape(-1, x.shape[-1])
-        experts, weights = route(self.gate(tokens), self.num_experts_per_tok, norm_topk_prob=self.norm_topk_prob)
-        outputs = self.switch_mlp(tokens, experts)
-        return (outputs * weights.astype(x.dtype)[..., None]).sum(axis=-2).reshape(x.shape)
+        """`[N, hidden_size]` → `[N, hidden_size]`."""
+        experts, weights = route(self["gate"](x), self.num_experts_per_tok, norm_topk_prob=self.norm_topk_prob)
+        outputs = self["switch_mlp"](x, experts)
+        return (weights[:, None, :] @ outputs).squeeze(1)
+
+    def fuse(self, *, compile_kernels: bool) -> None:
+        """Lay the projections of the input together, if they are quantized alike."""
+        fuse_children(self, ("gate",), "gate", FusedLinear)
+        self.switch_mlp.fuse(compile_kernels=compile_kernels)

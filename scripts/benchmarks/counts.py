@@ -29,7 +29,18 @@ from mlxqwen.sampling_params import SamplingParams
 __all__ = ["all_counts", "conversation_counts", "decoding_counts", "module_counts", "reply_counts"]
 
 # Results of these take no memory of their own: they look at their input's, or write into it.
-_VIEWS = {"Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "SliceUpdate", "Squeeze", "Transpose", "Unflatten"}
+_VIEWS = {
+    "Broadcast",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "SliceUpdate",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unflatten",
+}
 _GRAPHS = ("dense, 4-bit", "MoE, 4-bit")
 _PROMPT = 700  # tokens: two chunks
 _REPLY = 300
