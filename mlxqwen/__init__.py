@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlxqwen.engine import Engine, load
     from mlxqwen.errors import MlxqwenError
     from mlxqwen.events import Done, Event, Timings, Usage, assistant_message
+    from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
     from mlxqwen.sampling_params import SamplingParams
     from mlxqwen.tool_loop import ToolResult, ToolRun
@@ -38,6 +39,7 @@ __all__ = [
     "GenerationResponse",
     "KVCache",
     "MlxqwenError",
+    "PromptCache",
     "Reply",
     "ReplyParser",
     "SamplingParams",
@@ -80,6 +82,7 @@ _HOME = {
     "Timings": "events",
     "Usage": "events",
     "assistant_message": "events",
+    "PromptCache": "prompt_cache",
     "Delta": "reply",
     "Reply": "reply",
     "ReplyParser": "reply",

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from mlxqwen.cache import KVCache
 from mlxqwen.completion import Sampling
 from mlxqwen.errors import OptionError
+from mlxqwen.prompt_cache import PromptCache
 from mlxqwen.sampling_params import SamplingParams
 
 __all__ = [
@@ -60,7 +61,7 @@ class ToolRunOptions(_OwnOptions, _CommonOptions, total=False):
 class ChatOptions(RequestOptions, _CommonOptions, total=False):
     """The options of `Engine.stream`, which says what they mean."""
 
-    cache: KVCache | None
+    cache: KVCache | PromptCache | None
 
 
 class ReplyOptions(TypedDict, total=False):

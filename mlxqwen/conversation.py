@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
 from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.cache.prefix import PrefixCache, common_prefix
-from mlxqwen.chat_options import ChatOptions, ReplyOptions, RequestOptions, ToolRunOptions, check_option_names
+from mlxqwen.cache.prefix import PrefixCache
+from mlxqwen.cached_replies import stream_cached
+from mlxqwen.chat_options import ChatOptions, RequestOptions, ToolRunOptions, check_option_names
 from mlxqwen.conversation_file import read_conversation, write_conversation
 from mlxqwen.engine import Engine
-from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
 from mlxqwen.events import Done, Event, assistant_message
-from mlxqwen.generation import DEFAULT_PREFILL_CHUNK
 from mlxqwen.messages import check_conversation, count_turns, prepare_messages, to_plain_json, without_oldest_turns
-from mlxqwen.prompts import render_prompt
-from mlxqwen.reply import Delta, Reply, join_deltas
+from mlxqwen.prompt_cache import PromptCache, check_prompt_cache
+from mlxqwen.reply import Reply
 from mlxqwen.requests import PreparedRequest, check_shared_options, choose_sampling, prepare_request
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.thinking import check_budget_use
@@ -31,7 +31,6 @@ Message = Mapping[str, Any]
 _E = TypeVar("_E")
 
 _OPENING = {"role": "user", "content": "Hello"}
-_REPLY_NAMES = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk", "on_prefill")
 _WAYS_OUT = (
     "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, extend the context "
     "(--yarn-factor; in Python load(yarn_factor=…)), or slide over it in a window that fits it (--max-kv-size; "
@@ -56,6 +55,7 @@ class Conversation:
         messages: what was said before, as in OpenAI's API; copied.
         max_kv_size, keep, kv_bits: of the cache; see `mlxqwen.make_cache`. A window that has slid on cannot go back:
             it takes up to three times its memory while a reply is made, and up to twice between replies.
+        prompt_cache: goes on with what it holds, instead of a cache of one's own; its `save` is for the caller to call.
         **options: those of `Engine.stream`, but for `cache`, for every turn that gives no others.
 
     Raises:
@@ -76,12 +76,23 @@ class Conversation:
         max_kv_size: int | None = None,
         keep: int = 4,
         kv_bits: int | None = None,
+        prompt_cache: PromptCache | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
         self.engine = engine
         self.options = options
-        self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
-        self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
+        if prompt_cache is None:
+            self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
+            self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
+        else:
+            if (max_kv_size, keep, kv_bits) != (None, 4, None):
+                raise OptionError(
+                    "prompt_cache: found beside options of a cache, expected it alone",
+                    hint="Give max_kv_size, keep and kv_bits to PromptCache.",
+                )
+            self._unused = check_prompt_cache(prompt_cache, engine.model).new_cache()
+            self._held = prompt_cache.held
+        self._has_file = prompt_cache is not None
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
@@ -219,7 +230,8 @@ class Conversation:
         """Forget all that was said; a system message stays."""
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
-        self._held.clear()
+        if not self._has_file:  # whose front the next question may share
+            self._held.clear()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
@@ -289,71 +301,15 @@ class Conversation:
         keep_partial: bool,
     ) -> Generator[Event]:
         """The events of a reply; `said` are the messages that it is added to, or None if its caller sees to that."""
-        deltas: list[Delta] = []
-        is_over = False
-        try:
-            cached_tokens = self._held.begin(request.prompt)
-            options = self._marking(request, options, cached_tokens)
-            reply_options = _reply_options(request, options, self.cache, cached_tokens)
-            for event in self.engine.reply(request.prompt, **reply_options):
-                if isinstance(event, Done):
-                    self._end(said, request, options, event.reply, event.tokens)
-                    is_over = True
-                else:
-                    deltas.append(event)
-                yield event
-        finally:
-            if not is_over and keep_partial and deltas:
-                self._end(said, request, options, join_deltas(deltas), ())
-            elif not is_over:
-                self._held.roll_back()
 
-    def _end(
-        self,
-        said: Sequence[dict[str, Any]] | None,
-        request: PreparedRequest,
-        options: ChatOptions,
-        reply: Reply,
-        reply_tokens: Sequence[int],
-    ) -> None:
-        """The reply counts; `reply_tokens` are those of it that are known."""
-        answer, tokens = assistant_message(reply), (*request.prompt, *reply_tokens)
-        keep = len(tokens)
-        if not reply.tool_calls:  # else their results come next, and all stays
-            keep = common_prefix(tokens, self._prompt_to_come([*request.messages, answer], options) or tokens)
-        self._held.commit(tokens, keep)
-        if said is not None:
-            self.messages[:] = [*said, answer]
+        def add(reply: Reply) -> None:
+            if said is not None:
+                self.messages[:] = [*said, assistant_message(reply)]
 
-    def _marking(self, request: PreparedRequest, options: ChatOptions, cached_tokens: int) -> ChatOptions:
-        """The options with what marks the cache where the next prompt will go on; only a ring needs it."""
-        if self.cache.max_kv_size is None:
-            return options
-        answered = [*request.messages, {**_OPENING, "role": "assistant"}]
-        latest = common_prefix(request.prompt, self._prompt_to_come(answered, options) or ())
-        latest = min(latest, len(request.prompt) - 1)  # so that the same question can be answered anew
-        on_prefill = options.get("on_prefill")
-
-        def mark(done: int, total: int) -> None:
-            self._held.mark(latest)
-            if on_prefill is not None:
-                on_prefill(done, total)
-
-        # Chunks of one length such that one of them ends at most a few tokens before that place.
-        chunk, new = options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK), latest - cached_tokens
-        return {**options, "on_prefill": mark, "prefill_chunk": new // -(-new // chunk) if new > 0 else chunk}
-
-    def _prompt_to_come(self, messages: Sequence[Message], options: ChatOptions) -> list[int] | None:
-        """The ids of `messages` with another question behind them; None if the template cannot have that."""
-        try:
-            return render_prompt(
-                self.engine.tokenizer,
-                [*messages, _OPENING],
-                tools=options.get("tools"),
-                trust_special_tokens=options.get("trust_special_tokens", False),
-            )
-        except MlxqwenError:
-            return None
+        engine = self.engine
+        return stream_cached(
+            engine.reply, engine.tokenizer, self._held, request, options, on_end=add, keep_partial=keep_partial
+        )
 
     def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> PreparedRequest:
         """What is sent; all that can be wrong with messages or options is raised."""
@@ -410,20 +366,6 @@ def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
 def _request_options(options: ChatOptions) -> RequestOptions:
     named = {name: value for name, value in options.items() if name in RequestOptions.__annotations__}
     return cast(RequestOptions, named)
-
-
-def _reply_options(request: PreparedRequest, options: ChatOptions, cache: KVCache, cached_tokens: int) -> ReplyOptions:
-    named = {name: value for name, value in options.items() if name in _REPLY_NAMES}
-    return {
-        **cast(ReplyOptions, named),
-        "sampling": request.sampling,
-        "thinking_budget": request.thinking_budget,
-        "expect_thought": request.expect_thought,
-        "tools": request.tools,
-        "max_tokens": request.max_tokens,
-        "cache": cache,
-        "cached_tokens": cached_tokens,
-    }
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

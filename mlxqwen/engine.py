@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlxqwen.batches import stream_batch
 from mlxqwen.cache import KVCache
+from mlxqwen.cached_replies import stream_cached
 from mlxqwen.chat_options import (
     ChatBatchOptions,
     ChatOptions,
@@ -30,6 +31,7 @@ from mlxqwen.hub import resolve_model
 from mlxqwen.json_file import json_kind
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.prompt_cache import PromptCache, check_prompt_cache
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
@@ -168,7 +170,7 @@ class Engine:
         stop_on_loop: bool = False,
         trust_special_tokens: bool = False,
         drop_oldest: bool = False,
-        cache: KVCache | None = None,
+        cache: KVCache | PromptCache | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Event]:
@@ -193,13 +195,19 @@ class Engine:
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
             drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
-            cache, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+            cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`. Or a `PromptCache`: then
+                the prompt is read only from where it differs from what that holds, which afterwards is what another
+                question behind this reply would share. Its `save` is for the caller to call.
+            prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
         check_budget_use(thinking, thinking_budget, early_stop_text)
+        held = None
+        if isinstance(cache, PromptCache):
+            held, cache = check_prompt_cache(cache, self.model).held, cache.new_cache()
         request = prepare_request(
             self.model,
             self.tokenizer,
@@ -214,6 +222,18 @@ class Engine:
             trust_special_tokens=trust_special_tokens,
             drop_oldest=drop_oldest,
         )
+        if held is not None:
+            options: ChatOptions = {
+                "early_stop_text": early_stop_text,
+                "tools": tools,
+                "stop": stop,
+                "stop_on_loop": stop_on_loop,
+                "trust_special_tokens": trust_special_tokens,
+                "prefill_chunk": prefill_chunk,
+                "on_prefill": on_prefill,
+            }
+            check_shared_options(self.tokenizer, options)
+            return stream_cached(self.reply, self.tokenizer, held, request, options)
         return self.reply(
             request.prompt,
             sampling=request.sampling,

@@ -28,6 +28,7 @@ ROOMS = [
     "loading",
     "footprint",
     "cache",
+    "prompt_cache",
     "sampling_params",
     "sampling",
     "generation",
@@ -51,6 +52,7 @@ ROOMS = [
     "chat_options",
     "requests",
     "events",
+    "cached_replies",
     "batches",
     "tool_loop",
     "engine",
@@ -70,7 +72,7 @@ HOMES = {
     "rich": {"cli"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
-    | {"speculation", "completion", "engine", "cli"},
+    | {"speculation", "completion", "engine", "cli", "prompt_cache"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -29,18 +29,26 @@ class PrefixCache:
     - between generations at most one window, of a ring that has gone on beyond its mark.
 
     Args:
-        cache: empty, of one row. Used by others it is read anew.
+        cache: of one row. Used by others it is read anew.
+        tokens: what it holds.
     """
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, tokens: Sequence[int] = ()) -> None:
         self.cache = cache
-        self._tokens: list[int] = []  # what the cache holds; not known while a generation runs
+        self._tokens = list(tokens)  # not known while a generation runs
         self._mark: Snapshot | None = None  # stands within `_tokens`
         self._before: _State | None = None
+        self.turn = 0  # which generation it is that runs, or ran last
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What the cache holds; nothing is known of it while a generation runs."""
+        return tuple(self._tokens)
 
     def begin(self, prompt: Sequence[int]) -> int:
         """Make ready for a prompt → how many of its first tokens need not be read; its last one always must be."""
         self.roll_back()
+        self.turn += 1
         if self.cache.offset != len(self._tokens):
             self.clear()
         shared = common_prefix(self._tokens, prompt)

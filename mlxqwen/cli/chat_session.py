@@ -19,6 +19,7 @@ from mlxqwen.conversation import Conversation
 from mlxqwen.engine import Engine
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.events import Done, Event
+from mlxqwen.prompt_cache import PromptCache
 
 __all__ = ["ChatSession"]
 
@@ -39,15 +40,25 @@ class ChatSession:
 
     Args:
         options: those of the command line, as click gives them.
+        prompt_cache: what has been read goes there, if given.
         is_interactive: whether somebody is there to stop an answer by Ctrl-C and go on.
     """
 
-    def __init__(self, engine: Engine, view: ChatView, options: Mapping[str, Any], *, is_interactive: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        view: ChatView,
+        options: Mapping[str, Any],
+        prompt_cache: PromptCache | None = None,
+        *,
+        is_interactive: bool,
+    ) -> None:
         self._engine = engine
         self._view = view
         self._is_interactive = is_interactive
         self._is_verbose = bool(options["verbose"])
-        self._given = {**_cache_options(options), **_turn_options(options)}
+        cache = _cache_options(options) if prompt_cache is None else {"prompt_cache": prompt_cache}
+        self._given = {**cache, **_turn_options(options)}
         self._conversation = Conversation(engine, system=options["system"], **self._given)
         self._answers = 0
         self._last: Done | None = None

@@ -16,15 +16,24 @@ from mlxqwen.cli.generate_options import (
     generate_options,
     load_engine,
     new_cache,
+    open_prompt_cache,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
-from mlxqwen.cli.reply_printer import ReplyPrinter, print_note, print_request, print_speed
+from mlxqwen.cli.reply_printer import (
+    ReplyPrinter,
+    print_little_use,
+    print_note,
+    print_request,
+    print_speed,
+    save_prompt_cache,
+)
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
 
 if TYPE_CHECKING:
     from mlxqwen.engine import Engine, Event
+    from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.request_files.conversations import MessagesWithTools
 
 __all__ = ["generate"]
@@ -57,7 +66,9 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
     try:
-        for event in _events(asked, options, progress):
+        engine = load_engine(options)
+        prompt_cache = open_prompt_cache(engine, options)
+        for event in _events(engine, prompt_cache, asked, options, progress):
             printer.print(event)
     except KeyboardInterrupt:
         progress.wipe()
@@ -72,6 +83,10 @@ def _generate_one(options: Mapping[str, Any]) -> int:
         print_speed(printer.done)
     if printer.done is not None and not options["as_json"]:
         print_note(printer.done, options["max_tokens"])
+    if prompt_cache is not None:
+        if printer.done is not None:
+            print_little_use(prompt_cache, printer.done.usage.cached_tokens)
+        save_prompt_cache(prompt_cache, verbose=options["verbose"])
     return 0
 
 
@@ -99,15 +114,23 @@ def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
     return conversation.with_system(options["system"])
 
 
-def _events(asked: str | MessagesWithTools, options: Mapping[str, Any], progress: PrefillProgress) -> Iterator[Event]:
-    """Load the model and let it answer."""
-    with leave_at_once():
-        from mlxqwen.generation import DEFAULT_MAX_TOKENS
+def _events(
+    engine: Engine,
+    prompt_cache: PromptCache | None,
+    asked: str | MessagesWithTools,
+    options: Mapping[str, Any],
+    progress: PrefillProgress,
+) -> Iterator[Event]:
+    """Let the model answer."""
+    from mlxqwen.generation import DEFAULT_MAX_TOKENS
 
-    engine, overrides = load_engine(options), sampling_overrides(options)
-    cache = new_cache(engine, options)
+    overrides, cache = sampling_overrides(options), new_cache(engine, options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
-    how: dict[str, Any] = {**{name: options[name] for name in shared}, "on_prefill": progress, "cache": cache}
+    how: dict[str, Any] = {
+        **{name: options[name] for name in shared},
+        "on_prefill": progress,
+        "cache": prompt_cache or cache,
+    }
     request: dict[str, Any] = {
         "sampling": overrides,
         "max_tokens": DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -18,13 +19,33 @@ from mlxqwen.json_file import parse_json
 if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
     from mlxqwen.engine import Engine
+    from mlxqwen.prompt_cache import PromptCache
 
-__all__ = ["check_usage", "check_values", "generate_options", "load_engine", "new_cache", "sampling_overrides"]
+__all__ = [
+    "CacheOptions",
+    "check_usage",
+    "check_values",
+    "generate_options",
+    "load_engine",
+    "new_cache",
+    "open_prompt_cache",
+    "sampling_overrides",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 DEFAULT_KV_KEEP = 4
+
+
+class CacheOptions(TypedDict):
+    """Those of a cache, as `mlxqwen.make_cache` takes them."""
+
+    max_kv_size: int | None
+    keep: int
+    kv_bits: int | None
+
+
 _MOST_TOKENS = 1 << 40
 
 _SAMPLING_NAMES = (
@@ -127,6 +148,12 @@ _MEMORY = (
         help=f"First tokens that the window of --max-kv-size never drops; {DEFAULT_KV_KEEP} by default.",
     ),
     click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize the cache."),
+    click.option(
+        "--prompt-cache",
+        type=click.Path(),
+        metavar="FILE",
+        help="Keep what was read of the prompt in this file, and read only what is new in the next run.",
+    ),
     click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens a step."),
     click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
     click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
@@ -155,6 +182,8 @@ def check_usage(options: Mapping[str, Any]) -> None:
     _refuse(given, "batch", {"prompt", "prompt_file", "messages"}, "reads its prompts from the file")
     _refuse(given, "batch", {"raw"}, "asks by the chat template")
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
+    _refuse(given, "prompt_cache", {"raw"}, "keeps what the chat template makes of messages")
+    _refuse(given, "prompt_cache", {"batch"}, "is for one conversation")
     if "batch" in given and "output" not in given:
         raise click.UsageError("--batch needs --output, the file that the answers go to.")
     if options["output"] == "-":
@@ -210,6 +239,10 @@ def check_values(options: Mapping[str, Any]) -> None:
                 check_count(name, options[name])
         check_window(options["max_kv_size"], _kv_keep(options))
     _parse_rope_scaling(options["rope_scaling"])
+    if options["prompt_cache"] is not None:
+        from mlxqwen.prompt_cache import check_prompt_cache_file
+
+        check_prompt_cache_file(Path(options["prompt_cache"]))
 
 
 @contextmanager
@@ -249,13 +282,24 @@ def new_cache(engine: Engine, options: Mapping[str, Any], *, rows: int = 1) -> K
     """An empty cache as the options want it."""
     from mlxqwen.cache import make_cache
 
-    return make_cache(
-        engine.model,
-        max_kv_size=options["max_kv_size"],
-        keep=_kv_keep(options),
-        kv_bits=None if options["kv_bits"] is None else int(options["kv_bits"]),
-        batch_size=rows,
-    )
+    return make_cache(engine.model, **_cache_options(options), batch_size=rows)
+
+
+def open_prompt_cache(engine: Engine, options: Mapping[str, Any]) -> PromptCache | None:
+    """What the file of --prompt-cache holds, or will hold; None without one."""
+    if options["prompt_cache"] is None:
+        return None
+    from mlxqwen.prompt_cache import PromptCache
+
+    return PromptCache(options["prompt_cache"], engine.model, **_cache_options(options))
+
+
+def _cache_options(options: Mapping[str, Any]) -> CacheOptions:
+    return {
+        "max_kv_size": options["max_kv_size"],
+        "keep": _kv_keep(options),
+        "kv_bits": None if options["kv_bits"] is None else int(options["kv_bits"]),
+    }
 
 
 def _kv_keep(options: Mapping[str, Any]) -> int:

@@ -14,10 +14,11 @@ from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.engine import Done, Engine, Event
+    from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.reply import Delta, Reply, ToolCall
     from mlxqwen.sampling_params import SamplingParams
 
-__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed"]
+__all__ = ["ReplyPrinter", "print_little_use", "print_note", "print_request", "print_speed", "save_prompt_cache"]
 
 
 class ReplyPrinter:
@@ -155,9 +156,27 @@ def print_speed(done: Done) -> None:
 
     usage, timings = done.usage, done.timings
     ended = ", which the budget ended" if usage.budget_exhausted else ""
+    cached = f", {usage.cached_tokens} of them from the cache" if usage.cached_tokens else ""
     sys.stderr.write(
-        f"prompt: {usage.prompt_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
+        f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
         f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
         f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
     )
+
+
+def save_prompt_cache(cache: PromptCache, *, verbose: bool) -> None:
+    """Write the file of --prompt-cache, if there is more for it to hold."""
+    is_written = cache.save()
+    if verbose:
+        held = f"written, {len(cache.held.tokens):,} tokens" if is_written else "stays as it is"
+        sys.stderr.write(f"prompt cache: {one_line(str(cache.path))}: {held}\n")
+
+
+def print_little_use(cache: PromptCache, cached_tokens: int) -> None:
+    """A file that holds another prompt makes nothing quicker, and will not hold this one."""
+    if cached_tokens * 10 < cache.stored_tokens:
+        sys.stderr.write(
+            f"note: {one_line(str(cache.path))} holds another prompt: {cached_tokens:,} of its "
+            f"{cache.stored_tokens:,} tokens were of use; it stays as it is\n"
+        )
