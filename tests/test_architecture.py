@@ -33,6 +33,7 @@ ROOMS = [
     "sampling",
     "generation",
     "speculation",
+    "benchmark",
     "loops",
     "messages",
     "tools",
@@ -70,9 +71,10 @@ HOMES = {
     "markdown_it": {"cli"},
     "prompt_toolkit": {"cli"},
     "rich": {"cli"},
+    "matplotlib": {"cli"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"checkpoint", "device", "layers", "model", "loading", "footprint", "cache", "sampling", "generation"}
-    | {"speculation", "completion", "engine", "cli", "prompt_cache"},
+    | {"speculation", "completion", "engine", "cli", "prompt_cache", "benchmark"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -15,6 +15,7 @@ from mlxqwen.cli.terminal import print_notes, silence_streams
 __all__ = ["mlxqwen"]
 
 _COMMANDS = {
+    "bench": "mlxqwen.cli.bench",
     "cache": "mlxqwen.cli.cache",
     "chat": "mlxqwen.cli.chat",
     "completion": "mlxqwen.cli.completion",

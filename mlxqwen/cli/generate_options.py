@@ -29,6 +29,7 @@ __all__ = [
     "load_engine",
     "new_cache",
     "open_prompt_cache",
+    "options_named",
     "sampling_overrides",
 ]
 
@@ -226,7 +227,7 @@ def check_values(options: Mapping[str, Any]) -> None:
         from mlxqwen.thinking import check_early_stop_text
 
     names = ("prompt", "system", "model", "revision", "early_stop_text")
-    with _options_named():
+    with options_named():
         check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
         SamplingParams(**sampling_overrides(options))
         StopStrings(options["stop"])
@@ -246,7 +247,7 @@ def check_values(options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _options_named() -> Iterator[None]:
+def options_named() -> Iterator[None]:
     """Let an `OptionError` name the option as it is typed, where the library names its parameter."""
     try:
         yield
@@ -261,12 +262,18 @@ def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
 
 
-def load_engine(options: Mapping[str, Any]) -> Engine:
-    """The model, loaded; a conversion shows how far it is."""
+def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | None = None) -> Engine:
+    """The model, loaded; a conversion shows how far it is, and calls `on_progress` each time."""
     with leave_at_once():
         from mlxqwen.engine import Engine
 
-    with conversion_progress() as on_convert:
+    with conversion_progress() as show:
+
+        def on_convert(stage: str, done: int, total: int) -> None:
+            show(stage, done, total)
+            if on_progress is not None:
+                on_progress()
+
         return Engine.load(
             options["model"],
             revision=options["revision"],

@@ -1,0 +1,63 @@
+"""The picture of `mlxqwen bench --plot`, by matplotlib, which is an extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxqwen.errors import OptionError, one_line
+
+if TYPE_CHECKING:
+    from mlxqwen.benchmark import Speed
+
+__all__ = ["check_plot", "write_plot"]
+
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Complain before anything is measured. Raises `OptionError`."""
+    if path.suffix.lower() not in _FORMATS:
+        raise OptionError(f"--plot: found {str(path)!r}, expected a name that ends in {', '.join(_FORMATS)}")
+    if path.is_dir():
+        raise OptionError(f"--plot: {path} is a folder, expected a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OptionError(f"--plot: {path} cannot be written", hint="Its folder is not there, or is write-protected.")
+    if find_spec("matplotlib") is None:
+        raise OptionError("--plot: matplotlib is not installed", hint="Install it: pip install 'mlxqwen[plot]'")
+
+
+def write_plot(path: Path, speeds: Sequence[Speed], *, title: str) -> None:
+    """Both speeds by length of context, whole or not at all. Raises `OptionError` if it cannot be written."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure.suptitle(one_line(title).replace("$", r"\$"))
+    contexts = [speed.context for speed in speeds]
+    panels = (
+        ("prefill", [speed.prefill_tokens_per_second for speed in speeds]),
+        ("decode", [speed.decode_tokens_per_second for speed in speeds]),
+    )
+    for axes, (name, values) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(contexts, values, marker="o")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+        axes.set_ylim(0, 1.1 * max(values))
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_ylabel("tokens/s")
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
+        partial.replace(path)
+    except OSError as error:
+        raise OptionError(f"--plot: {path} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
