@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxqwen_convert.pipeline import is_read_by_columns, smallest_chunk, tasks_of
+from mlxqwen_convert.pipeline import is_read_by_columns, light_target, smallest_chunk, tasks_of
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 
@@ -14,6 +14,8 @@ _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
 # Measured: Python and MLX, a tensor of the source, a finished task, and a weight in the hands of a worker with all
 # that is made of it.
 _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
+# NumPy, which is loaded where it is of use.
+_NUMPY_BYTES = 15 << 20
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
 # Strips of what is read by columns, those of all workers together.
@@ -48,4 +50,6 @@ def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    return _BASE_BYTES + tensors * _TENSOR_BYTES + tasks * _TASK_BYTES + by_columns * _STRIPS_BYTES
+    light = any(light_target(plan, planned, part) for planned in plan.modules for part in range(len(planned.parts)))
+    tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
+    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + light * _NUMPY_BYTES

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 
 from mlxqwen.checkpoint.writing import sync_descriptor
+from mlxqwen.config import AffineQuantization
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError, VerificationError
@@ -31,7 +32,10 @@ from mlxqwen_convert.open_files import OpenFiles
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import AwqReader, FloatReader, GptqReader, PackedReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
-from mlxqwen_convert.verification import ModuleError, compare, error_of
+from mlxqwen_convert.verification import ModuleError, compare, error_of, error_of_bfloat16
+
+if TYPE_CHECKING:
+    from mlxqwen_convert.bfloat16 import Quantizer
 
 __all__ = ["PARTIAL_SUFFIX", "Allowance", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
 __all__ += ["is_on_disk", "is_read_by_columns", "run", "smallest_chunk", "tasks_of", "write_task"]
@@ -46,6 +50,8 @@ ROW_STEP = 32
 # Rows of a chunk are a multiple of this where a packed word holds several of them.
 _WORD_ROWS = 8
 MAX_WORKERS = 8
+# What NumPy quantizes takes less memory for each weight than what MLX does, by this, and is in chunks of this at most.
+_LIGHT_BITS, _LIGHTER, _LARGEST_LIGHT_CHUNK = (4, 8), 6, 1 << 20
 
 T = TypeVar("T")
 
@@ -266,28 +272,58 @@ def write_task(
     """
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
-    for start, stop in chunks_of(planned, task, chunk):
-        with allowance.taken((stop - start) * planned.module.width):
-            total.add(_write_rows(plan, task, source, target, (start, stop), measure, digests))
+    light, make, lighter = light_target(plan, planned, task.part), _make_rows, 1
+    if light is not None:
+        make, lighter, chunk = _LightRows(light).make, _LIGHTER, min(_LIGHTER * chunk, _LARGEST_LIGHT_CHUNK)
+    for rows in chunks_of(planned, task, chunk):
+        with allowance.taken((rows[1] - rows[0]) * planned.module.width // lighter):
+            arrays, error = make(plan, task, source, rows, measure)
+            for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
+                data = as_bytes(array)
+                digests.update(number, data)
+                target.write(tensor, task.part * planned.module.rows + rows[0], data)
+            total.add(error)
     return Written(digests.hexdigest(), total if measure else None)
 
 
-def _write_rows(
-    plan: Plan,
-    task: Task,
-    source: SourceFiles,
-    target: TargetFiles,
-    rows: tuple[int, int],
-    measure: bool,
-    digests: _Digests,
-) -> ModuleError:
-    planned = plan.modules[task.module]
-    arrays, error = _make_rows(plan, task, source, rows, measure)
-    for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
-        data = as_bytes(array)
-        digests.update(number, data)
-        target.write(tensor, task.part * planned.module.rows + rows[0], data)
-    return error
+def light_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantization | None:
+    """The target of a matrix that NumPy quantizes: from BF16 to the nearest codes with BF16 scales; else None."""
+    is_light = (
+        planned.target is not None
+        and planned.target.bits in _LIGHT_BITS
+        and plan.dtype == "BF16"
+        and not plan.options.quality
+        and isinstance(planned.readers[part], FloatReader)
+        and planned.parts[part]["weight"].dtype == "BF16"
+    )
+    return planned.target if is_light else None
+
+
+class _LightRows:
+    """Makes rows of a `light_target`, with buffers that are made once for chunks of one size."""
+
+    def __init__(self, target: AffineQuantization) -> None:
+        self._target = target
+        self._quantizer: Quantizer | None = None
+
+    def make(
+        self, plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
+    ) -> tuple[tuple[Any, ...], ModuleError]:
+        """As `_make_rows` does."""
+        from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
+
+        planned, group_size, bits = plan.modules[task.module], self._target.group_size, self._target.bits
+        width = planned.module.width
+        quantizer, weights = self._quantizer, (rows[1] - rows[0]) * width
+        if quantizer is None or len(quantizer.source) != weights:
+            self._quantizer = quantizer = None  # the old buffers go before new ones come
+            quantizer = self._quantizer = Quantizer(weights, group_size, bits)
+        source.read_into(as_bytes(quantizer.source), planned.parts[task.part]["weight"], 2 * rows[0] * width)
+        found = quantizer.quantize(measure=measure)
+        if found is None:
+            return _make_rows(plan, task, source, rows, measure)  # says what is wrong
+        error = error_of_bfloat16(found, group_size, bits) if measure else ModuleError()
+        return (found.weight, found.scales, found.biases), error
 
 
 def _make_rows(
@@ -365,12 +401,12 @@ class _Digests:
         return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()[:32]
 
 
-def as_bytes(array: mx.array) -> memoryview:
-    """The bytes of an evaluated array, without a copy where its dtype is one that Python knows."""
-    array = mx.contiguous(array)
-    if array.dtype in (mx.bfloat16, mx.float16):
-        array = array.view(mx.uint16)
-    exported: Any = array
+def as_bytes(array: Any) -> memoryview:
+    """The bytes of a NumPy or an evaluated MLX array, without a copy where its dtype is one that Python knows."""
+    exported = array
+    if isinstance(array, mx.array):
+        array = mx.contiguous(array)
+        exported = array.view(mx.uint16) if array.dtype in (mx.bfloat16, mx.float16) else array
     return memoryview(exported).cast("B")
 
 

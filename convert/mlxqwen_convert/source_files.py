@@ -115,6 +115,16 @@ class SourceFiles:
         except OSError as cause:
             raise unreadable(info.path, cause) from None
 
+    def read_into(self, buffer: memoryview, info: TensorInfo, start: int) -> None:
+        """Fill a buffer with the bytes of a tensor from `start` on."""
+        try:
+            with self._files.opened(info.path) as descriptor:
+                count = os.preadv(descriptor, [buffer], info.start + start)
+                if count < len(buffer):
+                    buffer[count:] = _read(descriptor, info, start + count, len(buffer) - count)
+        except OSError as cause:
+            raise unreadable(info.path, cause) from None
+
     def check_unchanged(self) -> None:
         """Raise `SourceChangedError` if a file is not what it was at first."""
         for path, state in self.states.items():

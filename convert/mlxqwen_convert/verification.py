@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -13,11 +14,16 @@ from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import VerificationError
 from mlxqwen_convert.plan import Plan, PlannedModule
 
-__all__ = ["ModuleError", "check_errors", "compare", "error_of"]
+if TYPE_CHECKING:
+    from mlxqwen_convert.bfloat16 import Quantized
+
+__all__ = ["ModuleError", "check_errors", "compare", "error_of", "error_of_bfloat16"]
 
 # A number's distance from the nearest one in a dtype, relative to it: half a unit in the last place.
 _HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 0.0}
 _FAULTY = "The disk or the memory may be faulty. Convert again, and tell the developers if this comes back."
+# Arrays of MLX or NumPy.
+Magnitudes = TypeVar("Magnitudes", bound=Any)
 _SMALLEST = {"BF16": 0.0, "F16": 2.0**-25, "F32": 0.0}
 # What may be lost to numbers too small for a dtype, relative to the weights' root mean square.
 _LOST_TO_SMALLNESS = 0.01
@@ -83,7 +89,7 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
     scales, biases = mx.abs(packed.scales.astype(mx.float32)), mx.abs(packed.biases.astype(mx.float32))
     # Nearest codes are off by half a step at most, repacked ones by what their bias and scale lose when rounded; at
     # the ends of the range a rounded scale or bias moves what can be reached.
-    rounding = max(_HALF_ULP[plan.dtype], 2.0**-22) * (biases + scales * (2**bits - 1))
+    rounding = _rounding(scales, biases, bits, plan.dtype)
     reach, beyond = 2 * (rounding + smallest), mx.array(0.0)
     if planned.method == "repack":
         most = 2 * (rounding + _SMALLEST[plan.dtype] * 2**bits)
@@ -92,6 +98,19 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
         # A search gives up the ends of the range for a smaller error in all.
         reach = reach + scales * (1.0 if plan.options.quality else 0.5)
     return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size, beyond])
+
+
+def error_of_bfloat16(found: Quantized, group_size: int, bits: int) -> ModuleError:
+    """What `compare` and `error_of` find for nearest codes with BF16 scales, from sums that are at hand."""
+    scales, biases = abs(found.wide_scales), abs(found.wide_biases)
+    reach = 2 * _rounding(scales, biases, bits, "BF16") + scales * 0.5
+    return ModuleError(found.squared_error, found.squared_norm, float((reach * reach).sum()) * group_size)
+
+
+def _rounding(scales: Magnitudes, biases: Magnitudes, bits: int, dtype: str) -> Magnitudes:
+    """By how much a rounded scale and bias may move a weight."""
+    moved: Magnitudes = max(_HALF_ULP[dtype], 2.0**-22) * (biases + scales * (2**bits - 1))
+    return moved
 
 
 def error_of(sums: Sequence[float], planned: PlannedModule, rows: tuple[int, int]) -> ModuleError:

@@ -12,6 +12,7 @@ import pytest
 
 from mlxqwen_convert import convert
 from mlxqwen_convert.affine import Packed, quantize
+from mlxqwen_convert.bfloat16 import Quantizer
 from mlxqwen_convert.errors import SourceError, VerificationError
 from mlxqwen_convert.pipeline import TargetFiles, Written, repacked
 from mlxqwen_convert.verification import ModuleError
@@ -76,8 +77,25 @@ def test_scales_that_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return Packed(weight, scales * 1.25, biases)
 
     monkeypatch.setattr("mlxqwen_convert.affine.quantize", wrong)
-    refused(source.folder, tmp_path / "out", "is off by")
+    with pytest.raises(VerificationError, match="is off by"):
+        convert(source.folder, tmp_path / "out", bits=3)
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()  # its journal would have the same errors
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_that_are_packed_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    quantize_tile = Quantizer._quantize_tile
+
+    def wrong(quantizer: Quantizer, rows: slice, *, clip: bool) -> None:
+        quantize_tile(quantizer, rows, clip=clip)
+        quantizer._weight[rows] ^= 1 << (bits - 1)
+
+    monkeypatch.setattr(Quantizer, "_quantize_tile", wrong)
+    with pytest.raises(VerificationError, match="is off by"):
+        convert(source.folder, tmp_path / "out", bits=bits)
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_are_those_of_what_is_on_the_disk(tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""BF16 rows → 4- or 8-bit codes with BF16 scales: the commonest conversion, in NumPy, bit for bit as `affine.quantize`.
+
+NumPy's loops use the widest vectors that the processor has, and write into buffers that stay in its cache; MLX's CPU
+backend does neither, and takes three times as long.
+
+A group is cut into units of eight weights. Blocks of groups are transposed unit by unit, so that what a group has one
+of (extremes, scale, bias) lies along the last axis and meets its weights in long rows. The two weights of each 32-bit
+word are widened apart, and their codes meet again when they are packed.
+
+Threads take turns at Python's interpreter before and after each call: short calls would cost more in turns than in
+work. Hence many weights at a time for the numbers of groups, and fewer, a tile, for those of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Quantized", "Quantizer"]
+
+Floats = NDArray[np.float32]
+Words = NDArray[Any]
+
+_UNIT = 8
+_LANES = _UNIT // 2
+_GROUPS_PER_BLOCK = 384
+_WEIGHTS_PER_TILE = 1 << 17
+_SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
+_ROUNDING = np.float32(2.0**23)  # as in `affine`
+_UPPER_HALF = np.uint32(0xFFFF0000)
+_SIGN, _MAGNITUDE, _INFINITY = 0x8000, 0x7FFF, 0x7F80
+
+
+class Quantized(NamedTuple):
+    """What became of some rows; buffers that the next rows are written into.
+
+    Attributes:
+        weight: packed codes, in the order of the file.
+        scales, biases: BF16 as uint16, one for each group.
+        wide_scales, wide_biases: the same in float32.
+        squared_error: of what `weight` means, and
+        squared_norm: of the weights; 0 if not measured.
+    """
+
+    weight: Words
+    scales: Words
+    biases: Words
+    wide_scales: Floats
+    wide_biases: Floats
+    squared_error: float
+    squared_norm: float
+
+
+class Quantizer:
+    """Buffers for so many weights, whole groups of them, to become 4- or 8-bit codes.
+
+    Attributes:
+        source: uint16, to be filled with BF16 weights as they lie in the file.
+    """
+
+    def __init__(self, weights: int, group_size: int, bits: int) -> None:
+        units, groups = group_size // _UNIT, weights // group_size
+        width = _largest_divisor(groups, _GROUPS_PER_BLOCK)
+        blocks = groups // width
+        tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
+        code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
+        self._top, self._bits = 2**bits - 1, bits
+        self.source = np.empty(weights, np.uint16)
+        # A unit as one number of 16 bytes, the quickest to move.
+        self._units = np.empty((blocks, units, width), np.complex128)
+        self._scales = np.empty((blocks, 1, 1, width * _LANES), np.float32)
+        self._biases = np.empty_like(self._scales)
+        self._weight = np.empty((blocks, width, units), packed)
+        # Of a tile, even weights before odd ones in each block.
+        self._floats = np.empty((tile, 2, units, width * _LANES), np.float32)
+        self._steps = np.empty_like(self._floats)
+        # Of a tile, even weights before odd ones in all.
+        self._codes = np.empty((2, tile, units, width * _LANES), code)
+        self._tops = np.full_like(self._codes, self._top)
+
+    def quantize(self, *, measure: bool) -> Quantized | None:
+        """What `source` becomes; None if weights or scales are not finite."""
+        blocks, units, width = self._units.shape
+        np.copyto(self._units, self.source.view(np.complex128).reshape(blocks, width, units).transpose(0, 2, 1))
+        with np.errstate(all="ignore"):
+            low, high = self._extremes()
+            scales, biases, clip = _scales_and_biases(low, high, self._top)
+            if (scales & _MAGNITUDE).max() >= _INFINITY:
+                return None
+            _repeat(scales, self._scales)
+            _repeat(biases, self._biases)
+            error = norm = 0.0
+            for start in range(0, blocks, len(self._floats)):
+                rows = slice(start, start + len(self._floats))
+                norm += self._widen(rows, measure=measure)
+                self._quantize_tile(rows, clip=clip)
+                error += self._tile_error(rows) if measure else 0.0
+        return Quantized(self._weight, scales, biases, _wide(scales), _wide(biases), error, norm)
+
+    def _extremes(self) -> tuple[Words, Words]:
+        """The least and the greatest of each group, BF16.
+
+        The number of a negative BF16 is above those of positive ones and rises with its magnitude: the greatest number
+        is the least weight, if any is negative, and the greatest signed one is the greatest weight, if any is not.
+        """
+        numbers = self._units.view(np.uint16)
+        low = _over_lanes(np.maximum, np.maximum.reduce(numbers, axis=1))
+        high = _over_lanes(np.maximum, np.maximum.reduce(numbers.view(np.int16), axis=1)).view(np.uint16)
+        if low.min() < _SIGN or high.max() >= _SIGN:  # groups of one sign
+            nearest_zero = _over_lanes(np.minimum, np.minimum.reduce(numbers, axis=1))
+            return np.where(low < _SIGN, nearest_zero, low), np.where(high >= _SIGN, nearest_zero, high)
+        return low, high
+
+    def _widen(self, rows: slice, *, measure: bool) -> float:
+        """A tile's weights in float32; the sum of their squares."""
+        words, wide = self._units.view(np.uint32)[rows], self._floats.view(np.uint32)
+        np.left_shift(words, 16, out=wide[:, 0])
+        np.bitwise_and(words, _UPPER_HALF, out=wide[:, 1])
+        return _sum_of_squares(self._floats) if measure else 0.0
+
+    def _quantize_tile(self, rows: slice, *, clip: bool) -> None:
+        """The tile's packed codes. Its weights become their distances from the bias."""
+        floats, steps, codes = self._floats, self._steps, self._codes
+        np.subtract(floats, self._biases[rows], out=floats)
+        np.divide(floats, self._scales[rows], out=steps)
+        if clip:
+            np.clip(steps, np.float32(0), np.float32(self._top), out=steps)
+        np.add(steps, _ROUNDING, out=steps)
+        np.copyto(codes.swapaxes(0, 1), steps.view(np.uint32), casting="unsafe")
+        np.minimum(codes, self._tops, out=codes)
+        even, odd = codes.view(np.uint32)
+        np.left_shift(odd, self._bits, out=odd)
+        np.bitwise_or(even, odd, out=even)
+        np.copyto(self._weight[rows].swapaxes(1, 2), codes[0].view(self._weight.dtype))
+
+    def _tile_error(self, rows: slice) -> float:
+        """The sum of the squared differences between a tile's weights and what its packed codes mean."""
+        floats, steps, codes = self._floats, self._steps, self._codes
+        np.copyto(codes[0].view(self._weight.dtype), self._weight[rows].swapaxes(1, 2))
+        even, odd = codes.view(np.uint32)
+        np.right_shift(even, self._bits, out=odd)
+        np.bitwise_and(codes, self._top, out=codes)
+        np.copyto(steps, codes.swapaxes(0, 1))
+        np.multiply(steps, self._scales[rows], out=steps)
+        np.subtract(floats, steps, out=floats)
+        return _sum_of_squares(floats)
+
+
+def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words, bool]:
+    """BF16 scales and biases as `affine.quantize` has them, and whether steps may lie below 0 or far above."""
+    downward = (low & _MAGNITUDE) > (high & _MAGNITUDE)
+    biases = np.where(downward, low, high)
+    bias, other_end = _wide(biases), _wide(np.where(downward, high, low))
+    scale: Floats = (other_end - bias) / np.float32(top)
+    no_steps = False
+    if np.abs(scale).min() < _SMALLEST_SCALE:  # groups whose weights are all alike
+        scale = np.where(downward, np.maximum(scale, _SMALLEST_SCALE), np.minimum(scale, -_SMALLEST_SCALE))
+        at_zero = np.rint(bias / scale) == 0
+        no_steps = bool(at_zero.any())
+        scale = np.where(at_zero, scale, bias / np.where(at_zero, np.float32(1), np.rint(bias / scale)))
+        biases = np.where(at_zero, np.uint16(0), biases)
+        bias = _wide(biases)
+    else:
+        scale = bias / np.rint(bias / scale)
+    scales = _nearest(scale)
+    farthest = (other_end - bias) / _wide(scales)
+    # Codes are made in numbers twice as wide as they need to be.
+    return scales, biases, no_steps or not (farthest.min() >= 0 and farthest.max() < top * (top + 2))
+
+
+def _nearest(floats: Floats) -> Words:
+    """BF16, ties to even; the lower halves of NaN must be zero."""
+    bits = floats.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    rounded >>= 16
+    return rounded.astype(np.uint16)
+
+
+def _wide(numbers: Words) -> Floats:
+    """BF16 → float32."""
+    wide = numbers.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def _repeat(numbers: Words, out: Floats) -> None:
+    """BF16 → float32, each for all lanes of a unit."""
+    pairs = numbers.astype(np.uint64)
+    pairs *= np.uint64(0x0001_0000_0001_0000)
+    lanes = out.reshape(-1).view(np.uint64)
+    lanes[0::2] = pairs
+    lanes[1::2] = pairs
+
+
+def _over_lanes(extreme: np.ufunc, numbers: Words) -> Words:
+    """The extreme of each eight numbers."""
+    numbers = numbers.reshape(-1)
+    for _ in range(3):
+        numbers = extreme(numbers[0::2], numbers[1::2])
+    return numbers
+
+
+def _sum_of_squares(floats: Floats) -> float:
+    rows = floats.reshape(-1, floats.shape[-1])  # short enough for float32
+    return float(np.vecdot(rows, rows).sum(dtype=np.float64))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
