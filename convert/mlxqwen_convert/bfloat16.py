@@ -44,6 +44,8 @@ class Quantized(NamedTuple):
         squared_norm: of the weights; 0 if not measured.
     """
 
+    group_size: int
+    bits: int
     weight: Words
     scales: Words
     biases: Words
@@ -57,6 +59,7 @@ class Quantizer:
     """Buffers for so many weights, whole groups of them, to become 4- or 8-bit codes.
 
     Attributes:
+        form: weights, group size and bits, as given.
         source: uint16, to be filled with BF16 weights as they lie in the file.
     """
 
@@ -66,7 +69,7 @@ class Quantizer:
         blocks = groups // width
         tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
-        self._top, self._bits = 2**bits - 1, bits
+        self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, bits
         self.source = np.empty(weights, np.uint16)
         # A unit as one number of 16 bytes, the quickest to move.
         self._units = np.empty((blocks, units, width), np.complex128)
@@ -97,7 +100,8 @@ class Quantizer:
                 norm += self._widen(rows, measure=measure)
                 self._quantize_tile(rows, clip=clip)
                 error += self._tile_error(rows) if measure else 0.0
-        return Quantized(self._weight, scales, biases, _wide(scales), _wide(biases), error, norm)
+        wide = (_wide(scales), _wide(biases))
+        return Quantized(*self.form[1:], self._weight, scales, biases, *wide, error, norm)
 
     def _extremes(self) -> tuple[Words, Words]:
         """The least and the greatest of each group, BF16.

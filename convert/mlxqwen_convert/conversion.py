@@ -33,6 +33,7 @@ from mlxqwen_convert.partial import PartialFolder, exists, partial_path, tidy_ou
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
     Allowance,
+    LightRows,
     TargetFiles,
     Task,
     Written,
@@ -232,6 +233,7 @@ class _Job:
         plan, files = self.plan, self.files
         in_flight = weights_in_flight(plan)
         chunk, allowance = max(1, in_flight // self.workers), Allowance(in_flight)
+        light_rows = LightRows()
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:
@@ -240,9 +242,9 @@ class _Job:
             def write(task: Task) -> Written:
                 noted = partial.done.get(task.key)
                 usable = noted is not None and (noted.error is not None or not verify_it)
-                if noted is not None and usable and is_on_disk(plan, task, target, noted.digest, chunk):
+                if noted is not None and usable and is_on_disk(plan, task, target, noted.digest):
                     return noted
-                return write_task(plan, task, files, target, chunk, verify_it, allowance)
+                return write_task(plan, task, files, target, chunk, verify_it, allowance, light_rows)
 
             def note(task: Task, result: Written) -> None:
                 written[task] = result
@@ -250,7 +252,7 @@ class _Job:
                     partial.note(task.key, result)
 
             def check(task: Task) -> None:
-                check_on_disk(plan, task, target, written[task].digest, chunk)
+                check_on_disk(plan, task, target, written[task].digest)
 
             self._run("converting", write, note)
             target.flush()

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -37,7 +37,7 @@ from mlxqwen_convert.verification import ModuleError, compare, error_of, error_o
 if TYPE_CHECKING:
     from mlxqwen_convert.bfloat16 import Quantizer
 
-__all__ = ["PARTIAL_SUFFIX", "Allowance", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ = ["PARTIAL_SUFFIX", "Allowance", "LightRows", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
 __all__ += ["is_on_disk", "is_read_by_columns", "run", "smallest_chunk", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
@@ -50,8 +50,10 @@ ROW_STEP = 32
 # Rows of a chunk are a multiple of this where a packed word holds several of them.
 _WORD_ROWS = 8
 MAX_WORKERS = 8
+# What is read back at once.
+_PIECE_BYTES = 1 << 18
 # What NumPy quantizes takes less memory for each weight than what MLX does, by this, and is in chunks of this at most.
-_LIGHT_BITS, _LIGHTER, _LARGEST_LIGHT_CHUNK = (4, 8), 6, 1 << 20
+_LIGHT_BITS, _LIGHTER, _LARGEST_LIGHT_CHUNK = (4, 8), 4, 1 << 20
 
 T = TypeVar("T")
 
@@ -151,25 +153,32 @@ class TargetFiles:
         """Write rows of `tensor` from row `row` on, its outer axes counted as one."""
         self._write(tensor.shard, data, tensor.start + row * tensor.row_bytes)
 
-    def read(self, tensor: OutputTensor, row: int, rows: int) -> bytes:
-        """The bytes of some rows."""
-        path, data = self.paths[tensor.shard], b""
-        position, length = tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
+    def pieces(self, tensor: OutputTensor, row: int, rows: int) -> Iterator[memoryview]:
+        """The bytes of some rows, piece by piece in one buffer."""
+        path, position, left = self.paths[tensor.shard], tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
+        buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
         try:
             with self._files.opened(path) as descriptor:
-                while len(data) < length:
-                    more = os.pread(descriptor, length - len(data), position + len(data))
-                    if not more:
+                while left:
+                    count = os.preadv(descriptor, [buffer[:left]], position)
+                    if not count:
                         raise OutputError(
                             f"{path}: ends in the midst of {tensor.name}",
                             hint="Something else writes to the output's folder. Remove it and convert again.",
                         )
-                    data = data + more if data else more
+                    yield buffer[:count]
+                    position, left = position + count, left - count
         except OSError as cause:
             raise OutputError(
                 f"{path}: cannot be read back: {cause.strerror}", hint="Check the disk, then go on with --resume."
             ) from None
-        return data
+
+    def begin_flush(self, tensor: OutputTensor, row: int, rows: int) -> None:
+        """Have the system begin to write these rows to the disk, if it can be told, so that less is left to `flush`."""
+        if hasattr(os, "posix_fadvise"):
+            start, size = tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
+            with suppress(OSError), self._files.opened(self.paths[tensor.shard]) as descriptor:
+                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         """Have everything on the disk."""
@@ -265,6 +274,7 @@ def write_task(
     chunk: int,
     measure: bool,
     allowance: Allowance,
+    light_rows: LightRows,
 ) -> Written:
     """Convert some rows and write them, about `chunk` weights at a time.
 
@@ -274,7 +284,7 @@ def write_task(
     digests, total = _Digests(planned), ModuleError()
     light, make, lighter = light_target(plan, planned, task.part), _make_rows, 1
     if light is not None:
-        make, lighter, chunk = _LightRows(light).make, _LIGHTER, min(_LIGHTER * chunk, _LARGEST_LIGHT_CHUNK)
+        make, lighter, chunk = light_rows.make, _LIGHTER, min(_LIGHTER * chunk, _LARGEST_LIGHT_CHUNK)
     for rows in chunks_of(planned, task, chunk):
         with allowance.taken((rows[1] - rows[0]) * planned.module.width // lighter):
             arrays, error = make(plan, task, source, rows, measure)
@@ -283,6 +293,8 @@ def write_task(
                 digests.update(number, data)
                 target.write(tensor, task.part * planned.module.rows + rows[0], data)
             total.add(error)
+    for tensor in planned.outputs:
+        target.begin_flush(tensor, task.part * planned.module.rows + task.start, task.stop - task.start)
     return Written(digests.hexdigest(), total if measure else None)
 
 
@@ -299,31 +311,37 @@ def light_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantiz
     return planned.target if is_light else None
 
 
-class _LightRows:
-    """Makes rows of a `light_target`, with buffers that are made once for chunks of one size."""
+class LightRows:
+    """Makes rows of a `light_target`; each thread keeps its buffers for further chunks of the same size."""
 
-    def __init__(self, target: AffineQuantization) -> None:
-        self._target = target
-        self._quantizer: Quantizer | None = None
+    def __init__(self) -> None:
+        self._local = threading.local()
 
     def make(
         self, plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
     ) -> tuple[tuple[Any, ...], ModuleError]:
         """As `_make_rows` does."""
-        from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
-
-        planned, group_size, bits = plan.modules[task.module], self._target.group_size, self._target.bits
-        width = planned.module.width
-        quantizer, weights = self._quantizer, (rows[1] - rows[0]) * width
-        if quantizer is None or len(quantizer.source) != weights:
-            self._quantizer = quantizer = None  # the old buffers go before new ones come
-            quantizer = self._quantizer = Quantizer(weights, group_size, bits)
-        source.read_into(as_bytes(quantizer.source), planned.parts[task.part]["weight"], 2 * rows[0] * width)
+        planned = plan.modules[task.module]
+        quantizer = self._quantizer((rows[1] - rows[0]) * planned.module.width, planned.target)
+        source.read_into(
+            as_bytes(quantizer.source), planned.parts[task.part]["weight"], 2 * rows[0] * planned.module.width
+        )
         found = quantizer.quantize(measure=measure)
         if found is None:
             return _make_rows(plan, task, source, rows, measure)  # says what is wrong
-        error = error_of_bfloat16(found, group_size, bits) if measure else ModuleError()
-        return (found.weight, found.scales, found.biases), error
+        return (found.weight, found.scales, found.biases), error_of_bfloat16(found) if measure else ModuleError()
+
+    def _quantizer(self, weights: int, target: AffineQuantization | None) -> Quantizer:
+        from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
+
+        if target is None:
+            raise ConversionError("found no target, expected 4 or 8 bits")
+        kept: Quantizer | None = self._local.__dict__.pop("quantizer", None)
+        if kept is None or kept.form != (weights, target.group_size, target.bits):
+            kept = None  # the old buffers go before new ones come
+            kept = Quantizer(weights, target.group_size, target.bits)
+        self._local.quantizer = kept
+        return kept
 
 
 def _make_rows(
@@ -367,20 +385,19 @@ def _refuse_infinities(
     )
 
 
-def is_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, chunk: int) -> bool:
+def is_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str) -> bool:
     """Whether what lies on disk for a task has the hash that was noted when it was written."""
     planned = plan.modules[task.module]
     digests = _Digests(planned)
-    first_row = task.part * planned.module.rows
-    for start, stop in chunks_of(planned, task, chunk):
-        for number, tensor in enumerate(planned.outputs):
-            digests.update(number, target.read(tensor, first_row + start, stop - start))
+    for number, tensor in enumerate(planned.outputs):
+        for piece in target.pieces(tensor, task.part * planned.module.rows + task.start, task.stop - task.start):
+            digests.update(number, piece)
     return digests.hexdigest() == digest
 
 
-def check_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str, chunk: int) -> None:
+def check_on_disk(plan: Plan, task: Task, target: TargetFiles, digest: str) -> None:
     """Raises `VerificationError` unless a task's bytes are on the disk as they were written."""
-    if not is_on_disk(plan, task, target, digest, chunk):
+    if not is_on_disk(plan, task, target, digest):
         raise VerificationError(
             f"{plan.modules[task.module].module.path}: what is on the disk differs from what was written, between rows "
             f"{task.start} and {task.stop}",

@@ -100,11 +100,11 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
     return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size, beyond])
 
 
-def error_of_bfloat16(found: Quantized, group_size: int, bits: int) -> ModuleError:
+def error_of_bfloat16(found: Quantized) -> ModuleError:
     """What `compare` and `error_of` find for nearest codes with BF16 scales, from sums that are at hand."""
     scales, biases = abs(found.wide_scales), abs(found.wide_biases)
-    reach = 2 * _rounding(scales, biases, bits, "BF16") + scales * 0.5
-    return ModuleError(found.squared_error, found.squared_norm, float((reach * reach).sum()) * group_size)
+    reach = 2 * _rounding(scales, biases, found.bits, "BF16") + scales * 0.5
+    return ModuleError(found.squared_error, found.squared_norm, float((reach * reach).sum()) * found.group_size)
 
 
 def _rounding(scales: Magnitudes, biases: Magnitudes, bits: int, dtype: str) -> Magnitudes:

@@ -86,7 +86,7 @@ def test_errors_are_those_of_the_packed_codes(kind: str, bits: int, group_size: 
     words = found.weight.reshape(-1).view(np.uint32).reshape(len(weight), -1)
     scales, biases = (part.reshape(-1, 1) for part in (found.wide_scales, found.wide_biases))
     difference = weight.astype(np.float64) - unpack_affine(words, scales, biases, bits)
-    error = error_of_bfloat16(found, group_size, bits)
+    error = error_of_bfloat16(found)
     assert error.squared_error == pytest.approx(np.square(difference).sum(), rel=1e-4)
     assert error.squared_norm == pytest.approx(np.square(weight.astype(np.float64)).sum(), rel=1e-5)
     assert error.squared_error <= error.squared_bound

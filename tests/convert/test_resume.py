@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,20 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The read of that number fails, and no other."""
-    read, seen = os.pread, 0
+    seen = 0
 
-    def pread(descriptor: int, size: int, position: int) -> bytes:
-        nonlocal seen
-        seen += 1
-        if seen == number:
-            raise OSError(5, "Input/output error")
-        return read(descriptor, size, position)
+    def failing(read: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(*arguments: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                raise OSError(5, "Input/output error")
+            return read(*arguments)
 
-    monkeypatch.setattr("os.pread", pread)
+        return fail
+
+    for name in ("pread", "preadv"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
 
 
 def test_a_source_that_cannot_be_read_for_once(
@@ -141,10 +145,13 @@ def test_what_is_wrong_in_the_source_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_reads_that_come_in_pieces(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_reads_that_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    source = make_source(tmp_path / "in", form).write()
     convert(source.folder, tmp_path / "expected/out")
-    read = os.pread
+    read, read_into = os.pread, os.preadv
     monkeypatch.setattr("os.pread", lambda fd, size, position: read(fd, -(-size // 2), position))
+    monkeypatch.setattr("os.preadv", lambda fd, to, position: read_into(fd, [to[0][: -(-len(to[0]) // 2)]], position))
     convert(source.folder, tmp_path / "out")
     assert_same(tmp_path / "out", tmp_path / "expected/out")
 
