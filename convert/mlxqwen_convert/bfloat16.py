@@ -13,6 +13,7 @@ work. Hence many weights at a time for the numbers of groups, and fewer, a tile,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ Words = NDArray[Any]
 _UNIT = 8
 _LANES = _UNIT // 2
 _GROUPS_PER_BLOCK = 384
+_CACHE_LINE = 64
 _WEIGHTS_PER_TILE = 1 << 17
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
 _ROUNDING = np.float32(2.0**23)  # as in `affine`
@@ -70,18 +72,19 @@ class Quantizer:
         tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, bits
-        self.source = np.empty(weights, np.uint16)
+        self.source = _buffer(np.uint16, weights)
         # A unit as one number of 16 bytes, the quickest to move.
-        self._units = np.empty((blocks, units, width), np.complex128)
-        self._scales = np.empty((blocks, 1, 1, width * _LANES), np.float32)
-        self._biases = np.empty_like(self._scales)
-        self._weight = np.empty((blocks, width, units), packed)
+        self._units = _buffer(np.complex128, blocks, units, width)
+        self._scales = _buffer(np.float32, blocks, 1, 1, width * _LANES)
+        self._biases = _buffer(np.float32, blocks, 1, 1, width * _LANES)
+        self._weight = _buffer(packed, blocks, width, units)
         # Of a tile, even weights before odd ones in each block.
-        self._floats = np.empty((tile, 2, units, width * _LANES), np.float32)
-        self._steps = np.empty_like(self._floats)
+        self._floats = _buffer(np.float32, tile, 2, units, width * _LANES)
+        self._steps = _buffer(np.float32, tile, 2, units, width * _LANES)
         # Of a tile, even weights before odd ones in all.
-        self._codes = np.empty((2, tile, units, width * _LANES), code)
-        self._tops = np.full_like(self._codes, self._top)
+        self._codes = _buffer(code, 2, tile, units, width * _LANES)
+        self._tops = _buffer(code, width * _LANES)
+        self._tops.fill(self._top)
 
     def quantize(self, *, measure: bool) -> Quantized | None:
         """What `source` becomes; None if weights or scales are not finite."""
@@ -150,6 +153,14 @@ class Quantizer:
         np.multiply(steps, self._scales[rows], out=steps)
         np.subtract(floats, steps, out=floats)
         return _sum_of_squares(floats)
+
+
+def _buffer(dtype: type[np.generic], *shape: int) -> Words:
+    """An array that begins where a line of the cache does: no vector then lies across two of them."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words, bool]:
