@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Quantized", "Quantizer"]
+__all__ = ["Buffers", "Quantized", "Quantizer"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[Any]
@@ -57,33 +57,50 @@ class Quantized(NamedTuple):
     squared_norm: float
 
 
+class Buffers:
+    """Memory for one quantizer after another, of any size: fresh memory takes as long as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Words] = {}
+
+    def array(self, name: str, dtype: type[np.generic], *shape: int) -> Words:
+        """One that begins where a line of the cache does: no vector then lies across two of them."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._kept or self._kept[name].nbytes < nbytes:
+            self._kept.pop(name, None)  # the old one goes before the new one comes
+            memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
+            self._kept[name] = memory[-memory.ctypes.data % _CACHE_LINE :]
+        return self._kept[name][:nbytes].view(dtype).reshape(shape)
+
+
 class Quantizer:
-    """Buffers for so many weights, whole groups of them, to become 4- or 8-bit codes.
+    """Makes 4- or 8-bit codes of so many weights, whole groups of them.
 
     Attributes:
         form: weights, group size and bits, as given.
         source: uint16, to be filled with BF16 weights as they lie in the file.
     """
 
-    def __init__(self, weights: int, group_size: int, bits: int) -> None:
+    def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
         units, groups = group_size // _UNIT, weights // group_size
         width = _largest_divisor(groups, _GROUPS_PER_BLOCK)
         blocks = groups // width
         tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, bits
-        self.source = _buffer(np.uint16, weights)
+        array = buffers.array
+        self.source = array("source", np.uint16, weights)
         # A unit as one number of 16 bytes, the quickest to move.
-        self._units = _buffer(np.complex128, blocks, units, width)
-        self._scales = _buffer(np.float32, blocks, 1, 1, width * _LANES)
-        self._biases = _buffer(np.float32, blocks, 1, 1, width * _LANES)
-        self._weight = _buffer(packed, blocks, width, units)
+        self._units = array("units", np.complex128, blocks, units, width)
+        self._scales = array("scales", np.float32, blocks, 1, 1, width * _LANES)
+        self._biases = array("biases", np.float32, blocks, 1, 1, width * _LANES)
+        self._weight = array("weight", packed, blocks, width, units)
         # Of a tile, even weights before odd ones in each block.
-        self._floats = _buffer(np.float32, tile, 2, units, width * _LANES)
-        self._steps = _buffer(np.float32, tile, 2, units, width * _LANES)
+        self._floats = array("floats", np.float32, tile, 2, units, width * _LANES)
+        self._steps = array("steps", np.float32, tile, 2, units, width * _LANES)
         # Of a tile, even weights before odd ones in all.
-        self._codes = _buffer(code, 2, tile, units, width * _LANES)
-        self._tops = _buffer(code, width * _LANES)
+        self._codes = array("codes", code, 2, tile, units, width * _LANES)
+        self._tops = array("tops", code, width * _LANES)
         self._tops.fill(self._top)
 
     def quantize(self, *, measure: bool) -> Quantized | None:
@@ -153,14 +170,6 @@ class Quantizer:
         np.multiply(steps, self._scales[rows], out=steps)
         np.subtract(floats, steps, out=floats)
         return _sum_of_squares(floats)
-
-
-def _buffer(dtype: type[np.generic], *shape: int) -> Words:
-    """An array that begins where a line of the cache does: no vector then lies across two of them."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words, bool]:

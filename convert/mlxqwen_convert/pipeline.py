@@ -312,7 +312,7 @@ def light_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantiz
 
 
 class LightRows:
-    """Makes rows of a `light_target`; each thread keeps its buffers for further chunks of the same size."""
+    """Makes rows of a `light_target`; each thread keeps its buffers for further chunks."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -332,15 +332,15 @@ class LightRows:
         return (found.weight, found.scales, found.biases), error_of_bfloat16(found) if measure else ModuleError()
 
     def _quantizer(self, weights: int, target: AffineQuantization | None) -> Quantizer:
-        from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
+        from mlxqwen_convert.bfloat16 import Buffers, Quantizer  # takes NumPy, which not all conversions need
 
         if target is None:
             raise ConversionError("found no target, expected 4 or 8 bits")
-        kept: Quantizer | None = self._local.__dict__.pop("quantizer", None)
+        own: dict[str, Any] = self._local.__dict__
+        kept: Quantizer | None = own.get("quantizer")
         if kept is None or kept.form != (weights, target.group_size, target.bits):
-            kept = None  # the old buffers go before new ones come
-            kept = Quantizer(weights, target.group_size, target.bits)
-        self._local.quantizer = kept
+            buffers = own.setdefault("buffers", Buffers())
+            kept = own["quantizer"] = Quantizer(weights, target.group_size, target.bits, buffers)
         return kept
 
 

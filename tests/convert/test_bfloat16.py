@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import GROUP_SIZES, Packed
-from mlxqwen_convert.bfloat16 import Quantized, Quantizer
+from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer
 from mlxqwen_convert.verification import error_of_bfloat16
 from tests.convert.encoders import unpack_affine
 from tests.convert.test_affine import KINDS, random_weight
@@ -31,7 +31,7 @@ def as_numbers(weight: NDArray[Any]) -> Numbers:
 
 
 def quickly(numbers: Numbers, group_size: int, bits: int) -> Quantized | None:
-    quantizer = Quantizer(numbers.size, group_size, bits)
+    quantizer = Quantizer(numbers.size, group_size, bits, Buffers())
     quantizer.source[:] = numbers.reshape(-1)
     return quantizer.quantize(measure=True)
 
@@ -110,8 +110,10 @@ def test_ranges_that_overflow_are_refused() -> None:
 
 
 def test_buffers_serve_again() -> None:
-    quantizer = Quantizer(64 * 512, 64, 4)
-    for seed in range(3):
-        numbers = as_numbers(np.random.default_rng(seed).normal(0, 1, (512, 64)))
-        quantizer.source[:] = numbers.reshape(-1)
-        same(quantizer.quantize(measure=seed != 1), by_mlx(numbers, 64, 4))
+    buffers = Buffers()
+    for rows, group_size, bits in ((512, 64, 4), (100, 128, 8), (700, 32, 4)):
+        quantizer = Quantizer(rows * group_size, group_size, bits, buffers)
+        for seed in range(3):
+            numbers = as_numbers(np.random.default_rng(seed).normal(0, 1, (rows, group_size)))
+            quantizer.source[:] = numbers.reshape(-1)
+            same(quantizer.quantize(measure=seed != 1), by_mlx(numbers, group_size, bits))
