@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import TokenizerError
+from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tokenizer_backend import LibraryBackend, background, compiled, opening, store
 from mlxqwen.tokenizer_backend.background import compile_file
 from mlxqwen.tokenizer_backend.compiled import CompiledBackend
 from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
 from mlxqwen.tokenizer_backend.tables import NO_MERGE, DamagedTablesError, Tables
+from tests.command_line import run
 from tests.test_tokenizer import ADDED, IDS, QWEN, REAL, REFERENCE, small_tokenizer
 
 CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]
@@ -370,6 +372,27 @@ def test_small_tokenizers_are_not_compiled(folder: Path, cache: Path, started: l
     monkeypatch.undo()
     Tokenizer.from_folder(folder)
     assert (started, cache.exists()) == ([], False)
+
+
+def test_vast_tokenizers_are_not_compiled(
+    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "MAX_COMPILED_BYTES", 1000)
+    assert not is_compiled(folder)
+    assert (started, cache.exists()) == ([], False)
+
+
+def test_the_command_answers_the_same(cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MIN_COMPILED_BYTES", 0)
+    command = ("generate", "How many r's in <think> strawberry?", "--temperature", "0", "--max-tokens", "60", "--json")
+    first = json.loads(run(*command).out)
+    assert started == [DEMO_FOLDER / "tokenizer.json"]
+    compile_now(DEMO_FOLDER)
+    second = json.loads(run(*command).out)
+    assert len(started) == 1
+    answers = [{key: reply[key] for key in ("reasoning", "content", "usage")} for reply in (first, second)]
+    assert answers[0] == answers[1]
+    assert answers[0]["reasoning"]
 
 
 @pytest.mark.parametrize("word", ["off", "0", "no"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,10 @@ __all__ = ["compile_file", "start"]
 
 # Modules come from where the caller's come from, and nothing is imported before that is known.
 _PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[3:]; from mlxqwen.tokenizer_backend.background import compile_file; "
-    "from pathlib import Path; compile_file(Path(sys.argv[1]), sys.argv[2])"
+    "import sys; sys.path[:] = sys.argv[3:]; from mlxqwen.tokenizer_backend.background import run; "
+    "run(sys.argv[1], sys.argv[2])"
 )
+_MAX_SECONDS = 120  # Qwen3's tokenizer takes two
 
 
 def start(path: Path, digest: str) -> None:
@@ -43,11 +45,17 @@ def _forget(process: int) -> None:
         os.waitpid(process, 0)
 
 
-def compile_file(path: Path, digest: str) -> None:
-    """Put the tables of a `tokenizer.json` into the cache, or a note that it has none."""
+def run(path: str, digest: str) -> None:
+    """What the process does: in no hurry, for a bounded time, and whatever becomes of the terminal."""
     with suppress(OSError):
         os.setsid()
-        os.nice(10)
+    os.nice(10)
+    signal.alarm(_MAX_SECONDS)
+    compile_file(Path(path), digest)
+
+
+def compile_file(path: Path, digest: str) -> None:
+    """Put the tables of a `tokenizer.json` into the cache, or a note that it has none."""
     from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
 
     entry, data = store.entry_path(digest), path.read_bytes()

@@ -15,6 +15,8 @@ __all__ = ["open_backend"]
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MIN_COMPILED_BYTES = 2**20
 """A smaller file is read by the library in less than 30 ms."""
+MAX_COMPILED_BYTES = 64 * 2**20
+"""Of a larger one the cache would grow more than anybody expects."""
 
 
 def open_backend(path: Path) -> TokenizerBackend:
@@ -27,7 +29,7 @@ def open_backend(path: Path) -> TokenizerBackend:
         TokenizerError: the file is missing, damaged, too large, or of another kind of tokenizer.
     """
     data = _read(path)
-    if len(data) < MIN_COMPILED_BYTES or store.is_switched_off():
+    if not MIN_COMPILED_BYTES <= len(data) <= MAX_COMPILED_BYTES or store.is_switched_off():
         return LibraryBackend.parse(data, str(path))
     digest = store.digest(data)
     entry = store.entry_path(digest)
