@@ -55,9 +55,16 @@ class Memory:
     process: int
 
 
-def batch_times(folder: Path, sizes: Sequence[int] = (1, 8, 32), tokens: int = 8) -> list[Pair]:
-    """Decoding in batches: processor seconds per token of one row; prompts of 16 tokens are not timed."""
+def batch_times(
+    folder: Path, sizes: Sequence[int] = (1, 8, 32), tokens: int = 8, their_dtype: mx.Dtype | None = None
+) -> list[Pair]:
+    """Decoding in batches: processor seconds per token of one row; prompts of 16 tokens are not timed.
+
+    mlx-lm computes as the checkpoint says, or is set to `their_dtype`.
+    """
     ours, theirs = _load_both(folder)
+    if their_dtype is not None:
+        theirs.set_dtype(their_dtype)
     return [_paired(size, tokens, size, _our_batch(ours, size), _their_batch(theirs, size)) for size in sizes]
 
 
@@ -108,12 +115,13 @@ def _our_batch(model: Any, rows: int) -> Iterator[None]:
 
 
 def _their_batch(model: Any, rows: int) -> Iterator[None]:
-    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.generate import BatchGenerator, generation_stream
 
     generator = BatchGenerator(model, completion_batch_size=rows, prefill_batch_size=rows)
     generator.insert([[row + 1] * 16 for row in range(rows)], max_tokens=[1 << 20] * rows)
     while True:
         if generator.next_generated():
+            mx.synchronize(generation_stream)  # its next step is on its way, and would count as ours
             yield
 
 

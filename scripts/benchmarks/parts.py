@@ -42,6 +42,8 @@ PARTS = {
     "memory": Part("memory", "memory", "peaks while loading and generating", 4),
     "graph": Part("graph", "graph", "primitives and host time of a decoded token", 1),
     "sample": Part("sampling", "sample", "a draw from 151,936 logits, with the card's profile and greedily", 1),
+    "batch": Part("batches", "batch", "tokens per second with 1, 8 and 32 rows", 5),
+    "context": Part("batches", "context", "a token behind up to 16,384, and in a ring of 1,024", 5),
     "moe": Part("experts", "moe", "a block of experts on 1, 8, 64 and 512 tokens", 4),
     "convert": Part(
         "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, whole processes", 2, by_default=False
