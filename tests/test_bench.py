@@ -13,7 +13,7 @@ import pytest
 from benchmarks import baseline, counts, parts
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
-from benchmarks.processes import ROOT, ProcessError, python, timed
+from benchmarks.processes import ROOT, ProcessError, Run, python, timed
 from benchmarks.settings import Settings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +94,11 @@ def test_settings_give_turns() -> None:
     plain, quick, three = (Settings(Path(), **more) for more in ({}, {"quick": True}, {"runs": 4, "quick": True}))
     assert [one.turns(15) for one in (plain, quick, three)] == [15, 3, 4]
     assert quick.turns(2) == 2
+
+
+def test_the_processors_time_counts_if_asked_for() -> None:
+    run = Run(seconds=3.0, processor_seconds=0.5, peak_bytes=0)
+    assert [run.time(Settings(Path(), processor_time=choice)) for choice in (False, True)] == [3.0, 0.5]
 
 
 def test_every_part_is_there() -> None:

@@ -30,7 +30,7 @@ def _rows(settings: Settings, shape: str) -> list[Comparison]:
         run = timed(command)
         shutil.rmtree(output)
         runs[side].append(run)
-        return run.seconds
+        return run.time(settings)
 
     turns = settings.turns(3)
     name = f"convert, {source.name.removeprefix('Qwen3-')}, BF16 → 4-bit"

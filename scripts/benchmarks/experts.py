@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 
 from benchmarks.checkpoints import checkpoint
+from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
 from benchmarks.settings import Settings
 from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
@@ -53,6 +53,6 @@ def _ready(x: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _milliseconds(block: Callable[[mx.array], mx.array], x: mx.array) -> float:
-    started = time.perf_counter()
+    started = now()
     mx.eval(block(x))
-    return (time.perf_counter() - started) * 1e3
+    return (now() - started) * 1e3

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
 from benchmarks.checkpoints import bits_name, checkpoint
+from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
 from benchmarks.settings import Settings
-from benchmarks.sides import MLX_LM, Ours, Theirs
+from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
 
 __all__ = ["load"]
 
 
 def load(settings: Settings) -> list[Comparison]:
     """Seconds to load."""
+    loaders: dict[str, Callable[[Path], object]] = {"mlxqwen": Ours.load, MLX_LM: Theirs.load}
+    if mx.default_device().type == mx.DeviceType.cpu:
+        loaders[FLOAT32] = partial(Theirs.load, dtype=mx.float32)
     rows = []
     for bits in (4, 8, None):
         folder = checkpoint(settings, bits)
-        sides = [partial(_seconds, partial(side.load, folder)) for side in (Ours, Theirs)]
+        sides = [partial(_seconds, partial(load, folder)) for load in loaders.values()]
         what = f"load, {settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}"
         settings.tell(what)
-        rows.append(Comparison(what, MLX_LM, "s", *take_turns(sides, settings.turns(9))))
+        numbers = take_turns(sides, settings.turns(9))
+        for beside, theirs in zip([*loaders][1:], numbers[1:], strict=True):
+            rows.append(Comparison(what, beside, "s", numbers[0], theirs))
     return rows
 
 
 def _seconds(load: Callable[[], object]) -> float:
     gc.collect()
     mx.clear_cache()
-    started = time.perf_counter()
+    started = now()
     loaded = load()
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     del loaded
     return seconds

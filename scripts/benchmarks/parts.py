@@ -10,6 +10,7 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import cast
 
+from benchmarks.clock import use_processor_time
 from benchmarks.comparison import Comparison
 from benchmarks.processes import ProcessError
 from benchmarks.settings import Settings
@@ -64,5 +65,7 @@ def run_part(name: str, settings: Settings) -> list[Comparison]:
 
 
 def _run(part: Part, settings: Settings) -> Sequence[Comparison]:
+    if settings.processor_time:
+        use_processor_time()
     function = getattr(import_module(f"benchmarks.{part.module}"), part.function)
     return cast(Sequence[Comparison], function(settings))

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.settings import Settings
+
 __all__ = ["ROOT", "ProcessError", "Run", "environment", "python", "timed"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,10 +22,15 @@ class ProcessError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall-clock seconds and the most memory it held, in bytes."""
+    """One process: seconds by the wall clock and of computing, and the most memory it held, in bytes."""
 
     seconds: float
+    processor_seconds: float
     peak_bytes: int
+
+    def time(self, settings: Settings) -> float:
+        """The seconds that count."""
+        return self.processor_seconds if settings.processor_time else self.seconds
 
 
 def environment() -> dict[str, str]:
@@ -50,4 +57,4 @@ def timed(command: list[str]) -> Run:
     if process.returncode:
         raise ProcessError(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * unit)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
+from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
 from benchmarks.settings import Settings
 from benchmarks.sides import MLX_LM
@@ -52,7 +52,7 @@ def _theirs(sampler: Callable[[mx.array], mx.array], logits: mx.array) -> mx.arr
 
 
 def _milliseconds(draw: Callable[[], mx.array], draws: int) -> float:
-    started = time.perf_counter()
+    started = now()
     for _ in range(draws):
         draw().item()
-    return (time.perf_counter() - started) / draws * 1e3
+    return (now() - started) / draws * 1e3

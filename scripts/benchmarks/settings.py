@@ -21,6 +21,7 @@ class Settings:
         quick: fewer turns and less work in each.
         layers: of the models whose layers a part may choose; None for each part's own.
         shapes: names of releases; empty for each part's own.
+        processor_time: count the seconds that processes compute, instead of the wall clock's.
     """
 
     work: Path
@@ -28,6 +29,7 @@ class Settings:
     quick: bool = False
     layers: int | None = None
     shapes: tuple[str, ...] = ()
+    processor_time: bool = False
 
     def turns(self, usual: int, quick: int = 3) -> int:
         """How many turns to take where a part takes `usual` ones, or `quick` if in a hurry."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model as load_theirs
 
+from benchmarks.clock import now
 from mlxqwen.cache import make_cache
 from mlxqwen.generation import generate_tokens
 from mlxqwen.loading import load_model
@@ -132,9 +132,9 @@ def prompt_ids(count: int) -> list[int]:
 def seconds_to_first_token(side: Side, prompt: list[int]) -> float:
     """From the prompt's ids to the first token."""
     stream = side.tokens(prompt, 1)
-    started = time.perf_counter()
+    started = now()
     next(stream)
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     deque(stream, maxlen=0)
     side.settle()
     return seconds
@@ -144,10 +144,10 @@ def seconds_per_token(side: Side, prompt: list[int], count: int) -> float:
     """Between the first of `count + 1` tokens and the last."""
     stream = side.tokens(prompt, count + 1)
     next(stream)
-    started = time.perf_counter()
+    started = now()
     for _ in range(count):
         next(stream)
-    seconds = (time.perf_counter() - started) / count
+    seconds = (now() - started) / count
     deque(stream, maxlen=0)
     side.settle()
     return seconds

@@ -20,7 +20,7 @@ def imports(settings: Settings) -> list[Comparison]:
     """`import mlxqwen` beside `import mlx_lm` and `import mlx.core`."""
     commands = [python("-c", f"import {name}") for name in ("mlxqwen", "mlx_lm", "mlx.core")]
     runs = _runs(commands, settings)
-    ours, *others = [[run.seconds for run in side] for side in runs]
+    ours, *others = [[run.time(settings) for run in side] for side in runs]
     names = ("import mlx_lm", "import mlx.core")
     return [
         Comparison("import, whole process", name, "s", ours, theirs) for name, theirs in zip(names, others, strict=True)
@@ -33,7 +33,7 @@ def cold_start(settings: Settings) -> list[Comparison]:
     runs = _runs([ours_command(folder), theirs_command(folder)], settings)
     what, beside = "cold start, one token, 2 layers, real tokenizer", "mlx_lm.generate"
     return [
-        Comparison(what, beside, "s", *([run.seconds for run in side] for side in runs)),
+        Comparison(what, beside, "s", *([run.time(settings) for run in side] for side in runs)),
         Comparison(f"{what}: memory", beside, "MiB", *([run.peak_bytes / 2**20 for run in side] for side in runs)),
     ]
 
@@ -55,7 +55,7 @@ def _runs(commands: list[list[str]], settings: Settings) -> list[list[Run]]:
     def seconds(side: int) -> float:
         run = timed(commands[side])
         runs[side].append(run)
-        return run.seconds
+        return run.time(settings)
 
     turns = settings.turns(_TURNS)
     take_turns([partial(seconds, side) for side in range(len(commands))], turns)
