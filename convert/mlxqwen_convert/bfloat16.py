@@ -26,12 +26,12 @@ Words = NDArray[Any]
 
 _UNIT = 8
 _LANES = _UNIT // 2
-_GROUPS_PER_BLOCK = 384
+_GROUPS_PER_BLOCK = 512
 _CACHE_LINE = 64
 _WEIGHTS_PER_TILE = 1 << 17
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
 _ROUNDING = np.float32(2.0**23)  # as in `affine`
-_UPPER_HALF = np.uint32(0xFFFF0000)
+_HALF, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 _SIGN, _MAGNITUDE, _INFINITY = 0x8000, 0x7FFF, 0x7F80
 
 
@@ -87,7 +87,7 @@ class Quantizer:
         blocks = groups // width
         tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
-        self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, bits
+        self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
         array = buffers.array
         self.source = array("source", np.uint16, weights)
         # A unit as one number of 16 bytes, the quickest to move.
@@ -102,6 +102,14 @@ class Quantizer:
         self._codes = array("codes", code, 2, tile, units, width * _LANES)
         self._tops = array("tops", code, width * _LANES)
         self._tops.fill(self._top)
+        # Views, made once: nobody else has the interpreter meanwhile.
+        self._words = self._units.view(np.uint32)
+        self._wide_even, self._wide_odd = self._floats.view(np.uint32).swapaxes(0, 1)
+        self._step_bits = self._steps.view(np.uint32)
+        self._codes_by_block = self._codes.swapaxes(0, 1)
+        self._even, self._odd = self._codes.view(np.uint32)
+        self._packed = self._codes[0].view(packed)
+        self._weight_by_unit = self._weight.swapaxes(1, 2)
 
     def quantize(self, *, measure: bool) -> Quantized | None:
         """What `source` becomes; None if weights or scales are not finite."""
@@ -139,34 +147,32 @@ class Quantizer:
 
     def _widen(self, rows: slice, *, measure: bool) -> float:
         """A tile's weights in float32; the sum of their squares."""
-        words, wide = self._units.view(np.uint32)[rows], self._floats.view(np.uint32)
-        np.left_shift(words, 16, out=wide[:, 0])
-        np.bitwise_and(words, _UPPER_HALF, out=wide[:, 1])
+        words = self._words[rows]
+        np.left_shift(words, _HALF, out=self._wide_even)
+        np.bitwise_and(words, _UPPER_HALF, out=self._wide_odd)
         return _sum_of_squares(self._floats) if measure else 0.0
 
     def _quantize_tile(self, rows: slice, *, clip: bool) -> None:
         """The tile's packed codes. Its weights become their distances from the bias."""
-        floats, steps, codes = self._floats, self._steps, self._codes
+        floats, steps, codes, odd = self._floats, self._steps, self._codes, self._odd
         np.subtract(floats, self._biases[rows], out=floats)
         np.divide(floats, self._scales[rows], out=steps)
         if clip:
             np.clip(steps, np.float32(0), np.float32(self._top), out=steps)
         np.add(steps, _ROUNDING, out=steps)
-        np.copyto(codes.swapaxes(0, 1), steps.view(np.uint32), casting="unsafe")
+        np.copyto(self._codes_by_block, self._step_bits, casting="unsafe")
         np.minimum(codes, self._tops, out=codes)
-        even, odd = codes.view(np.uint32)
         np.left_shift(odd, self._bits, out=odd)
-        np.bitwise_or(even, odd, out=even)
-        np.copyto(self._weight[rows].swapaxes(1, 2), codes[0].view(self._weight.dtype))
+        np.bitwise_or(self._even, odd, out=self._even)
+        np.copyto(self._weight_by_unit[rows], self._packed)
 
     def _tile_error(self, rows: slice) -> float:
         """The sum of the squared differences between a tile's weights and what its packed codes mean."""
         floats, steps, codes = self._floats, self._steps, self._codes
-        np.copyto(codes[0].view(self._weight.dtype), self._weight[rows].swapaxes(1, 2))
-        even, odd = codes.view(np.uint32)
-        np.right_shift(even, self._bits, out=odd)
-        np.bitwise_and(codes, self._top, out=codes)
-        np.copyto(steps, codes.swapaxes(0, 1))
+        np.copyto(self._packed, self._weight_by_unit[rows])
+        np.right_shift(self._even, self._bits, out=self._odd)
+        np.bitwise_and(codes, self._tops, out=codes)
+        np.copyto(steps, self._codes_by_block)
         np.multiply(steps, self._scales[rows], out=steps)
         np.subtract(floats, steps, out=floats)
         return _sum_of_squares(floats)
