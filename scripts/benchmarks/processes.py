@@ -34,9 +34,10 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    """The packages of this checkout come first, installed or not."""
+    """The packages of this checkout come first, installed or not, and are compiled once, as installed ones are."""
     paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def python(*arguments: str | Path) -> list[str]:
