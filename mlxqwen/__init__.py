@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
     from mlxqwen.sampling_params import SamplingParams
+    from mlxqwen.speculation.draft_model import DraftModel
     from mlxqwen.tool_loop import ToolResult, ToolRun
     from mlxqwen.tools import call_tool, tool_schema
 
@@ -34,6 +35,7 @@ __all__ = [
     "Conversation",
     "Delta",
     "Done",
+    "DraftModel",
     "Engine",
     "Event",
     "GenerationResponse",
@@ -90,6 +92,7 @@ _HOME = {
     "ToolCallDelta": "reply",
     "parse_reply": "reply",
     "SamplingParams": "sampling_params",
+    "DraftModel": "speculation.draft_model",
     "ToolResult": "tool_loop",
     "ToolRun": "tool_loop",
     "call_tool": "tools",

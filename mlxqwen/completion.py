@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import mlx.core as mx
 
@@ -30,9 +30,13 @@ from mlxqwen.generation import (
 from mlxqwen.loops import LoopDetector
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling_params import SamplingParams, resolve_sampling
+from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, DraftCounts, Speculative, as_drafter
 from mlxqwen.stop import StopStrings
 from mlxqwen.thinking import ThinkingBudget, begins_in_thought, can_think
 from mlxqwen.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxqwen.speculation.stream import SpeculativeStream
 
 __all__ = [
     "BatchOptions",
@@ -73,6 +77,8 @@ class GenerationResponse:
         reasoning_tokens: tokens of thought so far; see `mlxqwen.thinking.ThinkingBudget`.
         budget_exhausted: whether the thinking budget has ended the thought.
         cached_tokens: how many of the prompt's tokens were not read, as the cache held them.
+        drafted_tokens, accepted_tokens: of speculative decoding: tokens guessed so far, and those of them that were
+            right.
     """
 
     text: str
@@ -86,6 +92,8 @@ class GenerationResponse:
     reasoning_tokens: int = 0
     budget_exhausted: bool = False
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class _Options(TypedDict, total=False):
@@ -96,6 +104,8 @@ class _Options(TypedDict, total=False):
     cached_tokens: int | None
     prefill_chunk: int
     on_prefill: Callable[[int, int], None] | None
+    speculative: Speculative
+    draft_tokens: int
 
 
 class StreamOptions(_Options, total=False):
@@ -135,6 +145,8 @@ def stream_generate(
     cached_tokens: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
+    speculative: Speculative = None,
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS,
 ) -> Iterator[GenerationResponse]:
     """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
@@ -151,6 +163,10 @@ def stream_generate(
         expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
         tools: whether the model may call tools: a call ends its thought.
         cache: see `generate_tokens`; also for `cached_tokens`, `prefill_chunk` and `on_prefill`.
+        speculative: guess several tokens at once, and let one pass of the model check them: "lookup" guesses that the
+            text goes on as it did before, a `mlxqwen.DraftModel` guesses what a smaller model would say. The reply is
+            the same.
+        draft_tokens: the most that are guessed at once.
 
     Raises:
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
@@ -171,6 +187,8 @@ def stream_generate(
         cached_tokens=cached_tokens,
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
+        speculative=speculative,
+        draft_tokens=draft_tokens,
     )
     return (response for _, response in responses)
 
@@ -192,6 +210,8 @@ def batch_stream(
     cached_tokens: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     on_prefill: Callable[[int, int], None] | None = None,
+    speculative: Speculative = None,
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS,
 ) -> ResponseStream:
     """Continue many prompts at once, yielding `(row, response)` as text becomes certain.
 
@@ -202,6 +222,7 @@ def batch_stream(
         prompts: texts or lists of ids.
         max_tokens, sampling, thinking_budget, expect_thought, tools: for all, or one for each prompt; for these and
             the others see `stream_generate`.
+        speculative: for one prompt only, which no other can join.
     """
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given or isinstance(given[0], int):
@@ -224,18 +245,29 @@ def batch_stream(
         )
     ]
     ends = end_token_ids(model, tokenizer)
-    stream = generate_tokens(
-        model,
-        ids,
-        sampling=params,
-        max_tokens=max_tokens,
-        eos_token_ids=ends,
-        cache=cache,
-        cached_tokens=cached_tokens,
-        prefill_chunk=prefill_chunk,
-        on_prefill=on_prefill,
+    how: dict[str, Any] = {
+        "eos_token_ids": ends,
+        "cache": cache,
+        "cached_tokens": cached_tokens,
+        "prefill_chunk": prefill_chunk,
+        "on_prefill": on_prefill,
+    }
+    drafter = as_drafter(speculative)
+    if drafter is None:
+        plain = generate_tokens(model, ids, sampling=params, max_tokens=max_tokens, **how)
+        return ResponseStream(model, plain, DraftCounts(), rows, ends, new_row)
+    if len(ids) > 1:
+        raise OptionError(
+            f"speculative: found with {len(ids)} prompts, expected one",
+            hint="Leave it out: the prompts of a batch share each pass of the model as it is.",
+        )
+    from mlxqwen.speculation.stream import speculate_tokens
+
+    (limit,) = _one_a_row("max_tokens", max_tokens, 1)
+    stream = speculate_tokens(
+        model, ids[0], drafter, draft_tokens=draft_tokens, sampling=params[0], max_tokens=limit, **how
     )
-    return ResponseStream(model, stream, rows, ends, new_row)
+    return ResponseStream(model, stream, stream.counts, rows, ends, new_row)
 
 
 class ResponseStream:
@@ -244,7 +276,8 @@ class ResponseStream:
     def __init__(
         self,
         model: Qwen3ForCausalLM,
-        stream: TokenStream,
+        stream: TokenStream | SpeculativeStream,
+        drafts: DraftCounts,
         rows: Iterable[_Row],
         ends: Collection[int],
         new_row: _RowMaker,
@@ -256,7 +289,7 @@ class ResponseStream:
         self._new_row = new_row
         for row in rows:
             self._begin(row)
-        self._responses = _responses(stream, self._rows, ends)
+        self._responses = _responses(stream, drafts, self._rows, ends)
 
     def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
         return self
@@ -303,13 +336,13 @@ class ResponseStream:
         self._rows.append(row)
 
 
-def _begin(stream: TokenStream, number: int, row: _Row, ends: Collection[int]) -> None:
+def _begin(stream: TokenStream | SpeculativeStream, number: int, row: _Row, ends: Collection[int]) -> None:
     """Force what a reply has to begin with, where a budget of no thought asks for it."""
     stream.force(number, row.thinking.start(), unless={*row.thinking.closing, *ends})
 
 
 def _responses(
-    stream: TokenStream, rows: Sequence[_Row], ends: Collection[int]
+    stream: TokenStream | SpeculativeStream, drafts: DraftCounts, rows: Sequence[_Row], ends: Collection[int]
 ) -> Generator[tuple[int, GenerationResponse], None, None]:
     for generated in stream:
         row = rows[generated.row]
@@ -317,7 +350,7 @@ def _responses(
             ending := row.thinking.feed(generated.token, forced=generated.forced)
         ):
             stream.force(generated.row, ending, unless={*row.thinking.closing, *ends})
-        response = row.respond(generated)
+        response = row.respond(generated, drafts)
         if response.finish_reason is not None:
             stream.stop(generated.row)
         yield generated.row, response
@@ -374,8 +407,8 @@ class _Row:
         self._count = 0
         self._started, self._first = time.perf_counter(), 0.0
 
-    def respond(self, generated: GeneratedToken) -> GenerationResponse:
-        """What the next token adds."""
+    def respond(self, generated: GeneratedToken, drafts: DraftCounts) -> GenerationResponse:
+        """What the next token adds; `drafts` are those that it took."""
         now = time.perf_counter()
         self._first = self._first or now
         self._count += 1
@@ -395,6 +428,8 @@ class _Row:
             reasoning_tokens=self.thinking.reasoning_tokens,
             budget_exhausted=self.thinking.exhausted,
             cached_tokens=self._cached_tokens,
+            drafted_tokens=drafts.drafted,
+            accepted_tokens=drafts.accepted,
         )
 
     def _show(self, token: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:
@@ -435,9 +470,16 @@ def generate(
             f"{'=' * 10}\n"
             f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
             f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"{_speculation_line(last)}"
             f"Peak memory: {last.peak_memory:.3f} GB\n"
         )
     return "".join(pieces)
+
+
+def _speculation_line(last: GenerationResponse) -> str:
+    if not last.drafted_tokens:
+        return ""
+    return f"Drafts: {last.drafted_tokens} tokens, {last.accepted_tokens / last.drafted_tokens:.0%} of them accepted\n"
 
 
 def batch_generate(

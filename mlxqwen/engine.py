@@ -26,7 +26,7 @@ from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count
 from mlxqwen.hub import resolve_model
 from mlxqwen.json_file import json_kind
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
@@ -37,6 +37,7 @@ from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import check_shared_options, choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, Speculative, as_drafter
 from mlxqwen.thinking import check_budget_use
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
@@ -118,12 +119,43 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-class Engine:
-    """A model with its tokenizer, ready to answer."""
+def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
+    from mlxqwen.speculation.stream import check_vocabulary
 
-    def __init__(self, model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
+    if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
+        raise OptionError(
+            f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
+            "the same",
+            hint="Take a smaller model of the same family, which shares its tokenizer.",
+        )
+
+
+class Engine:
+    """A model with its tokenizer, ready to answer.
+
+    Attributes:
+        model, tokenizer: as given.
+        speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
+            that it guesses; see `mlxqwen.stream_generate`. Every reply but those of `batch` is made so, and the same as
+            without.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        tokenizer: Tokenizer,
+        *,
+        speculative: Speculative = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+    ) -> None:
+        as_drafter(speculative)
+        check_count("draft_tokens", draft_tokens)
         self.model = model
         self.tokenizer = tokenizer
+        self.speculative = speculative
+        self.draft_tokens = draft_tokens
 
     @classmethod
     def load(
@@ -132,9 +164,21 @@ class Engine:
         *,
         revision: str | None = None,
         on_convert: Callable[[str, int, int], None] | None = None,
+        draft: str | PathLike[str] | None = None,
+        speculative: Speculative = None,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         **options: Unpack[LoadOptions],
     ) -> Engine:
-        """See `load`. All that can be wrong is found before the weights are read or converted."""
+        """See `load`. All that can be wrong is found before the weights are read or converted.
+
+        Args:
+            draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say.
+            speculative: what guesses instead; see `Engine`.
+        """
+        as_drafter(speculative)
+        check_count("draft_tokens", draft_tokens)
+        if draft is not None and speculative is not None:
+            raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         folder = resolve_model(path_or_id, revision=revision)
 
         def convert(source: Path, check_size: CheckSize) -> Path:
@@ -146,9 +190,26 @@ class Engine:
 
             return converted(source, check=check, progress=on_convert)
 
-        read_model = prepare_model(folder, convert=convert, **options)
+        if draft is None:
+            read_model = prepare_model(folder, convert=convert, **options)
+            tokenizer = _read_tokenizer(folder)
+            return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
+        from mlxqwen.speculation.draft_model import DraftModel
+
+        draft_folder = resolve_model(draft)
         tokenizer = _read_tokenizer(folder)
-        return cls(read_model(), tokenizer)
+        _check_draft(draft_folder, folder, tokenizer)
+        read_draft = prepare_model(
+            draft_folder,
+            convert=convert,
+            dtype=options.get("dtype"),
+            force=options.get("force", False),
+            fused=options.get("fused", True),
+            device=options.get("device"),
+        )
+        read_model = prepare_model(folder, convert=convert, held_bytes=read_draft.weight_bytes, **options)
+        model = read_model()
+        return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
@@ -297,6 +358,8 @@ class Engine:
             cached_tokens=cached_tokens,
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
+            speculative=self.speculative,
+            draft_tokens=self.draft_tokens,
         )
         # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
         begins = begins_in_thought(self.tokenizer, prompt, expect_thought=expect_thought)

@@ -38,6 +38,7 @@ class Usage:
         reasoning_tokens: those of the thought, its tags not counted; see `mlxqwen.thinking.ThinkingBudget`.
         budget_exhausted: whether the thinking budget ended the thought.
         cached_tokens: those of the prompt that were not read, as the cache held them.
+        drafted_tokens, accepted_tokens: of speculative decoding: tokens guessed, and how many of them were right.
     """
 
     prompt_tokens: int
@@ -45,6 +46,8 @@ class Usage:
     reasoning_tokens: int
     budget_exhausted: bool = False
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,8 @@ class ReplyEvents:
             response.reasoning_tokens,
             response.budget_exhausted,
             response.cached_tokens,
+            response.drafted_tokens,
+            response.accepted_tokens,
         )
         timings = Timings(
             self._first - self._started,

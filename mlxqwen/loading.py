@@ -86,6 +86,17 @@ Convert = Callable[[Path, CheckSize], Path]
 """Makes an MLX folder of one in another format; what is given is called before any costly work."""
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A model that has been checked: call it to have the weights read; they take `weight_bytes` of memory."""
+
+    weight_bytes: int
+    read: Callable[[], Qwen3ForCausalLM]
+
+    def __call__(self) -> Qwen3ForCausalLM:
+        return self.read()
+
+
 def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
     """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
     return prepare_model(folder, **options)()
@@ -100,8 +111,9 @@ def prepare_model(
     force: bool = False,
     fused: bool = True,
     device: Device | None = None,
+    held_bytes: int = 0,
     convert: Convert | None = None,
-) -> Callable[[], Qwen3ForCausalLM]:
+) -> PreparedModel:
     """Check all that can be checked before a weight is read → what reads them.
 
     Args:
@@ -113,6 +125,7 @@ def prepare_model(
         fused: lay projections of the same input together, which is quicker; without, every weight is found under its
             name in an MLX checkpoint, to be looked at or trained.
         device: the machine to load for; by default this one.
+        held_bytes: what the weights of a draft model take beside these.
         convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
 
     Raises:
@@ -138,7 +151,7 @@ def prepare_model(
         def check_size(stored: mx.Dtype, packed_bytes: int, numbers: int) -> None:
             compute = chosen or device.compute_dtype(stored)
             if not force:
-                _check_size(folder, packed_bytes + numbers * compute.size, compute, device)
+                _check_size(folder, packed_bytes + numbers * compute.size, held_bytes, compute, device)
 
         made = convert(folder, check_size)
         return prepare_model(
@@ -149,6 +162,7 @@ def prepare_model(
             force=force,
             fused=fused,
             device=device,
+            held_bytes=held_bytes,
         )
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
@@ -171,7 +185,7 @@ def prepare_model(
         array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
     if not force:
-        _check_size(folder, nbytes, compute, device)
+        _check_size(folder, nbytes, held_bytes, compute, device)
 
     def read() -> Qwen3ForCausalLM:
         device.keep_resident()
@@ -185,13 +199,14 @@ def prepare_model(
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model
 
-    return read
+    return PreparedModel(nbytes, read)
 
 
-def _check_size(folder: str | Path, nbytes: int, compute: mx.Dtype, device: Device) -> None:
-    if nbytes > device.usable_memory:
+def _check_size(folder: str | Path, nbytes: int, held_bytes: int, compute: mx.Dtype, device: Device) -> None:
+    if nbytes + held_bytes > device.usable_memory:
+        others = f", those of the draft model {held_bytes / 1e9:.1f} GB" if held_bytes else ""
         raise InsufficientMemoryError(
-            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}, this machine can "
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}{others}, this machine can "
             f"hold {device.usable_memory / 1e9:.1f} GB",
             hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )

@@ -120,6 +120,11 @@ class Tokenizer:
         """The number of token ids, added tokens included: one more than the largest id."""
         return max(self._backend.vocab_size, max(self._added_tokens, default=-1) + 1)
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same token in both."""
+        ids = range(max(self.vocab_size, other.vocab_size))
+        return all(self._backend.id_to_token(n) == other._backend.id_to_token(n) for n in ids)
+
     @property
     def bos_token_id(self) -> int | None:
         """The id of `bos_token`."""

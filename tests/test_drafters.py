@@ -14,7 +14,9 @@ from mlxqwen.errors import OptionError
 from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling import Sampler
 from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation import DraftModel, PromptLookup, prompt_lookup
+from mlxqwen.speculation import prompt_lookup
+from mlxqwen.speculation.draft_model import DraftModel
+from mlxqwen.speculation.prompt_lookup import PromptLookup
 from tests.conftest import VOCAB_SIZE
 
 GREEDY = SamplingParams(temperature=0)

@@ -20,8 +20,10 @@ from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling import Sampler
 from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation import Drafter, DraftModel, PromptLookup, SpeculativeStream, speculate_tokens
-from mlxqwen.speculation.drafter import DraftLength
+from mlxqwen.speculation.draft_model import DraftModel
+from mlxqwen.speculation.drafter import Drafter, DraftLength
+from mlxqwen.speculation.prompt_lookup import PromptLookup
+from mlxqwen.speculation.stream import SpeculativeStream, speculate_tokens
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
 from tests.reference_sampling import assert_drawn_from, probabilities
 from tests.tolerance import to_numpy, worst
@@ -117,7 +119,7 @@ def test_a_reply_is_that_of_the_seed_whatever_is_guessed(
     assert cache.offsets == plain_cache.offsets
     for ours, theirs in zip(held(cache), held(plain_cache), strict=True):
         assert worst(ours, theirs) <= (1e-4 if kv_bits is None else 2.0)
-    assert stream.accepted_tokens <= stream.drafted_tokens
+    assert stream.counts.accepted <= stream.counts.drafted
 
 
 @settings(max_examples=40, deadline=None)
@@ -187,7 +189,7 @@ def test_the_drafters_of_the_package_change_no_token(
         stream = speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=40, cache=caches.pop())
         assert tokens_of(stream) == expected
         if drafter is close:
-            assert stream.accepted_tokens > stream.drafted_tokens / 4
+            assert stream.counts.accepted > stream.counts.drafted / 4
 
 
 @settings(max_examples=10, deadline=None)
@@ -233,7 +235,7 @@ def test_right_guesses_save_passes(tiny: Qwen3ForCausalLM, passes: list[int]) ->
     assert tokens_of(stream) == reply
     # The prompt; then one token and 4 guesses, one and 8, ... so that the limit is met by the token behind the last.
     assert passes == [2, 5, 9, 9, 6]
-    assert (stream.drafted_tokens, stream.accepted_tokens) == (25, 25)
+    assert (stream.counts.drafted, stream.counts.accepted) == (25, 25)
 
 
 def test_wrong_guesses_are_given_up(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
@@ -245,7 +247,7 @@ def test_wrong_guesses_are_given_up(tiny: Qwen3ForCausalLM, passes: list[int]) -
     # Four guesses and one, then one behind pauses of 1, 2, 4, 8 and 16 passes.
     guesses = [place for place, length in enumerate(passes[1:]) if length > 1]
     assert guesses == [0, 1, 3, 6, 11, 20, 37]
-    assert (stream.drafted_tokens, stream.accepted_tokens) == (10, 0)
+    assert (stream.counts.drafted, stream.counts.accepted) == (10, 0)
 
 
 def test_forced_tokens_are_read_together_and_are_no_guesses(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
@@ -254,7 +256,7 @@ def test_forced_tokens_are_read_together_and_are_no_guesses(tiny: Qwen3ForCausal
     stream.force(0, [7, 8, 9, 10, 11])
     assert [next(stream).token for _ in range(5)] == [7, 8, 9, 10, 11]
     assert passes == [2, 6]
-    assert (stream.drafted_tokens, stream.accepted_tokens) == (0, 0)
+    assert (stream.counts.drafted, stream.counts.accepted) == (0, 0)
 
 
 def test_draft_lengths_follow_what_was_right() -> None:
@@ -359,4 +361,4 @@ def test_a_model_of_no_numbers_ends_with_an_error_and_a_draft_model_of_none_gues
     expected = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=10))
     stream = speculate_tokens(tiny, [1, 2], DraftModel(broken), sampling=GREEDY, max_tokens=10)
     assert tokens_of(stream) == expected
-    assert stream.drafted_tokens == 0
+    assert stream.counts.drafted == 0

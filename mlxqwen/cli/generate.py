@@ -154,6 +154,7 @@ def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mappi
     sampling = resolve_params(engine.model, request["sampling"], thinking=True)
     if options["verbose"]:
         print_request(engine, sampling, options, request["sampling"])
-    responses = stream_generate(engine.model, engine.tokenizer, text, **{**request, "sampling": sampling})
+    guesses: dict[str, Any] = {"speculative": engine.speculative, "draft_tokens": engine.draft_tokens}
+    responses = stream_generate(engine.model, engine.tokenizer, text, **{**request, "sampling": sampling}, **guesses)
     for event in split_reply(responses, thinking=False):
         yield replace(event, usage=replace(event.usage, reasoning_tokens=0)) if isinstance(event, Done) else event

@@ -37,6 +37,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 DEFAULT_KV_KEEP = 4
+DEFAULT_DRAFT_TOKENS = 8
 
 
 class CacheOptions(TypedDict):
@@ -161,6 +162,23 @@ _MEMORY = (
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
     click.option("--force", is_flag=True, help="Load even what does not fit this machine's memory."),
 )
+_SPECULATION = (
+    click.option(
+        "--speculative",
+        type=click.Choice(["lookup"]),
+        help="Guess that the text goes on as it did before, several tokens at once: quicker where a reply repeats its "
+        "prompt, and the same reply.",
+    ),
+    click.option(
+        "--draft",
+        metavar="MODEL",
+        shell_complete=complete_folder,
+        help="Let a smaller model with the same tokenizer guess, folder or hub id; the reply is the same.",
+    ),
+    click.option(
+        "--draft-tokens", type=int, help=f"The most tokens that are guessed at once; {DEFAULT_DRAFT_TOKENS} by default."
+    ),
+)
 _OUTPUT = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done."),
     click.option("--verbose", is_flag=True, help="Tell on standard error what was used and how fast it was."),
@@ -169,7 +187,7 @@ _OUTPUT = (
 
 def generate_options(command: _Command) -> _Command:
     """All of them, in the order in which the help lists them."""
-    for option in reversed((*_PROMPT, *_BATCH, *_THINKING, *_SAMPLING, *_MEMORY, *_OUTPUT)):
+    for option in reversed((*_PROMPT, *_BATCH, *_THINKING, *_SAMPLING, *_SPECULATION, *_MEMORY, *_OUTPUT)):
         command = option(command)
     return command
 
@@ -185,6 +203,10 @@ def check_usage(options: Mapping[str, Any]) -> None:
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
     _refuse(given, "prompt_cache", {"raw"}, "keeps what the chat template makes of messages")
     _refuse(given, "prompt_cache", {"batch"}, "is for one conversation")
+    _refuse(given, "batch", {"speculative", "draft", "draft_tokens"}, "answers several prompts with each pass as it is")
+    _refuse(given, "draft", {"speculative"}, "does the guessing")
+    if "draft_tokens" in given and not given & {"speculative", "draft"}:
+        raise click.UsageError("--draft-tokens needs --draft or --speculative, whose guesses it is about.")
     if "batch" in given and "output" not in given:
         raise click.UsageError("--batch needs --output, the file that the answers go to.")
     if options["output"] == "-":
@@ -226,7 +248,7 @@ def check_values(options: Mapping[str, Any]) -> None:
         from mlxqwen.stop import StopStrings
         from mlxqwen.thinking import check_early_stop_text
 
-    names = ("prompt", "system", "model", "revision", "early_stop_text")
+    names = ("prompt", "system", "model", "revision", "early_stop_text", "draft")
     with options_named():
         check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
         SamplingParams(**sampling_overrides(options))
@@ -235,7 +257,7 @@ def check_values(options: Mapping[str, Any]) -> None:
             check_integer("thinking_budget", options["thinking_budget"], _MOST_TOKENS)
         if options["early_stop_text"] is not None:
             check_early_stop_text(options["early_stop_text"])
-        for name in ("max_tokens", "prefill_chunk", "batch_size"):
+        for name in ("max_tokens", "prefill_chunk", "batch_size", "draft_tokens"):
             if options[name] is not None:
                 check_count(name, options[name])
         check_window(options["max_kv_size"], _kv_keep(options))
@@ -274,7 +296,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             if on_progress is not None:
                 on_progress()
 
-        return Engine.load(
+        engine = Engine.load(
             options["model"],
             revision=options["revision"],
             dtype=options["dtype"],
@@ -282,6 +304,25 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             yarn_factor=options["yarn_factor"],
             force=options["force"],
             on_convert=on_convert,
+            draft=options.get("draft"),
+            speculative=options.get("speculative"),
+            draft_tokens=DEFAULT_DRAFT_TOKENS if options.get("draft_tokens") is None else options["draft_tokens"],
+        )
+    if options.get("draft") is not None:
+        _size_draft_cache(engine, options)
+    return engine
+
+
+def _size_draft_cache(engine: Engine, options: Mapping[str, Any]) -> None:
+    """Let the draft model's cache be of the kind that the options ask for."""
+    from mlxqwen.speculation.draft_model import DraftModel
+
+    if isinstance(engine.speculative, DraftModel):
+        engine.speculative = DraftModel(
+            engine.speculative.model,
+            max_kv_size=options["max_kv_size"],
+            kv_bits=_kv_bits(options),
+            prefill_chunk=options["prefill_chunk"],
         )
 
 
@@ -305,8 +346,12 @@ def _cache_options(options: Mapping[str, Any]) -> CacheOptions:
     return {
         "max_kv_size": options["max_kv_size"],
         "keep": _kv_keep(options),
-        "kv_bits": None if options["kv_bits"] is None else int(options["kv_bits"]),
+        "kv_bits": _kv_bits(options),
     }
+
+
+def _kv_bits(options: Mapping[str, Any]) -> int | None:
+    return None if options["kv_bits"] is None else int(options["kv_bits"])
 
 
 def _kv_keep(options: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from mlxqwen.errors import one_line
 from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
-    from mlxqwen.engine import Done, Engine, Event
+    from mlxqwen.engine import Done, Engine, Event, Usage
     from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.reply import Delta, Reply, ToolCall
     from mlxqwen.sampling_params import SamplingParams
@@ -150,6 +150,13 @@ def print_note(done: Done, max_tokens: int | None) -> None:
         sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
 
 
+def _drafts_line(usage: Usage) -> str:
+    if not usage.drafted_tokens:
+        return ""
+    accepted = f"{usage.accepted_tokens:,} of them accepted ({usage.accepted_tokens / usage.drafted_tokens:.0%})"
+    return f"drafts: {usage.drafted_tokens:,} tokens, {accepted}\n"
+
+
 def print_speed(done: Done) -> None:
     """Tokens, speed and memory."""
     import mlx.core as mx
@@ -161,6 +168,7 @@ def print_speed(done: Done) -> None:
         f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
         f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
+        f"{_drafts_line(usage)}"
         f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
     )
 

@@ -6,19 +6,3 @@ there; a guess counts while it equals the draw, and the first draw that differs 
 the one that the same seed gives without speculation, whoever guesses, up to the rounding of logits that are computed
 for several positions at once.
 """
-
-from __future__ import annotations
-
-from mlxqwen.speculation.draft_model import DraftModel
-from mlxqwen.speculation.drafter import Drafter
-from mlxqwen.speculation.prompt_lookup import PromptLookup
-from mlxqwen.speculation.stream import DEFAULT_DRAFT_TOKENS, SpeculativeStream, speculate_tokens
-
-__all__ = [
-    "DEFAULT_DRAFT_TOKENS",
-    "DraftModel",
-    "Drafter",
-    "PromptLookup",
-    "SpeculativeStream",
-    "speculate_tokens",
-]

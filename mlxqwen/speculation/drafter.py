@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
+from mlxqwen.errors import OptionError
 from mlxqwen.sampling import Sampler
 
-__all__ = ["DraftLength", "Drafter"]
+__all__ = ["DEFAULT_DRAFT_TOKENS", "DraftCounts", "DraftLength", "Drafter", "Speculative", "as_drafter"]
+
+DEFAULT_DRAFT_TOKENS = 8
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how a text goes on. A bad guess costs time and changes nothing else."""
 
@@ -22,6 +27,32 @@ class Drafter(Protocol):
             sampler: what draws the reply, as it will be at the first of these tokens; left as it was found.
         """
         ...
+
+
+Speculative: TypeAlias = Literal["lookup"] | Drafter | None
+"""What guesses: the text itself, a `DraftModel`, anything else that proposes tokens, or nothing."""
+
+
+def as_drafter(speculative: object) -> Drafter | None:
+    """What guesses, or None. Raises `OptionError` for what is no `Speculative`."""
+    if speculative is None or isinstance(speculative, Drafter):
+        return speculative
+    if speculative == "lookup":
+        from mlxqwen.speculation.prompt_lookup import PromptLookup
+
+        return PromptLookup()
+    raise OptionError(
+        f"speculative: found {speculative!r}, expected 'lookup', a DraftModel or None",
+        hint="A draft model is DraftModel(model), of a model that load returns.",
+    )
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """Tokens of one reply: how many were guessed and checked, and how many of those were right and told."""
+
+    drafted: int = 0
+    accepted: int = 0
 
 
 class DraftLength:

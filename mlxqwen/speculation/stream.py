@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.cache.tentative import TentativeStep
+from mlxqwen.config import ModelConfig
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
     DEFAULT_MAX_TOKENS,
@@ -30,12 +31,11 @@ from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import BAD_TOKEN, Sampler, SamplerState, check_token
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.speculation.draft_model import DraftModel
-from mlxqwen.speculation.drafter import Drafter, DraftLength
+from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, DraftCounts, Drafter, DraftLength
 from mlxqwen.speculation.reading import read_tokens
 
-__all__ = ["DEFAULT_DRAFT_TOKENS", "SpeculativeStream", "speculate_tokens"]
+__all__ = ["SpeculativeStream", "check_vocabulary", "speculate_tokens"]
 
-DEFAULT_DRAFT_TOKENS = 8
 _CLEAR_EVERY = 256  # passes
 
 
@@ -75,7 +75,7 @@ def speculate_tokens(
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams")
     if isinstance(drafter, DraftModel):
-        _check_vocabulary(drafter.model, model)
+        check_vocabulary(drafter.model.config, model.config)
     cache = make_cache(model) if cache is None else cache
     check_cache(cache, model, [tokens], cached_tokens)
     held = cache.offset if cached_tokens is None else 0
@@ -94,8 +94,9 @@ def speculate_tokens(
     )
 
 
-def _check_vocabulary(draft: Qwen3ForCausalLM, model: Qwen3ForCausalLM) -> None:
-    found, expected = draft.config.vocab_size, model.config.vocab_size
+def check_vocabulary(draft: ModelConfig, model: ModelConfig) -> None:
+    """Refuse a draft model of another vocabulary. Raises `OptionError`."""
+    found, expected = draft.vocab_size, model.vocab_size
     if found != expected:
         raise OptionError(
             f"draft model: found a vocabulary of {found:,} tokens, expected the model's own of {expected:,}",
@@ -130,8 +131,8 @@ class SpeculativeStream:
     the random stream, so that a reply can be forced elsewhere, stopped or left at any of them.
 
     Attributes:
-        drafted_tokens: guesses that the model has checked.
-        accepted_tokens: those of them that are told.
+        cache: at each token, all that comes before it.
+        counts: of guesses, so far.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class SpeculativeStream:
         on_prefill: Callable[[int, int], None] | None,
     ) -> None:
         self.cache = cache
-        self.drafted_tokens = self.accepted_tokens = 0
+        self.counts = DraftCounts()
         self._cached_tokens = cached_tokens
         self._model = model
         self._text = prompt
@@ -182,6 +183,15 @@ class SpeculativeStream:
             self._unless = frozenset(unless)
         self._pending.extend(tokens)
 
+    def add(
+        self, prompt: Tokens, *, sampling: SamplingParams | None = None, max_tokens: int = DEFAULT_MAX_TOKENS
+    ) -> int:
+        """No other prompt can join. Raises `OptionError`."""
+        raise OptionError(
+            "add: found a stream that decodes speculatively, expected a plain one",
+            hint="Leave out speculative=… where prompts are to share a stream.",
+        )
+
     def stop(self, row: int) -> None:
         """End the reply here: no further token of it is computed."""
         self._is_stopped = True
@@ -200,7 +210,7 @@ class SpeculativeStream:
             is_right = place < len(found.drafts) and token == found.drafts[place]
             self._count += 1
             self._text.append(token)
-            self.accepted_tokens += is_right and not forced and not found.is_forced
+            self.counts.accepted += is_right and not forced and not found.is_forced
             reason = self._reason(token)
             if not self._is_stopped:
                 yield GeneratedToken(0, token, reason, forced)
@@ -250,7 +260,7 @@ class SpeculativeStream:
         step = TentativeStep(self.cache)
         hidden = self._model.model(mx.array([[last, *drafts]], dtype=mx.int32), step)
         if not is_forced:
-            self.drafted_tokens += len(drafts)
+            self.counts.drafted += len(drafts)
         return self._draw(hidden, drafts, step, is_forced)
 
     def _guesses(self, room: int) -> list[int]:

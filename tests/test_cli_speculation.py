@@ -1,0 +1,86 @@
+"""`--speculative` and `--draft` on the command line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mlxqwen.hub import DEMO_FOLDER
+from tests.command_line import run
+from tests.test_cli import assert_error
+
+SHORT = ["--max-tokens", "25", "--seed", "1"]
+
+
+def answered(*arguments: str) -> dict[str, Any]:
+    result = run("generate", "Say one two three.", "--json", *SHORT, *arguments)
+    assert result.status == 0, result.err
+    answer: dict[str, Any] = json.loads(result.out)
+    return answer
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--speculative", "lookup"],
+        ["--draft", str(DEMO_FOLDER), "--draft-tokens", "3"],
+        ["--draft", str(DEMO_FOLDER), "--max-kv-size", "64", "--kv-bits", "8"],
+    ],
+    ids=str,
+)
+def test_an_answer_is_the_one_without_guesses(arguments: list[str]) -> None:
+    cache = arguments[2:] if "--kv-bits" in arguments else []
+    expected, found = answered(*cache), answered(*arguments)
+    usage = found.pop("usage")
+    assert usage == {
+        **expected.pop("usage"),
+        "drafted_tokens": usage["drafted_tokens"],
+        "accepted_tokens": usage["accepted_tokens"],
+    }
+    assert {**found, "timings": None} == {**expected, "timings": None}
+    if "--draft" in arguments:
+        assert 0 < usage["accepted_tokens"] <= usage["drafted_tokens"]
+
+
+def test_verbose_tells_how_many_guesses_were_right() -> None:
+    result = run("generate", "one two three one two", "--raw", "--verbose", *SHORT, "--draft", str(DEMO_FOLDER))
+    assert result.status == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("drafts: ")]
+    drafted, accepted = int(line.split()[1]), int(line.split()[3])
+    assert line == f"drafts: {drafted} tokens, {accepted} of them accepted ({accepted / drafted:.0%})"
+    assert "drafts" not in run("generate", "one", "--raw", "--verbose", *SHORT).err
+
+
+def test_a_chat_guesses_too() -> None:
+    arguments = ["chat", "--verbose", *SHORT]
+    plain = run(*arguments, stdin=b"Hello\n/stats\n")
+    result = run(*arguments, "--draft", str(DEMO_FOLDER), stdin=b"Hello\n/stats\n")
+    assert result.out == plain.out
+    assert "Drafts: " in result.err
+    assert "Drafts: " not in plain.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--speculative", "lookup", "--draft", "b"], "--draft does the guessing: leave out --speculative."),
+        (
+            ["--batch", "-", "--output", "o", "--speculative", "lookup"],
+            "--batch answers several prompts with each pass",
+        ),
+        (["--batch", "-", "--output", "o", "--draft", "b"], "leave out --draft"),
+        (["a", "--draft-tokens", "3"], "--draft-tokens needs --draft or --speculative"),
+        (["a", "--speculative", "guess"], "'guess' is not 'lookup'"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], message: str) -> None:
+    result = run("generate", *arguments)
+    assert result.status == 2
+    assert message in result.err
+
+
+def test_a_draft_that_cannot_be(tmp_path: Any) -> None:
+    assert_error(run("generate", "a", "--speculative", "lookup", "--draft-tokens", "0"), "--draft-tokens: found 0")
+    assert_error(run("generate", "a", "--draft", str(tmp_path / "none")), "none")
