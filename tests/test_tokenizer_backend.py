@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mlxqwen.errors import TokenizerError
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.tokenizer import Tokenizer
-from mlxqwen.tokenizer_backend import LibraryBackend, background, compiled, opening, store
+from mlxqwen.tokenizer_backend import LibraryBackend, background, compiled, compiler, opening, store
 from mlxqwen.tokenizer_backend.background import compile_file
 from mlxqwen.tokenizer_backend.compiled import CompiledBackend
 from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
@@ -457,6 +457,19 @@ def test_an_unsuitable_tokenizer_is_tried_once(folder: Path, cache: Path, starte
     assert len(started) == 1
     assert [found.state for found in store.cached_tokenizers()] == ["not compilable"]
     assert store.prune_tokenizers() == []
+
+
+def test_a_compiler_that_fails_is_tried_once(
+    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise KeyError("merges")
+
+    monkeypatch.setattr(compiler, "compile_tokenizer", fail)
+    compile_now(folder)
+    assert not is_compiled(folder)
+    assert started == []
+    assert [found.state for found in store.cached_tokenizers()] == ["not compilable"]
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "a link", "no home", "read-only"])

@@ -56,7 +56,7 @@ def run(path: str, digest: str) -> None:
 
 def compile_file(path: Path, digest: str) -> None:
     """Put the tables of a `tokenizer.json` into the cache, or a note that it has none."""
-    from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
+    from mlxqwen.tokenizer_backend.compiler import compile_tokenizer
 
     entry, data = store.entry_path(digest), path.read_bytes()
     if entry is None or store.digest(data) != digest:
@@ -64,6 +64,6 @@ def compile_file(path: Path, digest: str) -> None:
     facts = {"source": str(path)}
     try:
         tables = compile_tokenizer(LibraryBackend.parse(data, str(path)), facts)
-    except UnsuitableError as reason:
-        tables = Tables.make({**facts, "unsuitable": str(reason)})
+    except Exception as error:  # whatever it is: it would be the same at each start
+        tables = Tables.make({**facts, "unsuitable": f"{type(error).__name__}: {error}"})
     store.write_tables(entry, tables)
