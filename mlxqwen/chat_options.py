@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlxqwen.cache import KVCache
 from mlxqwen.completion import Sampling
 from mlxqwen.errors import OptionError
-from mlxqwen.prompt_cache import PromptCache
 from mlxqwen.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from mlxqwen.prompt_cache import PromptCache
 
 __all__ = [
     "ChatBatchOptions",

@@ -90,7 +90,7 @@ class Conversation:
                     "prompt_cache: found beside options of a cache, expected it alone",
                     hint="Give max_kv_size, keep and kv_bits to PromptCache.",
                 )
-            self._unused = check_prompt_cache(prompt_cache, engine.model).new_cache()
+            self._unused = check_prompt_cache("prompt_cache", prompt_cache, engine.model).new_cache()
             self._held = prompt_cache.held
         self._has_file = prompt_cache is not None
         self._running: weakref.ref[Generator[Any]] | None = None

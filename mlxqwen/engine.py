@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
 from mlxqwen.batches import stream_batch
 from mlxqwen.cache import KVCache
-from mlxqwen.cached_replies import stream_cached
 from mlxqwen.chat_options import (
     ChatBatchOptions,
     ChatOptions,
@@ -31,7 +30,6 @@ from mlxqwen.hub import resolve_model
 from mlxqwen.json_file import json_kind
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.prompt_cache import PromptCache, check_prompt_cache
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
@@ -41,6 +39,9 @@ from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, Speculative, as_dr
 from mlxqwen.thinking import check_budget_use
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
+
+if TYPE_CHECKING:
+    from mlxqwen.prompt_cache import PromptCache
 
 __all__ = [
     "ChatBatchOptions",
@@ -267,8 +268,10 @@ class Engine:
         """
         check_budget_use(thinking, thinking_budget, early_stop_text)
         held = None
-        if isinstance(cache, PromptCache):
-            held, cache = check_prompt_cache(cache, self.model).held, cache.new_cache()
+        if cache is not None and not isinstance(cache, KVCache):
+            from mlxqwen.prompt_cache import check_prompt_cache
+
+            held, cache = check_prompt_cache("cache", cache, self.model).held, cache.new_cache()
         request = prepare_request(
             self.model,
             self.tokenizer,
@@ -284,6 +287,8 @@ class Engine:
             drop_oldest=drop_oldest,
         )
         if held is not None:
+            from mlxqwen.cached_replies import stream_cached
+
             options: ChatOptions = {
                 "early_stop_text": early_stop_text,
                 "tools": tools,

@@ -138,14 +138,14 @@ class PromptCache:
                 raise
             logger.warning("%s; the file was changed while this run went on, and stays as it is", error.problem)
             return False
+        if len(tokens) > _MAX_TOKENS:
+            logger.warning("%s: stays as it is, for a file may hold at most %s tokens", self.path, f"{_MAX_TOKENS:,}")
+            return False
         if stored is None:
             return True
         if len(tokens) <= len(stored.tokens) or common_prefix(stored.tokens, tokens) < len(stored.tokens):
             return False
         if stored.can_go_back and not cache.can_trim(1):
-            return False
-        if len(tokens) > _MAX_TOKENS:
-            logger.warning("%s: stays as it is, for it may hold at most %s tokens", self.path, f"{_MAX_TOKENS:,}")
             return False
         if not os.access(self.path, os.W_OK) or not os.access(self.path.resolve().parent, os.W_OK):
             logger.warning("%s: cannot be written to, so it stays as it is", self.path)
@@ -170,7 +170,7 @@ class PromptCache:
                 raise CacheError(f"{self.path}: made with {what}{shown}", hint=_OTHER_FILE)
         if stored.metadata.get("user.weights") != self._weights_digest():
             raise CacheError(
-                f"{self.path}: made with other weights than this model's, be it another release or quantization",
+                f"{self.path}: made with other weights than this model's, or by another version of mlxqwen",
                 hint=_OTHER_FILE,
             )
         if stored.metadata.get("offsets") != str(len(stored.tokens)):
@@ -203,12 +203,12 @@ class PromptCache:
         return self._weights
 
 
-def check_prompt_cache(found: object, model: Qwen3ForCausalLM) -> PromptCache:
-    """Refuse what is no prompt cache, or one of another model. Raises `OptionError`, `CacheError`."""
+def check_prompt_cache(name: str, found: object, model: Qwen3ForCausalLM) -> PromptCache:
+    """Refuse what is no prompt cache, or is one of another model. Raises `OptionError`, `CacheError`."""
     if not isinstance(found, PromptCache):
-        raise OptionError(f"prompt_cache: found {type(found).__name__}, expected a PromptCache")
+        raise OptionError(f"{name}: found {type(found).__name__}, expected what PromptCache(path, model) makes")
     if found.model is not model:
-        raise CacheError("prompt_cache: made for another model", hint="Make it with PromptCache(path, engine.model).")
+        raise CacheError(f"{name}: made for another model", hint="Make it with PromptCache(path, engine.model).")
     return found
 
 
@@ -261,8 +261,8 @@ def weights_digest(model: Qwen3ForCausalLM) -> str:
 
     All weights are read once, as they are to decode a token. It cannot miss that a single number of a row differs, but
     that a row has the same numbers in another order, or changes that cancel to the bit: no training and no quantization
-    makes those. It is no defence against somebody who looks for two models of one digest. Weights in another dtype or
-    layout have another digest.
+    makes those. It is no defence against somebody who looks for two models of one digest. The same weights in another
+    dtype, or laid out in memory in another way, have another digest.
     """
     parameters: Any = tree_flatten(cast(Any, model).parameters())
     return _digest(parameters)

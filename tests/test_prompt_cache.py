@@ -156,8 +156,10 @@ def test_options_of_a_cache_are_those_of_its_file(tiny: Qwen3ForCausalLM, tokeni
     prompt_cache = PromptCache(tmp_path / "file", engine.model)
     with pytest.raises(OptionError, match="prompt_cache: found beside options of a cache"):
         Conversation(engine, prompt_cache=prompt_cache, max_kv_size=32)
-    with pytest.raises(OptionError, match="prompt_cache: found KVCache, expected a PromptCache"):
+    with pytest.raises(OptionError, match="prompt_cache: found KVCache, expected what PromptCache"):
         Conversation(engine, prompt_cache=make_cache(engine.model))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="cache: found str, expected what PromptCache"):
+        engine.stream(ask("Hello"), cache="file")  # type: ignore[arg-type]
     with pytest.raises(CacheError, match="made for another model"):
         engine.stream(ask("Hello"), cache=PromptCache(tmp_path / "file", tiny))
 
