@@ -109,6 +109,19 @@ def test_every_part_is_there() -> None:
         assert f"def {part.function}(settings: Settings) -> list[Comparison]:" in source
 
 
+def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = parts.Part("checkpoints", "layers_of", "a folder that is no path", 0)
+    monkeypatch.setitem(parts.PARTS, "broken", broken)
+    monkeypatch.setattr(bench, "describe", lambda: "here")
+    assert bench.main(["broken", "import", "--runs", "1"]) == 1
+    told = capsys.readouterr()
+    assert "bench: broken: TypeError: " in told.err
+    assert told.out.startswith("here\n")
+    assert "| import, whole process | import mlx_lm | " in told.out
+
+
 def test_a_command_that_fails_is_told_with_what_it_wrote() -> None:
     with pytest.raises(ProcessError, match="the reason"):
         timed(python("-c", "raise SystemExit('the reason')"))

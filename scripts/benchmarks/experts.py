@@ -29,27 +29,20 @@ def moe(settings: Settings) -> list[Comparison]:
     same = Theirs.load(folder, mx.float32).model if on_cpu else plain
     rows = []
     for count in (1, 8, 64) if settings.quick else (1, 8, 64, 512):
-        x = mx.random.normal((1, count, ours.config.hidden_size), key=mx.random.key(count))
-        sides = {"mlxqwen": (ours, ours.dtype)}
+        x = mx.random.normal((count, ours.config.hidden_size), key=mx.random.key(count))
+        sides = {"mlxqwen": (ours, x.astype(ours.dtype))}
         if not on_cpu or count <= _MOST_IN_BFLOAT16:
-            sides[MLX_LM] = plain, mx.bfloat16
+            sides[MLX_LM] = plain, x[None].astype(mx.bfloat16)
         if on_cpu:
-            sides[FLOAT32] = same, mx.float32
-        blocks = [
-            partial(_milliseconds, model.model.layers[0].mlp, _ready(x, dtype)) for model, dtype in sides.values()
-        ]
+            sides[FLOAT32] = same, x[None]
+        mx.eval([tokens for _, tokens in sides.values()])
+        blocks = [partial(_milliseconds, model.model.layers[0].mlp, tokens) for model, tokens in sides.values()]
         what = f"MoE block, {shape.removeprefix('Qwen3-')} 4-bit, T = {count}"
         settings.tell(what)
         numbers = take_turns(blocks, settings.turns(3 if count > 64 else 7))
         for beside, theirs in zip([*sides][1:], numbers[1:], strict=True):
             rows.append(Comparison(what, beside, "ms", numbers[0], theirs))
     return rows
-
-
-def _ready(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    converted = x.astype(dtype)
-    mx.eval(converted)
-    return converted
 
 
 def _milliseconds(block: Callable[[mx.array], mx.array], x: mx.array) -> float:

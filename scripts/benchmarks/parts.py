@@ -62,6 +62,8 @@ def run_part(name: str, settings: Settings) -> list[Comparison]:
             raise PartError(f"{name}: its process was killed; there may not be enough memory") from None
         except ProcessError as error:
             raise PartError(f"{name}: {error}") from None
+        except Exception as error:  # the other parts' figures are not lost with this one's
+            raise PartError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _run(part: Part, settings: Settings) -> Sequence[Comparison]:
