@@ -27,6 +27,7 @@ OPTIONS = """
     --min-p --presence-penalty --frequency-penalty --repetition-penalty --seed --stop --max-kv-size --kv-keep --kv-bits
     --prefill-chunk --yarn-factor --rope-scaling --dtype --force --json --verbose --messages --tools --batch --output
     --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
+    --speculative --draft --draft-tokens --prompt-cache
 """
 
 Folder = Callable[..., Path]

@@ -129,8 +129,8 @@ Start = Callable[..., Chat]
 OPTIONS = """
     --model --revision --system --drop-oldest --trust-special-tokens --thinking --no-thinking --thinking-budget
     --early-stop-text --max-tokens --temperature --top-p --top-k --min-p --presence-penalty --frequency-penalty
-    --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size --kv-keep --kv-bits --prefill-chunk --yarn-factor
-    --rope-scaling --prompt-cache --dtype --force --verbose
+    --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size
+    --kv-keep --kv-bits --prefill-chunk --yarn-factor --rope-scaling --prompt-cache --dtype --force --verbose
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import sys
 import time
@@ -163,6 +162,8 @@ def _measure(
 def _facts(
     engine: Engine, load_seconds: float, options: Mapping[str, Any], runs: list[BenchmarkRun], *, interrupted: bool
 ) -> dict[str, Any]:
+    from importlib.metadata import version
+
     from mlxqwen.benchmark import summarize, weight_bytes
     from mlxqwen.device import current_device
 
@@ -170,7 +171,7 @@ def _facts(
     return {
         "model": options["model"] or "the demo model",
         "mlxqwen": __version__,
-        "mlx": importlib.metadata.version("mlx"),
+        "mlx": version("mlx"),
         "device": {"name": device.name, "is_gpu": device.is_gpu, "memory": device.memory},
         "dtype": str(engine.model.dtype).rpartition(".")[2],
         "max_kv_size": options["max_kv_size"],
