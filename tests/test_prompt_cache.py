@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 from mlxqwen import Conversation, Done, Engine, PromptCache, make_cache
@@ -26,6 +28,7 @@ from mlxqwen.prompt_cache import weights_digest
 from mlxqwen.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.scripted_model import ScriptedModel, scripted_engine
+from tests.test_conversation_cache import assert_holds
 
 CACHES: list[dict[str, Any]] = [{}, {"max_kv_size": 64}, {"kv_bits": 8}, {"max_kv_size": 48, "keep": 2, "kv_bits": 8}]
 SYSTEM = {
@@ -248,7 +251,8 @@ def written(model: Qwen3ForCausalLM, path: Path, tokens: Sequence[int] = (5, 6, 
 def read(model: Qwen3ForCausalLM, prompt_cache: PromptCache, tokens: Sequence[int]) -> None:
     start = prompt_cache.held.begin([*tokens, 0])
     prompt_cache.held.cache.trim(start)
-    model.model(mx.array([list(tokens[start:])]), prompt_cache.held.cache)
+    if start < len(tokens):
+        model.model(mx.array([list(tokens[start:])]), prompt_cache.held.cache)
     prompt_cache.held.commit(tokens, len(tokens))
 
 
@@ -446,6 +450,34 @@ def test_a_full_disk_leaves_the_old_file(tiny: Qwen3ForCausalLM, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["file"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=9), min_size=1, max_size=6),
+    window=st.sampled_from([None, 5]),
+)
+def test_a_file_only_ever_gains(
+    tiny: Qwen3ForCausalLM, tmp_path: Path, prompts: list[list[int]], window: int | None
+) -> None:
+    """Whatever is asked: what it held is the front of what it holds, and that is what a fresh run leaves."""
+    file = tmp_path / "file"
+    file.unlink(missing_ok=True)
+    held: list[int] = []
+    for prompt in prompts:
+        prompt_cache = PromptCache(file, tiny, max_kv_size=window, keep=2)
+        can_go_back = window is None or len(held) <= window
+        shared = common_prefix(held, prompt)
+        cached = prompt_cache.held.begin([*prompt, 0])
+        assert cached == (shared if can_go_back or shared == len(held) else 0)
+        prompt_cache.held.roll_back()
+        read(tiny, prompt_cache, prompt)
+        is_written = prompt_cache.save()
+        stays = window is not None and len(prompt) > window and 0 < len(held) <= window
+        assert is_written == (shared == len(held) < len(prompt) and not stays)
+        held = prompt if is_written else held
+        assert stored_ids(file) == held
+        assert_holds(PromptCache(file, tiny, max_kv_size=window, keep=2).held.cache, held, tiny)
 
 
 # Memory
