@@ -36,7 +36,7 @@ SYSTEM = {
     "content": "You count letters with great care, and you tell no more than you are asked for.",
 }
 QUESTIONS = ("How many r's in strawberry?", "What is 2 + 2?", "How many e's in eleven?")
-GREEDY = {"sampling": {"temperature": 0}, "max_tokens": 24}
+GREEDY: dict[str, Any] = {"sampling": {"temperature": 0}, "max_tokens": 24}
 
 
 @pytest.fixture
@@ -86,6 +86,27 @@ def test_replies_are_those_of_fresh_runs(
         fresh = done_of(engine.stream(messages, cache=make_cache(engine.model, **cache), **options))
         assert (done.tokens, done.finish_reason) == (fresh.tokens, fresh.finish_reason)
         said += [messages[-1], {"role": "assistant", "content": done.reply.content}]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_it_goes_with_speculation(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], tmp_path: Path, cache: dict[str, Any]
+) -> None:
+    """Guesses that were wrong are not in the file."""
+    engine = Engine(*demo, speculative="lookup")
+    said: list[dict[str, Any]] = []
+    for turn, question in enumerate(QUESTIONS[:2]):
+        messages = ask(question, *said)
+        done = answer(engine, tmp_path / "file", messages, cache, **GREEDY)
+        assert (done.usage.cached_tokens > 0) == (turn > 0)
+        assert (
+            done.tokens == done_of(Engine(*demo).stream(messages, cache=make_cache(demo[0], **cache), **GREEDY)).tokens
+        )
+        said += [messages[-1], {"role": "assistant", "content": done.reply.content}]
+        if "kv_bits" not in cache:
+            assert_holds(
+                PromptCache(tmp_path / "file", demo[0], **cache).held.cache, stored_ids(tmp_path / "file"), demo[0]
+            )
 
 
 @pytest.mark.parametrize("cache", [{}, {"kv_bits": 8}, {"max_kv_size": 128}], ids=str)
@@ -139,7 +160,7 @@ def test_conversations_go_on_with_it(scripted: tuple[Engine, ScriptedModel], tmp
     engine, model = scripted
     answer(engine, tmp_path / "file", ask(QUESTIONS[0]), {}, **GREEDY)
     prompt_cache = PromptCache(tmp_path / "file", engine.model)
-    conversation = Conversation(engine, messages=[SYSTEM], prompt_cache=prompt_cache, **GREEDY)  # type: ignore[arg-type]
+    conversation = Conversation(engine, messages=[SYSTEM], prompt_cache=prompt_cache, **GREEDY)
     model.read = 0
     first = done_of(conversation.stream(QUESTIONS[0]))
     assert (model.read, first.usage.prompt_tokens - first.usage.cached_tokens) == (1, 1)
@@ -170,12 +191,12 @@ def test_options_of_a_cache_are_those_of_its_file(tiny: Qwen3ForCausalLM, tokeni
 def test_one_reply_at_a_time(scripted: tuple[Engine, ScriptedModel], tmp_path: Path) -> None:
     engine, _ = scripted
     prompt_cache = PromptCache(tmp_path / "file", engine.model)
-    first = engine.stream(ask(QUESTIONS[0]), cache=prompt_cache, **GREEDY)  # type: ignore[arg-type]
+    first = engine.stream(ask(QUESTIONS[0]), cache=prompt_cache, **GREEDY)
     next(first)
-    second = done_of(engine.stream(ask(QUESTIONS[1]), cache=prompt_cache, **GREEDY))  # type: ignore[arg-type]
+    second = done_of(engine.stream(ask(QUESTIONS[1]), cache=prompt_cache, **GREEDY))
     with pytest.raises(OptionError, match="prompt cache: found in use for another reply"):
         list(first)
-    assert second.tokens == done_of(engine.stream(ask(QUESTIONS[1]), **GREEDY)).tokens  # type: ignore[arg-type]
+    assert second.tokens == done_of(engine.stream(ask(QUESTIONS[1]), **GREEDY)).tokens
     assert list(prompt_cache.held.tokens) == engine.prompt(ask(QUESTIONS[1]))
 
 
