@@ -50,6 +50,11 @@ class Device:
             mx.set_wired_limit(self.usable_memory)
 
     @property
+    def fuses_attention(self) -> bool:
+        """Whether one kernel computes attention and never holds its scores."""
+        return self.is_gpu
+
+    @property
     def overlaps_steps(self) -> bool:
         """Whether the next decode step is queued before the last token is read.
 

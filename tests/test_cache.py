@@ -119,15 +119,19 @@ def placements(draw: st.DrawFn) -> tuple[int | None, int]:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_chunking_is_the_rule_of_attention(data: st.DataObject) -> None:
+    """Whether a chunk's queries look all at once or a few at a time."""
     window, keep = data.draw(placements())
     kv_bits = data.draw(st.sampled_from(KV_BITS))
     chunks = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
     row = random_tokens(sum(chunks), seed=len(chunks))
     cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
     outputs, start = [], 0
-    for length in chunks:
-        outputs += attend(cache, [row], [(start, start + length)], length)
-        start += length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_layer, "_MOST_SCORES", 0)
+        patch.setattr(cache_layer, "_SMALLEST_BLOCK", data.draw(st.integers(1, 9)))
+        for length in chunks:
+            outputs += attend(cache, [row], [(start, start + length)], length)
+            start += length
     found = np.concatenate(outputs, axis=1)
     assert worst(found, expected(row, window, keep, kv_bits)) <= ATTENTION_TOLERANCE[kv_bits]
     assert cache.offset == start
@@ -154,10 +158,13 @@ def test_ragged_rows_get_what_each_gets_alone(data: st.DataObject) -> None:
     rows = [random_tokens(max(total, 1), seed=total) for total in totals]
     cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits, batch_size=batch_size)
     outputs: list[list[Floats]] = [[] for _ in rows]
-    for length, lengths in steps:
-        spans = [(offset, offset + count) for offset, count in zip(cache.offsets, lengths, strict=True)]
-        for place, part in enumerate(attend(cache, rows, spans, length)):
-            outputs[place].append(part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_layer, "_MOST_SCORES", 0)
+        patch.setattr(cache_layer, "_SMALLEST_BLOCK", data.draw(st.integers(1, 6)))
+        for length, lengths in steps:
+            spans = [(offset, offset + count) for offset, count in zip(cache.offsets, lengths, strict=True)]
+            for place, part in enumerate(attend(cache, rows, spans, length)):
+                outputs[place].append(part)
     assert list(cache.offsets) == totals
     for row, total, output in zip(rows, totals, outputs, strict=True):
         queries, keys, values = (part[:, :total] for part in row)
@@ -706,3 +713,74 @@ def test_a_step_of_other_rows_is_refused(model: Qwen3ForCausalLM) -> None:
         with pytest.raises(CacheError, match="lengths"):
             model(mx.array([[1, 2], [3, 4]]), cache, lengths=lengths)
     assert cache.offsets == (0, 0)
+
+
+# Memory, in counts of bytes
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """The most bytes that MLX holds during a step beyond what it held before."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    step()
+    return mx.get_peak_memory() - before
+
+
+def decoded(cache: KVCache, tokens: int = 1) -> None:
+    """So many tokens of each row through the cache's only layer, one at a time."""
+    for _ in range(tokens):
+        (layer,) = cache.begin(cache.batch_size, 1)
+        new = [mx.ones((cache.batch_size, heads, 1, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        mx.eval(layer.attend(*new, rope=Rope(HEAD_DIM, THETA), scale=SCALE), cache.state)
+
+
+@pytest.mark.parametrize("offsets", [[4000], [4000, 4000], [4000, 3000, 5]])
+@pytest.mark.parametrize("window", [None, 2048])
+def test_a_decoded_token_copies_no_cache(offsets: list[int], window: int | None) -> None:
+    """Rows of one length or of several, in a line or a full ring: there are scores and little else."""
+    cache = new_cache(max_kv_size=window, batch_size=len(offsets))
+    cache.reserve(4096)
+    decoded(cache)
+    cache.placement.offsets = list(offsets)
+    decoded(cache)
+    assert peak_of(lambda: decoded(cache)) < cache.nbytes // 6
+
+
+def test_a_growing_cache_is_never_there_twice(tiny: Qwen3ForCausalLM) -> None:
+    """Each layer's buffers are copied apart, and once in 256 tokens."""
+    cache = make_cache(tiny, batch_size=16)
+    tokens = mx.ones((16, 1), dtype=mx.int32)
+    tiny(mx.ones((16, 256), dtype=mx.int32), cache)
+    mx.eval(cache.state)
+    before, sizes = cache.nbytes, set()
+
+    def grow() -> None:
+        tiny.model(tokens, cache)
+        sizes.add(cache.nbytes)
+
+    peak = peak_of(grow)
+    assert sizes == {2 * before}
+    assert peak <= before + before // len(cache) + before // 8
+    for _ in range(255):
+        grow()
+    assert sizes == {2 * before}
+    assert mx.get_cache_memory() < before
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kv_bits": 8}, {"max_kv_size": 1024}], ids=str)
+def test_the_scores_of_a_chunk_are_never_all_there(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = new_cache(**arguments)
+    rope, length = Rope(HEAD_DIM, THETA), 512
+    chunk = [mx.ones((1, heads, length, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def step() -> None:
+        (layer,) = cache.begin(1, length)
+        mx.eval(layer.attend(*chunk, rope=rope, scale=SCALE), cache.state)
+
+    cache.reserve(2048)
+    step()
+    cache.placement.offsets = [1536]
+    scores = 4 * HEADS * length * (1536 if cache.max_kv_size else 2048)
+    monkeypatch.setattr(cache_layer, "_MOST_SCORES", scores // 4 // 16)
+    assert peak_of(step) < scores * 2 // 3

@@ -102,9 +102,20 @@ class KVCache:
                 hint="Give one length a row, none beyond the tokens that were passed.",
             )
         plan = self.placement.advance(length, lengths)
+        if plan.gather is None and not plan.stores_later:
+            self._grow(plan.capacity)
         for layer in self.layers:
             layer.plan = plan
         return self.layers
+
+    def _grow(self, capacity: int) -> None:
+        """Longer buffers for what is held; a layer at a time, so that only one is there twice."""
+        rows = range(self.batch_size)
+        for layer in self.layers:
+            if layer.keys and layer.keys[0].shape[-2] < capacity:
+                layer.keys = join_rows([(layer.keys, rows)], capacity)
+                layer.values = join_rows([(layer.values, rows)], capacity)
+                _let_go(layer)
 
     def reserve(self, length: int) -> None:
         """Allocate for `length` tokens a row at once when the next ones arrive, rather than growing in steps.
@@ -168,7 +179,7 @@ class KVCache:
                 join_rows([(other.keys, rows) for other, rows in others], capacity),
                 join_rows([(other.values, rows) for other, rows in others], capacity),
             )
-            mx.eval(layer.keys, layer.values)
+            _let_go(layer)
         self.placement.offsets = offsets
 
     @property
@@ -267,6 +278,12 @@ def check_window(max_kv_size: int | None, keep: int) -> None:
             f"max_kv_size: found {max_kv_size}, expected more than the {keep} tokens that are always kept",
             hint="Choose a larger window, or keep fewer.",
         )
+
+
+def _let_go(layer: KVLayer) -> None:
+    """Compute a layer's new buffers, and give the memory of the old ones back: nothing else may be as large."""
+    mx.eval(layer.keys, layer.values)
+    mx.clear_cache()
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:

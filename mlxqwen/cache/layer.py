@@ -6,9 +6,13 @@ import mlx.core as mx
 
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
+from mlxqwen.device import current_device
 from mlxqwen.layers.rope import Rope
 
 __all__ = ["KVLayer"]
+
+_MOST_SCORES = 1 << 21  # numbers: of a chunk's queries on a long context there would be hundreds of megabytes
+_SMALLEST_BLOCK = 16  # queries
 
 
 class KVLayer:
@@ -35,43 +39,71 @@ class KVLayer:
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
         rotated = rope(queries, plan.offset)
-        if plan.sink_positions is None and isinstance(self.storage, PlainStorage):
-            return mx.fast.scaled_dot_product_attention(
-                rotated, seen_keys[0], seen_values[0], scale=scale, mask=plan.mask
+        at_sinks = None if plan.sink_positions is None else rope.at(queries, plan.sink_positions)
+        length, size = queries.shape[2], self._block(queries, seen_keys)
+        if length <= size:
+            return self._look(rotated, at_sinks, seen_keys, seen_values, plan, scale)
+        outputs = []
+        for start in range(0, length, size):
+            part = plan.part(start, min(start + size, length))
+            seen = slice(None) if part.visible == plan.visible else slice(part.visible)
+            outputs.append(
+                self._look(
+                    rotated[:, :, start : start + size],
+                    None if at_sinks is None else at_sinks[:, :, start : start + size],
+                    _slots(seen_keys, seen),
+                    _slots(seen_values, seen),
+                    part,
+                    scale,
+                )
             )
+            mx.eval(outputs)  # MLX allocates what it has been asked for: all blocks at once, if it is let
+        return mx.concatenate(outputs, axis=2)
 
-        B, heads, L, head_dim = queries.shape
-        kv_heads = keys.shape[1]
+    def _block(self, queries: mx.array, seen: Stored) -> int:
+        """How many queries to look from at a time, so that their scores take little memory."""
+        B, heads, L, _ = queries.shape
+        kernel = self.plan.sink_positions is None and isinstance(self.storage, PlainStorage)
+        if L == 1 or (kernel and current_device().fuses_attention):
+            return L
+        return max(_SMALLEST_BLOCK, _MOST_SCORES // (B * heads * seen[0].shape[-2]))
+
+    def _look(
+        self, rotated: mx.array, at_sinks: mx.array | None, keys: Stored, values: Stored, plan: Step, scale: float
+    ) -> mx.array:
+        """Queries, rotated to where they stand and to where sinks see them, on stored keys and values."""
+        if at_sinks is None and isinstance(self.storage, PlainStorage):
+            return mx.fast.scaled_dot_product_attention(rotated, keys[0], values[0], scale=scale, mask=plan.mask)
+        B, heads, L, head_dim = rotated.shape
+        kv_heads = keys[0].shape[1]
 
         def scores(queries: mx.array, keys: Stored) -> mx.array:
             grouped = (queries * scale).reshape(B, kv_heads, heads // kv_heads * L, head_dim)
             return self.storage.scores(grouped, keys)
 
-        if plan.sink_positions is None:
-            logits = scores(rotated, seen_keys)
+        if at_sinks is None:
+            logits = scores(rotated, keys)
+        elif plan.sinks is None:
+            sinks, window = _slots(keys, slice(self.keep)), _slots(keys, slice(self.keep, None))
+            logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
         else:
-            at_sinks = rope.at(queries, plan.sink_positions)
-            if plan.sinks is None:
-                sinks, window = _slots(seen_keys, 0, self.keep), _slots(seen_keys, self.keep, None)
-                logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
-            else:
-                logits = mx.where(plan.sinks, scores(at_sinks, seen_keys), scores(rotated, seen_keys))
+            logits = mx.where(plan.sinks, scores(at_sinks, keys), scores(rotated, keys))
         if plan.mask_array is not None:
             by_head = logits.reshape(B, kv_heads, heads // kv_heads, L, -1)
             by_head = mx.where(plan.mask_array[:, :, None], by_head, -mx.inf)
             logits = by_head.reshape(logits.shape)
         weights = mx.softmax(logits, axis=-1, precise=True)
-        return self.storage.mix(weights, seen_values).reshape(B, heads, L, head_dim)
+        return self.storage.mix(weights, values).reshape(B, heads, L, head_dim)
 
     def store(self, start: int, stop: int, slot: int) -> None:
         """Put tokens `start` to `stop` of a step that stores later into the slots from `slot` on."""
-        keys, values = (_slots(new, start, stop) for new in self.unstored)
+        keys, values = (_slots(new, slice(start, stop)) for new in self.unstored)
         plan = Step(offset=0, length=stop - start, visible=0, capacity=self.plan.capacity, write_at=slot)
         self.keys, self.values = _store(self.keys, keys, plan)[0], _store(self.values, values, plan)[0]
 
 
-def _slots(stored: Stored, start: int, stop: int | None) -> Stored:
-    return tuple(part[..., start:stop, :] for part in stored)
+def _slots(stored: Stored, slots: slice) -> Stored:
+    return tuple(part[..., slots, :] for part in stored)
 
 
 def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -59,6 +59,12 @@ class Step:
         slots = mx.arange(self.visible)
         queries = mx.arange(self.visible - self.length, self.visible)
         return (slots[None, :] <= queries[:, None])[None, None]
+
+    def part(self, start: int, stop: int) -> Step:
+        """What only the queries `start` to `stop` need of it to look: in a line, none of the slots behind them."""
+        if isinstance(self.mask, str):
+            return replace(self, length=stop - start, visible=self.visible - self.length + stop)
+        return replace(self, length=stop - start, mask=None if self.mask is None else self.mask[:, :, start:stop])
 
 
 class Placement(ABC):
