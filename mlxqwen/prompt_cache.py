@@ -191,8 +191,10 @@ class PromptCache:
                 raise _damaged(self.path)
         except CacheError:
             raise
-        except (MlxqwenError, RuntimeError) as error:  # MLX reads a file's numbers late
-            if isinstance(error, RuntimeError) and "allocate" in str(error):
+        except MlxqwenError as error:
+            raise CacheError(error.problem, hint=_NO_PROMPT_CACHE) from None
+        except RuntimeError as error:  # MLX reads a file's numbers late
+            if "allocate" in str(error):
                 raise
             raise _damaged(self.path) from None
         return cache

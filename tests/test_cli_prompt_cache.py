@@ -83,6 +83,7 @@ def test_what_is_wrong_with_a_file_is_told_before_the_model_is_loaded(
         (tmp_path, "a folder, expected a file"),
         (tmp_path / "nowhere" / "file", "there is no folder"),
         (tmp_path / ("long" * 100), "cannot be read"),
+        (tmp_path / os.fsdecode(b"\xff"), "--prompt-cache: found bytes that are not UTF-8"),
     ):
         for command in ("generate", "chat"):
             result = run(command, *([OTHER] if command == "generate" else []), "--prompt-cache", str(path))

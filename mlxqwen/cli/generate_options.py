@@ -248,7 +248,7 @@ def check_values(options: Mapping[str, Any]) -> None:
         from mlxqwen.stop import StopStrings
         from mlxqwen.thinking import check_early_stop_text
 
-    names = ("prompt", "system", "model", "revision", "early_stop_text", "draft")
+    names = ("prompt", "system", "model", "revision", "early_stop_text", "draft", "prompt_cache")
     with options_named():
         check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
         SamplingParams(**sampling_overrides(options))
