@@ -44,7 +44,7 @@ def stream_batch(
         begins = begins_in_thought(tokenizer, request.prompt, expect_thought=request.expect_thought)
         return ReplyEvents(thinking=begins, tools=request.tools, stop=stop, tags=tags)
 
-    replies = [(number, events_of(request)) for number, request in first]
+    replies = {row: (number, events_of(request)) for row, (number, request) in enumerate(first)}
     prepared = [request for _, request in first]
     responses = batch_stream(
         model,
@@ -66,10 +66,10 @@ def stream_batch(
         for event in events.feed(response):
             if isinstance(event, Done):
                 responses.stop(row)
+                del replies[row]
                 yield number, event
-                for number, request in islice(requests, 1):
-                    replies.append((number, events_of(request)))
-                    responses.add(
+                for following, request in islice(requests, 1):
+                    added = responses.add(
                         request.prompt,
                         max_tokens=request.max_tokens,
                         sampling=request.sampling,
@@ -77,3 +77,4 @@ def stream_batch(
                         expect_thought=request.expect_thought,
                         tools=request.tools,
                     )
+                    replies[added] = following, events_of(request)

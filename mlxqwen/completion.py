@@ -284,7 +284,8 @@ class ResponseStream:
     ) -> None:
         self._model = model
         self._stream = stream
-        self._rows: list[_Row] = []
+        self._rows: dict[int, _Row] = {}  # those that have not ended
+        self._begun = 0
         self._ends = ends
         self._new_row = new_row
         for row in rows:
@@ -326,14 +327,16 @@ class ResponseStream:
     def stop(self, row: int) -> None:
         """End `row` here: no further token of it is computed."""
         self._stream.stop(row)
+        self._rows.pop(row, None)
 
     def close(self) -> None:
         """End all rows."""
         self._responses.close()
 
     def _begin(self, row: _Row) -> None:
-        _begin(self._stream, len(self._rows), row, self._ends)
-        self._rows.append(row)
+        _begin(self._stream, self._begun, row, self._ends)
+        self._rows[self._begun] = row
+        self._begun += 1
 
 
 def _begin(stream: TokenStream | SpeculativeStream, number: int, row: _Row, ends: Collection[int]) -> None:
@@ -342,7 +345,7 @@ def _begin(stream: TokenStream | SpeculativeStream, number: int, row: _Row, ends
 
 
 def _responses(
-    stream: TokenStream | SpeculativeStream, drafts: DraftCounts, rows: Sequence[_Row], ends: Collection[int]
+    stream: TokenStream | SpeculativeStream, drafts: DraftCounts, rows: dict[int, _Row], ends: Collection[int]
 ) -> Generator[tuple[int, GenerationResponse], None, None]:
     for generated in stream:
         row = rows[generated.row]
@@ -353,6 +356,7 @@ def _responses(
         response = row.respond(generated, drafts)
         if response.finish_reason is not None:
             stream.stop(generated.row)
+            del rows[generated.row]
         yield generated.row, response
 
 

@@ -456,6 +456,8 @@ class TokenStream:
             parts.append((cache, range(len(group))))
             samplers.append(sampler)
             active += group
+            for row in group:
+                del row.unread, row.sampler  # a stream may take in rows for hours
         if len(parts) > 1 or parts[0][0] is not self.cache:
             self.cache.assemble(parts)
         self._sampler.keep_rows(going)

@@ -313,6 +313,18 @@ def test_what_cannot_join(tiny: Qwen3ForCausalLM) -> None:
         closed.add([1])
 
 
+def test_a_stream_that_runs_for_hours_keeps_nothing_of_rows_that_are_gone(tiny: Qwen3ForCausalLM) -> None:
+    params = SamplingParams(temperature=0, presence_penalty=1.0, repetition_penalty=1.1)
+    stream = generate_tokens(tiny, [[1] * 9] * 2, sampling=params, max_tokens=2)
+    held: list[int] = []
+    for one in stream:
+        if one.finish_reason and len(held) < 40:
+            stream.add([one.token] * 9, sampling=params, max_tokens=2)
+            mx.clear_cache()
+            held.append(mx.get_active_memory())
+    assert max(held[20:]) <= max(held[4:20])
+
+
 # What is fed through the model
 
 

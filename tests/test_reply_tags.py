@@ -172,7 +172,7 @@ def test_usage_and_reply_agree_whatever_the_model_draws(
 ) -> None:
     counted = ThinkingBudget(QWEN, prompt, budget=budget, tools=tools, expect_thought=expect_thought)
     stream = ScriptedStream(drawn, [END])
-    rows = [_Row(QWEN, 5, 0, StopStrings(), counted, None)]
+    rows = {0: _Row(QWEN, 5, 0, StopStrings(), counted, None)}
     _begin(cast(TokenStream, stream), 0, rows[0], [END])
     responses = (response for _, response in _responses(cast(TokenStream, stream), DraftCounts(), rows, [END]))
     begins = begins_in_thought(QWEN, prompt, expect_thought=expect_thought)
