@@ -108,7 +108,8 @@ def ours(folder: Path, device: Device) -> Decoding:
     """mlxqwen, as `generate_tokens` runs it."""
     model = load_model(folder, device=device)
     cache = make_cache(model)
-    mx.eval(model(mx.array([PROMPT]), cache), cache.state)
+    with uncompiled():
+        mx.eval(model(mx.array([PROMPT]), cache), cache.state)
     held = [(layer.keys, layer.values) for layer in cache]
     offset = cache.offset
 
@@ -128,7 +129,8 @@ def theirs(folder: Path) -> Decoding:
 
     model, _ = load_theirs(folder)
     cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([PROMPT]), cache), [layer.state[:2] for layer in cache])
+    with uncompiled():
+        mx.eval(model(mx.array([PROMPT]), cache), [layer.state[:2] for layer in cache])
     held = [(layer.keys, layer.values, layer.offset) for layer in cache]
 
     def rewind() -> None:
@@ -146,6 +148,16 @@ def theirs(folder: Path) -> Decoding:
 def _shared(array: mx.array) -> mx.array:
     """An array of its own over the same numbers: what is written into it leaves the other as it is."""
     return array[...]
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Evaluate without `mx.compile`, for which a CPU starts a C++ compiler."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
 
 
 @contextmanager
