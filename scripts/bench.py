@@ -58,9 +58,9 @@ def measure(options: argparse.Namespace) -> int:
         print(f"bench: {' and '.join(missing)} not installed: pip install -e '.[dev]'", file=sys.stderr)
         return 1
     names = options.names or [name for name, part in PARTS.items() if part.by_default]
-    heading = describe()
+    clock = "Seconds of processor time. " if options.processor_time else ""
+    print(f"{describe()}\n\n{clock}{NOTES}\n\n{HEAD}", flush=True)
     failed = False
-    rows = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="mlxqwen-bench-") as work:
         settings = Settings(
             Path(work),
@@ -73,14 +73,11 @@ def measure(options: argparse.Namespace) -> int:
         for name in names:
             settings.tell(f"{name}, about {PARTS[name].minutes:g} min on two slow cores")
             try:
-                rows += run_part(name, settings)
+                for row in run_part(name, settings):
+                    print(row.markdown(), flush=True)
             except PartError as error:
                 failed = True
                 print(f"bench: {error}", file=sys.stderr)
-    clock = "Seconds of processor time.\n" if options.processor_time else ""
-    print(f"{heading}\n\n{clock}{NOTES}\n\n{HEAD}")
-    for row in rows:
-        print(row.markdown())
     return int(failed)
 
 
