@@ -1,0 +1,182 @@
+"""What speculative decoding saves: guesses that are right, passes of the model, time beside plain decoding.
+
+    python scripts/bench_speculation.py [--turns N]
+
+With the demo model, whose smaller sister is the demo model in 3 bits. Times are pairs, one after the other, of the
+same reply; the ratio is the median of the pairs, above one where speculation is quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mlxqwen.cache import make_cache  # noqa: E402
+from mlxqwen.completion import end_token_ids  # noqa: E402
+from mlxqwen.engine import Engine  # noqa: E402
+from mlxqwen.generation import generate_tokens  # noqa: E402
+from mlxqwen.hub import DEMO_FOLDER  # noqa: E402
+from mlxqwen.loading import load_model  # noqa: E402
+from mlxqwen.model import Qwen3ForCausalLM  # noqa: E402
+from mlxqwen.sampling import Sampler, token_logprobs  # noqa: E402
+from mlxqwen.sampling_params import SamplingParams  # noqa: E402
+from mlxqwen.speculation.draft_model import DraftModel  # noqa: E402
+from mlxqwen.speculation.drafter import Drafter  # noqa: E402
+from mlxqwen.speculation.prompt_lookup import PromptLookup  # noqa: E402
+from mlxqwen.speculation.stream import speculate_tokens  # noqa: E402
+
+WORDS = ("strawberry", "banana", "mississippi", "parallel", "engineer", "committee", "bookkeeper", "tomorrow")
+HEAD = "| reply | guesses by | tokens | drafted | accepted | passes a token | time, plain / speculative |"
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Of several replies: their tokens, what was drafted and accepted, passes of the model, and ratios of times."""
+
+    tokens: int
+    drafted: int
+    accepted: int
+    passes: int
+    ratios: list[float]
+
+    def markdown(self, reply: str, drafter: str) -> str:
+        """A line of the table."""
+        share = f"{self.accepted / self.drafted:.0%}" if self.drafted else "–"
+        ratio = statistics.median(self.ratios)
+        cells = (self.tokens, self.drafted, share, f"{self.passes / self.tokens:.2f}", f"{ratio:.2f}")
+        return f"| {' | '.join((reply, drafter, *map(str, cells)))} |"
+
+
+def measure(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_drafter: Callable[[], Drafter],
+    params: SamplingParams,
+    turns: int,
+) -> Savings:
+    """Each prompt answered plainly and speculatively, `turns` times in turn. The replies have to be the same."""
+    ends = end_token_ids(engine.model, engine.tokenizer)
+    how: dict[str, Any] = {"sampling": params, "max_tokens": 150}
+    tokens = drafted = accepted = passes = 0
+    ratios = []
+    for prompt in prompts:
+        for turn in range(turns):
+            with patch.object(engine.model, "logits", wraps=engine.model.logits) as head:
+                began = time.process_time()
+                expected = [one.token for one in generate_tokens(engine.model, prompt, eos_token_ids=ends, **how)]
+                plain = time.process_time() - began
+                head.reset_mock()
+                began = time.process_time()
+                stream = speculate_tokens(engine.model, prompt, new_drafter(), eos_token_ids=ends, **how)
+                found = [one.token for one in stream]
+                ratios.append(plain / (time.process_time() - began))
+            if found != expected:
+                raise SystemExit(f"another reply than without speculation: {found} for {expected}")
+            if turn == 0:
+                tokens, passes = tokens + len(found), passes + head.call_count
+                drafted, accepted = drafted + stream.counts.drafted, accepted + stream.counts.accepted
+    return Savings(tokens, drafted, accepted, passes, ratios)
+
+
+def questions(engine: Engine, *, answered_before: bool) -> list[list[int]]:
+    """Prompts that ask to count letters, and if wanted have the same question and its answer before."""
+    prompts = []
+    for word in WORDS:
+        question = [{"role": "user", "content": f"How many {word[-1]}'s in {word}?"}]
+        prompt = engine.prompt(question)
+        if answered_before:
+            stream = generate_tokens(
+                engine.model,
+                prompt,
+                sampling=SamplingParams(temperature=0),
+                eos_token_ids=end_token_ids(engine.model, engine.tokenizer),
+                max_tokens=150,
+            )
+            prompt = [*prompt, *(one.token for one in stream), *engine.tokenizer.encode("\n"), *prompt]
+        prompts.append(prompt)
+    return prompts
+
+
+def agreement(
+    model: Qwen3ForCausalLM, draft: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> tuple[float, float]:
+    """How often two models draw the same token from common random numbers, and how often any coupling could at most.
+
+    The latter is the mean of the sum over all tokens of the smaller of the two probabilities.
+    """
+    agreed, most = [], []
+    for prompt in prompts:
+        text = [*prompt, *(one.token for one in generate_tokens(model, prompt, sampling=params, max_tokens=60))]
+        both = [one(mx.array([text]))[0, len(prompt) - 1 : -1].astype(mx.float32) for one in (model, draft)]
+        for place in range(both[0].shape[0]):
+            rows = [logits[place] for logits in both]
+            mass = [np.exp(np.array(token_logprobs(row, params, [], []), dtype=np.float64)) for row in rows]
+            most.append(float(np.minimum(*mass).sum()))
+            for seed in range(8):
+                seeded = replace(params, seed=1000 * place + seed)
+                drawn = [Sampler([seeded], [[]], row.size)(row[None]).item() for row in rows]
+                agreed.append(drawn[0] == drawn[1])
+    return statistics.mean(agreed), statistics.mean(most)
+
+
+def pass_costs(model: Qwen3ForCausalLM, lengths: Sequence[int], turns: int = 30) -> dict[int, float]:
+    """Processor time of a pass over so many tokens, over that of a pass over one, behind 100 tokens."""
+    cache = make_cache(model)
+    mx.eval(model(mx.array([[1] * 100]), cache))
+    times: dict[int, list[float]] = {length: [] for length in (1, *lengths)}
+    for _ in range(turns):
+        for length, found in times.items():
+            cache.trim(100)
+            began = time.process_time()
+            mx.eval(model.logits(model.model(mx.array([[1] * length], dtype=mx.int32), cache)))
+            found.append(time.process_time() - began)
+    return {n: statistics.median(a / b for a, b in zip(times[n], times[1], strict=True)) for n in lengths}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3, help="pairs of times for each prompt")
+    turns = parser.parse_args().turns
+    engine = Engine.load(DEMO_FOLDER)
+    draft = load_model(DEMO_FOLDER, fused=False)
+    nn.quantize(draft, group_size=32, bits=3)
+    greedy, warm = SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=1)
+    drafters: dict[str, Callable[[], Drafter]] = {
+        f"lookup, {n} tokens match": partial(PromptLookup, n) for n in (1, 2, 3)
+    }
+    drafters["the model in 3 bits"] = partial(DraftModel, draft)
+    print(f"{HEAD}\n| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for what, prompts in (
+        ("to a question", questions(engine, answered_before=False)),
+        ("to the same question again", questions(engine, answered_before=True)),
+    ):
+        for how, params in (("greedy", greedy), ("T 1", warm)):
+            for name, new_drafter in drafters.items():
+                savings = measure(engine, prompts, new_drafter, params, turns)
+                print(savings.markdown(f"{what}, {how}", name), flush=True)
+    for temperature in (0.6, 1.0, 1.5):
+        params = SamplingParams(temperature=temperature, top_k=20, seed=3)
+        found, most = agreement(engine.model, draft, questions(engine, answered_before=False)[:4], params)
+        print(f"T {temperature}, top-k 20: the same draw in {found:.1%} of places, {most:.1%} at most", flush=True)
+    costs = pass_costs(engine.model, (2, 3, 5, 9))
+    print("A pass over n tokens, in passes over one:", ", ".join(f"{n}: {cost:.2f}" for n, cost in costs.items()))
+
+
+if __name__ == "__main__":
+    main()
