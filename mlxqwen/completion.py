@@ -17,6 +17,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
+    DEFAULT_DRAFT_TOKENS,
     DEFAULT_MAX_TOKENS,
     DEFAULT_PREFILL_CHUNK,
     FinishReason,
@@ -30,12 +31,12 @@ from mlxqwen.generation import (
 from mlxqwen.loops import LoopDetector
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling_params import SamplingParams, resolve_sampling
-from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, DraftCounts, Speculative, as_drafter
 from mlxqwen.stop import StopStrings
 from mlxqwen.thinking import ThinkingBudget, begins_in_thought, can_think
 from mlxqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mlxqwen.speculation.drafter import DraftCounts, Speculative
     from mlxqwen.speculation.stream import SpeculativeStream
 
 __all__ = [
@@ -252,20 +253,26 @@ def batch_stream(
         "prefill_chunk": prefill_chunk,
         "on_prefill": on_prefill,
     }
-    drafter = as_drafter(speculative)
-    if drafter is None:
+    if speculative is None:
         plain = generate_tokens(model, ids, sampling=params, max_tokens=max_tokens, **how)
-        return ResponseStream(model, plain, DraftCounts(), rows, ends, new_row)
+        return ResponseStream(model, plain, None, rows, ends, new_row)
     if len(ids) > 1:
         raise OptionError(
             f"speculative: found with {len(ids)} prompts, expected one",
             hint="Leave it out: the prompts of a batch share each pass of the model as it is.",
         )
+    from mlxqwen.speculation.drafter import as_drafter
     from mlxqwen.speculation.stream import speculate_tokens
 
     (limit,) = _one_a_row("max_tokens", max_tokens, 1)
     stream = speculate_tokens(
-        model, ids[0], drafter, draft_tokens=draft_tokens, sampling=params[0], max_tokens=limit, **how
+        model,
+        ids[0],
+        as_drafter(speculative),
+        draft_tokens=draft_tokens,
+        sampling=params[0],
+        max_tokens=limit,
+        **how,
     )
     return ResponseStream(model, stream, stream.counts, rows, ends, new_row)
 
@@ -277,7 +284,7 @@ class ResponseStream:
         self,
         model: Qwen3ForCausalLM,
         stream: TokenStream | SpeculativeStream,
-        drafts: DraftCounts,
+        drafts: DraftCounts | None,
         rows: Iterable[_Row],
         ends: Collection[int],
         new_row: _RowMaker,
@@ -345,7 +352,7 @@ def _begin(stream: TokenStream | SpeculativeStream, number: int, row: _Row, ends
 
 
 def _responses(
-    stream: TokenStream | SpeculativeStream, drafts: DraftCounts, rows: dict[int, _Row], ends: Collection[int]
+    stream: TokenStream | SpeculativeStream, drafts: DraftCounts | None, rows: dict[int, _Row], ends: Collection[int]
 ) -> Generator[tuple[int, GenerationResponse], None, None]:
     for generated in stream:
         row = rows[generated.row]
@@ -411,7 +418,7 @@ class _Row:
         self._count = 0
         self._started, self._first = time.perf_counter(), 0.0
 
-    def respond(self, generated: GeneratedToken, drafts: DraftCounts) -> GenerationResponse:
+    def respond(self, generated: GeneratedToken, drafts: DraftCounts | None) -> GenerationResponse:
         """What the next token adds; `drafts` are those that it took."""
         now = time.perf_counter()
         self._first = self._first or now
@@ -432,8 +439,8 @@ class _Row:
             reasoning_tokens=self.thinking.reasoning_tokens,
             budget_exhausted=self.thinking.exhausted,
             cached_tokens=self._cached_tokens,
-            drafted_tokens=drafts.drafted,
-            accepted_tokens=drafts.accepted,
+            drafted_tokens=0 if drafts is None else drafts.drafted,
+            accepted_tokens=0 if drafts is None else drafts.accepted,
         )
 
     def _show(self, token: int, finish_reason: FinishReason | None) -> tuple[str, FinishReason | None]:

@@ -25,7 +25,7 @@ from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count
+from mlxqwen.generation import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count
 from mlxqwen.hub import resolve_model
 from mlxqwen.json_file import json_kind
 from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
@@ -35,13 +35,13 @@ from mlxqwen.reply import Reply
 from mlxqwen.reply_tags import reply_tags
 from mlxqwen.requests import check_shared_options, choose_sampling, fit_messages, prepare_request, prepare_requests
 from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, Speculative, as_drafter
 from mlxqwen.thinking import check_budget_use
 from mlxqwen.tokenizer import Tokenizer
 from mlxqwen.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 
 if TYPE_CHECKING:
     from mlxqwen.prompt_cache import PromptCache
+    from mlxqwen.speculation.drafter import Speculative
 
 __all__ = [
     "ChatBatchOptions",
@@ -120,6 +120,15 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _check_speculative(speculative: Speculative, draft_tokens: int) -> None:
+    """Refuse what cannot guess. Raises `OptionError`."""
+    check_count("draft_tokens", draft_tokens)
+    if speculative is not None:
+        from mlxqwen.speculation.drafter import as_drafter
+
+        as_drafter(speculative)
+
+
 def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
     from mlxqwen.speculation.stream import check_vocabulary
@@ -151,8 +160,7 @@ class Engine:
         speculative: Speculative = None,
         draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     ) -> None:
-        as_drafter(speculative)
-        check_count("draft_tokens", draft_tokens)
+        _check_speculative(speculative, draft_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.speculative = speculative
@@ -176,8 +184,7 @@ class Engine:
             draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say.
             speculative: what guesses instead; see `Engine`.
         """
-        as_drafter(speculative)
-        check_count("draft_tokens", draft_tokens)
+        _check_speculative(speculative, draft_tokens)
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         folder = resolve_model(path_or_id, revision=revision)

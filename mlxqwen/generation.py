@@ -20,6 +20,7 @@ from mlxqwen.sampling import BAD_TOKEN, Sampler, check_token
 from mlxqwen.sampling_params import SamplingParams
 
 __all__ = [
+    "DEFAULT_DRAFT_TOKENS",
     "DEFAULT_MAX_TOKENS",
     "DEFAULT_PREFILL_CHUNK",
     "GeneratedToken",
@@ -31,6 +32,7 @@ __all__ = [
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
+DEFAULT_DRAFT_TOKENS = 8
 _CLEAR_EVERY = 256  # tokens
 _PADDING = 16  # tokens a row: reading so many more costs less than one step more
 UNBOUNDED = 1 << 62

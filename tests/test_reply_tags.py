@@ -19,7 +19,6 @@ from mlxqwen.generation import GeneratedToken, TokenStream
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
 from mlxqwen.reply_tags import reply_tags
-from mlxqwen.speculation.drafter import DraftCounts
 from mlxqwen.stop import StopStrings
 from mlxqwen.thinking import ThinkingBudget, begins_in_thought
 from mlxqwen.tokenizer import Tokenizer
@@ -174,7 +173,7 @@ def test_usage_and_reply_agree_whatever_the_model_draws(
     stream = ScriptedStream(drawn, [END])
     rows = {0: _Row(QWEN, 5, 0, StopStrings(), counted, None)}
     _begin(cast(TokenStream, stream), 0, rows[0], [END])
-    responses = (response for _, response in _responses(cast(TokenStream, stream), DraftCounts(), rows, [END]))
+    responses = (response for _, response in _responses(cast(TokenStream, stream), None, rows, [END]))
     begins = begins_in_thought(QWEN, prompt, expect_thought=expect_thought)
     *deltas, done = split_reply(responses, thinking=begins, tools=tools, tags=reply_tags(QWEN))
     assert isinstance(done, Done)

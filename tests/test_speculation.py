@@ -81,8 +81,12 @@ def tokens_of(stream: TokenStream | SpeculativeStream) -> list[int]:
 
 
 def held(cache: KVCache) -> list[mx.array]:
+    """The keys and values of all filled slots, decoded."""
     slots = cache.placement.slots_for(cache.offset)
-    return [part[..., :slots, :].astype(mx.float32) for part in cache.state]
+    stored = [[part[..., :slots, :] for part in parts] for layer in cache for parts in (layer.keys, layer.values)]
+    if cache.kv_bits is None:
+        return [parts[0] for parts in stored]
+    return [mx.dequantize(*parts, group_size=cache.kv_group_size, bits=cache.kv_bits) for parts in stored]
 
 
 def disturbed(model: Qwen3ForCausalLM, amount: float) -> Qwen3ForCausalLM:
@@ -118,7 +122,7 @@ def test_a_reply_is_that_of_the_seed_whatever_is_guessed(
     assert found == expected
     assert cache.offsets == plain_cache.offsets
     for ours, theirs in zip(held(cache), held(plain_cache), strict=True):
-        assert worst(ours, theirs) <= (1e-4 if kv_bits is None else 2.0)
+        assert worst(ours, theirs) <= (1e-3 if kv_bits is None else 1.0)  # or one code of a number
     assert stream.counts.accepted <= stream.counts.drafted
 
 

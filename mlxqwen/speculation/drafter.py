@@ -9,9 +9,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 from mlxqwen.errors import OptionError
 from mlxqwen.sampling import Sampler
 
-__all__ = ["DEFAULT_DRAFT_TOKENS", "DraftCounts", "DraftLength", "Drafter", "Speculative", "as_drafter"]
-
-DEFAULT_DRAFT_TOKENS = 8
+__all__ = ["DraftCounts", "DraftLength", "Drafter", "Speculative", "as_drafter"]
 
 
 @runtime_checkable
@@ -33,9 +31,9 @@ Speculative: TypeAlias = Literal["lookup"] | Drafter | None
 """What guesses: the text itself, a `DraftModel`, anything else that proposes tokens, or nothing."""
 
 
-def as_drafter(speculative: object) -> Drafter | None:
-    """What guesses, or None. Raises `OptionError` for what is no `Speculative`."""
-    if speculative is None or isinstance(speculative, Drafter):
+def as_drafter(speculative: object) -> Drafter:
+    """What guesses. Raises `OptionError` for what is no `Speculative`."""
+    if isinstance(speculative, Drafter):
         return speculative
     if speculative == "lookup":
         from mlxqwen.speculation.prompt_lookup import PromptLookup

@@ -15,6 +15,7 @@ from mlxqwen.cache.tentative import TentativeStep
 from mlxqwen.config import ModelConfig
 from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
+    DEFAULT_DRAFT_TOKENS,
     DEFAULT_MAX_TOKENS,
     DEFAULT_PREFILL_CHUNK,
     FinishReason,
@@ -31,7 +32,7 @@ from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import BAD_TOKEN, Sampler, SamplerState, check_token
 from mlxqwen.sampling_params import SamplingParams
 from mlxqwen.speculation.draft_model import DraftModel
-from mlxqwen.speculation.drafter import DEFAULT_DRAFT_TOKENS, DraftCounts, Drafter, DraftLength
+from mlxqwen.speculation.drafter import DraftCounts, Drafter, DraftLength
 from mlxqwen.speculation.reading import read_tokens
 
 __all__ = ["SpeculativeStream", "check_vocabulary", "speculate_tokens"]
