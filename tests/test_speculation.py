@@ -86,7 +86,10 @@ def held(cache: KVCache) -> list[mx.array]:
     stored = [[part[..., :slots, :] for part in parts] for layer in cache for parts in (layer.keys, layer.values)]
     if cache.kv_bits is None:
         return [parts[0] for parts in stored]
-    return [mx.dequantize(*parts, group_size=cache.kv_group_size, bits=cache.kv_bits) for parts in stored]
+    return [
+        mx.dequantize(codes, scales, biases, group_size=cache.kv_group_size, bits=cache.kv_bits)
+        for codes, scales, biases in stored
+    ]
 
 
 def disturbed(model: Qwen3ForCausalLM, amount: float) -> Qwen3ForCausalLM:
