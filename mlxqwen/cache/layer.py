@@ -39,23 +39,17 @@ class KVLayer:
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
         rotated = rope(queries, plan.offset)
-        at_sinks = None if plan.sink_positions is None else rope.at(queries, plan.sink_positions)
         length, size = queries.shape[2], self._block(queries, seen_keys)
         if length <= size:
-            return self._look(rotated, at_sinks, seen_keys, seen_values, plan, scale)
+            return self._look(queries, rotated, seen_keys, seen_values, plan, rope, scale)
         outputs = []
         for start in range(0, length, size):
             part = plan.part(start, min(start + size, length))
+            some = slice(start, start + size)
             seen = slice(None) if part.visible == plan.visible else slice(part.visible)
+            keys_seen, values_seen = _slots(seen_keys, seen), _slots(seen_values, seen)
             outputs.append(
-                self._look(
-                    rotated[:, :, start : start + size],
-                    None if at_sinks is None else at_sinks[:, :, start : start + size],
-                    _slots(seen_keys, seen),
-                    _slots(seen_values, seen),
-                    part,
-                    scale,
-                )
+                self._look(queries[:, :, some], rotated[:, :, some], keys_seen, values_seen, part, rope, scale)
             )
             mx.eval(outputs)  # MLX allocates what it has been asked for: all blocks at once, if it is let
         return mx.concatenate(outputs, axis=2)
@@ -69,10 +63,10 @@ class KVLayer:
         return max(_SMALLEST_BLOCK, _MOST_SCORES // (B * heads * seen[0].shape[-2]))
 
     def _look(
-        self, rotated: mx.array, at_sinks: mx.array | None, keys: Stored, values: Stored, plan: Step, scale: float
+        self, queries: mx.array, rotated: mx.array, keys: Stored, values: Stored, plan: Step, rope: Rope, scale: float
     ) -> mx.array:
-        """Queries, rotated to where they stand and to where sinks see them, on stored keys and values."""
-        if at_sinks is None and isinstance(self.storage, PlainStorage):
+        """Attention of queries, which are also given rotated to where they stand, on stored keys and values."""
+        if plan.sink_positions is None and isinstance(self.storage, PlainStorage):
             return mx.fast.scaled_dot_product_attention(rotated, keys[0], values[0], scale=scale, mask=plan.mask)
         B, heads, L, head_dim = rotated.shape
         kv_heads = keys[0].shape[1]
@@ -81,13 +75,15 @@ class KVLayer:
             grouped = (queries * scale).reshape(B, kv_heads, heads // kv_heads * L, head_dim)
             return self.storage.scores(grouped, keys)
 
-        if at_sinks is None:
+        if plan.sink_positions is None:
             logits = scores(rotated, keys)
-        elif plan.sinks is None:
-            sinks, window = _slots(keys, slice(self.keep)), _slots(keys, slice(self.keep, None))
-            logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
         else:
-            logits = mx.where(plan.sinks, scores(at_sinks, keys), scores(rotated, keys))
+            at_sinks = rope.at(queries, plan.sink_positions)
+            if plan.sinks is None:
+                sinks, window = _slots(keys, slice(self.keep)), _slots(keys, slice(self.keep, None))
+                logits = mx.concatenate([scores(at_sinks, sinks), scores(rotated, window)], axis=-1)
+            else:
+                logits = mx.where(plan.sinks, scores(at_sinks, keys), scores(rotated, keys))
         if plan.mask_array is not None:
             by_head = logits.reshape(B, kv_heads, heads // kv_heads, L, -1)
             by_head = mx.where(plan.mask_array[:, :, None], by_head, -mx.inf)

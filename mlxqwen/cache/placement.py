@@ -64,7 +64,9 @@ class Step:
         """What only the queries `start` to `stop` need of it to look: in a line, none of the slots behind them."""
         if isinstance(self.mask, str):
             return replace(self, length=stop - start, visible=self.visible - self.length + stop)
-        return replace(self, length=stop - start, mask=None if self.mask is None else self.mask[:, :, start:stop])
+        mask = None if self.mask is None else self.mask[:, :, start:stop]
+        sink_positions = None if self.sink_positions is None else self.sink_positions[:, start:stop]
+        return replace(self, length=stop - start, mask=mask, sink_positions=sink_positions)
 
 
 class Placement(ABC):
