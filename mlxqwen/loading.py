@@ -194,7 +194,7 @@ def prepare_model(
             weights.clear()
             if fused and layer is not None:
                 model.model.layers[layer].fuse(compile_kernels=device.compiles_kernels)
-                mx.clear_cache()  # the parts
+        mx.clear_cache()  # the parts: each layer is read into those of the one before it
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model
