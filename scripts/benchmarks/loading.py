@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 
+import mlxqwen
 from benchmarks.checkpoints import bits_name, checkpoint
 from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
@@ -17,9 +19,11 @@ from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
 
 __all__ = ["load"]
 
+_WHOLE: tuple[Callable[[str], object], ...] = (mlxqwen.load, mlx_lm.load)
+
 
 def load(settings: Settings) -> list[Comparison]:
-    """Seconds to load."""
+    """Seconds to load weights alone, and with all that `load` prepares beside them."""
     loaders: dict[str, Callable[[Path], object]] = {"mlxqwen": Ours.load, MLX_LM: Theirs.load}
     if mx.default_device().type == mx.DeviceType.cpu:
         loaders[FLOAT32] = partial(Theirs.load, dtype=mx.float32)
@@ -31,7 +35,9 @@ def load(settings: Settings) -> list[Comparison]:
         settings.tell(what)
         numbers = take_turns(sides, settings.turns(9))
         for beside, theirs in zip([*loaders][1:], numbers[1:], strict=True):
-            rows.append(Comparison(what, beside, "s", numbers[0], theirs))
+            rows.append(Comparison(f"{what}, weights alone", beside, "s", numbers[0], theirs))
+        whole = take_turns([partial(_seconds, partial(load, str(folder))) for load in _WHOLE], settings.turns(9))
+        rows.append(Comparison(f"{what}, tokenizer included", "mlx_lm.load", "s", *whole))
     return rows
 
 
