@@ -488,10 +488,10 @@ class TokenStream:
             pieces = [row.unread[start : start + length] for row in rows]
             lengths = [len(piece) for piece in pieces]
             padded = mx.array([piece + [0] * (length - len(piece)) for piece in pieces], dtype=mx.int32)
-            hidden = self._model.model(padded, cache, lengths=lengths)
+            hidden = self._model.model(padded, cache, lengths=lengths, last_only=True)
             for place, row in enumerate(rows):
                 if start < len(row.unread) <= start + length:
-                    last_hidden[place] = hidden[place, len(row.unread) - start - 1]
+                    last_hidden[place] = hidden[place, 0]
             mx.eval(cache.state, [one for one in last_hidden if one is not None])
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
             progress.advance(sum(lengths))

@@ -53,9 +53,15 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
-        """`[B * L, hidden_size]` → `[B * L, hidden_size]`."""
+    def __call__(
+        self, x: mx.array, batch_size: int, cache: LayerCache | None = None, positions: mx.array | None = None
+    ) -> mx.array:
+        """`[B * L, hidden_size]` → `[B * L, hidden_size]`, or `[B, hidden_size]` of one of each row's `positions`."""
         attended = self["self_attn"].attend(*self.before_attention(x, batch_size), cache)
+        if positions is not None:
+            by_row, index = x.reshape(batch_size, -1, x.shape[-1]), positions[:, None, None]
+            x = mx.take_along_axis(by_row, index, axis=1).squeeze(1)
+            attended = mx.take_along_axis(attended, index[:, None], axis=2)
         return self.after_attention(x, attended)
 
     def before_attention(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -103,7 +109,11 @@ def _between(layer: DecoderLayer, following: DecoderLayer) -> Callable[[mx.array
 
 
 class Qwen3Model(nn.Module):
-    """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised."""
+    """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised.
+
+    With `last_only` those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's feed-forward is
+    not computed for the others, as nothing would read it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,7 +125,12 @@ class Qwen3Model(nn.Module):
         self.decoder: CompiledDecoder | None = None
 
     def __call__(
-        self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        cache: ModelCache | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
         _check_tokens(tokens)
         layers = self.layers
@@ -133,9 +148,11 @@ class Qwen3Model(nn.Module):
         if L == 1 and self.decoder is not None:
             hidden = self.decoder(hidden, caches)
         else:
-            for layer, layer_cache in zip(layers, caches, strict=True):
+            for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
                 hidden = layer(hidden, B, layer_cache)
-        return self.norm(hidden).reshape(B, L, -1)
+            last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
+            hidden = layers[-1](hidden, B, caches[-1], last)
+        return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
 
 
 def _check_tokens(tokens: object) -> None:

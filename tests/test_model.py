@@ -84,6 +84,31 @@ def test_rows_of_a_batch_do_not_see_each_other(tmp_path: Path, config: dict[str,
         assert_close(together[row], model(rows[row : row + 1])[0], what=f"row {row}")
 
 
+@pytest.mark.parametrize("config", [DENSE, MOE])
+def test_only_last_tokens_go_through_the_last_feed_forward_where_nothing_else_is_read(
+    tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_model = load_model(write_folder(tmp_path, config, make_weights(config)), dtype="float32")
+    model, cache = whole_model.model, make_cache(whole_model, batch_size=3)
+    rows, lengths = mx.array([prompt(12, 96, seed) for seed in range(3)]), [12, 1, 7]
+    whole = model(rows)
+    block, seen = type(model.layers[-1].mlp), []
+    real = block.__call__
+
+    def counted(self: Any, x: mx.array) -> mx.array:
+        seen.append((self is model.layers[-1].mlp, x.shape[0]))
+        return real(self, x)
+
+    monkeypatch.setattr(block, "__call__", counted)
+    last = model(rows, cache, lengths=lengths, last_only=True)
+    assert last.shape == (3, 1, config["hidden_size"])
+    for row, length in enumerate(lengths):
+        assert_close(last[row, 0], whole[row, length - 1], what=f"row {row}")
+    assert_close(model(rows, last_only=True)[:, 0], whole[:, -1], what="without padding or cache")
+    assert {tokens for is_last, tokens in seen if is_last} == {3}
+    assert {tokens for is_last, tokens in seen if not is_last} <= {36}
+
+
 def test_what_comes_later_changes_nothing_before(tmp_path: Path) -> None:
     model = load_model(write_folder(tmp_path, DENSE, make_weights(DENSE)), dtype="float32")
     ids = prompt(30, 96)

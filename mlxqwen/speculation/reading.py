@@ -32,7 +32,7 @@ def read_tokens(
     hidden = mx.zeros(0)
     for start in range(0, len(tokens), chunk):
         piece = tokens[start : start + chunk]
-        hidden = model.model(mx.array([piece], dtype=mx.int32), cache)[:, -1]
+        hidden = model.model(mx.array([piece], dtype=mx.int32), cache, last_only=True)[:, 0]
         if len(tokens) > _FEW or on_chunk is not None:
             mx.eval(cache.state, hidden)
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
