@@ -3,7 +3,7 @@
 Prints a markdown table of medians, and of the ratios of the turns. Nothing is installed or downloaded; mlx-lm and the
 real Qwen3 tokenizer come with the `dev` extra. Weights are random, of true shapes; both sides read one folder.
 
-With --check nothing is timed: counts of work that do not depend on the machine are held to a committed baseline.
+With --check nothing is timed: counts of work, done on MLX's CPU stream everywhere, are held to a committed baseline.
 """
 
 from __future__ import annotations

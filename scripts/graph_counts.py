@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -157,7 +158,8 @@ def uncompiled() -> Iterator[None]:
     try:
         yield
     finally:
-        mx.enable_compile()
+        if "MLX_DISABLE_COMPILE" not in os.environ:  # as MLX itself decides when it is imported
+            mx.enable_compile()
 
 
 @contextmanager

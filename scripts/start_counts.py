@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.processes import environment, python
 
 _GENERATE = """
 from mlxqwen import generate, load
@@ -32,9 +29,7 @@ def count_imported_modules() -> dict[str, int]:
 def imported_modules(start: str) -> list[str]:
     """The names of the modules that a piece of Python imports, all that those import included."""
     source = f"import sys; bare = set(sys.modules)\n{start}\nprint(*sorted(set(sys.modules) - bare), sep='\\n')"
-    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    result = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(python("-c", source), env=environment(), capture_output=True, text=True, check=True)
     return result.stdout.split()
 
 

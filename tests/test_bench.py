@@ -6,17 +6,23 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import bench
+import mlx.core as mx
 import pytest
-from benchmarks import baseline, counts, parts
+from benchmarks import baseline, batches, counts, parts, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
 from benchmarks.processes import ROOT, ProcessError, Run, python, timed
 from benchmarks.settings import Settings
+from graph_counts import uncompiled
 from hypothesis import given
 from hypothesis import strategies as st
+
+from mlxqwen.device import current_device
+from mlxqwen.hub import DEMO_FOLDER
 
 costs = st.floats(1e-6, 1e6)
 
@@ -33,6 +39,11 @@ def test_of_rates_more_is_better() -> None:
     row = Comparison("batch", "mlx-lm", "tokens/s", [30.0], [10.0], more_is_better=True)
     assert row.ratio == 3.0
     assert row.markdown() == "| batch | mlx-lm | 30.0 tokens/s | 10.0 tokens/s | 3.00 × |  | 1 |"
+
+
+def test_counts_have_no_unit_and_no_blank_for_it() -> None:
+    row = Comparison("primitives", "mlx-lm", "", [625], [1250])
+    assert row.markdown() == "| primitives | mlx-lm | 625 | 1,250 | 2.00 × |  | 1 |"
 
 
 def test_nothing_beside_nothing_is_a_draw() -> None:
@@ -139,7 +150,18 @@ def test_a_cheap_part_runs_whole() -> None:
     assert "bench: import" in found.stderr
 
 
-OLD = Baseline({"model calls": 10, "modules, start: libraries": 100, "primitives per token": 200}, "0.32.4", "3.11.7")
+OLD = Baseline(
+    {
+        "model calls": 10,
+        "modules, start: libraries": 100,
+        "modules, import: libraries": 0,
+        "modules, start: standard library": 100,
+        "modules, import: standard library": 1,
+        "primitives per token": 200,
+    },
+    "0.32.4",
+    "3.11.7",
+)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +171,11 @@ OLD = Baseline({"model calls": 10, "modules, start: libraries": 100, "primitives
         ("model calls", 9, "0.32.4", "better"),
         ("modules, start: libraries", 110, "0.32.4", None),
         ("modules, start: libraries", 111, "0.32.4", "worse"),
+        ("modules, import: libraries", 1, "0.32.4", "worse"),
+        ("modules, start: standard library", 115, "0.32.4", None),
+        ("modules, start: standard library", 116, "0.32.4", "worse"),
+        ("modules, import: standard library", 6, "0.32.4", None),
+        ("modules, import: standard library", 7, "0.32.4", "worse"),
         ("primitives per token", 201, "0.32.4", "worse"),
         ("primitives per token", 210, "0.33.0", None),
         ("primitives per token", 211, "0.33.0", "worse"),
@@ -158,6 +185,22 @@ def test_more_fails_and_less_is_told(name: str, count: int, mlx: str, verdict: s
     changed = changes(OLD, Baseline({**OLD.counts, name: count}, mlx, "3.13.0"))
     assert [change.verdict for change in changed] == ([] if verdict is None else [verdict])
     assert any(change.fails for change in changed) == (verdict == "worse")
+
+
+@pytest.mark.parametrize(
+    ("held", "allocator", "verdicts"),
+    [(5, "CPU", ["worse"]), (1 << 16, "Metal", []), (5 + (1 << 16), "Metal", ["worse"])],
+)
+def test_another_allocator_may_round_what_it_holds(held: int, allocator: str, verdicts: list[str]) -> None:
+    name = "bytes held beyond the cache"
+    changed = changes(Baseline({name: 4}, "0", "3", "CPU"), Baseline({name: held}, "0", "3", allocator))
+    assert [change.verdict for change in changed] == verdicts
+
+
+def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = Baseline({"model calls": 3}, "0.32.4", "3.11.7", "Metal")
+    written.write(tmp_path / "counts.json")
+    assert Baseline.read(tmp_path / "counts.json") == written
 
 
 def test_counts_on_one_side_only_fail() -> None:
@@ -203,3 +246,54 @@ def test_a_reply_takes_one_call_a_token_and_one_for_each_chunk() -> None:
     assert found["model calls per reply of 300 tokens to 700"] == 2 + 299
     assert found["positions with logits per reply of 300 tokens to 700"] == 300
     assert found == counts.reply_counts()
+
+
+def test_a_machine_with_a_gpu_counts_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, default = counts.reply_counts(), [mx.Device(mx.gpu)]
+    monkeypatch.setattr(mx, "default_device", lambda: default[-1])
+    monkeypatch.setattr(mx, "set_default_device", default.append)
+    current_device.cache_clear()
+    try:
+        assert current_device().is_gpu
+        assert counts.reply_counts() == expected
+        assert [device.type for device in default[1:]] == [mx.DeviceType.cpu, mx.DeviceType.gpu]
+        assert current_device().is_gpu
+    finally:
+        current_device.cache_clear()
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_compiling_is_switched_on_again_where_it_was_on(switched_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    switched: list[str] = []
+    monkeypatch.setattr(mx, "disable_compile", lambda: switched.append("off"))
+    monkeypatch.setattr(mx, "enable_compile", lambda: switched.append("on"))
+    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
+    if switched_off:
+        monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    with uncompiled():
+        assert switched == ["off"]
+    assert switched == (["off"] if switched_off else ["off", "on"])
+
+
+def test_steps_are_timed_in_turn_and_the_first_two_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(steps, "now", lambda: seconds[0])
+
+    def side(*lengths: float) -> Iterator[None]:
+        for length in lengths:
+            seconds[0] += length
+            yield
+
+    assert steps.seconds_per_step([side(90, 80, 1, 2), side(70, 60, 3, 5)], 2) == [[1.0, 2.0], [3.0, 5.0]]
+
+
+def test_many_rows_of_the_demo_model_beside_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_models", lambda settings: [("demo model", None, DEMO_FOLDER)])
+    rows = batches.batch(Settings(Path(), runs=2))
+    assert [row.what for row in rows[::2]] == [f"batch of {size}, demo model" for size in (1, 8, 32)]
+    assert {(row.unit, row.more_is_better, len(row.ours), len(row.theirs)) for row in rows} == {
+        ("tokens/s", True, 2, 2)
+    }
+    computing = batches.batch(Settings(Path(), runs=1, quick=True, processor_time=True))
+    assert {row.unit for row in computing} == {"tokens per processor second"}
+    assert len(computing) == len(rows) - 2

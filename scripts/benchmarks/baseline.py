@@ -11,38 +11,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BASELINE", "Baseline", "Change", "changes", "report", "tolerance"]
+__all__ = ["BASELINE", "Baseline", "Change", "allowance", "changes", "report"]
 
 BASELINE = Path(__file__).resolve().parents[1] / "bench_counts.json"
 
 # What libraries and Python import changes with their versions, what MLX makes of an operation with its own.
 _LIBRARIES = 0.10
 _STANDARD_LIBRARY = 0.15
+_STANDARD_LIBRARY_MODULES = 5  # at least: a share of one or two modules is none
 _OTHER_MLX = 0.05
+# Metal rounds what it allocates up to pages.
+_OTHER_ALLOCATOR_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Counts by name, and the versions that they were counted with."""
+    """Counts by name, the versions that they were counted with, and whose memory MLX allocated: CPU, Metal or CUDA."""
 
     counts: Mapping[str, int]
     mlx: str
     python: str
+    allocator: str = "CPU"
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Baseline:
         """Of this interpreter and its MLX."""
-        return cls(counts, importlib.metadata.version("mlx"), platform.python_version())
+        import mlx.core as mx
+
+        allocator = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
+        return cls(counts, importlib.metadata.version("mlx"), platform.python_version(), allocator)
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
         """A committed one."""
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return cls(found["counts"], found["mlx"], found["python"])
+        return cls(found["counts"], found["mlx"], found["python"], found["allocator"])
 
     def write(self, path: Path) -> None:
         """As `read` reads it."""
-        text = json.dumps({"mlx": self.mlx, "python": self.python, "counts": dict(self.counts)}, indent=2)
+        facts = {"mlx": self.mlx, "python": self.python, "allocator": self.allocator, "counts": dict(self.counts)}
+        text = json.dumps(facts, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -69,15 +77,17 @@ class Change:
         return self.verdict != "better"
 
 
-def tolerance(name: str, *, same_mlx: bool) -> float:
-    """The part of a count by which it may differ for reasons outside this repository."""
+def allowance(name: str, expected: int, *, same_mlx: bool, same_allocator: bool) -> int:
+    """By how much a count may differ for reasons outside this repository."""
     if name.endswith(": libraries"):
-        return _LIBRARIES
+        return math.floor(expected * _LIBRARIES)
     if name.endswith(": standard library"):
-        return _STANDARD_LIBRARY
+        return max(_STANDARD_LIBRARY_MODULES, math.floor(expected * _STANDARD_LIBRARY))
     if name.startswith(("primitives ", "bytes written ")) and not same_mlx:
-        return _OTHER_MLX
-    return 0.0
+        return math.floor(expected * _OTHER_MLX)
+    if name.startswith("bytes held ") and not same_allocator:
+        return _OTHER_ALLOCATOR_BYTES
+    return 0
 
 
 def changes(baseline: Baseline, found: Baseline) -> list[Change]:
@@ -85,12 +95,16 @@ def changes(baseline: Baseline, found: Baseline) -> list[Change]:
     changed = []
     for name in [*baseline.counts, *(name for name in found.counts if name not in baseline.counts)]:
         change = Change(name, baseline.counts.get(name), found.counts.get(name))
-        if change.expected is not None and change.found is not None:
-            room = math.floor(change.expected * tolerance(name, same_mlx=baseline.mlx == found.mlx))
-            if abs(change.found - change.expected) <= room:
-                continue
-        changed.append(change)
+        if not _is_allowed(change, baseline, found):
+            changed.append(change)
     return changed
+
+
+def _is_allowed(change: Change, baseline: Baseline, found: Baseline) -> bool:
+    if change.expected is None or change.found is None:
+        return False
+    same = {"same_mlx": baseline.mlx == found.mlx, "same_allocator": baseline.allocator == found.allocator}
+    return abs(change.found - change.expected) <= allowance(change.name, change.expected, **same)
 
 
 def report(changed: list[Change], total: int, name: str) -> str:

@@ -1,72 +1,83 @@
-"""Many rows at once, and decoding behind long contexts; see `scripts/bench_batch.py`. Always in processor time."""
+"""Many rows at once: tokens of all rows together in a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from bench_batch import Pair, batch_times, decode_times
+from mlx_lm.generate import BatchGenerator, generation_stream
 
 from benchmarks.checkpoints import bits_name, checkpoint, layers_of
 from benchmarks.comparison import Comparison
 from benchmarks.settings import Settings
-from benchmarks.sides import FLOAT32, MLX_LM
+from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
+from benchmarks.steps import seconds_per_step
+from mlxqwen.generation import generate_tokens
+from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.sampling_params import SamplingParams
 
-__all__ = ["batch", "context"]
+__all__ = ["batch"]
 
+_SIZES = (1, 8, 32)
 _LAYERS = 2
-_WINDOW = 1024
+_PROMPT = 4  # tokens: reading them is not measured
+_MOST_IN_BFLOAT16 = 8  # quantized rows; on a CPU mlx-lm would take minutes to read the prompts of more
+_MOST_TOKENS = 256  # never decoded to the end
 
 
 def batch(settings: Settings) -> list[Comparison]:
-    """Decoded tokens per second of processor time with 1, 8 and 32 rows."""
+    """Tokens per second with 1, 8 and 32 rows: few layers of a release, and the whole demo model."""
+    unit = "tokens per processor second" if settings.processor_time else "tokens/s"
     rows = []
-    dtypes = {MLX_LM: None, FLOAT32: mx.float32} if mx.default_device().type == mx.DeviceType.cpu else {MLX_LM: None}
-    for bits, sizes in ((None, (1, 8, 32)), (4, (1, 8))):
-        folder = _folder(settings, bits)
-        some = sizes[:2] if settings.quick else sizes
-        for beside, dtype in dtypes.items():
-            measure = partial(batch_times, folder, some, 3, dtype)
-            turns = _turns(settings, f"batch, {bits_name(bits)}, {beside}", measure)
-            for place, size in enumerate(some):
-                ours, theirs = ([1 / getattr(turn[place], side) for turn in turns] for side in ("ours", "theirs"))
-                what = f"batch of {size}, {_name(settings, folder, bits)}"
-                rows.append(Comparison(what, beside, "tokens/s", ours, theirs, more_is_better=True))
+    for name, bits, folder in _models(settings):
+        for size in _SIZES[:2] if settings.quick else _SIZES:
+            what = f"batch of {size}, {name}"
+            settings.tell(what)
+            sides = _sides(folder, bits, size)
+            times = seconds_per_step([*sides.values()], settings.turns(5, quick=2))
+            ours, *others = [[size / seconds for seconds in side] for side in times]
+            for beside, theirs in zip([*sides][1:], others, strict=True):
+                rows.append(Comparison(what, beside, unit, ours, theirs, more_is_better=True))
     return rows
 
 
-def context(settings: Settings) -> list[Comparison]:
-    """Milliseconds of processor time a token behind 256 to 16,384 tokens, and in a ring of 1,024."""
-    folder = _folder(settings)
-    rows = []
-    for cache, contexts, window in (("", (256, 4096, 16384), None), (", ring of 1,024", (2048, 16384), _WINDOW)):
-        turns = _turns(settings, f"context{cache}", partial(decode_times, folder, contexts, 8, window))
-        for place, tokens in enumerate(contexts):
-            rows.append(
-                Comparison(
-                    f"decode behind {tokens:,} tokens{cache}, {_name(settings, folder)}",
-                    MLX_LM,
-                    "ms",
-                    [turn[place].ours * 1e3 for turn in turns],
-                    [turn[place].theirs * 1e3 for turn in turns],
-                )
-            )
-    return rows
+def _models(settings: Settings) -> Iterator[tuple[str, int | None, Path]]:
+    """Name, bits, folder."""
+    for bits in (None, 4):
+        folder = checkpoint(settings, bits, layers=settings.layers or _LAYERS)
+        yield f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}, {layers_of(folder)} layers", bits, folder
+    yield "demo model", None, DEMO_FOLDER
 
 
-def _folder(settings: Settings, bits: int | None = None) -> Path:
-    return checkpoint(settings, bits, layers=settings.layers or _LAYERS)
+def _sides(folder: Path, bits: int | None, rows: int) -> dict[str, Iterator[None]]:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    sides = {"mlxqwen": _our_steps(Ours.load(folder).model, rows)}
+    if not on_cpu or bits is None or rows <= _MOST_IN_BFLOAT16:
+        sides[MLX_LM] = _their_steps(Theirs.load(folder).model, rows)
+    if on_cpu:
+        sides[FLOAT32] = _their_steps(Theirs.load(folder, mx.float32).model, rows)
+    return sides
 
 
-def _name(settings: Settings, folder: Path, bits: int | None = None) -> str:
-    return f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}, {layers_of(folder)} layers"
+def _prompts(rows: int) -> list[list[int]]:
+    return [[row + 1] * _PROMPT for row in range(rows)]
 
 
-def _turns(settings: Settings, what: str, measure: Callable[[], list[Pair]]) -> list[list[Pair]]:
-    found = []
-    for turn in range(settings.turns(3, quick=1)):
-        settings.tell(f"{what}: turn {turn + 1}")
-        found.append(measure())
-    return found
+def _our_steps(model: Any, rows: int) -> Iterator[None]:
+    greedy = SamplingParams(temperature=0.0)
+    stream = generate_tokens(model, _prompts(rows), sampling=greedy, max_tokens=_MOST_TOKENS, eos_token_ids=())
+    for token in stream:
+        if token.row == rows - 1:
+            mx.synchronize()
+            yield
+
+
+def _their_steps(model: Any, rows: int) -> Iterator[None]:
+    generator = BatchGenerator(model, completion_batch_size=rows, prefill_batch_size=rows)
+    generator.insert(_prompts(rows), max_tokens=[_MOST_TOKENS] * rows)
+    while True:
+        if generator.next_generated():
+            mx.synchronize(generation_stream)
+            yield

@@ -21,7 +21,7 @@ class Comparison:
     Args:
         what: what was measured.
         beside: what it was measured beside.
-        unit: of the numbers: "s", "ms", "MiB", "tokens/s".
+        unit: of the numbers: "s", "ms", "MiB", "tokens/s"; none for counts.
         ours, theirs: one number a turn, in turn.
         more_is_better: for rates; ratios above one are always in our favour.
     """
@@ -48,7 +48,7 @@ class Comparison:
         """The line."""
         low, high = quartiles(self.ratios)
         spread = "" if len(self.ratios) == 1 else f"{low:.2f}–{high:.2f}"
-        numbers = [f"{_short(statistics.median(side))} {self.unit}" for side in (self.ours, self.theirs)]
+        numbers = [f"{_short(statistics.median(side))} {self.unit}".rstrip() for side in (self.ours, self.theirs)]
         cells = (self.what, self.beside, *numbers, f"{self.ratio:.2f} ×", spread, str(len(self.ratios)))
         return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,4 @@
-"""The most memory that a process holds while it loads a model and generates; one process a side."""
+"""The most memory that a process holds while it loads a model and generates; one process each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,22 @@ class Peaks:
     generating: float
 
 
+_ALLOWED = 64  # MiB beyond weights and cache
+_LONG_PROMPT = 1024  # tokens: two chunks
+_LARGE_LAYERS = 2
+_CACHES: dict[str, dict[str, int]] = {
+    "": {},
+    ", 8-bit cache": {"kv_bits": 8},
+    ", ring of 512": {"max_kv_size": 512},
+}
+
+
 def memory(settings: Settings) -> list[Comparison]:
+    """Peaks beside mlx-lm's, and what mlxqwen generates with, beyond weights and cache, beside what it may take."""
+    return [*_beside_mlx_lm(settings), *_beside_the_bound(settings)]
+
+
+def _beside_mlx_lm(settings: Settings) -> list[Comparison]:
     """A long prompt through few layers, and a short one through all; by default each side computes as it likes."""
     long, some = (256, 2) if settings.quick else (512, 4)
     rows = []
@@ -43,17 +58,35 @@ def memory(settings: Settings) -> list[Comparison]:
     return rows
 
 
-def _in_a_process(side: str, folder: Path, prompt: int) -> Peaks:
+def _beside_the_bound(settings: Settings) -> list[Comparison]:
+    """A prompt of two chunks, whose activations grow with a model's width and not with its layers, in 4 bits."""
+    shapes = dict.fromkeys(settings.shapes, _LARGE_LAYERS) or {"Qwen3-0.6B": 4, "Qwen3-8B": _LARGE_LAYERS}
+    rows = []
+    for number, (shape, layers) in enumerate(shapes.items()):
+        if number and settings.quick:
+            break
+        layers = settings.layers or layers
+        folder = checkpoint(settings, 4, shape=shape, layers=layers)
+        for cache, options in _CACHES.items() if number == 0 else [("", {})]:
+            what = f"{shape.removeprefix('Qwen3-')} 4-bit, {layers} layers, {_LONG_PROMPT:,} + 8 tokens{cache}"
+            settings.tell(f"memory: {what}")
+            peak = _in_a_process("Ours", folder, _LONG_PROMPT, **options).generating
+            what = f"memory, {what}: generating, beyond weights and cache"
+            rows.append(Comparison(what, "allowed", "MiB", [peak], [_ALLOWED]))
+    return rows
+
+
+def _in_a_process(side: str, folder: Path, prompt: int, **cache_options: int) -> Peaks:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peaks, side, folder, prompt).result()
+        return pool.submit(_peaks, side, folder, prompt, cache_options).result()
 
 
-def _peaks(name: str, folder: Path, prompt: int) -> Peaks:
+def _peaks(name: str, folder: Path, prompt: int, cache_options: dict[str, int]) -> Peaks:
     import mlx.core as mx
 
     from benchmarks.sides import Ours, Side, Theirs, prompt_ids
 
-    side: Side = Ours.load(folder) if name == "Ours" else Theirs.load(folder)
+    side: Side = Ours.load(folder, **cache_options) if name == "Ours" else Theirs.load(folder)
     loading = mx.get_peak_memory() - side.weight_bytes
     mx.reset_peak_memory()
     for _ in side.tokens(prompt_ids(prompt), 8):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,19 +50,20 @@ class Side(Protocol):
 
 @dataclass
 class Ours:
-    """mlxqwen, as `generate_tokens` runs it."""
+    """mlxqwen, as `generate_tokens` runs it; `cache_options` are those of `make_cache`."""
 
     model: Any
+    cache_options: Mapping[str, int] = field(default_factory=dict)
     cache: Any = None
 
     @classmethod
-    def load(cls, folder: Path) -> Ours:
+    def load(cls, folder: Path, **cache_options: int) -> Ours:
         """With its default dtype."""
-        return cls(load_model(folder))
+        return cls(load_model(folder), cache_options)
 
     def tokens(self, prompt: list[int], count: int) -> Iterator[object]:
         """See `Side`."""
-        self.cache = make_cache(self.model)
+        self.cache = make_cache(self.model, **self.cache_options)
         greedy = SamplingParams(temperature=0.0)
         return iter(
             generate_tokens(self.model, prompt, sampling=greedy, max_tokens=count, eos_token_ids=(), cache=self.cache)
