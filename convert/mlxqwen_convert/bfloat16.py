@@ -83,13 +83,15 @@ class Quantizer:
 
     def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
         units, groups = group_size // _UNIT, weights // group_size
-        width = _largest_divisor(groups, _GROUPS_PER_BLOCK)
-        blocks = groups // width
+        blocks = math.ceil(groups / _GROUPS_PER_BLOCK)
+        width = math.ceil(groups / blocks)
         tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
         array = buffers.array
-        self.source = array("source", np.uint16, weights)
+        # Blocks are all alike: fewer groups than there are blocks are added, of zeros.
+        whole = array("source", np.uint16, blocks * width * group_size)
+        self.source, self._added, self._groups = whole[:weights], whole[weights:], groups
         # A unit as one number of 16 bytes, the quickest to move.
         self._units = array("units", np.complex128, blocks, units, width)
         self._scales = array("scales", np.float32, blocks, 1, 1, width * _LANES)
@@ -103,6 +105,7 @@ class Quantizer:
         self._tops = array("tops", code, width * _LANES)
         self._tops.fill(self._top)
         # Views, made once: nobody else has the interpreter meanwhile.
+        self._source_units = whole.view(np.complex128).reshape(blocks, width, units).transpose(0, 2, 1)
         self._words = self._units.view(np.uint32)
         self._wide_even, self._wide_odd = self._floats.view(np.uint32).swapaxes(0, 1)
         self._step_bits = self._steps.view(np.uint32)
@@ -113,8 +116,8 @@ class Quantizer:
 
     def quantize(self, *, measure: bool) -> Quantized | None:
         """What `source` becomes; None if weights or scales are not finite."""
-        blocks, units, width = self._units.shape
-        np.copyto(self._units, self.source.view(np.complex128).reshape(blocks, width, units).transpose(0, 2, 1))
+        self._added.fill(0)  # the buffer may have served another quantizer
+        np.copyto(self._units, self._source_units)
         with np.errstate(all="ignore"):
             low, high = self._extremes()
             scales, biases, clip = _scales_and_biases(low, high, self._top)
@@ -123,13 +126,14 @@ class Quantizer:
             _repeat(scales, self._scales)
             _repeat(biases, self._biases)
             error = norm = 0.0
-            for start in range(0, blocks, len(self._floats)):
+            for start in range(0, len(self._units), len(self._floats)):
                 rows = slice(start, start + len(self._floats))
                 norm += self._widen(rows, measure=measure)
                 self._quantize_tile(rows, clip=clip)
                 error += self._tile_error(rows) if measure else 0.0
-        wide = (_wide(scales), _wide(biases))
-        return Quantized(*self.form[1:], self._weight, scales, biases, *wide, error, norm)
+        scales, biases = scales[: self._groups], biases[: self._groups]
+        weight = self._weight.reshape(-1, self._weight.shape[-1])[: self._groups]
+        return Quantized(*self.form[1:], weight, scales, biases, _wide(scales), _wide(biases), error, norm)
 
     def _extremes(self) -> tuple[Words, Words]:
         """The least and the greatest of each group, BF16.

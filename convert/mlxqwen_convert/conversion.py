@@ -33,7 +33,7 @@ from mlxqwen_convert.partial import PartialFolder, exists, partial_path, tidy_ou
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
     Allowance,
-    LightRows,
+    NumpyRows,
     TargetFiles,
     Task,
     Written,
@@ -233,7 +233,7 @@ class _Job:
         plan, files = self.plan, self.files
         in_flight = weights_in_flight(plan)
         chunk, allowance = max(1, in_flight // self.workers), Allowance(in_flight)
-        light_rows = LightRows()
+        numpy_rows = NumpyRows()
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:
@@ -244,7 +244,7 @@ class _Job:
                 usable = noted is not None and (noted.error is not None or not verify_it)
                 if noted is not None and usable and is_on_disk(plan, task, target, noted.digest):
                     return noted
-                return write_task(plan, task, files, target, chunk, verify_it, allowance, light_rows)
+                return write_task(plan, task, files, target, chunk, verify_it, allowance, numpy_rows)
 
             def note(task: Task, result: Written) -> None:
                 written[task] = result

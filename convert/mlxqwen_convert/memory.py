@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxqwen_convert.pipeline import is_read_by_columns, light_target, smallest_chunk, tasks_of
+from mlxqwen_convert.pipeline import is_read_by_columns, numpy_target, smallest_chunk, tasks_of
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 
@@ -50,6 +50,6 @@ def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    light = any(light_target(plan, planned, part) for planned in plan.modules for part in range(len(planned.parts)))
+    by_numpy = any(numpy_target(plan, planned, part) for planned in plan.modules for part in range(len(planned.parts)))
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
-    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + light * _NUMPY_BYTES
+    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + by_numpy * _NUMPY_BYTES

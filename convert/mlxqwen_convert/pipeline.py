@@ -37,7 +37,7 @@ from mlxqwen_convert.verification import ModuleError, compare, error_of, error_o
 if TYPE_CHECKING:
     from mlxqwen_convert.bfloat16 import Quantizer
 
-__all__ = ["PARTIAL_SUFFIX", "Allowance", "LightRows", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
+__all__ = ["PARTIAL_SUFFIX", "Allowance", "NumpyRows", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
 __all__ += ["is_on_disk", "is_read_by_columns", "run", "smallest_chunk", "tasks_of", "write_task"]
 
 PARTIAL_SUFFIX = ".part"
@@ -52,8 +52,8 @@ _WORD_ROWS = 8
 MAX_WORKERS = 8
 # What is read back at once.
 _PIECE_BYTES = 1 << 18
-# What NumPy quantizes takes less memory for each weight than what MLX does, by this, and is in chunks of this at most.
-_LIGHT_BITS, _LIGHTER, _LARGEST_LIGHT_CHUNK = (4, 8), 4, 1 << 20
+# NumPy holds so many times as many weights as MLX in the same memory, and takes chunks of so many at most.
+_NUMPY_BITS, _NUMPY_SHARE, _LARGEST_NUMPY_CHUNK = (4, 8), 4, 1 << 20
 
 T = TypeVar("T")
 
@@ -274,7 +274,7 @@ def write_task(
     chunk: int,
     measure: bool,
     allowance: Allowance,
-    light_rows: LightRows,
+    numpy_rows: NumpyRows,
 ) -> Written:
     """Convert some rows and write them, about `chunk` weights at a time.
 
@@ -282,11 +282,11 @@ def write_task(
     """
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
-    light, make, lighter = light_target(plan, planned, task.part), _make_rows, 1
-    if light is not None:
-        make, lighter, chunk = light_rows.make, _LIGHTER, min(_LIGHTER * chunk, _LARGEST_LIGHT_CHUNK)
+    make, share = _make_rows, 1
+    if numpy_target(plan, planned, task.part) is not None:
+        make, share, chunk = numpy_rows.make, _NUMPY_SHARE, min(_NUMPY_SHARE * chunk, _LARGEST_NUMPY_CHUNK)
     for rows in chunks_of(planned, task, chunk):
-        with allowance.taken((rows[1] - rows[0]) * planned.module.width // lighter):
+        with allowance.taken((rows[1] - rows[0]) * planned.module.width // share):
             arrays, error = make(plan, task, source, rows, measure)
             for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
                 data = as_bytes(array)
@@ -298,21 +298,21 @@ def write_task(
     return Written(digests.hexdigest(), total if measure else None)
 
 
-def light_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantization | None:
+def numpy_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantization | None:
     """The target of a matrix that NumPy quantizes: from BF16 to the nearest codes with BF16 scales; else None."""
-    is_light = (
+    is_numpy = (
         planned.target is not None
-        and planned.target.bits in _LIGHT_BITS
+        and planned.target.bits in _NUMPY_BITS
         and plan.dtype == "BF16"
         and not plan.options.quality
         and isinstance(planned.readers[part], FloatReader)
         and planned.parts[part]["weight"].dtype == "BF16"
     )
-    return planned.target if is_light else None
+    return planned.target if is_numpy else None
 
 
-class LightRows:
-    """Makes rows of a `light_target`; each thread keeps its buffers for further chunks."""
+class NumpyRows:
+    """Makes rows of a `numpy_target`; each thread keeps its buffers for further chunks."""
 
     def __init__(self) -> None:
         self._local = threading.local()

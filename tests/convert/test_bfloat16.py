@@ -109,9 +109,27 @@ def test_ranges_that_overflow_are_refused() -> None:
     assert quickly(numbers, 64, 4) is None
 
 
+@pytest.mark.parametrize("groups", [509, 521, 1021, 1024, 1536, 7919])
+def test_blocks_are_wide_whatever_the_number_of_groups(groups: int) -> None:
+    """A prime number of groups has no divisor that would do."""
+    numbers = as_numbers(np.random.default_rng(groups).normal(0, 1, (groups, 64)))
+    quantizer = Quantizer(numbers.size, 64, 4, Buffers())
+    blocks, _, width = quantizer._units.shape
+    assert width > 256
+    assert 0 <= blocks * width - groups < blocks
+    quantizer.source[:] = numbers.reshape(-1)
+    found, expected = quantizer.quantize(measure=True), by_mlx(numbers, 64, 4)
+    same(found, expected)
+    assert found is not None
+    weight = (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    restored = unpack_affine(np.array(expected.weight), found.wide_scales[:, None], found.wide_biases[:, None], 4)
+    assert found.squared_norm == pytest.approx(np.square(weight).sum(), rel=1e-5)
+    assert found.squared_error == pytest.approx(np.square(weight - restored).sum(), rel=1e-4)
+
+
 def test_buffers_serve_again() -> None:
     buffers = Buffers()
-    for rows, group_size, bits in ((512, 64, 4), (100, 128, 8), (700, 32, 4)):
+    for rows, group_size, bits in ((512, 64, 4), (100, 128, 8), (700, 32, 4), (1031, 64, 4), (509, 32, 4)):
         quantizer = Quantizer(rows * group_size, group_size, bits, buffers)
         for seed in range(3):
             numbers = as_numbers(np.random.default_rng(seed).normal(0, 1, (rows, group_size)))
