@@ -26,7 +26,7 @@ class Peaks:
     generating: float
 
 
-_ALLOWED = 64  # MiB beyond weights and cache
+_BOUND = 64  # MiB beyond weights and cache
 _LONG_PROMPT = 1024  # tokens: two chunks
 _LARGE_LAYERS = 2
 _CACHES: dict[str, dict[str, int]] = {
@@ -37,7 +37,7 @@ _CACHES: dict[str, dict[str, int]] = {
 
 
 def memory(settings: Settings) -> list[Comparison]:
-    """Peaks beside mlx-lm's, and what mlxqwen generates with, beyond weights and cache, beside what it may take."""
+    """Peaks beside mlx-lm's, and what mlxqwen generates with, beyond weights and cache, beside a bound."""
     return [*_beside_mlx_lm(settings), *_beside_the_bound(settings)]
 
 
@@ -72,7 +72,7 @@ def _beside_the_bound(settings: Settings) -> list[Comparison]:
             settings.tell(f"memory: {what}")
             peak = _in_a_process("Ours", folder, _LONG_PROMPT, **options).generating
             what = f"memory, {what}: generating, beyond weights and cache"
-            rows.append(Comparison(what, "allowed", "MiB", [peak], [_ALLOWED]))
+            rows.append(Comparison(what, "a bound", "MiB", [peak], [_BOUND]))
     return rows
 
 

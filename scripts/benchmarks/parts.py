@@ -40,7 +40,7 @@ PARTS = {
     "decode": Part("decoding", "decode", "a token behind a short prompt, 4-bit, 8-bit, BF16", 8),
     "prefill": Part("decoding", "prefill", "reading a prompt, 4-bit, 8-bit, BF16", 4),
     "first-token": Part("decoding", "first_token", "from a long prompt to the first token", 3),
-    "memory": Part("memory", "memory", "peaks while loading and generating", 12),
+    "memory": Part("memory", "memory", "peaks while loading and generating", 15),
     "graph": Part("graph", "graph", "primitives and host time of a decoded token", 1),
     "sample": Part("sampling", "sample", "a draw from 151,936 logits, with the card's profile and greedily", 1),
     "batch": Part("batches", "batch", "tokens per second with 1, 8 and 32 rows", 9),
