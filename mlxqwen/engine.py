@@ -88,7 +88,7 @@ def load(
         yarn_factor: shorter for YaRN over the trained context.
         force: load even what does not fit this machine's memory.
         fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
-            in an MLX checkpoint, to be looked at or trained.
+            in an MLX checkpoint, to change, train, save or quantize.
         on_convert: called as a conversion goes on: "converting" or "verifying", weights done, weights in all.
 
     Raises:

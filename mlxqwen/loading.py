@@ -88,7 +88,7 @@ Convert = Callable[[Path, CheckSize], Path]
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A model that has been checked: call it to have the weights read; they take `weight_bytes` of memory."""
+    """A model that has been checked: each call reads one, whose weights take `weight_bytes` of memory."""
 
     weight_bytes: int
     read: Callable[[], Qwen3ForCausalLM]
@@ -123,7 +123,7 @@ def prepare_model(
         yarn_factor: extends the trained context this many times by YaRN.
         force: load even what does not fit this machine.
         fused: lay projections of the same input together, which is quicker; without, every weight is found under its
-            name in an MLX checkpoint, to be looked at or trained.
+            name in an MLX checkpoint, to change, train, save or quantize.
         device: the machine to load for; by default this one.
         held_bytes: what the weights of a draft model take beside these.
         convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
@@ -187,8 +187,15 @@ def prepare_model(
     if not force:
         _check_size(folder, nbytes, held_bytes, compute, device)
 
+    checked = [model]
+
     def read() -> Qwen3ForCausalLM:
         device.keep_resident()
+        if checked:
+            model = checked.pop()
+        else:
+            model = Qwen3ForCausalLM(config, generation_config)
+            _quantize(model, checkpoint, sources, config.quantization)
         for layer, weights in _weights_by_layer(checkpoint, sources, compute):
             model.update(tree_unflatten(weights))
             weights.clear()

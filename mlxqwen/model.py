@@ -82,15 +82,17 @@ class DecoderLayer(nn.Module):
 class CompiledDecoder:
     """All layers for one token a row, where what lies between two attentions is compiled into one call.
 
-    The weights are those that the layers have when a batch size is first met: who means to change them loads a model
-    without.
+    The layers' weights are looked up in every step: what is changed later, in whatever way, counts from then on.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         self._attentions = [layer.self_attn for layer in layers]
-        self._first = mx.compile(lambda x: layers[0].before_attention(x, x.shape[0]))
-        self._between = [mx.compile(_between(one, following)) for one, following in pairwise(layers)]
-        self._last = mx.compile(layers[-1].after_attention)
+        first, last = layers[0], layers[-1]
+        self._first = mx.compile(lambda x: first.before_attention(x, x.shape[0]), inputs=[first])
+        self._between = [
+            mx.compile(_between(one, following), inputs=[one, following]) for one, following in pairwise(layers)
+        ]
+        self._last = mx.compile(last.after_attention, inputs=[last])
 
     def __call__(self, x: mx.array, caches: Sequence[LayerCache | None]) -> mx.array:
         """`[B, hidden_size]` → `[B, hidden_size]`."""

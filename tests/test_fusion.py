@@ -23,7 +23,7 @@ from mlxqwen.footprint import measure
 from mlxqwen.generation import generate_tokens
 from mlxqwen.layers.linear import FusedLinear, fuse_children
 from mlxqwen.layers.mlp import MLP
-from mlxqwen.loading import load_model
+from mlxqwen.loading import load_model, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling_params import SamplingParams
 from tests.tiny_checkpoints import (
@@ -36,12 +36,13 @@ from tests.tiny_checkpoints import (
     published_shapes,
     write_folder,
 )
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, worst
 
 CPU = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34)
 GPU = Device("a GPU", is_gpu=True, memory=1 << 34, usable_memory=1 << 34)
 can_compile = pytest.mark.skipif(
-    not current_device().is_gpu and shutil.which("g++") is None, reason="on a CPU, MLX compiles with g++, or not at all"
+    not current_device().is_gpu and shutil.which("g++") is None,
+    reason="compiled decoding is NOT TESTED: on a CPU, MLX compiles with g++, which is not installed",
 )
 
 WIDE: Config = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "vocab_size": 96}
@@ -141,6 +142,55 @@ def test_greedy_tokens_are_the_same(tmp_path: Path, name: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
+def halved(model: nn.Module) -> Any:
+    """Its parameters, half as large; packed codes stay."""
+    return tree_map(lambda a: a if a.dtype == mx.uint32 else a / 2, model.parameters())
+
+
+CHANGES: dict[str, Callable[[Qwen3ForCausalLM], object]] = {
+    "update": lambda model: model.update(halved(model)),
+    "update of a layer": lambda model: model.model.layers[1].update(halved(model.model.layers[1])),
+    "load_weights": lambda model: model.load_weights(list(dict(tree_flatten(halved(model))).items())),
+    "set_dtype": lambda model: model.set_dtype(mx.float16),
+    "apply": lambda model: model.apply(lambda a: a if a.dtype == mx.uint32 else a / 2),
+    "an attribute": lambda model: setattr(
+        model.model.layers[0].self_attn.q_norm, "weight", mx.ones_like(model.model.layers[0].self_attn.q_norm.weight)
+    ),
+    "a module": lambda model: setattr(model.model.layers[1], "mlp", nn.Identity()),
+}
+
+
+@can_compile
+@pytest.mark.parametrize("section", [None, FOUR_BITS], ids=["plain", "quantized"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_count_from_then_on(tmp_path: Path, change: str, section: Section | None) -> None:
+    """Also in the middle of a reply."""
+    folder = folder_of(tmp_path, WIDE_DENSE, section)
+
+    def next_logits(device: Device, change: Callable[[Qwen3ForCausalLM], object] | None) -> mx.array:
+        model = load_model(folder, device=device, dtype="float32")
+        cache = make_cache(model)
+        for ids in ([1, 2, 3], [4], [5]):
+            mx.eval(model(mx.array([ids]), cache))
+        if change is not None:
+            change(model)
+        return model(mx.array([[6]]), cache)
+
+    found, expected = (next_logits(device, CHANGES[change]) for device in (GPU, CPU))
+    assert_close(found, expected, dtype=mx.float16 if change == "set_dtype" else mx.float32)
+    assert worst(expected, next_logits(CPU, None)) > (1e-5 if change == "set_dtype" else 1e-2)
+
+
+@can_compile
+def test_weights_that_were_replaced_are_let_go(tmp_path: Path) -> None:
+    model = load_model(folder_of(tmp_path, {**WIDE_DENSE, "intermediate_size": 4096}), device=GPU, dtype="float32")
+    mx.eval(model(mx.array([[1]])))
+    before = mx.get_active_memory()
+    model.update(halved(model))
+    mx.eval(model.parameters(), model(mx.array([[1]])))
+    assert mx.get_active_memory() <= before + held_by(model) // 4
+
+
 def modules_of(model: Qwen3ForCausalLM, layer: int) -> set[str]:
     leaves = dict(tree_flatten(model.model.layers[layer].leaf_modules(), is_leaf=nn.Module.is_module))
     return {name for name in leaves if name.endswith("proj")}
@@ -201,6 +251,17 @@ def test_fusing_holds_one_module_twice(tmp_path: Path, base: Config, section: Se
     mx.reset_peak_memory()
     model = load_model(folder, dtype="float32")
     assert mx.get_peak_memory() - before - held_by(model) <= held_by(model.model.layers[0])
+
+
+@pytest.mark.parametrize("section", [None, FOUR_BITS], ids=["plain", "quantized"])
+def test_a_prepared_model_is_read_as_often_as_is_asked(tmp_path: Path, section: Section | None) -> None:
+    prepared = prepare_model(folder_of(tmp_path, WIDE_DENSE, section), device=CPU)
+    first, second = prepared(), prepared()
+    ids = mx.array([prompt(9, 96)])
+    expected = first(ids)
+    first.update(halved(first))
+    assert mx.array_equal(second(ids), expected)
+    assert worst(first(ids), expected) > 1e-2
 
 
 def test_children_of_several_forms_stay() -> None:
