@@ -18,7 +18,9 @@ from mlxqwen.cache import KVCache, cache_identity, load_cache, make_cache
 from mlxqwen.cache import layer as cache_layer
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import Stored
+from mlxqwen.cache.tentative import TentativeStep
 from mlxqwen.config import ModelConfig
+from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, CheckpointError, MlxqwenError, OptionError
 from mlxqwen.footprint import cache_bytes
 from mlxqwen.layers.rope import Rope
@@ -768,8 +770,44 @@ def test_a_growing_cache_is_never_there_twice(tiny: Qwen3ForCausalLM) -> None:
     assert mx.get_cache_memory() < before
 
 
-@pytest.mark.parametrize("arguments", [{}, {"kv_bits": 8}, {"max_kv_size": 1024}], ids=str)
-def test_the_scores_of_a_chunk_are_never_all_there(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "guesses"), [(None, 10), (400, 155)])
+def test_a_tentative_step_grows_a_cache_a_layer_at_a_time(window: int | None, guesses: int) -> None:
+    """A line where guesses are read, a ring where those that fill its window stay."""
+    model = Qwen3ForCausalLM(ModelConfig.from_dict({**DENSE, "num_hidden_layers": 8}))
+    mx.eval(model.parameters())
+    cache = make_cache(model, batch_size=16, max_kv_size=window)
+    mx.eval(model.model(mx.ones((16, 250), dtype=mx.int32), cache), cache.state)
+    before, step = cache.nbytes, TentativeStep(cache)
+
+    def read() -> None:
+        mx.eval(model.model(mx.ones((16, guesses), dtype=mx.int32), step))
+
+    def settle() -> None:
+        step.settle(guesses)
+        mx.eval(cache.state)
+
+    if window is None:
+        peak = peak_of(read)
+    else:
+        read()
+        peak = peak_of(settle)
+    assert cache.nbytes == before * (window or 512) // 256
+    assert peak <= cache.nbytes - before + before // 4  # two of eight layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on_gpu"),
+    [
+        ({}, False),  # one kernel on a GPU
+        *((arguments, on_gpu) for arguments in ({"kv_bits": 8}, {"max_kv_size": 1024}) for on_gpu in (False, True)),
+    ],
+    ids=str,
+)
+def test_the_scores_of_a_chunk_are_never_all_there(
+    arguments: dict[str, Any], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device("a machine", is_gpu=on_gpu, memory=1 << 34, usable_memory=1 << 34)
+    monkeypatch.setattr(cache_layer, "current_device", lambda: device)
     cache = new_cache(**arguments)
     rope, length = Rope(HEAD_DIM, THETA), 512
     chunk = [mx.ones((1, heads, length, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
@@ -782,5 +820,7 @@ def test_the_scores_of_a_chunk_are_never_all_there(arguments: dict[str, Any], mo
     step()
     cache.placement.offsets = [1536]
     scores = 4 * HEADS * length * (1536 if cache.max_kv_size else 2048)
-    monkeypatch.setattr(cache_layer, "_MOST_SCORES", scores // 4 // 16)
+    bounds = ("_MOST_SCORES", "_MOST_SCORES_ON_GPU") if on_gpu else ("_MOST_SCORES_ON_GPU", "_MOST_SCORES")
+    for name, share in zip(bounds, (1, 16), strict=True):  # the other device's would be all of them
+        monkeypatch.setattr(cache_layer, name, scores // 4 // share)
     assert peak_of(step) < scores

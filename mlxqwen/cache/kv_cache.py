@@ -102,14 +102,14 @@ class KVCache:
                 hint="Give one length a row, none beyond the tokens that were passed.",
             )
         plan = self.placement.advance(length, lengths)
-        if plan.gather is None and not plan.stores_later:
-            self._grow(plan.capacity)
+        if plan.gather is None:
+            self.make_room(plan.capacity)
         for layer in self.layers:
             layer.plan = plan
         return self.layers
 
-    def _grow(self, capacity: int) -> None:
-        """Longer buffers for what is held; a layer at a time, so that only one is there twice."""
+    def make_room(self, capacity: int) -> None:
+        """Buffers of `capacity` slots for what is held; a layer at a time, so that only one is there twice."""
         rows = range(self.batch_size)
         for layer in self.layers:
             if layer.keys and layer.keys[0].shape[-2] < capacity:

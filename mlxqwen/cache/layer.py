@@ -11,7 +11,10 @@ from mlxqwen.layers.rope import Rope
 
 __all__ = ["KVLayer"]
 
-_MOST_SCORES = 1 << 21  # numbers: of a chunk's queries on a long context there would be hundreds of megabytes
+# Numbers: of a chunk's queries on a long context there would be hundreds of megabytes. A GPU takes the next block up
+# while the last one is still computed, and needs more work at a time.
+_MOST_SCORES = 1 << 21
+_MOST_SCORES_ON_GPU = 1 << 23
 _SMALLEST_BLOCK = 16  # queries
 
 
@@ -21,6 +24,7 @@ class KVLayer:
     def __init__(self, storage: Storage, keep: int) -> None:
         self.storage = storage
         self.keep = keep
+        self._device = current_device()
         self.keys: Stored = ()
         self.values: Stored = ()
         self.unstored: tuple[Stored, Stored] = (), ()  # of the last step, if its plan stores later
@@ -51,16 +55,19 @@ class KVLayer:
             outputs.append(
                 self._look(queries[:, :, some], rotated[:, :, some], keys_seen, values_seen, part, rope, scale)
             )
-            mx.eval(outputs)  # MLX allocates what it has been asked for: all blocks at once, if it is let
+            mx.async_eval(outputs[-1])
+            # MLX allocates what it has been asked for: all blocks at once, if it is let
+            mx.eval(outputs[:-1] if self._device.overlaps_steps else outputs)
         return mx.concatenate(outputs, axis=2)
 
     def _block(self, queries: mx.array, seen: Stored) -> int:
         """How many queries to look from at a time, so that their scores take little memory."""
         B, heads, L, _ = queries.shape
         kernel = self.plan.sink_positions is None and isinstance(self.storage, PlainStorage)
-        if L == 1 or (kernel and current_device().fuses_attention):
+        if L == 1 or (kernel and self._device.fuses_attention):
             return L
-        return max(_SMALLEST_BLOCK, _MOST_SCORES // (B * heads * seen[0].shape[-2]))
+        most = _MOST_SCORES_ON_GPU if self._device.is_gpu else _MOST_SCORES
+        return max(_SMALLEST_BLOCK, most // (B * heads * seen[0].shape[-2]))
 
     def _look(
         self, queries: mx.array, rotated: mx.array, keys: Stored, values: Stored, plan: Step, rope: Rope, scale: float

@@ -15,8 +15,8 @@ __all__ = ["TentativeStep"]
 class TentativeStep:
     """Handed to the model in a cache's place, for one step: the cache goes on only as far as `settle` says.
 
-    Until then it is as it was, so that a step that fails or is interrupted leaves it whole. Nothing is copied but what
-    a ring's window shows to the new tokens, which any step of several tokens copies.
+    Until then it holds what it held, so that a step that fails or is interrupted leaves it whole. Nothing is copied but
+    what a ring's window shows to the new tokens, which any step of several tokens copies, and buffers that grow.
 
     Args:
         cache: of rows that stand at one position. Between the step and the last `settle` others leave it alone.
@@ -40,6 +40,8 @@ class TentativeStep:
             )
         self._start, self._length, self._settled = self._cache.offset, length, 0
         plan = self._cache.placement.plan_tentative(length)
+        if not plan.stores_later:
+            self._cache.make_room(plan.capacity)
         for layer in self._cache:
             layer.plan = plan
         return self._cache.layers
@@ -54,7 +56,9 @@ class TentativeStep:
                 f"cache: found {count} tokens to settle, expected {self._settled} to {self._length} of this step"
             )
         placement, start = self._cache.placement, self._start
-        if self._cache[0].plan.stores_later:
+        plan = self._cache[0].plan
+        if plan.stores_later:
+            self._cache.make_room(plan.capacity)
             for first, end, slot in placement.runs(start + self._settled, start + count):
                 for layer in self._cache:
                     layer.store(first - start, end - start, slot)
