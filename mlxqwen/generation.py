@@ -23,11 +23,17 @@ __all__ = [
     "DEFAULT_DRAFT_TOKENS",
     "DEFAULT_MAX_TOKENS",
     "DEFAULT_PREFILL_CHUNK",
+    "FinishReason",
     "GeneratedToken",
     "TokenStream",
     "Tokens",
     "as_token_ids",
+    "check_cache",
+    "check_count",
+    "check_ids",
+    "check_prompt",
     "generate_tokens",
+    "room_for_answer",
 ]
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
@@ -279,8 +285,9 @@ class TokenStream:
         self.cache = cache
         self._cached_tokens = cached_tokens
         self._model = model
-        self._rows = rows
-        self._waiting = list(rows)
+        self._rows = {row.number: row for row in rows}  # that have not ended
+        self._row_count = len(rows)
+        self._waiting = rows
         self._active: list[_Row] = []
         self._sampler = Sampler([], [], model.config.vocab_size)
         self._eos_token_ids = eos_token_ids
@@ -319,8 +326,9 @@ class TokenStream:
         tokens = as_token_ids(prompt)
         check_prompt(tokens, self._model.config.vocab_size)
         sampling = SamplingParams() if sampling is None else sampling
-        row = _new_row(self._model, len(self._rows), tokens, sampling, max_tokens, self.cache.max_kv_size)
-        self._rows.append(row)
+        row = _new_row(self._model, self._row_count, tokens, sampling, max_tokens, self.cache.max_kv_size)
+        self._rows[row.number] = row
+        self._row_count += 1
         self._waiting.append(row)
         return row.number
 
@@ -340,16 +348,29 @@ class TokenStream:
         Raises:
             OptionError: no such row, or ids outside the vocabulary.
         """
-        if not 0 <= row < len(self._rows):
-            raise OptionError(f"force: found row {row}, expected a row from 0 to {len(self._rows) - 1}")
+        self._check_row("force", row)
         check_ids("force", tokens, self._model.config.vocab_size)
-        if not self._rows[row].pending:
-            self._rows[row].unless = frozenset(unless)
-        self._rows[row].pending.extend(tokens)
+        going = self._rows.get(row)
+        if going is None:
+            return
+        if not going.pending:
+            going.unless = frozenset(unless)
+        going.pending.extend(tokens)
 
     def stop(self, row: int) -> None:
-        """End `row` here: no further token of it is computed."""
-        self._rows[row].ended = True
+        """End `row` here: no further token of it is computed. Raises `OptionError` for no such row."""
+        self._check_row("stop", row)
+        if row in self._rows:
+            self._end(self._rows[row])
+
+    def _check_row(self, name: str, row: int) -> None:
+        if not 0 <= row < self._row_count:
+            raise OptionError(f"{name}: found row {row}, expected a row from 0 to {self._row_count - 1}")
+
+    def _end(self, row: _Row) -> None:
+        """A stream may run for hours: of a row that has ended nothing stays but what the step that runs has of it."""
+        row.ended = True
+        self._rows.pop(row.number, None)
 
     def close(self) -> None:
         """End all rows."""
@@ -372,7 +393,7 @@ class TokenStream:
             ahead = None
             if self._overlap and any(row.count + 1 < row.limit for row in self._active):
                 ahead = self._step(drawn)
-            numbers = [row.number if len(self._rows) > 1 else None for row in self._active]
+            numbers = [row.number if self._row_count > 1 else None for row in self._active]
             tokens = list(map(check_token, cast(list[int], drawn.tolist()), numbers))
             for row, token in zip(self._active, tokens, strict=True):
                 row.count += 1
@@ -380,7 +401,7 @@ class TokenStream:
                 if not row.ended:
                     yield GeneratedToken(row.number, token, reason, row.number in forced)
                 if reason is not None:
-                    row.ended = True
+                    self._end(row)
             going = [place for place, row in enumerate(self._active) if not row.ended]
             self._forget_stopped()
             if not going and not self._waiting:
@@ -459,7 +480,7 @@ class TokenStream:
             samplers.append(sampler)
             active += group
             for row in group:
-                del row.unread, row.sampler  # a stream may take in rows for hours
+                del row.unread, row.sampler
         if len(parts) > 1 or parts[0][0] is not self.cache:
             self.cache.assemble(parts)
         self._sampler.keep_rows(going)

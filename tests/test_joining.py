@@ -325,6 +325,39 @@ def test_a_stream_that_runs_for_hours_keeps_nothing_of_rows_that_are_gone(tiny: 
     assert max(held[20:]) <= max(held[4:20])
 
 
+def test_rows_that_are_stopped_before_they_join_leave_nothing(
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]
+) -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=1.1)
+    stream = generate_tokens(tiny, [1, 2], sampling=params, max_tokens=12)
+
+    def come_and_go() -> int:
+        """Bytes that are held after a step in which many rows were added and stopped."""
+        for number in [stream.add([1] * 9, sampling=params) for _ in range(50)]:
+            stream.stop(number)
+            stream.stop(number)
+            stream.force(number, [5])
+        next(stream)
+        mx.clear_cache()
+        return mx.get_active_memory()
+
+    next(stream)
+    held = [come_and_go() for _ in range(8)]
+    assert max(held[1:]) <= held[0] + 64
+    assert stream.add([1] * 9, max_tokens=1) == 401
+    assert [one.row for one in stream] == [0, 401, 0, 0]
+    assert calls == [(1, 2), *[(1, 1)] * 9, (1, 9), (1, 1), (1, 1)]
+    assert not stream._rows
+
+
+@pytest.mark.parametrize("row", [-1, 1])
+def test_rows_that_are_not_there_are_not_stopped(tiny: Qwen3ForCausalLM, row: int) -> None:
+    stream = generate_tokens(tiny, [1, 2], max_tokens=2)
+    with pytest.raises(OptionError, match=f"^stop: found row {row}, expected a row from 0 to 0"):
+        stream.stop(row)
+    assert len(list(stream)) == 2
+
+
 # What is fed through the model
 
 
