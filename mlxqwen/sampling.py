@@ -17,6 +17,7 @@ from mlxqwen.errors import GenerationError, OptionError
 from mlxqwen.sampling_params import SamplingParams, check_integer
 
 __all__ = [
+    "BAD_TOKEN",
     "Sampler",
     "SamplerState",
     "SamplingParams",

@@ -163,6 +163,15 @@ def test_forced_tokens_and_an_end_anywhere_leave_what_plain_decoding_leaves(
     assert replies[0] == replies[1]
 
 
+def test_a_stream_that_is_stopped_before_it_begins_reads_nothing(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
+    cache = make_cache(tiny)
+    stream = speculate_tokens(tiny, [1, 2, 3], PromptLookup(), cache=cache)
+    stream.stop(0)
+    assert list(stream) == []
+    assert cache.offset == 0
+    assert passes == []
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_stream_left_in_the_middle_of_right_guesses_holds_what_was_told(
     tiny: Qwen3ForCausalLM, window: int | None

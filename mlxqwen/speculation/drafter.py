@@ -33,7 +33,7 @@ Speculative: TypeAlias = Literal["lookup"] | Drafter | None
 
 def as_drafter(speculative: object) -> Drafter:
     """What guesses. Raises `OptionError` for what is no `Speculative`."""
-    if isinstance(speculative, Drafter):
+    if isinstance(speculative, Drafter) and not isinstance(speculative, type):  # a class has the method, too
         return speculative
     if speculative == "lookup":
         from mlxqwen.speculation.prompt_lookup import PromptLookup

@@ -202,6 +202,10 @@ class SpeculativeStream:
         self._tokens.close()
 
     def _run(self) -> Generator[GeneratedToken, None, None]:
+        if self._cached_tokens is not None:
+            self.cache.trim(self._cached_tokens)
+        if self._is_stopped:
+            return
         found, place, passes = self._prefill(), 0, 1
         while True:
             if found.step is not None:
@@ -282,8 +286,6 @@ class SpeculativeStream:
         return _Pass(drafts, cast(list[int], mx.concatenate(drawn).tolist()), states, step, is_forced)
 
     def _prefill(self) -> _Pass:
-        if self._cached_tokens is not None:
-            self.cache.trim(self._cached_tokens)
         prompt = self._text[self._cached_tokens or 0 :]
         self.cache.reserve(self.cache.offset + len(prompt) + 1)
         hidden = read_tokens(self._model, self.cache, prompt, self._prefill_chunk, self._on_prefill)
