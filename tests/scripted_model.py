@@ -36,11 +36,12 @@ class ScriptedModel:
         """The next tokens, whatever the model would say."""
         self._script = list(tokens)
 
-    def model(self, tokens: mx.array, cache: KVCache, *, lengths: Sequence[int] | None = None) -> mx.array:
+    def model(
+        self, tokens: mx.array, cache: KVCache, *, lengths: Sequence[int] | None = None, last_only: bool = False
+    ) -> mx.array:
         if lengths is not None:  # as prompts are given
             self.read += sum(lengths)
-            return self._inner.model(tokens, cache, lengths=lengths)
-        return self._inner.model(tokens, cache)
+        return self._inner.model(tokens, cache, lengths=lengths, last_only=last_only)
 
     def logits(self, hidden: mx.array) -> mx.array:
         logits = self._inner.logits(hidden)
