@@ -320,6 +320,7 @@ def test_a_stream_that_runs_for_hours_keeps_nothing_of_rows_that_are_gone(tiny: 
     for one in stream:
         if one.finish_reason and len(held) < 40:
             stream.add([one.token] * 9, sampling=params, max_tokens=2)
+            mx.synchronize()
             mx.clear_cache()
             held.append(mx.get_active_memory())
     assert max(held[20:]) <= max(held[4:20])
@@ -338,6 +339,7 @@ def test_rows_that_are_stopped_before_they_join_leave_nothing(
             stream.stop(number)
             stream.force(number, [5])
         next(stream)
+        mx.synchronize()
         mx.clear_cache()
         return mx.get_active_memory()
 
