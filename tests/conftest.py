@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -19,7 +20,9 @@ from mlxqwen.tokenizer import Tokenizer
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test leaves compiled tokenizers in the cache of whoever runs it; those of that cache have one of their own.
+# No test leaves anything in the cache of whoever runs it; compiled tokenizers are for the tests of them.
+_CACHE = tempfile.TemporaryDirectory(prefix="mlxqwen-tests-")
+os.environ["MLXQWEN_CACHE"] = _CACHE.name
 os.environ["MLXQWEN_TOKENIZER_CACHE"] = "off"
 
 VOCAB_SIZE = 97

@@ -63,12 +63,15 @@ def test_the_list(tmp_path: Path, own_cache: Path) -> None:
 
 def compile_demo_tokenizer(folder: Path) -> Path:
     from mlxqwen.tokenizer_backend.background import compile_file
-    from mlxqwen.tokenizer_backend.store import digest
+    from mlxqwen.tokenizer_backend.store import digest, entry_path
 
     folder.mkdir()
     path = folder / "tokenizer.json"
     shutil.copy(DEMO_FOLDER / path.name, path)
-    compile_file(path, digest(path.read_bytes()))
+    content = digest(path.read_bytes())
+    entry = entry_path(content)
+    assert entry is not None
+    compile_file(path, content, entry)
     return path
 
 
@@ -82,6 +85,7 @@ def test_tokenizers_are_listed_and_pruned(tmp_path: Path, own_cache: Path) -> No
     assert total.endswith(f" in {own_cache / 'tokenizers'}")
     [facts] = json.loads(run("cache", "list", "--json").out)["tokenizers"]
     assert (facts["source"], facts["state"]) == (str(source), "ready")
+    assert "MLXQWEN_TOKENIZER_CACHE=off" in run("cache", "list", "--help").out
     assert facts["bytes"] == os.lstat(facts["path"]).st_blocks * 512
     assert datetime.fromisoformat(facts["last_used"]).tzinfo is not None
     assert run("cache", "prune").out == "nothing to remove\n"

@@ -6,12 +6,18 @@ import json
 import os
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import pytest
 import tokenizers
@@ -241,10 +247,44 @@ def test_other_rules_of_merging_are_unsuitable(settings: dict[str, Any]) -> None
         compile_tokenizer(LibraryBackend(trained(["hello hello"], **settings), "tokenizer.json"), {})
 
 
-def test_tables_that_give_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CompiledBackend, "_merge_word", lambda self, word: list(word))
-    with pytest.raises(UnsuitableError, match="other ids"):
+@pytest.mark.parametrize("merge", ["_merge_short", "_merge_long"])
+def test_tables_that_give_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch, merge: str) -> None:
+    monkeypatch.setattr(compiled, "_SHORT", 0 if merge == "_merge_long" else 64)
+    monkeypatch.setattr(CompiledBackend, merge, lambda self, word: list(word))
+    with pytest.raises(UnsuitableError, match="other ids for the token"):
         compile_tokenizer(LibraryBackend(small_tokenizer(), "tokenizer.json"), {})
+
+
+@pytest.mark.parametrize("place", range(0, 151_387, 37_846))
+def test_a_single_wrong_merge_is_found(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Two ranks change places, and nothing else."""
+    real = Tables.make
+
+    def make(facts: Any, tokens: Any = (), merges: Any = ()) -> Tables:
+        made, other = real(facts, tokens, merges), place + 1
+        products = made.products[:]
+        products[place], products[other] = products[other], products[place]  # type: ignore[index]
+        return replace(made, products=products)
+
+    monkeypatch.setattr(Tables, "make", make)
+    with pytest.raises(UnsuitableError, match="other ids for the token"):
+        compile_tokenizer(LIBRARY, {})
+
+
+@settings(deadline=None)
+@given(st.text("etaoin shrdlu的", max_size=400), st.sampled_from([0, 10**9]))
+def test_both_ways_of_merging_give_the_library_s_ids(text: str, short: int) -> None:
+    with patch.object(compiled, "_SHORT", short):
+        assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=20), st.text("abc ", max_size=60))
+def test_any_merges_are_applied_in_order_by_the_heap(corpus: list[str], text: str) -> None:
+    library = LibraryBackend(trained(corpus), "tokenizer.json")
+    with patch.object(compiled, "_SHORT", 0):
+        backend = CompiledBackend(compile_tokenizer(library, {}), refuse)
+        assert backend.encode_plain(text) == library.encode_plain(text)
 
 
 # --- the whole tokenizer, when it is worth its price ----------------------------------------------------
@@ -252,7 +292,7 @@ def test_tables_that_give_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     "texts",
-    [["word " * compiled.MAX_WORK], ["的" * 3000], [f"{chr(number)} a" for number in range(0x3400, 0x9E00)]],
+    [["word " * compiled.MAX_WORK], ["的" * 30_000], [f"{chr(number)} a" for number in range(0x3400, 0x9E00)]],
     ids=["a long text", "a long word", "many texts"],
 )
 def test_the_whole_tokenizer_is_read_once_when_much_is_encoded(texts: list[str]) -> None:
@@ -299,6 +339,13 @@ def test_any_changed_byte_is_found(data: st.DataObject) -> None:
             Tables.unpack(damaged)
 
 
+@pytest.mark.parametrize("facts", [b"{", b"[]", b"7", b"\xff", b"[" * 100_000])
+def test_facts_that_are_no_object_are_damage(facts: bytes) -> None:
+    body = struct.pack("=III", len(facts), 0, 0) + facts + struct.pack("=I", 1) + b"\n"
+    with pytest.raises(DamagedTablesError):
+        Tables.unpack(struct.pack("=8sI", b"mlxqtok1", zlib.crc32(body)) + body)
+
+
 # --- files of the cache ---------------------------------------------------------------------------------
 
 
@@ -313,7 +360,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were to be compiled in the background; nothing is."""
     files: list[Path] = []
-    monkeypatch.setattr(background, "start", lambda path, digest: files.append(path))
+    monkeypatch.setattr(background, "start", lambda path, digest, entry: files.append(path))
     return files
 
 
@@ -329,8 +376,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compile_now(folder: Path) -> Path:
     path = folder / "tokenizer.json"
     digest = store.digest(path.read_bytes())
-    compile_file(path, digest)
-    entry = store.entry_path(digest)
+    entry = entry_of(folder)
+    compile_file(path, digest, entry)
+    return entry
+
+
+def entry_of(folder: Path) -> Path:
+    entry = store.entry_path(store.digest((folder / "tokenizer.json").read_bytes()))
     assert entry is not None
     return entry
 
@@ -356,7 +408,8 @@ def test_the_background_process(folder: Path, cache: Path, monkeypatch: pytest.M
     while not is_compiled(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert is_compiled(folder)
-    assert len(list(cache.iterdir())) == 1
+    assert {path.name for path in cache.iterdir()} == {entry_of(folder).name, "lock"}
+    assert entry_of(folder).stat().st_mode & 0o022 == 0
 
 
 def test_applications_with_an_interpreter_inside_start_nothing(
@@ -438,13 +491,24 @@ def test_an_old_file_never_hides_a_damaged_tokenizer(folder: Path, cache: Path, 
     assert is_compiled(folder)
 
 
-def test_a_tokenizer_that_changes_while_it_is_in_use(folder: Path, cache: Path, started: list[Path]) -> None:
+@pytest.mark.parametrize(("becomes", "problem"), [("{}", "changed since"), (None, "no such file")])
+def test_a_tokenizer_that_changes_while_it_is_in_use(
+    folder: Path,
+    cache: Path,
+    started: list[Path],
+    caplog: pytest.LogCaptureFixture,
+    becomes: str | None,
+    problem: str,
+) -> None:
     compile_now(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    assert tokenizer.encode("hello") == small_tokenizer().encode("hello").ids
-    with pytest.raises(TokenizerError, match=r"^[^:]*tokenizer\.json: changed since"):
-        tokenizer.encode("hello " * compiled.MAX_WORK)
+    path = folder / "tokenizer.json"
+    path.unlink() if becomes is None else path.write_text(becomes)
+    for text in ("hello", "hello " * compiled.MAX_WORK, "hello" * compiled.MAX_WORK, "world"):
+        assert tokenizer.encode(text) == small_tokenizer().encode(text).ids
+        assert tokenizer.encode_plain(text) == tokenizer.encode(text)
+    [record] = caplog.records
+    assert re.search(rf"tokenizer\.json: {problem}.*; its compiled tables go on alone", record.getMessage())
 
 
 def test_an_unsuitable_tokenizer_is_tried_once(folder: Path, cache: Path, started: list[Path]) -> None:
@@ -474,7 +538,7 @@ def test_a_compiler_that_fails_is_tried_once(
 
 @pytest.mark.parametrize("obstacle", ["a file", "a link", "no home", "read-only"])
 def test_a_cache_that_cannot_be_written_to(
-    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, obstacle: str
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, obstacle: str
 ) -> None:
     if obstacle == "a file":
         cache.parent.write_text("")
@@ -484,27 +548,240 @@ def test_a_cache_that_cannot_be_written_to(
     elif obstacle == "no home":
         monkeypatch.setenv("MLXQWEN_CACHE", "~no-such-user-at-all/cache")
     else:
-        monkeypatch.setattr(os, "access", lambda *args: False)
+        refused = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(Path, "mkdir", lambda *args, **options: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr(os, "posix_spawn", lambda *args, **options: refuse())
     assert not is_compiled(folder)
-    assert started == []
     assert store.cached_tokenizers() == []
 
 
 def test_two_processes_write_at_once(folder: Path, cache: Path) -> None:
     path = folder / "tokenizer.json"
     program = "import sys; from pathlib import Path; from mlxqwen.tokenizer_backend.background import compile_file; "
-    program += "compile_file(Path(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-c", program, str(path), store.digest(path.read_bytes())]
+    program += "compile_file(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
+    command = [sys.executable, "-c", program, str(path), store.digest(path.read_bytes()), str(entry_of(folder))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
-    assert len(list(cache.iterdir())) == 1
+    assert list(cache.iterdir()) == [entry_of(folder)]
     assert is_compiled(folder)
 
 
 def test_a_file_is_compiled_only_if_it_is_still_the_same(folder: Path, cache: Path) -> None:
-    compile_file(folder / "tokenizer.json", "0" * 64)
+    compile_file(folder / "tokenizer.json", "0" * 64, cache / "entry")
+    compile_file(folder / "no such file", "0" * 64, cache / "entry")
     assert not cache.exists()
+
+
+# --- begun, and never ended -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that were to be started; each is the process 0, which nobody waits for."""
+    commands: list[list[str]] = []
+
+    def spawn(program: str, arguments: list[str], environment: object, **options: object) -> int:
+        commands.append(arguments)
+        return 0
+
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    monkeypatch.setattr(background, "_forget", lambda process: None)
+    return commands
+
+
+def test_a_compiler_that_was_killed_is_not_tried_at_each_start(
+    folder: Path, cache: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        assert not is_compiled(folder)
+    assert len(spawned) == 1
+    assert [found.state for found in store.cached_tokenizers()] == ["compiling"]
+    assert store.prune_tokenizers(everything=True) == []
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + store.MAX_SECONDS)
+    assert not is_compiled(folder)
+    assert [(gone.reason) for gone in store.prune_tokenizers(dry_run=True)] == ["given up"]
+    assert len(spawned) == 1
+    monkeypatch.setattr(time, "time", lambda: now + 86_400)
+    for _ in range(3):
+        assert not is_compiled(folder)
+    assert len(spawned) == 2
+    compile_now(folder)
+    assert is_compiled(folder)
+
+
+def test_a_compiler_short_of_memory_leaves_no_lasting_note(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.claim(entry_of(folder), folder / "tokenizer.json")
+
+    def fail(*arguments: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr(compiler, "compile_tokenizer", fail)
+    with pytest.raises(MemoryError):
+        compile_now(folder)
+    assert [found.state for found in store.cached_tokenizers()] == ["compiling"]
+
+
+class Panic(BaseException):
+    """As the library's Rust code raises them."""
+
+
+def test_a_compiler_that_panics_is_noted(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(compiler, "compile_tokenizer", fail)
+    compile_now(folder)
+    assert [found.state for found in store.cached_tokenizers()] == ["not compilable"]
+
+
+def test_of_many_starts_one_compiles(folder: Path, cache: Path) -> None:
+    """Sixteen at once; a claim is held from the first on."""
+    entry, path = entry_of(folder), folder / "tokenizer.json"
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(lambda _: store.claim(entry, path), range(64))) == 1
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> NoReturn:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "posix_spawn", fail)
+    assert not is_compiled(folder)
+    assert store.cached_tokenizers() == []
+
+
+# --- the process itself ---------------------------------------------------------------------------------
+
+
+def test_what_the_process_is_told(
+    folder: Path, cache: Path, spawned: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXQWEN_CACHE", "relative")
+    monkeypatch.chdir(cache.parent.parent)
+    monkeypatch.setattr(sys, "path", ["", "some/where", b"odd", None])
+    assert not is_compiled(folder)
+    here = os.getcwd()
+    [[_, *flags, _, program, path, digest, entry, first, second]] = spawned
+    assert flags == ["-I", "-B"]
+    assert program.startswith("# mlxqwen: compiles a tokenizer")
+    assert (path, digest) == (str(folder / "tokenizer.json"), store.digest((folder / "tokenizer.json").read_bytes()))
+    assert entry == f"{here}/relative/tokenizers/{entry_of(folder).name}"
+    assert (first, second) == (here, f"{here}/some/where")
+
+
+def test_the_process_holds_nothing_of_its_caller_s(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stand-in for the compiler tells how it finds itself: a caller that ignores alarms and leaves a pipe open."""
+    stand_in = tmp_path / "modules" / "mlxqwen" / "tokenizer_backend"
+    stand_in.mkdir(parents=True)
+    for package in (stand_in.parent, stand_in):
+        (package / "__init__.py").write_text("")
+    (stand_in / "background.py").write_text(
+        "import json, os, signal, sys\n"
+        "def run(path, digest, entry):\n"
+        "    found = {\n"
+        "        'folder': os.getcwd(), 'leads': os.getsid(0) == os.getpid(), 'flags': [sys.flags.isolated],\n"
+        "        'terminals': [os.isatty(number) for number in range(3)],\n"
+        "        'alarm': signal.getsignal(signal.SIGALRM) == signal.SIG_DFL, 'seconds': signal.alarm(0),\n"
+        "        'blocked': [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],\n"
+        "    }\n"
+        "    try:\n"
+        "        os.fstat(50)\n"
+        "        found['pipe'] = 'open'\n"
+        "    except OSError:\n"
+        "        found['pipe'] = 'closed'\n"
+        "    with open(entry + '.told', 'w') as file:\n"
+        "        json.dump(found, file)\n"
+        "    os.rename(entry + '.told', entry)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
+    ends = os.pipe()
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        os.dup2(ends[1], 50, inheritable=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+        entry = cache / "entry"
+        background.start(folder / "tokenizer.json", "0" * 64, entry)
+        begun, deadline = entry.read_bytes(), time.monotonic() + 60
+        while (told := entry.read_bytes()) == begun and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
+        signal.signal(signal.SIGALRM, handler)
+        for descriptor in (*ends, 50):
+            os.close(descriptor)
+    found = json.loads(told)
+    assert 0 < found.pop("seconds") <= store.MAX_SECONDS
+    assert found == {
+        "folder": "/",
+        "leads": True,
+        "flags": [1],
+        "terminals": [False] * 3,
+        "alarm": True,
+        "blocked": [],
+        "pipe": "closed",
+    }
+
+
+# --- whose files are read -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_files_that_others_may_write_to_are_not_read(folder: Path, cache: Path, started: list[Path], mode: int) -> None:
+    entry = compile_now(folder)
+    assert is_compiled(folder)
+    entry.chmod(mode)
+    assert not is_compiled(folder)
+
+
+def test_files_of_others_are_not_read(
+    folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = compile_now(folder)
+    real = os.fstat
+
+    def owned_by(owner: int) -> Callable[[int], os.stat_result]:
+        def status(descriptor: int) -> os.stat_result:
+            fields = [*real(descriptor)]
+            fields[4] = owner
+            return os.stat_result(fields)
+
+        return status
+
+    for owner, is_read in ((os.getuid() + 1, False), (0, True), (os.getuid(), True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", owned_by(owner))
+            assert (store.read_tables(entry, folder / "tokenizer.json") is not None) == is_read
+
+
+def test_tables_without_a_tokenizer_in_them_are_made_anew(folder: Path, cache: Path, started: list[Path]) -> None:
+    entry = compile_now(folder)
+    whole = Tables.unpack(entry.read_bytes())
+    for change in ({"skeleton": "{}"}, {"skeleton": 3}, {"vocab_size": "many"}, {"longest_token": None}):
+        store.write_tables(entry, replace(whole, facts={**whole.facts, **change}))
+        assert not is_compiled(folder)
+        assert not entry.exists()
+    assert len(started) == 4
+
+
+def test_models_with_one_tokenizer_share_its_tables(folder: Path, cache: Path, started: list[Path]) -> None:
+    other = folder.parent / "other"
+    compile_now(folder)
+    shutil.copytree(folder, other)
+    assert is_compiled(other)
+    (folder / "tokenizer.json").unlink()
+    [found] = store.cached_tokenizers()
+    assert (found.source, found.state) == (str(other / "tokenizer.json"), "ready")
+    assert store.prune_tokenizers() == []
+    (other / "tokenizer.json").unlink()
+    assert [gone.reason for gone in store.prune_tokenizers()] == ["source gone"]
 
 
 # --- list and prune -------------------------------------------------------------------------------------
@@ -512,7 +789,7 @@ def test_a_file_is_compiled_only_if_it_is_still_the_same(folder: Path, cache: Pa
 
 def test_list_and_prune(folder: Path, cache: Path, started: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     entry = compile_now(folder)
-    shutil.copy(entry, cache / entry.name.replace("-1-", "-0-"))
+    shutil.copy(entry, cache / entry.name.replace(f"-{store.FORMAT}-", "-0-"))
     (cache / f"{entry.name}.0123abcd.new").write_bytes(b"half")
     os.utime(cache / f"{entry.name}.0123abcd.new", (1, 1))
     (cache / "notes.txt").write_text("mine")

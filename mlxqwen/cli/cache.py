@@ -41,16 +41,21 @@ _TOKENIZER_COLUMNS = (
 def cache() -> None:
     """Models that were converted when they were first loaded, and tables of large tokenizers.
 
-    Tables make the next start quicker; MLXQWEN_TOKENIZER_CACHE=off does without. Both are kept in $MLXQWEN_CACHE, by
-    default in the folder "mlxqwen" of the user's caches: $XDG_CACHE_HOME, else ~/Library/Caches on a Mac and ~/.cache
-    elsewhere.
+    Tables of a tokenizer.json are made in the background after its first start, and make later ones quicker;
+    MLXQWEN_TOKENIZER_CACHE=off does without. Both are kept in $MLXQWEN_CACHE, by default in the folder "mlxqwen" of the
+    user's caches: $XDG_CACHE_HOME, else ~/Library/Caches on a Mac and ~/.cache elsewhere.
     """
 
 
 @cache.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_models(as_json: bool) -> None:
-    """List them: source, formats, size, last use, state."""
+    """List them: source, formats, size, last use, state.
+
+    Tokenizers have a table of their own. Theirs is named by one of the files that it was made for, and is "ready",
+    "compiling", "not compilable" (its next starts read it as before), or "given up" (it took too long or was stopped,
+    and is tried again a day later). MLXQWEN_TOKENIZER_CACHE=off neither makes nor reads them.
+    """
     with leave_at_once():
         from mlxqwen.tokenizer_backend.store import cached_tokenizers
         from mlxqwen_convert.cached import cache_folder, cached_models
@@ -83,7 +88,8 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     """Remove what is of no use any more.
 
     That is what was never finished, and what has lost its source, or was made of another state of it or by another
-    version of mlxqwen. Conversions that are going on are left alone.
+    version of mlxqwen. Of a tokenizer's tables all files that they were made for have to be gone. Conversions that are
+    going on, and tables that are being made, are left alone.
     """
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")

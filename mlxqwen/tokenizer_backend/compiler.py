@@ -19,8 +19,7 @@ _SAMPLES = (
     "Привет, мир! Γειά σου Κόσμε مرحبا بالعالم שלום עולם नमस्ते दुनिया 你好,世界。こんにちは 안녕하세요 สวัสดี",
     "def f(x: int) -> None:\n    return {'a': [1, 2, *x]}  # ok?\n\tx **= 2; y = x<<3",
 )
-_EVERY = 59
-"""Of so many tokens one is spelled out and encoded again, as the last part of the check."""
+_EVERY = 59  # of so many tokens one is part of a text in which tokens of all kinds stand side by side
 
 
 class UnsuitableError(ValueError):
@@ -30,14 +29,15 @@ class UnsuitableError(ValueError):
 def compile_tokenizer(library: LibraryBackend, facts: Mapping[str, Any]) -> Tables:
     """Tables from which `CompiledBackend` gives what the library does.
 
-    They come from what the library itself says it has read, and are compared with it on samples.
+    They come from what the library itself says it has read. Every token is compared: its spelling, and the ids that the
+    library's BPE gives its bytes. Beyond that, texts are: samples of many kinds, each added token, tokens side by side.
 
     Args:
         library: the whole tokenizer.
         facts: what else the tables are to remember.
 
     Raises:
-        UnsuitableError: a model with rules beyond those of byte-level BPE, or samples that came out otherwise.
+        UnsuitableError: a model with rules beyond those of byte-level BPE, or something that came out otherwise.
     """
     description = json.loads(library.tokenizer.to_str())
     model, added = description["model"], description["added_tokens"]
@@ -65,7 +65,9 @@ def compile_tokenizer(library: LibraryBackend, facts: Mapping[str, Any]) -> Tabl
         tokens,
         merges,
     )
-    _compare(Tables.unpack(tables.pack()), library)
+    kept = Tables.unpack(tables.pack())
+    _compare_tokens(kept, library, vocab, alphabet)
+    _compare_texts(kept, library)
     return tables
 
 
@@ -90,7 +92,19 @@ def _alphabet(description: Mapping[str, Any]) -> set[str]:
     return set(ByteLevel.alphabet())
 
 
-def _compare(tables: Tables, library: LibraryBackend) -> None:
+def _compare_tokens(tables: Tables, library: LibraryBackend, vocab: Mapping[str, int], alphabet: set[str]) -> None:
+    """Each token as a word of its own, so also those of bytes that are no text."""
+    compiled, whole = CompiledBackend(tables, lambda: library), library.tokenizer.model
+    for token, token_id in vocab.items():
+        if compiled.id_to_token(token_id) != library.id_to_token(token_id):
+            raise UnsuitableError(f"another spelling of {token_id}")
+        if alphabet.issuperset(token):  # no text becomes a token that is not
+            expected = [part.id for part in whole.tokenize(token)]
+            if compiled.merge_word([vocab[byte] for byte in token]) != expected:
+                raise UnsuitableError(f"other ids for the token {token!r}")
+
+
+def _compare_texts(tables: Tables, library: LibraryBackend) -> None:
     compiled = CompiledBackend(tables, lambda: library)
     if compiled.added_tokens.keys() != library.added_tokens.keys():
         raise UnsuitableError("other added tokens")

@@ -9,6 +9,7 @@ from mlxqwen.json_file import read_bounded
 from mlxqwen.tokenizer_backend import store
 from mlxqwen.tokenizer_backend.compiled import CompiledBackend
 from mlxqwen.tokenizer_backend.library import LibraryBackend, TokenizerBackend
+from mlxqwen.tokenizer_backend.tables import DamagedTablesError
 
 __all__ = ["open_backend"]
 
@@ -24,6 +25,7 @@ def open_backend(path: Path) -> TokenizerBackend:
 
     A large one is compiled in the background when it is first seen, which costs its reader the start of a process.
     From then on only its tables are read, until so much has been encoded that the whole tokenizer is worth its price.
+    If the file is not there any more by then, or another one, the tables go on.
 
     Raises:
         TokenizerError: the file is missing, damaged, too large, or of another kind of tokenizer.
@@ -33,14 +35,18 @@ def open_backend(path: Path) -> TokenizerBackend:
         return LibraryBackend.parse(data, str(path))
     digest = store.digest(data)
     entry = store.entry_path(digest)
-    tables = None if entry is None else store.read_tables(entry)
-    if tables is not None and "skeleton" in tables.facts:
-        return CompiledBackend(tables, lambda: _read_again(path, digest))
+    tables = None if entry is None else store.read_tables(entry, path)
+    if entry is not None and tables is not None and "skeleton" in tables.facts:
+        try:
+            return CompiledBackend(tables, lambda: _read_again(path, digest))
+        except DamagedTablesError:
+            store.discard(entry)
+            tables = None
     library = LibraryBackend.parse(data, str(path))
-    if entry is not None and tables is None and store.is_writable(entry):
+    if entry is not None and tables is None:
         from mlxqwen.tokenizer_backend import background
 
-        background.start(path, digest)
+        background.start(path, digest, entry)
     return library
 
 

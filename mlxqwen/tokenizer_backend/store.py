@@ -2,20 +2,25 @@
 
 A file is named by the SHA-256 of the `tokenizer.json` that it is made of and by everything that its content depends on
 besides: the version of its format, that of the `tokenizers` library, and the machine's byte order. It is written under
-another name first, so that there is never half a file; one that is damaged is found by its checksum and made anew.
+another name first, so that there is never half a file; one that is damaged is found by its checksum and made anew. Only
+files that belong to this user or to root, and that nobody else may write to, are read.
+
+Before anything is made, a note says that it was begun: whatever kills a compiler, the next start does not try again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -26,8 +31,13 @@ from mlxqwen.user_cache import user_cache_folder
 
 __all__ = ["CachedTokenizer", "TokenizerRemoval", "cached_tokenizers", "prune_tokenizers"]
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 256 * 2**20
+MAX_SECONDS = 120
+"""What compiling may take; Qwen3's tokenizer takes about four."""
+
+_RETRY_AFTER = 86_400  # seconds behind which what was begun and never ended is tried again
+_MOST_SOURCES = 16
 
 _NAME = re.compile(r"[0-9a-f]{64}-[\w.+-]+")
 _UNFINISHED = re.compile(r"[0-9a-f]{64}-[\w.+-]+\.[0-9a-f]{8}\.new")
@@ -40,11 +50,12 @@ class CachedTokenizer:
 
     Args:
         path: the file.
-        source: the `tokenizer.json` that it was made of.
+        source: a `tokenizer.json` that has this content, of several one that is still there.
         nbytes: on disk.
         last_used: in seconds since 1970.
-        state: "ready", "not compilable" (noted, lest it be tried again), "unfinished", "source gone", "other version"
-            (of mlxqwen or the tokenizers library), or "damaged".
+        state: "ready", "not compilable" (noted, lest it be tried again), "compiling", "given up" (begun and never
+            ended; tried again a day later), "unfinished", "source gone", "other version" (of mlxqwen or the tokenizers
+            library), or "damaged".
     """
 
     path: Path
@@ -81,14 +92,23 @@ def entry_path(source_digest: str) -> Path | None:
     return None if folder is None else folder / f"{source_digest}-{_version()}"
 
 
-def read_tables(path: Path) -> Tables | None:
-    """None if there are none, or damaged ones."""
-    try:
-        tables = Tables.unpack(_read(path))
-    except (OSError, DamagedTablesError):
+def read_tables(path: Path, source: Path) -> Tables | None:
+    """None if there are none, damaged ones, or a note that another try is due.
+
+    Args:
+        path: where they are kept.
+        source: the file that they are wanted for; remembered with them.
+    """
+    tables = _peek(path)
+    if tables is None or _is_due(tables):
         return None
     with suppress(OSError):
-        os.utime(path)
+        known, wanted = _sources(tables), os.path.abspath(source)
+        if wanted in known:
+            os.utime(path)
+        elif "begun" not in tables.facts:  # else its compiler is about to replace the file
+            kept = [*known, wanted][-_MOST_SOURCES:]
+            write_tables(path, replace(tables, facts={**tables.facts, "sources": kept}))
     return tables
 
 
@@ -97,19 +117,35 @@ def write_tables(path: Path, tables: Tables) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with new.open("xb") as file:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
             file.write(tables.pack())
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
 
 
-def is_writable(path: Path) -> bool:
-    """Whether `write_tables` could write to it; its folder is made."""
-    with suppress(OSError):
+def claim(path: Path, source: Path) -> bool:
+    """Note that tables are about to be made; False if another process has, or if nothing can be written."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.access(path.parent, os.W_OK | os.X_OK)
-    return False
+        lock = os.open(path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = _peek(path)
+            if found is not None and not _is_due(found):
+                return False
+            write_tables(path, Tables.make({"sources": [os.path.abspath(source)], "begun": time.time()}))
+        finally:
+            os.close(lock)
+    except OSError:
+        return False
+    return True
+
+
+def discard(path: Path) -> None:
+    """Remove tables or a note, so that the next start tries again."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def cached_tokenizers() -> list[CachedTokenizer]:
@@ -152,7 +188,7 @@ def prune_tokenizers(
 
 def _reason(found: CachedTokenizer, *, everything: bool, unused_days: float | None) -> str | None:
     age = time.time() - found.last_used
-    if found.state == "unfinished" and age < _SOON:
+    if found.state == "compiling" or (found.state == "unfinished" and age < _SOON):
         return None
     if not found.is_of_use:
         return found.state
@@ -171,13 +207,36 @@ def _look(path: Path) -> CachedTokenizer:
     elif not path.name.endswith(f"-{_version()}"):
         state = "other version"
     else:
-        with suppress(OSError, DamagedTablesError):
-            facts = Tables.unpack(_read(path)).facts
-            source = str(facts.get("source", source))
-            state = (
-                "source gone" if not os.path.isfile(source) else "ready" if "skeleton" in facts else "not compilable"
-            )
+        tables = _peek(path)
+        if tables is not None:
+            sources = _sources(tables)
+            there = [known for known in sources if os.path.isfile(known)]
+            source = next(iter(there or sources), source)
+            state = _state(tables, is_source_there=bool(there))
     return CachedTokenizer(path, source, nbytes, last_used, state)
+
+
+def _state(tables: Tables, *, is_source_there: bool) -> str:
+    if "begun" in tables.facts:
+        return "compiling" if 0 <= _seconds_since_begin(tables) < MAX_SECONDS else "given up"
+    if not is_source_there:
+        return "source gone"
+    return "ready" if "skeleton" in tables.facts else "not compilable"
+
+
+def _sources(tables: Tables) -> list[str]:
+    known = tables.facts.get("sources")
+    return [source for source in known if isinstance(source, str)] if isinstance(known, list) else []
+
+
+def _is_due(tables: Tables) -> bool:
+    """Whether it is the note of a compiler that never came to its end, long ago."""
+    return "begun" in tables.facts and not 0 <= _seconds_since_begin(tables) < _RETRY_AFTER
+
+
+def _seconds_since_begin(tables: Tables) -> float:
+    begun = tables.facts["begun"]
+    return time.time() - begun if isinstance(begun, int | float) else -1.0
 
 
 def _paths() -> Iterator[Path]:
@@ -191,9 +250,21 @@ def _paths() -> Iterator[Path]:
                 yield folder / entry.name
 
 
+def _peek(path: Path) -> Tables | None:
+    """The tables or the note of a file; None if there are none, damaged ones, or somebody else's."""
+    try:
+        return Tables.unpack(_read(path))
+    except (OSError, DamagedTablesError):
+        return None
+
+
 def _read(path: Path) -> bytes:
-    """A file of the cache; a link could lead anywhere."""
+    """A file of the cache; a link could lead anywhere, and somebody else's tables decide what a text becomes."""
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        others_may_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not stat.S_ISREG(status.st_mode) or others_may_write or status.st_uid not in (0, os.getuid()):
+            raise PermissionError(f"{path}: not a file of this user's alone")
         return file.read(MAX_BYTES)
 
 

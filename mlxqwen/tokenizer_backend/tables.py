@@ -89,14 +89,14 @@ class Tables:
         if end > len(data):
             raise DamagedTablesError("shorter than its head says")
         described, pairs, ranks, products, starts = sections
-        return cls(
-            json.loads(bytes(described)),
-            pairs.cast("Q"),
-            ranks.cast("I"),
-            products.cast("I"),
-            starts.cast("I"),
-            data[end:],
-        )
+        try:
+            known = json.loads(bytes(described))
+            numbers = pairs.cast("Q"), ranks.cast("I"), products.cast("I"), starts.cast("I")
+        except (ValueError, TypeError, RecursionError) as cause:
+            raise DamagedTablesError("not in its format") from cause
+        if not isinstance(known, dict):
+            raise DamagedTablesError("facts that are no object")
+        return cls(known, *numbers, data[end:])
 
     def pack(self) -> bytes:
         """The bytes that `unpack` takes."""
