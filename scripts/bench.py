@@ -18,7 +18,7 @@ from benchmarks.baseline import BASELINE, Baseline, changes, report
 from benchmarks.comparison import HEAD
 from benchmarks.machine import describe, missing_packages
 from benchmarks.parts import PARTS, PartError, run_part
-from benchmarks.processes import ROOT
+from benchmarks.processes import ROOT, own_cache
 from benchmarks.settings import Settings
 
 NOTES = """\
@@ -61,7 +61,10 @@ def measure(options: argparse.Namespace) -> int:
     clock = "Seconds of processor time. " if options.processor_time else ""
     print(f"{describe()}\n\n{clock}{NOTES}\n\n{HEAD}", flush=True)
     failed = False
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="mlxqwen-bench-") as work:
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder, prefix="mlxqwen-bench-") as work,
+        own_cache(Path(work) / "cache"),
+    ):
         settings = Settings(
             Path(work),
             options.runs,

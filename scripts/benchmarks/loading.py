@@ -14,6 +14,7 @@ import mlxqwen
 from benchmarks.checkpoints import bits_name, checkpoint
 from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
+from benchmarks.processes import await_compilers
 from benchmarks.settings import Settings
 from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
 
@@ -36,7 +37,8 @@ def load(settings: Settings) -> list[Comparison]:
         numbers = take_turns(sides, settings.turns(9))
         for beside, theirs in zip([*loaders][1:], numbers[1:], strict=True):
             rows.append(Comparison(f"{what}, weights alone", beside, "s", numbers[0], theirs))
-        whole = take_turns([partial(_seconds, partial(load, str(folder))) for load in _WHOLE], settings.turns(9))
+        wholes = [partial(_seconds, partial(load, str(folder))) for load in _WHOLE]
+        whole = take_turns(wholes, settings.turns(9), await_compilers)
         rows.append(Comparison(f"{what}, tokenizer included", "mlx_lm.load", "s", *whole))
     return rows
 
