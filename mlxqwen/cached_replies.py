@@ -30,10 +30,11 @@ def stream_cached(
     *,
     on_end: Callable[[Reply], None] | None = None,
     keep_partial: bool = False,
+    keep_prompt: bool = False,
 ) -> Generator[Event]:
     """The events of one reply. Afterwards `held` has what a prompt with another question behind it would share.
 
-    A reply that fails, or that is abandoned, leaves `held` as it was before.
+    A reply that fails, or that is abandoned, leaves `held` as it was before, but for `keep_prompt`.
 
     Args:
         answer: `Engine.reply`.
@@ -41,10 +42,18 @@ def stream_cached(
         options: those of `Engine.stream` that are not in `request`.
         on_end: told of the reply as it ends.
         keep_partial: whether one that is abandoned after its first delta counts as far as it went.
+        keep_prompt: whether the prompt of one that is abandoned counts as read, if all of it was.
     """
     deltas: list[Delta] = []
-    is_over = False
+    is_over = is_read = is_abandoned = False
     turn = 0
+    on_prefill = options.get("on_prefill")
+
+    def note_progress(done: int, total: int) -> None:
+        nonlocal is_read
+        is_read = done >= total
+        if on_prefill is not None:
+            on_prefill(done, total)
 
     def end(reply: Reply, reply_tokens: Sequence[int]) -> None:
         tokens = (*request.prompt, *reply_tokens)
@@ -55,7 +64,8 @@ def stream_cached(
     try:
         cached_tokens = held.begin(request.prompt)
         turn = held.turn
-        reply_options = _reply_options(tokenizer, held, request, options, cached_tokens)
+        noted: ChatOptions = {**options, "on_prefill": note_progress}
+        reply_options = _reply_options(tokenizer, held, request, noted, cached_tokens)
         for event in answer(request.prompt, **reply_options):
             if isinstance(event, Done):
                 end(event.reply, event.tokens)
@@ -68,11 +78,17 @@ def stream_cached(
                     "prompt cache: found in use for another reply, expected the first one to end before",
                     hint="Take a reply to its end, or close its stream, before the next one.",
                 )
+    except (GeneratorExit, KeyboardInterrupt):
+        is_abandoned = True
+        raise
     finally:
         if is_over or held.turn != turn:
             pass
         elif keep_partial and deltas:
             end(join_deltas(deltas), ())
+        elif keep_prompt and is_abandoned and is_read:
+            shared = _shared_with_next(tokenizer, request, options, join_deltas(deltas), request.prompt)
+            held.commit(request.prompt, shared)
         else:
             held.roll_back()
 

@@ -48,6 +48,7 @@ __all__ = [
     "batch_stream",
     "begins_in_thought",
     "can_think",
+    "drafts_line",
     "end_token_ids",
     "generate",
     "resolve_params",
@@ -166,8 +167,10 @@ def stream_generate(
         cache: see `generate_tokens`; also for `cached_tokens`, `prefill_chunk` and `on_prefill`.
         speculative: guess several tokens at once, and let one pass of the model check them: "lookup" guesses that the
             text goes on as it did before, a `mlxqwen.DraftModel` guesses what a smaller model would say. The reply is
-            the same.
-        draft_tokens: the most that are guessed at once.
+            the same but for rounding: logits of several positions are computed by other kernels than those of one, and
+            two tokens that are all but equally likely may change places. On a CPU, where a pass over several tokens
+            costs nearly as much as so many passes, all but tiny models get slower.
+        draft_tokens: the most that are guessed at once, up to 64.
 
     Raises:
         OptionError, ContextLengthError, GenerationError: see `generate_tokens`.
@@ -481,16 +484,17 @@ def generate(
             f"{'=' * 10}\n"
             f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
             f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
-            f"{_speculation_line(last)}"
+            f"{drafts_line('Drafts', last.drafted_tokens, last.accepted_tokens)}"
             f"Peak memory: {last.peak_memory:.3f} GB\n"
         )
     return "".join(pieces)
 
 
-def _speculation_line(last: GenerationResponse) -> str:
-    if not last.drafted_tokens:
+def drafts_line(title: str, drafted: int, accepted: int) -> str:
+    """How many guesses were right, on a line of its own; nothing where none were made."""
+    if not drafted:
         return ""
-    return f"Drafts: {last.drafted_tokens} tokens, {last.accepted_tokens / last.drafted_tokens:.0%} of them accepted\n"
+    return f"{title}: {drafted:,} tokens, {accepted:,} of them accepted ({accepted / drafted:.0%})\n"
 
 
 def batch_generate(

@@ -43,7 +43,8 @@ class Conversation:
 
     A turn counts when its reply is complete: then the user's and the assistant's messages are added. One that fails,
     or is abandoned (by closing the iterator, by Ctrl-C, by an error), leaves messages and cache as they were before;
-    `keep_partial` keeps what was said until then. Replies are those of `Engine.stream` for the same messages.
+    `keep_partial` keeps what was said until then, and a prompt cache keeps a prompt that was read to its end. Replies
+    are those of `Engine.stream` for the same messages.
 
     The model reads a prompt from where it differs from what the cache holds. Behind a thought that is the header of the
     assistant's last message, as history goes without old reasoning: the short answer is read again, the thought is
@@ -306,9 +307,15 @@ class Conversation:
             if said is not None:
                 self.messages[:] = [*said, assistant_message(reply)]
 
-        engine = self.engine
         return stream_cached(
-            engine.reply, engine.tokenizer, self._held, request, options, on_end=add, keep_partial=keep_partial
+            self.engine.reply,
+            self.engine.tokenizer,
+            self._held,
+            request,
+            options,
+            on_end=add,
+            keep_partial=keep_partial,
+            keep_prompt=self._has_file,
         )
 
     def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> PreparedRequest:

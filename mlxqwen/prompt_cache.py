@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +27,10 @@ __all__ = ["PromptCache", "check_prompt_cache", "check_prompt_cache_file", "weig
 
 logger = logging.getLogger("mlxqwen")
 
-_FORMAT = "mlxqwen-prompt-cache-1"
+_FORMAT = "mlxqwen-prompt-cache-2"
 _WORDS = {2: mx.uint16, 4: mx.uint32}  # as wide as an item
 _MAX_TOKENS = 8_000_000  # their ids stand in the header, which may have 100 MB
+_LEFT_BEHIND = 24 * 3600  # seconds, after which what is being written is not any more
 _OTHER_FILE = "Give each model and each set of options a file of its own, or remove this one to begin anew."
 _NO_PROMPT_CACHE = "Give another name, or remove the file: it is made anew where there is none."
 
@@ -61,7 +66,7 @@ class PromptCache:
     Attributes:
         path, model: as given.
         held: what has been read.
-        stored_tokens: how many the file held when it was opened.
+        stored: the tokens that the file held when it was opened.
     """
 
     def __init__(
@@ -76,24 +81,30 @@ class PromptCache:
     ) -> None:
         self.path = Path(path)
         self.model = model
-        self._weights: str | None = None
+        self._weights = weights_digest(model)
         self._max_kv_size, self._keep, self._kv_bits = max_kv_size, keep, kv_bits
         self.held = PrefixCache(self.new_cache())
-        self.stored_tokens = 0
+        self.stored: tuple[int, ...] = ()
         stored = check_prompt_cache_file(self.path)
         if stored is not None:
             self._check(stored)
-            self.stored_tokens = len(stored.tokens)
+            self.stored = stored.tokens
             self.held = PrefixCache(self._load(stored, device or current_device()), stored.tokens)
 
     def new_cache(self) -> KVCache:
         """An empty cache of the same kind."""
         return make_cache(self.model, max_kv_size=self._max_kv_size, keep=self._keep, kv_bits=self._kv_bits)
 
+    @property
+    def unstored_tokens(self) -> int:
+        """How many of the tokens read last were not in the file when it was opened."""
+        return len(self.held.tokens) - common_prefix(self.held.tokens, self.stored)
+
     def save(self) -> bool:
         """Write what was read last, if it goes on with all that the file holds → whether it was written.
 
-        The file is replaced as a whole or not at all. What another run has added in the meantime counts as held.
+        The file is replaced as a whole or not at all. What another run has added in the meantime counts as held. Not
+        written is what was read with weights that have been changed since.
 
         Raises:
             CacheError: it cannot be written.
@@ -101,19 +112,24 @@ class PromptCache:
         tokens, cache = self.held.tokens, self.held.cache
         if not tokens or len(tokens) != cache.offset or not self._may_write(tokens, cache):
             return False
+        if weights_digest(self.model) != self._weights:
+            logger.warning("%s: stays as it is, for the model's weights were changed while this run went on", self.path)
+            return False
         _fit_buffers(cache)
         metadata = {
             "prompt_cache": _FORMAT,
-            "weights": self._weights_digest(),
+            "weights": self._weights,
             "dtype": _name(self.model.dtype),
             "tokens": ",".join(map(str, tokens)),
-            "sums": _cache_digest(cache),
+            "sums": _cache_digest(cache, tokens),
         }
         from tempfile import TemporaryDirectory
 
         target = self.path.resolve()  # a link stays one
         try:
-            with TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
+            prefix = _partial_prefix(target)
+            _remove_left_behind(target.parent, prefix)
+            with TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
                 written = Path(folder) / "cache.safetensors"
                 cache.save(written, metadata)
                 if not self._may_write(tokens, cache):  # writing takes long enough for another run to end
@@ -122,9 +138,9 @@ class PromptCache:
         except CacheError:
             raise
         except MlxqwenError as error:
-            raise _unwritable(self.path, error.problem.rpartition(": cannot be written: ")[2]) from None
+            raise _unwritable(self.path, _reason(error.__context__ or error)) from None
         except OSError as error:
-            raise _unwritable(self.path, error.strerror or str(error)) from None
+            raise _unwritable(self.path, _reason(error)) from None
         return True
 
     def _may_write(self, tokens: Sequence[int], cache: KVCache) -> bool:
@@ -168,7 +184,7 @@ class PromptCache:
             if found != value:
                 shown = "" if name == "model" else f": found {_number(found)}, expected {_number(value)}"
                 raise CacheError(f"{self.path}: made with {what}{shown}", hint=_OTHER_FILE)
-        if stored.metadata.get("user.weights") != self._weights_digest():
+        if stored.metadata.get("user.weights") != self._weights:
             raise CacheError(
                 f"{self.path}: made with other weights than this model's, or by another version of mlxqwen",
                 hint=_OTHER_FILE,
@@ -187,7 +203,8 @@ class PromptCache:
             )
         try:
             cache, metadata = load_cache(self.path, self.model)
-            if metadata.get("sums") != _cache_digest(cache) or metadata.get("tokens") != stored.metadata["user.tokens"]:
+            same = metadata.get("tokens") == stored.metadata["user.tokens"]
+            if not same or metadata.get("sums") != _cache_digest(cache, stored.tokens):
                 raise _damaged(self.path)
         except CacheError:
             raise
@@ -198,11 +215,6 @@ class PromptCache:
                 raise
             raise _damaged(self.path) from None
         return cache
-
-    def _weights_digest(self) -> str:
-        if self._weights is None:
-            self._weights = weights_digest(self.model)
-        return self._weights
 
 
 def check_prompt_cache(name: str, found: object, model: Qwen3ForCausalLM) -> PromptCache:
@@ -270,14 +282,15 @@ def weights_digest(model: Qwen3ForCausalLM) -> str:
     return _digest(parameters)
 
 
-def _cache_digest(cache: KVCache) -> str:
-    """The same over what a cache holds, whose buffers are full."""
-    return _digest(
+def _cache_digest(cache: KVCache, tokens: Sequence[int]) -> str:
+    """The same over what a cache holds, whose buffers are full, and over the tokens that it was made of."""
+    parts = (
         (f"{number} {name} {place}", part)
         for number, layer in enumerate(cache)
         for name, stored in (("keys", layer.keys), ("values", layer.values))
         for place, part in enumerate(stored)
     )
+    return _digest([("tokens", mx.array(list(tokens), dtype=mx.uint32)[:, None]), *parts])
 
 
 def _digest(arrays: Iterable[tuple[str, mx.array]]) -> str:
@@ -302,6 +315,19 @@ def _fit_buffers(cache: KVCache) -> None:
         layer.keys = tuple(mx.contiguous(part[..., :slots, :]) for part in layer.keys)
         layer.values = tuple(mx.contiguous(part[..., :slots, :]) for part in layer.values)
         mx.eval(layer.keys, layer.values)
+
+
+def _partial_prefix(target: Path) -> str:
+    """Of the folders in which `target` is made: the same in every run, and short however long its name is."""
+    return f".partial-{zlib.crc32(os.fsencode(target.name)):08x}-"
+
+
+def _remove_left_behind(folder: Path, prefix: str) -> None:
+    """Remove what runs that were killed have left."""
+    for left in folder.glob(f"{prefix}*"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _LEFT_BEHIND:
+                shutil.rmtree(left)
 
 
 def _check_place(path: Path) -> None:
@@ -330,6 +356,10 @@ def _name(dtype: mx.Dtype) -> str:
 
 def _damaged(path: Path) -> CacheError:
     return CacheError(f"{path}: damaged: what it holds does not belong together", hint="Remove it to begin anew.")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _unwritable(path: Path, reason: str) -> CacheError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxqwen.cli.chat_session import ChatSession
 from mlxqwen.engine import Engine
 from mlxqwen.errors import GenerationError
 from tests.command_line import Result, run
@@ -66,7 +68,30 @@ def test_another_prompt_is_told(tmp_path: Path) -> None:
     generate("Count the r's. " * 12, file=file)
     result = run("generate", OTHER, "--max-tokens", "3", "--prompt-cache", str(file))
     assert f"note: {file} holds another prompt: " in result.err
-    assert "it stays as it is\n" in result.err
+    assert "it stays as it is, remove it to begin anew\n" in result.err
+
+
+def test_a_file_that_is_too_short_to_be_of_use_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    run("generate", "Hello", "--max-tokens", "3", "--prompt-cache", str(file))
+    stored, document = len(stored_ids(file)), "Count the r's. " * 12
+    note = f"note: {file} holds another prompt: "
+    again = run("generate", "Hello", "--max-tokens", "3", "--prompt-cache", str(file))
+    assert note not in again.err
+    longer = run("generate", document, "--max-tokens", "3", "--prompt-cache", str(file), "--verbose")
+    found = re.search(r"note: .*: (\d+) of its (\d+) tokens were of use, (\d+) others were read; it stays", longer.err)
+    assert found is not None
+    used, of_all, others = map(int, found.groups())
+    assert of_all == stored
+    assert used < stored < others
+    assert f", {used} of them from the cache, " in longer.err
+    talked = run("chat", "--max-tokens", "3", "--prompt-cache", str(file), stdin=f"{document}\n".encode())
+    assert note in talked.err
+    unasked = run("chat", "--max-tokens", "3", "--prompt-cache", str(file), stdin=b"/help\n")
+    assert note not in unasked.err
+    file.unlink()
+    anew = run("generate", document, "--max-tokens", "3", "--prompt-cache", str(file))
+    assert (note in anew.err, len(stored_ids(file)) > stored) == (False, True)
 
 
 def test_what_is_wrong_with_a_file_is_told_before_the_model_is_loaded(
@@ -100,27 +125,70 @@ def test_it_goes_with_neither_batches_nor_raw_text(tmp_path: Path) -> None:
     assert (result.status, "leave out --raw" in result.err) == (2, True)
 
 
-def test_a_run_that_fails_or_is_interrupted_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    generate(QUESTION, file=file)
-    before = file.read_bytes()
+def failing_after_an_event(failure: BaseException) -> Any:
     reply = Engine.reply
+
+    def failing(self: Engine, *args: Any, **options: Any) -> Any:
+        yield next(iter(reply(self, *args, **options)))
+        raise failure
+
+    return failing
+
+
+def test_a_run_that_fails_leaves_the_file_and_one_interrupted_adds_the_prompt_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, whole = tmp_path / "file", tmp_path / "whole"
     longer = tmp_path / "messages.json"
     longer.write_text(json.dumps([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "3."}]))
-    arguments = ("generate", OTHER, "--messages", str(longer), *BRIEF, "--prompt-cache", str(file))
-    for failure, status in ((GenerationError("logits: found NaN"), 1), (KeyboardInterrupt(), 130)):
+    arguments = ("generate", OTHER, "--messages", str(longer), *BRIEF, "--prompt-cache")
+    for path in (file, whole):
+        generate(QUESTION, file=path)
+    assert run(*arguments, str(whole)).status == 0
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "reply", failing_after_an_event(GenerationError("logits: found NaN")))
+        assert run(*arguments, str(file)).status == 1
+    assert file.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "reply", failing_after_an_event(KeyboardInterrupt()))
+        assert run(*arguments, str(file)).status == 130
+    assert stored_ids(file) == stored_ids(whole)
+    assert sorted(os.listdir(tmp_path)) == ["file", "messages.json", "whole"]
+    again = run(*arguments, str(file), "--verbose")
+    assert f"{len(stored_ids(file)) - 1} of them from the cache" in again.err
+    assert again.out == run(*arguments, str(whole)).out
 
-        def failing(self: Engine, *args: Any, failure: BaseException = failure, **options: Any) -> Any:
-            yield next(iter(reply(self, *args, **options)))
+
+def test_a_prompt_that_was_not_read_to_its_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxqwen.cli.terminal import PrefillProgress
+
+    def interrupt(self: PrefillProgress, done: int, total: int) -> None:
+        if 0 < done < total:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PrefillProgress, "__call__", interrupt)
+    result = run("generate", QUESTION, *BRIEF, "--prefill-chunk", "8", "--prompt-cache", str(tmp_path / "file"))
+    assert result.status == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_a_chat_that_is_ended_by_something_else_keeps_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    file = tmp_path / "file"
+    handle = ChatSession.handle
+
+    def failing(self: ChatSession, text: str) -> bool:
+        if text == OTHER:
             raise failure
+        return handle(self, text)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "reply", failing)
-            assert run(*arguments).status == status
-        assert file.read_bytes() == before
-        assert os.listdir(tmp_path) in (["file", "messages.json"], ["messages.json", "file"])
-    assert run(*arguments).status == 0
-    assert len(file.read_bytes()) > len(before)
+    monkeypatch.setattr(ChatSession, "handle", failing)
+    ended = chat(QUESTION, OTHER, file=file)
+    assert ended.status == {KeyboardInterrupt: 130, MemoryError: 1}[type(failure)]
+    assert f"prompt cache: {file}: written, {len(stored_ids(file))} tokens\n" in ended.err
 
 
 def test_a_file_that_cannot_be_written_is_an_error_behind_the_answer(

@@ -7,9 +7,9 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 from mlxqwen import Conversation, Done, Engine, PromptCache, make_cache
+from mlxqwen.cache import KVCache
 from mlxqwen.cache.prefix import common_prefix
 from mlxqwen.checkpoint import load_safetensors, read_header, save_safetensors
 from mlxqwen.device import Device
@@ -345,7 +346,8 @@ def rewritten(file: Path, **changes: str | None) -> None:
         {"offsets": "4,4"},
         {"offsets": str(1 << 62), "user_tokens": "5,6,7,8"},
         {"offsets": "3", "user_tokens": "5,6,7"},
-        {"user_prompt_cache": "mlxqwen-prompt-cache-2"},
+        {"user_tokens": "5,6,8,7"},
+        {"user_prompt_cache": "mlxqwen-prompt-cache-1"},
         {"user_prompt_cache": None},
         {"kv_group_size": "128"},
     ],
@@ -403,6 +405,69 @@ def test_a_failed_reply_leaves_all_as_it_was(scripted: tuple[Engine, ScriptedMod
     assert prompt_cache.held.tokens == held
     assert not prompt_cache.save()
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_an_abandoned_reply_leaves_the_prompt_that_was_read(
+    scripted: tuple[Engine, ScriptedModel], tmp_path: Path, cache: dict[str, Any]
+) -> None:
+    engine, _ = scripted
+    prompt = engine.prompt(ask(QUESTIONS[0]))
+    for leave in ("close", "interrupt"):
+        prompt_cache = PromptCache(tmp_path / leave, engine.model, **cache)
+        events = cast(Generator[Event], engine.stream(ask(QUESTIONS[0]), cache=prompt_cache, **GREEDY))
+        next(events)
+        if leave == "close":
+            events.close()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                events.throw(KeyboardInterrupt)
+        held = prompt_cache.held.tokens
+        assert held == tuple(prompt[: len(held)])
+        assert len(held) > len(prompt) / 2
+        assert prompt_cache.held.cache.offset == len(held)
+        if "kv_bits" not in cache:
+            assert_holds(prompt_cache.held.cache, held, engine.model)
+        assert prompt_cache.save()
+
+
+def test_numbers_of_other_weights_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model()
+    prompt_cache = PromptCache(tmp_path / "file", model)
+    read(model, prompt_cache, [5, 6])
+    model.update(tree_map(lambda array: array * 0.5, model.parameters()))
+    assert not prompt_cache.save()
+    assert "weights were changed while this run went on" in caplog.text
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_has_left_is_removed_a_day_later(
+    tiny: Qwen3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    save = KVCache.save
+
+    def noting(self: KVCache, path: Path, metadata: Any) -> None:
+        folders.append(path.parent)
+        save(self, path, metadata)
+
+    monkeypatch.setattr(KVCache, "save", noting)
+    file = written(tiny, tmp_path / "file", [5, 6])
+    (left,) = folders
+    assert not left.exists()
+    other = tmp_path / ".partial-of-another"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "cache.safetensors").write_text("half")
+    os.utime(other, (0, 0))
+    prompt_cache = PromptCache(file, tiny)
+    read(tiny, prompt_cache, [5, 6, 7])
+    assert prompt_cache.save()
+    assert left.exists()  # it may be another run's that is writing now
+    os.utime(left, (0, 0))
+    read(tiny, prompt_cache, [5, 6, 7, 8])
+    assert prompt_cache.save()
+    assert sorted(os.listdir(tmp_path)) == [".partial-of-another", "file"]
 
 
 def test_two_runs_at_once_lose_nothing(tiny: Qwen3ForCausalLM, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mlxqwen.cli import is_out_of_memory
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, open_prompt_cache, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.reply_printer import save_prompt_cache
+from mlxqwen.cli.reply_printer import save_interrupted, save_prompt_cache
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.errors import MlxqwenError, OptionError
 
@@ -49,14 +49,19 @@ def chat(**options: Any) -> int:
     if options["verbose"]:
         _print_request(engine, options)
     status = 0
-    if sys.stdin.isatty():
-        view = _view(engine)
-        session = ChatSession(engine, view, options, prompt_cache, is_interactive=True)
-        _greet(view, options)
-        _talk(session, view, Keyboard())
-    else:
-        session = ChatSession(engine, _plain_view(engine, folds=False), options, prompt_cache, is_interactive=False)
-        status = _answer_lines(session, Lines(_stdin_lines()))
+    try:
+        if sys.stdin.isatty():
+            view = _view(engine)
+            session = ChatSession(engine, view, options, prompt_cache, is_interactive=True)
+            _greet(view, options)
+            _talk(session, view, Keyboard())
+        else:
+            session = ChatSession(engine, _plain_view(engine, folds=False), options, prompt_cache, is_interactive=False)
+            status = _answer_lines(session, Lines(_stdin_lines()))
+    except BaseException:  # Ctrl-C, a reader that has left: what was read was read
+        if prompt_cache is not None:
+            save_interrupted(prompt_cache, verbose=options["verbose"])
+        raise
     if prompt_cache is not None:
         save_prompt_cache(prompt_cache, verbose=options["verbose"])
     return status

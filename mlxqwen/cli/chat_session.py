@@ -15,10 +15,11 @@ from mlxqwen.cli.chat_commands import HELP, ChatCommand, Message, parse_line
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
+from mlxqwen.completion import drafts_line
 from mlxqwen.conversation import Conversation
 from mlxqwen.engine import Engine
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.events import Done, Event, Usage
+from mlxqwen.events import Done, Event
 from mlxqwen.prompt_cache import PromptCache
 
 __all__ = ["ChatSession"]
@@ -265,12 +266,6 @@ def _turn_options(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _drafts(usage: Usage) -> str:
-    if not usage.drafted_tokens:
-        return ""
-    return f"Drafts: {usage.drafted_tokens:,} tokens, {usage.accepted_tokens:,} of them accepted.\n"
-
-
 def _last_answer(done: Done, engine: Engine) -> str:
     usage, timings = done.usage, done.timings
     ended = ", all that its budget allows" if usage.budget_exhausted else ""
@@ -280,6 +275,6 @@ def _last_answer(done: Done, engine: Engine) -> str:
         f"{timings.prefill_tokens_per_second:.1f} tokens/s.\n"
         f"Answer: {usage.completion_tokens:,} tokens, {usage.reasoning_tokens:,} of reasoning{ended}, "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}.\n"
-        f"{_drafts(usage)}"
+        f"{drafts_line('Drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"Context: {tokens:,} of {engine.model.config.context_length:,} tokens.\n"
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,10 @@ from mlxqwen.cli.generate_options import (
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.reply_printer import (
     ReplyPrinter,
-    print_little_use,
     print_note,
     print_request,
     print_speed,
+    save_interrupted,
     save_prompt_cache,
 )
 from mlxqwen.cli.terminal import PrefillProgress
@@ -65,14 +66,18 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     asked = _read_text(options) if options["raw"] else _read_conversation(options)
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
+    prompt_cache: PromptCache | None = None
     try:
         engine = load_engine(options)
         prompt_cache = open_prompt_cache(engine, options)
-        for event in _events(engine, prompt_cache, asked, options, progress):
-            printer.print(event)
+        with closing(_events(engine, prompt_cache, asked, options, progress)) as events:
+            for event in events:
+                printer.print(event)
     except KeyboardInterrupt:
         progress.wipe()
         printer.end(interrupted=True)
+        if prompt_cache is not None:
+            save_interrupted(prompt_cache, verbose=options["verbose"])
         return INTERRUPTED
     except Exception:
         progress.wipe()
@@ -84,8 +89,6 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     if printer.done is not None and not options["as_json"]:
         print_note(printer.done, options["max_tokens"])
     if prompt_cache is not None:
-        if printer.done is not None:
-            print_little_use(prompt_cache, printer.done.usage.cached_tokens)
         save_prompt_cache(prompt_cache, verbose=options["verbose"])
     return 0
 
@@ -120,7 +123,7 @@ def _events(
     asked: str | MessagesWithTools,
     options: Mapping[str, Any],
     progress: PrefillProgress,
-) -> Iterator[Event]:
+) -> Generator[Event]:
     """Let the model answer."""
     from mlxqwen.generation import DEFAULT_MAX_TOKENS
 
@@ -137,13 +140,14 @@ def _events(
         "thinking_budget": options["thinking_budget"],
     }
     if isinstance(asked, str):
-        return _continue(engine, asked, {**request, **how}, options)
+        yield from _continue(engine, asked, {**request, **how}, options)
+        return
     own = ("thinking", "trust_special_tokens", "drop_oldest")
     request = {**request, **{name: options[name] for name in own}, "tools": asked.tools}
     if options["verbose"]:
         sampling = engine.sampling_for(asked.messages, cache=cache, **request)
         print_request(engine, sampling, options, overrides)
-    return engine.stream(asked.messages, **request, **how)
+    yield from engine.stream(asked.messages, **request, **how)
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:

@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlxqwen.cli.terminal import print_error
 from mlxqwen.console import Output
-from mlxqwen.errors import one_line
+from mlxqwen.errors import MlxqwenError, one_line
 from mlxqwen.json_file import parse_json
 
 if TYPE_CHECKING:
-    from mlxqwen.engine import Done, Engine, Event, Usage
+    from mlxqwen.engine import Done, Engine, Event
     from mlxqwen.prompt_cache import PromptCache
     from mlxqwen.reply import Delta, Reply, ToolCall
     from mlxqwen.sampling_params import SamplingParams
 
-__all__ = ["ReplyPrinter", "print_little_use", "print_note", "print_request", "print_speed", "save_prompt_cache"]
+__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed", "save_interrupted", "save_prompt_cache"]
 
 
 class ReplyPrinter:
@@ -150,16 +151,11 @@ def print_note(done: Done, max_tokens: int | None) -> None:
         sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
 
 
-def _drafts_line(usage: Usage) -> str:
-    if not usage.drafted_tokens:
-        return ""
-    accepted = f"{usage.accepted_tokens:,} of them accepted ({usage.accepted_tokens / usage.drafted_tokens:.0%})"
-    return f"drafts: {usage.drafted_tokens:,} tokens, {accepted}\n"
-
-
 def print_speed(done: Done) -> None:
     """Tokens, speed and memory."""
     import mlx.core as mx
+
+    from mlxqwen.completion import drafts_line
 
     usage, timings = done.usage, done.timings
     ended = ", which the budget ended" if usage.budget_exhausted else ""
@@ -168,23 +164,35 @@ def print_speed(done: Done) -> None:
         f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
         f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
-        f"{_drafts_line(usage)}"
+        f"{drafts_line('drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
     )
 
 
 def save_prompt_cache(cache: PromptCache, *, verbose: bool) -> None:
-    """Write the file of --prompt-cache, if there is more for it to hold."""
+    """Write the file of --prompt-cache, if there is more for it to hold; if it is of little use, say so."""
     is_written = cache.save()
     if verbose:
         held = f"written, {len(cache.held.tokens):,} tokens" if is_written else "stays as it is"
         sys.stderr.write(f"prompt cache: {one_line(str(cache.path))}: {held}\n")
+    if not is_written:
+        _print_little_use(cache)
 
 
-def print_little_use(cache: PromptCache, cached_tokens: int) -> None:
-    """A file that holds another prompt makes nothing quicker, and will not hold this one."""
-    if cached_tokens * 10 < cache.stored_tokens:
+def save_interrupted(cache: PromptCache, *, verbose: bool) -> None:
+    """The same where something else has ended the run, which is what counts."""
+    try:
+        save_prompt_cache(cache, verbose=verbose)
+    except MlxqwenError as error:
+        print_error(error.problem, error.hint)
+
+
+def _print_little_use(cache: PromptCache) -> None:
+    """A file that holds another prompt saves next to nothing, and never will hold this one."""
+    stored, unstored = len(cache.stored), cache.unstored_tokens
+    used = len(cache.held.tokens) - unstored
+    if stored and (unstored > stored or used * 10 < stored):
         sys.stderr.write(
-            f"note: {one_line(str(cache.path))} holds another prompt: {cached_tokens:,} of its "
-            f"{cache.stored_tokens:,} tokens were of use; it stays as it is\n"
+            f"note: {one_line(str(cache.path))} holds another prompt: {used:,} of its {stored:,} tokens were of use, "
+            f"{unstored:,} others were read; it stays as it is, remove it to begin anew\n"
         )
