@@ -24,6 +24,7 @@ from mlxqwen.sampling_params import SamplingParams
 __all__ = ["BenchmarkRun", "Speed", "benchmark", "choose_contexts", "summarize", "weight_bytes"]
 
 _USUAL_CONTEXTS = (128, 512, 2048, 8192)
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def choose_contexts(
         raise OptionError(f"tokens: found {tokens}, expected fewer than the context of {model.config.context_length:,}")
     if asked is None:
         fitting = [context for context in _USUAL_CONTEXTS if context <= most]
-        return fitting if len(fitting) == len(_USUAL_CONTEXTS) else [*fitting, most]
+        return fitting if len(fitting) == len(_USUAL_CONTEXTS) else sorted({*fitting, most})
     slides = max_kv_size is not None and max_kv_size <= model.config.context_length
     for context in asked:
         check_count("context", context)
@@ -99,8 +100,8 @@ def benchmark(
 ) -> Iterator[BenchmarkRun]:
     """Measure each context `repeat` times, all of them in turn, so that none suffers alone from a machine that slows.
 
-    Prompts are random tokens, replies are greedy and know no end token. One run of the first context goes before that
-    does not count: kernels are compiled, memory is fetched.
+    Prompts are random tokens, replies are greedy and know no end token. A run of each context goes before that does
+    not count, and decodes a few tokens only: kernels are compiled, memory is fetched.
 
     Args:
         contexts: lengths of prompts; see `choose_contexts`.
@@ -157,7 +158,8 @@ def _runs(
 ) -> Iterator[BenchmarkRun]:
     draw = random.Random(0)
     prompts = [[draw.randrange(model.config.vocab_size) for _ in range(context)] for context in contexts]
-    _run(model, prompts[0], new_cache(), tokens, prefill_chunk)
+    for prompt in prompts:
+        _run(model, prompt, new_cache(), min(tokens, _WARM_UP_TOKENS), prefill_chunk)
     for _ in range(repeat):
         for prompt in prompts:
             yield _run(model, prompt, new_cache(), tokens, prefill_chunk)

@@ -16,7 +16,7 @@ from mlxqwen import __version__
 from mlxqwen.cli.bench_plot import check_plot, write_plot
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, new_cache, options_named
+from mlxqwen.cli.generate_options import check_model_options, load_engine, new_cache, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.cli.terminal import StatusLine
@@ -71,9 +71,7 @@ def bench(**options: Any) -> int:
 
     Ctrl-C ends it with what has been measured so far.
     """
-    options = {**dict.fromkeys(option.name for option in generate.params if option.name), "stop": (), **options}
-    check_usage({**options, "as_json": None})
-    check_values(options)
+    check_model_options(options)
     asked = _contexts(options["context"])
     with options_named():
         _check_counts(options["tokens"], options["repeat"], asked or [])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheOptions",
+    "check_model_options",
     "check_usage",
     "check_values",
     "generate_options",
@@ -37,7 +38,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 DEFAULT_KV_KEEP = 4
-DEFAULT_DRAFT_TOKENS = 8
 
 
 class CacheOptions(TypedDict):
@@ -166,18 +166,17 @@ _SPECULATION = (
     click.option(
         "--speculative",
         type=click.Choice(["lookup"]),
-        help="Guess that the text goes on as it did before, several tokens at once: quicker where a reply repeats its "
-        "prompt, and the same reply.",
+        help="Guess that the text goes on as it did before, several tokens at once: passes are saved where a reply "
+        "repeats its prompt, and the reply is the same but for rounding. On a CPU all but tiny models get slower.",
     ),
     click.option(
         "--draft",
         metavar="MODEL",
         shell_complete=complete_folder,
-        help="Let a smaller model with the same tokenizer guess, folder or hub id; the reply is the same.",
+        help="Let a smaller model with the same tokenizer guess, folder or hub id; the reply is the same but for "
+        "rounding. On a CPU it gets slower.",
     ),
-    click.option(
-        "--draft-tokens", type=int, help=f"The most tokens that are guessed at once; {DEFAULT_DRAFT_TOKENS} by default."
-    ),
+    click.option("--draft-tokens", type=int, help="The most tokens that are guessed at once, up to 64; 8 by default."),
 )
 _OUTPUT = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done."),
@@ -214,8 +213,7 @@ def check_usage(options: Mapping[str, Any]) -> None:
     for name in ("output", "batch_size"):
         if name in given and "batch" not in given:
             raise click.UsageError(f"{_flag(name)} needs --batch, whose answers it is about.")
-    if options["kv_keep"] is not None and options["max_kv_size"] is None:
-        raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
+    _check_window_usage(options)
     budget = options["thinking_budget"]
     if budget is not None and options["thinking"] is False:
         raise click.UsageError("--no-thinking leaves nothing to --thinking-budget: give one of them.")
@@ -242,13 +240,12 @@ def _flag(name: str) -> str:
 def check_values(options: Mapping[str, Any]) -> None:
     """Complain before a large model is read, or converted. Raises `OptionError`."""
     with leave_at_once():
-        from mlxqwen.cache import check_window
-        from mlxqwen.generation import check_count
+        from mlxqwen.generation import check_count, check_draft_tokens
         from mlxqwen.sampling_params import SamplingParams, check_integer
         from mlxqwen.stop import StopStrings
         from mlxqwen.thinking import check_early_stop_text
 
-    names = ("prompt", "system", "model", "revision", "early_stop_text", "draft", "prompt_cache")
+    names = ("prompt", "system", "early_stop_text", "draft", "prompt_cache")
     with options_named():
         check_unicode(**{name: options[name] for name in names}, stop="".join(options["stop"]))
         SamplingParams(**sampling_overrides(options))
@@ -257,15 +254,35 @@ def check_values(options: Mapping[str, Any]) -> None:
             check_integer("thinking_budget", options["thinking_budget"], _MOST_TOKENS)
         if options["early_stop_text"] is not None:
             check_early_stop_text(options["early_stop_text"])
-        for name in ("max_tokens", "prefill_chunk", "batch_size", "draft_tokens"):
+        for name in ("max_tokens", "batch_size"):
             if options[name] is not None:
                 check_count(name, options[name])
-        check_window(options["max_kv_size"], _kv_keep(options))
-    _parse_rope_scaling(options["rope_scaling"])
+        if options["draft_tokens"] is not None:
+            check_draft_tokens(options["draft_tokens"])
+    check_model_options(options)
     if options["prompt_cache"] is not None:
         from mlxqwen.prompt_cache import check_prompt_cache_file
 
         check_prompt_cache_file(Path(options["prompt_cache"]))
+
+
+def check_model_options(options: Mapping[str, Any]) -> None:
+    """Refuse what no model can be loaded or run with. Raises `OptionError`, `click.UsageError`."""
+    with leave_at_once():
+        from mlxqwen.cache import check_window
+        from mlxqwen.generation import check_count
+
+    _check_window_usage(options)
+    with options_named():
+        check_unicode(model=options["model"], revision=options["revision"])
+        check_count("prefill_chunk", options["prefill_chunk"])
+        check_window(options["max_kv_size"], _kv_keep(options))
+    _parse_rope_scaling(options["rope_scaling"])
+
+
+def _check_window_usage(options: Mapping[str, Any]) -> None:
+    if options["kv_keep"] is not None and options["max_kv_size"] is None:
+        raise click.UsageError("--kv-keep needs --max-kv-size, whose window it is about.")
 
 
 @contextmanager
@@ -306,7 +323,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             on_convert=on_convert,
             draft=options.get("draft"),
             speculative=options.get("speculative"),
-            draft_tokens=DEFAULT_DRAFT_TOKENS if options.get("draft_tokens") is None else options["draft_tokens"],
+            **({} if options.get("draft_tokens") is None else {"draft_tokens": options["draft_tokens"]}),
         )
     if options.get("draft") is not None:
         _size_draft_cache(engine, options)
