@@ -23,12 +23,18 @@ from mlxqwen.chat_options import (
 )
 from mlxqwen.completion import Sampling, begins_in_thought, stream_generate
 from mlxqwen.config import ModelConfig
+from mlxqwen.device import current_device
 from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
 from mlxqwen.events import Done, Event, Timings, Usage, split_reply
-from mlxqwen.generation import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count
+from mlxqwen.generation import (
+    DEFAULT_DRAFT_TOKENS,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PREFILL_CHUNK,
+    check_draft_tokens,
+)
 from mlxqwen.hub import resolve_model
 from mlxqwen.json_file import json_kind
-from mlxqwen.loading import CheckSize, LoadOptions, prepare_model
+from mlxqwen.loading import CheckSize, LoadOptions, parse_dtype, prepare_model
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Reply
@@ -122,7 +128,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _check_speculative(speculative: Speculative, draft_tokens: int) -> None:
     """Refuse what cannot guess. Raises `OptionError`."""
-    check_count("draft_tokens", draft_tokens)
+    check_draft_tokens(draft_tokens)
     if speculative is not None:
         from mlxqwen.speculation.drafter import as_drafter
 
@@ -134,12 +140,33 @@ def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None
     from mlxqwen.speculation.stream import check_vocabulary
 
     check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
+    if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
+        return
     if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
         raise OptionError(
             f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
             "the same",
             hint="Take a smaller model of the same family, which shares its tokenizer.",
         )
+
+
+def _are_same_files(first: Path, second: Path) -> bool:
+    """Whether both can be read and have the same SHA-256."""
+    import hashlib
+
+    try:
+        with first.open("rb") as one, second.open("rb") as other:
+            return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
+    except OSError:
+        return False
+
+
+def _draft_bytes(draft_folder: Path, options: LoadOptions) -> int:
+    """What the weights of a draft model will take, by the headers of its files."""
+    from mlxqwen.footprint import measure
+
+    footprint, device = measure(draft_folder), options.get("device") or current_device()
+    return footprint.weight_bytes(parse_dtype(options.get("dtype")) or device.compute_dtype(footprint.dtype))
 
 
 class Engine:
@@ -149,7 +176,7 @@ class Engine:
         model, tokenizer: as given.
         speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
             that it guesses; see `mlxqwen.stream_generate`. Every reply but those of `batch` is made so, and the same as
-            without.
+            without but for rounding.
     """
 
     def __init__(
@@ -181,7 +208,8 @@ class Engine:
         """See `load`. All that can be wrong is found before the weights are read or converted.
 
         Args:
-            draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say.
+            draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say. It
+                reads each prompt along with this one. `revision` is not for it.
             speculative: what guesses instead; see `Engine`.
         """
         _check_speculative(speculative, draft_tokens)
@@ -207,6 +235,7 @@ class Engine:
         draft_folder = resolve_model(draft)
         tokenizer = _read_tokenizer(folder)
         _check_draft(draft_folder, folder, tokenizer)
+        read_model = prepare_model(folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options)
         read_draft = prepare_model(
             draft_folder,
             convert=convert,
@@ -215,7 +244,6 @@ class Engine:
             fused=options.get("fused", True),
             device=options.get("device"),
         )
-        read_model = prepare_model(folder, convert=convert, held_bytes=read_draft.weight_bytes, **options)
         model = read_model()
         return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
 
@@ -266,7 +294,8 @@ class Engine:
             drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
             cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`. Or a `PromptCache`: then
                 the prompt is read only from where it differs from what that holds, which afterwards is what another
-                question behind this reply would share. Its `save` is for the caller to call.
+                question behind this reply would share, also if the reply is abandoned once the prompt was read. Its
+                `save` is for the caller to call.
             prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
 
         Raises:
@@ -306,7 +335,7 @@ class Engine:
                 "on_prefill": on_prefill,
             }
             check_shared_options(self.tokenizer, options)
-            return stream_cached(self.reply, self.tokenizer, held, request, options)
+            return stream_cached(self.reply, self.tokenizer, held, request, options, keep_prompt=True)
         return self.reply(
             request.prompt,
             sampling=request.sampling,

@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_DRAFT_TOKENS",
     "DEFAULT_MAX_TOKENS",
     "DEFAULT_PREFILL_CHUNK",
+    "MAX_DRAFT_TOKENS",
     "FinishReason",
     "GeneratedToken",
     "TokenStream",
@@ -30,6 +31,7 @@ __all__ = [
     "as_token_ids",
     "check_cache",
     "check_count",
+    "check_draft_tokens",
     "check_ids",
     "check_prompt",
     "generate_tokens",
@@ -39,6 +41,7 @@ __all__ = [
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 DEFAULT_PREFILL_CHUNK = 512
 DEFAULT_DRAFT_TOKENS = 8
+MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
 _CLEAR_EVERY = 256  # tokens
 _PADDING = 16  # tokens a row: reading so many more costs less than one step more
 UNBOUNDED = 1 << 62
@@ -188,6 +191,16 @@ def check_count(name: str, value: object) -> None:
     """Refuse what is no integer from 1. Raises `OptionError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}: found {value!r}, expected an integer from 1")
+
+
+def check_draft_tokens(value: object) -> None:
+    """Refuse what is no number of tokens to guess at once. Raises `OptionError`."""
+    check_count("draft_tokens", value)
+    if cast(int, value) > MAX_DRAFT_TOKENS:
+        raise OptionError(
+            f"draft_tokens: found {value:,}, expected at most {MAX_DRAFT_TOKENS}",
+            hint="Longer drafts gain nothing: few of them are right to the end, and all their logits take memory.",
+        )
 
 
 def _rows(prompts: Prompts, vocab_size: int) -> list[list[int]]:

@@ -1,9 +1,14 @@
 """What speculative decoding saves: guesses that are right, passes of the model, time beside plain decoding.
 
-    python scripts/bench_speculation.py [--turns N]
+    python scripts/bench_speculation.py [--turns N] [--draft-bits N]     replies and their times
+    python scripts/bench_speculation.py draws --draft-bits 2 --temperature 1 [--top-k N]
+    python scripts/bench_speculation.py passes [--wide]
+    python scripts/bench_speculation.py same [--dtype bfloat16] [--questions N]
 
-With the demo model, whose smaller sister is the demo model in 3 bits. Times are pairs, one after the other, of the
-same reply; the ratio is the median of the pairs, above one where speculation is quicker.
+With the demo model, whose smaller sister is the demo model in fewer bits. Times are pairs, one after the other, of the
+same reply; the ratio is the median of the pairs, above one where speculation is quicker. "draws" counts how often model
+and draft draw the same token, "passes" what a pass over several tokens costs (on a few layers of random 4-bit weights,
+as wide as Qwen3-0.6B's, with --wide), "same" how many whole replies are the same with and without lookup.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +34,7 @@ import numpy as np  # noqa: E402
 
 from mlxqwen.cache import make_cache  # noqa: E402
 from mlxqwen.completion import end_token_ids  # noqa: E402
+from mlxqwen.config import ModelConfig  # noqa: E402
 from mlxqwen.engine import Engine  # noqa: E402
 from mlxqwen.generation import generate_tokens  # noqa: E402
 from mlxqwen.hub import DEMO_FOLDER  # noqa: E402
@@ -148,19 +155,56 @@ def pass_costs(model: Qwen3ForCausalLM, lengths: Sequence[int], turns: int = 30)
     return {n: statistics.median(a / b for a, b in zip(times[n], times[1], strict=True)) for n in lengths}
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3, help="pairs of times for each prompt")
-    turns = parser.parse_args().turns
-    engine = Engine.load(DEMO_FOLDER)
-    draft = load_model(DEMO_FOLDER, fused=False)
-    nn.quantize(draft, group_size=32, bits=3)
+def wide_model() -> Qwen3ForCausalLM:
+    """Four layers of random weights in 4 bits, as wide as those of Qwen3-0.6B, and a small vocabulary."""
+    config = {
+        "model_type": "qwen3",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "vocab_size": 1024,
+        "hidden_size": 1024,
+        "num_hidden_layers": 4,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    }
+    model = Qwen3ForCausalLM(ModelConfig.from_dict(config))
+    nn.quantize(model, group_size=64, bits=4)
+    mx.eval(cast(Any, model).parameters())
+    return model
+
+
+def same_replies(engine: Engine, number: int, params: SamplingParams) -> int:
+    """Of so many questions, how many have the same whole reply, token by token, with lookup as without."""
+    ends = end_token_ids(engine.model, engine.tokenizer)
+    same = 0
+    for seed, question in enumerate(islice(many_questions(), number)):
+        prompt = engine.prompt([{"role": "user", "content": question}])
+        how: dict[str, Any] = {"sampling": replace(params, seed=seed), "max_tokens": 150, "eos_token_ids": ends}
+        plain = [one.token for one in generate_tokens(engine.model, prompt, **how)]
+        same += plain == [one.token for one in speculate_tokens(engine.model, prompt, PromptLookup(), **how)]
+    return same
+
+
+def many_questions() -> Iterator[str]:
+    """Of each kind in turn: letters to count, sums."""
+    for number in count():
+        word = WORDS[number % len(WORDS)]
+        letter = word[number // len(WORDS) % len(word)]
+        yield f"How many {letter}'s in {word}?"
+        yield f"What is {17 * number % 89 + 2} + {29 * number % 97 + 3}?"
+
+
+def print_replies(engine: Engine, draft: Qwen3ForCausalLM, bits: int, turns: int) -> None:
+    """The table of passes and times."""
     greedy, warm = SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=1)
     drafters: dict[str, Callable[[], Drafter]] = {
         f"lookup, {n} tokens match": partial(PromptLookup, n) for n in (1, 2, 3)
     }
-    drafters["the model in 3 bits"] = partial(DraftModel, draft)
+    drafters[f"the model in {bits} bits"] = partial(DraftModel, draft)
     print(f"{HEAD}\n| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for what, prompts in (
         ("to a question", questions(engine, answered_before=False)),
@@ -170,12 +214,39 @@ def main() -> None:
             for name, new_drafter in drafters.items():
                 savings = measure(engine, prompts, new_drafter, params, turns)
                 print(savings.markdown(f"{what}, {how}", name), flush=True)
-    for temperature in (0.6, 1.0, 1.5):
-        params = SamplingParams(temperature=temperature, top_k=20, seed=3)
+
+
+def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("replies", "draws", "passes", "same"), default="replies")
+    parser.add_argument("--turns", type=int, default=3, help="pairs of times for each prompt")
+    parser.add_argument("--draft-bits", type=int, choices=(2, 3, 4, 6, 8), default=3, help="of the draft model")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of draws")
+    parser.add_argument("--top-k", type=int, default=0, help="of draws; 0 keeps all tokens")
+    parser.add_argument("--wide", action="store_true", help="passes on layers as wide as those of Qwen3-0.6B")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in; float32 by default on a CPU")
+    parser.add_argument("--questions", type=int, default=40, help="of same")
+    chosen = parser.parse_args()
+    if chosen.what == "passes":
+        model = wide_model() if chosen.wide else load_model(DEMO_FOLDER, dtype=chosen.dtype)
+        costs = pass_costs(model, (2, 3, 5, 9))
+        print("A pass over n tokens, in passes over one:", ", ".join(f"{n}: {cost:.2f}" for n, cost in costs.items()))
+        return
+    engine = Engine.load(DEMO_FOLDER, dtype=chosen.dtype)
+    if chosen.what == "same":
+        for how, params in (("greedy", SamplingParams(temperature=0)), ("seeded, T 1", SamplingParams(temperature=1))):
+            print(f"{how}: {same_replies(engine, chosen.questions, params)} of {chosen.questions} the same", flush=True)
+        return
+    draft = load_model(DEMO_FOLDER, dtype=chosen.dtype, fused=False)
+    nn.quantize(draft, group_size=32, bits=chosen.draft_bits)
+    if chosen.what == "draws":
+        params = SamplingParams(temperature=chosen.temperature, top_k=chosen.top_k, seed=3)
         found, most = agreement(engine.model, draft, questions(engine, answered_before=False)[:4], params)
-        print(f"T {temperature}, top-k 20: the same draw in {found:.1%} of places, {most:.1%} at most", flush=True)
-    costs = pass_costs(engine.model, (2, 3, 5, 9))
-    print("A pass over n tokens, in passes over one:", ", ".join(f"{n}: {cost:.2f}" for n, cost in costs.items()))
+        how = f"T {chosen.temperature:g}, top-k {chosen.top_k}"
+        print(f"{how}: the same draw in {found:.1%} of places, {most:.1%} at most")
+        return
+    print_replies(engine, draft, chosen.draft_bits, chosen.turns)
 
 
 if __name__ == "__main__":

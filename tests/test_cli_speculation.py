@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.generation import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
 from mlxqwen.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.test_cli import assert_error
@@ -42,6 +43,13 @@ def test_an_answer_is_the_one_without_guesses(arguments: list[str]) -> None:
     assert {**found, "timings": None} == {**expected, "timings": None}
     if "--draft" in arguments:
         assert 0 < usage["accepted_tokens"] <= usage["drafted_tokens"]
+
+
+def test_the_numbers_in_the_help_are_the_library_s() -> None:
+    told = " ".join(run("generate", "--help").out.split())
+    assert f"guessed at once, up to {MAX_DRAFT_TOKENS}; {DEFAULT_DRAFT_TOKENS} by default." in told
+    refused = run("generate", "Hello", "--speculative", "lookup", "--draft-tokens", str(MAX_DRAFT_TOKENS + 1))
+    assert_error(refused, "--draft-tokens: found 65, expected at most 64", "")
 
 
 def test_verbose_tells_how_many_guesses_were_right() -> None:

@@ -18,6 +18,7 @@ from mlxqwen.speculation import prompt_lookup
 from mlxqwen.speculation.draft_model import DraftModel
 from mlxqwen.speculation.drafter import as_drafter
 from mlxqwen.speculation.prompt_lookup import PromptLookup
+from mlxqwen.speculation.stream import speculate_tokens
 from tests.conftest import VOCAB_SIZE
 
 GREEDY = SamplingParams(temperature=0)
@@ -147,6 +148,39 @@ def test_a_draft_model_reads_what_is_new(tiny: Qwen3ForCausalLM, read: list[list
     read.clear()
     draft.propose([1, 2, 9], 1, sampler())  # another text, which begins in the same way
     assert read == [[9]]
+
+
+def test_a_draft_model_reads_a_prompt_along_with_the_model(tiny: Qwen3ForCausalLM, read: list[list[int]]) -> None:
+    draft, prompt = DraftModel(tiny), list(range(1, 11))
+    told: list[tuple[int, int, int]] = []
+    stream = speculate_tokens(
+        tiny,
+        prompt,
+        draft,
+        draft_tokens=3,
+        sampling=GREEDY,
+        max_tokens=2,
+        prefill_chunk=4,
+        on_prefill=lambda done, total: told.append((done, total, len(read))),
+    )
+    first = next(stream)
+    pieces = [prompt[:4], prompt[4:8], prompt[8:]]
+    assert read == [piece for piece in pieces for _ in range(2)]
+    assert told == [(0, 10, 0), (4, 10, 2), (8, 10, 4), (10, 10, 6)]
+    assert draft.propose([*prompt, first.token], 1, sampler(prompt=prompt))
+    assert read[6:] == [[first.token]]
+
+
+def test_a_draft_model_reads_a_prompt_that_is_too_long_for_it_at_its_end(
+    tiny: Qwen3ForCausalLM, read: list[list[int]]
+) -> None:
+    draft, prompt = DraftModel(tiny, max_kv_size=9), list(range(1, 21))
+    draft.read(prompt, 10)
+    assert read == []
+    draft.read(prompt, 20)
+    assert read == [[17, 18, 19, 20]]
+    DraftModel(tiny, max_kv_size=1).read(prompt, 20)
+    assert len(read) == 1
 
 
 def test_a_text_longer_than_the_cache_is_read_from_its_latest_half_now_and_then(

@@ -15,7 +15,7 @@ import pytest
 from mlxqwen import Conversation, DraftModel, Engine, batch_stream, generate, stream_generate
 from mlxqwen.device import Device
 from mlxqwen.engine import Done, Event
-from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, OptionError
+from mlxqwen.errors import CheckpointError, InsufficientMemoryError, MlxqwenError, OptionError
 from mlxqwen.footprint import measure
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.model import Qwen3ForCausalLM
@@ -90,8 +90,8 @@ def test_a_text_and_what_is_told_of_it(
     assert generate(*demo, "one two three", verbose=True, speculative=drafted, draft_tokens=3, **how) == expected
     *_, last = stream_generate(*demo, "one two three", speculative=drafted, draft_tokens=3, **how)
     assert 0 < last.accepted_tokens <= last.drafted_tokens
-    share = f"{last.accepted_tokens / last.drafted_tokens:.0%}"
-    assert f"Drafts: {last.drafted_tokens} tokens, {share} of them accepted\n" in capsys.readouterr().out
+    share = f"{last.accepted_tokens} of them accepted ({last.accepted_tokens / last.drafted_tokens:.0%})"
+    assert f"Drafts: {last.drafted_tokens} tokens, {share}\n" in capsys.readouterr().out
 
 
 def test_one_prompt_is_speculated_on_and_a_batch_is_not(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
@@ -114,6 +114,7 @@ def test_one_prompt_is_speculated_on_and_a_batch_is_not(demo: tuple[Qwen3ForCaus
         ({"speculative": "yes"}, "speculative: found 'yes', expected 'lookup', a DraftModel or None"),
         ({"speculative": 3}, "speculative: found 3"),
         ({"draft_tokens": 0, "speculative": "lookup"}, "draft_tokens: found 0, expected an integer from 1"),
+        ({"draft_tokens": 65, "speculative": "lookup"}, "draft_tokens: found 65, expected at most 64"),
     ],
     ids=str,
 )
@@ -180,6 +181,44 @@ def test_a_draft_model_with_another_tokenizer_is_refused_before_weights_are_read
         Engine.load(DEMO_FOLDER, draft=larger)
     with pytest.raises(MlxqwenError, match="no such"):
         Engine.load(DEMO_FOLDER, draft=tmp_path / "no such")
+
+
+def test_tokenizers_in_equal_files_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[Tokenizer] = []
+    has_tokens_of = Tokenizer.has_tokens_of
+
+    def noting(self: Tokenizer, other: Tokenizer) -> bool:
+        compared.append(other)
+        return has_tokens_of(self, other)
+
+    monkeypatch.setattr(Tokenizer, "has_tokens_of", noting)
+    Engine.load(DEMO_FOLDER, draft=shutil.copytree(DEMO_FOLDER, tmp_path / "copy"))
+    assert not compared
+    spaced = shutil.copytree(DEMO_FOLDER, tmp_path / "spaced")
+    with (spaced / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    Engine.load(DEMO_FOLDER, draft=spaced)
+    assert len(compared) == 1
+
+
+def test_the_model_is_checked_before_a_draft_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(*_: object, **__: object) -> Path:
+        raise AssertionError("the draft model is converted")
+
+    monkeypatch.setattr("mlxqwen_convert.cached.converted", convert)
+    draft = altered_demo(
+        tmp_path / "draft", "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"})
+    )
+    nbytes = measure(DEMO_FOLDER).weight_bytes(mx.float32)
+    small = Device("a machine", is_gpu=False, memory=nbytes, usable_memory=nbytes)
+    with pytest.raises(InsufficientMemoryError, match="those of the draft model"):
+        Engine.load(DEMO_FOLDER, draft=draft, device=small)
+    broken = shutil.copytree(DEMO_FOLDER, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        Engine.load(broken, draft=draft)
+    with pytest.raises(AssertionError, match="the draft model is converted"):
+        Engine.load(DEMO_FOLDER, draft=draft)
 
 
 def test_both_models_have_to_fit() -> None:

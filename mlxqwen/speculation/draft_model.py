@@ -54,6 +54,16 @@ class DraftModel:
         self._text: Sequence[int] = ()
         self._agreed = 0  # how many tokens of `_held` are known to be those of `_text`
 
+    def read(self, text: Sequence[int], stop: int) -> None:
+        """Read the first `stop` tokens of a text that is going to be guessed on.
+
+        Of a text that the cache has no room for the latest half is read, as `stop` reaches its end.
+        """
+        fits = len(text) < self._room
+        if self._room > 1 and (fits or stop == len(text)):
+            self._read(text[:stop], 1)
+            mx.eval(self._cache.state)
+
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
         """See `Drafter`; nothing for a text that leaves no room in the cache."""
         count = min(count, self._room - 1)

@@ -24,6 +24,7 @@ from mlxqwen.generation import (
     as_token_ids,
     check_cache,
     check_count,
+    check_draft_tokens,
     check_ids,
     check_prompt,
     room_for_answer,
@@ -61,7 +62,7 @@ def speculate_tokens(
 
     Args:
         drafter: guesses.
-        draft_tokens: the most that are guessed at once; as many as have been right lately.
+        draft_tokens: the most that are guessed at once, up to 64; as many as have been right lately.
         model, prompt, sampling, max_tokens, eos_token_ids, cache, cached_tokens, prefill_chunk, on_prefill: see
             `generate_tokens`; of one row. At each token the cache holds everything before it.
 
@@ -71,8 +72,9 @@ def speculate_tokens(
     """
     tokens = as_token_ids(prompt)
     check_prompt(tokens, model.config.vocab_size)
-    for name, value in (("prefill_chunk", prefill_chunk), ("max_tokens", max_tokens), ("draft_tokens", draft_tokens)):
+    for name, value in (("prefill_chunk", prefill_chunk), ("max_tokens", max_tokens)):
         check_count(name, value)
+    check_draft_tokens(draft_tokens)
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams")
     if isinstance(drafter, DraftModel):
@@ -288,8 +290,22 @@ class SpeculativeStream:
     def _prefill(self) -> _Pass:
         prompt = self._text[self._cached_tokens or 0 :]
         self.cache.reserve(self.cache.offset + len(prompt) + 1)
-        hidden = read_tokens(self._model, self.cache, prompt, self._prefill_chunk, self._on_prefill)
+        hidden = read_tokens(self._model, self.cache, prompt, self._prefill_chunk, self._on_chunk())
         return self._draw(hidden[:, None], [])
+
+    def _on_chunk(self) -> Callable[[int, int], None] | None:
+        """Let a draft model read along, so that its reading is part of the prompt's, in progress and in time."""
+        drafter, told = self._drafter, self._on_prefill
+        if not isinstance(drafter, DraftModel):
+            return told
+
+        def read_along(done: int, total: int) -> None:
+            if done:
+                drafter.read(self._text, len(self._text) - total + done)
+            if told is not None:
+                told(done, total)
+
+        return read_along
 
 
 def _one(token: int) -> mx.array:
