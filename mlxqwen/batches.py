@@ -26,7 +26,7 @@ def stream_batch(
     early_stop_text: str | None,
     stop_on_loop: bool,
     new_cache: Callable[[int], KVCache] | None,
-    prefill_chunk: int,
+    prefill_chunk: int | None,
     on_prefill: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[int, Done]]:
     """The end of each numbered request, in the order in which they end.

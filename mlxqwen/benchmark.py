@@ -17,7 +17,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import InsufficientMemoryError, OptionError
 from mlxqwen.footprint import cache_bytes
-from mlxqwen.generation import DEFAULT_PREFILL_CHUNK, check_count, generate_tokens
+from mlxqwen.generation import check_count, generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling_params import SamplingParams
 
@@ -94,7 +94,7 @@ def benchmark(
     *,
     tokens: int = 64,
     repeat: int = 3,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     device: Device | None = None,
     force: bool = False,
 ) -> Iterator[BenchmarkRun]:
@@ -154,7 +154,7 @@ def _runs(
     new_cache: Callable[[], KVCache],
     tokens: int,
     repeat: int,
-    prefill_chunk: int,
+    prefill_chunk: int | None,
 ) -> Iterator[BenchmarkRun]:
     draw = random.Random(0)
     prompts = [[draw.randrange(model.config.vocab_size) for _ in range(context)] for context in contexts]
@@ -166,7 +166,7 @@ def _runs(
 
 
 def _run(
-    model: Qwen3ForCausalLM, prompt: Sequence[int], cache: KVCache, tokens: int, prefill_chunk: int
+    model: Qwen3ForCausalLM, prompt: Sequence[int], cache: KVCache, tokens: int, prefill_chunk: int | None
 ) -> BenchmarkRun:
     mx.clear_cache()
     mx.reset_peak_memory()

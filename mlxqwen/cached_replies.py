@@ -9,7 +9,7 @@ from mlxqwen.cache.prefix import PrefixCache, common_prefix
 from mlxqwen.chat_options import ChatOptions, Messages, ReplyOptions
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.events import Done, Event, assistant_message
-from mlxqwen.generation import DEFAULT_PREFILL_CHUNK
+from mlxqwen.generation import chosen_prefill_chunk
 from mlxqwen.prompts import render_prompt
 from mlxqwen.reply import Delta, Reply, join_deltas
 from mlxqwen.requests import PreparedRequest
@@ -137,7 +137,8 @@ def _marking(
             on_prefill(done, total)
 
     # Chunks of one length such that one of them ends at most a few tokens before that place.
-    chunk, new = options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK), latest - cached_tokens
+    chunk = chosen_prefill_chunk(options.get("prefill_chunk"), held.cache.config)
+    new = latest - cached_tokens
     return {**options, "on_prefill": mark, "prefill_chunk": new // -(-new // chunk) if new > 0 else chunk}
 
 

@@ -42,7 +42,7 @@ class _CommonOptions(TypedDict, total=False):
     early_stop_text: str | None
     stop: str | Sequence[str]
     stop_on_loop: bool
-    prefill_chunk: int
+    prefill_chunk: int | None
     on_prefill: Callable[[int, int], None] | None
 
 
@@ -79,7 +79,7 @@ class ReplyOptions(TypedDict, total=False):
     stop_on_loop: bool
     cache: KVCache | None
     cached_tokens: int | None
-    prefill_chunk: int
+    prefill_chunk: int | None
     on_prefill: Callable[[int, int], None] | None
 
 

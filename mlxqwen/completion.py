@@ -19,7 +19,6 @@ from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
     DEFAULT_DRAFT_TOKENS,
     DEFAULT_MAX_TOKENS,
-    DEFAULT_PREFILL_CHUNK,
     FinishReason,
     GeneratedToken,
     Tokens,
@@ -104,7 +103,7 @@ class _Options(TypedDict, total=False):
     stop_on_loop: bool
     cache: KVCache | None
     cached_tokens: int | None
-    prefill_chunk: int
+    prefill_chunk: int | None
     on_prefill: Callable[[int, int], None] | None
     speculative: Speculative
     draft_tokens: int
@@ -145,7 +144,7 @@ def stream_generate(
     tools: bool = False,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     speculative: Speculative = None,
     draft_tokens: int = DEFAULT_DRAFT_TOKENS,
@@ -212,7 +211,7 @@ def batch_stream(
     tools: bool | Sequence[bool] = False,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     speculative: Speculative = None,
     draft_tokens: int = DEFAULT_DRAFT_TOKENS,

@@ -29,7 +29,6 @@ from mlxqwen.events import Done, Event, Timings, Usage, split_reply
 from mlxqwen.generation import (
     DEFAULT_DRAFT_TOKENS,
     DEFAULT_MAX_TOKENS,
-    DEFAULT_PREFILL_CHUNK,
     check_draft_tokens,
 )
 from mlxqwen.hub import resolve_model
@@ -268,7 +267,7 @@ class Engine:
         trust_special_tokens: bool = False,
         drop_oldest: bool = False,
         cache: KVCache | PromptCache | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Event]:
         """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
@@ -365,7 +364,7 @@ class Engine:
         stop_on_loop: bool = False,
         cache: KVCache | None = None,
         cached_tokens: int | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Event]:
         """Answer a prompt given as ids, such as `prompt` makes: the part of `stream` below messages.
@@ -486,7 +485,7 @@ class Engine:
             early_stop_text=options.get("early_stop_text"),
             stop_on_loop=options.get("stop_on_loop", False),
             new_cache=new_cache,
-            prefill_chunk=options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK),
+            prefill_chunk=options.get("prefill_chunk"),
             on_prefill=options.get("on_prefill"),
         )
 

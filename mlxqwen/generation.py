@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.model import Qwen3ForCausalLM
@@ -22,7 +23,6 @@ from mlxqwen.sampling_params import SamplingParams
 __all__ = [
     "DEFAULT_DRAFT_TOKENS",
     "DEFAULT_MAX_TOKENS",
-    "DEFAULT_PREFILL_CHUNK",
     "MAX_DRAFT_TOKENS",
     "FinishReason",
     "GeneratedToken",
@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
-DEFAULT_PREFILL_CHUNK = 512
+_LONGEST_PREFILL_CHUNK = 512
+_SHORTEST_PREFILL_CHUNK = 32
+_WORK_SPACE = 56 * 2**20  # bytes
 DEFAULT_DRAFT_TOKENS = 8
 MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
 _CLEAR_EVERY = 256  # tokens
@@ -75,7 +77,7 @@ def generate_tokens(
     eos_token_ids: Collection[int] | None = None,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     device: Device | None = None,
 ) -> TokenStream:
@@ -93,7 +95,8 @@ def generate_tokens(
             `TokenStream.add` takes in join it. Made if not given.
         cached_tokens: that the cache's first so many tokens are the first of each prompt: these are not read again, and
             what the cache holds behind them is forgotten as generation starts. By default prompts follow all it holds.
-        prefill_chunk: prompt tokens a step, over all rows; memory grows with it. Only prompts of about one length are
+        prefill_chunk: prompt tokens a step, over all rows; memory grows with it, and by default `fitting_prefill_chunk`
+            keeps it small. Only prompts of about one length are
             read together.
         on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; those of all
             prompts that are read at one time count, cached ones do not.
@@ -109,7 +112,8 @@ def generate_tokens(
         GenerationError: while iterating, if the model's logits are NaN.
     """
     rows = _rows(prompts, model.config.vocab_size)
-    check_count("prefill_chunk", prefill_chunk)
+    device = device or current_device()
+    prefill_chunk = chosen_prefill_chunk(prefill_chunk, model.config, device)
     most = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens] * len(rows)
     if len(most) != len(rows):
         raise OptionError(f"max_tokens: found {len(most)} for {len(rows)} prompts")
@@ -130,8 +134,32 @@ def generate_tokens(
         cached_tokens,
         prefill_chunk,
         on_prefill,
-        device or current_device(),
+        device,
     )
+
+
+def fitting_prefill_chunk(config: ModelConfig, device: Device) -> int:
+    """Prompt tokens a step: 512 on a GPU; on a CPU as many as work with 64 MiB, but 512 at most and 32 at least.
+
+    MLX's CPU backend computes norms, rotations and gates in steps, with a float32 copy of its input in each. What a token
+    took was measured with models of several widths, and is about 16 bytes for each number of the hidden state, 34 for
+    each of all queries, and 11 for each of the feed-forward.
+    """
+    if device.is_gpu:
+        return _LONGEST_PREFILL_CHUNK
+    moe, width = config.moe, config.hidden_size
+    inner = config.intermediate_size if moe is None else moe.num_experts_per_tok * (moe.moe_intermediate_size + width)
+    token_bytes = 16 * width + 34 * config.num_attention_heads * config.head_dim + 11 * inner
+    fitting = _WORK_SPACE // token_bytes // _SHORTEST_PREFILL_CHUNK * _SHORTEST_PREFILL_CHUNK
+    return min(max(fitting, _SHORTEST_PREFILL_CHUNK), _LONGEST_PREFILL_CHUNK)
+
+
+def chosen_prefill_chunk(value: int | None, config: ModelConfig, device: Device | None = None) -> int:
+    """What is asked for, or what fits. Raises `OptionError` for what is no number of tokens."""
+    if value is None:
+        return fitting_prefill_chunk(config, device or current_device())
+    check_count("prefill_chunk", value)
+    return value
 
 
 def room_for_answer(model: Qwen3ForCausalLM, prompt_tokens: int, max_kv_size: int | None) -> int:

@@ -10,7 +10,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.chat_options import ChatRequest, Messages, RequestOptions, check_option_names
 from mlxqwen.completion import resolve_params
 from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
-from mlxqwen.generation import DEFAULT_MAX_TOKENS, DEFAULT_PREFILL_CHUNK, check_count, room_for_answer
+from mlxqwen.generation import DEFAULT_MAX_TOKENS, check_count, room_for_answer
 from mlxqwen.messages import count_turns, without_oldest_turns
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
@@ -77,7 +77,8 @@ def prepare_request(
 def check_shared_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> None:
     """Refuse what no conversation could be answered with, of the options that none has for itself."""
     StopStrings(options.get("stop", ()))
-    check_count("prefill_chunk", options.get("prefill_chunk", DEFAULT_PREFILL_CHUNK))
+    if options.get("prefill_chunk") is not None:
+        check_count("prefill_chunk", options["prefill_chunk"])
     if (sentence := options.get("early_stop_text")) is not None:
         tokenizer.encode_plain(check_early_stop_text(sentence))
 

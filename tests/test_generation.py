@@ -347,7 +347,7 @@ def test_what_is_no_prompt(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]],
     ("option", "values"),
     [
         ("max_tokens", [0, -1, 1.5, True, None, "3"]),
-        ("prefill_chunk", [0, -1, 1.5, False, None]),
+        ("prefill_chunk", [0, -1, 1.5, False]),
         ("sampling", [{"temperature": 0}, "greedy", [], [GREEDY, GREEDY], [None]]),
     ],
 )

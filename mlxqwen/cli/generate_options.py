@@ -156,7 +156,9 @@ _MEMORY = (
         metavar="FILE",
         help="Keep what was read of the prompt in this file, and read only what is new in the next run.",
     ),
-    click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens a step."),
+    click.option(
+        "--prefill-chunk", type=int, help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU."
+    ),
     click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
     click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
@@ -275,7 +277,8 @@ def check_model_options(options: Mapping[str, Any]) -> None:
     _check_window_usage(options)
     with options_named():
         check_unicode(model=options["model"], revision=options["revision"])
-        check_count("prefill_chunk", options["prefill_chunk"])
+        if options["prefill_chunk"] is not None:
+            check_count("prefill_chunk", options["prefill_chunk"])
         check_window(options["max_kv_size"], _kv_keep(options))
     _parse_rope_scaling(options["rope_scaling"])
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import make_cache
 from mlxqwen.cache.prefix import common_prefix
-from mlxqwen.generation import DEFAULT_PREFILL_CHUNK, check_count
+from mlxqwen.generation import check_count, chosen_prefill_chunk
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.sampling import BAD_TOKEN, Sampler
 from mlxqwen.speculation.reading import read_tokens
@@ -40,14 +40,13 @@ class DraftModel:
         *,
         max_kv_size: int | None = None,
         kv_bits: int | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> None:
         if max_kv_size is not None:
             check_count("max_kv_size", max_kv_size)
-        check_count("prefill_chunk", prefill_chunk)
         self.model = model
         self._room = min(max_kv_size or model.config.context_length, model.config.context_length)
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = chosen_prefill_chunk(prefill_chunk, model.config)
         self._cache = make_cache(model, kv_bits=kv_bits)
         self._held: list[int] = []  # what the cache holds, at least
         self._start = 0  # where in the text that begins

@@ -17,7 +17,6 @@ from mlxqwen.errors import OptionError
 from mlxqwen.generation import (
     DEFAULT_DRAFT_TOKENS,
     DEFAULT_MAX_TOKENS,
-    DEFAULT_PREFILL_CHUNK,
     FinishReason,
     GeneratedToken,
     Tokens,
@@ -27,6 +26,7 @@ from mlxqwen.generation import (
     check_draft_tokens,
     check_ids,
     check_prompt,
+    chosen_prefill_chunk,
     room_for_answer,
 )
 from mlxqwen.model import Qwen3ForCausalLM
@@ -52,7 +52,7 @@ def speculate_tokens(
     eos_token_ids: Collection[int] | None = None,
     cache: KVCache | None = None,
     cached_tokens: int | None = None,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> SpeculativeStream:
     """Continue one prompt with the tokens that `generate_tokens` gives, in fewer passes where guesses are right.
@@ -72,8 +72,7 @@ def speculate_tokens(
     """
     tokens = as_token_ids(prompt)
     check_prompt(tokens, model.config.vocab_size)
-    for name, value in (("prefill_chunk", prefill_chunk), ("max_tokens", max_tokens)):
-        check_count(name, value)
+    check_count("max_tokens", max_tokens)
     check_draft_tokens(draft_tokens)
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams")
@@ -92,7 +91,7 @@ def speculate_tokens(
         frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids),
         cache,
         cached_tokens,
-        prefill_chunk,
+        chosen_prefill_chunk(prefill_chunk, model.config),
         on_prefill,
     )
 
