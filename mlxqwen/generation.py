@@ -41,7 +41,7 @@ __all__ = [
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
 _LONGEST_PREFILL_CHUNK = 512
 _SHORTEST_PREFILL_CHUNK = 32
-_WORK_SPACE = 56 * 2**20  # bytes
+_WORK_SPACE = 44 * 2**20  # bytes; the rest of 64 MiB is scores and slack
 DEFAULT_DRAFT_TOKENS = 8
 MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
 _CLEAR_EVERY = 256  # tokens
@@ -141,9 +141,9 @@ def generate_tokens(
 def fitting_prefill_chunk(config: ModelConfig, device: Device) -> int:
     """Prompt tokens a step: 512 on a GPU; on a CPU as many as work with 64 MiB, but 512 at most and 32 at least.
 
-    MLX's CPU backend computes norms, rotations and gates in steps, with a float32 copy of its input in each. What a token
-    took was measured with models of several widths, and is about 16 bytes for each number of the hidden state, 34 for
-    each of all queries, and 11 for each of the feed-forward.
+    MLX's CPU backend computes norms, rotations and gates in steps, with a float32 copy of its input in each. What a
+    token took was measured with models of several widths, and is about 16 bytes for each number of the hidden state, 34
+    for each of all queries, and 11 for each of the feed-forward.
     """
     if device.is_gpu:
         return _LONGEST_PREFILL_CHUNK

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
-from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
+from mlxqwen.generation import GeneratedToken, TokenStream, fitting_prefill_chunk, generate_tokens
 from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling import Sampler, token_logprobs
 from mlxqwen.sampling_params import SamplingParams
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
+from tests.sparse_checkpoints import RELEASES
 
 GREEDY = SamplingParams(temperature=0)
 GPU = Device("a GPU", is_gpu=True, memory=1 << 34, usable_memory=1 << 34)
@@ -578,3 +580,41 @@ def test_what_cannot_be_forced(tiny: Qwen3ForCausalLM, row: int, tokens: list[An
     with pytest.raises(OptionError, match="force"):
         stream.force(row, tokens)
     assert [one.token for one in stream] == by_the_book(tiny, [1], GREEDY, 2)
+
+
+CPU = Device(name="a processor", is_gpu=False, memory=1 << 36, usable_memory=1 << 36)
+GPU = dataclasses.replace(CPU, is_gpu=True)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_chunk_of_a_prompt_fits_the_work_space(release: str) -> None:
+    config = ModelConfig.from_dict(RELEASES[release])
+    chunk = fitting_prefill_chunk(config, CPU)
+    assert 32 <= chunk <= 512
+    assert chunk * config.hidden_size * 16 < 64 * 2**20
+    if config.moe is None:
+        assert chunk * (34 * config.num_attention_heads * config.head_dim + 11 * config.intermediate_size) < 64 * 2**20
+    assert fitting_prefill_chunk(config, GPU) == 512
+
+
+def test_wider_models_read_shorter_chunks() -> None:
+    dense = [ModelConfig.from_dict(c) for c in RELEASES.values() if "num_experts" not in c]
+    chunks = [fitting_prefill_chunk(c, CPU) for c in sorted(dense, key=lambda c: c.hidden_size * c.intermediate_size)]
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] > chunks[-1]
+
+
+def test_without_a_word_a_prompt_is_read_in_fitting_chunks(
+    tiny: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxqwen.generation.fitting_prefill_chunk", lambda config, device: 7)
+    seen: list[int] = []
+    real = Qwen3Model.__call__
+
+    def counted(self: Qwen3Model, tokens: mx.array, *args: Any, **options: Any) -> mx.array:
+        seen.append(tokens.shape[1])
+        return real(self, tokens, *args, **options)
+
+    monkeypatch.setattr(Qwen3Model, "__call__", counted)
+    list(generate_tokens(tiny, list(range(18)), max_tokens=1))
+    assert seen == [7, 7, 4]
