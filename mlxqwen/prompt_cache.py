@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -103,8 +104,9 @@ class PromptCache:
     def save(self) -> bool:
         """Write what was read last, if it goes on with all that the file holds → whether it was written.
 
-        The file is replaced as a whole or not at all. What another run has added in the meantime counts as held. Not
-        written is what was read with weights that have been changed since.
+        The file is replaced as a whole or not at all; a new one, which tells what was said, is its owner's alone. What
+        another run has added in the meantime counts as held. Not written is what was read with weights that have been
+        changed since.
 
         Raises:
             CacheError: it cannot be written.
@@ -134,6 +136,7 @@ class PromptCache:
                 cache.save(written, metadata)
                 if not self._may_write(tokens, cache):  # writing takes long enough for another run to end
                     return False
+                written.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600)
                 written.replace(target)
         except CacheError:
             raise

@@ -110,6 +110,21 @@ def test_it_goes_with_speculation(
             )
 
 
+def test_a_new_file_is_its_owners_alone_and_keeps_the_rights_it_is_given(
+    scripted: tuple[Engine, ScriptedModel], tmp_path: Path
+) -> None:
+    engine, file = scripted[0], tmp_path / "file"
+    messages = ask("A")
+    first = answer(engine, file, messages, {}, **GREEDY)
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
+    grown = ask("B", messages[-1], {"role": "assistant", "content": first.reply.content})
+    before = file.stat().st_ino
+    answer(engine, file, grown, {}, **GREEDY)
+    assert file.stat().st_ino != before
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("cache", [{}, {"kv_bits": 8}, {"max_kv_size": 128}], ids=str)
 def test_many_questions_share_the_front_of_the_first(
     scripted: tuple[Engine, ScriptedModel], tmp_path: Path, cache: dict[str, Any]
