@@ -154,7 +154,8 @@ _MEMORY = (
         "--prompt-cache",
         type=click.Path(),
         metavar="FILE",
-        help="Keep what was read of the prompt in this file, and read only what is new in the next run.",
+        help="Keep what was read of the prompt in this file, and read only what is new in the next run. The file grows "
+        "when a prompt goes on with all it holds; remove it to begin anew.",
     ),
     click.option(
         "--prefill-chunk", type=int, help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU."
