@@ -80,8 +80,8 @@ def choose_contexts(
         check_count("context", context)
         if context > most and not slides:
             raise OptionError(
-                f"context: found {context:,}, expected at most {most:,}, so that {tokens + 1:,} tokens have room "
-                f"behind it in the model's {model.config.context_length:,}",
+                f"context: found {context:,}, expected at most {most:,}, so that a first token and {tokens:,} more "
+                f"have room behind it in the model's {model.config.context_length:,}",
                 hint="Measure fewer tokens, extend the context (--yarn-factor), or slide over it (--max-kv-size).",
             )
     return sorted(set(asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -134,6 +135,15 @@ def _check_speculative(speculative: Speculative, draft_tokens: int) -> None:
         as_drafter(speculative)
 
 
+@contextmanager
+def _naming_the_draft() -> Iterator[None]:
+    """Of two models, errors tell which one is meant."""
+    try:
+        yield
+    except MlxqwenError as error:
+        raise type(error)(f"draft model: {error.problem}", hint=error.hint) from None
+
+
 def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
     from mlxqwen.speculation.stream import check_vocabulary
@@ -231,18 +241,20 @@ class Engine:
             return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
         from mlxqwen.speculation.draft_model import DraftModel
 
-        draft_folder = resolve_model(draft)
+        with _naming_the_draft():
+            draft_folder = resolve_model(draft)
         tokenizer = _read_tokenizer(folder)
         _check_draft(draft_folder, folder, tokenizer)
         read_model = prepare_model(folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options)
-        read_draft = prepare_model(
-            draft_folder,
-            convert=convert,
-            dtype=options.get("dtype"),
-            force=options.get("force", False),
-            fused=options.get("fused", True),
-            device=options.get("device"),
-        )
+        with _naming_the_draft():
+            read_draft = prepare_model(
+                draft_folder,
+                convert=convert,
+                dtype=options.get("dtype"),
+                force=options.get("force", False),
+                fused=options.get("fused", True),
+                device=options.get("device"),
+            )
         model = read_model()
         return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
 

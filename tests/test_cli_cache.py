@@ -127,7 +127,9 @@ def test_pruning(tmp_path: Path) -> None:
     assert run("cache", "list").out.endswith("is empty\n")
 
 
-@pytest.mark.parametrize("options", [["--all", "--older-than", "3"], ["--older-than", "-1"], ["--older-than", "x"]])
+@pytest.mark.parametrize(
+    "options", [["--all", "--older-than", "3"], ["--older-than", "-1"], ["--older-than", "x"], ["--older-than", "nan"]]
+)
 def test_usage(options: list[str]) -> None:
     result = run("cache", "prune", *options)
     assert (result.status, result.out) == (2, "")

@@ -91,4 +91,4 @@ def test_options_that_do_not_go_together(arguments: list[str], message: str) -> 
 
 def test_a_draft_that_cannot_be(tmp_path: Any) -> None:
     assert_error(run("generate", "a", "--speculative", "lookup", "--draft-tokens", "0"), "--draft-tokens: found 0")
-    assert_error(run("generate", "a", "--draft", str(tmp_path / "none")), "none")
+    assert_error(run("generate", "a", "--draft", str(tmp_path / "none")), "draft model: ", "none")

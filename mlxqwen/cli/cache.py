@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -91,6 +92,8 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     version of mlxqwen. Of a tokenizer's tables all files that they were made for have to be gone. Conversions that are
     going on, and tables that are being made, are left alone.
     """
+    if older_than is not None and not math.isfinite(older_than):
+        raise click.UsageError(f"--older-than: found {older_than}, expected a number of days.")
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():

@@ -38,7 +38,7 @@ def small_checkpoint(settings: Settings, layers: int = 2) -> Path:
     folder = settings.work / f"small-{layers}-layers"
     if not folder.exists():
         folder.mkdir()
-        timed(python(ROOT / "scripts" / "small_model.py", folder, str(layers)))
+        timed(python(ROOT / "scripts" / "small_model.py", folder, "--layers", str(layers)))
     return folder
 
 
