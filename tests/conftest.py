@@ -9,12 +9,17 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 from mlx.utils import tree_map
 
 import mlxqwen
 from mlxqwen.config import GenerationConfig, ModelConfig
 from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen.tokenizer import Tokenizer
+
+# Fewer than Hypothesis's hundred, for the whole run to stay short; tests that need more say so.
+settings.register_profile("mlxqwen", max_examples=50)
+settings.load_profile("mlxqwen")
 
 # Programs that a background job starts ignore Ctrl-C; those that the tests start are to hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
