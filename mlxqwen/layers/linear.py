@@ -8,24 +8,30 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-__all__ = ["FusedLinear", "fuse_children", "joined_rows"]
+__all__ = ["FusedLinear", "JoinedRows", "fuse_children"]
 
 
-class FusedLinear(nn.Module):
+class JoinedRows(nn.Module):
+    """The weights of several linear maps, or of several stacks of them, one behind the other: plain ones as
+    `[..., in, out]`, quantized ones as MLX packs them.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.weight, *quantization = _joined_rows(parts)
+        if quantization:
+            self.scales, self.biases = quantization
+            self.group_size, self.bits = parts[0].group_size, parts[0].bits
+        else:
+            self.weight = self.weight.swapaxes(-1, -2)
+
+
+class FusedLinear(JoinedRows):
     """Linear maps of the same input as one: `[..., in]` → `[..., out]`, their outputs one behind the other.
 
     Plain weights are held as `[in, out]`, turned once here and not in every step; affine-quantized ones as MLX packs
     them, `[out, in * bits / 32]` with `scales` and `biases`.
     """
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.weight, *quantization = joined_rows(parts)
-        if quantization:
-            self.scales, self.biases = quantization
-            self.group_size, self.bits = parts[0].group_size, parts[0].bits
-        else:
-            self.weight = self.weight.T
 
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
@@ -35,7 +41,7 @@ class FusedLinear(nn.Module):
         return x @ self["weight"]
 
 
-def joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
+def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
     """`weight`, and `scales` and `biases` if there are any, of all parts one behind the other; not evaluated yet."""
     names = [name for name in ("weight", "scales", "biases") if name in parts[0]]
     return [mx.concatenate([part[name] for part in parts], axis=-2) for name in names]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxqwen.config import AffineQuantization, MoeConfig
-from mlxqwen.layers.linear import FusedLinear, fuse_children, joined_rows
+from mlxqwen.layers.linear import FusedLinear, JoinedRows, fuse_children
 from mlxqwen.layers.mlp import compiled_swiglu, swiglu
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
@@ -54,44 +52,30 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool = False) -> mx.array:
         """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
-        return mx.gather_qmm(
-            x,
-            self["weight"],
-            self["scales"],
-            self["biases"],
-            rhs_indices=experts,
-            group_size=self.group_size,
-            bits=self.bits,
-            sorted_indices=sorted_experts,
-        )
+        return _quantized_product(self, x, experts, sorted_experts)
 
 
-class FusedSwitchLinear(nn.Module):
+class FusedSwitchLinear(JoinedRows):
     """`FusedLinear` for experts: the parts are `SwitchLinear`s or `QuantizedSwitchLinear`s of the same input."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.weight, *quantization = joined_rows(parts)
-        if quantization:
-            self.scales, self.biases = quantization
-            self.group_size, self.bits = parts[0].group_size, parts[0].bits
-        else:
-            self.weight = self.weight.swapaxes(-1, -2)
 
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool = False) -> mx.array:
         """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
         if "scales" not in self:
             return mx.gather_mm(x, self["weight"], rhs_indices=experts, sorted_indices=sorted_experts)
-        return mx.gather_qmm(
-            x,
-            self["weight"],
-            self["scales"],
-            self["biases"],
-            rhs_indices=experts,
-            group_size=self.group_size,
-            bits=self.bits,
-            sorted_indices=sorted_experts,
-        )
+        return _quantized_product(self, x, experts, sorted_experts)
+
+
+def _quantized_product(module: nn.Module, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
+    return mx.gather_qmm(
+        x,
+        module["weight"],
+        module["scales"],
+        module["biases"],
+        rhs_indices=experts,
+        group_size=module.group_size,
+        bits=module.bits,
+        sorted_indices=sorted_experts,
+    )
 
 
 class SwitchGLU(nn.Module):
