@@ -8,27 +8,32 @@ of (extremes, scale, bias) lies along the last axis and meets its weights in lon
 word are widened apart, and their codes meet again when they are packed.
 
 Threads take turns at Python's interpreter before and after each call: short calls would cost more in turns than in
-work. Hence many weights at a time for the numbers of groups, and fewer, a tile, for those of weights.
+work. Hence many weights at a time for the numbers of groups, and fewer, a block, for those of weights. Blocks have no
+further axis: where a row meets several rows of several matrices, NumPy copies it into a buffer of its own each time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Buffers", "Quantized", "Quantizer"]
+__all__ = ["Buffers", "Quantized", "Quantizer", "Read"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[Any]
+Read = Callable[[Words, int], None]
+"""Fills uint16 with BF16 weights as they lie in the file, from that weight on."""
 
 _UNIT = 8
 _LANES = _UNIT // 2
-_GROUPS_PER_BLOCK = 512
 _CACHE_LINE = 64
-_WEIGHTS_PER_TILE = 1 << 17
+_WEIGHTS_PER_BLOCK = 1 << 18
+# Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
+_WIDTH_STEP = 16
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
 _ROUNDING = np.float32(2.0**23)  # as in `affine`
 _HALF, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
@@ -78,62 +83,75 @@ class Quantizer:
 
     Attributes:
         form: weights, group size and bits, as given.
-        source: uint16, to be filled with BF16 weights as they lie in the file.
     """
 
     def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
         units, groups = group_size // _UNIT, weights // group_size
-        blocks = math.ceil(groups / _GROUPS_PER_BLOCK)
+        blocks = _blocks(groups, math.ceil(weights / _WEIGHTS_PER_BLOCK))
         width = math.ceil(groups / blocks)
-        tile = _largest_divisor(blocks, max(1, _WEIGHTS_PER_TILE // (width * group_size)))
         code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
+        self._groups = groups
         array = buffers.array
-        # Blocks are all alike: fewer groups than there are blocks are added, of zeros.
-        whole = array("source", np.uint16, blocks * width * group_size)
-        self.source, self._added, self._groups = whole[:weights], whole[weights:], groups
         # A unit as one number of 16 bytes, the quickest to move.
         self._units = array("units", np.complex128, blocks, units, width)
-        self._scales = array("scales", np.float32, blocks, 1, 1, width * _LANES)
-        self._biases = array("biases", np.float32, blocks, 1, 1, width * _LANES)
+        # For each lane of a unit, what is greatest in a group, as unsigned and as signed numbers; and space.
+        self._greatest = array("greatest", np.uint16, 3, blocks, width * _UNIT)
+        self._scales = array("scales", np.float32, blocks, width * _LANES)
+        self._biases = array("biases", np.float32, blocks, width * _LANES)
         self._weight = array("weight", packed, blocks, width, units)
-        # Of a tile, even weights before odd ones in each block.
-        self._floats = array("floats", np.float32, tile, 2, units, width * _LANES)
-        self._steps = array("steps", np.float32, tile, 2, units, width * _LANES)
-        # Of a tile, even weights before odd ones in all.
-        self._codes = array("codes", code, 2, tile, units, width * _LANES)
+        # Of one block: weights as they lie in the file, and even ones before odd ones.
+        self._source = array("source", np.uint16, width * group_size)
+        self._floats = array("floats", np.float32, 2, units, width * _LANES)
+        self._steps = array("steps", np.float32, 2, units, width * _LANES)
+        # Short enough for sums in float32, and for BLAS to leave other threads alone.
+        self._rows = self._floats.reshape(-1, width)
+        self._sums = array("sums", np.float32, 2, blocks, len(self._rows))
+        self._codes = array("codes", code, 2, units, width * _LANES)
         self._tops = array("tops", code, width * _LANES)
         self._tops.fill(self._top)
         # Views, made once: nobody else has the interpreter meanwhile.
-        self._source_units = whole.view(np.complex128).reshape(blocks, width, units).transpose(0, 2, 1)
-        self._words = self._units.view(np.uint32)
-        self._wide_even, self._wide_odd = self._floats.view(np.uint32).swapaxes(0, 1)
+        self._source_units = self._source.view(np.complex128).reshape(width, units).T
+        self._numbers, self._words = self._units.view(np.uint16), self._units.view(np.uint32)
+        self._wide_even, self._wide_odd = self._floats.view(np.uint32)
         self._step_bits = self._steps.view(np.uint32)
-        self._codes_by_block = self._codes.swapaxes(0, 1)
         self._even, self._odd = self._codes.view(np.uint32)
         self._packed = self._codes[0].view(packed)
         self._weight_by_unit = self._weight.swapaxes(1, 2)
 
-    def quantize(self, *, measure: bool) -> Quantized | None:
-        """What `source` becomes; None if weights or scales are not finite."""
-        self._added.fill(0)  # the buffer may have served another quantizer
-        np.copyto(self._units, self._source_units)
+    def quantize(self, read: Read, *, measure: bool) -> Quantized | None:
+        """What the weights that `read` gives become; None if weights or scales are not finite."""
+        blocks = range(len(self._units))
+        for block in blocks:
+            self._gather(block, read)
         with np.errstate(all="ignore"):
-            low, high = self._extremes()
-            scales, biases, clip = _scales_and_biases(low, high, self._top)
+            scales, biases, clip = _scales_and_biases(*self._extremes(), self._top)
             if (scales & _MAGNITUDE).max() >= _INFINITY:
                 return None
             _repeat(scales, self._scales)
             _repeat(biases, self._biases)
-            error = norm = 0.0
-            for start in range(0, len(self._units), len(self._floats)):
-                rows = slice(start, start + len(self._floats))
-                norm += self._widen(rows, measure=measure)
-                self._quantize_tile(rows, clip=clip)
-                error += self._tile_error(rows) if measure else 0.0
+            for block in blocks:
+                self._widen(block, measure=measure)
+                self._quantize_block(block, clip=clip)
+                if measure:
+                    self._compare(block)
+            error, norm = self._sums.sum(axis=(1, 2), dtype=np.float64).tolist() if measure else (0.0, 0.0)
         scales, biases = scales[: self._groups], biases[: self._groups]
         weight = self._weight.reshape(-1, self._weight.shape[-1])[: self._groups]
         return Quantized(*self.form[1:], weight, scales, biases, _wide(scales), _wide(biases), error, norm)
+
+    def _gather(self, block: int, read: Read) -> None:
+        """Read a block unit by unit, and find what is greatest in each lane."""
+        start = block * self._source.size
+        # Blocks are all alike: fewer groups than there are blocks are added to the last ones, of zeros.
+        own = max(0, min(self._source.size, self.form[0] - start))
+        if own:
+            read(self._source[:own], start)
+        self._source[own:] = 0
+        np.copyto(self._units[block], self._source_units)
+        numbers, greatest = self._numbers[block], self._greatest[:, block]
+        np.maximum.reduce(numbers, axis=0, out=greatest[0])
+        np.maximum.reduce(numbers.view(np.int16), axis=0, out=greatest[1].view(np.int16))
 
     def _extremes(self) -> tuple[Words, Words]:
         """The least and the greatest of each group, BF16.
@@ -141,53 +159,63 @@ class Quantizer:
         The number of a negative BF16 is above those of positive ones and rises with its magnitude: the greatest number
         is the least weight, if any is negative, and the greatest signed one is the greatest weight, if any is not.
         """
-        numbers = self._units.view(np.uint16)
-        low = _over_lanes(np.maximum, np.maximum.reduce(numbers, axis=1))
-        high = _over_lanes(np.maximum, np.maximum.reduce(numbers.view(np.int16), axis=1)).view(np.uint16)
+        unsigned, signed, spare = self._greatest
+        low = _over_lanes(np.maximum, unsigned, spare)
+        high = _over_lanes(np.maximum, signed.view(np.int16), spare.view(np.int16)).view(np.uint16)
         if low.min() < _SIGN or high.max() >= _SIGN:  # groups of one sign
-            nearest_zero = _over_lanes(np.minimum, np.minimum.reduce(numbers, axis=1))
+            nearest_zero = _over_lanes(np.minimum, np.minimum.reduce(self._numbers, axis=1, out=unsigned), spare)
             return np.where(low < _SIGN, nearest_zero, low), np.where(high >= _SIGN, nearest_zero, high)
         return low, high
 
-    def _widen(self, rows: slice, *, measure: bool) -> float:
-        """A tile's weights in float32; the sum of their squares."""
-        words = self._words[rows]
+    def _widen(self, block: int, *, measure: bool) -> None:
+        """A block's weights in float32; the sums of their squares."""
+        words = self._words[block]
         np.left_shift(words, _HALF, out=self._wide_even)
         np.bitwise_and(words, _UPPER_HALF, out=self._wide_odd)
-        return _sum_of_squares(self._floats) if measure else 0.0
+        if measure:
+            np.vecdot(self._rows, self._rows, out=self._sums[1, block])
 
-    def _quantize_tile(self, rows: slice, *, clip: bool) -> None:
-        """The tile's packed codes. Its weights become their distances from the bias."""
+    def _quantize_block(self, block: int, *, clip: bool) -> None:
+        """The block's packed codes. Its weights become their distances from the bias."""
         floats, steps, codes, odd = self._floats, self._steps, self._codes, self._odd
-        np.subtract(floats, self._biases[rows], out=floats)
-        np.divide(floats, self._scales[rows], out=steps)
+        np.subtract(floats, self._biases[block], out=floats)
+        np.divide(floats, self._scales[block], out=steps)
         if clip:
             np.clip(steps, np.float32(0), np.float32(self._top), out=steps)
         np.add(steps, _ROUNDING, out=steps)
-        np.copyto(self._codes_by_block, self._step_bits, casting="unsafe")
+        np.copyto(codes, self._step_bits, casting="unsafe")
         np.minimum(codes, self._tops, out=codes)
         np.left_shift(odd, self._bits, out=odd)
         np.bitwise_or(self._even, odd, out=self._even)
-        np.copyto(self._weight_by_unit[rows], self._packed)
+        np.copyto(self._weight_by_unit[block], self._packed)
 
-    def _tile_error(self, rows: slice) -> float:
-        """The sum of the squared differences between a tile's weights and what its packed codes mean."""
+    def _compare(self, block: int) -> None:
+        """The sums of the squared differences between a block's weights and what its packed codes mean."""
         floats, steps, codes = self._floats, self._steps, self._codes
-        np.copyto(self._packed, self._weight_by_unit[rows])
+        np.copyto(self._packed, self._weight_by_unit[block])
         np.right_shift(self._even, self._bits, out=self._odd)
         np.bitwise_and(codes, self._tops, out=codes)
-        np.copyto(steps, self._codes_by_block)
-        np.multiply(steps, self._scales[rows], out=steps)
+        np.copyto(steps, codes)
+        np.multiply(steps, self._scales[block], out=steps)
         np.subtract(floats, steps, out=floats)
-        return _sum_of_squares(floats)
+        np.vecdot(self._rows, self._rows, out=self._sums[0, block])
+
+
+def _blocks(groups: int, fewest: int) -> int:
+    """Into how many blocks groups are cut: evenly, if they can be."""
+    even = (count for count in range(fewest, 2 * fewest) if groups % (count * _WIDTH_STEP) == 0)
+    return next(even, fewest)
 
 
 def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words, bool]:
     """BF16 scales and biases as `affine.quantize` has them, and whether steps may lie below 0 or far above."""
     downward = (low & _MAGNITUDE) > (high & _MAGNITUDE)
-    biases = np.where(downward, low, high)
-    bias, other_end = _wide(biases), _wide(np.where(downward, high, low))
-    scale: Floats = (other_end - bias) / np.float32(top)
+    exchanged = np.negative(downward.view(np.int8), dtype=np.int16).view(np.uint16)
+    exchanged &= low ^ high
+    biases = high ^ exchanged
+    bias, other_end = _wide(biases), _wide(low ^ exchanged)
+    span: Floats = other_end - bias
+    scale: Floats = span / np.float32(top)
     no_steps = False
     if np.abs(scale).min() < _SMALLEST_SCALE:  # groups whose weights are all alike
         scale = np.where(downward, np.maximum(scale, _SMALLEST_SCALE), np.minimum(scale, -_SMALLEST_SCALE))
@@ -195,11 +223,11 @@ def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words,
         no_steps = bool(at_zero.any())
         scale = np.where(at_zero, scale, bias / np.where(at_zero, np.float32(1), np.rint(bias / scale)))
         biases = np.where(at_zero, np.uint16(0), biases)
-        bias = _wide(biases)
+        span = other_end - _wide(biases)
     else:
         scale = bias / np.rint(bias / scale)
     scales = _nearest(scale)
-    farthest = (other_end - bias) / _wide(scales)
+    farthest = span / _wide(scales)
     # Codes are made in numbers twice as wide as they need to be.
     return scales, biases, no_steps or not (farthest.min() >= 0 and farthest.max() < top * (top + 2))
 
@@ -231,18 +259,12 @@ def _repeat(numbers: Words, out: Floats) -> None:
     lanes[1::2] = pairs
 
 
-def _over_lanes(extreme: np.ufunc, numbers: Words) -> Words:
-    """The extreme of each eight numbers."""
-    numbers = numbers.reshape(-1)
-    for _ in range(3):
-        numbers = extreme(numbers[0::2], numbers[1::2])
-    return numbers
+def _over_lanes(extreme: np.ufunc, numbers: Words, spare: Words) -> Words:
+    """The extreme of each eight numbers; of others that lie beside them too, which is quicker than to leave them out.
 
-
-def _sum_of_squares(floats: Floats) -> float:
-    rows = floats.reshape(-1, floats.shape[-1])  # short enough for float32
-    return float(np.vecdot(rows, rows).sum(dtype=np.float64))
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+    Both `numbers` and `spare`, which is as large, are written over.
+    """
+    numbers, spare = numbers.reshape(-1), spare.reshape(-1)
+    for distance in (4, 2, 1):
+        numbers, spare = extreme(numbers[:-distance], numbers[distance:], out=spare[: numbers.size - distance]), numbers
+    return numbers[::_UNIT].copy()

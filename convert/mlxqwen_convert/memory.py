@@ -6,7 +6,7 @@ from mlxqwen_convert.pipeline import is_read_by_columns, numpy_target, smallest_
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 
-__all__ = ["buffer_bytes", "expected_peak", "strip_bytes", "weights_in_flight"]
+__all__ = ["buffer_bytes", "expected_peak", "largest_numpy_chunk", "strip_bytes", "weights_in_flight"]
 
 # What the tables of a large model leave of this goes to the chunks: larger ones are quicker.
 _AIM_BYTES = 84 << 20
@@ -16,6 +16,8 @@ _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
 _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 # NumPy, which is loaded where it is of use.
 _NUMPY_BYTES = 15 << 20
+# Larger chunks of NumPy's are no quicker; smaller ones where MLX has its own buffers beside them.
+_LARGEST_NUMPY_CHUNK, _LARGEST_BESIDE_MLX = 1 << 21, 1 << 19
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
 # Strips of what is read by columns, those of all workers together.
@@ -31,6 +33,11 @@ def weights_in_flight(plan: Plan) -> int:
 def buffer_bytes(in_flight: int) -> int:
     """What MLX may keep for the next chunks."""
     return in_flight * _BUFFER_BYTES
+
+
+def largest_numpy_chunk(plan: Plan) -> int:
+    """Weights that a worker may take at once where NumPy quantizes them."""
+    return _LARGEST_BESIDE_MLX if False in _by_numpy(plan) else _LARGEST_NUMPY_CHUNK
 
 
 def strip_bytes(workers: int) -> int:
@@ -50,6 +57,14 @@ def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    by_numpy = any(numpy_target(plan, planned, part) for planned in plan.modules for part in range(len(planned.parts)))
+    by_numpy = True in _by_numpy(plan)
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
     return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + by_numpy * _NUMPY_BYTES
+
+
+def _by_numpy(plan: Plan) -> set[bool]:
+    """Whether NumPy makes the quantized matrices: all, none or some of them."""
+    quantized = (planned for planned in plan.modules if planned.target is not None)
+    return {
+        numpy_target(plan, planned, part) is not None for planned in quantized for part in range(len(planned.parts))
+    }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import GROUP_SIZES, Packed
-from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer
+from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer, Read
 from mlxqwen_convert.verification import error_of_bfloat16
 from tests.convert.encoders import unpack_affine
 from tests.convert.test_affine import KINDS, random_weight
@@ -30,10 +30,17 @@ def as_numbers(weight: NDArray[Any]) -> Numbers:
     return (np.ascontiguousarray(weight, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+def reader(numbers: Numbers) -> Read:
+    """Reads them piece by piece."""
+
+    def read(piece: Numbers, start: int) -> None:
+        piece[:] = numbers.reshape(-1)[start : start + piece.size]
+
+    return read
+
+
 def quickly(numbers: Numbers, group_size: int, bits: int) -> Quantized | None:
-    quantizer = Quantizer(numbers.size, group_size, bits, Buffers())
-    quantizer.source[:] = numbers.reshape(-1)
-    return quantizer.quantize(measure=True)
+    return Quantizer(numbers.size, group_size, bits, Buffers()).quantize(reader(numbers), measure=True)
 
 
 def by_mlx(numbers: Numbers, group_size: int, bits: int) -> Packed:
@@ -117,8 +124,7 @@ def test_blocks_are_wide_whatever_the_number_of_groups(groups: int) -> None:
     blocks, _, width = quantizer._units.shape
     assert width > 256
     assert 0 <= blocks * width - groups < blocks
-    quantizer.source[:] = numbers.reshape(-1)
-    found, expected = quantizer.quantize(measure=True), by_mlx(numbers, 64, 4)
+    found, expected = quantizer.quantize(reader(numbers), measure=True), by_mlx(numbers, 64, 4)
     same(found, expected)
     assert found is not None
     weight = (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -133,5 +139,4 @@ def test_buffers_serve_again() -> None:
         quantizer = Quantizer(rows * group_size, group_size, bits, buffers)
         for seed in range(3):
             numbers = as_numbers(np.random.default_rng(seed).normal(0, 1, (rows, group_size)))
-            quantizer.source[:] = numbers.reshape(-1)
-            same(quantizer.quantize(measure=seed != 1), by_mlx(numbers, group_size, bits))
+            same(quantizer.quantize(reader(numbers), measure=seed != 1), by_mlx(numbers, group_size, bits))

@@ -34,7 +34,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         narrow = {"vocab_size": 2048, "hidden_size": 1024, "num_hidden_layers": 1}
         patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **narrow})
-        for form in ("awq", "gptq"):
+        for form in ("awq", "gptq", "bf16", "fp8"):
             folders[form] = tmp_path_factory.mktemp(form) / "in"
             make_checkpoint(folders[form], "wide", form=form)
     return folders
@@ -43,8 +43,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("workers", [1, 2, 8])
-@pytest.mark.parametrize("form", ["awq", "gptq"])
-def test_wide_rows_that_are_read_by_columns(wide: dict[str, Path], tmp_path: Path, form: str, workers: int) -> None:
+@pytest.mark.parametrize("form", ["awq", "gptq", "bf16", "fp8"])
+def test_wide_rows_and_many_workers(wide: dict[str, Path], tmp_path: Path, form: str, workers: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
     command = [sys.executable, "-c", _MEASURED, str(wide[form]), str(tmp_path / "out"), str(workers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -86,13 +86,13 @@ def test_scales_that_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_that_are_packed_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     source = make_source(tmp_path / "in", "bf16").write()
-    quantize_tile = Quantizer._quantize_tile
+    quantize_block = Quantizer._quantize_block
 
-    def wrong(quantizer: Quantizer, rows: slice, *, clip: bool) -> None:
-        quantize_tile(quantizer, rows, clip=clip)
-        quantizer._weight[rows] ^= 1 << (bits - 1)
+    def wrong(quantizer: Quantizer, block: int, *, clip: bool) -> None:
+        quantize_block(quantizer, block, clip=clip)
+        quantizer._weight[block] ^= 1 << (bits - 1)
 
-    monkeypatch.setattr(Quantizer, "_quantize_tile", wrong)
+    monkeypatch.setattr(Quantizer, "_quantize_block", wrong)
     with pytest.raises(VerificationError, match="is off by"):
         convert(source.folder, tmp_path / "out", bits=bits)
     assert not (tmp_path / "out").exists()
