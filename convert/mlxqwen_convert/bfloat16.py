@@ -31,11 +31,11 @@ Read = Callable[[Words, int], None]
 _UNIT = 8
 _LANES = _UNIT // 2
 _CACHE_LINE = 64
+_PASSING_BYTES = 1 << 20
 _WEIGHTS_PER_BLOCK = 1 << 18
 # Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
 _WIDTH_STEP = 16
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
-_ROUNDING = np.float32(2.0**23)  # as in `affine`
 _HALF, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 _SIGN, _MAGNITUDE, _INFINITY = 0x8000, 0x7FFF, 0x7F80
 
@@ -67,6 +67,10 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: dict[str, Words] = {}
+        # The C library of Linux gives blocks larger than any freed so far back to the system, which zeroes them for
+        # their next use: a twentieth of all time for the passing arrays of groups. Once it has seen this one, it keeps
+        # them.
+        np.empty(_PASSING_BYTES, np.uint8)
 
     def array(self, name: str, dtype: type[np.generic], *shape: int) -> Words:
         """One that begins where a line of the cache does: no vector then lies across two of them."""
@@ -103,7 +107,6 @@ class Quantizer:
         # Of one block: weights as they lie in the file, and even ones before odd ones.
         self._source = array("source", np.uint16, width * group_size)
         self._floats = array("floats", np.float32, 2, units, width * _LANES)
-        self._steps = array("steps", np.float32, 2, units, width * _LANES)
         # Short enough for sums in float32, and for BLAS to leave other threads alone.
         self._rows = self._floats.reshape(-1, width)
         self._sums = array("sums", np.float32, 2, blocks, len(self._rows))
@@ -114,7 +117,6 @@ class Quantizer:
         self._source_units = self._source.view(np.complex128).reshape(width, units).T
         self._numbers, self._words = self._units.view(np.uint16), self._units.view(np.uint32)
         self._wide_even, self._wide_odd = self._floats.view(np.uint32)
-        self._step_bits = self._steps.view(np.uint32)
         self._even, self._odd = self._codes.view(np.uint32)
         self._packed = self._codes[0].view(packed)
         self._weight_by_unit = self._weight.swapaxes(1, 2)
@@ -176,14 +178,12 @@ class Quantizer:
             np.vecdot(self._rows, self._rows, out=self._sums[1, block])
 
     def _quantize_block(self, block: int, *, clip: bool) -> None:
-        """The block's packed codes. Its weights become their distances from the bias."""
-        floats, steps, codes, odd = self._floats, self._steps, self._codes, self._odd
+        """The block's packed codes. Its weights become their distances from the bias, in steps of the scale."""
+        floats, codes, odd = self._floats, self._codes, self._odd
         np.subtract(floats, self._biases[block], out=floats)
-        np.divide(floats, self._scales[block], out=steps)
-        if clip:
-            np.clip(steps, np.float32(0), np.float32(self._top), out=steps)
-        np.add(steps, _ROUNDING, out=steps)
-        np.copyto(codes, self._step_bits, casting="unsafe")
+        np.divide(floats, self._scales[block], out=floats)
+        steps = np.clip(floats, np.float32(0), np.float32(self._top)) if clip else floats
+        np.rint(steps, out=codes, casting="unsafe")
         np.minimum(codes, self._tops, out=codes)
         np.left_shift(odd, self._bits, out=odd)
         np.bitwise_or(self._even, odd, out=self._even)
@@ -191,13 +191,12 @@ class Quantizer:
 
     def _compare(self, block: int) -> None:
         """The sums of the squared differences between a block's weights and what its packed codes mean."""
-        floats, steps, codes = self._floats, self._steps, self._codes
+        floats, codes = self._floats, self._codes
         np.copyto(self._packed, self._weight_by_unit[block])
         np.right_shift(self._even, self._bits, out=self._odd)
         np.bitwise_and(codes, self._tops, out=codes)
-        np.copyto(steps, codes)
-        np.multiply(steps, self._scales[block], out=steps)
-        np.subtract(floats, steps, out=floats)
+        np.subtract(floats, codes, out=floats)
+        np.multiply(floats, self._scales[block], out=floats)
         np.vecdot(self._rows, self._rows, out=self._sums[0, block])
 
 

@@ -51,7 +51,7 @@ ROW_STEP = 32
 _WORD_ROWS = 8
 MAX_WORKERS = 8
 # What is read back at once.
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 20
 _NUMPY_BITS = (4, 8)
 # A weight in hand takes NumPy so many bytes for so many of MLX.
 _NUMPY_SHARE, _MLX_SHARE = 5, 32
