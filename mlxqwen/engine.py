@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -225,38 +225,41 @@ class Engine:
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         folder = resolve_model(path_or_id, revision=revision)
+        with ExitStack() as held:  # what is converted stays in its cache until it is read
 
-        def convert(source: Path, check_size: CheckSize) -> Path:
-            from mlxqwen_convert.cached import converted
+            def convert(source: Path, check_size: CheckSize) -> Path:
+                from mlxqwen_convert.cached import converted
 
-            def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
-                check_size(dtype, packed_bytes, numbers)
-                _read_tokenizer(source)  # complains before the conversion
+                def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
+                    check_size(dtype, packed_bytes, numbers)
+                    _read_tokenizer(source)  # complains before the conversion
 
-            return converted(source, check=check, progress=on_convert)
+                return converted(source, check=check, progress=on_convert, held=held)
 
-        if draft is None:
-            read_model = prepare_model(folder, convert=convert, **options)
+            if draft is None:
+                read_model = prepare_model(folder, convert=convert, **options)
+                tokenizer = _read_tokenizer(folder)
+                return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
+            from mlxqwen.speculation.draft_model import DraftModel
+
+            with _naming_the_draft():
+                draft_folder = resolve_model(draft)
             tokenizer = _read_tokenizer(folder)
-            return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
-        from mlxqwen.speculation.draft_model import DraftModel
-
-        with _naming_the_draft():
-            draft_folder = resolve_model(draft)
-        tokenizer = _read_tokenizer(folder)
-        _check_draft(draft_folder, folder, tokenizer)
-        read_model = prepare_model(folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options)
-        with _naming_the_draft():
-            read_draft = prepare_model(
-                draft_folder,
-                convert=convert,
-                dtype=options.get("dtype"),
-                force=options.get("force", False),
-                fused=options.get("fused", True),
-                device=options.get("device"),
+            _check_draft(draft_folder, folder, tokenizer)
+            read_model = prepare_model(
+                folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options
             )
-        model = read_model()
-        return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
+            with _naming_the_draft():
+                read_draft = prepare_model(
+                    draft_folder,
+                    convert=convert,
+                    dtype=options.get("dtype"),
+                    force=options.get("force", False),
+                    fused=options.get("fused", True),
+                    device=options.get("device"),
+                )
+            model = read_model()
+            return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
         """Answer a conversation; the options are those of `stream`."""

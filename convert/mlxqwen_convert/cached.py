@@ -3,7 +3,7 @@
 An entry is a folder named by a key: of the source, the state of its files, the converter's version and its options.
 
     converted/KEY/entry.json          what it is made of; changed when the entry is used
-                  lock                held while somebody converts or removes
+                  lock                held alone while somebody converts or removes, shared while somebody loads
                   NAME-mlx/           the model, absent or whole
                   NAME-mlx.partial/   the model while it is made
 
@@ -23,7 +23,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class CachedModel:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What became of an entry that was to be removed: its reason, and whether somebody is at work on it."""
+    """What became of an entry that was to be removed: its reason, and whether somebody converts or loads it."""
 
     model: CachedModel
     reason: str
@@ -135,7 +135,9 @@ def _size(plan: Plan) -> tuple[mx.Dtype, int, int]:
     return dtype, packed, (sum(tensor.nbytes for tensor in outputs) - packed) // dtype.size
 
 
-def converted(folder: Path, *, check: CheckSize | None = None, progress: Progress | None = None) -> Path:
+def converted(
+    folder: Path, *, check: CheckSize | None = None, progress: Progress | None = None, held: ExitStack | None = None
+) -> Path:
     """The MLX form of a checkpoint, made with default options unless it is in the cache.
 
     Another state of the source or another version of the converter has another place. An interrupted conversion goes
@@ -145,13 +147,14 @@ def converted(folder: Path, *, check: CheckSize | None = None, progress: Progres
         folder: the checkpoint.
         check: called before anything is written, if there is something to convert.
         progress: see `mlxqwen_convert.convert`.
+        held: to be closed when the model has been read; until then no `prune` removes it.
 
     Raises:
         MlxqwenError: the checkpoint cannot be converted, or the cache not be written to.
     """
     source = _Source.of(folder)
     entry = _Entry(_converted_folder() / source.key(), f"{source.short_name}-mlx")
-    if entry.is_whole():
+    if _hold(entry, held):
         entry.touch(source)
         return entry.model
     plan = make_plan(folder, _OPTIONS)
@@ -165,9 +168,10 @@ def converted(folder: Path, *, check: CheckSize | None = None, progress: Progres
         "bytes": plan.target_bytes,
     }
     del plan  # for tens of thousands of tensors it is not small, and there will be another
-    with _way_out(entry), _locked(entry, source):
-        if not entry.is_whole():
-            _convert(folder, source, entry, facts, progress)
+    while not _hold(entry, held):
+        with _way_out(entry), _locked(entry, source):
+            if not entry.is_whole():
+                _convert(folder, source, entry, facts, progress)
     return entry.model
 
 
@@ -224,7 +228,7 @@ def prune(*, everything: bool = False, unused_days: float | None = None, dry_run
     failure: OutputError | None = None
     for model in cached_models():
         with _trial_lock(model.folder) as is_free:
-            current = _look(model.folder, is_free=is_free)
+            current = _look(model.folder, is_converting=False if is_free else None)
             reason = _reason(current, everything=everything, unused_days=unused_days)
             if reason is None:
                 continue
@@ -393,15 +397,15 @@ def _entry_folders() -> Iterator[Path]:
             yield folder / entry.name
 
 
-def _look(folder: Path, *, is_free: bool | None = None) -> CachedModel:
-    """What is known of an entry; `is_free` tells whether nobody works on it, where that is known."""
+def _look(folder: Path, *, is_converting: bool | None = None) -> CachedModel:
+    """What is known of an entry; `is_converting` tells whether somebody is at that, where it is known."""
     record = _read_record(folder) or {}
     words = {key: value for key, value in record.items() if isinstance(value, str)}
     name = words.get("name", "")
     entry = _Entry(folder, name if Path(name).name == name and name else "unknown")
-    if is_free is None:
-        with _trial_lock(folder) as is_free:
-            pass
+    if is_converting is None:
+        with _trial_lock(folder, fcntl.LOCK_SH) as is_free:
+            is_converting = not is_free
     try:
         last_used = (folder / _RECORD).lstat().st_mtime
     except OSError:
@@ -415,7 +419,7 @@ def _look(folder: Path, *, is_free: bool | None = None) -> CachedModel:
         model=entry.model,
         nbytes=_disk_bytes(folder),
         last_used=last_used,
-        state="converting" if not is_free else _state_of(entry, words),
+        state="converting" if is_converting else _state_of(entry, words),
     )
 
 
@@ -498,9 +502,33 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return (held.st_ino, held.st_dev) == (found.st_ino, found.st_dev)
 
 
+def _hold(entry: _Entry, held: ExitStack | None) -> bool:
+    """Whether the model is there, whole; if so, whoever removes what nobody uses leaves it alone until `held` closes.
+
+    A file system without locks, or a lock that cannot be opened, holds nothing back.
+    """
+    if not entry.is_whole():
+        return False
+    with ExitStack() as shared:
+        try:
+            # Created where it is missing, yet opened to be read: a cache may be read-only.
+            flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(entry.folder / _LOCK, flags, 0o644)
+            shared.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            is_held = _is_at(descriptor, entry.folder / _LOCK)
+        except OSError:
+            is_held = True
+        if not is_held or not entry.is_whole():  # removed while the lock was waited for
+            return False
+        if held is not None:
+            held.push(shared.pop_all())
+    return True
+
+
 @contextmanager
-def _trial_lock(folder: Path) -> Iterator[bool]:
-    """Whether nobody else works on an entry; if so, nobody will until the end."""
+def _trial_lock(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Whether nobody else holds an entry in a way that excludes this one; if so, nobody will until the end."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:  # no lock, so nobody holds it
@@ -508,7 +536,7 @@ def _trial_lock(folder: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             is_free = True
         except OSError:
             is_free = False

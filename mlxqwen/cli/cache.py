@@ -89,8 +89,8 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     """Remove what is of no use any more.
 
     That is what was never finished, and what has lost its source, or was made of another state of it or by another
-    version of mlxqwen. Of a tokenizer's tables all files that they were made for have to be gone. Conversions that are
-    going on, and tables that are being made, are left alone.
+    version of mlxqwen. Of a tokenizer's tables all files that they were made for have to be gone. What is being
+    converted or loaded, and tables that are being made, are left alone.
     """
     if older_than is not None and not math.isfinite(older_than):
         raise click.UsageError(f"--older-than: found {older_than}, expected a number of days.")

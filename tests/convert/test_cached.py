@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ import mlxqwen
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.device import Device
 from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, TokenizerError
+from mlxqwen.model import Qwen3ForCausalLM
 from mlxqwen_convert import cached, convert
-from mlxqwen_convert.cached import CachedModel, cache_folder, cached_models, converted, planned_size, prune
+from mlxqwen_convert.cached import CachedModel, Removal, cache_folder, cached_models, converted, planned_size, prune
 from mlxqwen_convert.errors import DiskFullError, OutputError, SourceChangedError
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
@@ -493,6 +496,52 @@ def test_prune_removes_what_is_of_no_use(tmp_path: Path) -> None:
     assert list((cache_folder() / "converted").iterdir()) == [kept.parent]
     assert [removal.model.model for removal in prune(everything=True)] == [kept]
     assert list((cache_folder() / "converted").iterdir()) == []
+
+
+def test_prune_leaves_what_is_being_loaded(fp8: Path) -> None:
+    with ExitStack() as held:
+        model = converted(fp8, held=held)
+        assert converted(fp8, held=held) == model
+        (removal,) = prune(everything=True)
+        assert (removal.in_use, removal.model.state) == (True, "ready")
+        (fp8 / "config.json").unlink()
+        (removal,) = prune()
+        assert (removal.in_use, removal.reason) == (True, "source gone")
+        assert (model / "config.json").is_file()
+    (removal,) = prune()
+    assert not removal.in_use
+    assert states() == []
+
+
+def test_a_load_holds_its_models_until_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [make_demo(tmp_path / name, "fp8").folder for name in ("large", "small")]
+    read = Qwen3ForCausalLM.update
+    in_use: list[list[bool]] = []
+
+    def pruned_before(*args: Any) -> Any:
+        in_use.append([removal.in_use for removal in prune(everything=True)])
+        return read(*args)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "update", pruned_before)
+    for _ in range(2):  # made, and found
+        mlxqwen.Engine.load(sources[0], draft=sources[1])
+        assert set(map(tuple, in_use)) == {(True, True)}
+    assert [removal.in_use for removal in prune(everything=True)] == [False, False]
+
+
+def test_what_is_removed_between_look_and_lock_is_made_anew(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, flock = converted(fp8), fcntl.flock
+    removals: list[Removal] = []
+
+    def removed_first(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_SH and not removals:
+            removals.extend(prune(everything=True))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    assert converted(fp8) == model
+    assert [removal.in_use for removal in removals] == [False]
+    assert states() == ["ready"]
 
 
 def test_prune_by_last_use(tmp_path: Path) -> None:
