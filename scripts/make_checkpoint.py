@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -101,12 +102,13 @@ _QUANTIZATION = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: `numbers(n)` draws `n` of its elements."""
+    """One tensor to write: `numbers(start, n)` gives `n` of its elements, for which zeros may do instead."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     numbers: Callable[[int, int], mx.array]
+    may_be_zeros: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +125,10 @@ def make_checkpoint(
     seed: int = 0,
     holes: bool = False,
 ) -> None:
-    """Fill `folder`; the same arguments give the same bytes. With `holes` weights are zeros that take no space."""
+    """Fill `folder`; the same arguments give the same bytes.
+
+    With `holes` weights are zeros that take no space; only the scales and the order of GPTQ's columns are written.
+    """
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers
@@ -182,10 +187,10 @@ def _awq(module: Module) -> Iterator[Tensor]:
 
 def _gptq(module: Module) -> Iterator[Tensor]:
     rows, width = module.shape
-    yield Tensor(f"{module.path}.g_idx", "I32", (width,), _in_order)
+    yield Tensor(f"{module.path}.g_idx", "I32", (width,), _in_order, may_be_zeros=False)
     yield Tensor(f"{module.path}.qweight", "I32", (width // 8, rows), _words)
     yield Tensor(f"{module.path}.qzeros", "I32", (width // _GROUP, rows // 8), _words)
-    yield Tensor(f"{module.path}.scales", "F16", (width // _GROUP, rows), _scales)
+    yield Tensor(f"{module.path}.scales", "F16", (width // _GROUP, rows), _scales, may_be_zeros=False)
 
 
 _QUANTIZED = {"fp8": _fp8, "awq": _awq, "gptq": _gptq}
@@ -238,10 +243,11 @@ def _write(path: Path, tensors: list[Tensor], holes: bool) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        if holes:
-            file.truncate(8 + len(text) + position)
-            return
+        file.truncate(8 + len(text) + position)
         for tensor in tensors:
+            if holes and tensor.may_be_zeros:
+                file.seek(tensor.nbytes, os.SEEK_CUR)
+                continue
             count = prod(tensor.shape)
             for start in range(0, count, _CHUNK):
                 file.write(_bytes(tensor.numbers(start, min(_CHUNK, count - start)), tensor.dtype))

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import make_checkpoint as make_checkpoint_script
 import pytest
 from make_checkpoint import SHAPES, make_checkpoint
 
@@ -29,11 +30,14 @@ print(peak, report.expected_peak_bytes)
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One layer as wide as that of the widest release, otherwise small."""
+    """One layer as wide as that of the widest release, otherwise small; numbers that are slow to draw repeat."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
         narrow = {"vocab_size": 2048, "hidden_size": 1024, "num_hidden_layers": 1}
         patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **narrow})
+        for draw in ("_normal", "_e4m3"):
+            drawn = getattr(make_checkpoint_script, draw)(0, 1 << 20)
+            patch.setattr(make_checkpoint_script, draw, lambda start, count, drawn=drawn: drawn[:count])
         for form in ("awq", "gptq", "bf16", "fp8"):
             folders[form] = tmp_path_factory.mktemp(form) / "in"
             make_checkpoint(folders[form], "wide", form=form)
@@ -42,7 +46,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("form", ["awq", "gptq", "bf16", "fp8"])
 def test_wide_rows_and_many_workers(wide: dict[str, Path], tmp_path: Path, form: str, workers: int) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
