@@ -118,6 +118,12 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in options.names:
         if name not in PARTS:
             parser.error(f"{name}: no such part; there are {', '.join(PARTS)}")
+    if options.shape and not missing_packages():
+        from make_checkpoint import SHAPES  # not at the start: it imports the packages of this checkout
+
+        for shape in options.shape:
+            if shape not in SHAPES:
+                parser.error(f"--shape: {shape}: no such release; there are {', '.join(SHAPES)}")
     if options.names and (options.check or options.update_baseline):
         parser.error("--check and --update-baseline count everything: leave out the parts")
     for name in ("runs", "layers"):

@@ -87,6 +87,7 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
         (["decode", "--layers", "-1"], "--layers: at least 1"),
         (["load", "--folder", "/no/such/folder"], "--folder: /no/such/folder is no folder"),
         (["import", "--check"], "leave out the parts"),
+        (["decode", "--shape", "Qwen3-9B"], "--shape: Qwen3-9B: no such release; there are Qwen3-0.6B, "),
     ],
 )
 def test_what_cannot_be_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
