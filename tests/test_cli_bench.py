@@ -135,8 +135,9 @@ def test_ctrl_c_shows_what_was_measured(count: int, monkeypatch: pytest.MonkeyPa
     assert ("Nothing was measured yet." in result.out) == (count == 0)
     assert bool(re.search(r"128 +2\.000 s +64\.0 tokens/s  16\.0 tokens/s", result.out)) == (count > 0)
     assert ("Medians of 1 to 2 runs" in result.out) == (count == 3)
+    assert result.out.endswith(f"\nInterrupted when {count} of 6 runs were done.\n") == (count > 0)
     facts = json.loads(run("bench", "--json").out)
-    assert (facts["interrupted"], len(facts["runs"])) == (True, count)
+    assert (facts["interrupted"], len(facts["runs"]), facts["planned_runs"]) == (True, count, 6)
 
 
 def test_ctrl_c_on_a_terminal() -> None:

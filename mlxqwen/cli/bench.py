@@ -80,14 +80,16 @@ def bench(**options: Any) -> int:
     runs: list[BenchmarkRun] = []
     interrupted = False
     engine, seconds = _load(options)
+    contexts = _chosen_contexts(engine, asked, options)
     line = StatusLine(sys.stderr)
     try:
-        _measure(engine, asked, options, runs, line)
+        _measure(engine, contexts, options, runs, line)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         line.wipe()
-    facts = _facts(engine, seconds, options, runs, interrupted=interrupted)
+    planned = len(contexts) * options["repeat"]
+    facts = _facts(engine, seconds, options, runs, planned, interrupted=interrupted)
     _print(facts, runs, as_json=options["as_json"])
     if options["plot"] is not None and runs:
         from mlxqwen.benchmark import summarize
@@ -129,15 +131,22 @@ def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
     return engine, time.perf_counter() - started[-1]
 
 
+def _chosen_contexts(engine: Engine, asked: list[int] | None, options: Mapping[str, Any]) -> list[int]:
+    with leave_at_once():
+        from mlxqwen.benchmark import choose_contexts
+
+    with options_named():
+        return choose_contexts(engine.model, asked, tokens=options["tokens"], max_kv_size=options["max_kv_size"])
+
+
 def _measure(
-    engine: Engine, asked: list[int] | None, options: Mapping[str, Any], runs: list[BenchmarkRun], line: StatusLine
+    engine: Engine, contexts: list[int], options: Mapping[str, Any], runs: list[BenchmarkRun], line: StatusLine
 ) -> None:
     with leave_at_once():
-        from mlxqwen.benchmark import benchmark, choose_contexts
+        from mlxqwen.benchmark import benchmark
 
     tokens, repeat = options["tokens"], options["repeat"]
     with options_named():
-        contexts = choose_contexts(engine.model, asked, tokens=tokens, max_kv_size=options["max_kv_size"])
         measuring = benchmark(
             engine.model,
             contexts,
@@ -158,7 +167,13 @@ def _measure(
 
 
 def _facts(
-    engine: Engine, load_seconds: float, options: Mapping[str, Any], runs: list[BenchmarkRun], *, interrupted: bool
+    engine: Engine,
+    load_seconds: float,
+    options: Mapping[str, Any],
+    runs: list[BenchmarkRun],
+    planned_runs: int,
+    *,
+    interrupted: bool,
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -179,6 +194,7 @@ def _facts(
         "weight_bytes": weight_bytes(engine.model),
         "tokens": options["tokens"],
         "repeat": options["repeat"],
+        "planned_runs": planned_runs,
         "interrupted": interrupted,
         "speeds": [asdict(speed) for speed in summarize(runs)],
     }
@@ -208,6 +224,8 @@ def _print(facts: dict[str, Any], runs: list[BenchmarkRun], *, as_json: bool) ->
     least, most = min(speed.runs for speed in speeds), max(speed.runs for speed in speeds)
     count = f"{most} run{'s' * (most != 1)}" if least == most else f"{least} to {most} runs"
     out.write(f"\nMedians of {count}, {facts['tokens']:,} tokens decoded in each.\n")
+    if facts["interrupted"]:
+        out.write(f"Interrupted when {len(runs):,} of {facts['planned_runs']:,} runs were done.\n")
 
 
 def _row(speed: Speed) -> tuple[str, ...]:
