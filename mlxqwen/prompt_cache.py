@@ -34,6 +34,7 @@ _MAX_TOKENS = 8_000_000  # their ids stand in the header, which may have 100 MB
 _LEFT_BEHIND = 24 * 3600  # seconds, after which what is being written is not any more
 _OTHER_FILE = "Give each model and each set of options a file of its own, or remove this one to begin anew."
 _NO_PROMPT_CACHE = "Give another name, or remove the file: it is made anew where there is none."
+_MADE_ANEW = "Give the name of a file: it is made where there is none."
 
 
 class PromptCache:
@@ -86,7 +87,7 @@ class PromptCache:
         self._max_kv_size, self._keep, self._kv_bits = max_kv_size, keep, kv_bits
         self.held = PrefixCache(self.new_cache())
         self.stored: tuple[int, ...] = ()
-        stored = check_prompt_cache_file(self.path)
+        stored = check_prompt_cache_file(path)
         if stored is not None:
             self._check(stored)
             self.stored = stored.tokens
@@ -243,16 +244,21 @@ class _StoredPrompt:
         return window == "0" or len(self.tokens) <= int(window)
 
 
-def check_prompt_cache_file(path: Path) -> _StoredPrompt | None:
-    """Read the header of a prompt cache; None if there is no such file, but could be.
+def check_prompt_cache_file(path: str | os.PathLike[str]) -> _StoredPrompt | None:
+    """Read the header of a prompt cache; None if there is no such file, but could be, or where a link leads.
 
     Raises:
         CacheError: something else is there, or nothing can be.
     """
+    if not os.fspath(path):
+        raise CacheError("prompt cache: found an empty name, expected that of a file", hint=_MADE_ANEW)
+    path = Path(path)
     try:
-        os.lstat(path)
-        if path.is_dir():
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
             raise CacheError(f"{path}: a folder, expected a file", hint="Give the name of a file in it.")
+        if not stat.S_ISREG(kind):
+            raise CacheError(f"{path}: not a regular file, expected the name of one", hint=_MADE_ANEW)
         tensors, metadata = read_header(path)
     except CacheError:
         raise
@@ -335,7 +341,7 @@ def _remove_left_behind(folder: Path, prefix: str) -> None:
 
 def _check_place(path: Path) -> None:
     """Complain before a long prompt is read."""
-    folder = path.parent
+    folder = (path.resolve() if path.is_symlink() else path).parent
     if not folder.is_dir():
         raise CacheError(f"{path}: there is no folder {folder}", hint="Make it first, or give another name.")
     if not os.access(folder, os.W_OK | os.X_OK):

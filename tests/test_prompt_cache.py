@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -386,8 +387,12 @@ def test_what_is_no_prompt_cache_is_refused_and_left_alone(tiny: Qwen3ForCausalL
     with pytest.raises(CacheError, match="there is no folder"):
         PromptCache(tmp_path / "nowhere" / "file", tiny)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CacheError, match="not a regular file"):
-        PromptCache(tmp_path / "pipe", tiny)
+    for place in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(CacheError, match="not a regular file") as device:
+            PromptCache(place, tiny)
+        assert "remove" not in str(device.value)
+    with pytest.raises(CacheError, match="found an empty name"):
+        PromptCache("", tiny)
     with pytest.raises(CacheError, match="null"):
         PromptCache(tmp_path / "a\0b", tiny)
     make_cache(tiny).save(tmp_path / "other")
@@ -522,6 +527,19 @@ def test_a_link_stays_a_link(tiny: Qwen3ForCausalLM, tmp_path: Path) -> None:
     assert prompt_cache.save()
     assert (tmp_path / "link").is_symlink()
     assert stored_ids(file) == [5, 6, 7]
+
+
+def test_a_link_to_nothing_is_where_the_file_is_made(tiny: Qwen3ForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name in ("real", "nowhere"):
+        (tmp_path / f"to {name}").symlink_to(tmp_path / name / "file")
+    prompt_cache = PromptCache(tmp_path / "to real", tiny)
+    read(tiny, prompt_cache, [5, 6])
+    assert prompt_cache.save()
+    assert (tmp_path / "to real").is_symlink()
+    assert stored_ids(tmp_path / "real" / "file") == [5, 6]
+    with pytest.raises(CacheError, match=f"there is no folder {re.escape(str(tmp_path / 'nowhere'))}"):
+        PromptCache(tmp_path / "to nowhere", tiny)
 
 
 def test_a_write_protected_file_stays_as_it_is(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
@@ -266,7 +265,7 @@ def check_values(options: Mapping[str, Any]) -> None:
     if options["prompt_cache"] is not None:
         from mlxqwen.prompt_cache import check_prompt_cache_file
 
-        check_prompt_cache_file(Path(options["prompt_cache"]))
+        check_prompt_cache_file(options["prompt_cache"])
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
