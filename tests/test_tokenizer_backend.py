@@ -458,6 +458,18 @@ def test_it_can_be_switched_off(
     assert started == []
 
 
+def test_an_unknown_word_means_on_and_is_told_once(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compile_now(folder)
+    for word in ("banana", "banana", "on", "1"):
+        monkeypatch.setenv("MLXQWEN_TOKENIZER_CACHE", word)
+        assert is_compiled(folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        "MLXQWEN_TOKENIZER_CACHE: found 'banana', expected on or off; it is taken for on"
+    ]
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "empty", "a folder", "a link"])
 def test_a_damaged_file_is_made_anew(folder: Path, cache: Path, started: list[Path], damage: str) -> None:
     entry = compile_now(folder)

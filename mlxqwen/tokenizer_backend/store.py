@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -30,6 +32,8 @@ from mlxqwen.tokenizer_backend.tables import DamagedTablesError, Tables
 from mlxqwen.user_cache import user_cache_folder
 
 __all__ = ["CachedTokenizer", "TokenizerRemoval", "cached_tokenizers", "prune_tokenizers"]
+
+logger = logging.getLogger("mlxqwen")
 
 FORMAT = 2
 MAX_BYTES = 256 * 2**20
@@ -79,7 +83,17 @@ class TokenizerRemoval:
 
 
 def is_switched_off() -> bool:
-    return os.environ.get("MLXQWEN_TOKENIZER_CACHE", "").lower() in ("0", "off", "no", "false")
+    return _means_off(os.environ.get("MLXQWEN_TOKENIZER_CACHE", ""))
+
+
+@lru_cache
+def _means_off(word: str) -> bool:
+    """Any other word than these means on, which is told once."""
+    if word.lower() in ("0", "off", "no", "false"):
+        return True
+    if word.lower() not in ("", "1", "on", "yes", "true"):
+        logger.warning("MLXQWEN_TOKENIZER_CACHE: found %r, expected on or off; it is taken for on", word)
+    return False
 
 
 def digest(data: bytes) -> str:
