@@ -126,9 +126,15 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_speculative(speculative: Speculative, draft_tokens: int) -> None:
+def _check_speculative(speculative: Speculative, draft_tokens: int | None, draft: object = None) -> None:
     """Refuse what cannot guess. Raises `OptionError`."""
-    check_draft_tokens(draft_tokens)
+    if draft_tokens is not None:
+        check_draft_tokens(draft_tokens)
+        if speculative is None and draft is None:
+            raise OptionError(
+                f"draft_tokens: found {draft_tokens}, expected none where nothing guesses",
+                hint='Give speculative="lookup" or a draft model, or leave out draft_tokens.',
+            )
     if speculative is not None:
         from mlxqwen.speculation.drafter import as_drafter
 
@@ -194,13 +200,13 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         speculative: Speculative = None,
-        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        draft_tokens: int | None = None,
     ) -> None:
         _check_speculative(speculative, draft_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.speculative = speculative
-        self.draft_tokens = draft_tokens
+        self.draft_tokens = DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens
 
     @classmethod
     def load(
@@ -211,7 +217,7 @@ class Engine:
         on_convert: Callable[[str, int, int], None] | None = None,
         draft: str | PathLike[str] | None = None,
         speculative: Speculative = None,
-        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        draft_tokens: int | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
         """See `load`. All that can be wrong is found before the weights are read or converted.
@@ -221,7 +227,7 @@ class Engine:
                 reads each prompt along with this one. `revision` is not for it.
             speculative: what guesses instead; see `Engine`.
         """
-        _check_speculative(speculative, draft_tokens)
+        _check_speculative(speculative, draft_tokens, draft)
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         folder = resolve_model(path_or_id, revision=revision)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def test_a_draft_model_of_another_vocabulary_is_refused(demo: tuple[Qwen3ForCaus
 
 
 # Loading
+
+
+def test_nothing_guesses_so_many_tokens(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    for make in (partial(Engine, *demo), partial(Engine.load, DEMO_FOLDER)):
+        with pytest.raises(OptionError, match=r"^draft_tokens: found 5, expected none"):
+            make(draft_tokens=5)
+    assert Engine(*demo, speculative="lookup", draft_tokens=5).draft_tokens == 5
 
 
 def test_a_draft_model_is_loaded_beside_the_model() -> None:
