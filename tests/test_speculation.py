@@ -298,7 +298,7 @@ def test_draft_lengths_follow_what_was_right() -> None:
         (SamplingParams(presence_penalty=2.0, frequency_penalty=1.0), PromptLookup(1)),
         (SamplingParams(repetition_penalty=1.5, temperature=1.5), KnowsTheReply([1, 2, 1, 2], [4, 4, 4], set())),
     ],
-    ids=str,
+    ids=["as it is", "top-k", "top-p", "min-p", "presence and frequency", "repetition"],
 )
 def test_replies_follow_the_distribution(params: SamplingParams, drafter: Drafter) -> None:
     """Hundreds of replies of three tokens, against the probabilities of all such replies in float64."""
