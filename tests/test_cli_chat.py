@@ -180,9 +180,9 @@ def test_load_goes_on_where_save_stopped(chat: Start, tmp_path: Path) -> None:
     talk.say(f"/save {file}")
     talk.say("/clear")
     assert "Conversation: 0 messages." in talk.say("/stats")
-    assert talk.say(f"/load {file}") == [f"Loaded 2 messages from {file}."]
+    assert " ".join(talk.say(f"/load {file}")) == f"Loaded 2 messages from {file}."  # long paths wrap
     talk.say("What is 12 + 39?")
-    assert talk.say(f"/save {file}") == [f"Saved 4 messages to {file}."]
+    assert " ".join(talk.say(f"/save {file}")) == f"Saved 4 messages to {file}."
     before = file.read_text()
     other = tmp_path / "other.json"
     other.write_text("{}")
