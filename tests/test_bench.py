@@ -17,6 +17,7 @@ import pytest
 from benchmarks import baseline, batches, counts, parts, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
+from benchmarks.machine import describe
 from benchmarks.processes import ROOT, ProcessError, Run, await_compilers, own_cache, python, timed
 from benchmarks.settings import Settings
 from graph_counts import uncompiled
@@ -133,8 +134,16 @@ def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
     assert bench.main(["broken", "import", "--runs", "1"]) == 1
     told = capsys.readouterr()
     assert "bench: broken: TypeError: " in told.err
-    assert told.out.startswith("here\n")
-    assert "| import, whole process | import mlx_lm | " in told.out
+    assert "bench: import" in told.err
+    heading, *_, first, second = told.out.splitlines()
+    assert heading == "here"
+    assert first.startswith("| import, whole process | import mlx_lm | ")
+    assert second.startswith("| import, whole process | import mlx.core | ")
+
+
+def test_the_machine_in_a_line() -> None:
+    line = r"mlx [\d.]+, mlx-lm [\d.]+, tokenizers [\d.]+; Python .*; load at the start [\d./]+"
+    assert re.fullmatch(line, describe())
 
 
 def test_a_command_that_fails_is_told_with_what_it_wrote() -> None:
@@ -168,16 +177,12 @@ def test_nothing_is_written_into_the_users_cache(tmp_path: Path, monkeypatch: py
     assert os.environ["MLXQWEN_CACHE"] == str(tmp_path / "user")
 
 
-def test_a_cheap_part_runs_whole() -> None:
+def test_the_script_finds_the_packages_beside_it() -> None:
     found = subprocess.run(
-        [sys.executable, "scripts/bench.py", "import", "--runs", "1"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/bench.py", "--shape", "x"], cwd=ROOT, capture_output=True, text=True
     )
-    assert found.returncode == 0, found.stderr
-    heading, *_, first, second = found.stdout.splitlines()
-    assert re.match(r"mlx [\d.]+, mlx-lm [\d.]+, tokenizers [\d.]+; Python .*; load at the start [\d./]+$", heading)
-    assert first.startswith("| import, whole process | import mlx_lm | ")
-    assert second.startswith("| import, whole process | import mlx.core | ")
-    assert "bench: import" in found.stderr
+    assert found.returncode == 2
+    assert "--shape: x: no such release" in found.stderr
 
 
 OLD = Baseline(

@@ -240,21 +240,29 @@ def lines_of(path: Path) -> list[bytes]:
     return sorted(path.read_bytes().splitlines())
 
 
+_SUMS = [{"prompt": f"What is {number} + 39?", "id": number} for number in range(24)]
+_SUMS_OPTIONS = ("--seed", "1", "--batch-size", "3")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A run that was not ended."""
+    files = Files(tmp_path_factory.mktemp("whole"))
+    files.ask(*_SUMS)
+    assert files.run(*_SUMS_OPTIONS).status == 0
+    return files
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_is_taken_up(tmp_path: Path, ending: signal.Signals) -> None:
-    numbers = range(24)
-    whole, cut = Files(tmp_path / "whole"), Files(tmp_path / "cut")
-    for files in (whole, cut):
-        files.input.parent.mkdir()
-        files.ask(*({"prompt": f"What is {number} + 39?", "id": number} for number in numbers))
-    options = ("--seed", "1", "--batch-size", "3")
-    assert whole.run(*options).status == 0
+def test_a_run_that_is_ended_is_taken_up(whole: Files, files: Files, ending: signal.Signals) -> None:
+    cut, options = files, _SUMS_OPTIONS
+    cut.ask(*_SUMS)
     process = started(cut, *options)
     wait_for_answers(cut, 4)
     process.send_signal(ending)
     _, error = process.communicate(timeout=60)
     done = cut.output.read_bytes().count(b"\n")
-    assert 4 <= done < len(numbers)
+    assert 4 <= done < len(_SUMS)
     if ending == signal.SIGINT:
         assert process.returncode == 130
         assert error.decode() == f"interrupted after {done} of 24 answers; the same command goes on from here\n"

@@ -46,10 +46,14 @@ def without_speed(done: Done) -> Done:
     return dataclasses.replace(done, usage=usage, timings=None)  # type: ignore[arg-type]
 
 
+OPTIONS: list[dict[str, Any]] = [{"thinking_budget": 7}, {"thinking_budget": 0}, {"stop": "3", "stop_on_loop": True}]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"thinking_budget": 7}, {"thinking_budget": 0}, {"stop": "3", "stop_on_loop": True}], ids=str
+    ("cache", "options"),
+    [*((cache, {}) for cache in CACHES), *((CACHES[1], options) for options in OPTIONS)],
+    ids=str,
 )
-@pytest.mark.parametrize("cache", CACHES, ids=str)
 def test_a_conversation_is_the_one_without_speculation(
     demo: tuple[Qwen3ForCausalLM, Tokenizer], drafted: DraftModel, cache: dict[str, Any], options: dict[str, Any]
 ) -> None:

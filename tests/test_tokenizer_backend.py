@@ -255,7 +255,7 @@ def test_tables_that_give_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch,
         compile_tokenizer(LibraryBackend(small_tokenizer(), "tokenizer.json"), {})
 
 
-@pytest.mark.parametrize("place", range(0, 151_387, 37_846))
+@pytest.mark.parametrize("place", [0, 151_384])
 def test_a_single_wrong_merge_is_found(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     """Two ranks change places, and nothing else."""
     real = Tables.make
