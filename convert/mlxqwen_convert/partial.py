@@ -169,7 +169,13 @@ class PartialFolder:
 
 
 def partial_path(output: Path) -> Path:
-    """The folder that a conversion to `output` is written into."""
+    """The folder that a conversion to `output` is written into.
+
+    Raises:
+        OutputError: `output` is "." or "/", which no folder beside it can be named after.
+    """
+    if not output.name:
+        raise exists(output)
     return output.with_name(f"{output.name}.partial")
 
 

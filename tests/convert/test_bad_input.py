@@ -49,6 +49,23 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
         refuse(source, tmp_path / name, OutputError, "already exists", "remove it")
 
 
+@pytest.mark.parametrize("output", [".", "./", "/", ".."])
+@pytest.mark.parametrize("options", [{}, {"dry_run": True}, {"resume": True}])
+def test_an_output_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, options: dict[str, Any]
+) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    (tmp_path / "a/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/here")
+    with pytest.raises(OutputError, match=f"^{re.escape(str(Path(output)))}: already exists"):
+        convert(source.folder, output, **options)
+    monkeypatch.chdir(source.folder)
+    if Path(output) == Path("."):
+        with pytest.raises(OutputError, match="is the source itself"):
+            convert(source.folder, output, **options)
+    assert not list(tmp_path.rglob("*partial"))
+
+
 def test_an_output_in_the_source(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "bf16").write()
     (tmp_path / "link").symlink_to(source.folder)
