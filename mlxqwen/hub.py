@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
+from mlxqwen.unfinished import command_to_finish, is_unfinished
 
 __all__ = ["DEMO_FOLDER", "resolve_model"]
 
@@ -92,11 +92,10 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """What `mlxqwen convert` writes into until it is done: named by its suffix and its manifest."""
-    if folder.name.endswith(".partial") and os.path.isfile(folder / "conversion.json"):
+    if is_unfinished(folder):
         raise HubError(
             f"{folder}: an unfinished conversion, expected a model's folder",
-            hint=f"Finish it: mlxqwen convert SOURCE {shlex.quote(str(folder).removesuffix('.partial'))} --resume",
+            hint=f"Finish it: {command_to_finish(folder)}",
         )
 
 

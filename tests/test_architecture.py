@@ -21,6 +21,7 @@ ROOMS = [
     "user_cache",
     "config",
     "checkpoint",
+    "unfinished",
     "hub",
     "device",
     "layers",

@@ -19,13 +19,14 @@ from typing import Any
 
 from mlxqwen.checkpoint.writing import sync, sync_descriptor
 from mlxqwen.json_file import read_json_object
+from mlxqwen.unfinished import MANIFEST, words_of_options
 from mlxqwen_convert.errors import OutputError, ResumeError
 from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
 
 __all__ = ["BOOKKEEPING", "PartialFolder", "partial_path", "tidy_output"]
 
-_MANIFEST, _JOURNAL, _LOCK = "conversion.json", "conversion.journal", "conversion.lock"
-BOOKKEEPING = (_JOURNAL, _MANIFEST, _LOCK)
+_JOURNAL, _LOCK = "conversion.journal", "conversion.lock"
+BOOKKEEPING = (_JOURNAL, MANIFEST, _LOCK)
 # Of a file that is being written.
 _NEW = ".new"
 
@@ -129,13 +130,13 @@ class PartialFolder:
             raise busy from None
 
     def _begin(self, fingerprint: Mapping[str, Any], *, existed: bool, resume: bool) -> None:
-        manifest = self.path / _MANIFEST
+        manifest = self.path / MANIFEST
         if not manifest.exists():
-            if existed and any(path.name not in (_LOCK, _MANIFEST + _NEW) for path in self.path.iterdir()):
+            if existed and any(path.name not in (_LOCK, MANIFEST + _NEW) for path in self.path.iterdir()):
                 raise OutputError(
                     f"{self.path}: is in the way and was not made by a conversion", hint="Move it away, or remove it."
                 )
-            self.write_text(_MANIFEST, json.dumps(fingerprint, indent=2) + "\n")
+            self.write_text(MANIFEST, json.dumps(fingerprint, indent=2) + "\n")
             return
         if not resume:
             raise OutputError(
@@ -146,18 +147,12 @@ class PartialFolder:
             found = read_json_object(manifest, error=ResumeError)
         except ResumeError as error:
             raise ResumeError(error.problem, hint=f"Remove {self.path} to start anew.") from None
-        for key, what in (
-            ("versions", "by other versions"),
-            ("source", "from another source"),
-            ("files", "from files that have changed since"),
-            ("options", "with other options"),
-            ("plan", "from files that have changed since"),
-        ):
-            if found.get(key) != json.loads(json.dumps(fingerprint.get(key))):
-                raise ResumeError(
-                    f"{self.path}: the conversion there was begun {what}, it cannot be continued",
-                    hint="Use what it was begun with, or remove the folder to start anew.",
-                )
+        difference = _difference(found, json.loads(json.dumps(fingerprint)))
+        if difference is not None:
+            raise ResumeError(
+                f"{self.path}: the conversion there was begun {difference}",
+                hint="Use what it was begun with, or remove the folder to start anew.",
+            )
         self._take_back_names()
         self.done = _read_journal(self.path / _JOURNAL)
 
@@ -166,6 +161,29 @@ class PartialFolder:
         (self.path / "config.json").unlink(missing_ok=True)
         for path in self.path.glob("*.safetensors"):
             path.rename(path.with_name(path.name + PARTIAL_SUFFIX))
+
+
+def _difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What tells the manifest of an earlier run from today's, in words; None if nothing does."""
+    if begun.get("versions") != now["versions"]:
+        return f"by {_words_of_versions(begun.get('versions'))}, found {_words_of_versions(now['versions'])}"
+    if begun.get("source") != now["source"]:
+        source = begun.get("source")
+        return f"from {source if isinstance(source, str) else 'another source'}, found {now['source']}"
+    if begun.get("files") != now["files"]:
+        return "from files that have changed since"
+    if begun.get("options") != now["options"]:
+        words, found = words_of_options(begun.get("options")), words_of_options(now["options"])
+        return f"with {'other options' if words is None else words or 'no options'}, found {found or 'none'}"
+    if begun.get("plan") != now["plan"]:
+        return "from files that have changed since"
+    return None
+
+
+def _words_of_versions(versions: object) -> str:
+    if not isinstance(versions, dict) or not versions:
+        return "other versions"
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def partial_path(output: Path) -> Path:
@@ -181,7 +199,7 @@ def partial_path(output: Path) -> Path:
 
 def tidy_output(output: Path) -> None:
     """Remove what a crash, right after a finished model got its name, left beside it."""
-    if not all((output / name).is_file() for name in (_MANIFEST, _LOCK, "config.json")):
+    if not all((output / name).is_file() for name in (MANIFEST, _LOCK, "config.json")):
         return
     with suppress(OSError):
         lock = os.open(output / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,11 +358,40 @@ def test_resuming_something_else(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError, match="--resume"):
         convert(source.folder, tmp_path / "out")
-    with pytest.raises(ResumeError, match="other options"):
+    with pytest.raises(ResumeError, match="begun with no options, found --bits 8\n"):
         convert(source.folder, tmp_path / "out", resume=True, bits=8)
-    with pytest.raises(ResumeError, match="another source"):
+    paths = f"begun from {source.folder.resolve()}, found {other.folder.resolve()}\n"
+    with pytest.raises(ResumeError, match=re.escape(paths)):
         convert(other.folder, tmp_path / "out", resume=True)
     os.utime(source.folder / "model.safetensors", ns=(1, 1))
     with pytest.raises(ResumeError, match="changed since"):
         convert(source.folder, tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("versions", {"mlxqwen": "0.0.1", "mlx": "0.9"}, "begun by mlxqwen 0.0.1 and mlx 0.9, found mlxqwen "),
+        ("versions", 7, "begun by other versions, found mlxqwen "),
+        ("source", None, "begun from another source, found /"),
+        ("source", "\x1b[2J", "begun from \\x1b[2J, found /"),
+        ("options", {"bits": 5}, "begun with --bits 5, found --bits 3 --quality\n"),
+        ("options", {"rm": 5}, "begun with other options, found --bits 3 --quality\n"),
+        ("options", [], "begun with other options, found --bits 3 --quality\n"),
+        ("plan", {}, "changed since"),
+    ],
+)
+def test_a_manifest_that_says_something_else(tmp_path: Path, key: str, value: Any, words: str) -> None:
+    source = make_source(tmp_path / "in", "bf16").write()
+    options: dict[str, Any] = {"bits": 3, "quality": True}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source.folder, tmp_path / "out", progress=stop, **options)
+    manifest = tmp_path / "out.partial/conversion.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
+    with pytest.raises(ResumeError, match=re.escape(words)):
+        convert(source.folder, tmp_path / "out", resume=True, **options)
