@@ -204,7 +204,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     if config.tie_word_embeddings and options.lm_head_bits is not None:
         raise OptionError(
             f"lm_head_bits: {folder} has no head of its own, its embeddings serve as one",
-            hint="Use embed_bits instead.",
+            hint="Use embed_bits (--embed-bits) instead." if options.embed_bits is None else "Leave it out.",
         )
     if config.rope_scaling is not None and config.moe is not None:
         notes.append("config.json has YaRN, which mlx-lm (0.32) leaves aside in a mixture of experts")

@@ -165,11 +165,18 @@ def _note(text: str) -> None:
 
 
 def _in_options_words(error: OptionError, options: Mapping[str, Any]) -> OptionError:
-    """The library's `group_size: …` as `--group-size: …`."""
+    """The library's `group_size: …` as `--group-size: …`, and its `group_size (--group-size)` as well."""
     name = error.problem.partition(":")[0]
     if name not in options:
         return error
-    return OptionError(f"--{name.replace('_', '-')}{error.problem.removeprefix(name)}", hint=error.hint)
+    hint = error.hint
+    for other in options:
+        hint = hint.replace(f"{other} ({_flag(other)})", _flag(other))
+    return OptionError(f"{_flag(name)}{error.problem.removeprefix(name)}", hint=hint)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _print(text: str, report: Report) -> bool:

@@ -134,6 +134,16 @@ def test_bad_options_end_in_a_line_or_two(tmp_path: Path, options: list[str], co
     assert done.stderr.count("\n") <= 2
 
 
+def test_bits_for_a_head_that_is_not_there_in_the_commands_words(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "in", "bf16", {**DENSE, "tie_word_embeddings": True}).write()
+    result = run("convert", str(source.folder), str(tmp_path / "out"), "--lm-head-bits", "8")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"error: --lm-head-bits: {source.folder} has no head of its own, its embeddings serve as one",
+        "       Use --embed-bits instead.",
+    ]
+
+
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", "bf16").write()
     arguments = ["-m", "mlxqwen", "convert", str(source.folder), str(tmp_path / "out")]

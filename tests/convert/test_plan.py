@@ -120,8 +120,10 @@ def test_the_dtype_that_loses_nothing(tmp_path: Path, form: str, scales: str, dt
 
 
 def test_bits_for_a_head_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"(?s)lm_head_bits.*no head of its own.*embed_bits"):
-        plan_of(tmp_path, "bf16", {**DENSE, "tie_word_embeddings": True}, lm_head_bits=8)
+    with pytest.raises(OptionError, match=r"(?s)lm_head_bits.*no head of its own.*\nUse embed_bits \(--embed-bits\)"):
+        plan_of(tmp_path / "one", "bf16", {**DENSE, "tie_word_embeddings": True}, lm_head_bits=8)
+    with pytest.raises(OptionError, match=r"(?s)lm_head_bits.*no head of its own.*\nLeave it out\."):
+        plan_of(tmp_path / "both", "bf16", {**DENSE, "tie_word_embeddings": True}, lm_head_bits=8, embed_bits=8)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what the system read")
