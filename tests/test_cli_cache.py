@@ -113,10 +113,10 @@ def test_pruning(tmp_path: Path) -> None:
     one, two = fill(tmp_path)
     shutil.rmtree(one)
     told = run("cache", "prune", "--dry-run").out
-    assert told.startswith(f"would remove {one} (MLX 8-bit, groups of 64, ")
+    assert told.startswith(f"would remove the conversion of {one} (MLX 8-bit, groups of 64, ")
     assert told.endswith(" would be freed\n")
     done = run("cache", "prune").out.splitlines()
-    assert done[0].startswith(f"removed {one} (")
+    assert done[0].startswith(f"removed the conversion of {one} (")
     assert done[0].endswith(": source gone")
     assert done[1].endswith(" freed")
     assert len(done) == 2

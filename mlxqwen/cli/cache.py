@@ -144,7 +144,10 @@ def _account(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_ru
         verb = "in use, left" if removal.in_use else "would remove" if dry_run else "removed"
         model = removal.model
         reason = "" if removal.in_use or removal.reason == "all" else f": {removal.reason}"
-        text += one_line(f"{verb} {model.source} ({model.target}, {size_of(model.nbytes)}){reason}") + "\n"
+        text += (
+            one_line(f"{verb} the conversion of {model.source} ({model.target}, {size_of(model.nbytes)}){reason}")
+            + "\n"
+        )
     for gone in tokenizers:
         verb = "would remove" if dry_run else "removed"
         reason = "" if gone.reason == "all" else f": {gone.reason}"
