@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Buffers", "Quantized", "Quantizer", "Read"]
+__all__ = ["Buffers", "Quantized", "Quantizer", "Read", "working_bytes"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[Any]
@@ -31,7 +31,7 @@ Read = Callable[[Words, int], None]
 _UNIT = 8
 _LANES = _UNIT // 2
 _CACHE_LINE = 64
-_PASSING_BYTES = 1 << 20
+_PASSING_BYTES, _PASSING_BYTES_OF_GROUP = 1 << 20, 40
 _WEIGHTS_PER_BLOCK = 1 << 18
 # Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
 _WIDTH_STEP = 16
@@ -90,51 +90,40 @@ class Quantizer:
     """
 
     def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
-        units, groups = group_size // _UNIT, weights // group_size
-        blocks = _blocks(groups, math.ceil(weights / _WEIGHTS_PER_BLOCK))
-        width = math.ceil(groups / blocks)
-        code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
+        arrays = {name: buffers.array(name, *form) for name, form in _layout(weights, group_size, bits).items()}
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
-        self._groups = groups
-        array = buffers.array
-        # A unit as one number of 16 bytes, the quickest to move.
-        self._units = array("units", np.complex128, blocks, units, width)
-        # For each lane of a unit, what is greatest in a group, as unsigned and as signed numbers; and space.
-        self._greatest = array("greatest", np.uint16, 3, blocks, width * _UNIT)
-        self._scales = array("scales", np.float32, blocks, width * _LANES)
-        self._biases = array("biases", np.float32, blocks, width * _LANES)
-        self._weight = array("weight", packed, blocks, width, units)
-        # Of one block: weights as they lie in the file, and even ones before odd ones.
-        self._source = array("source", np.uint16, width * group_size)
-        self._floats = array("floats", np.float32, 2, units, width * _LANES)
-        # Short enough for sums in float32, and for BLAS to leave other threads alone.
-        self._rows = self._floats.reshape(-1, width)
-        self._sums = array("sums", np.float32, 2, blocks, len(self._rows))
-        self._codes = array("codes", code, 2, units, width * _LANES)
-        self._tops = array("tops", code, width * _LANES)
+        self._groups = weights // group_size
+        self._units, self._greatest = arrays["units"], arrays["greatest"]
+        self._scales, self._biases, self._weight = arrays["scales"], arrays["biases"], arrays["weight"]
+        self._source, self._floats, self._codes = arrays["source"], arrays["floats"], arrays["codes"]
+        self._sums = arrays["sums"]
+        self._tops = arrays["tops"]
         self._tops.fill(self._top)
         # Views, made once: nobody else has the interpreter meanwhile.
+        _, units, width = self._units.shape
         self._source_units = self._source.view(np.complex128).reshape(width, units).T
         self._numbers, self._words = self._units.view(np.uint16), self._units.view(np.uint32)
         self._wide_even, self._wide_odd = self._floats.view(np.uint32)
+        self._rows = self._floats.reshape(-1, width)
         self._even, self._odd = self._codes.view(np.uint32)
-        self._packed = self._codes[0].view(packed)
+        self._packed = self._codes[0].view(self._weight.dtype)
         self._weight_by_unit = self._weight.swapaxes(1, 2)
 
     def quantize(self, read: Read, *, measure: bool) -> Quantized | None:
-        """What the weights that `read` gives become; None if weights or scales are not finite."""
+        """What the weights that `read` gives become; None if weights or scales are not finite, or scales are zero."""
         blocks = range(len(self._units))
         for block in blocks:
             self._gather(block, read)
         with np.errstate(all="ignore"):
-            scales, biases, clip = _scales_and_biases(*self._extremes(), self._top)
-            if (scales & _MAGNITUDE).max() >= _INFINITY:
+            scales, biases = _scales_and_biases(*self._extremes(), self._top)
+            magnitudes = scales & _MAGNITUDE
+            if magnitudes.max() >= _INFINITY or not magnitudes.min():
                 return None
             _repeat(scales, self._scales)
             _repeat(biases, self._biases)
             for block in blocks:
                 self._widen(block, measure=measure)
-                self._quantize_block(block, clip=clip)
+                self._quantize_block(block)
                 if measure:
                     self._compare(block)
             error, norm = self._sums.sum(axis=(1, 2), dtype=np.float64).tolist() if measure else (0.0, 0.0)
@@ -177,13 +166,16 @@ class Quantizer:
         if measure:
             np.vecdot(self._rows, self._rows, out=self._sums[1, block])
 
-    def _quantize_block(self, block: int, *, clip: bool) -> None:
-        """The block's packed codes. Its weights become their distances from the bias, in steps of the scale."""
+    def _quantize_block(self, block: int) -> None:
+        """The block's packed codes. Its weights become their distances from the bias, in steps of the scale.
+
+        Steps are never negative. They may be a little above the greatest code, and are below twice that: the scale is
+        the range of a group over the greatest code, but for what makes zero a code.
+        """
         floats, codes, odd = self._floats, self._codes, self._odd
         np.subtract(floats, self._biases[block], out=floats)
         np.divide(floats, self._scales[block], out=floats)
-        steps = np.clip(floats, np.float32(0), np.float32(self._top)) if clip else floats
-        np.rint(steps, out=codes, casting="unsafe")
+        np.rint(floats, out=codes, casting="unsafe")
         np.minimum(codes, self._tops, out=codes)
         np.left_shift(odd, self._bits, out=odd)
         np.bitwise_or(self._even, odd, out=self._even)
@@ -200,35 +192,59 @@ class Quantizer:
         np.vecdot(self._rows, self._rows, out=self._sums[0, block])
 
 
+def _layout(weights: int, group_size: int, bits: int) -> dict[str, tuple[type[np.generic], *tuple[int, ...]]]:
+    """The arrays of a quantizer: their dtypes and shapes."""
+    units, groups = group_size // _UNIT, weights // group_size
+    blocks = _blocks(groups, math.ceil(weights / _WEIGHTS_PER_BLOCK))
+    width = math.ceil(groups / blocks)
+    code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
+    return {
+        # A unit as one number of 16 bytes, the quickest to move.
+        "units": (np.complex128, blocks, units, width),
+        # For each lane of a unit, what is greatest in a group, as unsigned and as signed numbers; and space.
+        "greatest": (np.uint16, 3, blocks, width * _UNIT),
+        "scales": (np.float32, blocks, width * _LANES),
+        "biases": (np.float32, blocks, width * _LANES),
+        "weight": (packed, blocks, width, units),
+        # Of one block: weights as they lie in the file, and even ones before odd ones.
+        "source": (np.uint16, width * group_size),
+        "floats": (np.float32, 2, units, width * _LANES),
+        "codes": (code, 2, units, width * _LANES),
+        "tops": (code, width * _LANES),
+        # Of rows short enough for sums in float32, and for BLAS to leave other threads alone.
+        "sums": (np.float32, 2, blocks, 2 * units * _LANES),
+    }
+
+
+def working_bytes(weights: int, group_size: int, bits: int) -> int:
+    """What a quantizer of so many weights holds at most."""
+    arrays = _layout(weights, group_size, bits).values()
+    kept = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, *shape in arrays)
+    return kept + weights // group_size * _PASSING_BYTES_OF_GROUP
+
+
 def _blocks(groups: int, fewest: int) -> int:
     """Into how many blocks groups are cut: evenly, if they can be."""
     even = (count for count in range(fewest, 2 * fewest) if groups % (count * _WIDTH_STEP) == 0)
     return next(even, fewest)
 
 
-def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words, bool]:
-    """BF16 scales and biases as `affine.quantize` has them, and whether steps may lie below 0 or far above."""
+def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words]:
+    """BF16 scales and biases as `affine.quantize` has them."""
     downward = (low & _MAGNITUDE) > (high & _MAGNITUDE)
     exchanged = np.negative(downward.view(np.int8), dtype=np.int16).view(np.uint16)
     exchanged &= low ^ high
     biases = high ^ exchanged
-    bias, other_end = _wide(biases), _wide(low ^ exchanged)
-    span: Floats = other_end - bias
-    scale: Floats = span / np.float32(top)
-    no_steps = False
+    bias: Floats = _wide(biases)
+    scale: Floats = (_wide(low ^ exchanged) - bias) / np.float32(top)
     if np.abs(scale).min() < _SMALLEST_SCALE:  # groups whose weights are all alike
         scale = np.where(downward, np.maximum(scale, _SMALLEST_SCALE), np.minimum(scale, -_SMALLEST_SCALE))
         at_zero = np.rint(bias / scale) == 0
-        no_steps = bool(at_zero.any())
         scale = np.where(at_zero, scale, bias / np.where(at_zero, np.float32(1), np.rint(bias / scale)))
         biases = np.where(at_zero, np.uint16(0), biases)
-        span = other_end - _wide(biases)
     else:
         scale = bias / np.rint(bias / scale)
-    scales = _nearest(scale)
-    farthest = span / _wide(scales)
-    # Codes are made in numbers twice as wide as they need to be.
-    return scales, biases, no_steps or not (farthest.min() >= 0 and farthest.max() < top * (top + 2))
+    return _nearest(scale), biases
 
 
 def _nearest(floats: Floats) -> Words:

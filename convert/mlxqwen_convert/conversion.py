@@ -27,7 +27,7 @@ from mlxqwen_convert.errors import (
     VerificationError,
 )
 from mlxqwen_convert.layout import INDEX_NAME, index_of
-from mlxqwen_convert.memory import buffer_bytes, expected_peak, largest_numpy_chunk, strip_bytes, weights_in_flight
+from mlxqwen_convert.memory import buffer_bytes, expected_peak, numpy_bytes, strip_bytes, weights_in_flight
 from mlxqwen_convert.model_card import model_card
 from mlxqwen_convert.partial import PartialFolder, exists, partial_path, tidy_output
 from mlxqwen_convert.pipeline import (
@@ -233,7 +233,7 @@ class _Job:
         plan, files = self.plan, self.files
         in_flight = weights_in_flight(plan)
         chunk, allowance = max(1, in_flight // self.workers), Allowance(in_flight)
-        numpy_rows = NumpyRows(largest_numpy_chunk(plan))
+        numpy_rows = NumpyRows(numpy_bytes(plan, self.workers))
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
         try:

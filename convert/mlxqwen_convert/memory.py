@@ -6,7 +6,7 @@ from mlxqwen_convert.pipeline import is_read_by_columns, numpy_target, smallest_
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 
-__all__ = ["buffer_bytes", "expected_peak", "largest_numpy_chunk", "strip_bytes", "weights_in_flight"]
+__all__ = ["buffer_bytes", "expected_peak", "numpy_bytes", "strip_bytes", "weights_in_flight"]
 
 # What the tables of a large model leave of this goes to the chunks: larger ones are quicker.
 _AIM_BYTES = 84 << 20
@@ -16,8 +16,8 @@ _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
 _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 # NumPy, which is loaded where it is of use.
 _NUMPY_BYTES = 15 << 20
-# Larger chunks of NumPy's are no quicker; smaller ones where MLX has its own buffers beside them.
-_LARGEST_NUMPY_CHUNK, _LARGEST_BESIDE_MLX = 1 << 21, 1 << 19
+# Its buffers, those of all threads together: alone, and where MLX has its own beside them.
+_NUMPY_CHUNKS_BYTES, _NUMPY_CHUNKS_BESIDE_MLX = 26 << 20, 8 << 20
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
 # Strips of what is read by columns, those of all workers together.
@@ -35,9 +35,9 @@ def buffer_bytes(in_flight: int) -> int:
     return in_flight * _BUFFER_BYTES
 
 
-def largest_numpy_chunk(plan: Plan) -> int:
-    """Weights that a worker may take at once where NumPy quantizes them."""
-    return _LARGEST_BESIDE_MLX if False in _by_numpy(plan) else _LARGEST_NUMPY_CHUNK
+def numpy_bytes(plan: Plan, workers: int) -> int:
+    """What each of so many threads may hold where NumPy quantizes."""
+    return (_NUMPY_CHUNKS_BESIDE_MLX if False in _by_numpy(plan) else _NUMPY_CHUNKS_BYTES) // workers
 
 
 def strip_bytes(workers: int) -> int:
@@ -63,8 +63,6 @@ def _standing_bytes(plan: Plan) -> int:
 
 
 def _by_numpy(plan: Plan) -> set[bool]:
-    """Whether NumPy makes the quantized matrices: all, none or some of them."""
-    quantized = (planned for planned in plan.modules if planned.target is not None)
-    return {
-        numpy_target(plan, planned, part) is not None for planned in quantized for part in range(len(planned.parts))
-    }
+    """Whether NumPy makes the matrices: all, none or some of them."""
+    matrices = (planned for planned in plan.modules if planned.module.is_matrix)
+    return {numpy_target(plan, planned, part) is not None for planned in matrices for part in range(len(planned.parts))}

@@ -53,8 +53,8 @@ MAX_WORKERS = 8
 # What is read back at once.
 _PIECE_BYTES = 1 << 20
 _NUMPY_BITS = (4, 8)
-# A weight in hand takes NumPy so many bytes for so many of MLX.
-_NUMPY_SHARE, _MLX_SHARE = 5, 32
+# Larger chunks of NumPy's are no quicker.
+_LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
 
 T = TypeVar("T")
 
@@ -283,12 +283,12 @@ def write_task(
     """
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
-    make, share = _make_rows, _MLX_SHARE
-    if numpy_target(plan, planned, task.part) is not None:
-        make, share = numpy_rows.make, _NUMPY_SHARE
-        chunk = min(chunk * _MLX_SHARE // share, numpy_rows.most)
-    for rows in chunks_of(planned, task, chunk):
-        with allowance.taken((rows[1] - rows[0]) * planned.module.width * share // _MLX_SHARE):
+    target_form = numpy_target(plan, planned, task.part)
+    make = _make_rows if target_form is None else numpy_rows.make
+    for rows in chunks_of(planned, task, chunk if target_form is None else numpy_rows.chunk(target_form)):
+        # NumPy's chunks have memory of their own.
+        in_hand = (rows[1] - rows[0]) * planned.module.width if target_form is None else 0
+        with allowance.taken(in_hand):
             arrays, error = make(plan, task, source, rows, measure)
             for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
                 data = as_bytes(array)
@@ -317,12 +317,27 @@ class NumpyRows:
     """Makes rows of a `numpy_target`; each thread keeps its buffers for further chunks.
 
     Attributes:
-        most: weights of a chunk, as given.
+        bytes_of_thread: what a thread may hold, as given.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, bytes_of_thread: int) -> None:
+        self.bytes_of_thread = bytes_of_thread
+        self._chunks: dict[AffineQuantization, int] = {}
         self._local = threading.local()
+
+    def chunk(self, target: AffineQuantization) -> int:
+        """Weights to be taken at once."""
+        from mlxqwen_convert.bfloat16 import working_bytes
+
+        if target not in self._chunks:
+            weights = _LARGEST_NUMPY_CHUNK
+            while (
+                weights > _SMALLEST_NUMPY_CHUNK
+                and working_bytes(weights, target.group_size, target.bits) > self.bytes_of_thread
+            ):
+                weights //= 2
+            self._chunks[target] = weights
+        return self._chunks[target]
 
     def make(
         self, plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
@@ -347,6 +362,7 @@ class NumpyRows:
         own: dict[str, Any] = self._local.__dict__
         kept: Quantizer | None = own.get("quantizer")
         if kept is None or kept.form != (weights, target.group_size, target.bits):
+            kept = own["quantizer"] = None  # lets go of its buffers
             buffers = own.setdefault("buffers", Buffers())
             kept = own["quantizer"] = Quantizer(weights, target.group_size, target.bits, buffers)
         return kept

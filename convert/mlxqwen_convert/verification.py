@@ -102,12 +102,15 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
 
 def error_of_bfloat16(found: Quantized) -> ModuleError:
     """What `compare` and `error_of` find for nearest codes with BF16 scales, from sums that are at hand."""
+    import numpy as np  # not all conversions need it
+
     # A chunk has so many groups that fresh memory for each step would take longer than the steps.
-    reach, half_steps = abs(found.wide_biases), abs(found.wide_scales)
-    reach *= 2 * _rounding(0.0, 1.0, found.bits, "BF16")
-    half_steps *= 2 * _rounding(1.0, 0.0, found.bits, "BF16") + 0.5
-    reach += half_steps
-    reach *= reach
+    reach, half_steps = np.abs(found.wide_biases), np.abs(found.wide_scales)
+    with np.errstate(over="ignore"):
+        reach *= 2 * _rounding(0.0, 1.0, found.bits, "BF16")
+        half_steps *= 2 * _rounding(1.0, 0.0, found.bits, "BF16") + 0.5
+        reach += half_steps
+        reach *= reach
     return ModuleError(found.squared_error, found.squared_norm, float(reach.sum()) * found.group_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mlxqwen_convert import affine
+from mlxqwen_convert import affine, bfloat16
 from mlxqwen_convert.affine import GROUP_SIZES, Packed
-from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer, Read
+from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer, Read, working_bytes
 from mlxqwen_convert.verification import error_of_bfloat16
 from tests.convert.encoders import unpack_affine
 from tests.convert.test_affine import KINDS, random_weight
@@ -23,6 +24,14 @@ Numbers = NDArray[np.uint16]
 every_form = pytest.mark.parametrize(
     ("bits", "group_size"), [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
 )
+
+
+@pytest.fixture(scope="module", params=[1 << 11, 1 << 18], autouse=True)
+def weights_per_block(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Many blocks, and blocks as large as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bfloat16, "_WEIGHTS_PER_BLOCK", request.param)
+        yield
 
 
 def as_numbers(weight: NDArray[Any]) -> Numbers:
@@ -116,26 +125,50 @@ def test_ranges_that_overflow_are_refused() -> None:
     assert quickly(numbers, 64, 4) is None
 
 
-@pytest.mark.parametrize("groups", [509, 521, 1021, 1024, 1536, 7919])
-def test_blocks_are_wide_whatever_the_number_of_groups(groups: int) -> None:
-    """A prime number of groups has no divisor that would do."""
-    numbers = as_numbers(np.random.default_rng(groups).normal(0, 1, (groups, 64)))
-    quantizer = Quantizer(numbers.size, 64, 4, Buffers())
+@every_form
+@pytest.mark.parametrize("groups", [509, 1024, 1536, 7919])
+def test_sums_of_all_blocks(groups: int, bits: int, group_size: int) -> None:
+    """Blocks are alike, whatever the number of groups: a prime one has no divisor that would do."""
+    numbers = as_numbers(np.random.default_rng(groups).normal(0, 1, (groups, group_size)))
+    quantizer = Quantizer(numbers.size, group_size, bits, Buffers())
     blocks, _, width = quantizer._units.shape
-    assert width > 256
     assert 0 <= blocks * width - groups < blocks
-    found, expected = quantizer.quantize(reader(numbers), measure=True), by_mlx(numbers, 64, 4)
+    found, expected = quantizer.quantize(reader(numbers), measure=True), by_mlx(numbers, group_size, bits)
     same(found, expected)
     assert found is not None
     weight = (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    restored = unpack_affine(np.array(expected.weight), found.wide_scales[:, None], found.wide_biases[:, None], 4)
+    scales, biases = found.wide_scales[:, None], found.wide_biases[:, None]
+    restored = unpack_affine(np.array(expected.weight), scales, biases, bits)
     assert found.squared_norm == pytest.approx(np.square(weight).sum(), rel=1e-5)
     assert found.squared_error == pytest.approx(np.square(weight - restored).sum(), rel=1e-4)
 
 
+@every_form
+def test_groups_of_equal_weights(bits: int, group_size: int) -> None:
+    """All exponents: no step is lost, or made of nothing, on the way to a code."""
+    numbers = np.repeat(np.arange(0, 0x7F80, 7, dtype=np.uint16)[:, None], group_size, axis=1)
+    for sign in (0, 0x8000):
+        whole = quickly(numbers | np.uint16(sign), group_size, bits)
+        assert whole is None  # the largest have a scale of zero
+        expected = by_mlx(numbers | np.uint16(sign), group_size, bits)
+        usable = np.array(expected.scales.view(mx.uint16)).reshape(-1) & 0x7FFF != 0
+        assert 0.8 < usable.mean() < 1
+        kept = numbers[usable] | np.uint16(sign)
+        same(quickly(kept, group_size, bits), by_mlx(kept, group_size, bits))
+
+
+def test_working_bytes_are_those_of_the_buffers() -> None:
+    for form in ((1 << 16, 32, 4), (3 << 15, 64, 8), (1 << 19, 128, 4), (1031 * 64, 64, 4)):
+        buffers = Buffers()
+        Quantizer(*form, buffers)
+        kept = sum(array.nbytes for array in buffers._kept.values())
+        passing = working_bytes(*form) - kept
+        assert 0 < passing <= 41 * form[0] // form[1]
+
+
 def test_buffers_serve_again() -> None:
     buffers = Buffers()
-    for rows, group_size, bits in ((512, 64, 4), (100, 128, 8), (700, 32, 4), (1031, 64, 4), (509, 32, 4)):
+    for rows, group_size, bits in ((512, 64, 4), (100, 128, 8), (700, 32, 4), (1031, 64, 4), (509, 32, 8)):
         quantizer = Quantizer(rows * group_size, group_size, bits, buffers)
         for seed in range(3):
             numbers = as_numbers(np.random.default_rng(seed).normal(0, 1, (rows, group_size)))

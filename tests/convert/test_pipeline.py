@@ -19,7 +19,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.hub import DEMO_FOLDER
 from mlxqwen.loading import load_model
-from mlxqwen_convert import convert
+from mlxqwen_convert import affine, convert
 from mlxqwen_convert.layout import lay_out
 from mlxqwen_convert.plan import Options, make_plan
 from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, VARIANTS, Source, make_source
@@ -435,3 +435,19 @@ def test_memory_does_not_depend_on_the_model(
     shutil.rmtree(tmp_path / "in")
     shutil.rmtree(tmp_path / "out")
     assert peak <= 96 << 20
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_block_of_a_chunk_is_read_where_it_lies(tmp_path: Path, bits: int) -> None:
+    """A matrix of many chunks and blocks, quantized by NumPy, beside MLX's codes of the whole."""
+    source = make_source(tmp_path / "in", "bf16", {**DENSE, "vocab_size": 20_000}).write()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxqwen_convert.bfloat16._WEIGHTS_PER_BLOCK", 1 << 13)
+        patch.setattr("mlxqwen_convert.pipeline._LARGEST_NUMPY_CHUNK", 1 << 16)
+        convert(source.folder, tmp_path / "out", bits=bits, workers=2)
+    tensors = mx.load(str(tmp_path / "out/model.safetensors"))
+    assert isinstance(tensors, dict)
+    for name in ("model.embed_tokens", "lm_head"):
+        weight = mx.array(source.meaning[name]).astype(mx.bfloat16)
+        for word, expected in affine.quantize(weight, 64, bits, mx.bfloat16)._asdict().items():
+            assert mx.array_equal(tensors[f"{name}.{word}"], expected), (name, word)

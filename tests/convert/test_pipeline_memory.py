@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import make_checkpoint as make_checkpoint_script
 import pytest
@@ -19,42 +23,74 @@ from tests.convert.checkpoints import make_source
 
 ROOT = Path(__file__).resolve().parents[2]
 _MEASURED = """
-import os, sys
+import json, os, sys
 from mlxqwen_convert import convert
-report = convert(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
+report = convert(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]), **json.loads(sys.argv[4]))
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 print(peak, report.expected_peak_bytes)
 """
 
 
+Made = Callable[[str, str], Path]
+
+
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One layer as wide as that of the widest release, otherwise small; numbers that are slow to draw repeat."""
-    folders = {}
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """One layer as wide as that of a release, otherwise small, or one with words for NumPy to quantize; made once each.
+
+    Numbers that are slow to draw repeat.
+    """
+    small = {"hidden_size": 1024, "num_hidden_layers": 1}
     with pytest.MonkeyPatch.context() as patch:
-        narrow = {"vocab_size": 2048, "hidden_size": 1024, "num_hidden_layers": 1}
-        patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **narrow})
+        patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **small, "vocab_size": 2048})
+        patch.setitem(SHAPES, "tall", {**SHAPES["Qwen3-8B"], **small, "vocab_size": 30_000})
         for draw in ("_normal", "_e4m3"):
             drawn = getattr(make_checkpoint_script, draw)(0, 1 << 20)
             patch.setattr(make_checkpoint_script, draw, lambda start, count, drawn=drawn: drawn[:count])
-        for form in ("awq", "gptq", "bf16", "fp8"):
-            folders[form] = tmp_path_factory.mktemp(form) / "in"
-            make_checkpoint(folders[form], "wide", form=form)
-    return folders
+
+        @cache
+        def make(shape: str, form: str) -> Path:
+            folder = tmp_path_factory.mktemp(f"{shape}-{form}") / "in"
+            make_checkpoint(folder, shape, form=form)
+            return folder
+
+        yield make
+
+
+def _peaks(source: Path, output: Path, workers: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that a whole process held at most, and that it expected."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+    command = [sys.executable, "-c", _MEASURED, str(source), str(output), str(workers), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak, expected = map(int, done.stdout.split())
+    return peak, expected
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("form", ["awq", "gptq", "bf16", "fp8"])
-def test_wide_rows_and_many_workers(wide: dict[str, Path], tmp_path: Path, form: str, workers: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
-    command = [sys.executable, "-c", _MEASURED, str(wide[form]), str(tmp_path / "out"), str(workers)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    peak, expected = map(int, done.stdout.split())
-    assert peak <= 96 << 20
-    assert peak <= expected
+def test_wide_rows_and_many_workers(made: Made, tmp_path: Path, form: str, workers: int) -> None:
+    peak, expected = _peaks(made("wide", form), tmp_path / "out", workers, {})
+    assert peak <= expected <= 96 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("fp8", {"group_size": 32}),
+        ("bf16", {"bits": 8, "group_size": 32}),
+        ("bf16", {"bits": 8, "keep": {"*.down_proj": 6, "*_proj": 5}}),
+        ("bf16", {"embed_bits": 16, "keep": {"*.gate_proj": 16}}),
+    ],
+)
+def test_numpy_and_mlx_side_by_side(made: Made, tmp_path: Path, form: str, options: dict[str, Any]) -> None:
+    """Each of eight threads has buffers for both: together they stay within what is expected."""
+    peak, expected = _peaks(made("tall", form), tmp_path / "out", 8, options)
+    assert peak <= expected <= 96 << 20
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq", "gptq8", "int4-asymmetric", "int8-asymmetric", "bf16", "fp8"])
