@@ -230,6 +230,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     _refuse_same(folder, source, planned, options)
     _check_globs(options, planned)
     _note_head(source, planned, options, notes)
+    _note_without_effect(planned, options, notes)
     shards = lay_out((entry.outputs for entry in planned), max_shard_bytes)
     placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     planned = tuple(
@@ -428,3 +429,13 @@ def _note_head(source: SourceFormat, planned: tuple[PlannedModule, ...], options
         flags = " ".join(offer[entry.module.kind] for entry in big)
         saved = "halve them" if len(big) > 1 else "halves them"
         notes.append(f"{size} of embeddings and head stay unquantized, as in the source; {flags} {saved}")
+
+
+def _note_without_effect(planned: tuple[PlannedModule, ...], options: Options, notes: list[str]) -> None:
+    """Options that were given, but have nothing to act on."""
+    is_any_quantized = any(entry.target is not None for entry in planned)
+    if options.quality and all(entry.method != "quantize" for entry in planned):
+        why = "the source's codes are kept as they are" if is_any_quantized else "nothing is quantized"
+        notes.append(f"--quality has no effect: {why}")
+    if options.group_size is not None and not is_any_quantized:
+        notes.append("--group-size has no effect: nothing is quantized")

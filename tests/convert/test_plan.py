@@ -119,6 +119,27 @@ def test_the_dtype_that_loses_nothing(tmp_path: Path, form: str, scales: str, dt
     assert plan.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("form", "options", "expected"),
+    [
+        ("gptq", {"quality": True}, ["--quality has no effect: the source's codes are kept as they are"]),
+        ("gptq", {"quality": True, "embed_bits": 8}, []),
+        ("gptq", {"quality": True, "bits": 3}, []),
+        ("bf16", {"quality": True, "group_size": 32}, []),
+        ("fp8", {"quality": True, "bits": 16}, ["--quality has no effect: nothing is quantized"]),
+        ("fp8", {"group_size": 32, "bits": 16}, ["--group-size has no effect: nothing is quantized"]),
+        ("fp8", {"quality": True, "group_size": 32, "bits": 16, "keep": (("*.down_proj", 4),)}, []),
+        ("awq", {"group_size": 32}, []),
+        ("awq", {}, []),
+    ],
+)
+def test_options_without_effect_are_told(
+    tmp_path: Path, form: str, options: dict[str, Any], expected: list[str]
+) -> None:
+    notes = plan_of(tmp_path, form, **options).notes
+    assert [note for note in notes if "no effect" in note] == expected
+
+
 def test_bits_for_a_head_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"(?s)lm_head_bits.*no head of its own.*\nUse embed_bits \(--embed-bits\)"):
         plan_of(tmp_path / "one", "bf16", {**DENSE, "tie_word_embeddings": True}, lm_head_bits=8)
