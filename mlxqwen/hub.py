@@ -210,7 +210,7 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
         )
     if isinstance(cause, errors.RepositoryNotFoundError):
         return HubError(
-            f"{repo_id}: not found on the hub: the name is misspelt, or the model is private",
+            f"{repo_id}: {found_here(repo_id)}, and not found on the hub: the name is misspelt, or the model is private",
             hint="Check the name; for a private model set HF_TOKEN to a token that may read it.",
         )
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -258,14 +258,21 @@ def unreachable(repo_id: str, cause: Exception) -> HubError:
 
     reason = cause.__cause__ or cause
     if isinstance(reason, OfflineModeIsEnabled):
-        return HubError(
-            f"{repo_id}: not completely in the cache, and HF_HUB_OFFLINE forbids to download it",
-            hint="Unset HF_HUB_OFFLINE, or give a folder.",
-        )
+        why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
+    else:
+        why = f"the hub cannot be reached: {first_line(reason)}"
+        way_out = "Check the network and HF_ENDPOINT, or give a folder; files already complete are kept."
+    partial = Path(f"{repo_id}.partial")
     return HubError(
-        f"{repo_id}: not completely in the cache, and the hub cannot be reached: {first_line(reason)}",
-        hint="Check the network and HF_ENDPOINT, or give a folder; files already complete are kept.",
+        f"{repo_id}: {found_here(repo_id)}, it is not completely in the hub's cache, and {why}",
+        hint=f"Finish it: {command_to_finish(partial)}" if is_unfinished(partial) else way_out,
     )
+
+
+def found_here(name: str) -> str:
+    """What the current folder has in place of a folder `name`, which may have been meant instead of a hub id."""
+    partial = Path(f"{name}.partial")
+    return f"here is only {partial}, an unfinished conversion" if is_unfinished(partial) else "no such folder here"
 
 
 def first_line(cause: BaseException) -> str:

@@ -163,7 +163,7 @@ def test_the_token_opens_a_private_model(hub: LoopbackHub, client: Client) -> No
 @pytest.mark.parametrize(
     ("repo_id", "said"),
     [
-        ("org/nothing", "not found on the hub"),
+        ("org/nothing", "no such folder here, and not found on the hub"),
         ("org/gated", "gated"),
         ("org/gguf", "no config.json"),
         ("org/weightless", "no safetensors weights"),
@@ -188,6 +188,27 @@ def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> No
 def test_without_hub_and_cache(client: Client) -> None:
     assert "HF_HUB_OFFLINE forbids" in client.failure("org/model", HF_HUB_OFFLINE="1")
     assert "cannot be reached" in client.failure("org/model", HF_ENDPOINT="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("environment", "way_out"),
+    [({"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "Check the network")],
+    ids=["offline", "no network"],
+)
+def test_an_id_that_may_be_meant_as_a_folder(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], way_out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failure = client.failure("made/model", **environment)
+    assert failure.startswith("HubError: made/model: no such folder here, ")
+    assert way_out in failure
+    partial = tmp_path / "made/model.partial"
+    partial.mkdir(parents=True)
+    assert "no such folder here" in client.failure("made/model", **environment)
+    (partial / "conversion.json").write_text('{"source": "/published/model", "options": {"quality": true}}')
+    failure = client.failure("made/model", **environment)
+    assert failure.startswith("HubError: made/model: here is only made/model.partial, an unfinished conversion, ")
+    assert failure.endswith("\nFinish it: mlxqwen convert /published/model made/model --quality --resume\n")
 
 
 @pytest.mark.parametrize(
