@@ -210,7 +210,7 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
         )
     if isinstance(cause, errors.RepositoryNotFoundError):
         return HubError(
-            f"{repo_id}: {found_here(repo_id)}, and not found on the hub: the name is misspelt, or the model is private",
+            f"{repo_id}: {found_here(repo_id)}, and not found on the hub: it is misspelt, or the model is private",
             hint="Check the name; for a private model set HF_TOKEN to a token that may read it.",
         )
     if isinstance(cause, errors.RevisionNotFoundError):
