@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -29,7 +29,7 @@ from mlxqwen_convert.errors import (
 from mlxqwen_convert.layout import INDEX_NAME, index_of
 from mlxqwen_convert.memory import buffer_bytes, expected_peak, numpy_bytes, strip_bytes, weights_in_flight
 from mlxqwen_convert.model_card import model_card
-from mlxqwen_convert.partial import PartialFolder, exists, partial_path, tidy_output
+from mlxqwen_convert.partial import PartialFolder, exists, found_beside, partial_path, tidy_output
 from mlxqwen_convert.pipeline import (
     PARTIAL_SUFFIX,
     Allowance,
@@ -129,7 +129,9 @@ def convert(
     try:
         plan = make_plan(folder, options)
         if dry_run:
-            return _report(plan, Path(), None, 0.0, resumed=False, verified=False)
+            found = found_beside(target, _fingerprint(plan, files))
+            notes = () if found is None else (found,)
+            return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
         job = _Job(plan, files, target, None if local.is_dir() else str(source), workers, progress or _silent)
         report = job.run(verify_it=verify, resume=resume, started=started)
     finally:
@@ -199,10 +201,9 @@ class _Job:
 
     def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
         plan, files = self.plan, self.files
-        weights = {path for planned in plan.modules for path in planned.parts.paths}
-        files.keep(sorted(weights.union(path for path in files.states if path.suffix != ".safetensors")))
+        fingerprint = _fingerprint(plan, files)
         files.check_unchanged()
-        partial = PartialFolder(self.output, {**plan.fingerprint(files.states), "versions": versions()}, resume=resume)
+        partial = PartialFolder(self.output, fingerprint, resume=resume)
         cache_limit = mx.set_cache_limit(buffer_bytes(weights_in_flight(plan)))
         try:
             resumed = bool(partial.done)
@@ -319,6 +320,13 @@ class _Job:
                 raise unwritable(partial.path, cause) from None
         partial.write_text("config.json", config_text(plan))
         partial.publish()
+
+
+def _fingerprint(plan: Plan, files: SourceFiles) -> dict[str, Any]:
+    """What must be the same for a conversion to be resumed; from here on only the files that it reads are watched."""
+    weights = {path for planned in plan.modules for path in planned.parts.paths}
+    files.keep(sorted(weights.union(path for path in files.states if path.suffix != ".safetensors")))
+    return {**plan.fingerprint(files.states), "versions": versions()}
 
 
 def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:

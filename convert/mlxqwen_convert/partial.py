@@ -23,7 +23,7 @@ from mlxqwen.unfinished import MANIFEST, words_of_options
 from mlxqwen_convert.errors import OutputError, ResumeError
 from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
 
-__all__ = ["BOOKKEEPING", "PartialFolder", "partial_path", "tidy_output"]
+__all__ = ["BOOKKEEPING", "PartialFolder", "found_beside", "partial_path", "tidy_output"]
 
 _JOURNAL, _LOCK = "conversion.journal", "conversion.lock"
 BOOKKEEPING = (_JOURNAL, MANIFEST, _LOCK)
@@ -49,9 +49,7 @@ class PartialFolder:
         self.path = partial_path(output)
         self.done: dict[str, Written] = {}
         self._output = output
-        if self.path.is_symlink():
-            raise OutputError(f"{self.path}: is in the way: a link, expected nothing", hint="Move it away.")
-        existed = self.path.exists()
+        _refuse_link(self.path)
         try:
             self.path.mkdir(exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -60,7 +58,7 @@ class PartialFolder:
         self._journal = -1
         try:
             self._take_lock()
-            self._begin(fingerprint, existed=existed, resume=resume)
+            self._begin(fingerprint, resume=resume)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._journal = os.open(self.path / _JOURNAL, flags, 0o644)
         except OSError as cause:
@@ -129,13 +127,8 @@ class PartialFolder:
         except (BlockingIOError, FileNotFoundError):
             raise busy from None
 
-    def _begin(self, fingerprint: Mapping[str, Any], *, existed: bool, resume: bool) -> None:
-        manifest = self.path / MANIFEST
-        if not manifest.exists():
-            if existed and any(path.name not in (_LOCK, MANIFEST + _NEW) for path in self.path.iterdir()):
-                raise OutputError(
-                    f"{self.path}: is in the way and was not made by a conversion", hint="Move it away, or remove it."
-                )
+    def _begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        if not _is_begun(self.path):
             self.write_text(MANIFEST, json.dumps(fingerprint, indent=2) + "\n")
             return
         if not resume:
@@ -143,16 +136,7 @@ class PartialFolder:
                 f"{self.path}: an unfinished conversion is there",
                 hint="Continue it with --resume, or remove the folder to start anew.",
             )
-        try:
-            found = read_json_object(manifest, error=ResumeError)
-        except ResumeError as error:
-            raise ResumeError(error.problem, hint=f"Remove {self.path} to start anew.") from None
-        difference = _difference(found, json.loads(json.dumps(fingerprint)))
-        if difference is not None:
-            raise ResumeError(
-                f"{self.path}: the conversion there was begun {difference}",
-                hint="Use what it was begun with, or remove the folder to start anew.",
-            )
+        _check_same(self.path, fingerprint)
         self._take_back_names()
         self.done = _read_journal(self.path / _JOURNAL)
 
@@ -161,6 +145,49 @@ class PartialFolder:
         (self.path / "config.json").unlink(missing_ok=True)
         for path in self.path.glob("*.safetensors"):
             path.rename(path.with_name(path.name + PARTIAL_SUFFIX))
+
+
+def found_beside(output: Path, fingerprint: Mapping[str, Any]) -> str | None:
+    """What a conversion to `output` would find of an earlier one, in words; None if nothing. Changes nothing."""
+    path = partial_path(output)
+    try:
+        _refuse_link(path)
+        if not path.is_dir() or not _is_begun(path):
+            return None
+        _check_same(path, fingerprint)
+    except (OutputError, ResumeError) as error:
+        return f"{error.problem}. {error.hint}"
+    except OSError as cause:
+        raise unwritable(path, cause) from None
+    return f"{path}: an unfinished conversion is there; --resume goes on with it"
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OutputError(f"{path}: is in the way: a link, expected nothing", hint="Move it away.")
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether there is a manifest; without one there may be nothing but what comes before it."""
+    if (path / MANIFEST).exists():
+        return True
+    if any(found.name not in (_LOCK, MANIFEST + _NEW) for found in path.iterdir()):
+        raise OutputError(f"{path}: is in the way and was not made by a conversion", hint="Move it away, or remove it.")
+    return False
+
+
+def _check_same(path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise `ResumeError` if the conversion at `path` was begun from or with something else."""
+    try:
+        begun = read_json_object(path / MANIFEST, error=ResumeError)
+    except ResumeError as error:
+        raise ResumeError(error.problem, hint=f"Remove {path} to start anew.") from None
+    difference = _difference(begun, json.loads(json.dumps(fingerprint)))
+    if difference is not None:
+        raise ResumeError(
+            f"{path}: the conversion there was begun {difference}",
+            hint="Use what it was begun with, or remove the folder to start anew.",
+        )
 
 
 def _difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

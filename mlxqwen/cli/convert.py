@@ -128,11 +128,8 @@ def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **
             from mlxqwen_convert.upload import require_token
 
         require_token(upload_repo)
-    unfinished = _unfinished(output)
-    if options["resume"] and unfinished is None and not options["dry_run"] and not os.path.lexists(output):
+    if options["resume"] and not options["dry_run"] and _nothing_to_resume(output):
         _note(f"nothing to resume beside {output}: the conversion begins from the start")
-    if options["dry_run"] and unfinished is not None:
-        _note(f"{unfinished}: an unfinished conversion is there; --resume goes on with it")
     progress = ConversionProgress(sys.stderr)
     try:
         report = convert_folder(source, output, progress=progress, **options)
@@ -153,11 +150,10 @@ def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **
     return 0
 
 
-def _unfinished(output: str) -> Path | None:
-    """What an interrupted conversion to `output` has left."""
-    target = Path(output).expanduser()
-    partial = target.with_name(f"{target.name}.partial") if target.name else target
-    return partial if target.name and partial.is_dir() else None
+def _nothing_to_resume(output: str) -> bool:
+    """Whether neither `output` nor what an interrupted conversion leaves beside it is there."""
+    target = Path(os.path.expanduser(output))
+    return not os.path.lexists(target) and not os.path.isdir(target.with_name(f"{target.name}.partial"))
 
 
 def _note(text: str) -> None:

@@ -14,6 +14,7 @@ import pexpect
 import pytest
 
 from mlxqwen.cli.terminal import ConversionProgress, print_notes, progress_lines
+from mlxqwen_convert import convert
 from tests.command_line import Terminal, library_logging_kept, run
 from tests.convert.checkpoints import DENSE, MOE, make_source
 
@@ -249,15 +250,41 @@ def test_resume_says_when_there_is_nothing_to_resume(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stderr == f"note: nothing to resume beside {tmp_path / 'out'}: the conversion begins from the start\n"
     assert mlxqwen("convert", source.folder, tmp_path / "out", "--resume").stderr.startswith("error: ")
+    stranger = run("convert", str(source.folder), "~nobody-of-this-name/out", "--resume")
+    assert stranger.err.splitlines()[-2].startswith("error: ~nobody-of-this-name/out: its parent folder does not exist")
 
 
 def test_a_dry_run_tells_of_an_unfinished_conversion(tmp_path: Path) -> None:
-    source = make_source(tmp_path / "in", "fp8").write()
-    (tmp_path / "out.partial").mkdir()
-    done = mlxqwen("convert", source.folder, tmp_path / "out", "--dry-run")
-    assert done.returncode == 0
+    source = make_source(tmp_path / "in", "fp8").write().folder
+    other = make_source(tmp_path / "other", "fp8").write().folder
     partial = tmp_path / "out.partial"
-    assert done.stderr == f"note: {partial}: an unfinished conversion is there; --resume goes on with it\n"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def notes(folder: Path, *options: str) -> list[str]:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        result = run("convert", str(folder), str(tmp_path / "out"), "--dry-run", *options)
+        assert (result.status, result.err) == (0, "")
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return [line for line in result.out.splitlines() if line.startswith("note: ")]
+
+    assert notes(source, "--resume") == []
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", quality=True, progress=stop)
+    goes_on = f"note: {partial}: an unfinished conversion is there; --resume goes on with it"
+    assert notes(source, "--quality") == notes(source, "--quality", "--resume") == [goes_on]
+    begun, way_out = f"note: {partial}: the conversion there was begun", "Use what it was begun with, or remove the"
+    for options, words in (([], "none"), (["--bits", "2"], "--bits 2")):
+        assert notes(source, *options) == [f"{begun} with --quality, found {words}. {way_out} folder to start anew."]
+    (elsewhere,) = notes(other, "--quality")
+    assert elsewhere.startswith(f"{begun} from {source.resolve()}, found {other.resolve()}. ")
+    (partial / "conversion.json").write_text("[")
+    (damaged,) = notes(source, "--quality")
+    assert damaged.endswith(f"Remove {partial} to start anew.")
+    (partial / "conversion.json").unlink()
+    (foreign,) = notes(source)
+    assert foreign.startswith(f"note: {partial}: is in the way and was not made by a conversion. ")
 
 
 @pytest.mark.parametrize("command", [["generate", "Hello", "--model"], ["info"], ["convert"]])
