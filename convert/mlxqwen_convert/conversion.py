@@ -129,8 +129,8 @@ def convert(
     try:
         plan = make_plan(folder, options)
         if dry_run:
-            found = found_beside(target, _fingerprint(plan, files))
-            notes = () if found is None else (found,)
+            found = (found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
+            notes = tuple(note for note in found if note is not None)
             return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
         job = _Job(plan, files, target, None if local.is_dir() else str(source), workers, progress or _silent)
         report = job.run(verify_it=verify, resume=resume, started=started)
@@ -283,18 +283,12 @@ class _Job:
         run(work, tasks_of(self.plan), self.workers, finished)
 
     def _check_space(self, partial: PartialFolder) -> None:
-        """Raise `DiskFullError` if the output cannot fit; files of an earlier run already take their part."""
-        extras = sum((self.plan.folder / name).stat().st_size for name in companion_files(self.plan.folder))
-        needed = self.plan.target_bytes + extras + _MARGIN_BYTES
-        taken = sum(path.stat().st_blocks * 512 for path in partial.path.iterdir())
-        free = shutil.disk_usage(partial.path).free
-        if needed - taken > free:
+        """Raise `DiskFullError` if the output cannot fit."""
+        problem = _too_little_room(self.plan, self.output)
+        if problem is not None:
             if not partial.done:
                 partial.discard()
-            raise DiskFullError(
-                f"{self.output}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
-                hint="Free some space, choose another disk, or ask for fewer --bits.",
-            )
+            raise DiskFullError(problem, hint="Free some space, choose another disk, or ask for fewer --bits.")
 
     def _head_note(self, files: SourceFiles) -> tuple[str, ...]:
         """Whether an ignored `lm_head` is the same as the embeddings that the config ties it to."""
@@ -327,6 +321,22 @@ def _fingerprint(plan: Plan, files: SourceFiles) -> dict[str, Any]:
     weights = {path for planned in plan.modules for path in planned.parts.paths}
     files.keep(sorted(weights.union(path for path in files.states if path.suffix != ".safetensors")))
     return {**plan.fingerprint(files.states), "versions": versions()}
+
+
+def _too_little_room(plan: Plan, output: Path) -> str | None:
+    """What the output needs and the disk has; None if it fits. Files of an earlier run already take their part."""
+    partial = partial_path(output)
+    try:
+        earlier = list(partial.iterdir()) if partial.is_dir() else []
+        taken = sum(path.stat().st_blocks * 512 for path in earlier)
+        free = shutil.disk_usage(output.parent).free
+    except OSError as cause:
+        raise unwritable(partial, cause) from None
+    extras = sum((plan.folder / name).stat().st_size for name in companion_files(plan.folder))
+    needed = plan.target_bytes + extras + _MARGIN_BYTES
+    if needed - taken <= free:
+        return None
+    return f"{output}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
 
 
 def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:
