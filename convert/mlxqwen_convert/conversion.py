@@ -47,6 +47,7 @@ from mlxqwen_convert.pipeline import (
 )
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from mlxqwen_convert.report import Report, kind_rows, module_facts
+from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.upload import check_repo_id, require_token, upload
 from mlxqwen_convert.verification import ModuleError, check_errors
@@ -336,7 +337,7 @@ def _too_little_room(plan: Plan, output: Path) -> str | None:
     needed = plan.target_bytes + extras + _MARGIN_BYTES
     if needed - taken <= free:
         return None
-    return f"{output}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+    return f"{output}: needs {size_of(needed)}, the disk has {size_of(free)} free"
 
 
 def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:

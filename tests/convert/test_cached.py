@@ -471,7 +471,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_disk_too_small_from_the_first(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"has 0.00 GB free(.|\n)*prune"):
+    with pytest.raises(OutputError, match=r"has 1\.00 kB free(.|\n)*prune"):
         converted(fp8)
     assert cached_models() == []
 
