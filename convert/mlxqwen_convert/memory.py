@@ -57,9 +57,10 @@ def _standing_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    by_numpy = True in _by_numpy(plan)
+    hands = _by_numpy(plan)
+    numpy = (True in hands) * _NUMPY_BYTES + (len(hands) == 2) * _NUMPY_CHUNKS_BESIDE_MLX
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
-    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + by_numpy * _NUMPY_BYTES
+    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + numpy
 
 
 def _by_numpy(plan: Plan) -> set[bool]:
