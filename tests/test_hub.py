@@ -179,10 +179,12 @@ def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> No
 
     assert "the hub answered 500" in client.failure("org/broken")
     assert "HF_HUB_OFFLINE" in client.failure("org/broken", HF_HUB_OFFLINE="1")
+    first = hub.downloaded()
     hub.models["org/broken"].broken.clear()
     hub.requests.clear()
     client.folder("org/broken")
-    assert hub.downloaded() == {"tokenizer.json"}
+    # Several files come at a time: those that were never asked for are still to come.
+    assert hub.downloaded() == {"tokenizer.json"} | (set(WANTED) - first)
 
 
 def test_without_hub_and_cache(client: Client) -> None:

@@ -16,8 +16,8 @@ _MOST_IN_FLIGHT, _FEWEST_IN_FLIGHT = 5 << 17, 1 << 17
 _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 # NumPy, which is loaded where it is of use.
 _NUMPY_BYTES = 15 << 20
-# Its buffers, those of all threads together: alone, and where MLX has its own beside them.
-_NUMPY_CHUNKS_BYTES, _NUMPY_CHUNKS_BESIDE_MLX = 26 << 20, 8 << 20
+# Its buffers, those of all threads together, at most: alone, and where MLX has its own beside them; and at least.
+_NUMPY_CHUNKS_BYTES, _NUMPY_CHUNKS_BESIDE_MLX, _LEAST_NUMPY_CHUNKS_BYTES = 26 << 20, 8 << 20, 2 << 20
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
 # Strips of what is read by columns, those of all workers together.
@@ -37,7 +37,7 @@ def buffer_bytes(in_flight: int) -> int:
 
 def numpy_bytes(plan: Plan, workers: int) -> int:
     """What each of so many threads may hold where NumPy quantizes."""
-    return (_NUMPY_CHUNKS_BESIDE_MLX if False in _by_numpy(plan) else _NUMPY_CHUNKS_BYTES) // workers
+    return _numpy_chunks_bytes(plan) // workers
 
 
 def strip_bytes(workers: int) -> int:
@@ -54,13 +54,24 @@ def expected_peak(plan: Plan) -> int:
 
 
 def _standing_bytes(plan: Plan) -> int:
+    beside_mlx = len(_by_numpy(plan)) == 2
+    return _fixed_bytes(plan) + beside_mlx * _numpy_chunks_bytes(plan)
+
+
+def _numpy_chunks_bytes(plan: Plan) -> int:
+    """What the tables of a large model leave of what NumPy's buffers may take."""
+    most = _NUMPY_CHUNKS_BESIDE_MLX if False in _by_numpy(plan) else _NUMPY_CHUNKS_BYTES
+    return max(_LEAST_NUMPY_CHUNKS_BYTES, min(most, _AIM_BYTES - _fixed_bytes(plan)))
+
+
+def _fixed_bytes(plan: Plan) -> int:
+    """What does not grow with the chunks."""
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    hands = _by_numpy(plan)
-    numpy = (True in hands) * _NUMPY_BYTES + (len(hands) == 2) * _NUMPY_CHUNKS_BESIDE_MLX
+    by_numpy = True in _by_numpy(plan)
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
-    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + numpy
+    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + by_numpy * _NUMPY_BYTES
 
 
 def _by_numpy(plan: Plan) -> set[bool]:

@@ -51,7 +51,7 @@ ROW_STEP = 32
 _WORD_ROWS = 8
 MAX_WORKERS = 8
 # What is read back at once.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 _NUMPY_BITS = (4, 8)
 # Larger chunks of NumPy's are no quicker.
 _LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
