@@ -13,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
-from mlxqwen.unfinished import command_to_finish, is_unfinished
 
 __all__ = ["DEMO_FOLDER", "resolve_model"]
 
@@ -92,6 +91,10 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
 
 
 def refuse_unfinished(folder: Path) -> None:
+    if not folder.name.endswith(".partial"):
+        return
+    from mlxqwen.unfinished import command_to_finish, is_unfinished  # of no use to most loads
+
     if is_unfinished(folder):
         raise HubError(
             f"{folder}: an unfinished conversion, expected a model's folder",
@@ -256,6 +259,8 @@ def answered(repo_id: str, status: int) -> HubError | None:
 def unreachable(repo_id: str, cause: Exception) -> HubError:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    from mlxqwen.unfinished import command_to_finish, is_unfinished
+
     reason = cause.__cause__ or cause
     if isinstance(reason, OfflineModeIsEnabled):
         why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
@@ -271,6 +276,8 @@ def unreachable(repo_id: str, cause: Exception) -> HubError:
 
 def found_here(name: str) -> str:
     """What the current folder has in place of a folder `name`, which may have been meant instead of a hub id."""
+    from mlxqwen.unfinished import is_unfinished
+
     partial = Path(f"{name}.partial")
     return f"here is only {partial}, an unfinished conversion" if is_unfinished(partial) else "no such folder here"
 
