@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import combinations, count
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlxqwen.errors import OptionError
@@ -394,6 +394,8 @@ def hides(text: str) -> bool:
 
 
 @given(PIECES | CALL_PIECES, MODES, st.booleans())
+@example(["<tool_call>"], True, True)
+@example(["a", "<tool_call>", " \t"], True, True)
 def test_only_what_may_be_a_tag_a_call_or_an_edge_is_held_back(
     pieces: list[str], thinking: bool | None, tools: bool
 ) -> None:
@@ -404,7 +406,7 @@ def test_only_what_may_be_a_tag_a_call_or_an_edge_is_held_back(
     if thinking is None and "<think>".startswith(text.lstrip("\n")):
         assert shown == Reply(None, "")  # it may still become a think block
         return
-    if reply.content or not parser.in_reasoning:
+    if reply.content or reply.tool_calls or not parser.may_reason:
         assert shown.reasoning == reply.reasoning
         assert reply.content.startswith(shown.content)
         held = reply.content.removeprefix(shown.content)
@@ -418,7 +420,7 @@ def test_only_what_may_be_a_tag_a_call_or_an_edge_is_held_back(
     assert reasoning == (shown.reasoning or "") + held
     rest = held.lstrip("\n")
     tags = ("</think>", "<tool_call>") if tools else ("</think>",)
-    may_be_tag = any(tag.startswith(rest) for tag in tags)
+    may_be_tag = any(tag.startswith(rest) for tag in tags) or (tools and rest.rstrip() == "<tool_call>")
     assert rest == "" or may_be_tag or (held == reasoning and "<think>".startswith(rest))
 
 
