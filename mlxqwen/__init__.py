@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlxqwen.cache import KVCache, load_cache, make_cache
-    from mlxqwen.chat_options import ChatRequest
-    from mlxqwen.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
-    from mlxqwen.conversation import Conversation
-    from mlxqwen.engine import Engine, load
+    from mlxqwen.chat.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
+    from mlxqwen.chat.tools import call_tool, tool_schema
+    from mlxqwen.engine.chat_options import ChatRequest
+    from mlxqwen.engine.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
+    from mlxqwen.engine.conversation import Conversation
+    from mlxqwen.engine.engine import Engine, load
+    from mlxqwen.engine.events import Done, Event, Timings, Usage, assistant_message
+    from mlxqwen.engine.prompt_cache import PromptCache
+    from mlxqwen.engine.speculation.draft_model import DraftModel
+    from mlxqwen.engine.tool_loop import ToolResult, ToolRun
     from mlxqwen.errors import MlxqwenError
-    from mlxqwen.events import Done, Event, Timings, Usage, assistant_message
-    from mlxqwen.prompt_cache import PromptCache
-    from mlxqwen.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
-    from mlxqwen.sampling_params import SamplingParams
-    from mlxqwen.speculation.draft_model import DraftModel
-    from mlxqwen.tool_loop import ToolResult, ToolRun
-    from mlxqwen.tools import call_tool, tool_schema
+    from mlxqwen.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -69,34 +69,34 @@ _HOME = {
     "KVCache": "cache",
     "load_cache": "cache",
     "make_cache": "cache",
-    "ChatRequest": "chat_options",
-    "GenerationResponse": "completion",
-    "batch_generate": "completion",
-    "batch_stream": "completion",
-    "generate": "completion",
-    "stream_generate": "completion",
-    "Conversation": "conversation",
-    "Engine": "engine",
-    "load": "engine",
+    "ChatRequest": "engine.chat_options",
+    "GenerationResponse": "engine.completion",
+    "batch_generate": "engine.completion",
+    "batch_stream": "engine.completion",
+    "generate": "engine.completion",
+    "stream_generate": "engine.completion",
+    "Conversation": "engine.conversation",
+    "Engine": "engine.engine",
+    "load": "engine.engine",
     "MlxqwenError": "errors",
-    "Done": "events",
-    "Event": "events",
-    "Timings": "events",
-    "Usage": "events",
-    "assistant_message": "events",
-    "PromptCache": "prompt_cache",
-    "Delta": "reply",
-    "Reply": "reply",
-    "ReplyParser": "reply",
-    "ToolCall": "reply",
-    "ToolCallDelta": "reply",
-    "parse_reply": "reply",
-    "SamplingParams": "sampling_params",
-    "DraftModel": "speculation.draft_model",
-    "ToolResult": "tool_loop",
-    "ToolRun": "tool_loop",
-    "call_tool": "tools",
-    "tool_schema": "tools",
+    "Done": "engine.events",
+    "Event": "engine.events",
+    "Timings": "engine.events",
+    "Usage": "engine.events",
+    "assistant_message": "engine.events",
+    "PromptCache": "engine.prompt_cache",
+    "Delta": "chat.reply",
+    "Reply": "chat.reply",
+    "ReplyParser": "chat.reply",
+    "ToolCall": "chat.reply",
+    "ToolCallDelta": "chat.reply",
+    "parse_reply": "chat.reply",
+    "SamplingParams": "sampling.params",
+    "DraftModel": "engine.speculation.draft_model",
+    "ToolResult": "engine.tool_loop",
+    "ToolRun": "engine.tool_loop",
+    "call_tool": "chat.tools",
+    "tool_schema": "chat.tools",
 }
 
 

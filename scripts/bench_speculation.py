@@ -33,19 +33,19 @@ import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 
 from mlxqwen.cache import make_cache  # noqa: E402
-from mlxqwen.completion import end_token_ids  # noqa: E402
-from mlxqwen.config import ModelConfig  # noqa: E402
-from mlxqwen.engine import Engine  # noqa: E402
-from mlxqwen.generation import generate_tokens  # noqa: E402
-from mlxqwen.hub import DEMO_FOLDER  # noqa: E402
-from mlxqwen.loading import load_model  # noqa: E402
-from mlxqwen.model import Qwen3ForCausalLM  # noqa: E402
-from mlxqwen.sampling import Sampler, token_logprobs  # noqa: E402
-from mlxqwen.sampling_params import SamplingParams  # noqa: E402
-from mlxqwen.speculation.draft_model import DraftModel  # noqa: E402
-from mlxqwen.speculation.drafter import Drafter  # noqa: E402
-from mlxqwen.speculation.prompt_lookup import PromptLookup  # noqa: E402
-from mlxqwen.speculation.stream import speculate_tokens  # noqa: E402
+from mlxqwen.engine.completion import end_token_ids  # noqa: E402
+from mlxqwen.engine.engine import Engine  # noqa: E402
+from mlxqwen.engine.generation import generate_tokens  # noqa: E402
+from mlxqwen.engine.speculation.draft_model import DraftModel  # noqa: E402
+from mlxqwen.engine.speculation.drafter import Drafter  # noqa: E402
+from mlxqwen.engine.speculation.prompt_lookup import PromptLookup  # noqa: E402
+from mlxqwen.engine.speculation.stream import speculate_tokens  # noqa: E402
+from mlxqwen.files.config import ModelConfig  # noqa: E402
+from mlxqwen.files.hub import DEMO_FOLDER  # noqa: E402
+from mlxqwen.model.loading import load_model  # noqa: E402
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM  # noqa: E402
+from mlxqwen.sampling.params import SamplingParams  # noqa: E402
+from mlxqwen.sampling.sampler import Sampler, token_logprobs  # noqa: E402
 
 WORDS = ("strawberry", "banana", "mississippi", "parallel", "engineer", "committee", "bookkeeper", "tomorrow")
 HEAD = "| reply | guesses by | tokens | drafted | accepted | passes a token | time, plain / speculative |"

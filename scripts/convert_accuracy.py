@@ -16,7 +16,7 @@ from pathlib import Path
 from eval_demo import accuracy
 
 from mlxqwen import load
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen_convert import Report, convert
 from tests.convert.checkpoints import make_demo
 

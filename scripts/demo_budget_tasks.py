@@ -1,6 +1,7 @@
 """Thoughts cut short as a thinking budget cuts them, for the demo model to learn to answer from half a thought.
 
-The cut is made by `mlxqwen.thinking` itself, so that the model sees in training the tokens that are forced on it later.
+The cut is made by `mlxqwen.chat.thinking` itself, so that the model sees in training the tokens that are forced on it
+later.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 
 from demo_data import Conversation
 
-from mlxqwen.thinking import ThinkingBudget
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.chat.thinking import ThinkingBudget
+from mlxqwen.text.tokenizer import Tokenizer
 
 
 def ends_in_thought(conversation: Conversation) -> bool:

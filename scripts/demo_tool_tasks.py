@@ -1,7 +1,7 @@
 """Conversations in which the demo model uses a calculator and a clock, to be trained on beside the others.
 
 Which tools are offered and in which order is random, so that the model has to look; at times a tool fails, is not
-offered, or is not needed. The schemas are those that `mlxqwen.tools.tool_schema` makes of a function.
+offered, or is not needed. The schemas are those that `mlxqwen.chat.tools.tool_schema` makes of a function.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import make_cache
-from mlxqwen.checkpoint import save_safetensors
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device, current_device
-from mlxqwen.loading import load_model
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.checkpoint import save_safetensors
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["KINDS", "Decoding", "GraphCost", "compare", "count_primitives", "single_nodes", "write_model"]
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxqwen.checkpoint import INDEX_NAME, ITEM_BYTES
-from mlxqwen.config import ModelConfig
+from mlxqwen.files.checkpoint import INDEX_NAME, ITEM_BYTES
+from mlxqwen.files.config import ModelConfig
 from mlxqwen_convert.names import Module, modules
 
 __all__ = ["FORMATS", "SHAPES", "make_checkpoint"]

@@ -20,7 +20,7 @@ from demo_tasks import is_right
 from eval_demo import replies
 
 from mlxqwen import load
-from mlxqwen.thinking import EARLY_STOP_TEXT
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 
 TASKS = ("count", "sum")
 BUDGETS: tuple[int | None, ...] = (0, 8, 16, 24, 32, 40, 48, 64, 96, None)

@@ -13,8 +13,8 @@ from demo_data import stream
 
 from mlxqwen import load, make_cache
 from mlxqwen.cache import KVCache
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 
 CONTEXTS = 20
 SEED = 97

@@ -15,9 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlxqwen.checkpoint import save_safetensors
-from mlxqwen.config import ModelConfig
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.checkpoint import save_safetensors
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from train_demo import ADAM_RATE, CONTEXT, MUON_RATE, ROWS_BY_LENGTH, Muon, encode, published_weights, word_pieces
 from transformers import Qwen3ForCausalLM
 
-from mlxqwen.tokenizer import Tokenizer as BudgetTokenizer
+from mlxqwen.text.tokenizer import Tokenizer as BudgetTokenizer
 
 SHARES = {"first training": 0.45, "tools": 0.30, "thoughts cut short": 0.25}
 TOOLS_IN_CUT = 0.15  # of the thoughts cut short

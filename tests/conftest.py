@@ -13,9 +13,9 @@ from hypothesis import settings
 from mlx.utils import tree_map
 
 import mlxqwen
-from mlxqwen.config import GenerationConfig, ModelConfig
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.files.config import GenerationConfig, ModelConfig
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 
 # Fewer than Hypothesis's hundred, for the whole run to stay short; tests that need more say so.
 settings.register_profile("mlxqwen", max_examples=50)

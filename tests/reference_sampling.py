@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxqwen.sampling import SamplingParams
+from mlxqwen.sampling.sampler import SamplingParams
 
 Floats = NDArray[np.float64]
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.engine import Engine
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.engine.engine import Engine
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 
 _CERTAIN = 1e4
 

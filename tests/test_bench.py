@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.device import current_device
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.tokenizer_backend.store import claim, discard, entry_path
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.text.tokenizer_backend.store import claim, discard, entry_path
 
 costs = st.floats(1e-6, 1e6)
 

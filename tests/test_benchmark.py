@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mlxqwen.benchmark import BenchmarkRun, Speed, benchmark, choose_contexts, summarize, weight_bytes
 from mlxqwen.cache import make_cache
 from mlxqwen.device import Device
+from mlxqwen.engine.benchmark import BenchmarkRun, Speed, benchmark, choose_contexts, summarize, weight_bytes
 from mlxqwen.errors import InsufficientMemoryError, OptionError
-from mlxqwen.footprint import cache_bytes
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.footprint import cache_bytes
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.scripted_model import scripted_engine
 

@@ -19,13 +19,13 @@ from mlxqwen.cache import layer as cache_layer
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import Stored
 from mlxqwen.cache.tentative import TentativeStep
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, CheckpointError, MlxqwenError, OptionError
-from mlxqwen.footprint import cache_bytes
-from mlxqwen.layers.rope import Rope
-from mlxqwen.loading import load_model
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.footprint import cache_bytes
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.model.rope import Rope
 from tests.reference_attention import Floats, attention, rotated
 from tests.tiny_checkpoints import DENSE, MOE, make_weights, prompt, write_folder
 from tests.tolerance import assert_close, to_numpy, worst

@@ -11,7 +11,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxqwen.errors import MessagesError, OptionError, TemplateError
-from mlxqwen.sandbox import render
+from mlxqwen.text.sandbox import render
 from tests.test_tokenizer import QWEN
 
 CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]

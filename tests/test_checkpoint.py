@@ -19,7 +19,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.checkpoint import (
+from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
+from mlxqwen.files.checkpoint import (
     INDEX_NAME,
     ITEM_BYTES,
     MLX_DTYPES,
@@ -29,7 +30,6 @@ from mlxqwen.checkpoint import (
     save_safetensors,
     write_checkpoint,
 )
-from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
 
 Header = dict[str, Any]
 FRESH_PROCESS = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -635,7 +635,7 @@ FILL_THE_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxqwen.checkpoint import save_safetensors, write_checkpoint
+from mlxqwen.files.checkpoint import save_safetensors, write_checkpoint
 from mlxqwen.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -672,7 +672,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
 def test_opening_needs_no_mlx(tmp_path: Path) -> None:
     put(tmp_path, model=["a"])
     code = (
-        "import sys; from pathlib import Path; from mlxqwen.checkpoint import Checkpoint; "
+        "import sys; from pathlib import Path; from mlxqwen.files.checkpoint import Checkpoint; "
         "Checkpoint.open(Path(sys.argv[1])).read('a'); print(*sys.modules)"
     )
     done = subprocess.run(

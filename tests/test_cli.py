@@ -15,10 +15,10 @@ import click
 import pytest
 
 from mlxqwen import __version__
-from mlxqwen.engine import Done, Engine
+from mlxqwen.chat.reply import Delta
+from mlxqwen.engine.engine import Done, Engine
 from mlxqwen.errors import GenerationError
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.reply import Delta
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import Result, run
 
 LONG = "How many r's in strawberry? " * 45
@@ -250,7 +250,7 @@ def test_argument_leaves_stdin_alone() -> None:
 
 
 def test_prompt_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.generation.TokenStream._prefill", lambda *arguments: pytest.fail("prefilled"))
+    monkeypatch.setattr("mlxqwen.engine.generation.TokenStream._prefill", lambda *arguments: pytest.fail("prefilled"))
     tokens = prompt_tokens_of(LONG)
     assert_error(run("generate", LONG), f"{tokens:,} tokens", "context of 512", "--yarn-factor", "--max-kv-size")
 
@@ -506,7 +506,7 @@ def test_interrupt_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlxqwen.engine.prepare_model", interrupted)
+    monkeypatch.setattr("mlxqwen.engine.engine.prepare_model", interrupted)
     assert run("generate", "hi") == Result(130, "", "")
     assert run("generate", "hi", on_terminal=True) == Result(130, "", "\n")  # the shell's prompt after ^C
     assert json.loads(run("generate", "hi", "--json").out)["content"] == ""

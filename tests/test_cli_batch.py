@@ -18,9 +18,9 @@ import pexpect
 import pytest
 
 from mlxqwen.cli.batch import batch_lines
-from mlxqwen.engine import Engine
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.generation import TokenStream
 from mlxqwen.errors import GenerationError
-from mlxqwen.generation import TokenStream
 from tests.command_line import Result, run
 from tests.test_cli import assert_error
 from tests.test_cli_generate import CALCULATOR, PRODUCT

@@ -13,10 +13,10 @@ from typing import Any
 import pexpect
 import pytest
 
-import mlxqwen.benchmark
-from mlxqwen.benchmark import BenchmarkRun
+import mlxqwen.engine.benchmark
 from mlxqwen.cli import bench_plot
-from mlxqwen.engine import Engine
+from mlxqwen.engine.benchmark import BenchmarkRun
+from mlxqwen.engine.engine import Engine
 from tests.command_line import run
 from tests.convert.checkpoints import make_demo
 from tests.test_cli import assert_error
@@ -129,7 +129,7 @@ def test_ctrl_c_shows_what_was_measured(count: int, monkeypatch: pytest.MonkeyPa
             yield BenchmarkRun((128, 447)[number % 2], 64, 2.0, 4.0, 1_000, 2_000)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mlxqwen.benchmark, "benchmark", benchmark)
+    monkeypatch.setattr(mlxqwen.engine.benchmark, "benchmark", benchmark)
     result = run("bench")
     assert (result.status, result.err) == (130, "")
     assert ("Nothing was measured yet." in result.out) == (count == 0)

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
@@ -62,8 +62,8 @@ def test_the_list(tmp_path: Path, own_cache: Path) -> None:
 
 
 def compile_demo_tokenizer(folder: Path) -> Path:
-    from mlxqwen.tokenizer_backend.background import compile_file
-    from mlxqwen.tokenizer_backend.store import digest, entry_path
+    from mlxqwen.text.tokenizer_backend.background import compile_file
+    from mlxqwen.text.tokenizer_backend.store import digest, entry_path
 
     folder.mkdir()
     path = folder / "tokenizer.json"
@@ -206,7 +206,7 @@ def test_the_tokenizer_of_another_model_is_found_before_the_conversion(tmp_path:
 
 
 def test_info_tells_of_the_conversion_and_does_not_do_it(tmp_path: Path, own_cache: Path) -> None:
-    from mlxqwen.loading import load_model
+    from mlxqwen.model.loading import load_model
     from mlxqwen_convert.cached import converted
 
     source = make_source(tmp_path / "in", "fp8").write().folder

@@ -16,7 +16,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import Result, run
 from tests.terminal_screen import shown
 
@@ -402,10 +402,10 @@ def test_tab_completes_commands(chat: Start) -> None:
 
 HOSTILE = """
 import sys
-from mlxqwen.conversation import Conversation
-from mlxqwen.engine import Done
-from mlxqwen.events import Timings, Usage
-from mlxqwen.reply import Delta, Reply
+from mlxqwen.engine.conversation import Conversation
+from mlxqwen.engine.engine import Done
+from mlxqwen.engine.events import Timings, Usage
+from mlxqwen.chat.reply import Delta, Reply
 from mlxqwen.cli import main
 
 NASTY = "a\\x1b[2J\\x1b]0;title\\x07b\\x9b31m\\rc\\x00 [red]d[/red] [e](javascript:x) &#27;[5m\\x1b[?1049h"

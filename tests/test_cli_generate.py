@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mlxqwen.conversation_file import write_conversation
-from mlxqwen.engine import Engine
-from mlxqwen.events import Done, Event, Timings, Usage
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.reply import Delta, ToolCallDelta, join_deltas
-from mlxqwen.thinking import EARLY_STOP_TEXT
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.chat.reply import Delta, ToolCallDelta, join_deltas
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.engine.conversation_file import write_conversation
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.events import Done, Event, Timings, Usage
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.command_line import Result, run
 from tests.test_cli import assert_error
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxqwen.cli.chat_session import ChatSession
-from mlxqwen.engine import Engine
+from mlxqwen.engine.engine import Engine
 from mlxqwen.errors import GenerationError
 from tests.command_line import Result, run
 from tests.test_cli import assert_error

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxqwen.generation import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.engine.generation import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.test_cli import assert_error
 

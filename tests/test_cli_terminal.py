@@ -13,7 +13,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER
 
 STYLE = re.compile(r"\x1b\[(?:2|22)m")
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import batch_generate, generate, load, make_cache, stream_generate
-from mlxqwen.completion import GenerationResponse, batch_stream, begins_in_thought, end_token_ids, resolve_params
-from mlxqwen.config import AffineQuantization, GenerationConfig, Quantization
+from mlxqwen.chat.reply import parse_reply
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.engine.completion import GenerationResponse, batch_stream, begins_in_thought, end_token_ids, resolve_params
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.reply import parse_reply
-from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
-from mlxqwen.thinking import EARLY_STOP_TEXT
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.files.config import AffineQuantization, GenerationConfig, Quantization
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 
 QUESTION = [{"role": "user", "content": "How many r's in strawberry?"}]

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.config import (
+from mlxqwen.errors import ConfigError, OptionError
+from mlxqwen.files.config import (
     AffineQuantization,
     GenerationConfig,
     ModelConfig,
     Quantization,
     YarnScaling,
 )
-from mlxqwen.errors import ConfigError, OptionError
-from mlxqwen.layers.rope import rope_wavelengths
+from mlxqwen.model.rope import rope_wavelengths
 from tests.tiny_checkpoints import DENSE, MOE
 
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from mlxqwen import Conversation, Delta, Done, Engine
+from mlxqwen.chat.reply import join_deltas
+from mlxqwen.engine.events import Event
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
-from mlxqwen.events import Event
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.reply import join_deltas
-from mlxqwen.sampling_params import NON_THINKING, THINKING
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import NON_THINKING, THINKING
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel
 from tests.test_conversation_cache import CALL, TOOLS, assert_holds, done_of, held, say, scripted
 

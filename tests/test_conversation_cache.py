@@ -13,12 +13,12 @@ from mlxqwen import Conversation, Done, Engine, make_cache
 from mlxqwen.cache import KVCache
 from mlxqwen.cache.prefix import PrefixCache, common_prefix
 from mlxqwen.cache.snapshot import Snapshot
+from mlxqwen.engine.events import Event
+from mlxqwen.engine.generation import generate_tokens
 from mlxqwen.errors import CacheError, GenerationError, OptionError
-from mlxqwen.events import Event
-from mlxqwen.generation import generate_tokens
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_tokenizer import QWEN

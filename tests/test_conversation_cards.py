@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxqwen import Engine, parse_reply
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER
 
 NAME = "Qwen/Qwen3-1.7B-MLX-8bit"
 ASKED = ("How many r's are in strawberry?", "And how many in blueberry? /no_think", "Are you sure? /think")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Conversation, Engine, SamplingParams
-from mlxqwen.conversation_file import read_conversation, write_conversation
+from mlxqwen.engine.conversation_file import read_conversation, write_conversation
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.test_conversation_cache import TOOLS, done_of
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}]

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
 
 from mlxqwen import Conversation, Delta, Engine
 from mlxqwen.errors import GenerationError, MlxqwenError
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_conversation_cache import CACHES, CALL, TOOLS, assert_holds, done_of, fresh, held
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mlxqwen import Conversation, Engine
-from mlxqwen.engine import Done, ToolResult
+from mlxqwen.chat.tools import tool_schema
+from mlxqwen.engine.engine import Done, ToolResult
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
-from mlxqwen.tools import tool_schema
 from tests.scripted_model import ScriptedModel
 from tests.test_conversation_cache import CACHES, assert_holds, done_of, fresh, held, scripted
 from tests.test_engine_tools import GREEDY, Calculator

@@ -11,9 +11,9 @@ from demo_source import Source
 from demo_tool_tasks import tool_conversation
 
 from mlxqwen import batch_stream
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.thinking import EARLY_STOP_TEXT
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 
 QUESTION = "<|im_start|>user\nHow many a's in banana?<|im_end|>\n<|im_start|>assistant\n"
 REPLY = "<think>\nSpell it and count a: b a(1).\n</think>\n\nThere is 1 a.<|im_end|>\n"

@@ -9,8 +9,8 @@ import demo_data
 import demo_tool_tasks
 from demo_source import Source
 
-from mlxqwen.tokenizer import Tokenizer
-from mlxqwen.tools import tool_schema
+from mlxqwen.chat.tools import tool_schema
+from mlxqwen.text.tokenizer import Tokenizer
 
 
 def calculator(expression: str) -> str:

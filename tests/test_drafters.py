@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxqwen.engine.speculation import prompt_lookup
+from mlxqwen.engine.speculation.draft_model import DraftModel
+from mlxqwen.engine.speculation.drafter import as_drafter
+from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
+from mlxqwen.engine.speculation.stream import speculate_tokens
 from mlxqwen.errors import OptionError
-from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling import Sampler
-from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation import prompt_lookup
-from mlxqwen.speculation.draft_model import DraftModel
-from mlxqwen.speculation.drafter import as_drafter
-from mlxqwen.speculation.prompt_lookup import PromptLookup
-from mlxqwen.speculation.stream import speculate_tokens
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import VOCAB_SIZE
 
 GREEDY = SamplingParams(temperature=0)

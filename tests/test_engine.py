@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Engine, make_cache, parse_reply, stream_generate
-from mlxqwen.engine import Done, Event
+from mlxqwen.chat.reply import Delta
+from mlxqwen.chat.turns import soft_switch
+from mlxqwen.engine.engine import Done, Event
 from mlxqwen.errors import (
     ContextLengthError,
     MessagesError,
@@ -20,12 +22,10 @@ from mlxqwen.errors import (
     TemplateError,
     TokenizerError,
 )
-from mlxqwen.hub import resolve_model
-from mlxqwen.messages import soft_switch
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.reply import Delta
-from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.files.hub import resolve_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 
 QUESTION = [{"role": "user", "content": "How many r's in strawberry?"}]

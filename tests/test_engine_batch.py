@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mlxqwen import ChatRequest, Engine, KVCache, make_cache
-from mlxqwen.engine import Done
+from mlxqwen.engine.engine import Done
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.sampling.params import SamplingParams
 from tests.test_engine import TOOLS
 
 WORDS = ("strawberry", "blueberry", "letter", "banana", "tree")

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen import Conversation, Engine, make_cache
-from mlxqwen.engine import Done
+from mlxqwen.chat.prompts import drop_oldest_turns
+from mlxqwen.chat.turns import check_conversation, count_turns, without_oldest_turns
+from mlxqwen.engine.engine import Done
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.messages import check_conversation, count_turns, without_oldest_turns
-from mlxqwen.prompts import drop_oldest_turns
 from tests.conftest import random_model
 from tests.test_tokenizer import QWEN
 

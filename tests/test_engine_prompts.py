@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from mlxqwen import Conversation, Engine
-from mlxqwen.engine import ChatRequest, Done
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.engine.engine import ChatRequest, Done
 from mlxqwen.errors import MessagesError, MlxqwenError, OptionError
-from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams
-from mlxqwen.thinking import EARLY_STOP_TEXT
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.sampling.params import NON_THINKING, THINKING, SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.test_tokenizer import ADDED, QWEN, REAL
 

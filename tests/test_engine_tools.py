@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mlxqwen import Engine, make_cache
-from mlxqwen.engine import Done, ToolResult, ToolRun
+from mlxqwen.chat.reply import Delta
+from mlxqwen.engine.engine import Done, ToolResult, ToolRun
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.reply import Delta
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is 1234 * 567?"}]
 GREEDY: dict[str, Any] = {"sampling": {"temperature": 0}}

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.completion import GenerationResponse
+from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
+from mlxqwen.engine.completion import GenerationResponse
+from mlxqwen.engine.events import Done, Event, ReplyEvents, assistant_message, split_reply
+from mlxqwen.engine.generation import FinishReason
 from mlxqwen.errors import OptionError
-from mlxqwen.events import Done, Event, ReplyEvents, assistant_message, split_reply
-from mlxqwen.generation import FinishReason
-from mlxqwen.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
 from tests.test_tokenizer import QWEN
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "one stop two"}}\n</tool_call>'

@@ -17,15 +17,15 @@ from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device, current_device
-from mlxqwen.footprint import measure
-from mlxqwen.generation import generate_tokens
-from mlxqwen.layers.linear import FusedLinear, fuse_children
-from mlxqwen.layers.mlp import MLP
-from mlxqwen.loading import load_model, prepare_model
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.footprint import measure
+from mlxqwen.model.linear import FusedLinear, fuse_children
+from mlxqwen.model.loading import load_model, prepare_model
+from mlxqwen.model.mlp import MLP
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams
 from tests.tiny_checkpoints import (
     DENSE,
     GOLDEN_MODELS,

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
+from mlxqwen.engine.generation import GeneratedToken, TokenStream, fitting_prefill_chunk, generate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
-from mlxqwen.generation import GeneratedToken, TokenStream, fitting_prefill_chunk, generate_tokens
-from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling import Sampler, token_logprobs
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler, token_logprobs
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
 from tests.sparse_checkpoints import RELEASES
 
@@ -607,7 +607,7 @@ def test_wider_models_read_shorter_chunks() -> None:
 def test_without_a_word_a_prompt_is_read_in_fitting_chunks(
     tiny: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxqwen.generation.fitting_prefill_chunk", lambda config, device: 7)
+    monkeypatch.setattr("mlxqwen.engine.generation.fitting_prefill_chunk", lambda config, device: 7)
     seen: list[int] = []
     real = Qwen3Model.__call__
 

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
-from mlxqwen.hub import DEMO_FOLDER, hub_error, resolve_model
+from mlxqwen.files.hub import DEMO_FOLDER, hub_error, resolve_model
 from tests.loopback_hub import COMMIT, HubModel, LoopbackHub, running_hub
 
 WANTED = {
@@ -44,7 +44,7 @@ UNWANTED = {
 RESOLVE = """
 import sys
 from mlxqwen.errors import MlxqwenError
-from mlxqwen.hub import resolve_model
+from mlxqwen.files.hub import resolve_model
 try:
     print(resolve_model(sys.argv[1], revision=sys.argv[2] if len(sys.argv) > 2 else None))
 except MlxqwenError as error:
@@ -275,10 +275,10 @@ def test_an_existing_folder_is_itself(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.hub.DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr("mlxqwen.files.hub.DEMO_FOLDER", tmp_path)
     assert resolve_model() == resolve_model(None) == tmp_path
     assert DEMO_FOLDER.parent.name == "mlxqwen"
-    monkeypatch.setattr("mlxqwen.hub.DEMO_FOLDER", tmp_path / "demo")
+    monkeypatch.setattr("mlxqwen.files.hub.DEMO_FOLDER", tmp_path / "demo")
     with pytest.raises(HubError, match="install it again"):
         resolve_model()
 

@@ -11,13 +11,13 @@ import mlx.core as mx
 import pytest
 
 from mlxqwen.cache import make_cache
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device, device_from_info
 from mlxqwen.errors import InsufficientMemoryError, OptionError
-from mlxqwen.footprint import cache_bytes, measure, size_up
-from mlxqwen.hub import resolve_model
-from mlxqwen.loading import load_model
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub import resolve_model
+from mlxqwen.model.footprint import cache_bytes, measure, size_up
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from tests.command_line import run
 from tests.sparse_checkpoints import RELEASES, matrices, norms, write_sparse
 
@@ -134,7 +134,7 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
         load_model(folder, device=MACS[16])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(resolve_model(None) / name, folder)
-    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: MACS[8])
+    monkeypatch.setattr("mlxqwen.model.loading.current_device", lambda: MACS[8])
     result = run("generate", "hi", "--model", str(folder))
     assert (result.status, result.out) == (1, "")
     assert "force" in result.err
@@ -142,7 +142,7 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_force_loads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: Device("a watch", False, 1 << 20, 1 << 20))
+    monkeypatch.setattr("mlxqwen.model.loading.current_device", lambda: Device("a watch", False, 1 << 20, 1 << 20))
     assert run("generate", "hi", "--max-tokens", "1").status == 1
     assert run("generate", "hi", "--max-tokens", "1", "--force").status == 0
 

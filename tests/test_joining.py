@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device
+from mlxqwen.engine.generation import TokenStream, generate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
-from mlxqwen.generation import TokenStream, generate_tokens
-from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling import Sampler
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import CONTEXT, VOCAB_SIZE
 from tests.reference_attention import Floats
 from tests.test_cache import (

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import ConfigError
-from mlxqwen.json_file import read_json_object
+from mlxqwen.files.json_file import read_json_object
 
 characters = st.characters(codec="utf-8")
 numbers = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)

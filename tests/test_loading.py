@@ -18,8 +18,6 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlxqwen import loading
-from mlxqwen.checkpoint import Checkpoint
-from mlxqwen.config import ModelConfig
 from mlxqwen.device import Device
 from mlxqwen.errors import (
     CheckpointError,
@@ -29,9 +27,11 @@ from mlxqwen.errors import (
     OptionError,
     UnsupportedFormatError,
 )
-from mlxqwen.footprint import cache_bytes, measure, size_up
-from mlxqwen.layers.moe import QuantizedSwitchLinear
-from mlxqwen.loading import load_model, parse_dtype
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.footprint import cache_bytes, measure, size_up
+from mlxqwen.model.loading import load_model, parse_dtype
+from mlxqwen.model.moe import QuantizedSwitchLinear
 from tests.sparse_checkpoints import RELEASES, write_sparse
 from tests.tiny_checkpoints import (
     DENSE,

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxqwen.engine.loops import LoopDetector
 from mlxqwen.errors import OptionError
-from mlxqwen.loops import LoopDetector
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.text.tokenizer import Tokenizer
 
 
 def looping_period(tokens: Sequence[int], min_tokens: int, repeats: int, max_period: int) -> int | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.chat.turns import check_conversation, without_old_reasoning
 from mlxqwen.errors import MessagesError
-from mlxqwen.messages import check_conversation, prepare_messages, split_reasoning, without_old_reasoning
+from mlxqwen.text.messages import prepare_messages, split_reasoning
 from tests.test_tokenizer import QWEN
 
 CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]

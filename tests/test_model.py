@@ -12,13 +12,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import make_cache
-from mlxqwen.config import ModelConfig
+from mlxqwen.engine.generation import generate_tokens
 from mlxqwen.errors import CacheError, OptionError
-from mlxqwen.footprint import measure
-from mlxqwen.generation import generate_tokens
-from mlxqwen.loading import load_model
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.sampling import SamplingParams
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.footprint import measure
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.sampler import SamplingParams
 from tests.sparse_checkpoints import RELEASES
 from tests.tiny_checkpoints import (
     DENSE,
@@ -188,8 +188,8 @@ def test_the_largest_release_is_shaped_without_memory() -> None:
     """In a process of its own, whose peak nothing else has raised."""
     program = (
         "import json, resource, sys, mlx.core\n"
-        "from mlxqwen.config import ModelConfig\n"
-        "from mlxqwen.model import Qwen3ForCausalLM\n"
+        "from mlxqwen.files.config import ModelConfig\n"
+        "from mlxqwen.model.qwen3 import Qwen3ForCausalLM\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "Qwen3ForCausalLM(ModelConfig.from_dict(json.loads(sys.argv[1])))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

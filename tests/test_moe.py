@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from mlxqwen.config import AffineQuantization, MoeConfig
-from mlxqwen.layers.moe import QuantizedSwitchLinear, SparseMoeBlock, SwitchGLU, route
+from mlxqwen.files.config import AffineQuantization, MoeConfig
+from mlxqwen.model.moe import QuantizedSwitchLinear, SparseMoeBlock, SwitchGLU, route
 from tests.tolerance import assert_close, to_numpy
 
 HIDDEN, WIDTH = 32, 64

@@ -21,13 +21,13 @@ from mlx.utils import tree_map
 from mlxqwen import Conversation, Done, Engine, PromptCache, make_cache
 from mlxqwen.cache import KVCache
 from mlxqwen.cache.prefix import common_prefix
-from mlxqwen.checkpoint import load_safetensors, read_header, save_safetensors
 from mlxqwen.device import Device
+from mlxqwen.engine.events import Event
+from mlxqwen.engine.prompt_cache import weights_digest
 from mlxqwen.errors import CacheError, GenerationError, InsufficientMemoryError, MlxqwenError, OptionError
-from mlxqwen.events import Event
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.prompt_cache import weights_digest
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.files.checkpoint import load_safetensors, read_header, save_safetensors
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_conversation_cache import assert_holds
@@ -609,7 +609,7 @@ def test_neither_reading_nor_writing_takes_a_second_cache(tmp_path: Path, kv_bit
 import sys, mlx.core as mx
 from tests.conftest import random_model
 from mlxqwen import PromptCache
-from mlxqwen.generation import generate_tokens
+from mlxqwen.engine.generation import generate_tokens
 kv_bits = eval(sys.argv[2])
 model = random_model(context=40_000)
 tokens = [5, 6, 7, 8] * 5_000

@@ -25,7 +25,7 @@ def test_importing_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("modules", "unneeded"),
     [
-        ("loading, mlxqwen.generation, mlxqwen.cache", "numpy jinja2 tokenizers huggingface_hub click httpx"),
+        ("model.loading, mlxqwen.engine.generation, mlxqwen.cache", "numpy jinja2 tokenizers huggingface_hub click httpx"),
         ("console", "click mlx rich"),
     ],
 )
@@ -60,10 +60,10 @@ def test_unknown_names() -> None:
 def test_modules_do_not_shadow_functions() -> None:
     program = """
 import pkgutil
-import mlxqwen, mlxqwen.completion, mlxqwen.engine, mlxqwen.generation, mlxqwen.loading, mlxqwen.reply
+import mlxqwen, mlxqwen.engine.completion, mlxqwen.engine.engine, mlxqwen.model.loading, mlxqwen.chat.reply
 modules = {module.name for module in pkgutil.iter_modules(mlxqwen.__path__)}
 print(sorted(modules & set(mlxqwen.__all__)))
-print(mlxqwen.generate is mlxqwen.completion.generate, mlxqwen.load is mlxqwen.engine.load)
+print(mlxqwen.generate is mlxqwen.engine.completion.generate, mlxqwen.load is mlxqwen.engine.engine.load)
 """
     assert run(program) == "[]\nTrue True\n"
 

@@ -14,9 +14,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlxqwen.chat.reply import (
+    MAX_WARNINGS,
+    Delta,
+    Reply,
+    ReplyParser,
+    ToolCall,
+    ToolCallDelta,
+    join_deltas,
+    parse_reply,
+)
+from mlxqwen.chat.tool_call_text import ToolCallScanner
 from mlxqwen.errors import OptionError
-from mlxqwen.reply import MAX_WARNINGS, Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, join_deltas, parse_reply
-from mlxqwen.tool_call_text import ToolCallScanner
 
 # Text of a thinking model → reasoning and content.
 THINKING: list[tuple[str, str | None, str]] = [

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import Conversation, Engine
-from mlxqwen.completion import _begin, _responses, _Row
+from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
+from mlxqwen.chat.reply_tags import reply_tags
+from mlxqwen.chat.thinking import ThinkingBudget, begins_in_thought
+from mlxqwen.engine.completion import _begin, _responses, _Row
+from mlxqwen.engine.events import Done, split_reply
+from mlxqwen.engine.generation import GeneratedToken, TokenStream
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.events import Done, split_reply
-from mlxqwen.generation import GeneratedToken, TokenStream
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
-from mlxqwen.reply_tags import reply_tags
-from mlxqwen.stop import StopStrings
-from mlxqwen.thinking import ThinkingBudget, begins_in_thought
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.stop import StopStrings
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_conversation_cache import TOOLS
 from tests.test_thinking import CLOSED, FREE, OPENED

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxqwen.chat.request_files.answers import AnswerFile
+from mlxqwen.chat.request_files.batch import BatchRequest, digest, parse_requests
+from mlxqwen.chat.request_files.conversations import parse_conversation, parse_tools
 from mlxqwen.errors import OptionError
-from mlxqwen.request_files.answers import AnswerFile
-from mlxqwen.request_files.batch import BatchRequest, digest, parse_requests
-from mlxqwen.request_files.conversations import parse_conversation, parse_tools
 
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
 WRAPPED = {"type": "function", "function": CLOCK}

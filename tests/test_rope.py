@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.config import ModelConfig, YarnScaling
-from mlxqwen.layers.rope import Rope, rope_wavelengths
+from mlxqwen.files.config import ModelConfig, YarnScaling
+from mlxqwen.model.rope import Rope, rope_wavelengths
 from tests.reference_attention import rotated
 from tests.tiny_checkpoints import DENSE
 from tests.tolerance import to_numpy, worst

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.errors import MessagesError, OptionError, TemplateError
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.test_tokenizer import ADDED, QWEN, REFERENCE
 
 CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]

@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.sampling import Sampler
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler
 
 VOCAB_SIZE = 11
 PARAMS = st.builds(

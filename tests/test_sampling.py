@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mlxqwen.errors import GenerationError, OptionError
-from mlxqwen.sampling import Sampler, check_token, token_logprobs
-from mlxqwen.sampling_params import NON_THINKING, THINKING, SamplingParams, resolve_sampling
+from mlxqwen.sampling.params import NON_THINKING, THINKING, SamplingParams, resolve_sampling
+from mlxqwen.sampling.sampler import Sampler, check_token, token_logprobs
 from tests.reference_sampling import assert_drawn_from, penalised, probabilities, total_variation
 
 QWEN_VOCAB = 151_936

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.engine.generation import GeneratedToken, TokenStream, generate_tokens
+from mlxqwen.engine.speculation.draft_model import DraftModel
+from mlxqwen.engine.speculation.drafter import Drafter, DraftLength
+from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
+from mlxqwen.engine.speculation.stream import SpeculativeStream, speculate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
-from mlxqwen.generation import GeneratedToken, TokenStream, generate_tokens
-from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling import Sampler
-from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation.draft_model import DraftModel
-from mlxqwen.speculation.drafter import Drafter, DraftLength
-from mlxqwen.speculation.prompt_lookup import PromptLookup
-from mlxqwen.speculation.stream import SpeculativeStream, speculate_tokens
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
 from tests.reference_sampling import assert_drawn_from, probabilities
 from tests.tolerance import to_numpy, worst

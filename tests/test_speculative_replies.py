@@ -15,13 +15,13 @@ import pytest
 
 from mlxqwen import Conversation, DraftModel, Engine, batch_stream, generate, stream_generate
 from mlxqwen.device import Device
-from mlxqwen.engine import Done, Event
+from mlxqwen.engine.engine import Done, Event
+from mlxqwen.engine.speculation.drafter import Speculative
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, MlxqwenError, OptionError
-from mlxqwen.footprint import measure
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.model import Qwen3ForCausalLM
-from mlxqwen.speculation.drafter import Speculative
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.model.footprint import measure
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 
 CACHES: list[dict[str, Any]] = [{}, {"max_kv_size": 48, "keep": 2}, {"kv_bits": 8}]

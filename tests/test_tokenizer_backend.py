@@ -25,13 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import TokenizerError
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.tokenizer import Tokenizer
-from mlxqwen.tokenizer_backend import LibraryBackend, background, compiled, compiler, opening, store
-from mlxqwen.tokenizer_backend.background import compile_file
-from mlxqwen.tokenizer_backend.compiled import CompiledBackend
-from mlxqwen.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
-from mlxqwen.tokenizer_backend.tables import NO_MERGE, DamagedTablesError, Tables
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.text.tokenizer import Tokenizer
+from mlxqwen.text.tokenizer_backend import LibraryBackend, background, compiled, compiler, opening, store
+from mlxqwen.text.tokenizer_backend.background import compile_file
+from mlxqwen.text.tokenizer_backend.compiled import CompiledBackend
+from mlxqwen.text.tokenizer_backend.compiler import UnsuitableError, compile_tokenizer
+from mlxqwen.text.tokenizer_backend.tables import NO_MERGE, DamagedTablesError, Tables
 from tests.command_line import run
 from tests.test_tokenizer import ADDED, IDS, QWEN, REAL, REFERENCE, small_tokenizer
 
@@ -104,7 +104,7 @@ def test_words_of_many_merges_have_the_library_s_ids(text: str) -> None:
     assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
 
 
-@pytest.mark.parametrize("path", ["mlxqwen/config.py", "docs/conversion.md", "LICENSE", "scripts/demo_phrases.json"])
+@pytest.mark.parametrize("path", ["mlxqwen/device.py", "docs/conversion.md", "LICENSE", "scripts/demo_phrases.json"])
 def test_files_have_the_library_s_ids(path: str) -> None:
     text = (ROOT / path).read_text()
     assert compiled_qwen().encode(text) == REFERENCE.encode(text).ids
@@ -569,7 +569,9 @@ def test_a_cache_that_cannot_be_written_to(
 
 def test_two_processes_write_at_once(folder: Path, cache: Path) -> None:
     path = folder / "tokenizer.json"
-    program = "import sys; from pathlib import Path; from mlxqwen.tokenizer_backend.background import compile_file; "
+    program = (
+        "import sys; from pathlib import Path; from mlxqwen.text.tokenizer_backend.background import compile_file; "
+    )
     program += "compile_file(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
     command = [sys.executable, "-c", program, str(path), store.digest(path.read_bytes()), str(entry_of(folder))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -691,7 +693,7 @@ def test_the_process_holds_nothing_of_its_caller_s(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A stand-in for the compiler tells how it finds itself: a caller that ignores alarms and leaves a pipe open."""
-    stand_in = tmp_path / "modules" / "mlxqwen" / "tokenizer_backend"
+    stand_in = tmp_path / "modules" / "mlxqwen" / "text" / "tokenizer_backend"
     stand_in.mkdir(parents=True)
     for package in (stand_in.parent, stand_in):
         (package / "__init__.py").write_text("")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlxqwen.json_file import MAX_DEPTH
-from mlxqwen.tool_call_text import MAX_NUMBER_LENGTH, ToolCallScanner, parse_tool_call
+from mlxqwen.chat.tool_call_text import MAX_NUMBER_LENGTH, ToolCallScanner, parse_tool_call
+from mlxqwen.files.json_file import MAX_DEPTH
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.chat.reply import Delta, Reply, ToolCall
+from mlxqwen.chat.turns import check_conversation
+from mlxqwen.engine.events import Done, Event, Timings, Usage
+from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.tool_loop import ToolResult, ToolRun, stream_tool_loop
 from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
-from mlxqwen.events import Done, Event, Timings, Usage
-from mlxqwen.generation import FinishReason
-from mlxqwen.messages import check_conversation
-from mlxqwen.reply import Delta, Reply, ToolCall
-from mlxqwen.tool_loop import ToolResult, ToolRun, stream_tool_loop
 
 QUESTION: list[Mapping[str, Any]] = [{"role": "user", "content": "What is 2 + 3?"}]
 

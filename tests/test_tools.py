@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import get_json_schema
 
+from mlxqwen.chat.tools import call_tool, check_tool_schemas, tool_schema
+from mlxqwen.chat.tools.validation import find_problem
 from mlxqwen.errors import MessagesError, OptionError
-from mlxqwen.tools import call_tool, check_tool_schemas, tool_schema
-from mlxqwen.tools.validation import find_problem
 
 Schema = dict[str, Any]
 
@@ -847,5 +847,5 @@ def test_our_own_schemas_are_taken(annotation: Any) -> None:
 
 
 def test_importing_the_package_imports_no_validator() -> None:
-    code = "import sys, mlxqwen.tools; sys.exit('jsonschema' in sys.modules)"
+    code = "import sys, mlxqwen.chat.tools; sys.exit('jsonschema' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.cli.convert import convert
-from mlxqwen.unfinished import command_to_finish, is_unfinished, words_of_options
+from mlxqwen.files.unfinished import command_to_finish, is_unfinished, words_of_options
 from mlxqwen_convert.plan import Options
 
 BITS = st.sampled_from([16, 8, 6, 5, 4, 3, 2])

@@ -31,10 +31,10 @@ from typing import Any
 import mlx.core as mx
 
 import mlxqwen
-from mlxqwen.checkpoint import INDEX_NAME
-from mlxqwen.checkpoint.writing import sync_descriptor
-from mlxqwen.json_file import read_json_object
-from mlxqwen.user_cache import user_cache_folder
+from mlxqwen.files.checkpoint import INDEX_NAME
+from mlxqwen.files.checkpoint.writing import sync_descriptor
+from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.user_cache import user_cache_folder
 from mlxqwen_convert.companions import companion_files
 from mlxqwen_convert.conversion import Progress, convert
 from mlxqwen_convert.errors import DiskFullError, OutputError, ResumeError, SourceChangedError, SourceError

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.hub import COMPANION_FILES
-from mlxqwen.json_file import parse_json, read_text
+from mlxqwen.files.hub import COMPANION_FILES
+from mlxqwen.files.json_file import parse_json, read_text
 from mlxqwen_convert.errors import SourceError, SourceUnreadableError
 
 __all__ = ["check_companions", "companion_files", "filtered_text", "is_filtered", "without_code"]

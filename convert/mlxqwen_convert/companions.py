@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.checkpoint.writing import sync_descriptor
-from mlxqwen.config import ModelConfig, YarnScaling
+from mlxqwen.files.checkpoint.writing import sync_descriptor
+from mlxqwen.files.config import ModelConfig, YarnScaling
 from mlxqwen_convert.companion_files import check_companion, companion_files, filtered_text, is_filtered, without_code
 from mlxqwen_convert.errors import SourceUnreadableError
 from mlxqwen_convert.pipeline import unwritable

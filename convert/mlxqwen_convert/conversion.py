@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 import mlxqwen
-from mlxqwen.checkpoint import TensorInfo
 from mlxqwen.errors import MlxqwenError, OptionError
-from mlxqwen.hub import resolve_model
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.hub import resolve_model
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
 from mlxqwen_convert.errors import (
     DiskFullError,

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxqwen.checkpoint import TensorInfo
-from mlxqwen.config import ModelConfig, Quantization
 from mlxqwen.errors import ConfigError, UnsupportedFormatError
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.config import ModelConfig, Quantization
 from mlxqwen_convert import compressed_tensors, gptq
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.names import Module, Part

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from mlxqwen.checkpoint import INDEX_NAME, ITEM_BYTES
+from mlxqwen.files.checkpoint import INDEX_NAME, ITEM_BYTES
 
 __all__ = ["INDEX_NAME", "MAX_SHARD_BYTES", "OutputTensor", "Shard", "index_of", "lay_out"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mlxqwen.checkpoint import TensorInfo
-from mlxqwen.config import ModelConfig
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.config import ModelConfig
 
 __all__ = ["Kind", "Module", "Part", "Parts", "PartsByPrefix", "modules", "parts_of"]
 

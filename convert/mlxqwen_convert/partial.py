@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.checkpoint.writing import sync, sync_descriptor
-from mlxqwen.json_file import read_json_object
-from mlxqwen.unfinished import MANIFEST, words_of_options
+from mlxqwen.files.checkpoint.writing import sync, sync_descriptor
+from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.unfinished import MANIFEST, words_of_options
 from mlxqwen_convert.errors import OutputError, ResumeError
 from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import mlx.core as mx
 from xxhash import xxh3_128
 
-from mlxqwen.checkpoint.writing import sync_descriptor
-from mlxqwen.config import AffineQuantization
+from mlxqwen.files.checkpoint.writing import sync_descriptor
+from mlxqwen.files.config import AffineQuantization
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError, VerificationError

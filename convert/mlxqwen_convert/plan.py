@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.checkpoint import Checkpoint
-from mlxqwen.config import AffineQuantization, ModelConfig
 from mlxqwen.errors import ConfigError, OptionError
-from mlxqwen.json_file import read_json_object
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.config import AffineQuantization, ModelConfig
+from mlxqwen.files.json_file import read_json_object
 from mlxqwen_convert.affine import BITS, GROUP_SIZES
 from mlxqwen_convert.companion_files import check_companions
 from mlxqwen_convert.errors import ConversionError, SourceError

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlxqwen.checkpoint import TensorInfo
-from mlxqwen.config import AffineQuantization
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.config import AffineQuantization
 from mlxqwen_convert import affine, awq, compressed_tensors, fp8, gptq
 from mlxqwen_convert.affine import Packed
 from mlxqwen_convert.errors import SourceError

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxqwen.checkpoint import ITEM_BYTES, TensorInfo
+from mlxqwen.files.checkpoint import ITEM_BYTES, TensorInfo
 from mlxqwen_convert.errors import SourceChangedError, SourceUnreadableError
 from mlxqwen_convert.open_files import OpenFiles
 

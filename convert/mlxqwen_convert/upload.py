@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
-from mlxqwen.hub import HUB_ID, hub_error, progress_on_terminal_only, quiet_warnings
+from mlxqwen.files.hub import HUB_ID, hub_error, progress_on_terminal_only, quiet_warnings
 
 __all__ = ["check_repo_id", "require_token", "upload", "upload_command"]
 

@@ -10,10 +10,10 @@ import mlx.core as mx
 from mlxqwen.cache.layer import KVLayer
 from mlxqwen.cache.placement import LinearPlacement, Placement, RingPlacement
 from mlxqwen.cache.storage import PlainStorage, QuantizedStorage, Storage, join_rows
-from mlxqwen.checkpoint import load_safetensors, save_safetensors
-from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError, OptionError
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.checkpoint import load_safetensors, save_safetensors
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["KVCache", "cache_identity", "load_cache", "make_cache"]
 

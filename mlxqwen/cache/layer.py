@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.device import current_device
-from mlxqwen.layers.rope import Rope
+from mlxqwen.model.rope import Rope
 
 __all__ = ["KVLayer"]
 
@@ -36,7 +36,7 @@ class KVLayer:
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
-        """See `mlxqwen.layers.attention.LayerCache`."""
+        """See `mlxqwen.model.attention.LayerCache`."""
         plan = self.plan
         new_keys, new_values = self.storage.encode(rope(keys, plan.offset)), self.storage.encode(values)
         self.keys, seen_keys = _store(self.keys, new_keys, plan)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mlxqwen.cache.kv_cache import KVCache
 from mlxqwen.cache.layer import KVLayer
-from mlxqwen.config import ModelConfig
 from mlxqwen.errors import CacheError
+from mlxqwen.files.config import ModelConfig
 
 __all__ = ["TentativeStep"]
 

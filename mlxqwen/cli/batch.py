@@ -23,11 +23,11 @@ from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.chat_options import ChatRequest
-    from mlxqwen.engine import Engine
-    from mlxqwen.events import Done
-    from mlxqwen.request_files.answers import AnswerFile
-    from mlxqwen.request_files.batch import BatchRequest
+    from mlxqwen.chat.request_files.answers import AnswerFile
+    from mlxqwen.chat.request_files.batch import BatchRequest
+    from mlxqwen.engine.chat_options import ChatRequest
+    from mlxqwen.engine.engine import Engine
+    from mlxqwen.engine.events import Done
 
     _Answer = tuple[BatchRequest, dict[str, Any], int]  # its fields, and its number of tokens
 
@@ -59,9 +59,9 @@ _SHAPING = (
 def generate_batch(options: Mapping[str, Any]) -> int:
     """Answer all lines of --batch that --output has no answer to yet → the exit status."""
     with leave_at_once():
-        from mlxqwen.request_files.answers import AnswerFile
-        from mlxqwen.request_files.batch import parse_requests
-        from mlxqwen.request_files.conversations import parse_tools
+        from mlxqwen.chat.request_files.answers import AnswerFile
+        from mlxqwen.chat.request_files.batch import parse_requests
+        from mlxqwen.chat.request_files.conversations import parse_tools
 
     check_values(options)
     source, output = options["batch"], Path(options["output"])
@@ -99,7 +99,7 @@ def generate_batch(options: Mapping[str, Any]) -> int:
 
 def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> str:
     """Stands for the options that an answer depends on."""
-    from mlxqwen.request_files.batch import digest
+    from mlxqwen.chat.request_files.batch import digest
 
     shaping = {**{name: options[name] for name in _SHAPING}, **sampling_overrides(options), "tools": tools}
     return digest(json.dumps(shaping))
@@ -182,7 +182,7 @@ def _batch(
     options: Mapping[str, Any],
     refused: list[tuple[int, MlxqwenError]],
 ) -> Iterator[tuple[int, Done]]:
-    from mlxqwen.engine import DEFAULT_BATCH_SIZE
+    from mlxqwen.engine.engine import DEFAULT_BATCH_SIZE
 
     shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop")
     more = ("trust_special_tokens", "drop_oldest", "prefill_chunk")
@@ -199,7 +199,7 @@ def _conversations(
     requests: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
 ) -> Iterator[ChatRequest]:
     """What the engine is asked; `begun` gets each request that it takes, by its number."""
-    from mlxqwen.chat_options import ChatRequest
+    from mlxqwen.engine.chat_options import ChatRequest
 
     for number, request in enumerate(requests):
         begun[number] = request
@@ -213,7 +213,7 @@ def _refusal(request: BatchRequest, error: MlxqwenError) -> _Answer:
 
 
 def _fields(done: Done) -> dict[str, Any]:
-    from mlxqwen.events import assistant_message
+    from mlxqwen.engine.events import assistant_message
 
     return {
         "reasoning": done.reply.reasoning,

@@ -24,8 +24,8 @@ from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.benchmark import BenchmarkRun, Speed
-    from mlxqwen.engine import Engine
+    from mlxqwen.engine.benchmark import BenchmarkRun, Speed
+    from mlxqwen.engine.engine import Engine
 
 __all__ = ["bench"]
 
@@ -92,7 +92,7 @@ def bench(**options: Any) -> int:
     facts = _facts(engine, seconds, options, runs, planned, interrupted=interrupted)
     _print(facts, runs, as_json=options["as_json"])
     if options["plot"] is not None and runs:
-        from mlxqwen.benchmark import summarize
+        from mlxqwen.engine.benchmark import summarize
 
         write_plot(Path(options["plot"]), summarize(runs), title=facts["model"])
     return INTERRUPTED if interrupted else 0
@@ -114,7 +114,7 @@ def _contexts(given: str | None) -> list[int] | None:
 
 def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
     """Complain before the model is loaded."""
-    from mlxqwen.generation import check_count
+    from mlxqwen.engine.generation import check_count
 
     for name, value in (("tokens", tokens), ("repeat", repeat), *(("context", context) for context in contexts)):
         check_count(name, value)
@@ -123,7 +123,7 @@ def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
 def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
     """The model and the seconds that it took; downloads and conversions, which happen once, do not count."""
     with leave_at_once():
-        from mlxqwen.hub import resolve_model
+        from mlxqwen.files.hub import resolve_model
 
     local = {**options, "model": resolve_model(options["model"], revision=options["revision"]), "revision": None}
     started = [time.perf_counter()]
@@ -133,7 +133,7 @@ def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
 
 def _chosen_contexts(engine: Engine, asked: list[int] | None, options: Mapping[str, Any]) -> list[int]:
     with leave_at_once():
-        from mlxqwen.benchmark import choose_contexts
+        from mlxqwen.engine.benchmark import choose_contexts
 
     with options_named():
         return choose_contexts(engine.model, asked, tokens=options["tokens"], max_kv_size=options["max_kv_size"])
@@ -143,7 +143,7 @@ def _measure(
     engine: Engine, contexts: list[int], options: Mapping[str, Any], runs: list[BenchmarkRun], line: StatusLine
 ) -> None:
     with leave_at_once():
-        from mlxqwen.benchmark import benchmark
+        from mlxqwen.engine.benchmark import benchmark
 
     tokens, repeat = options["tokens"], options["repeat"]
     with options_named():
@@ -177,8 +177,8 @@ def _facts(
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from mlxqwen.benchmark import summarize, weight_bytes
     from mlxqwen.device import current_device
+    from mlxqwen.engine.benchmark import summarize, weight_bytes
 
     device = current_device()
     return {
@@ -205,7 +205,7 @@ def _print(facts: dict[str, Any], runs: list[BenchmarkRun], *, as_json: bool) ->
     if as_json:
         out.write(json.dumps({**facts, "runs": [asdict(run) for run in runs]}) + "\n")
         return
-    from mlxqwen.benchmark import summarize
+    from mlxqwen.engine.benchmark import summarize
 
     device = facts["device"]
     window = "" if facts["max_kv_size"] is None else f", window {facts['max_kv_size']:,}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.benchmark import Speed
+    from mlxqwen.engine.benchmark import Speed
 
 __all__ = ["check_plot", "write_plot"]
 

@@ -16,7 +16,7 @@ from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
+    from mlxqwen.text.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
     from mlxqwen_convert.cached import CachedModel, Removal
 
 __all__ = ["cache"]
@@ -58,7 +58,7 @@ def list_models(as_json: bool) -> None:
     and is tried again a day later). MLXQWEN_TOKENIZER_CACHE=off neither makes nor reads them.
     """
     with leave_at_once():
-        from mlxqwen.tokenizer_backend.store import cached_tokenizers
+        from mlxqwen.text.tokenizer_backend.store import cached_tokenizers
         from mlxqwen_convert.cached import cache_folder, cached_models
 
     models, tokenizers = cached_models(), cached_tokenizers()
@@ -97,7 +97,7 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():
-        from mlxqwen.tokenizer_backend.store import prune_tokenizers
+        from mlxqwen.text.tokenizer_backend.store import prune_tokenizers
         from mlxqwen_convert.cached import prune as prune_models
 
     models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlxqwen.cli.chat_input import Source
     from mlxqwen.cli.chat_session import ChatSession
     from mlxqwen.cli.chat_view import ChatView
-    from mlxqwen.engine import Engine
+    from mlxqwen.engine.engine import Engine
 
 __all__ = ["chat"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mlxqwen.cli.chat_interrupt import stop_on_interrupt
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.terminal import PrefillProgress
-from mlxqwen.events import Done, Event
+from mlxqwen.engine.events import Done, Event
 
 __all__ = ["Answer", "OnPrefill", "show_answer"]
 

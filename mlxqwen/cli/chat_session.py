@@ -9,18 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.chat_options import ChatOptions
 from mlxqwen.cli.chat_answer import show_answer
 from mlxqwen.cli.chat_commands import HELP, ChatCommand, Message, parse_line
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
-from mlxqwen.completion import drafts_line
-from mlxqwen.conversation import Conversation
-from mlxqwen.engine import Engine
+from mlxqwen.engine.chat_options import ChatOptions
+from mlxqwen.engine.completion import drafts_line
+from mlxqwen.engine.conversation import Conversation
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.events import Done, Event
+from mlxqwen.engine.prompt_cache import PromptCache
 from mlxqwen.errors import ContextLengthError, OptionError
-from mlxqwen.events import Done, Event
-from mlxqwen.prompt_cache import PromptCache
 
 __all__ = ["ChatSession"]
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TextIO
 
+from mlxqwen.chat.reply import Delta
 from mlxqwen.cli.chat_markdown import StreamedMarkdown, wrap
 from mlxqwen.cli.chat_screen import LiveLines, terminal_size
 from mlxqwen.cli.chat_thought import Thought
 from mlxqwen.console import Output
-from mlxqwen.events import Done
-from mlxqwen.reply import Delta
+from mlxqwen.engine.events import Done
 
 __all__ = ["ChatView", "PlainView", "ReplyView", "TerminalView"]
 

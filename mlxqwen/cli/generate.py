@@ -33,9 +33,9 @@ from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
 
 if TYPE_CHECKING:
-    from mlxqwen.engine import Engine, Event
-    from mlxqwen.prompt_cache import PromptCache
-    from mlxqwen.request_files.conversations import MessagesWithTools
+    from mlxqwen.chat.request_files.conversations import MessagesWithTools
+    from mlxqwen.engine.engine import Engine, Event
+    from mlxqwen.engine.prompt_cache import PromptCache
 
 __all__ = ["generate"]
 
@@ -104,7 +104,7 @@ def _read_text(options: Mapping[str, Any]) -> str:
 def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
     """Messages and tools from all options that give some."""
     with leave_at_once():
-        from mlxqwen.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
+        from mlxqwen.chat.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
 
     messages, tools = options["messages"], options["tools"]
     conversation = MessagesWithTools(())
@@ -125,7 +125,7 @@ def _events(
     progress: PrefillProgress,
 ) -> Generator[Event]:
     """Let the model answer."""
-    from mlxqwen.generation import DEFAULT_MAX_TOKENS
+    from mlxqwen.engine.generation import DEFAULT_MAX_TOKENS
 
     overrides, cache = sampling_overrides(options), new_cache(engine, options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
@@ -152,8 +152,8 @@ def _events(
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
     """What follows a text: all of it is content, so that no part counts as reasoning."""
-    from mlxqwen.completion import resolve_params, stream_generate
-    from mlxqwen.engine import Done, split_reply
+    from mlxqwen.engine.completion import resolve_params, stream_generate
+    from mlxqwen.engine.engine import Done, split_reply
 
     sampling = resolve_params(engine.model, request["sampling"], thinking=True)
     if options["verbose"]:

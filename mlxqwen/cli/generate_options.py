@@ -13,12 +13,12 @@ from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.errors import OptionError
-from mlxqwen.json_file import parse_json
+from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
-    from mlxqwen.engine import Engine
-    from mlxqwen.prompt_cache import PromptCache
+    from mlxqwen.engine.engine import Engine
+    from mlxqwen.engine.prompt_cache import PromptCache
 
 __all__ = [
     "CacheOptions",
@@ -242,10 +242,10 @@ def _flag(name: str) -> str:
 def check_values(options: Mapping[str, Any]) -> None:
     """Complain before a large model is read, or converted. Raises `OptionError`."""
     with leave_at_once():
-        from mlxqwen.generation import check_count, check_draft_tokens
-        from mlxqwen.sampling_params import SamplingParams, check_integer
-        from mlxqwen.stop import StopStrings
-        from mlxqwen.thinking import check_early_stop_text
+        from mlxqwen.chat.thinking import check_early_stop_text
+        from mlxqwen.engine.generation import check_count, check_draft_tokens
+        from mlxqwen.sampling.params import SamplingParams, check_integer
+        from mlxqwen.text.stop import StopStrings
 
     names = ("prompt", "system", "early_stop_text", "draft", "prompt_cache")
     with options_named():
@@ -263,7 +263,7 @@ def check_values(options: Mapping[str, Any]) -> None:
             check_draft_tokens(options["draft_tokens"])
     check_model_options(options)
     if options["prompt_cache"] is not None:
-        from mlxqwen.prompt_cache import check_prompt_cache_file
+        from mlxqwen.engine.prompt_cache import check_prompt_cache_file
 
         check_prompt_cache_file(options["prompt_cache"])
 
@@ -272,7 +272,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse what no model can be loaded or run with. Raises `OptionError`, `click.UsageError`."""
     with leave_at_once():
         from mlxqwen.cache import check_window
-        from mlxqwen.generation import check_count
+        from mlxqwen.engine.generation import check_count
 
     _check_window_usage(options)
     with options_named():
@@ -307,7 +307,7 @@ def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
 def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | None = None) -> Engine:
     """The model, loaded; a conversion shows how far it is, and calls `on_progress` each time."""
     with leave_at_once():
-        from mlxqwen.engine import Engine
+        from mlxqwen.engine.engine import Engine
 
     with conversion_progress() as show:
 
@@ -335,7 +335,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
 
 def _size_draft_cache(engine: Engine, options: Mapping[str, Any]) -> None:
     """Let the draft model's cache be of the kind that the options ask for."""
-    from mlxqwen.speculation.draft_model import DraftModel
+    from mlxqwen.engine.speculation.draft_model import DraftModel
 
     if isinstance(engine.speculative, DraftModel):
         engine.speculative = DraftModel(
@@ -357,7 +357,7 @@ def open_prompt_cache(engine: Engine, options: Mapping[str, Any]) -> PromptCache
     """What the file of --prompt-cache holds, or will hold; None without one."""
     if options["prompt_cache"] is None:
         return None
-    from mlxqwen.prompt_cache import PromptCache
+    from mlxqwen.engine.prompt_cache import PromptCache
 
     return PromptCache(options["prompt_cache"], engine.model, **_cache_options(options))
 

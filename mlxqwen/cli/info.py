@@ -19,7 +19,7 @@ from mlxqwen.console import Output
 from mlxqwen.errors import UnsupportedFormatError, one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.footprint import Footprint
+    from mlxqwen.model.footprint import Footprint
 
 __all__ = ["info"]
 
@@ -47,8 +47,8 @@ def info(
     """
     with leave_at_once():
         from mlxqwen.device import current_device
-        from mlxqwen.footprint import measure, size_up
-        from mlxqwen.hub import resolve_model
+        from mlxqwen.files.hub import resolve_model
+        from mlxqwen.model.footprint import measure, size_up
 
     check_unicode(model=model, revision=revision)
     folder = resolve_model(model, revision=revision)

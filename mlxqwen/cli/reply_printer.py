@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.console import Output
 from mlxqwen.errors import MlxqwenError, one_line
-from mlxqwen.json_file import parse_json
+from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
-    from mlxqwen.engine import Done, Engine, Event
-    from mlxqwen.prompt_cache import PromptCache
-    from mlxqwen.reply import Delta, Reply, ToolCall
-    from mlxqwen.sampling_params import SamplingParams
+    from mlxqwen.chat.reply import Delta, Reply, ToolCall
+    from mlxqwen.engine.engine import Done, Engine, Event
+    from mlxqwen.engine.prompt_cache import PromptCache
+    from mlxqwen.sampling.params import SamplingParams
 
 __all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed", "save_interrupted", "save_prompt_cache"]
 
@@ -33,7 +33,7 @@ class ReplyPrinter:
 
     def print(self, event: Event) -> None:
         """Write a piece of reasoning or content; tool calls wait for the end."""
-        from mlxqwen.engine import Done
+        from mlxqwen.engine.engine import Done
 
         if isinstance(event, Done):
             self.done = event
@@ -64,12 +64,12 @@ class ReplyPrinter:
         self._stderr.end_line()
 
     def _reply(self) -> Reply:
-        from mlxqwen.reply import join_deltas
+        from mlxqwen.chat.reply import join_deltas
 
         return join_deltas(self._deltas)
 
     def _object(self, interrupted: bool) -> str:
-        from mlxqwen.events import assistant_message
+        from mlxqwen.engine.events import assistant_message
 
         done, reply = self.done, self._reply()
         return self._dump(
@@ -98,7 +98,7 @@ def print_request(
     overrides: Mapping[str, Any],
 ) -> None:
     """What the options have come to."""
-    from mlxqwen.generation import DEFAULT_MAX_TOKENS
+    from mlxqwen.engine.generation import DEFAULT_MAX_TOKENS
 
     max_tokens = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
     config, keep = engine.model.config, options["kv_keep"]
@@ -124,7 +124,7 @@ def print_request(
 
 def _is_low_bits_penalty(engine: Engine, sampling: SamplingParams, overrides: Mapping[str, Any]) -> bool:
     """Whether the penalty is there for the weights' sake alone."""
-    from mlxqwen.sampling_params import resolve_sampling
+    from mlxqwen.sampling.params import resolve_sampling
 
     values = engine.model.generation_config.values
     of_full_weights, _ = resolve_sampling(values, thinking=True, overrides=overrides)
@@ -132,7 +132,7 @@ def _is_low_bits_penalty(engine: Engine, sampling: SamplingParams, overrides: Ma
 
 
 def _budget_line(budget: int, early_stop_text: str | None) -> str:
-    from mlxqwen.thinking import EARLY_STOP_TEXT
+    from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 
     if budget == 0:
         return "thinking budget: 0 tokens, so no thought\n"
@@ -155,7 +155,7 @@ def print_speed(done: Done) -> None:
     """Tokens, speed and memory."""
     import mlx.core as mx
 
-    from mlxqwen.completion import drafts_line
+    from mlxqwen.engine.completion import drafts_line
 
     usage, timings = done.usage, done.timings
     ended = ", which the budget ended" if usage.budget_exhausted else ""

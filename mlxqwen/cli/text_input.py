@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlxqwen.errors import OptionError
-from mlxqwen.json_file import find_lone_surrogate
+from mlxqwen.files.json_file import find_lone_surrogate
 
 __all__ = ["check_unicode", "read_prompt", "read_text", "source_name"]
 

@@ -20,14 +20,14 @@ from graph_counts import KINDS, count_primitives, ours, single_nodes, write_mode
 from start_counts import STARTS, imported_modules
 
 from mlxqwen.cache import make_cache
-from mlxqwen.conversation import Conversation
 from mlxqwen.device import current_device
-from mlxqwen.engine import Engine
-from mlxqwen.events import Done
-from mlxqwen.generation import generate_tokens
-from mlxqwen.loading import load_model
-from mlxqwen.model import Qwen3ForCausalLM, Qwen3Model
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.engine.conversation import Conversation
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.events import Done
+from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from mlxqwen.sampling.params import SamplingParams
 
 __all__ = ["all_counts", "conversation_counts", "decoding_counts", "module_counts", "reply_counts"]
 

@@ -12,8 +12,8 @@ from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
 from benchmarks.settings import Settings
 from benchmarks.sides import MLX_LM
-from mlxqwen.sampling import Sampler
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.sampling.sampler import Sampler
 
 __all__ = ["sample"]
 

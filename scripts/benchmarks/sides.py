@@ -16,9 +16,9 @@ from mlx_lm.utils import load_model as load_theirs
 
 from benchmarks.clock import now
 from mlxqwen.cache import make_cache
-from mlxqwen.generation import generate_tokens
-from mlxqwen.loading import load_model
-from mlxqwen.sampling_params import SamplingParams
+from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.model.loading import load_model
+from mlxqwen.sampling.params import SamplingParams
 
 __all__ = ["FLOAT32", "MLX_LM", "Ours", "Side", "Theirs", "prompt_ids", "seconds_per_token", "seconds_to_first_token"]
 

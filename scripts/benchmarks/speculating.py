@@ -6,9 +6,9 @@ from bench_speculation import measure, questions
 
 from benchmarks.comparison import Comparison
 from benchmarks.settings import Settings
-from mlxqwen.engine import Engine
-from mlxqwen.sampling_params import SamplingParams
-from mlxqwen.speculation.prompt_lookup import PromptLookup
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
+from mlxqwen.sampling.params import SamplingParams
 
 __all__ = ["speculation"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxqwen.checkpoint import Checkpoint
-from mlxqwen.hub import DEMO_FOLDER
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.convert import encoders
 from tests.convert.encoders import Array, Floats, Grouped
 

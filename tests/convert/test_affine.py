@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.checkpoint import Checkpoint
+from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import BITS, GROUP_SIZES, Packed
 from mlxqwen_convert.errors import SourceError

@@ -21,10 +21,10 @@ import mlx.core as mx
 import pytest
 
 import mlxqwen
-from mlxqwen.checkpoint import Checkpoint
 from mlxqwen.device import Device
 from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, TokenizerError
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen_convert import cached, convert
 from mlxqwen_convert.cached import CachedModel, Removal, cache_folder, cached_models, converted, planned_size, prune
 from mlxqwen_convert.errors import DiskFullError, OutputError, SourceChangedError
@@ -146,7 +146,7 @@ def test_what_cannot_be_loaded_is_not_converted(
 ) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
     tiny = Device("tiny", False, 1 << 20, 1 << 20)
-    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: tiny)
+    monkeypatch.setattr("mlxqwen.model.loading.current_device", lambda: tiny)
     with pytest.raises(InsufficientMemoryError, match="float32"):
         mlxqwen.load(source)
     with pytest.raises(MlxqwenError, match="dtype"):
@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_is_not_converted(
 
 def test_force_loads_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
-    monkeypatch.setattr("mlxqwen.loading.current_device", lambda: Device("tiny", False, 1 << 20, 1 << 20))
+    monkeypatch.setattr("mlxqwen.model.loading.current_device", lambda: Device("tiny", False, 1 << 20, 1 << 20))
     mlxqwen.load(source, force=True)
     assert only().state == "ready"
 

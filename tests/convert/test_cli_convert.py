@@ -329,6 +329,7 @@ def test_the_last_glob_that_matches_counts(tmp_path: Path) -> None:
 
 
 def test_the_library_is_not_loaded_for_other_commands() -> None:
-    code = "import sys, mlxqwen.cli.commands, mlxqwen.engine; print([m for m in sys.modules if 'mlxqwen_convert' in m])"
+    code = "import sys, mlxqwen.cli.commands, mlxqwen.engine.engine; "
+    code += "print([m for m in sys.modules if 'mlxqwen_convert' in m])"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -14,9 +14,9 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 
-from mlxqwen.config import ModelConfig
-from mlxqwen.hub import COMPANION_FILES, WANTED_FILES
-from mlxqwen.loading import load_model
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub import COMPANION_FILES, WANTED_FILES
+from mlxqwen.model.loading import load_model
 from mlxqwen_convert import convert
 from mlxqwen_convert.companions import config_text, copy_companions
 from mlxqwen_convert.errors import OutputError, SourceError

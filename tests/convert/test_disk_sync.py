@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxqwen.checkpoint import writing
+from mlxqwen.files.checkpoint import writing
 
 FULL = 51  # F_FULLFSYNC on macOS
 

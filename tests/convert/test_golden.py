@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxqwen.checkpoint import load_safetensors
+from mlxqwen.files.checkpoint import load_safetensors
 from mlxqwen_convert import affine, awq, compressed_tensors, fp8, gptq
 from tests.convert.encoders import unpack_affine
 

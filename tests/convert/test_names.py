@@ -10,10 +10,10 @@ import pytest
 from make_checkpoint import SHAPES
 from mlx.utils import tree_flatten
 
-from mlxqwen.checkpoint import TensorInfo
-from mlxqwen.config import ModelConfig
-from mlxqwen.footprint import measure
-from mlxqwen.model import Qwen3ForCausalLM
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.footprint import measure
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen_convert.names import Module, modules, parts_of
 from tests.convert.checkpoints import DENSE, MOE, make_source
 

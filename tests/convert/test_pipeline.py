@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from make_checkpoint import SHAPES, make_checkpoint
 
-from mlxqwen.checkpoint import Checkpoint
-from mlxqwen.hub import DEMO_FOLDER
-from mlxqwen.loading import load_model
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.model.loading import load_model
 from mlxqwen_convert import affine, convert
 from mlxqwen_convert.layout import lay_out
 from mlxqwen_convert.plan import Options, make_plan

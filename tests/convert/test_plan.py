@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.checkpoint import ITEM_BYTES, read_header
 from mlxqwen.errors import OptionError
+from mlxqwen.files.checkpoint import ITEM_BYTES, read_header
 from mlxqwen_convert.layout import OutputTensor, lay_out
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, make_source, plain_tensor

@@ -1,0 +1,128 @@
+"""A conversation → the ids that a model sees of it: without old reasoning, in the mode asked for, as long as may be."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from mlxqwen.chat.thinking import begins_in_thought, can_think
+from mlxqwen.chat.tools import check_tool_schemas
+from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
+from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
+from mlxqwen.text.messages import split_reasoning
+from mlxqwen.text.tokenizer import Tokenizer
+
+__all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bool | None:
+    """What both switch thinking to: a budget of 0 switches it off.
+
+    Raises:
+        OptionError: `thinking` is no switch, or the budget contradicts it.
+    """
+    if thinking is not None and not isinstance(thinking, bool):
+        raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
+    if thinking_budget != 0 or isinstance(thinking_budget, bool):
+        return thinking
+    if thinking:
+        raise OptionError(
+            "thinking: found True with a thinking_budget of 0, expected one that agrees with the other",
+            hint="Leave out thinking, or give a budget from 1, or None for no limit.",
+        )
+    return False
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    trust_special_tokens: bool = False,
+) -> list[int]:
+    """The ids of a conversation, up to where the answer begins; see `Engine.prompt`."""
+    thinking = hard_switch(thinking)
+    check_conversation(messages)
+    schemas = check_tool_schemas(tools) if tools is not None else None
+    prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
+    prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
+    goes_on = prepared[-1]["role"] == "assistant"
+    if goes_on and prepared[-1].get("tool_calls"):
+        raise MessagesError(
+            f"messages[{len(prepared) - 1}]: found calls of tools at the end, expected their results behind them",
+            hint="Add a message of role 'tool' for each call.",
+        )
+    return tokenizer.apply_chat_template(
+        prepared,
+        tools=schemas or None,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
+        enable_thinking=thinking,
+        trust_special_tokens=trust_special_tokens,
+    )
+
+
+def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_tokens: bool = False) -> int:
+    """A lower bound of the length of the prompt that `messages` make, found without encoding it."""
+    kept = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
+    return tokenizer.least_tokens("".join(message["content"].strip() for message in kept))
+
+
+def asks_for_thought(
+    tokenizer: Tokenizer, prompt: Sequence[int], messages: Messages, *, thinking: bool | None = None
+) -> bool:
+    """Whether the reply to `prompt`, the ids of `messages`, is expected to think.
+
+    The prompt's end tells; where it leaves the model free, the soft switches do. An answer that is gone on with is no
+    thought, nor does a model think whose template knows none.
+    """
+    begins = begins_in_thought(tokenizer, prompt)
+    if begins is not None:
+        return begins
+    if not can_think(tokenizer) or thinking is False or messages[-1]["role"] == "assistant":
+        return False
+    return soft_switch(messages) is not False
+
+
+def drop_oldest_turns(
+    messages: Messages,
+    tokens_of: Callable[[Messages], int],
+    *,
+    room: int,
+    reserve: int,
+    trust_special_tokens: bool = False,
+) -> list[Mapping[str, Any]]:
+    """The messages without as few of the oldest turns as need be, so that `reserve` of `room` tokens are left.
+
+    A turn is a question with all that follows it, calls of tools and their results included, and goes as a whole. The
+    system message and the last turn stay, if need be at the cost of the reserve.
+
+    Args:
+        messages: never modified; what comes back holds the same dicts.
+        tokens_of: the length of the prompt that messages make.
+
+    Raises:
+        ContextLengthError: the last turn leaves no room at all.
+    """
+
+    @cache
+    def tokens_without(count: int) -> int:
+        return tokens_of(without_oldest_turns(messages, count, trust_special_tokens=trust_special_tokens))
+
+    if tokens_without(0) + reserve <= room:
+        return list(messages)
+    last = count_turns(messages, trust_special_tokens=trust_special_tokens) - 1
+    count = bisect_left(range(last), True, key=lambda count: tokens_without(count) + reserve <= room)
+    if tokens_without(count) >= room:
+        raise ContextLengthError(
+            f"messages: {tokens_without(count):,} tokens without the older turns, but the context has room for "
+            f"{room:,}, prompt and answer together",
+            hint="Shorten the last turn, extend the context (--yarn-factor; in Python load(yarn_factor=…)), or slide "
+            "over it in a window that fits it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
+        )
+    return without_oldest_turns(messages, count, trust_special_tokens=trust_special_tokens)

@@ -1,0 +1,1 @@
+"""What owns the model: requests in, tokens and events out."""

@@ -1,0 +1,155 @@
+"""A conversation as a JSON file: messages and options, read as strictly as anything from strangers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlxqwen.chat.request_files.conversations import CONVERSATION_FORMAT, parse_json_text
+from mlxqwen.chat.turns import check_conversation
+from mlxqwen.errors import MessagesError, OptionError
+from mlxqwen.files.json_file import json_kind, parse_json, read_text
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.messages import to_plain_json
+
+__all__ = ["read_conversation", "write_conversation"]
+
+_MAX_BYTES = 256 * 2**20
+# Neither what would let a file forge tokens, nor what is of this machine or call.
+_OPTIONS = (
+    "thinking",
+    "thinking_budget",
+    "early_stop_text",
+    "tools",
+    "sampling",
+    "max_tokens",
+    "seed",
+    "stop",
+    "stop_on_loop",
+    "drop_oldest",
+)
+_HINT = "Give a file that Conversation.save, or /save in the chat, has written, or a list of messages."
+
+
+def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Write messages, and those of the options that a file may hold, whole or not at all.
+
+    Raises:
+        MessagesError: what no file could hold, such as NaN, or no conversation.
+        OptionError: the file cannot be written.
+    """
+    if messages:
+        check_conversation(messages)
+    kept = {name: _plain_option(name, options[name]) for name in _OPTIONS if options.get(name) is not None}
+    text = json.dumps(
+        {"format": CONVERSATION_FORMAT, "messages": list(messages), "options": kept}, ensure_ascii=False, indent=1
+    )
+    try:
+        parse_json(text)
+    except ValueError as error:
+        raise MessagesError(
+            f"{path}: {error}; it could not be read again", hint="Leave it out, and save then."
+        ) from None
+    _replace(path, text.encode() + b"\n")
+
+
+def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages and options of a file. That the options' values can be is for their user to check.
+
+    Besides what `write_conversation` wrote, it may be a list of messages, or an object with `messages` and perhaps
+    `tools`.
+
+    Raises:
+        MessagesError: the file cannot be read, is damaged, or holds something else.
+    """
+    try:
+        text = read_text(path, error=MessagesError, max_bytes=_MAX_BYTES)
+    except MessagesError as error:
+        raise MessagesError(error.problem, hint=_HINT) from None
+    value = _with_format(path, _parse(path, text))
+    messages, options = value.get("messages"), value.get("options", {})
+    if value["format"] != CONVERSATION_FORMAT:
+        raise MessagesError(
+            f"{path}: format: found {value['format']!r:.80}, expected {CONVERSATION_FORMAT!r}", hint=_HINT
+        )
+    for name in value:
+        if name not in ("format", "messages", "options"):
+            raise MessagesError(f"{path}: found {name!r}, expected format, messages and options", hint=_HINT)
+    if not isinstance(messages, list):
+        raise MessagesError(f"{path}: messages: found {json_kind(messages)}, expected a list", hint=_HINT)
+    if not isinstance(options, dict):
+        raise MessagesError(f"{path}: options: found {json_kind(options)}, expected an object", hint=_HINT)
+    for name in options:
+        if name not in _OPTIONS:
+            raise MessagesError(f"{path}: options: found {name!r}, expected {', '.join(_OPTIONS)}", hint=_HINT)
+    if messages:
+        try:
+            check_conversation(messages)
+        except MessagesError as error:
+            raise MessagesError(f"{path}: {error.problem}", hint=error.hint) from None
+    return messages, {name: _option(path, name, option) for name, option in options.items()}
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return parse_json_text(text, hint=_HINT)
+    except OptionError as error:
+        raise MessagesError(f"{path}: {error.problem}", hint=_HINT) from None
+
+
+def _with_format(path: Path, value: Any) -> dict[str, Any]:
+    """A list of messages, or an object of messages and tools, as it would have been saved."""
+    if isinstance(value, list):
+        value = {"messages": value}
+    if not isinstance(value, dict):
+        raise MessagesError(f"{path}: found {json_kind(value)}, expected an object or a list", hint=_HINT)
+    if "format" in value or "options" in value:
+        return {"format": None, **value}
+    tools = value.pop("tools", None)
+    return {"format": CONVERSATION_FORMAT, **value, "options": {} if tools is None else {"tools": tools}}
+
+
+def _plain_option(name: str, value: Any) -> Any:
+    if name == "sampling":
+        given = dataclasses.asdict(value) if isinstance(value, SamplingParams) else dict(value)
+        if given.get("logit_bias"):
+            given["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
+        value = given
+    return to_plain_json(value, name)
+
+
+def _option(path: Path, name: str, value: Any) -> Any:
+    """JSON has only text for keys, where a bias is one of token ids."""
+    bias = value.get("logit_bias") if name == "sampling" and isinstance(value, dict) else None
+    if not isinstance(bias, dict):
+        return value
+    for token in bias:
+        if not (token.isascii() and token.isdecimal() and len(token) < 11):
+            raise MessagesError(f"{path}: logit_bias: found {token!r}, expected a token id", hint=_HINT)
+    return {**value, "logit_bias": {int(token): number for token, number in bias.items()}}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    staged = None
+    try:
+        descriptor, staged = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(
+            f"{path}: cannot be written: {reason}", hint="Choose a file in a folder that can be written to."
+        ) from None
+    finally:
+        if staged is not None:
+            with suppress(OSError):
+                os.unlink(staged)

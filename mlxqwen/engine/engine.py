@@ -1,0 +1,598 @@
+"""Load, tokenize, generate, split: one object for the command line, for Python and for servers to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import mlx.core as mx
+
+from mlxqwen.cache import KVCache
+from mlxqwen.chat.prompts import render_prompt
+from mlxqwen.chat.reply import Reply
+from mlxqwen.chat.reply_tags import reply_tags
+from mlxqwen.chat.thinking import check_budget_use
+from mlxqwen.device import current_device
+from mlxqwen.engine.batches import stream_batch
+from mlxqwen.engine.chat_options import (
+    ChatBatchOptions,
+    ChatOptions,
+    ChatRequest,
+    Messages,
+    ReplyOptions,
+    RequestOptions,
+    ToolRunOptions,
+    check_option_names,
+)
+from mlxqwen.engine.completion import Sampling, begins_in_thought, stream_generate
+from mlxqwen.engine.events import Done, Event, Timings, Usage, split_reply
+from mlxqwen.engine.generation import (
+    DEFAULT_DRAFT_TOKENS,
+    DEFAULT_MAX_TOKENS,
+    check_draft_tokens,
+)
+from mlxqwen.engine.requests import (
+    check_shared_options,
+    choose_sampling,
+    fit_messages,
+    prepare_request,
+    prepare_requests,
+)
+from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
+from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub import resolve_model
+from mlxqwen.files.json_file import json_kind
+from mlxqwen.model.loading import CheckSize, LoadOptions, parse_dtype, prepare_model
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.prompt_cache import PromptCache
+    from mlxqwen.engine.speculation.drafter import Speculative
+
+__all__ = [
+    "ChatBatchOptions",
+    "ChatOptions",
+    "ChatRequest",
+    "Done",
+    "Engine",
+    "Event",
+    "ReplyOptions",
+    "RequestOptions",
+    "Timings",
+    "ToolEvent",
+    "ToolResult",
+    "ToolRun",
+    "ToolRunOptions",
+    "Usage",
+    "load",
+    "split_reply",
+]
+
+DEFAULT_BATCH_SIZE = 8
+
+
+def load(
+    path_or_id: str | PathLike[str] | None = None,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    yarn_factor: float | None = None,
+    force: bool = False,
+    fused: bool = True,
+    on_convert: Callable[[str, int, int], None] | None = None,
+) -> tuple[Qwen3ForCausalLM, Tokenizer]:
+    """Load a model and its tokenizer.
+
+    Args:
+        path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
+            FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
+        dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.
+        rope_scaling: replaces that of `config.json`, for example
+            `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
+        revision: a branch, tag or commit of a hub id.
+        yarn_factor: shorter for YaRN over the trained context.
+        force: load even what does not fit this machine's memory.
+        fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
+            in an MLX checkpoint, to change, train, save or quantize.
+        on_convert: called as a conversion goes on: "converting" or "verifying", weights done, weights in all.
+
+    Raises:
+        MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
+    """
+    engine = Engine.load(
+        path_or_id,
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        revision=revision,
+        yarn_factor=yarn_factor,
+        force=force,
+        fused=fused,
+        on_convert=on_convert,
+    )
+    return engine.model, engine.tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
+    tokenizer, vocab_size = Tokenizer.from_folder(folder), ModelConfig.from_folder(folder).vocab_size
+    end = tokenizer.eos_token_id
+    if end is not None and end >= vocab_size:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.eos_token!r} has id {end}, expected ids below {vocab_size}, the "
+            "model's vocab_size",
+            hint="It belongs to another model: download tokenizer.json and tokenizer_config.json of this one.",
+        )
+    return tokenizer
+
+
+def _check_speculative(speculative: Speculative, draft_tokens: int | None, draft: object = None) -> None:
+    """Refuse what cannot guess. Raises `OptionError`."""
+    if draft_tokens is not None:
+        check_draft_tokens(draft_tokens)
+        if speculative is None and draft is None:
+            raise OptionError(
+                f"draft_tokens: found {draft_tokens}, expected none where nothing guesses",
+                hint='Give speculative="lookup" or a draft model, or leave out draft_tokens.',
+            )
+    if speculative is not None:
+        from mlxqwen.engine.speculation.drafter import as_drafter
+
+        as_drafter(speculative)
+
+
+@contextmanager
+def _naming_the_draft() -> Iterator[None]:
+    """Of two models, errors tell which one is meant."""
+    try:
+        yield
+    except MlxqwenError as error:
+        raise type(error)(f"draft model: {error.problem}", hint=error.hint) from None
+
+
+def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
+    from mlxqwen.engine.speculation.stream import check_vocabulary
+
+    check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
+    if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
+        return
+    if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
+        raise OptionError(
+            f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
+            "the same",
+            hint="Take a smaller model of the same family, which shares its tokenizer.",
+        )
+
+
+def _are_same_files(first: Path, second: Path) -> bool:
+    """Whether both can be read and have the same SHA-256."""
+    import hashlib
+
+    try:
+        with first.open("rb") as one, second.open("rb") as other:
+            return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
+    except OSError:
+        return False
+
+
+def _draft_bytes(draft_folder: Path, options: LoadOptions) -> int:
+    """What the weights of a draft model will take, by the headers of its files."""
+    from mlxqwen.model.footprint import measure
+
+    footprint, device = measure(draft_folder), options.get("device") or current_device()
+    return footprint.weight_bytes(parse_dtype(options.get("dtype")) or device.compute_dtype(footprint.dtype))
+
+
+class Engine:
+    """A model with its tokenizer, ready to answer.
+
+    Attributes:
+        model, tokenizer: as given.
+        speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
+            that it guesses; see `mlxqwen.stream_generate`. Every reply but those of `batch` is made so, and the same as
+            without but for rounding.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        tokenizer: Tokenizer,
+        *,
+        speculative: Speculative = None,
+        draft_tokens: int | None = None,
+    ) -> None:
+        _check_speculative(speculative, draft_tokens)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.speculative = speculative
+        self.draft_tokens = DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str | PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        on_convert: Callable[[str, int, int], None] | None = None,
+        draft: str | PathLike[str] | None = None,
+        speculative: Speculative = None,
+        draft_tokens: int | None = None,
+        **options: Unpack[LoadOptions],
+    ) -> Engine:
+        """See `load`. All that can be wrong is found before the weights are read or converted.
+
+        Args:
+            draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say. It
+                reads each prompt along with this one. `revision` is not for it.
+            speculative: what guesses instead; see `Engine`.
+        """
+        _check_speculative(speculative, draft_tokens, draft)
+        if draft is not None and speculative is not None:
+            raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
+        folder = resolve_model(path_or_id, revision=revision)
+        with ExitStack() as held:  # what is converted stays in its cache until it is read
+
+            def convert(source: Path, check_size: CheckSize) -> Path:
+                from mlxqwen_convert.cached import converted
+
+                def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
+                    check_size(dtype, packed_bytes, numbers)
+                    _read_tokenizer(source)  # complains before the conversion
+
+                return converted(source, check=check, progress=on_convert, held=held)
+
+            if draft is None:
+                read_model = prepare_model(folder, convert=convert, **options)
+                tokenizer = _read_tokenizer(folder)
+                return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
+            from mlxqwen.engine.speculation.draft_model import DraftModel
+
+            with _naming_the_draft():
+                draft_folder = resolve_model(draft)
+            tokenizer = _read_tokenizer(folder)
+            _check_draft(draft_folder, folder, tokenizer)
+            read_model = prepare_model(
+                folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options
+            )
+            with _naming_the_draft():
+                read_draft = prepare_model(
+                    draft_folder,
+                    convert=convert,
+                    dtype=options.get("dtype"),
+                    force=options.get("force", False),
+                    fused=options.get("fused", True),
+                    device=options.get("device"),
+                )
+            model = read_model()
+            return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
+
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
+        """Answer a conversation; the options are those of `stream`."""
+        check_option_names("a chat", options, ChatOptions.__annotations__)
+        return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        early_stop_text: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: Sampling = None,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_on_loop: bool = False,
+        trust_special_tokens: bool = False,
+        drop_oldest: bool = False,
+        cache: KVCache | PromptCache | None = None,
+        prefill_chunk: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Event]:
+        """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
+
+        Args:
+            messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
+            thinking: the hard switch; None leaves it to the template, whose default is to think. Where thinking is
+                allowed, `/think` and `/no_think` in the latest user or system message steer it. With True and no
+                `/no_think`, all up to `</think>` is reasoning, and a reply without one is nothing else, as the model
+                need not open its thought; else a reply is content unless it opens with `<think>`.
+            thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`, and
+                refused with True, as any other is with False; one that is not reached, be it larger than the context,
+                changes nothing.
+            early_stop_text: the sentence that ends a thought over its budget; by default Qwen's. Only with a budget.
+            tools: JSON schemas of functions that the model may call.
+            sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
+            max_tokens: by default 32,768, and never more than the context has room for.
+            seed: the same seed gives the same reply.
+            stop: end before the first of these texts in the content; reasoning and calls may hold them.
+            stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
+            trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
+                tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
+            drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
+            cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`. Or a `PromptCache`: then
+                the prompt is read only from where it differs from what that holds, which afterwards is what another
+                question behind this reply would share, also if the reply is abandoned once the prompt was read. Its
+                `save` is for the caller to call.
+            prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+
+        Raises:
+            MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
+            GenerationError: while iterating.
+        """
+        check_budget_use(thinking, thinking_budget, early_stop_text)
+        held = None
+        if cache is not None and not isinstance(cache, KVCache):
+            from mlxqwen.engine.prompt_cache import check_prompt_cache
+
+            held, cache = check_prompt_cache("cache", cache, self.model).held, cache.new_cache()
+        request = prepare_request(
+            self.model,
+            self.tokenizer,
+            messages,
+            cache,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
+            tools=tools,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            seed=seed,
+            trust_special_tokens=trust_special_tokens,
+            drop_oldest=drop_oldest,
+        )
+        if held is not None:
+            from mlxqwen.engine.cached_replies import stream_cached
+
+            options: ChatOptions = {
+                "early_stop_text": early_stop_text,
+                "tools": tools,
+                "stop": stop,
+                "stop_on_loop": stop_on_loop,
+                "trust_special_tokens": trust_special_tokens,
+                "prefill_chunk": prefill_chunk,
+                "on_prefill": on_prefill,
+            }
+            check_shared_options(self.tokenizer, options)
+            return stream_cached(self.reply, self.tokenizer, held, request, options, keep_prompt=True)
+        return self.reply(
+            request.prompt,
+            sampling=request.sampling,
+            thinking_budget=thinking_budget,
+            early_stop_text=early_stop_text,
+            expect_thought=request.expect_thought,
+            tools=request.tools,
+            max_tokens=request.max_tokens,
+            stop=stop,
+            stop_on_loop=stop_on_loop,
+            cache=cache,
+            prefill_chunk=prefill_chunk,
+            on_prefill=on_prefill,
+        )
+
+    def reply(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampling: Sampling = None,
+        thinking_budget: int | None = None,
+        early_stop_text: str | None = None,
+        expect_thought: bool = False,
+        tools: bool = False,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_on_loop: bool = False,
+        cache: KVCache | None = None,
+        cached_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Event]:
+        """Answer a prompt given as ids, such as `prompt` makes: the part of `stream` below messages.
+
+        Args:
+            prompt: ids. Their end tells whether the reply begins in thought.
+            sampling: by default the model card's profile, for thinking unless the prompt closes the think block.
+            expect_thought: whether a reply that the prompt leaves free is reasoning up to its first `</think>`, and all
+                of it without one, whether or not it opens with `<think>`; by default only if it does.
+            tools: whether the prompt offers tools: else `<tool_call>` is content.
+            max_tokens: by default 32,768, and never more than the context has room for.
+            thinking_budget, early_stop_text, stop, stop_on_loop: see `stream`.
+            cache, cached_tokens, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+
+        Raises:
+            OptionError, ContextLengthError: at once, before the first event is asked for.
+            GenerationError: while iterating.
+        """
+        responses = stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+            sampling=sampling,
+            thinking_budget=thinking_budget,
+            early_stop_text=early_stop_text,
+            stop_on_loop=stop_on_loop,
+            expect_thought=expect_thought,
+            tools=tools,
+            cache=cache,
+            cached_tokens=cached_tokens,
+            prefill_chunk=prefill_chunk,
+            on_prefill=on_prefill,
+            speculative=self.speculative,
+            draft_tokens=self.draft_tokens,
+        )
+        # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
+        begins = begins_in_thought(self.tokenizer, prompt, expect_thought=expect_thought)
+        return split_reply(responses, thinking=begins, tools=tools, stop=stop, tags=reply_tags(self.tokenizer))
+
+    def run_tools(
+        self,
+        messages: Messages,
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> ToolRun:
+        """Answer a conversation with the help of functions: the last event of `stream_tools`."""
+        events = self.stream_tools(messages, tools, max_rounds=max_rounds, **options)
+        return next(event for event in events if isinstance(event, ToolRun))
+
+    def stream_tools(
+        self,
+        messages: Messages,
+        tools: Mapping[str, Callable[..., Any]],
+        *,
+        max_rounds: int = DEFAULT_MAX_ROUNDS,
+        **options: Unpack[ToolRunOptions],
+    ) -> Iterator[ToolEvent]:
+        """Answer a conversation with the help of functions, as `mlxqwen.engine.tool_loop.stream_tool_loop` says.
+
+        Each reply reads its whole prompt. `Conversation.stream_tools` reads only what is new.
+
+        Args:
+            messages: the conversation; never modified.
+            tools: functions by name; their schemas come from their signatures and docstrings.
+            max_rounds: the most replies.
+            **options: those of `stream`, for each reply, but for `tools` and `cache`.
+        """
+        _refuse_cache(options)
+        check_option_names("a run with tools", options, ToolRunOptions.__annotations__)
+
+        def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
+            return self.stream(messages, tools=schemas, **options)
+
+        return stream_tool_loop(answer, messages, tools, max_rounds=max_rounds)
+
+    def batch(
+        self,
+        conversations: Iterable[Messages | ChatRequest],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        on_error: Callable[[int, MlxqwenError], None] | None = None,
+        new_cache: Callable[[int], KVCache] | None = None,
+        **options: Unpack[ChatBatchOptions],
+    ) -> Iterator[tuple[int, Done]]:
+        """Answer many conversations, many at once, each as it would be alone.
+
+        Args:
+            conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
+            batch_size: how many run at once; memory grows with it. Where one ends, the next begins.
+            on_error: told of a conversation that cannot be answered, which is then left out.
+            new_cache: makes an empty cache of so many rows; by default `make_cache` without options.
+            **options: those of `stream`, for all, but for `cache`.
+
+        Returns:
+            `(index, done)` in the order in which replies end.
+
+        Raises:
+            OptionError: at once, for a batch size, a cache, or options that no conversation has for itself, that cannot
+                be; for other options for all with the first conversation.
+            MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
+        """
+        _refuse_cache(options)
+        check_option_names("a batch", options, ChatBatchOptions.__annotations__)
+        if not isinstance(conversations, Iterable):
+            raise MessagesError(f"conversations: found {json_kind(conversations)}, expected a list of conversations")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
+        check_shared_options(self.tokenizer, options)
+        return stream_batch(
+            self.model,
+            self.tokenizer,
+            prepare_requests(self.model, self.tokenizer, conversations, options, on_error, new_cache and new_cache(1)),
+            batch_size=batch_size,
+            stop=options.get("stop", ()),
+            early_stop_text=options.get("early_stop_text"),
+            stop_on_loop=options.get("stop_on_loop", False),
+            new_cache=new_cache,
+            prefill_chunk=options.get("prefill_chunk"),
+            on_prefill=options.get("on_prefill"),
+        )
+
+    def prompt(
+        self,
+        messages: Messages,
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        trust_special_tokens: bool = False,
+    ) -> list[int]:
+        """The ids that the model sees of a conversation, up to where its answer begins.
+
+        Reasoning before the last question is left out, whatever the template does; what follows it, such as that of
+        the current tool loop, stays.
+
+        A last message of the assistant is gone on with, and the reply is what comes behind it. So one that holds an
+        empty think block alone, `<think>\n\n</think>\n\n`, keeps the model from thinking, for this reply only; one
+        that holds text is the beginning of the answer, which Qwen3's template puts behind a closed think block.
+
+        Raises:
+            MessagesError: a conversation, or schemas of tools, that no model could make sense of.
+            OptionError: `thinking` is no switch.
+            TemplateError: see `Tokenizer.apply_chat_template`.
+        """
+        return render_prompt(
+            self.tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens
+        )
+
+    def fit(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        trust_special_tokens: bool = False,
+        cache: KVCache | None = None,
+    ) -> list[Mapping[str, Any]]:
+        """What is left of a conversation when the fewest oldest turns are dropped for the reply to have room.
+
+        The system message and the last turn always stay; a call of a tool and its result go together.
+
+        Args:
+            messages: never modified; what comes back holds the same dicts.
+            max_tokens: the most that the reply may have. Room is left for it, but for no more than a quarter of the
+                context, which is the default, too.
+            thinking, tools, trust_special_tokens: as for `prompt`.
+            cache: what it holds already takes room too. In one that slides within the context everything fits.
+
+        Raises:
+            ContextLengthError: the last turn alone is too long.
+        """
+        return fit_messages(
+            self.model,
+            self.tokenizer,
+            messages,
+            cache,
+            max_tokens=max_tokens,
+            thinking=thinking,
+            tools=tools,
+            trust_special_tokens=trust_special_tokens,
+        )
+
+    def sampling_for(
+        self, messages: Messages, *, cache: KVCache | None = None, **options: Unpack[RequestOptions]
+    ) -> SamplingParams:
+        """What `stream` draws its reply to `messages` with: the card's profile for the mode, single options over it.
+
+        The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
+        A model whose thinking budget is 0 does not think.
+
+        Args:
+            messages: as for `stream`. They may be too long for the context.
+            cache: as for `fit`, if `drop_oldest` is given.
+            **options: those of `stream` that a conversation of a batch may have for itself.
+        """
+        return choose_sampling(self.model, self.tokenizer, messages, cache, **options)
+
+
+def _refuse_cache(options: Mapping[str, Any]) -> None:
+    if options.get("cache") is not None:
+        raise OptionError("cache: found one, expected none", hint="Each prompt here is whole, and begins anew.")

@@ -1,0 +1,88 @@
+"""What guesses the tokens to come, and how many guesses are worth a pass of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+from mlxqwen.errors import OptionError
+from mlxqwen.sampling.sampler import Sampler
+
+__all__ = ["DraftCounts", "DraftLength", "Drafter", "Speculative", "as_drafter"]
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses how a text goes on. A bad guess costs time and changes nothing else."""
+
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
+        """At most `count` tokens that may follow `text`; fewer, or none, if there is little hope.
+
+        Args:
+            text: ids of prompt and reply. One reply passes the same list each time, which only grows.
+            count: at least 1.
+            sampler: what draws the reply, as it will be at the first of these tokens; left as it was found.
+        """
+        ...
+
+
+Speculative: TypeAlias = Literal["lookup"] | Drafter | None
+"""What guesses: the text itself, a `DraftModel`, anything else that proposes tokens, or nothing."""
+
+
+def as_drafter(speculative: object) -> Drafter:
+    """What guesses. Raises `OptionError` for what is no `Speculative`."""
+    if isinstance(speculative, Drafter) and not isinstance(speculative, type):  # a class has the method, too
+        return speculative
+    if speculative == "lookup":
+        from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
+
+        return PromptLookup()
+    raise OptionError(
+        f"speculative: found {speculative!r}, expected 'lookup', a DraftModel or None",
+        hint="A draft model is DraftModel(model), of a model that load returns.",
+    )
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """Tokens of one reply: how many were guessed and checked, and how many of those were right and told."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+class DraftLength:
+    """How long the next draft is to be: twice the last one if that was right, else one more than what was right of it.
+
+    Behind drafts of one token that was wrong there are pauses, each twice as long as the one before.
+
+    Args:
+        most: tokens.
+    """
+
+    _FIRST, _LONGEST_PAUSE = 4, 16
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._length = min(self._FIRST, most)
+        self._pause = self._left = 0
+
+    def next(self) -> int:
+        """Tokens to draft now; 0 during a pause, of which each call ends a step."""
+        if self._left:
+            self._left -= 1
+            return 0
+        return self._length
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """Take note of how many tokens of a draft were right."""
+        if accepted == drafted:
+            self._length = min(self._most, max(self._length, 2 * drafted))
+        else:
+            self._length = min(self._most, accepted + 1)
+        if accepted:
+            self._pause = 0
+        elif drafted == 1:
+            self._pause = self._left = min(self._LONGEST_PAUSE, 2 * self._pause or 1)

@@ -1,0 +1,26 @@
+"""Weight files: a folder → a validated table of tensors; tensors → a folder, atomically.
+
+The only room that touches weight files.
+"""
+
+from mlxqwen.files.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlxqwen.files.checkpoint.safetensors_file import (
+    ITEM_BYTES,
+    MLX_DTYPES,
+    TensorInfo,
+    load_safetensors,
+    read_header,
+)
+from mlxqwen.files.checkpoint.writing import save_safetensors, write_checkpoint
+
+__all__ = [
+    "INDEX_NAME",
+    "ITEM_BYTES",
+    "MLX_DTYPES",
+    "Checkpoint",
+    "TensorInfo",
+    "load_safetensors",
+    "read_header",
+    "save_safetensors",
+    "write_checkpoint",
+]

@@ -1,0 +1,179 @@
+"""Tensors → files, atomically: under a final name there is never half a file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxqwen.errors import CheckpointError
+from mlxqwen.files.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_weight_name, listed, some_of
+from mlxqwen.files.checkpoint.safetensors_file import read_header
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MAX_SHARD_BYTES = 5 * 1024**3
+FULL_FSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+
+
+def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Writes one file; under its name there is the old file, the whole new one, or nothing.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with staging_folder(path.parent) as staging:
+        staged = staging / "file.safetensors"  # MLX appends the suffix where it is missing
+        write_file(staged, path, arrays, metadata)
+        publish(staged, path)
+        sync_folder(path.parent)
+
+
+def write_checkpoint(
+    folder: Path,
+    arrays: Mapping[str, mx.array],
+    *,
+    metadata: Mapping[str, str],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model's weights: `model.safetensors` or numbered shards, and an index in any case.
+
+    Everything is written beside and moved into place when it is whole, the index last.
+
+    Args:
+        folder: is made if it is not there; must hold no weights yet.
+        arrays: name → array, written in this order.
+        metadata: goes into every file.
+        max_shard_bytes: the most that one file holds, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: nothing to write, weights are already there, or they cannot be written.
+    """
+    if not arrays:
+        raise CheckpointError(f"{folder}: no tensors to write", hint="Give at least one array.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise unwritable(folder, cause) from None
+    present = [path.name for path in listed(folder) if path.name == INDEX_NAME or is_weight_name(path.name)]
+    if present:
+        raise CheckpointError(f"{folder}: already holds weights: {some_of(present)}", hint="Write into a new folder.")
+    shards = split_shards(arrays, max_shard_bytes)
+    names = shard_names(len(shards))
+    index = {
+        "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    with staging_folder(folder) as staging:
+        for file, shard in zip(names, shards, strict=True):
+            write_file(staging / file, folder / file, shard, metadata)
+        write_text(staging / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        for file in (*names, INDEX_NAME):
+            publish(staging / file, folder / file)
+        sync_folder(folder)
+
+
+def split_shards(arrays: Mapping[str, mx.array], max_shard_bytes: int) -> list[dict[str, mx.array]]:
+    shards: list[dict[str, mx.array]] = [{}]
+    filled = 0
+    for name, array in arrays.items():
+        if shards[-1] and filled + array.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = array
+        filled += array.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+@contextmanager
+def staging_folder(parent: Path) -> Iterator[Path]:
+    """A folder beside the target, on the same disk, so that finished files can be renamed into place."""
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    except (OSError, ValueError) as cause:
+        raise unwritable(parent, cause) from None
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_file(staged: Path, path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Writes what will be `path`, flushes it to disk and reads its header back."""
+    import mlx.core as mx
+
+    try:
+        mx.save_safetensors(str(staged), dict(arrays), dict(metadata))
+        sync(staged)
+        written, _ = read_header(staged)
+    except (OSError, RuntimeError, ValueError, TypeError, CheckpointError) as cause:
+        raise unwritable(path, cause) from None
+    if {name: written[name].shape for name in written} != {name: arrays[name].shape for name in arrays}:
+        raise unwritable(path, ValueError("the file read back has other tensors"))
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+        sync(path)
+    except OSError as cause:
+        raise unwritable(path, cause) from None
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Has a file on the disk itself: macOS's `fsync` stops at the disk's own cache.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if FULL_FSYNC is not None:
+        try:
+            fcntl.fcntl(descriptor, FULL_FSYNC)
+            return
+        except OSError as cause:
+            if cause.errno not in (errno.ENOTSUP, errno.ENOTTY, errno.EINVAL):  # a file system of another kind
+                raise
+    os.fsync(descriptor)
+
+
+def publish(written: Path, path: Path) -> None:
+    try:
+        written.replace(path)
+    except (OSError, ValueError) as cause:
+        raise unwritable(path, cause) from None
+
+
+def sync_folder(folder: Path) -> None:
+    try:
+        sync(folder)
+    except OSError as cause:
+        raise unwritable(folder, cause) from None
+
+
+def unwritable(path: Path, cause: Exception) -> CheckpointError:
+    reason = getattr(cause, "strerror", None) or cause
+    return CheckpointError(
+        f"{path}: cannot be written: {reason}", hint="Check the folder's permissions and the free space."
+    )

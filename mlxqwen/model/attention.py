@@ -1,0 +1,92 @@
+"""Grouped-query attention with RMS-normalised queries and keys."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.linear import FusedLinear, fuse_children
+from mlxqwen.model.rope import Rope
+
+__all__ = ["Attention", "LayerCache"]
+
+
+class LayerCache(Protocol):
+    """What attention asks of one layer's key/value cache."""
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
+        """Rotate and store the new keys and values, and attend to all that each query may see.
+
+        `queries` is `[B, num_attention_heads, L, head_dim]`, `keys` and `values` are
+        `[B, num_key_value_heads, L, head_dim]`, none of them rotated; the result has the shape of `queries`.
+        """
+        ...
+
+
+class Attention(nn.Module):
+    """`[B * L, hidden_size]` → `[B * L, hidden_size]`, causal within each of the `B` rows."""
+
+    def __init__(self, config: ModelConfig, rope: Rope) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_attention_heads, self.num_key_value_heads = heads, kv_heads
+        self.rope = rope
+        self.scale = head_dim**-0.5 * rope.score_factor
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
+        return self.output(self.attend(*self.project(x, batch_size), cache))
+
+    def project(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, num_attention_heads, L, head_dim]`, keys and values, not rotated."""
+        if "qkv_proj" in self:
+            qkv = self["qkv_proj"](x)
+        else:
+            qkv = mx.concatenate([self["q_proj"](x), self["k_proj"](x), self["v_proj"](x)], axis=-1)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        by_head = _split_heads(qkv, batch_size, heads + 2 * kv_heads)
+        queries, keys, values = mx.split(by_head, [heads, heads + kv_heads], axis=1)
+        return self["q_norm"](queries), self["k_norm"](keys), values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None = None) -> mx.array:
+        """What each query sees, mixed → the shape of `queries`."""
+        if cache is not None:
+            return cache.attend(queries, keys, values, rope=self.rope, scale=self.scale)
+        return mx.fast.scaled_dot_product_attention(
+            self.rope(queries, 0),
+            self.rope(keys, 0),
+            values,
+            scale=self.scale,
+            mask="causal" if queries.shape[2] > 1 else None,
+        )
+
+    def output(self, attended: mx.array) -> mx.array:
+        """`[B, num_attention_heads, L, head_dim]` → `[B * L, hidden_size]`."""
+        return self["o_proj"](_merge_heads(attended))
+
+    def fuse(self) -> None:
+        """Lay the projections of the input together, if they are quantized alike."""
+        fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear)
+        fuse_children(self, ("o_proj",), "o_proj", FusedLinear)
+
+
+def _split_heads(x: mx.array, batch_size: int, heads: int) -> mx.array:
+    """`[B * L, heads * head_dim]` → `[B, heads, L, head_dim]`; with one token a row nothing has to move."""
+    tokens = x.shape[0]
+    if tokens == batch_size:
+        return x.reshape(batch_size, heads, 1, -1)
+    return x.reshape(batch_size, tokens // batch_size, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _merge_heads(x: mx.array) -> mx.array:
+    """`[B, heads, L, head_dim]` → `[B * L, heads * head_dim]`."""
+    B, heads, L, head_dim = x.shape
+    return (x if L == 1 else x.transpose(0, 2, 1, 3)).reshape(B * L, heads * head_dim)

@@ -1,0 +1,176 @@
+"""How much disk and memory a model takes, read from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxqwen.device import Device
+from mlxqwen.errors import OptionError
+from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
+
+__all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a checkpoint holds.
+
+    Args:
+        config: its shape.
+        format: "BF16", "MLX 4-bit, groups of 64", or a format that is not run as it is, such as "FP8".
+        runs: whether this version runs that format as it is.
+        parameters: weights of the model, however they are stored.
+        active_parameters: those that one token passes through; fewer in a mixture of experts.
+        numbers: how many values are stored as floats (weights, or scales and biases).
+        float_bytes, packed_bytes: what those and everything else of the model take on disk.
+        disk_bytes: what all tensors take on disk, those included that loading leaves aside.
+        dtype: what a GPU would compute in.
+    """
+
+    config: ModelConfig
+    format: str
+    runs: bool
+    parameters: int
+    active_parameters: int
+    numbers: int
+    float_bytes: int
+    packed_bytes: int
+    disk_bytes: int
+    dtype: mx.Dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """On disk, scales and biases included."""
+        return 8 * (self.float_bytes + self.packed_bytes) / self.parameters
+
+    def weight_bytes(self, compute_dtype: mx.Dtype) -> int:
+        """Memory for the weights: packed codes as they are, floats in `compute_dtype`."""
+        return self.packed_bytes + self.numbers * compute_dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What running a checkpoint takes of a machine's memory, in bytes.
+
+    Args:
+        device: the machine.
+        dtype: what would be computed in.
+        tokens: how many the cache is to hold.
+        weight_bytes, cache_bytes: what either takes.
+    """
+
+    device: Device
+    dtype: mx.Dtype
+    tokens: int
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache."""
+        return self.weight_bytes + self.cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine can hold both."""
+        return self.total_bytes <= self.device.usable_memory
+
+
+def size_up(
+    footprint: Footprint,
+    device: Device,
+    *,
+    tokens: int | None = None,
+    kv_bits: int | None = None,
+    dtype: str | mx.Dtype | None = None,
+) -> Requirement:
+    """What `footprint` takes of `device`.
+
+    Args:
+        tokens: size of the cache; the model's whole context by default.
+        kv_bits: 8 or 4 for a quantized cache.
+        dtype: what to compute in, by default the device's choice.
+
+    Raises:
+        OptionError: less than one token, or another dtype.
+    """
+    tokens = footprint.config.context_length if tokens is None else tokens
+    if tokens < 1:
+        raise OptionError(f"context: found {tokens}, expected at least 1 token")
+    compute = parse_dtype(dtype) or device.compute_dtype(footprint.dtype)
+    return Requirement(
+        device=device,
+        dtype=compute,
+        tokens=tokens,
+        weight_bytes=footprint.weight_bytes(compute),
+        cache_bytes=cache_bytes(footprint.config, tokens, compute.size, kv_bits),
+    )
+
+
+def measure(folder: Path) -> Footprint:
+    """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint.open(folder)
+    tensors = model_tensors(config, checkpoint)
+    floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]
+    float_bytes = sum(info.nbytes for info in floats)
+    dtype = checkpoint_dtype(tensors)
+    parameters, active = _parameters(config)
+    foreign = foreign_format(config, checkpoint)
+    return Footprint(
+        config=config,
+        format=foreign or _native_format(config, dtype),
+        runs=foreign is None,
+        parameters=parameters,
+        active_parameters=active,
+        numbers=sum(prod(info.shape) for info in floats),
+        float_bytes=float_bytes,
+        packed_bytes=sum(info.nbytes for info in tensors.values()) - float_bytes,
+        disk_bytes=checkpoint.nbytes,
+        dtype=dtype,
+    )
+
+
+def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | None, group_size: int = 64) -> int:
+    """Bytes of a key/value cache of `tokens` tokens; `itemsize` is that of the compute dtype.
+
+    Quantized keys and values take `kv_bits` each and a scale and a bias for every `config.kv_group_size(group_size)`.
+    """
+    group_size = config.kv_group_size(group_size)
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    if kv_bits is None:
+        return values * itemsize
+    return values * kv_bits // 8 + 2 * values // group_size * itemsize
+
+
+def _parameters(config: ModelConfig) -> tuple[int, int]:
+    """Weights by the shape alone: in all, and those that one token passes through."""
+    c = config
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    norms = 2 * c.hidden_size + 2 * c.head_dim
+    total = active = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+    for layer in range(c.num_hidden_layers):
+        total += attention + norms
+        active += attention + norms
+        if c.moe is not None and c.moe.routes(layer):
+            expert = 3 * c.hidden_size * c.moe.moe_intermediate_size
+            router = c.hidden_size * c.moe.num_experts
+            total += router + expert * c.moe.num_experts
+            active += router + expert * c.moe.num_experts_per_tok
+        else:
+            total += 3 * c.hidden_size * c.intermediate_size
+            active += 3 * c.hidden_size * c.intermediate_size
+    return total, active
+
+
+def _native_format(config: ModelConfig, dtype: mx.Dtype) -> str:
+    if config.quantization is not None:
+        default = config.quantization.default
+        return f"MLX {default.bits}-bit, groups of {default.group_size}"
+    return next(name for name, found in FLOAT_DTYPES.items() if found == dtype)

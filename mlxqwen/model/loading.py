@@ -1,0 +1,463 @@
+"""Where files meet the model: names, shapes, quantization, dtypes and memory are checked here.
+
+A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in
+MLX's (affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxqwen.device import Device, current_device
+from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
+from mlxqwen.files.checkpoint import Checkpoint, TensorInfo
+from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
+from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
+from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "CheckSize",
+    "Convert",
+    "LoadOptions",
+    "checkpoint_dtype",
+    "foreign_format",
+    "load_model",
+    "model_tensors",
+    "parse_dtype",
+    "prepare_model",
+]
+
+logger = logging.getLogger("mlxqwen")
+
+FLOAT_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+_FOREIGN = {
+    "fp8": "FP8",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+_EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
+_EMBEDDINGS = "model.embed_tokens"
+_COMPARED_BYTES = 1 << 24
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """A compute dtype by name ("bfloat16", "float16", "float32") or as MLX's own. Raises `OptionError`."""
+    if dtype is None:
+        return None
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if isinstance(found, mx.Dtype) and found in _DTYPES.values():
+        return found
+    raise OptionError(f"dtype: found {dtype!s}, expected bfloat16, float16 or float32")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `prepare_model`, for functions that pass them on."""
+
+    dtype: str | mx.Dtype | None
+    rope_scaling: Mapping[str, Any] | None
+    yarn_factor: float | None
+    force: bool
+    fused: bool
+    device: Device | None
+
+
+CheckSize = Callable[[mx.Dtype, int, int], None]
+"""Given the dtype of the numbers, the bytes of packed codes and how many numbers, raises if a model does not fit."""
+Convert = Callable[[Path, CheckSize], Path]
+"""Makes an MLX folder of one in another format; what is given is called before any costly work."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A model that has been checked: each call reads one, whose weights take `weight_bytes` of memory."""
+
+    weight_bytes: int
+    read: Callable[[], Qwen3ForCausalLM]
+
+    def __call__(self) -> Qwen3ForCausalLM:
+        return self.read()
+
+
+def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
+    """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
+    return prepare_model(folder, **options)()
+
+
+def prepare_model(
+    folder: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    yarn_factor: float | None = None,
+    force: bool = False,
+    fused: bool = True,
+    device: Device | None = None,
+    held_bytes: int = 0,
+    convert: Convert | None = None,
+) -> PreparedModel:
+    """Check all that can be checked before a weight is read → what reads them.
+
+    Args:
+        folder: holds `config.json` and safetensors files.
+        dtype: what to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
+        rope_scaling: replaces the RoPE scaling of `config.json`, in the same form.
+        yarn_factor: extends the trained context this many times by YaRN.
+        force: load even what does not fit this machine.
+        fused: lay projections of the same input together, which is quicker; without, every weight is found under its
+            name in an MLX checkpoint, to change, train, save or quantize.
+        device: the machine to load for; by default this one.
+        held_bytes: what the weights of a draft model take beside these.
+        convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint that can be run.
+        OptionError: an argument out of range.
+        InsufficientMemoryError: the weights do not fit, and `force` is not set.
+    """
+    chosen = parse_dtype(dtype)
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
+    folder, device = Path(folder), device or current_device()
+    if not (folder / "config.json").exists():
+        Checkpoint.open(folder)  # knows foreign files, which tell more than a missing config
+    config = ModelConfig.from_folder(folder)
+    if rope_scaling is not None and yarn_factor is not None:
+        raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
+    if rope_scaling is not None:
+        config = config.with_rope_scaling(rope_scaling)
+    if yarn_factor is not None:
+        config = config.with_yarn(yarn_factor)
+    if convert is not None and config.foreign_quantization is not None:
+
+        def check_size(stored: mx.Dtype, packed_bytes: int, numbers: int) -> None:
+            compute = chosen or device.compute_dtype(stored)
+            if not force:
+                _check_size(folder, packed_bytes + numbers * compute.size, held_bytes, compute, device)
+
+        made = convert(folder, check_size)
+        return prepare_model(
+            made,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            yarn_factor=yarn_factor,
+            force=force,
+            fused=fused,
+            device=device,
+            held_bytes=held_bytes,
+        )
+    checkpoint = Checkpoint.open(folder)
+    _refuse_foreign(folder, config, checkpoint)
+    generation_config = GenerationConfig.from_folder(folder)
+    for note in (*checkpoint.notes, *generation_config.notes):
+        logger.warning(note)
+
+    model = Qwen3ForCausalLM(config, generation_config)
+    tensors = model_tensors(config, checkpoint)
+    sources = _match(checkpoint, tensors, model, config)
+    _note_ignored_head(checkpoint, tensors)
+    compute = chosen or device.compute_dtype(checkpoint_dtype(tensors))
+    if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
+        raise OptionError(
+            f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
+            hint="Leave the dtype out, or use an MLX-quantized release.",
+        )
+    expected = dict(tree_flatten(model.parameters()))
+    nbytes = sum(
+        array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
+    )
+    if not force:
+        _check_size(folder, nbytes, held_bytes, compute, device)
+
+    checked = [model]
+
+    def read() -> Qwen3ForCausalLM:
+        device.keep_resident()
+        if checked:
+            model = checked.pop()
+        else:
+            model = Qwen3ForCausalLM(config, generation_config)
+            _quantize(model, checkpoint, sources, config.quantization)
+        for layer, weights in _weights_by_layer(checkpoint, sources, compute):
+            model.update(tree_unflatten(weights))
+            weights.clear()
+            if fused and layer is not None:
+                model.model.layers[layer].fuse(compile_kernels=device.compiles_kernels)
+        mx.clear_cache()  # the parts: each layer is read into those of the one before it
+        if fused and device.compiles_kernels:
+            model.model.decoder = CompiledDecoder(model.model.layers)
+        return model
+
+    return PreparedModel(nbytes, read)
+
+
+def _check_size(folder: str | Path, nbytes: int, held_bytes: int, compute: mx.Dtype, device: Device) -> None:
+    if nbytes + held_bytes > device.usable_memory:
+        others = f", those of the draft model {held_bytes / 1e9:.1f} GB" if held_bytes else ""
+        raise InsufficientMemoryError(
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}{others}, this machine can "
+            f"hold {device.usable_memory / 1e9:.1f} GB",
+            hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
+        )
+
+
+def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors that the model is made of, by name.
+
+    Left out are buffers that follow from the config, and a head that `config.json` ties to the embeddings.
+    """
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not _ROTARY_BUFFER.fullmatch(name) and not (config.tie_word_embeddings and name.startswith("lm_head."))
+    }
+
+
+def checkpoint_dtype(tensors: Mapping[str, TensorInfo]) -> mx.Dtype:
+    """The dtype that a GPU computes in: that of the embeddings' numbers, but never bfloat16 beside float16 scales.
+
+    Those are of eleven bits, of which bfloat16 keeps eight: a weight would be off by up to a tenth of a step.
+    """
+    first = [tensors[name] for name in (f"{_EMBEDDINGS}.scales", f"{_EMBEDDINGS}.weight") if name in tensors]
+    names = (info.dtype for info in (*first, *tensors.values()) if info.dtype in FLOAT_DTYPES)
+    found = FLOAT_DTYPES[next(names, "F32")]
+    exact = any(info.dtype == "F16" and name.endswith(".scales") for name, info in tensors.items())
+    return mx.float16 if found == mx.bfloat16 and exact else found
+
+
+def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
+    """The name of a format that is not run as it is, by the config's word or the tensors' own; None if it is run."""
+    method = config.foreign_quantization
+    if method is None and config.quantization is None:
+        suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
+        if "qweight" in suffixes:
+            method = "gptq" if "g_idx" in suffixes else "awq"
+        elif "weight_packed" in suffixes:
+            method = "compressed-tensors"
+        elif any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+            method = "fp8"
+    return None if method is None else _FOREIGN.get(method, method)
+
+
+def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    name = foreign_format(config, checkpoint)
+    if name is not None:
+        hint = "Convert it first: mlxqwen convert SOURCE OUTPUT"
+        if config.foreign_quantization is None:
+            hint = "config.json does not say so: download the model again, with the config.json that belongs to it."
+        raise UnsupportedFormatError(
+            f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
+            hint=hint,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The tensors of the checkpoint that make up one parameter: one, several to be stacked, or rows of a fused one."""
+
+    tensors: tuple[TensorInfo, ...]
+    rows: slice | None = None
+    stacked: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.tensors[0].shape
+        if self.rows is not None:
+            half = len(range(*self.rows.indices(shape[1])))
+            return (shape[0], half, *shape[2:])
+        return (len(self.tensors), *shape) if self.stacked else shape
+
+
+def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, _Source]:
+    """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
+    sources: dict[str, _Source] = {}
+    experts: dict[str, dict[int, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if num_experts and (match := _EXPERT.fullmatch(name)):
+            parameter = f"{match[1]}.switch_mlp.{match[3]}.weight"
+            experts.setdefault(parameter, {})[int(match[2])] = info
+        elif name.endswith(".mlp.experts.gate_up_proj") and len(info.shape) == 3:
+            half = info.shape[1] // 2
+            module = name.removesuffix("experts.gate_up_proj") + "switch_mlp"
+            sources[f"{module}.gate_proj.weight"] = _Source((info,), slice(0, half))
+            sources[f"{module}.up_proj.weight"] = _Source((info,), slice(half, None))
+        elif name.endswith(".mlp.experts.down_proj"):
+            sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = _Source((info,))
+        else:
+            sources[name] = _Source((info,))
+    for parameter, stack in experts.items():
+        if parameter in sources or stack.keys() != set(range(num_experts)):
+            raise _wrong_experts(checkpoint, parameter, stack.keys(), num_experts)
+        sources[parameter] = _Source(tuple(stack[expert] for expert in range(num_experts)), stacked=True)
+    return sources
+
+
+def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int], num_experts: int) -> CheckpointError:
+    """Separate experts that are not exactly those of the config, or that are there a second time in another form."""
+    missing = [str(expert) for expert in range(num_experts) if expert not in found]
+    extra = [str(expert) for expert in sorted(found) if expert >= num_experts]
+    problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
+    return CheckpointError(
+        f"{checkpoint.folder}: experts of {parameter}: {problem}, expected 0 to {num_experts - 1}",
+        hint="Fetch the model again, or check that config.json belongs to these weights.",
+    )
+
+
+def _match(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], model: Qwen3ForCausalLM, config: ModelConfig
+) -> dict[str, _Source]:
+    """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
+    sources = _sources(checkpoint, tensors, 0 if config.moe is None else config.moe.num_experts)
+    _quantize(model, checkpoint, sources, config.quantization)
+    expected = dict(tree_flatten(model.parameters()))
+    missing = [name for name in expected if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensors are missing: {_some(missing)}",
+            hint="Fetch the model again, or check that config.json belongs to these weights.",
+        )
+    unexpected = [name for name in sources if name not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensors that config.json has no place for: {_some(unexpected)}",
+            hint="Check that config.json belongs to these weights.",
+        )
+    for name, array in expected.items():
+        _check(array, sources[name])
+    return sources
+
+
+def _quantize(
+    model: Qwen3ForCausalLM,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, _Source],
+    quantization: Quantization | None,
+) -> None:
+    """Replace the modules whose weights come with scales by quantized ones."""
+    replaced: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if f"{path}.scales" not in sources or not isinstance(module, nn.Linear | nn.Embedding | SwitchLinear):
+            continue
+        affine = None if quantization is None else quantization.of(path)
+        if affine is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {path} is quantized, but config.json does not say how",
+                hint="The folder needs the config.json that was written with its weights.",
+            )
+        *stack, rows, width = module.weight.shape
+        if width % affine.group_size:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {path} is {width} wide, which groups of {affine.group_size} do not divide",
+                hint="Check that config.json belongs to these weights.",
+            )
+        if isinstance(module, SwitchLinear):
+            replaced.append((path, QuantizedSwitchLinear(width, rows, stack[0], affine)))
+        else:
+            replaced.append((path, module.to_quantized(affine.group_size, affine.bits)))
+    model.update_modules(tree_unflatten(replaced))
+
+
+def _check(expected: mx.array, source: _Source) -> None:
+    """Raise unless `source` has the parameter's shape and a dtype that it can be made of."""
+    packed = expected.dtype == mx.uint32
+    for info in source.tensors:
+        if info.shape != source.tensors[0].shape or source.shape != tuple(expected.shape):
+            raise CheckpointError(
+                f"{info.path}: {info.name} has shape {list(info.shape)}, expected {_expected_shape(source, expected)}",
+                hint="Check that config.json belongs to these weights.",
+            )
+        if info.dtype not in ({"U32"} if packed else FLOAT_DTYPES):
+            raise CheckpointError(
+                f"{info.path}: {info.name} has dtype {info.dtype}, expected {'U32' if packed else 'BF16, F16 or F32'}",
+                hint="This version of mlxqwen runs BF16, F16, F32 and MLX-quantized weights.",
+            )
+
+
+def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
+    shape = list(expected.shape)
+    if source.rows is not None:
+        return [shape[0], 2 * shape[1], *shape[2:]]
+    return shape[1:] if source.stacked else shape
+
+
+def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Warn of a head that is not the embeddings to which config.json ties it; a copy of them, as Qwen's, is fine."""
+    head = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in tensors]
+    if not head:
+        return
+    same = all(_same_bytes(checkpoint, name, name.replace("lm_head", _EMBEDDINGS, 1)) for name in head)
+    logger.log(
+        logging.INFO if same else logging.WARNING,
+        "%s: ignored, since config.json ties it to the embeddings%s",
+        ", ".join(head),
+        "" if same else ", which it differs from: check tie_word_embeddings",
+    )
+
+
+def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are the same to the bit; a few MiB are held at once."""
+    if second not in checkpoint.tensors:
+        return False
+    one, other = checkpoint[first], checkpoint[second]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, _COMPARED_BYTES):
+        stop = min(start + _COMPARED_BYTES, one.nbytes)
+        if checkpoint.read_range(first, start, stop) != checkpoint.read_range(second, start, stop):
+            return False
+    return True
+
+
+def _weights_by_layer(
+    checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
+) -> Iterator[tuple[int | None, list[tuple[str, mx.array]]]]:
+    """Read the weights, in `dtype` but for packed codes → (number of a layer or None, its weights by name).
+
+    They are the caller's: who lets go of one layer's before asking for the next holds no more than that.
+    """
+    arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
+    by_group: dict[str, list[tuple[str, mx.array]]] = {}
+    for name, source in sources.items():
+        by_group.setdefault(".".join(name.split(".")[:3]), []).append((name, _assemble(source, arrays, dtype)))
+    arrays.clear()
+    for group in list(by_group):
+        weights = by_group.pop(group)
+        try:
+            mx.eval([array for _, array in weights])
+        except RuntimeError as error:  # MLX's word for a file that shrank or failed under its hands
+            raise CheckpointError(f"{checkpoint.folder}: the weights of {group} could not be read: {error}") from None
+        yield int(group.rpartition(".")[2]) if group.startswith("model.layers.") else None, weights
+
+
+def _assemble(source: _Source, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
+    """One parameter, of the tensors that it is made of; not read yet."""
+    parts = [arrays[info.name] for info in source.tensors]
+    array = mx.stack(parts) if source.stacked else parts[0]
+    if source.rows is not None:
+        array = array[:, source.rows]
+    return array if array.dtype == mx.uint32 else array.astype(dtype)
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

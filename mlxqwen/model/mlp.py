@@ -1,0 +1,43 @@
+"""SwiGLU feed-forward."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxqwen.model.linear import FusedLinear, fuse_children
+
+__all__ = ["MLP", "compiled_swiglu", "swiglu"]
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`, elementwise (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+    return gate * mx.sigmoid(gate) * up
+
+
+compiled_swiglu = mx.compile(swiglu, shapeless=True)
+"""`swiglu` as one kernel, for devices where making kernels is cheap."""
+
+
+class MLP(nn.Module):
+    """`[N, hidden_size]` → `[N, hidden_size]` through `intermediate_size`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.swiglu = swiglu
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            gate, up = self["gate_up_proj"](x).split(2, axis=-1)
+        else:
+            gate, up = self["gate_proj"](x), self["up_proj"](x)
+        return self["down_proj"](self.swiglu(gate, up))
+
+    def fuse(self, *, compile_kernels: bool) -> None:
+        """Lay the projections of the input together, if they are quantized alike."""
+        self.swiglu = compiled_swiglu if compile_kernels else swiglu
+        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear)
+        fuse_children(self, ("down_proj",), "down_proj", FusedLinear)

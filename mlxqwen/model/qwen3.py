@@ -1,0 +1,215 @@
+"""Qwen3, dense or mixture of experts layer by layer.
+
+Shapes: `B` rows, `L` tokens a row; within the layers the tokens of all rows stand one behind the other,
+`[B * L, hidden_size]`. Modules are named as their tensors are in the checkpoints, so that a weight's name is the path
+to it, until `fuse` lays some together. What runs in every layer of every step reads children as `self["name"]`: a
+module's attributes are slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxqwen.errors import CacheError, OptionError
+from mlxqwen.files.config import GenerationConfig, ModelConfig
+from mlxqwen.model.attention import Attention, LayerCache
+from mlxqwen.model.mlp import MLP
+from mlxqwen.model.moe import SparseMoeBlock
+from mlxqwen.model.rope import Rope
+
+__all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
+
+
+class ModelCache(Protocol):
+    """What the model asks of a key/value cache."""
+
+    def fits(self, config: ModelConfig) -> bool:
+        """Whether it was made for a model of this shape."""
+        ...
+
+    def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[LayerCache]:
+        """Make room for `length` more tokens in each of `batch_size` rows; one cache a layer.
+
+        Of row `b` only the first `lengths[b]` tokens count (all by default), the rest is padding.
+        """
+        ...
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each on a normalised copy and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int, rope: Rope) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, rope)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.moe is not None and config.moe.routes(layer):
+            self.mlp: nn.Module = SparseMoeBlock(config.hidden_size, config.moe)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(
+        self, x: mx.array, batch_size: int, cache: LayerCache | None = None, positions: mx.array | None = None
+    ) -> mx.array:
+        """`[B * L, hidden_size]` → `[B * L, hidden_size]`, or `[B, hidden_size]` of one of each row's `positions`."""
+        attended = self["self_attn"].attend(*self.before_attention(x, batch_size), cache)
+        if positions is not None:
+            by_row, index = x.reshape(batch_size, -1, x.shape[-1]), positions[:, None, None]
+            x = mx.take_along_axis(by_row, index, axis=1).squeeze(1)
+            attended = mx.take_along_axis(attended, index[:, None], axis=2)
+        return self.after_attention(x, attended)
+
+    def before_attention(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values, `[B, heads, L, head_dim]`."""
+        return self["self_attn"].project(self["input_layernorm"](x), batch_size)
+
+    def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+        """Add what was attended to, then the feed-forward's word."""
+        x = x + self["self_attn"].output(attended)
+        return x + self["mlp"](self["post_attention_layernorm"](x))
+
+    def fuse(self, *, compile_kernels: bool) -> None:
+        """Lay projections of the same input together, one module after the other; see `Device.compiles_kernels`."""
+        self.self_attn.fuse()
+        self.mlp.fuse(compile_kernels=compile_kernels)
+
+
+class CompiledDecoder:
+    """All layers for one token a row, where what lies between two attentions is compiled into one call.
+
+    The layers' weights are looked up in every step: what is changed later, in whatever way, counts from then on.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._attentions = [layer.self_attn for layer in layers]
+        first, last = layers[0], layers[-1]
+        self._first = mx.compile(lambda x: first.before_attention(x, x.shape[0]), inputs=[first])
+        self._between = [
+            mx.compile(_between(one, following), inputs=[one, following]) for one, following in pairwise(layers)
+        ]
+        self._last = mx.compile(last.after_attention, inputs=[last])
+
+    def __call__(self, x: mx.array, caches: Sequence[LayerCache | None]) -> mx.array:
+        """`[B, hidden_size]` → `[B, hidden_size]`."""
+        queries, keys, values = self._first(x)
+        for attention, between, cache in zip(self._attentions, self._between, caches, strict=False):
+            x, queries, keys, values = between(x, attention.attend(queries, keys, values, cache))
+        return self._last(x, self._attentions[-1].attend(queries, keys, values, caches[-1]))
+
+
+def _between(layer: DecoderLayer, following: DecoderLayer) -> Callable[[mx.array, mx.array], tuple[mx.array, ...]]:
+    def run(x: mx.array, attended: mx.array) -> tuple[mx.array, ...]:
+        x = layer.after_attention(x, attended)
+        return x, *following.before_attention(x, x.shape[0])
+
+    return run
+
+
+class Qwen3Model(nn.Module):
+    """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised.
+
+    With `last_only` those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's feed-forward is
+    not computed for the others, as nothing would read it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.decoder: CompiledDecoder | None = None
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: ModelCache | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        _check_tokens(tokens)
+        layers = self.layers
+        B, L = tokens.shape
+        caches: Sequence[LayerCache | None] = [None] * len(layers)
+        if cache is not None:
+            if not cache.fits(self.config):
+                raise CacheError(
+                    "cache: made for a model of another shape", hint="Make it with make_cache and this model."
+                )
+            caches = cache.begin(B, L, lengths)
+        elif lengths is not None:
+            raise OptionError("lengths: found without a cache", hint="Pass cache=make_cache(model, batch_size=rows).")
+        hidden = self.embed_tokens(tokens.reshape(B * L))
+        if L == 1 and self.decoder is not None:
+            hidden = self.decoder(hidden, caches)
+        else:
+            for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
+                hidden = layer(hidden, B, layer_cache)
+            last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
+            hidden = layers[-1](hidden, B, caches[-1], last)
+        return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
+
+
+def _check_tokens(tokens: object) -> None:
+    if isinstance(tokens, mx.array):
+        if tokens.ndim == 2 and tokens.size and mx.issubdtype(tokens.dtype, mx.integer):
+            return
+        found = f"{tokens.dtype} of shape {list(tokens.shape)}"
+    else:
+        found = type(tokens).__name__
+    raise OptionError(
+        f"tokens: found {found}, expected integers [rows, tokens]", hint="One row is model(mx.array([ids]))."
+    )
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Tokens `[B, L]` → logits `[B, L, vocab_size]` of the token that comes next."""
+
+    def __init__(self, config: ModelConfig, generation_config: GenerationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig()
+        self.model = Qwen3Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """Feed tokens, after those that `cache` holds.
+
+        The ids are read to check them, which waits for the device if it is still computing them. A loop that must not
+        wait calls `self.model` and `self.logits` with ids that it can vouch for, as `generate_tokens` does.
+
+        Args:
+            tokens: integers `[B, L]`.
+            cache: holds what came before, and these tokens afterwards.
+            lengths: in rows padded on the right, how many tokens of each count; needs a cache.
+
+        Raises:
+            OptionError: tokens of another shape or kind or outside the vocabulary, or `lengths` without a cache.
+            CacheError: a cache of a model of another shape or for other rows.
+        """
+        _check_tokens(tokens)
+        vocab_size = self.config.vocab_size
+        if not mx.all((tokens >= 0) & (tokens < vocab_size)).item():  # MLX would read beyond the embeddings
+            raise OptionError(f"tokens: found ids beyond the vocabulary, expected 0 to {vocab_size - 1}")
+        return self.logits(self.model(tokens, cache, lengths=lengths))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states `[..., hidden_size]` → logits `[..., vocab_size]`."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that activations are computed in."""
+        return self.model.norm.weight.dtype

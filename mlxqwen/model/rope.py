@@ -1,0 +1,58 @@
+"""Rotary position embeddings, plain or stretched by YaRN."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from mlxqwen.files.config import YarnScaling
+
+__all__ = ["Rope", "rope_wavelengths"]
+
+
+def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -> list[float]:
+    """The `head_dim / 2` divisors of the position: pair `d` turns by `position / wavelength[d]` radians.
+
+    Without scaling `theta ** (2d / head_dim)`. With YaRN (Peng et al., 2023, section 3.2) pairs that turn more than
+    `beta_fast` times within the trained context keep their wavelength, those that turn less than `beta_slow` times are
+    slowed `factor` times, and a linear ramp joins the two.
+    """
+    wavelengths = [theta ** (pair / head_dim) for pair in range(0, head_dim, 2)]
+    if scaling is None:
+        return wavelengths
+
+    def pair_that_turns(times: float) -> float:
+        trained = scaling.original_max_position_embeddings
+        return head_dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # the reference's guard against an empty ramp
+    slowed = [min(max((pair - low) / (high - low), 0.0), 1.0) for pair in range(len(wavelengths))]
+    return [w / (s / scaling.factor + (1.0 - s)) for w, s in zip(wavelengths, slowed, strict=True)]
+
+
+class Rope:
+    """Rotates the halves of each head by its position (the "rotate half" form that Qwen3 was trained with)."""
+
+    def __init__(self, head_dim: int, theta: float, scaling: YarnScaling | None = None) -> None:
+        self.head_dim = head_dim
+        self.wavelengths = mx.array(rope_wavelengths(head_dim, theta, scaling), dtype=mx.float32)
+        # The factor multiplies queries and keys alike, so that their products carry it squared.
+        self.score_factor = 1.0 if scaling is None else scaling.attention_factor**2
+
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at `offset` (one for all, or `[B]`)."""
+        return mx.fast.rope(
+            x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
+        )
+
+    def at(self, x: mx.array, positions: mx.array) -> mx.array:
+        """Rotate `x` `[B, heads, L, head_dim]` to `positions` `[B, L]`, in any order."""
+        B, heads, L, head_dim = x.shape
+        tokens = x.transpose(0, 2, 1, 3).reshape(B * L, heads, 1, head_dim)
+        return self(tokens, positions.reshape(B * L)).reshape(B, L, heads, head_dim).transpose(0, 2, 1, 3)

@@ -1,7 +1,0 @@
-"""Functions as tools: schemas from signatures, schemas from strangers, and the calls that a model makes."""
-
-from mlxqwen.tools.calls import call_tool
-from mlxqwen.tools.functions import tool_schema
-from mlxqwen.tools.schemas import check_tool_schemas
-
-__all__ = ["call_tool", "check_tool_schemas", "tool_schema"]
