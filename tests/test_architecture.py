@@ -26,6 +26,7 @@ HOMES = {
     "prompt_toolkit": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"cli"},
+    "xxhash": {"cache"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"files", "device", "model", "cache", "sampling", "engine", "cli"},
 }

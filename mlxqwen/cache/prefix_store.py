@@ -1,0 +1,339 @@
+"""The store of prefixes: what was read of any prompt is kept in blocks, so that no prompt reads it again.
+
+A block is found by its key, see `TokenChain`, and holds the block before it: whoever holds one holds all of its prompt
+up to there. The store keeps the blocks that were used last, up to a cap in bytes. A block that a `Match` or a `Pin`
+holds is found as well after the store has let it go. Which caches share what:
+
+- Caches that keep everything, and rings that have not dropped a token, share blocks, whatever their windows.
+- Other bits, group sizes, dtypes, RoPE scalings, adapters and salts share nothing.
+- A ring that has dropped tokens is kept as a whole, by `put_ring`, in memory alone, for prompts that go on exactly from
+  there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakSet, WeakValueDictionary
+
+import mlx.core as mx
+
+from mlxqwen.cache.blocks import BLOCK, block_nbytes, has_slid, put_blocks, put_window, take_blocks, take_window
+from mlxqwen.cache.chain import TokenChain, seed
+from mlxqwen.cache.kv_cache import KVCache, cache_identity
+from mlxqwen.cache.storage import Stored
+from mlxqwen.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlxqwen.cache.disk_tier import DiskTier
+
+__all__ = ["Match", "Pin", "PrefixStore", "namespace"]
+
+_TAKEN_AT_ONCE = 64  # blocks, after which older ones are let go
+_MOST_UNWRITTEN = 1 << 28  # bytes of blocks that wait for the disk
+
+
+def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str = "") -> str:
+    """What two requests must have in common to share blocks.
+
+    Args:
+        cache: any of the kind; its window does not count.
+        dtype: that keys and values are computed in.
+        adapter: the adapter that is applied to the weights.
+        salt: keeps apart what must not be shared, as between users.
+    """
+    storage = (cache.kv_bits, cache.kv_group_size) if cache.kv_bits else ()
+    return repr((cache_identity(cache.config), storage, str(dtype), adapter, salt))
+
+
+class _Block:
+    """What was read of `BLOCK` tokens; `parent` is the block before, or the namespace."""
+
+    __slots__ = ("__weakref__", "nbytes", "parent", "parts", "tokens")
+
+    def __init__(self, parent: _Block | str, tokens: bytes, parts: Stored) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.parts = parts
+        self.nbytes = _nbytes(parts)
+
+
+class _Window:
+    """A ring that has dropped tokens; `tokens` are all that it has seen."""
+
+    __slots__ = ("__weakref__", "length", "nbytes", "parts", "ring", "space", "tokens")
+
+    def __init__(self, space: str, ring: tuple[int, int], tokens: bytes, length: int, parts: Stored) -> None:
+        self.space = space
+        self.ring = ring
+        self.tokens = tokens
+        self.length = length
+        self.parts = parts
+        self.nbytes = _nbytes(parts)
+
+
+class Match:
+    """The longest front of a prompt that is known. What it found stays as long as it is held.
+
+    Attributes:
+        length: tokens that need not be read.
+    """
+
+    def __init__(self, blocks: Sequence[_Block], window: _Window | None = None) -> None:
+        self._blocks = blocks
+        self._window = window
+        self.length = len(blocks) * BLOCK if window is None else window.length
+
+    def fill(self, cache: KVCache) -> None:
+        """Copy it into an empty cache of one row, of the kind that was asked for; evaluated.
+
+        Raises `CacheError` for another cache.
+        """
+        if self._window is not None:
+            put_window(cache, self._window.parts, self.length)
+        else:
+            put_blocks(cache, [block.parts for block in self._blocks])
+
+
+class Pin:
+    """Keeps what was put, whatever the store lets go.
+
+    Attributes:
+        length: tokens from the first one on that are kept.
+    """
+
+    def __init__(self, last: _Block | _Window | None, length: int) -> None:
+        self._last = last  # holds the blocks before it
+        self.length = length
+
+
+class PrefixStore:
+    """Blocks of what was read. The least recently used goes first, a block after those that follow it.
+
+    One thread calls it; `nbytes` may be read by any.
+
+    Args:
+        fingerprint: of the model's weights, see `model_fingerprint`; a function is called at the first use.
+        capacity: bytes. 0 keeps only what is pinned. More than the memory is no error: whoever runs short of memory
+            calls `shrink`.
+        disk: the same blocks in a folder.
+
+    Raises:
+        OptionError: a capacity that is no number of bytes.
+
+    Attributes:
+        capacity: as given.
+        nbytes: bytes that the store keeps. What only a `Pin` or a `Match` holds is not counted.
+    """
+
+    def __init__(self, fingerprint: str | Callable[[], str], capacity: int, disk: DiskTier | None = None) -> None:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0:
+            raise OptionError(
+                f"prefix store: found a capacity of {capacity!r}, expected a number of bytes",
+                hint="0 keeps nothing but what open conversations have read.",
+            )
+        self.capacity = capacity
+        self.nbytes = 0
+        self._fingerprint = fingerprint
+        self._disk = disk
+        self._seeds: dict[str, bytes] = {}
+        self._blocks: WeakValueDictionary[bytes, _Block] = WeakValueDictionary()  # by key, all that are alive
+        self._windows: WeakSet[_Window] = WeakSet()
+        self._kept: OrderedDict[_Block | _Window, None] = (
+            OrderedDict()
+        )  # used last stands last, a parent after its children
+        self._unwritten: list[tuple[TokenChain, list[_Block]]] = []
+        self._unwritten_nbytes = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept beyond what is pinned."""
+        return self.capacity > 0 or self._disk is not None
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of all that is alive: kept by the store, pinned, or held by a match. Counted anew at each call."""
+        alive: list[_Block | _Window] = [*self._blocks.values(), *self._windows]
+        return sum(entry.nbytes for entry in alive)
+
+    def match(self, space: str, tokens: Sequence[int], *, ring: tuple[int, int] | None = None) -> Match:
+        """Find the longest front of a prompt that is known, without its last token: that one has to be read.
+
+        Args:
+            space: see `namespace`.
+            tokens: the prompt.
+            ring: window and sinks of the cache to be filled, in tokens; None for one that keeps everything.
+        """
+        chain = TokenChain(self._seed(space), tokens[: max(len(tokens) - 1, 0)])
+        most = len(chain) if ring is None else min(len(chain), ring[0] // BLOCK)
+        blocks = self._find(space, chain, most)
+        if self._disk is not None and len(blocks) < most:
+            for parts in self._disk.read(chain, len(blocks), most):
+                if not self._append(space, chain, blocks, parts):
+                    break
+        window = None if ring is None else self._find_window(space, chain, ring)
+        if window is not None and window.length > len(blocks) * BLOCK:
+            self._keep([window])
+            return Match([], window)
+        self._keep(blocks)
+        return Match(blocks)
+
+    def put(self, space: str, tokens: Sequence[int], cache: KVCache, row: int, *, pin: bool = True) -> Pin:
+        """Keep the whole blocks of a row. Only those that are not known are copied.
+
+        A row that has dropped tokens has no blocks: nothing is kept.
+
+        Args:
+            space: see `namespace`.
+            tokens: those of the row, from its first one on; any number of them.
+            cache, row: where they are.
+            pin: whether the pin is to keep what the capacity has no room for; else that is not copied.
+        """
+        if has_slid(cache, row):
+            return Pin(None, 0)
+        count = min(len(tokens), cache.offsets[row]) // BLOCK
+        if count and not pin and self._disk is None:
+            count = min(count, self.capacity // block_nbytes(cache))
+        chain = TokenChain(self._seed(space), tokens[: count * BLOCK])
+        blocks = self._find(space, chain, count)
+        self._keep(blocks)
+        self._note_unwritten(chain, blocks, 0)
+        while len(blocks) < count:
+            start, stop = len(blocks), min(count, len(blocks) + _TAKEN_AT_ONCE)
+            for parts in take_blocks(cache, row, start * BLOCK, stop * BLOCK):
+                if not self._append(space, chain, blocks, parts):
+                    count = len(blocks)
+                    break
+            self._keep(blocks)
+            self._note_unwritten(chain, blocks, sum(block.nbytes for block in blocks[start:]))
+        return Pin(blocks[-1] if blocks else None, len(blocks) * BLOCK)
+
+    def put_ring(self, space: str, tokens: Sequence[int], cache: KVCache, row: int) -> Pin:
+        """Keep a row of a ring as it is, for prompts that go on from there; before its window is full, its blocks.
+
+        `tokens` are all that the row has seen. Raises `OptionError` for fewer.
+        """
+        if not has_slid(cache, row):
+            return self.put(space, tokens, cache, row)
+        offset, ring = cache.offsets[row], (cache.max_kv_size or 0, cache.keep)
+        if len(tokens) < offset:
+            raise OptionError(f"prefix store: found {len(tokens)} tokens, expected the {offset} that the row has seen")
+        chain = TokenChain(self._seed(space), tokens[:offset])
+        window = self._find_window(space, chain, ring)
+        if window is None or window.length != offset:
+            window = _Window(space, ring, chain.coded, offset, take_window(cache, row))
+            self._windows.add(window)
+        self._keep([window])
+        return Pin(window, offset)
+
+    def demote(self, space: str, tokens: Sequence[int]) -> None:
+        """Let the blocks of these tokens go next, as far as nothing else goes on from them.
+
+        For what a running reply has in its own cache as well.
+        """
+        chain = TokenChain(self._seed(space), tokens)
+        blocks = [block for block in self._find(space, chain, len(chain)) if block in self._kept]
+        own = set(blocks)
+        needed = {entry.parent for entry in self._kept if isinstance(entry, _Block) and entry not in own}
+        last_needed = max((number for number, block in enumerate(blocks) if block in needed), default=-1)
+        for block in blocks[last_needed + 1 :]:
+            self._kept.move_to_end(block, last=False)
+
+    def shrink(self, least: int) -> int:
+        """Let go until at least so many bytes of memory are free, or nothing is left → the bytes that are.
+
+        What a pin holds leaves the store, but is not free.
+        """
+        self.flush()
+        freed = 0
+        while freed < least and self._kept:
+            freed += self._drop_oldest()
+        return freed
+
+    def clear(self) -> None:
+        """Let go of all. The disk tier stays as it is."""
+        self.shrink(self.nbytes + 1)
+
+    def flush(self) -> None:
+        """Write what is new to the disk tier, if there is one."""
+        unwritten, self._unwritten, self._unwritten_nbytes = self._unwritten, [], 0
+        for chain, blocks in unwritten:
+            if self._disk is not None:
+                self._disk.write(chain, [block.parts for block in blocks])
+
+    def _seed(self, space: str) -> bytes:
+        if space not in self._seeds:
+            if callable(self._fingerprint):
+                self._fingerprint = self._fingerprint()
+            self._seeds[space] = seed(self._fingerprint, space)
+        return self._seeds[space]
+
+    def _find(self, space: str, chain: TokenChain, most: int) -> list[_Block]:
+        """The first blocks of a chain that are alive."""
+        blocks: list[_Block] = []
+        parent: _Block | str = space
+        for number in range(most):
+            block = self._blocks.get(chain.keys[number])
+            # a hash alone is not believed
+            if block is None or block.tokens != chain.block(number) or not _same(block.parent, parent):
+                break
+            blocks.append(block)
+            parent = block
+        return blocks
+
+    def _find_window(self, space: str, chain: TokenChain, ring: tuple[int, int]) -> _Window | None:
+        """The latest state of a ring that has seen nothing but the first tokens of a chain."""
+        fitting = (
+            window
+            for window in self._windows
+            if window.ring == ring and window.space == space and chain.coded.startswith(window.tokens)
+        )
+        return max(fitting, key=lambda window: window.length, default=None)
+
+    def _append(self, space: str, chain: TokenChain, blocks: list[_Block], parts: Stored) -> bool:
+        """Add the block after `blocks`, unless another one has its hash → whether it was added."""
+        key = chain.keys[len(blocks)]
+        if key in self._blocks:
+            return False
+        block = _Block(blocks[-1] if blocks else space, chain.block(len(blocks)), parts)
+        self._blocks[key] = block
+        blocks.append(block)
+        return True
+
+    def _keep(self, entries: Sequence[_Block | _Window]) -> None:
+        """Note that they are used, a block before its parent, and let go of what is beyond the capacity."""
+        for entry in reversed(entries):
+            if entry not in self._kept:
+                self._kept[entry] = None
+                self.nbytes += entry.nbytes
+            self._kept.move_to_end(entry)
+        while self.nbytes > self.capacity:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> int:
+        """Let go of one → the bytes that are free now."""
+        entry, _ = self._kept.popitem(last=False)
+        nbytes, alive = entry.nbytes, weakref.ref(entry)
+        self.nbytes -= nbytes
+        del entry
+        return nbytes if alive() is None else 0
+
+    def _note_unwritten(self, chain: TokenChain, blocks: list[_Block], nbytes: int) -> None:
+        """Have the blocks of a chain written at the next flush: now, if many wait."""
+        if self._disk is None:
+            return
+        self._unwritten = [(other, held) for other, held in self._unwritten if not chain.starts_with(other)]
+        self._unwritten.append((chain, blocks))
+        self._unwritten_nbytes += nbytes
+        if self._unwritten_nbytes > _MOST_UNWRITTEN:
+            self.flush()
+
+
+def _nbytes(parts: Stored) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def _same(one: _Block | str, other: _Block | str) -> bool:
+    return one == other if isinstance(one, str) else one is other
