@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mlxqwen.cache import KVCache, load_cache, make_cache
-    from mlxqwen.chat.reply import Delta, Reply, ReplyParser, ToolCall, ToolCallDelta, parse_reply
+    from mlxqwen.chat.reply import Delta, Reply, ToolCall, ToolCallDelta
+    from mlxqwen.chat.reply_parser import ReplyParser, parse_reply
     from mlxqwen.chat.tools import call_tool, tool_schema
-    from mlxqwen.engine.chat_options import ChatRequest
-    from mlxqwen.engine.completion import GenerationResponse, batch_generate, batch_stream, generate, stream_generate
+    from mlxqwen.engine.chat_request import ChatRequest
     from mlxqwen.engine.conversation import Conversation
     from mlxqwen.engine.engine import Engine, load
     from mlxqwen.engine.events import Done, Event, Timings, Usage, assistant_message
-    from mlxqwen.engine.prompt_cache import PromptCache
     from mlxqwen.engine.speculation.draft_model import DraftModel
+    from mlxqwen.engine.text_generation import (
+        GenerationResponse,
+        batch_generate,
+        batch_stream,
+        generate,
+        stream_generate,
+    )
     from mlxqwen.engine.tool_loop import ToolResult, ToolRun
     from mlxqwen.errors import MlxqwenError
     from mlxqwen.sampling.params import SamplingParams
@@ -41,7 +47,6 @@ __all__ = [
     "GenerationResponse",
     "KVCache",
     "MlxqwenError",
-    "PromptCache",
     "Reply",
     "ReplyParser",
     "SamplingParams",
@@ -69,12 +74,12 @@ _HOME = {
     "KVCache": "cache",
     "load_cache": "cache",
     "make_cache": "cache",
-    "ChatRequest": "engine.chat_options",
-    "GenerationResponse": "engine.completion",
-    "batch_generate": "engine.completion",
-    "batch_stream": "engine.completion",
-    "generate": "engine.completion",
-    "stream_generate": "engine.completion",
+    "ChatRequest": "engine.chat_request",
+    "GenerationResponse": "engine.text_generation",
+    "batch_generate": "engine.text_generation",
+    "batch_stream": "engine.text_generation",
+    "generate": "engine.text_generation",
+    "stream_generate": "engine.text_generation",
     "Conversation": "engine.conversation",
     "Engine": "engine.engine",
     "load": "engine.engine",
@@ -84,13 +89,12 @@ _HOME = {
     "Timings": "engine.events",
     "Usage": "engine.events",
     "assistant_message": "engine.events",
-    "PromptCache": "engine.prompt_cache",
     "Delta": "chat.reply",
     "Reply": "chat.reply",
-    "ReplyParser": "chat.reply",
+    "ReplyParser": "chat.reply_parser",
     "ToolCall": "chat.reply",
     "ToolCallDelta": "chat.reply",
-    "parse_reply": "chat.reply",
+    "parse_reply": "chat.reply_parser",
     "SamplingParams": "sampling.params",
     "DraftModel": "engine.speculation.draft_model",
     "ToolResult": "engine.tool_loop",

@@ -25,7 +25,7 @@ def test_importing_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("modules", "unneeded"),
     [
-        ("model.loading, mlxqwen.engine.generation, mlxqwen.cache", "numpy jinja2 tokenizers huggingface_hub click httpx"),
+        ("model.loading, mlxqwen.cache", "numpy jinja2 tokenizers huggingface_hub click httpx"),
         ("console", "click mlx rich"),
     ],
 )

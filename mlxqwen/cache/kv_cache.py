@@ -76,6 +76,12 @@ class KVCache:
         return self.placement.keep
 
     @property
+    def capacity(self) -> int:
+        """Slots of the buffers, filled or not."""
+        keys = self.layers[0].keys
+        return keys[0].shape[-2] if keys else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
         return sum(layer.nbytes for layer in self.layers)

@@ -13,9 +13,15 @@ from functools import cached_property
 
 import mlx.core as mx
 
-__all__ = ["LinearPlacement", "Placement", "RingPlacement", "Step"]
+__all__ = ["LinearPlacement", "Placement", "RingPlacement", "Step", "slots_to_allocate"]
 
 _GROWTH = 256  # slots; buffers grow by multiples of this
+
+
+def slots_to_allocate(length: int, window: int | None) -> int:
+    """Slots of buffers for `length` tokens a row: whole growth steps, never more than the window."""
+    rounded = -(-length // _GROWTH) * _GROWTH
+    return rounded if window is None else min(rounded, window)
 
 
 @dataclass
@@ -123,8 +129,7 @@ class Placement(ABC):
 
     def capacity_for(self, slots: int) -> int:
         """Slots to allocate so that `slots` fit: whole growth steps, what was reserved, never more than the window."""
-        rounded = -(-max(slots, self.reserved) // _GROWTH) * _GROWTH
-        return rounded if self.window is None else min(rounded, self.window)
+        return slots_to_allocate(max(slots, self.reserved), self.window)
 
 
 class LinearPlacement(Placement):

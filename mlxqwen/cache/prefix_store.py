@@ -137,7 +137,7 @@ class PrefixStore:
         self.capacity = capacity
         self.nbytes = 0
         self._fingerprint = fingerprint
-        self._disk = disk
+        self.disk = disk
         self._seeds: dict[str, bytes] = {}
         self._blocks: WeakValueDictionary[bytes, _Block] = WeakValueDictionary()  # by key, all that are alive
         self._windows: WeakSet[_Window] = WeakSet()
@@ -150,7 +150,7 @@ class PrefixStore:
     @property
     def keeps(self) -> bool:
         """Whether anything is kept beyond what is pinned."""
-        return self.capacity > 0 or self._disk is not None
+        return self.capacity > 0 or self.disk is not None
 
     @property
     def held_nbytes(self) -> int:
@@ -169,8 +169,8 @@ class PrefixStore:
         chain = TokenChain(self._seed(space), tokens[: max(len(tokens) - 1, 0)])
         most = len(chain) if ring is None else min(len(chain), ring[0] // BLOCK)
         blocks = self._find(space, chain, most)
-        if self._disk is not None and len(blocks) < most:
-            for parts in self._disk.read(chain, len(blocks), most):
+        if self.disk is not None and len(blocks) < most:
+            for parts in self.disk.read(chain, len(blocks), most):
                 if not self._append(space, chain, blocks, parts):
                     break
         window = None if ring is None else self._find_window(space, chain, ring)
@@ -194,7 +194,7 @@ class PrefixStore:
         if has_slid(cache, row):
             return Pin(None, 0)
         count = min(len(tokens), cache.offsets[row]) // BLOCK
-        if count and not pin and self._disk is None:
+        if count and not pin and self.disk is None:
             count = min(count, self.capacity // block_nbytes(cache))
         chain = TokenChain(self._seed(space), tokens[: count * BLOCK])
         blocks = self._find(space, chain, count)
@@ -260,8 +260,8 @@ class PrefixStore:
         """Write what is new to the disk tier, if there is one."""
         unwritten, self._unwritten, self._unwritten_nbytes = self._unwritten, [], 0
         for chain, blocks in unwritten:
-            if self._disk is not None:
-                self._disk.write(chain, [block.parts for block in blocks])
+            if self.disk is not None:
+                self.disk.write(chain, [block.parts for block in blocks])
 
     def _seed(self, space: str) -> bytes:
         if space not in self._seeds:
@@ -322,7 +322,7 @@ class PrefixStore:
 
     def _note_unwritten(self, chain: TokenChain, blocks: list[_Block], nbytes: int) -> None:
         """Have the blocks of a chain written at the next flush: now, if many wait."""
-        if self._disk is None:
+        if self.disk is None:
             return
         self._unwritten = [(other, held) for other, held in self._unwritten if not chain.starts_with(other)]
         self._unwritten.append((chain, blocks))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from mlxqwen.chat.reply import Delta, ReplyParser
+from mlxqwen.chat.old_reply import ReplyParser
+from mlxqwen.chat.reply import Delta
 from mlxqwen.chat.reply_tags import reply_tags
 from mlxqwen.errors import OptionError
 from mlxqwen.text.tokenizer import Tokenizer

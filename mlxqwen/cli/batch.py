@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlxqwen.cli.generate_options import (
+    cache_options,
     check_values,
     load_engine,
-    new_cache,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
@@ -25,7 +25,7 @@ from mlxqwen.errors import MlxqwenError, OptionError, one_line
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.answers import AnswerFile
     from mlxqwen.chat.request_files.batch import BatchRequest
-    from mlxqwen.engine.chat_options import ChatRequest
+    from mlxqwen.engine.chat_request import ChatRequest
     from mlxqwen.engine.engine import Engine
     from mlxqwen.engine.events import Done
 
@@ -190,7 +190,7 @@ def _batch(
         conversations,
         batch_size=options["batch_size"] or DEFAULT_BATCH_SIZE,
         on_error=lambda number, error: refused.append((number, error)),
-        new_cache=lambda rows: new_cache(engine, options, rows=rows),
+        **cache_options(options),
         **{name: options[name] for name in (*shared, *more)},
     )
 
@@ -199,7 +199,7 @@ def _conversations(
     requests: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
 ) -> Iterator[ChatRequest]:
     """What the engine is asked; `begun` gets each request that it takes, by its number."""
-    from mlxqwen.engine.chat_options import ChatRequest
+    from mlxqwen.engine.chat_request import ChatRequest
 
     for number, request in enumerate(requests):
         begun[number] = request

@@ -114,10 +114,10 @@ def _contexts(given: str | None) -> list[int] | None:
 
 def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
     """Complain before the model is loaded."""
-    from mlxqwen.engine.generation import check_count
+    from mlxqwen.checks import check_integer
 
     for name, value in (("tokens", tokens), ("repeat", repeat), *(("context", context) for context in contexts)):
-        check_count(name, value)
+        check_integer(name, value, 1)
 
 
 def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:

@@ -12,9 +12,8 @@ import click
 from mlxqwen import __version__
 from mlxqwen.cli import is_out_of_memory
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, open_prompt_cache, sampling_overrides
+from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.reply_printer import save_interrupted, save_prompt_cache
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.errors import MlxqwenError, OptionError
 
@@ -45,25 +44,18 @@ def chat(**options: Any) -> int:
         from mlxqwen.cli.chat_input import Keyboard, Lines
         from mlxqwen.cli.chat_session import ChatSession
 
-    prompt_cache = open_prompt_cache(engine, options)
     if options["verbose"]:
         _print_request(engine, options)
     status = 0
-    try:
+    with engine:
         if sys.stdin.isatty():
             view = _view(engine)
-            session = ChatSession(engine, view, options, prompt_cache, is_interactive=True)
+            session = ChatSession(engine, view, options, is_interactive=True)
             _greet(view, options)
             _talk(session, view, Keyboard())
         else:
-            session = ChatSession(engine, _plain_view(engine, folds=False), options, prompt_cache, is_interactive=False)
+            session = ChatSession(engine, _plain_view(engine, folds=False), options, is_interactive=False)
             status = _answer_lines(session, Lines(_stdin_lines()))
-    except BaseException:  # Ctrl-C, a reader that has left: what was read was read
-        if prompt_cache is not None:
-            save_interrupted(prompt_cache, verbose=options["verbose"])
-        raise
-    if prompt_cache is not None:
-        save_prompt_cache(prompt_cache, verbose=options["verbose"])
     return status
 
 

@@ -14,12 +14,10 @@ from mlxqwen.cli.chat_commands import HELP, ChatCommand, Message, parse_line
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
-from mlxqwen.engine.chat_options import ChatOptions
-from mlxqwen.engine.completion import drafts_line
 from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event
-from mlxqwen.engine.prompt_cache import PromptCache
+from mlxqwen.engine.text_generation import drafts_line
 from mlxqwen.errors import ContextLengthError, OptionError
 
 __all__ = ["ChatSession"]
@@ -41,7 +39,6 @@ class ChatSession:
 
     Args:
         options: those of the command line, as click gives them.
-        prompt_cache: what has been read goes there, if given.
         is_interactive: whether somebody is there to stop an answer by Ctrl-C and go on.
     """
 
@@ -50,7 +47,6 @@ class ChatSession:
         engine: Engine,
         view: ChatView,
         options: Mapping[str, Any],
-        prompt_cache: PromptCache | None = None,
         *,
         is_interactive: bool,
     ) -> None:
@@ -58,8 +54,7 @@ class ChatSession:
         self._view = view
         self._is_interactive = is_interactive
         self._is_verbose = bool(options["verbose"])
-        cache = _cache_options(options) if prompt_cache is None else {"prompt_cache": prompt_cache}
-        self._given = {**cache, **_turn_options(options)}
+        self._given = {**_cache_options(options), **_turn_options(options)}
         self._conversation = Conversation(engine, system=options["system"], **self._given)
         self._answers = 0
         self._last: Done | None = None
@@ -83,9 +78,9 @@ class ChatSession:
 
     # Answers
 
-    def _answer(self, begin: Callable[[ChatOptions], Generator[Event]]) -> None:
+    def _answer(self, begin: Callable[[dict[str, Any]], Generator[Event]]) -> None:
         seed = self._options.get("seed")
-        options: ChatOptions = {} if seed is None else {"seed": seed + self._answers}
+        options: dict[str, Any] = {} if seed is None else {"seed": seed + self._answers}
         try:
             answer = show_answer(
                 lambda on_prefill: begin({**options, "on_prefill": on_prefill}),
@@ -114,7 +109,7 @@ class ChatSession:
         self._answer(lambda options: self._conversation.retry(keep_partial=True, **options))
 
     @property
-    def _options(self) -> ChatOptions:
+    def _options(self) -> dict[str, Any]:
         """Those of the turns to come; they are saved and loaded with the conversation."""
         return self._conversation.options
 

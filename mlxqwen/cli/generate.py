@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxqwen.cli.generate_options import (
+    cache_options,
     check_usage,
     check_values,
     generate_options,
     load_engine,
-    new_cache,
-    open_prompt_cache,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
@@ -26,8 +25,6 @@ from mlxqwen.cli.reply_printer import (
     print_note,
     print_request,
     print_speed,
-    save_interrupted,
-    save_prompt_cache,
 )
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
@@ -35,7 +32,6 @@ from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.conversations import MessagesWithTools
     from mlxqwen.engine.engine import Engine, Event
-    from mlxqwen.engine.prompt_cache import PromptCache
 
 __all__ = ["generate"]
 
@@ -66,18 +62,14 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     asked = _read_text(options) if options["raw"] else _read_conversation(options)
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
-    prompt_cache: PromptCache | None = None
     try:
         engine = load_engine(options)
-        prompt_cache = open_prompt_cache(engine, options)
-        with closing(_events(engine, prompt_cache, asked, options, progress)) as events:
+        with closing(engine), closing(_events(engine, asked, options, progress)) as events:
             for event in events:
                 printer.print(event)
     except KeyboardInterrupt:
         progress.wipe()
         printer.end(interrupted=True)
-        if prompt_cache is not None:
-            save_interrupted(prompt_cache, verbose=options["verbose"])
         return INTERRUPTED
     except Exception:
         progress.wipe()
@@ -88,8 +80,6 @@ def _generate_one(options: Mapping[str, Any]) -> int:
         print_speed(printer.done)
     if printer.done is not None and not options["as_json"]:
         print_note(printer.done, options["max_tokens"])
-    if prompt_cache is not None:
-        save_prompt_cache(prompt_cache, verbose=options["verbose"])
     return 0
 
 
@@ -119,20 +109,18 @@ def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
 
 def _events(
     engine: Engine,
-    prompt_cache: PromptCache | None,
     asked: str | MessagesWithTools,
     options: Mapping[str, Any],
     progress: PrefillProgress,
 ) -> Generator[Event]:
     """Let the model answer."""
-    from mlxqwen.engine.generation import DEFAULT_MAX_TOKENS
+    from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind
 
-    overrides, cache = sampling_overrides(options), new_cache(engine, options)
+    overrides, cache = sampling_overrides(options), cache_options(options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
     how: dict[str, Any] = {
         **{name: options[name] for name in shared},
         "on_prefill": progress,
-        "cache": prompt_cache or cache,
     }
     request: dict[str, Any] = {
         "sampling": overrides,
@@ -140,25 +128,23 @@ def _events(
         "thinking_budget": options["thinking_budget"],
     }
     if isinstance(asked, str):
-        yield from _continue(engine, asked, {**request, **how}, options)
+        yield from _continue(engine, asked, {**request, **how, "cache": CacheKind(**cache)}, options)
         return
     own = ("thinking", "trust_special_tokens", "drop_oldest")
-    request = {**request, **{name: options[name] for name in own}, "tools": asked.tools}
+    request = {**request, **cache, **{name: options[name] for name in own}, "tools": asked.tools}
     if options["verbose"]:
-        sampling = engine.sampling_for(asked.messages, cache=cache, **request)
+        sampling = engine.sampling_for(asked.messages, **request)
         print_request(engine, sampling, options, overrides)
     yield from engine.stream(asked.messages, **request, **how)
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
     """What follows a text: all of it is content, so that no part counts as reasoning."""
-    from mlxqwen.engine.completion import resolve_params, stream_generate
-    from mlxqwen.engine.engine import Done, split_reply
+    from mlxqwen.engine.engine import Done
+    from mlxqwen.engine.text_generation import resolve_params
 
     sampling = resolve_params(engine.model, request["sampling"], thinking=True)
     if options["verbose"]:
         print_request(engine, sampling, options, request["sampling"])
-    guesses: dict[str, Any] = {"speculative": engine.speculative, "draft_tokens": engine.draft_tokens}
-    responses = stream_generate(engine.model, engine.tokenizer, text, **{**request, "sampling": sampling}, **guesses)
-    for event in split_reply(responses, thinking=False):
+    for event in engine.reply(text, split=False, **{**request, "sampling": sampling}):
         yield replace(event, usage=replace(event.usage, reasoning_tokens=0)) if isinstance(event, Done) else event

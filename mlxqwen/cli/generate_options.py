@@ -18,17 +18,16 @@ from mlxqwen.files.json_file import parse_json
 if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
     from mlxqwen.engine.engine import Engine
-    from mlxqwen.engine.prompt_cache import PromptCache
 
 __all__ = [
     "CacheOptions",
+    "cache_options",
     "check_model_options",
     "check_usage",
     "check_values",
     "generate_options",
     "load_engine",
     "new_cache",
-    "open_prompt_cache",
     "options_named",
     "sampling_overrides",
 ]
@@ -152,9 +151,15 @@ _MEMORY = (
     click.option(
         "--prompt-cache",
         type=click.Path(),
-        metavar="FILE",
-        help="Keep what was read of the prompt in this file, and read only what is new in the next run. The file grows "
-        "when a prompt goes on with all it holds; remove it to begin anew.",
+        metavar="FOLDER",
+        help="Keep what was read of prompts and replies in this folder, and read only what is new in the next run. It "
+        "takes at most a tenth of the disk; what was not used for longest goes first.",
+    ),
+    click.option(
+        "--prefix-cache",
+        metavar="SIZE",
+        help='Memory for what was read, shared by all answers of a run, such as 2GB; "off" keeps nothing. By default '
+        "an eighth of what the machine has for models.",
     ),
     click.option(
         "--prefill-chunk", type=int, help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU."
@@ -202,9 +207,6 @@ def check_usage(options: Mapping[str, Any]) -> None:
     _refuse(given, "batch", {"prompt", "prompt_file", "messages"}, "reads its prompts from the file")
     _refuse(given, "batch", {"raw"}, "asks by the chat template")
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
-    _refuse(given, "prompt_cache", {"raw"}, "keeps what the chat template makes of messages")
-    _refuse(given, "prompt_cache", {"batch"}, "is for one conversation")
-    _refuse(given, "batch", {"speculative", "draft", "draft_tokens"}, "answers several prompts with each pass as it is")
     _refuse(given, "draft", {"speculative"}, "does the guessing")
     if "draft_tokens" in given and not given & {"speculative", "draft"}:
         raise click.UsageError("--draft-tokens needs --draft or --speculative, whose guesses it is about.")
@@ -243,8 +245,11 @@ def check_values(options: Mapping[str, Any]) -> None:
     """Complain before a large model is read, or converted. Raises `OptionError`."""
     with leave_at_once():
         from mlxqwen.chat.thinking import check_early_stop_text
-        from mlxqwen.engine.generation import check_count, check_draft_tokens
-        from mlxqwen.sampling.params import SamplingParams, check_integer
+        from mlxqwen.checks import check_integer
+        from mlxqwen.device import current_device
+        from mlxqwen.engine.request import check_draft_tokens
+        from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes
+        from mlxqwen.sampling.params import SamplingParams
         from mlxqwen.text.stop import StopStrings
 
     names = ("prompt", "system", "early_stop_text", "draft", "prompt_cache")
@@ -253,32 +258,32 @@ def check_values(options: Mapping[str, Any]) -> None:
         SamplingParams(**sampling_overrides(options))
         StopStrings(options["stop"])
         if options["thinking_budget"] is not None:
-            check_integer("thinking_budget", options["thinking_budget"], _MOST_TOKENS)
+            check_integer("thinking_budget", options["thinking_budget"], 0, _MOST_TOKENS)
         if options["early_stop_text"] is not None:
             check_early_stop_text(options["early_stop_text"])
         for name in ("max_tokens", "batch_size"):
             if options[name] is not None:
-                check_count(name, options[name])
+                check_integer(name, options[name], 1)
         if options["draft_tokens"] is not None:
             check_draft_tokens(options["draft_tokens"])
+        if options["prefix_cache"] is not None:
+            prefix_cache_bytes(options["prefix_cache"], current_device())
+        if options["prompt_cache"] is not None:
+            open_prompt_cache(options["prompt_cache"])
     check_model_options(options)
-    if options["prompt_cache"] is not None:
-        from mlxqwen.engine.prompt_cache import check_prompt_cache_file
-
-        check_prompt_cache_file(options["prompt_cache"])
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
     """Refuse what no model can be loaded or run with. Raises `OptionError`, `click.UsageError`."""
     with leave_at_once():
         from mlxqwen.cache import check_window
-        from mlxqwen.engine.generation import check_count
+        from mlxqwen.checks import check_integer
 
     _check_window_usage(options)
     with options_named():
         check_unicode(model=options["model"], revision=options["revision"])
         if options["prefill_chunk"] is not None:
-            check_count("prefill_chunk", options["prefill_chunk"])
+            check_integer("prefill_chunk", options["prefill_chunk"], 1)
         check_window(options["max_kv_size"], _kv_keep(options))
     _parse_rope_scaling(options["rope_scaling"])
 
@@ -326,6 +331,8 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             on_convert=on_convert,
             draft=options.get("draft"),
             speculative=options.get("speculative"),
+            prefix_cache=options.get("prefix_cache"),
+            prompt_cache=options.get("prompt_cache"),
             **({} if options.get("draft_tokens") is None else {"draft_tokens": options["draft_tokens"]}),
         )
     if options.get("draft") is not None:
@@ -350,19 +357,11 @@ def new_cache(engine: Engine, options: Mapping[str, Any], *, rows: int = 1) -> K
     """An empty cache as the options want it."""
     from mlxqwen.cache import make_cache
 
-    return make_cache(engine.model, **_cache_options(options), batch_size=rows)
+    return make_cache(engine.model, **cache_options(options), batch_size=rows)
 
 
-def open_prompt_cache(engine: Engine, options: Mapping[str, Any]) -> PromptCache | None:
-    """What the file of --prompt-cache holds, or will hold; None without one."""
-    if options["prompt_cache"] is None:
-        return None
-    from mlxqwen.engine.prompt_cache import PromptCache
-
-    return PromptCache(options["prompt_cache"], engine.model, **_cache_options(options))
-
-
-def _cache_options(options: Mapping[str, Any]) -> CacheOptions:
+def cache_options(options: Mapping[str, Any]) -> CacheOptions:
+    """What was asked for a cache."""
     return {
         "max_kv_size": options["max_kv_size"],
         "keep": _kv_keep(options),

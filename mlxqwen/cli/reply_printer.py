@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.cli.terminal import print_error
 from mlxqwen.console import Output
-from mlxqwen.errors import MlxqwenError, one_line
+from mlxqwen.errors import one_line
 from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.chat.reply import Delta, Reply, ToolCall
     from mlxqwen.engine.engine import Done, Engine, Event
-    from mlxqwen.engine.prompt_cache import PromptCache
     from mlxqwen.sampling.params import SamplingParams
 
-__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed", "save_interrupted", "save_prompt_cache"]
+__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed"]
 
 
 class ReplyPrinter:
@@ -98,7 +96,7 @@ def print_request(
     overrides: Mapping[str, Any],
 ) -> None:
     """What the options have come to."""
-    from mlxqwen.engine.generation import DEFAULT_MAX_TOKENS
+    from mlxqwen.engine.request import DEFAULT_MAX_TOKENS
 
     max_tokens = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
     config, keep = engine.model.config, options["kv_keep"]
@@ -155,7 +153,7 @@ def print_speed(done: Done) -> None:
     """Tokens, speed and memory."""
     import mlx.core as mx
 
-    from mlxqwen.engine.completion import drafts_line
+    from mlxqwen.engine.text_generation import drafts_line
 
     usage, timings = done.usage, done.timings
     ended = ", which the budget ended" if usage.budget_exhausted else ""
@@ -167,32 +165,3 @@ def print_speed(done: Done) -> None:
         f"{drafts_line('drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
     )
-
-
-def save_prompt_cache(cache: PromptCache, *, verbose: bool) -> None:
-    """Write the file of --prompt-cache, if there is more for it to hold; if it is of little use, say so."""
-    is_written = cache.save()
-    if verbose:
-        held = f"written, {len(cache.held.tokens):,} tokens" if is_written else "stays as it is"
-        sys.stderr.write(f"prompt cache: {one_line(str(cache.path))}: {held}\n")
-    if not is_written:
-        _print_little_use(cache)
-
-
-def save_interrupted(cache: PromptCache, *, verbose: bool) -> None:
-    """The same where something else has ended the run, which is what counts."""
-    try:
-        save_prompt_cache(cache, verbose=verbose)
-    except MlxqwenError as error:
-        print_error(error.problem, error.hint)
-
-
-def _print_little_use(cache: PromptCache) -> None:
-    """A file that holds another prompt saves next to nothing, and never will hold this one."""
-    stored, unstored = len(cache.stored), cache.unstored_tokens
-    used = len(cache.held.tokens) - unstored
-    if stored and (unstored > stored or used * 10 < stored):
-        sys.stderr.write(
-            f"note: {one_line(str(cache.path))} holds another prompt: {used:,} of its {stored:,} tokens were of use, "
-            f"{unstored:,} others were read; it stays as it is, remove it to begin anew\n"
-        )

@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import KVCache
+from mlxqwen.checks import check_integer
 from mlxqwen.device import Device, current_device
-from mlxqwen.engine.generation import check_count, generate_tokens
+from mlxqwen.engine.text_generation import generate_tokens
 from mlxqwen.errors import InsufficientMemoryError, OptionError
 from mlxqwen.model.footprint import cache_bytes
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -68,7 +69,7 @@ def choose_contexts(
 
     Raises `OptionError` for one that leaves no room for `tokens` more.
     """
-    check_count("tokens", tokens)
+    check_integer("tokens", tokens, 1)
     most = model.config.context_length - tokens - 1
     if most < 1:
         raise OptionError(f"tokens: found {tokens}, expected fewer than the context of {model.config.context_length:,}")
@@ -77,7 +78,7 @@ def choose_contexts(
         return fitting if len(fitting) == len(_USUAL_CONTEXTS) else sorted({*fitting, most})
     slides = max_kv_size is not None and max_kv_size <= model.config.context_length
     for context in asked:
-        check_count("context", context)
+        check_integer("context", context, 1)
         if context > most and not slides:
             raise OptionError(
                 f"context: found {context:,}, expected at most {most:,}, so that a first token and {tokens:,} more "
@@ -115,7 +116,7 @@ def benchmark(
         OptionError: numbers out of range.
         InsufficientMemoryError: weights and cache do not fit.
     """
-    check_count("repeat", repeat)
+    check_integer("repeat", repeat, 1)
     if not force:
         _check_memory(model, max(contexts) + tokens, new_cache(), device or current_device())
     return _runs(model, contexts, new_cache, tokens, repeat, prefill_chunk)

@@ -1,28 +1,28 @@
-"""A conversation that goes on: messages and the cache of what the model has read of them."""
+"""A conversation that goes on: its messages, and a hold on what the model has read of them."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import GEN_RUNNING, getgeneratorstate
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, TypeVar
 
-from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.cache.prefix import PrefixCache
-from mlxqwen.chat.reply import Reply
+from mlxqwen.chat.reply import Delta, Reply, join_deltas
 from mlxqwen.chat.thinking import check_budget_use
 from mlxqwen.chat.turns import check_conversation, count_turns, without_oldest_turns
-from mlxqwen.engine.cached_replies import stream_cached
-from mlxqwen.engine.chat_options import ChatOptions, RequestOptions, ToolRunOptions, check_option_names
+from mlxqwen.engine.chat_request import ChatOptions, Messages, Responder, option_names
 from mlxqwen.engine.conversation_file import read_conversation, write_conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event, assistant_message
-from mlxqwen.engine.prompt_cache import PromptCache, check_prompt_cache
-from mlxqwen.engine.requests import PreparedRequest, check_shared_options, choose_sampling, prepare_request
+from mlxqwen.engine.handle import Handle
+from mlxqwen.engine.prefixes import common_prefix
+from mlxqwen.engine.request import Request
+from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, stream_tool_loop
-from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
+from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json
 
@@ -32,6 +32,7 @@ Message = Mapping[str, Any]
 _E = TypeVar("_E")
 
 _OPENING = {"role": "user", "content": "Hello"}
+_ANSWER = {"role": "assistant", "content": "Hello"}
 _WAYS_OUT = (
     "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, extend the context "
     "(--yarn-factor; in Python load(yarn_factor=…)), or slide over it in a window that fits it (--max-kv-size; "
@@ -40,14 +41,14 @@ _WAYS_OUT = (
 
 
 class Conversation:
-    """Messages of a conversation with an engine, and a cache, so that each turn reads only what is new.
+    """Messages of a conversation with an engine, of which each turn reads only what is new.
 
     A turn counts when its reply is complete: then the user's and the assistant's messages are added. One that fails,
-    or is abandoned (by closing the iterator, by Ctrl-C, by an error), leaves messages and cache as they were before;
-    `keep_partial` keeps what was said until then, and a prompt cache keeps a prompt that was read to its end. Replies
-    are those of `Engine.stream` for the same messages.
+    or is abandoned (by closing the iterator, by Ctrl-C, by an error), leaves the messages as they were before;
+    `keep_partial` keeps what was said until then. Replies are those of `Engine.stream` for the same messages.
 
-    The model reads a prompt from where it differs from what the cache holds. Behind a thought that is the header of the
+    What the model has read stays in the engine's store of prefixes while the conversation lives, whatever the store's
+    cap. A prompt is read from the first block of tokens that differs. Behind a thought that is the header of the
     assistant's last message, as history goes without old reasoning: the short answer is read again, the thought is
     gone. `Done.usage.cached_tokens` tells how much was not read again. Messages may be edited between turns.
 
@@ -55,9 +56,8 @@ class Conversation:
         engine: answers.
         system: text of a system message.
         messages: what was said before, as in OpenAI's API; copied.
-        max_kv_size, keep, kv_bits: of the cache; see `mlxqwen.make_cache`. A window that has slid on cannot go back:
-            it takes up to three times its memory while a reply is made, and up to twice between replies.
-        prompt_cache: goes on with what it holds, instead of a cache of one's own; its `save` is for the caller to call.
+        max_kv_size, keep, kv_bits: of the cache; see `mlxqwen.make_cache`. A window that has slid on cannot go back: it
+            is kept where the next turn is expected to go on.
         **options: those of `Engine.stream`, but for `cache`, for every turn that gives no others.
 
     Raises:
@@ -78,23 +78,12 @@ class Conversation:
         max_kv_size: int | None = None,
         keep: int = 4,
         kv_bits: int | None = None,
-        prompt_cache: PromptCache | None = None,
-        **options: Unpack[ChatOptions],
+        **options: Any,
     ) -> None:
         self.engine = engine
         self.options = options
-        if prompt_cache is None:
-            self._unused = make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits)
-            self._held = PrefixCache(make_cache(engine.model, max_kv_size=max_kv_size, keep=keep, kv_bits=kv_bits))
-        else:
-            if (max_kv_size, keep, kv_bits) != (None, 4, None):
-                raise OptionError(
-                    "prompt_cache: found beside options of a cache, expected it alone",
-                    hint="Give max_kv_size, keep and kv_bits to PromptCache.",
-                )
-            self._unused = check_prompt_cache("prompt_cache", prompt_cache, engine.model).new_cache()
-            self._held = prompt_cache.held
-        self._has_file = prompt_cache is not None
+        self._cache: dict[str, Any] = {"max_kv_size": max_kv_size, "keep": keep, "kv_bits": kv_bits}
+        self._held: object = None  # keeps in the store what the last turn has read
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
@@ -106,12 +95,7 @@ class Conversation:
                     hint="Leave out system=…, or the message.",
                 )
             self.system = system
-        self._prepare([_OPENING], self._merged({}))
-
-    @property
-    def cache(self) -> KVCache:
-        """What the model has read: at rest, no more than what the next turn is likely to go on with."""
-        return self._held.cache
+        self._request([_OPENING], self._merged({}))
 
     @property
     def system(self) -> str | None:
@@ -133,7 +117,7 @@ class Conversation:
         self.messages[:] = [message, *turns]
 
     def stream(
-        self, message: str | Message | Sequence[Message], *, keep_partial: bool = False, **options: Unpack[ChatOptions]
+        self, message: str | Message | Sequence[Message], *, keep_partial: bool = False, **options: Any
     ) -> Generator[Event]:
         """Say something, and have it answered piece by piece: deltas, and `Done` at the end.
 
@@ -155,7 +139,7 @@ class Conversation:
         self._abandon()
         return self._begin([*self.messages, *self._said(message)], keep_partial, options)
 
-    def chat(self, message: str | Message | Sequence[Message], **options: Unpack[ChatOptions]) -> Reply:
+    def chat(self, message: str | Message | Sequence[Message], **options: Any) -> Reply:
         """Say something, and have it answered; see `stream`."""
         return next(event.reply for event in self.stream(message, **options) if isinstance(event, Done))
 
@@ -165,7 +149,7 @@ class Conversation:
         tools: Mapping[str, Callable[..., Any]],
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
-        **options: Unpack[ToolRunOptions],
+        **options: Any,
     ) -> Generator[ToolEvent]:
         """Say something, and have it answered with the help of functions, as `Engine.stream_tools` does.
 
@@ -182,8 +166,7 @@ class Conversation:
         messages = [*self.messages, *self._said(message)]
 
         def answer(messages: Sequence[Message], schemas: Sequence[Message]) -> Iterator[Event]:
-            merged = self._merged(cast(ChatOptions, {**options, "tools": schemas}))
-            return self._answer(None, self._prepare(messages, merged), merged, keep_partial=False)
+            return self._answer(None, messages, {**options, "tools": schemas}, keep_partial=False)
 
         run = self._run(messages, stream_tool_loop(answer, messages, tools, max_rounds=max_rounds))
         self._running = weakref.ref(run)
@@ -195,7 +178,7 @@ class Conversation:
         tools: Mapping[str, Callable[..., Any]],
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
-        **options: Unpack[ToolRunOptions],
+        **options: Any,
     ) -> ToolRun:
         """Say something, and have it answered with the help of functions: the last event of `stream_tools`."""
         events = self.stream_tools(message, tools, max_rounds=max_rounds, **options)
@@ -203,12 +186,9 @@ class Conversation:
 
     def next_sampling(self) -> SamplingParams:
         """What the answer to a message without a switch of its own will be drawn with."""
-        options = _request_options(self._merged({}))
-        return choose_sampling(
-            self.engine.model, self.engine.tokenizer, [*self.messages, _OPENING], self._unused, **options
-        )
+        return self._responder.sampling([*self.messages, _OPENING], self._merged({}))
 
-    def retry(self, *, keep_partial: bool = False, **options: Unpack[ChatOptions]) -> Generator[Event]:
+    def retry(self, *, keep_partial: bool = False, **options: Any) -> Generator[Event]:
         """Answer the last user's message anew; what followed it is replaced when the reply is there. See `stream`."""
         self._abandon()
         return self._begin(self.messages[: self._last_question() + 1], keep_partial, options)
@@ -232,8 +212,7 @@ class Conversation:
         """Forget all that was said; a system message stays."""
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
-        if not self._has_file:  # whose front the next question may share
-            self._held.clear()
+        self._held = None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
@@ -282,59 +261,81 @@ class Conversation:
             )
         return said
 
-    def _begin(self, messages: Sequence[dict[str, Any]], keep_partial: bool, given: ChatOptions) -> Generator[Event]:
-        options = self._merged(given)
-        turn = self._answer(messages, self._prepare(messages, options), options, keep_partial=keep_partial)
+    def _begin(self, messages: Messages, keep_partial: bool, given: Mapping[str, Any]) -> Generator[Event]:
+        turn = self._answer(messages, messages, given, keep_partial=keep_partial)
         self._running = weakref.ref(turn)  # a stream that nobody iterates any more is to end by itself
         return _until_superseded(turn, Done)
 
-    def _run(self, messages: Sequence[dict[str, Any]], events: Generator[ToolEvent]) -> Generator[ToolEvent]:
+    def _run(self, messages: Messages, events: Generator[ToolEvent]) -> Generator[ToolEvent]:
         for event in events:
             if isinstance(event, ToolRun):
-                self.messages[:] = [*messages, *map(dict, event.messages)]
+                self.messages[:] = [*map(dict, messages), *map(dict, event.messages)]
             yield event
 
     def _answer(
-        self,
-        said: Sequence[dict[str, Any]] | None,
-        request: PreparedRequest,
-        options: ChatOptions,
-        *,
-        keep_partial: bool,
+        self, said: Messages | None, messages: Messages, given: Mapping[str, Any], *, keep_partial: bool
     ) -> Generator[Event]:
-        """The events of a reply; `said` are the messages that it is added to, or None if its caller sees to that."""
+        """Answer `messages`, once all that can be wrong was raised; the reply is added to `said`, if that is given."""
+        options = self._merged(given)
+        return self._events(said, self._request(messages, options), options, keep_partial=keep_partial)
 
+    def _events(
+        self, said: Messages | None, request: Request, options: ChatOptions, *, keep_partial: bool
+    ) -> Generator[Event]:
         def add(reply: Reply) -> None:
             if said is not None:
-                self.messages[:] = [*said, assistant_message(reply)]
+                self.messages[:] = [*map(dict, said), assistant_message(reply)]
 
-        return stream_cached(
-            self.engine.reply,
-            self.engine.tokenizer,
-            self._held,
-            request,
-            options,
-            on_end=add,
-            keep_partial=keep_partial,
-            keep_prompt=self._has_file,
-        )
-
-    def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> PreparedRequest:
-        """What is sent; all that can be wrong with messages or options is raised."""
-        model, tokenizer = self.engine.model, self.engine.tokenizer
-        check_shared_options(tokenizer, options)
+        handle: Handle = scheduler_of(self.engine.model).submit(request)
+        handle.on_prefill = options.on_prefill
+        deltas: list[Delta] = []
+        is_over = False
         try:
-            return prepare_request(model, tokenizer, messages, self._unused, **_request_options(options))
+            for event in handle:
+                if isinstance(event, Done):
+                    is_over = True
+                    self._held = handle.pin
+                    add(event.reply)
+                else:
+                    deltas.append(event)
+                yield event
+        finally:
+            if not is_over:
+                handle.cancel()
+                self._held = handle.pin or self._held
+                if keep_partial and deltas:
+                    add(join_deltas(deltas))
+
+    @property
+    def _responder(self) -> Responder:
+        engine = self.engine
+        return Responder(engine.model, engine.tokenizer, engine.speculative, engine.draft_tokens)
+
+    def _request(self, messages: Messages, options: ChatOptions) -> Request:
+        """What is asked; all that can be wrong with messages or options is raised."""
+        try:
+            request, sent = self._responder.request(messages, options, holds_cache=True)
         except ContextLengthError as error:
             raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
+        if options.max_kv_size is None:
+            return request
+        return replace(request, returns_to=self._shared_with_next(request, sent, options))
 
-    def _merged(self, options: ChatOptions) -> ChatOptions:
-        merged: dict[str, Any] = {**self.options, **options}
-        check_option_names("a conversation", merged, [name for name in ChatOptions.__annotations__ if name != "cache"])
+    def _shared_with_next(self, request: Request, sent: Messages, options: ChatOptions) -> int:
+        """How many tokens the prompt of the next turn is expected to share: a window that slides is kept there."""
+        try:
+            following = self._responder.render([*sent, _ANSWER, _OPENING], options)
+        except MlxqwenError:
+            return 0
+        return common_prefix(request.prompt, following)
+
+    def _merged(self, given: Mapping[str, Any]) -> ChatOptions:
+        merged: dict[str, Any] = {**self.options, **given}
+        option_names("a conversation", merged, "cache", *self._cache)
         # Turning off thinking for a turn sets a budget for all turns aside.
-        switch = options.get("thinking") if "thinking_budget" in options else None
-        check_budget_use(switch, merged.get("thinking_budget"), options.get("early_stop_text"))
-        return cast(ChatOptions, merged)
+        switch = given.get("thinking") if "thinking_budget" in given else None
+        check_budget_use(switch, merged.get("thinking_budget"), given.get("early_stop_text"))
+        return ChatOptions(**merged, **self._cache)
 
     def _abandon(self) -> None:
         """End a stream that is still open."""
@@ -369,11 +370,6 @@ def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
             "conversation: found a stream whose reply was abandoned, as the conversation went on with something else",
             hint="Take a reply to its end before the next turn, or hold a second Conversation.",
         )
-
-
-def _request_options(options: ChatOptions) -> RequestOptions:
-    named = {name: value for name, value in options.items() if name in RequestOptions.__annotations__}
-    return cast(RequestOptions, named)
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -10,71 +10,43 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
-from mlxqwen.cache import KVCache
-from mlxqwen.chat.prompts import render_prompt
+from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.chat.reply import Reply
-from mlxqwen.chat.reply_tags import reply_tags
-from mlxqwen.chat.thinking import check_budget_use
 from mlxqwen.device import current_device
-from mlxqwen.engine.batches import stream_batch
-from mlxqwen.engine.chat_options import (
-    ChatBatchOptions,
-    ChatOptions,
-    ChatRequest,
-    Messages,
-    ReplyOptions,
-    RequestOptions,
-    ToolRunOptions,
-    check_option_names,
-)
-from mlxqwen.engine.completion import Sampling, begins_in_thought, stream_generate
-from mlxqwen.engine.events import Done, Event, Timings, Usage, split_reply
-from mlxqwen.engine.generation import (
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MAX_TOKENS,
-    check_draft_tokens,
-)
-from mlxqwen.engine.requests import (
-    check_shared_options,
-    choose_sampling,
-    fit_messages,
-    prepare_request,
-    prepare_requests,
-)
+from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
+from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
+from mlxqwen.engine.events import Done, Event, Timings, Usage, events_of
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
+from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
+from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
+from mlxqwen.engine.text_generation import OnPrefill, Sampling, text_request
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
-from mlxqwen.errors import MessagesError, MlxqwenError, OptionError, TokenizerError
+from mlxqwen.errors import MlxqwenError, OptionError, TokenizerError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
-from mlxqwen.files.json_file import json_kind
 from mlxqwen.model.loading import CheckSize, LoadOptions, parse_dtype, prepare_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from mlxqwen.engine.prompt_cache import PromptCache
+    from mlxqwen.cache import KVCache
     from mlxqwen.engine.speculation.drafter import Speculative
 
 __all__ = [
-    "ChatBatchOptions",
+    "DEFAULT_BATCH_SIZE",
     "ChatOptions",
     "ChatRequest",
     "Done",
     "Engine",
     "Event",
-    "ReplyOptions",
-    "RequestOptions",
     "Timings",
     "ToolEvent",
     "ToolResult",
     "ToolRun",
-    "ToolRunOptions",
     "Usage",
     "load",
-    "split_reply",
 ]
-
-DEFAULT_BATCH_SIZE = 8
 
 
 def load(
@@ -158,7 +130,7 @@ def _naming_the_draft() -> Iterator[None]:
 
 def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
-    from mlxqwen.engine.speculation.stream import check_vocabulary
+    from mlxqwen.engine.speculation.drafter import check_vocabulary
 
     check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
     if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
@@ -193,11 +165,15 @@ def _draft_bytes(draft_folder: Path, options: LoadOptions) -> int:
 class Engine:
     """A model with its tokenizer, ready to answer.
 
+    Args:
+        prefix_cache: how much memory the store of what was read may take, shared by all replies of the model: bytes,
+            text such as "2GB", or "off"; by default an eighth of what the machine has for models.
+        prompt_cache: a folder that keeps it on disk, for later runs; it may take a tenth of the disk.
+
     Attributes:
         model, tokenizer: as given.
         speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
-            that it guesses; see `mlxqwen.stream_generate`. Every reply but those of `batch` is made so, and the same as
-            without but for rounding.
+            that it guesses; see `mlxqwen.stream_generate`. Replies are the same as without, but for rounding.
     """
 
     def __init__(
@@ -207,12 +183,17 @@ class Engine:
         *,
         speculative: Speculative = None,
         draft_tokens: int | None = None,
+        prefix_cache: int | str | None = None,
+        prompt_cache: str | PathLike[str] | DiskTier | None = None,
     ) -> None:
         _check_speculative(speculative, draft_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.speculative = speculative
         self.draft_tokens = DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens
+        self._is_closed = False
+        if prefix_cache is not None or prompt_cache is not None:
+            use_store(scheduler_of(model), prefix_cache, prompt_cache, current_device())
 
     @classmethod
     def load(
@@ -224,6 +205,8 @@ class Engine:
         draft: str | PathLike[str] | None = None,
         speculative: Speculative = None,
         draft_tokens: int | None = None,
+        prefix_cache: int | str | None = None,
+        prompt_cache: str | PathLike[str] | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
         """See `load`. All that can be wrong is found before the weights are read or converted.
@@ -232,8 +215,15 @@ class Engine:
             draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say. It
                 reads each prompt along with this one. `revision` is not for it.
             speculative: what guesses instead; see `Engine`.
+            prefix_cache, prompt_cache: see `Engine`.
         """
         _check_speculative(speculative, draft_tokens, draft)
+        prefix_cache_bytes(prefix_cache, options.get("device") or current_device())
+        shared: dict[str, Any] = {
+            "draft_tokens": draft_tokens,
+            "prefix_cache": prefix_cache,
+            "prompt_cache": None if prompt_cache is None else open_prompt_cache(prompt_cache),
+        }
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         folder = resolve_model(path_or_id, revision=revision)
@@ -251,7 +241,7 @@ class Engine:
             if draft is None:
                 read_model = prepare_model(folder, convert=convert, **options)
                 tokenizer = _read_tokenizer(folder)
-                return cls(read_model(), tokenizer, speculative=speculative, draft_tokens=draft_tokens)
+                return cls(read_model(), tokenizer, speculative=speculative, **shared)
             from mlxqwen.engine.speculation.draft_model import DraftModel
 
             with _naming_the_draft():
@@ -271,11 +261,37 @@ class Engine:
                     device=options.get("device"),
                 )
             model = read_model()
-            return cls(model, tokenizer, speculative=DraftModel(read_draft()), draft_tokens=draft_tokens)
+            return cls(model, tokenizer, speculative=DraftModel(read_draft()), **shared)
 
-    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Reply:
+    @property
+    def _responder(self) -> Responder:
+        return Responder(self.model, self.tokenizer, self.speculative, self.draft_tokens)
+
+    def close(self) -> None:
+        """End all replies of the model with an error, and write what the prompt cache has not written yet.
+
+        Other engines of the same model are closed with it.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            close_scheduler(self.model)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise OptionError(
+                "engine: found in use after close(), expected an open one",
+                hint="Make a new Engine, or close this one behind its last reply.",
+            )
+
+    def chat(self, messages: Messages, **options: Any) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
-        check_option_names("a chat", options, ChatOptions.__annotations__)
+        option_names("a chat", options)
         return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
@@ -293,11 +309,20 @@ class Engine:
         stop_on_loop: bool = False,
         trust_special_tokens: bool = False,
         drop_oldest: bool = False,
-        cache: KVCache | PromptCache | None = None,
+        cache: KVCache | None = None,
+        max_kv_size: int | None = None,
+        keep: int = 4,
+        kv_bits: int | None = None,
         prefill_chunk: int | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
+        on_prefill: OnPrefill = None,
+        priority: int = 0,
+        salt: str = "",
+        constraints: Sequence[ConstraintFactory] = (),
     ) -> Iterator[Event]:
         """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
+
+        Nothing runs before the first event is asked for. Any thread may ask for the next one. A stream that is closed,
+        or that nobody refers to any more, ends its reply.
 
         Args:
             messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
@@ -318,119 +343,65 @@ class Engine:
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
             drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
-            cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`. Or a `PromptCache`: then
-                the prompt is read only from where it differs from what that holds, which afterwards is what another
-                question behind this reply would share, also if the reply is abandoned once the prompt was read. Its
-                `save` is for the caller to call.
-            prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+            cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`.
+            max_kv_size, keep, kv_bits: of a new cache; see `mlxqwen.make_cache`.
+            prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
+            constraints: what restricts the draws; see `mlxqwen.engine.request.Request`.
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        check_budget_use(thinking, thinking_budget, early_stop_text)
-        held = None
-        if cache is not None and not isinstance(cache, KVCache):
-            from mlxqwen.engine.prompt_cache import check_prompt_cache
-
-            held, cache = check_prompt_cache("cache", cache, self.model).held, cache.new_cache()
-        request = prepare_request(
-            self.model,
-            self.tokenizer,
-            messages,
-            cache,
+        self._check_open()
+        options = ChatOptions(
             thinking=thinking,
             thinking_budget=thinking_budget,
+            early_stop_text=early_stop_text,
             tools=tools,
             sampling=sampling,
             max_tokens=max_tokens,
             seed=seed,
-            trust_special_tokens=trust_special_tokens,
-            drop_oldest=drop_oldest,
-        )
-        if held is not None:
-            from mlxqwen.engine.cached_replies import stream_cached
-
-            options: ChatOptions = {
-                "early_stop_text": early_stop_text,
-                "tools": tools,
-                "stop": stop,
-                "stop_on_loop": stop_on_loop,
-                "trust_special_tokens": trust_special_tokens,
-                "prefill_chunk": prefill_chunk,
-                "on_prefill": on_prefill,
-            }
-            check_shared_options(self.tokenizer, options)
-            return stream_cached(self.reply, self.tokenizer, held, request, options, keep_prompt=True)
-        return self.reply(
-            request.prompt,
-            sampling=request.sampling,
-            thinking_budget=thinking_budget,
-            early_stop_text=early_stop_text,
-            expect_thought=request.expect_thought,
-            tools=request.tools,
-            max_tokens=request.max_tokens,
             stop=stop,
             stop_on_loop=stop_on_loop,
+            trust_special_tokens=trust_special_tokens,
+            drop_oldest=drop_oldest,
             cache=cache,
+            max_kv_size=max_kv_size,
+            keep=keep,
+            kv_bits=kv_bits,
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
+            priority=priority,
+            salt=salt,
+            constraints=constraints,
         )
+        request, _ = self._responder.request(messages, options)
+        return events_of(scheduler_of(self.model), request, on_prefill)
 
     def reply(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | str,
         *,
-        sampling: Sampling = None,
-        thinking_budget: int | None = None,
-        early_stop_text: str | None = None,
-        expect_thought: bool = False,
-        tools: bool = False,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_on_loop: bool = False,
-        cache: KVCache | None = None,
-        cached_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
+        on_prefill: OnPrefill = None,
+        **options: Any,
     ) -> Iterator[Event]:
         """Answer a prompt given as ids, such as `prompt` makes: the part of `stream` below messages.
 
         Args:
-            prompt: ids. Their end tells whether the reply begins in thought.
-            sampling: by default the model card's profile, for thinking unless the prompt closes the think block.
-            expect_thought: whether a reply that the prompt leaves free is reasoning up to its first `</think>`, and all
-                of it without one, whether or not it opens with `<think>`; by default only if it does.
-            tools: whether the prompt offers tools: else `<tool_call>` is content.
-            max_tokens: by default 32,768, and never more than the context has room for.
-            thinking_budget, early_stop_text, stop, stop_on_loop: see `stream`.
-            cache, cached_tokens, prefill_chunk, on_prefill: see `mlxqwen.stream_generate`.
+            prompt: ids, or text. Their end tells whether the reply begins in thought.
+            on_prefill: see `mlxqwen.stream_generate`.
+            **options: those of `mlxqwen.stream_generate`, but that `stop` ends the content alone, and `constraints`.
+                With `split=False` all of the reply is content, its tags included.
 
         Raises:
             OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        responses = stream_generate(
-            self.model,
-            self.tokenizer,
-            prompt,
-            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-            sampling=sampling,
-            thinking_budget=thinking_budget,
-            early_stop_text=early_stop_text,
-            stop_on_loop=stop_on_loop,
-            expect_thought=expect_thought,
-            tools=tools,
-            cache=cache,
-            cached_tokens=cached_tokens,
-            prefill_chunk=prefill_chunk,
-            on_prefill=on_prefill,
-            speculative=self.speculative,
-            draft_tokens=self.draft_tokens,
-        )
-        # The prompt's end tells more than the switch: a template may open a think block whatever it is asked.
-        begins = begins_in_thought(self.tokenizer, prompt, expect_thought=expect_thought)
-        return split_reply(responses, thinking=begins, tools=tools, stop=stop, tags=reply_tags(self.tokenizer))
+        self._check_open()
+        own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
+        reports = on_prefill is not None
+        request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)
+        return events_of(scheduler_of(self.model), request, on_prefill)
 
     def run_tools(
         self,
@@ -438,7 +409,7 @@ class Engine:
         tools: Mapping[str, Callable[..., Any]],
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
-        **options: Unpack[ToolRunOptions],
+        **options: Any,
     ) -> ToolRun:
         """Answer a conversation with the help of functions: the last event of `stream_tools`."""
         events = self.stream_tools(messages, tools, max_rounds=max_rounds, **options)
@@ -450,11 +421,9 @@ class Engine:
         tools: Mapping[str, Callable[..., Any]],
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
-        **options: Unpack[ToolRunOptions],
+        **options: Any,
     ) -> Iterator[ToolEvent]:
         """Answer a conversation with the help of functions, as `mlxqwen.engine.tool_loop.stream_tool_loop` says.
-
-        Each reply reads its whole prompt. `Conversation.stream_tools` reads only what is new.
 
         Args:
             messages: the conversation; never modified.
@@ -463,7 +432,7 @@ class Engine:
             **options: those of `stream`, for each reply, but for `tools` and `cache`.
         """
         _refuse_cache(options)
-        check_option_names("a run with tools", options, ToolRunOptions.__annotations__)
+        option_names("a run with tools", options, "tools", "cache")
 
         def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
             return self.stream(messages, tools=schemas, **options)
@@ -476,8 +445,7 @@ class Engine:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         on_error: Callable[[int, MlxqwenError], None] | None = None,
-        new_cache: Callable[[int], KVCache] | None = None,
-        **options: Unpack[ChatBatchOptions],
+        **options: Any,
     ) -> Iterator[tuple[int, Done]]:
         """Answer many conversations, many at once, each as it would be alone.
 
@@ -485,35 +453,25 @@ class Engine:
             conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
             batch_size: how many run at once; memory grows with it. Where one ends, the next begins.
             on_error: told of a conversation that cannot be answered, which is then left out.
-            new_cache: makes an empty cache of so many rows; by default `make_cache` without options.
             **options: those of `stream`, for all, but for `cache`.
 
         Returns:
             `(index, done)` in the order in which replies end.
 
         Raises:
-            OptionError: at once, for a batch size, a cache, or options that no conversation has for itself, that cannot
-                be; for other options for all with the first conversation.
+            OptionError: at once, for a batch size or options for all that cannot be.
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
+        self._check_open()
         _refuse_cache(options)
-        check_option_names("a batch", options, ChatBatchOptions.__annotations__)
-        if not isinstance(conversations, Iterable):
-            raise MessagesError(f"conversations: found {json_kind(conversations)}, expected a list of conversations")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise OptionError(f"batch_size: found {batch_size!r}, expected an integer from 1")
-        check_shared_options(self.tokenizer, options)
-        return stream_batch(
-            self.model,
-            self.tokenizer,
-            prepare_requests(self.model, self.tokenizer, conversations, options, on_error, new_cache and new_cache(1)),
+        option_names("a batch", options, "cache")
+        return answer_batch(
+            self._responder,
+            scheduler_of(self.model),
+            conversations,
+            options,
             batch_size=batch_size,
-            stop=options.get("stop", ()),
-            early_stop_text=options.get("early_stop_text"),
-            stop_on_loop=options.get("stop_on_loop", False),
-            new_cache=new_cache,
-            prefill_chunk=options.get("prefill_chunk"),
-            on_prefill=options.get("on_prefill"),
+            on_error=on_error,
         )
 
     def prompt(
@@ -538,9 +496,8 @@ class Engine:
             OptionError: `thinking` is no switch.
             TemplateError: see `Tokenizer.apply_chat_template`.
         """
-        return render_prompt(
-            self.tokenizer, messages, thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens
-        )
+        options = ChatOptions(thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens)
+        return self._responder.render(messages, options)
 
     def fit(
         self,
@@ -551,6 +508,7 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         trust_special_tokens: bool = False,
         cache: KVCache | None = None,
+        max_kv_size: int | None = None,
     ) -> list[Mapping[str, Any]]:
         """What is left of a conversation when the fewest oldest turns are dropped for the reply to have room.
 
@@ -562,24 +520,22 @@ class Engine:
                 context, which is the default, too.
             thinking, tools, trust_special_tokens: as for `prompt`.
             cache: what it holds already takes room too. In one that slides within the context everything fits.
+            max_kv_size: of a new cache.
 
         Raises:
             ContextLengthError: the last turn alone is too long.
         """
-        return fit_messages(
-            self.model,
-            self.tokenizer,
-            messages,
-            cache,
+        options = ChatOptions(
             max_tokens=max_tokens,
             thinking=thinking,
             tools=tools,
             trust_special_tokens=trust_special_tokens,
+            cache=cache,
+            max_kv_size=max_kv_size,
         )
+        return self._responder.fit(messages, options)
 
-    def sampling_for(
-        self, messages: Messages, *, cache: KVCache | None = None, **options: Unpack[RequestOptions]
-    ) -> SamplingParams:
+    def sampling_for(self, messages: Messages, **options: Any) -> SamplingParams:
         """What `stream` draws its reply to `messages` with: the card's profile for the mode, single options over it.
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
@@ -587,10 +543,10 @@ class Engine:
 
         Args:
             messages: as for `stream`. They may be too long for the context.
-            cache: as for `fit`, if `drop_oldest` is given.
-            **options: those of `stream` that a conversation of a batch may have for itself.
+            **options: those of `stream`.
         """
-        return choose_sampling(self.model, self.tokenizer, messages, cache, **options)
+        option_names("a chat", options)
+        return self._responder.sampling(messages, ChatOptions(**options))
 
 
 def _refuse_cache(options: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ min-p. Arrays in, arrays out; the only thing taken from outside is a random seed
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import secrets
 from collections.abc import Collection, Mapping, Sequence
@@ -153,6 +154,18 @@ class Sampler:
             rows = mx.array(group.rows)
             group.replace(drawn[rows], tokens[rows])
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that changes with a draw, to evaluate it."""
+        return [array for group in self._groups for array in group.arrays]
+
+    def extract(self, rows: Sequence[int]) -> Sampler:
+        """A sampler of these rows, in this order; this one keeps them, too."""
+        taken = copy.copy(self)
+        taken._groups = [group.copy() for group in self._groups]
+        taken.keep_rows(rows)
+        return taken
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order."""
         self._shape = len(rows), self._shape[1]
@@ -222,6 +235,17 @@ class _Group:
         """What later draws leave as it is."""
         return self._keys, self._history.state
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Random keys and history."""
+        return [self._keys, *self._history.arrays]
+
+    def copy(self) -> _Group:
+        """The same rows; arrays are shared, as they are replaced and never changed."""
+        twin = copy.copy(self)
+        twin._history = copy.copy(self._history)
+        return twin
+
     def restore(self, state: _GroupState) -> None:
         """Stand where `state` was taken."""
         self._keys, self._history.state = state
@@ -287,6 +311,11 @@ class _History:
                 touched = [{*prompt, *reply} for prompt, reply in zip(prompts, replies, strict=True)]
             self._widths = [len(tokens) for tokens in touched]
             self._touched = _rectangle(touched)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What is computed from tokens."""
+        return [self._reply, self._touched, self._prompt, self._bias] if self._penalised else []
 
     @property
     def state(self) -> _HistoryState:

@@ -8,8 +8,10 @@ from typing import cast
 import mlx.core as mx
 
 from mlxqwen.cache import make_cache
-from mlxqwen.cache.prefix import common_prefix
-from mlxqwen.engine.generation import check_count, chosen_prefill_chunk
+from mlxqwen.checks import check_integer
+from mlxqwen.device import current_device
+from mlxqwen.engine.prefixes import common_prefix
+from mlxqwen.engine.request import fitting_prefill_chunk
 from mlxqwen.engine.speculation.reading import read_tokens
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.sampler import BAD_TOKEN, Sampler
@@ -43,15 +45,22 @@ class DraftModel:
         prefill_chunk: int | None = None,
     ) -> None:
         if max_kv_size is not None:
-            check_count("max_kv_size", max_kv_size)
+            check_integer("max_kv_size", max_kv_size, 1)
         self.model = model
         self._room = min(max_kv_size or model.config.context_length, model.config.context_length)
-        self._prefill_chunk = chosen_prefill_chunk(prefill_chunk, model.config)
+        if prefill_chunk is not None:
+            check_integer("prefill_chunk", prefill_chunk, 1)
+        self._prefill_chunk = prefill_chunk or fitting_prefill_chunk(model.config, current_device())
         self._cache = make_cache(model, kv_bits=kv_bits)
         self._held: list[int] = []  # what the cache holds, at least
         self._start = 0  # where in the text that begins
         self._text: Sequence[int] = ()
         self._agreed = 0  # how many tokens of `_held` are known to be those of `_text`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cache."""
+        return self._cache.nbytes
 
     def read(self, text: Sequence[int], stop: int) -> None:
         """Read the first `stop` tokens of a text that is going to be guessed on.

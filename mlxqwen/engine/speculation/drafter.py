@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from mlxqwen.errors import OptionError
+from mlxqwen.files.config import ModelConfig
 from mlxqwen.sampling.sampler import Sampler
 
-__all__ = ["DraftCounts", "DraftLength", "Drafter", "Speculative", "as_drafter"]
+__all__ = ["DraftLength", "Drafter", "Speculative", "as_drafter", "check_vocabulary"]
 
 
 @runtime_checkable
@@ -31,9 +31,12 @@ Speculative: TypeAlias = Literal["lookup"] | Drafter | None
 """What guesses: the text itself, a `DraftModel`, anything else that proposes tokens, or nothing."""
 
 
-def as_drafter(speculative: object) -> Drafter:
-    """What guesses. Raises `OptionError` for what is no `Speculative`."""
+def as_drafter(speculative: object, config: ModelConfig | None = None) -> Drafter:
+    """What guesses. Raises `OptionError` for what is no `Speculative`, or is of another vocabulary than `config`."""
     if isinstance(speculative, Drafter) and not isinstance(speculative, type):  # a class has the method, too
+        draft = getattr(speculative, "model", None)
+        if config is not None and draft is not None:
+            check_vocabulary(draft.config, config)
         return speculative
     if speculative == "lookup":
         from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
@@ -45,12 +48,14 @@ def as_drafter(speculative: object) -> Drafter:
     )
 
 
-@dataclass(slots=True)
-class DraftCounts:
-    """Tokens of one reply: how many were guessed and checked, and how many of those were right and told."""
-
-    drafted: int = 0
-    accepted: int = 0
+def check_vocabulary(draft: ModelConfig, model: ModelConfig) -> None:
+    """Refuse a draft model of another vocabulary. Raises `OptionError`."""
+    found, expected = draft.vocab_size, model.vocab_size
+    if found != expected:
+        raise OptionError(
+            f"draft model: found a vocabulary of {found:,} tokens, expected the model's own of {expected:,}",
+            hint="Take a smaller model of the same family, which shares its tokenizer.",
+        )
 
 
 class DraftLength:

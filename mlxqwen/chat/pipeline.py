@@ -1,0 +1,201 @@
+"""One reply's token ids → its deltas: decode, tell tags, split, stop at stop strings, count the thought."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from mlxqwen.chat.reply import Delta, Reply, join_deltas, new_call_id
+from mlxqwen.chat.reply_parser import TagLexer
+from mlxqwen.chat.splitter import Splitter, Tag
+from mlxqwen.text.stop import StopStrings
+from mlxqwen.text.tokenizer import Tokenizer
+
+__all__ = ["ReplyPipeline"]
+
+
+class ReplyPipeline:
+    """Takes the tokens of one reply as they are generated.
+
+    Where the tokenizer has a token for a tag, that token is the tag, and text that spells it is text. Other tags are
+    told by their spelling. A character that the last token leaves unfinished is never shown.
+
+    Args:
+        tokenizer: decodes the tokens; special tokens leave no text.
+        begins: whether the reply begins in thought; see `mlxqwen.chat.thinking.begins_in_thought`.
+        tools: whether the reply may call tools.
+        stop: the reply ends before the first of these texts in its content; reasoning and calls may hold them.
+        split: False for the reply's raw text, with its tags, as content; then `stop` ends that text.
+        new_id: makes the ids of the calls.
+
+    Raises:
+        OptionError: a stop is empty or not a string.
+
+    Attributes:
+        tools: as it was given.
+        tokens: how many tokens were fed, end tokens not counted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        begins: bool | None,
+        tools: bool = False,
+        stop: str | Sequence[str] = (),
+        split: bool = True,
+        new_id: Callable[[], str] = new_call_id,
+    ) -> None:
+        ids = {tag: tokenizer.token_to_id(tag.value) for tag in Tag}
+        spelled = [tag for tag, token in ids.items() if token is None]
+        self.tools = tools
+        self.tokens = 0
+        self._tags = {token: tag for tag, token in ids.items() if token is not None}
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
+        self._splitter = Splitter(thinking=begins, tools=tools, new_id=new_id, spelled=spelled)
+        self._lexer = TagLexer(self._splitter, spelled) if spelled else None
+        self._starts: list[int] = []  # where in the lexer's text each token begins
+        self._stops = StopStrings(stop)
+        self._has_stops = bool(stop)
+        self._splits = split
+        self._deltas: list[Delta] = []
+        self._tail = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found: the reply is over."""
+        return self._stops.found
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the reply so far ends in reasoning; not while it may be a call that ends it."""
+        return self._splitter.in_reasoning
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether reasoning goes on or may still come."""
+        return self._splitter.may_reason
+
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the tokens so far end in the middle of a character."""
+        return self._detokenizer.is_inside_character
+
+    @property
+    def thought_tokens(self) -> int:
+        """Tokens of the thought so far, its tags not counted, line breaks counted."""
+        start, end = self._splitter.reasoning_start, self._splitter.reasoning_end
+        if start is None:
+            return 0
+        if self._lexer is None:
+            return (self.tokens if end is None else end) - start
+        last = self._lexer.length + 1 if end is None else end
+        return bisect_left(self._starts, last) - bisect_left(self._starts, start)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the thought so far, its tags not counted; 0 while they are but line breaks."""
+        return self.thought_tokens if self._splitter.has_reasoned else 0
+
+    @property
+    def tail(self) -> str:
+        """The last two characters of the reply's raw text, tags included."""
+        return self._tail[-2:]
+
+    @property
+    def reply(self) -> Reply:
+        """All that was returned so far."""
+        return join_deltas(self._deltas)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why calls were kept as text; of the raw text there are none."""
+        return self._splitter.warnings if self._splits else []
+
+    def feed(self, token: int, *, ends: bool = False) -> list[Delta]:
+        """Take the next token → what is now certain.
+
+        Args:
+            token: its id.
+            ends: whether it is an end token: such a one leaves no text, be it a tag.
+
+        Raises:
+            TokenizerError: no 32-bit id.
+        """
+        if ends or self._stops.found:
+            return []
+        text = self._detokenizer.add(token)
+        tag = self._tags.get(token)
+        splitter = self._splitter
+        if tag is None and not self._has_stops and self._lexer is None and self._splits and splitter.shows_text:
+            # The common case, without a detour: text of which nothing is to be held back.
+            self.tokens += 1
+            if not text:
+                return []
+            self._tail = self._tail[-1:] + text
+            if text[-1] != "\n" and text[0] != "\n":
+                if splitter.in_thought:
+                    splitter.has_reasoned = True
+                    delta = Delta(reasoning=text)
+                else:
+                    delta = Delta(content=text)
+                self._deltas.append(delta)
+                return [delta]
+            deltas = splitter.take(text, self.tokens - 1, self.tokens)
+        else:
+            self._tail = (self._tail[-2:] + text)[-2:]
+            deltas = self._take(text, tag)
+            if not self._splits:
+                deltas = [Delta(content=text)] if text else []
+        return self._returned(deltas) if deltas else []
+
+    def finish(self) -> list[Delta]:
+        """No more tokens will come → what was held back."""
+        if self._stops.found:
+            return []
+        deltas = self._splitter.finish() if self._lexer is None else self._lexer.finish()
+        returned = self._returned(deltas) if self._splits else []
+        if self._has_stops and not self._stops.found and (rest := self._stops.finish()):
+            returned.append(Delta(content=rest))
+            self._deltas.append(returned[-1])
+        return returned
+
+    def _take(self, text: str, tag: Tag | None) -> list[Delta]:
+        at = self.tokens
+        self.tokens += 1
+        if not self._splits and not self._splitter.may_reason:
+            return []
+        if tag is not None:
+            text = text.removesuffix(tag.value)  # a tag may have to complete a character that was cut off before it
+        deltas: list[Delta] = []
+        if self._lexer is None:
+            if text:
+                deltas = self._splitter.take(text, at, at + 1)
+            return deltas if tag is None else deltas + self._splitter.take(tag, at, at + 1)
+        if tag is None:
+            self._starts.append(self._lexer.length)
+            return self._lexer.feed(text)
+        deltas = self._lexer.feed(text)
+        self._starts.append(self._lexer.length)
+        return deltas + self._lexer.feed_tag(tag)
+
+    def _returned(self, deltas: list[Delta]) -> list[Delta]:
+        if self._has_stops:
+            deltas = [shown for delta in deltas for shown in self._before_stop(delta)]
+        self._deltas += deltas
+        return deltas
+
+    def _before_stop(self, delta: Delta) -> list[Delta]:
+        """What may be returned of `delta`: all but content that is, or may become, a stop string, and what follows one.
+
+        A stop string has no call in it: what was held back as the beginning of one comes before the call.
+        """
+        before = []
+        if delta.tool_call is not None and (rest := self._stops.finish()):
+            before.append(Delta(content=rest))
+        if self._stops.found:
+            return before
+        if delta.content is None:
+            return [*before, delta]
+        shown, _ = self._stops.feed(delta.content)
+        return [Delta(content=shown)] if shown else []

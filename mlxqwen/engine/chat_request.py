@@ -1,0 +1,216 @@
+"""A conversation with its options → the request that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from mlxqwen.cache import KVCache
+from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
+from mlxqwen.chat.thinking import check_budget_use
+from mlxqwen.chat.turns import count_turns, without_oldest_turns
+from mlxqwen.checks import check_integer
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, ConstraintFactory, Request, room_for_answer
+from mlxqwen.engine.text_generation import Sampling, resolve_params, text_request
+from mlxqwen.errors import ContextLengthError, OptionError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.speculation.drafter import Speculative
+
+__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "option_names"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """The options of `Engine.stream`, which says what they mean."""
+
+    thinking: bool | None = None
+    thinking_budget: int | None = None
+    early_stop_text: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    sampling: Sampling = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_on_loop: bool = False
+    trust_special_tokens: bool = False
+    drop_oldest: bool = False
+    cache: object = None
+    max_kv_size: int | None = None
+    keep: int = 4
+    kv_bits: int | None = None
+    prefill_chunk: int | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+    priority: int = 0
+    salt: str = ""
+    constraints: Sequence[ConstraintFactory] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A conversation of a batch, with options of its own over those for all."""
+
+    messages: Messages
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def option_names(what: str, given: Iterable[str], *without: str) -> None:
+    """Refuse options of `what` that are not those of a chat, or are among `without`. Raises `OptionError`."""
+    known = [one.name for one in fields(ChatOptions) if one.name not in without]
+    for name in given:
+        if name not in known:
+            is_sampling = any(one.name == name for one in fields(SamplingParams))
+            raise OptionError(
+                f"option of {what}: found {name!r}, expected one of {', '.join(known)}",
+                hint=f'Say how to sample in sampling, here sampling={{"{name}": …}}.' if is_sampling else "",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Responder:
+    """What makes requests of conversations: a model, its tokenizer, and what guesses."""
+
+    model: Qwen3ForCausalLM
+    tokenizer: Tokenizer
+    speculative: Speculative = None
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS
+
+    def request(self, messages: Messages, options: ChatOptions, **more: Any) -> tuple[Request, Messages]:
+        """The request that answers a conversation, and the messages of it that are sent.
+
+        Args:
+            **more: further fields of `Request`.
+
+        Raises:
+            MessagesError, TemplateError, OptionError, ContextLengthError, CacheError: it cannot be answered.
+        """
+        check_budget_use(options.thinking, options.thinking_budget, options.early_stop_text)
+        if options.max_tokens is not None:
+            check_integer("max_tokens", options.max_tokens, 1)
+        cache = self.cache_of(options)
+        if not options.drop_oldest:
+            self._refuse_if_too_long(messages, options, cache)
+        messages, prompt = self._prompt(messages, options, cache)
+        turns = count_turns(messages, trust_special_tokens=options.trust_special_tokens)
+        self._refuse_without_room(len(prompt), cache, turns=turns)
+        request = text_request(
+            self.model,
+            self.tokenizer,
+            prompt,
+            sampling=self._sampling(prompt, messages, options),
+            max_tokens=options.max_tokens,
+            expect_thought=options.thinking is True and asks_for_thought(self.tokenizer, prompt, messages),
+            cache=cache,
+            speculative=self.speculative,
+            draft_tokens=self.draft_tokens,
+            thinking_budget=options.thinking_budget,
+            early_stop_text=options.early_stop_text,
+            stop=options.stop,
+            stop_on_loop=options.stop_on_loop,
+            tools=bool(options.tools),
+            prefill_chunk=options.prefill_chunk,
+            reports_progress=options.on_prefill is not None,
+            priority=options.priority,
+            salt=options.salt,
+            constraints=tuple(options.constraints),
+            **more,
+        )
+        return request, messages
+
+    def sampling(self, messages: Messages, options: ChatOptions) -> SamplingParams:
+        """See `Engine.sampling_for`."""
+        messages, prompt = self._prompt(messages, options, self.cache_of(options))
+        return self._sampling(prompt, messages, options)
+
+    def fit(self, messages: Messages, options: ChatOptions) -> list[Mapping[str, Any]]:
+        """See `Engine.fit`."""
+        trust, cache = options.trust_special_tokens, self.cache_of(options)
+        context = self.model.config.context_length
+        reserve = max(1, context // 4)
+        if options.max_tokens is not None:
+            # The most that a reply may have is seldom what it has.
+            reserve = min(reserve, check_integer("max_tokens", options.max_tokens, 1))
+
+        def tokens_of(kept: Messages) -> int:
+            least = least_tokens(self.tokenizer, kept, trust_special_tokens=trust)
+            return least if least >= context else len(self.render(kept, options))  # by how much it is too long is idle
+
+        if cache.max_kv_size is not None and cache.max_kv_size <= context:
+            return list(messages)
+        turns = count_turns(messages, trust_special_tokens=trust)
+        last = without_oldest_turns(messages, turns - 1, trust_special_tokens=trust)
+        self._refuse_if_too_long(last, options, cache)
+        room = context - _held(cache)
+        return drop_oldest_turns(messages, tokens_of, room=room, reserve=reserve, trust_special_tokens=trust)
+
+    def render(self, messages: Messages, options: ChatOptions) -> list[int]:
+        """The ids of a conversation; see `Engine.prompt`."""
+        return render_prompt(
+            self.tokenizer,
+            messages,
+            thinking=hard_switch(options.thinking, options.thinking_budget),
+            tools=options.tools,
+            trust_special_tokens=options.trust_special_tokens,
+        )
+
+    def cache_of(self, options: ChatOptions) -> KVCache | CacheKind:
+        """The caller's cache, or the kind of a new one. Raises `OptionError` for options that cannot be."""
+        kind = CacheKind(options.max_kv_size, options.keep, options.kv_bits)
+        if options.cache is None:
+            if kind != CacheKind():
+                kind.make(self.model)  # complains of what cannot be
+            return kind
+        if not isinstance(options.cache, KVCache):
+            found = type(options.cache).__name__
+            raise OptionError(f"cache: found {found}, expected what make_cache(model) returns")
+        if kind != CacheKind():
+            raise OptionError(
+                "cache: found beside max_kv_size, keep or kv_bits, expected one or the other",
+                hint="Give them to make_cache, or leave out the cache.",
+            )
+        return options.cache
+
+    def _prompt(
+        self, messages: Messages, options: ChatOptions, cache: KVCache | CacheKind
+    ) -> tuple[Messages, list[int]]:
+        """The messages that are sent, and their ids."""
+        hard_switch(options.thinking, options.thinking_budget)
+        if options.drop_oldest:
+            messages = self.fit(messages, options)
+        return messages, self.render(messages, options)
+
+    def _sampling(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> SamplingParams:
+        thinks = options.thinking_budget != 0 and asks_for_thought(
+            self.tokenizer, prompt, messages, thinking=options.thinking
+        )
+        sampling = resolve_params(self.model, options.sampling, thinking=thinks)
+        return sampling if options.seed is None else replace(sampling, seed=options.seed)
+
+    def _refuse_if_too_long(self, messages: Messages, options: ChatOptions, cache: KVCache | CacheKind) -> None:
+        """Refuse what no tokens could make short enough: to encode millions of characters takes minutes."""
+        trust = options.trust_special_tokens
+        least = least_tokens(self.tokenizer, messages, trust_special_tokens=trust)
+        turns = count_turns(messages, trust_special_tokens=trust)
+        self._refuse_without_room(least, cache, turns=turns, is_bound=True)
+
+    def _refuse_without_room(
+        self, prompt_tokens: int, cache: KVCache | CacheKind, *, turns: int, is_bound: bool = False
+    ) -> None:
+        """Raises `ContextLengthError`; `is_bound` if the prompt has that many tokens or more."""
+        try:
+            room_for_answer(self.model.config, _held(cache) + prompt_tokens, cache.max_kv_size)
+        except ContextLengthError as error:
+            drop = "Drop the oldest turns (drop_oldest=True, or messages = engine.fit(messages)). " if turns > 1 else ""
+            problem = error.problem.replace("prompt: ", "prompt: at least ", 1) if is_bound else error.problem
+            raise ContextLengthError(problem, hint=f"{drop}{error.hint}") from None
+
+
+def _held(cache: KVCache | CacheKind) -> int:
+    """The tokens that a caller's cache holds."""
+    return cache.offset if isinstance(cache, KVCache) else 0

@@ -1,0 +1,101 @@
+"""Who takes the steps of a scheduler: the first thread that waits, or a thread of its own once another one does.
+
+MLX's streams belong to threads, and each thread that evaluates leaves one of the operating system's behind. So one
+thread evaluates: the first that asks, while it is alone; from then on a daemon thread, until the engine is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from mlxqwen.engine.generation import Generation
+from mlxqwen.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.scheduler import Scheduler
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Takes steps of one scheduler while anybody waits for a token. The daemon refers to the scheduler weakly."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._owner: weakref.ref[threading.Thread] | None = None
+        self._changed = threading.Condition()
+        self._daemon: threading.Thread | None = None
+
+    def check_process(self) -> None:
+        """Raise `OptionError` in a process that was forked: MLX's threads are not there."""
+        if os.getpid() != self._process:
+            raise OptionError(
+                "engine: found in a forked process, expected the one that loaded the model: MLX's threads do not "
+                "survive a fork",
+                hint='Load the model in the child, and start it with multiprocessing.get_context("spawn").',
+            )
+
+    def drive(self, scheduler: Scheduler, generation: Generation) -> None:
+        """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
+        self.check_process()
+        if self._is_mine():
+            if not scheduler.step() and not (generation.records or generation.is_over):
+                raise OptionError(
+                    "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
+                    hint="Read or close the other replies of this process, or hold fewer tokens (--max-kv-size).",
+                )
+            return
+        with self._changed:
+            while not (generation.records or generation.is_over or scheduler.is_closed):
+                self._start(scheduler)
+                self._changed.notify_all()  # a reply that was far ahead may go on
+                self._changed.wait(timeout=1.0)
+
+    def wake(self) -> None:
+        """There is something to do."""
+        if self._daemon is not None:
+            _notify(self._changed)
+
+    def _is_mine(self) -> bool:
+        """Whether this thread takes the steps."""
+        me = threading.current_thread()
+        with self._changed:
+            if self._owner is None:
+                self._owner = weakref.ref(me)
+            return self._owner() is me and self._daemon is None
+
+    def _start(self, scheduler: Scheduler) -> None:
+        if self._daemon is None or not self._daemon.is_alive():
+            weakref.finalize(scheduler, _notify, self._changed).atexit = False
+            arguments = (weakref.ref(scheduler), self._changed)
+            self._daemon = threading.Thread(target=_run, args=arguments, name="mlxqwen scheduler", daemon=True)
+            self._daemon.start()
+
+
+def _notify(changed: threading.Condition) -> None:
+    with changed:
+        changed.notify_all()
+
+
+def _run(reference: weakref.ref[Scheduler], changed: threading.Condition) -> None:
+    """Take steps while there is something to do, and wait for it otherwise; end with the scheduler."""
+    while True:
+        scheduler = reference()
+        if scheduler is None or scheduler.is_closed:
+            return
+        try:
+            worked = scheduler.step()
+        except Exception as error:
+            scheduler.fail_all(error)
+            worked = False
+        with changed:
+            changed.notify_all()
+            if not worked:
+                timeout = 0.02 if scheduler.has_work else 60.0
+                del scheduler
+                changed.wait(timeout)
+            else:
+                del scheduler

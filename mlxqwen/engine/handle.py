@@ -1,0 +1,185 @@
+"""What a caller holds of a request: its tokens and events as they come, its result, and the way to cancel it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mlxqwen.chat.reply import Reply
+from mlxqwen.engine.events import Done, Event, Timings, Usage
+from mlxqwen.engine.generation import FinishReason, GeneratedToken, Generation, Progress
+from mlxqwen.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlxqwen.cache.prefix_store import Pin
+    from mlxqwen.engine.request import Request
+    from mlxqwen.engine.scheduler import Scheduler
+
+__all__ = ["Handle"]
+
+
+class Handle:
+    """One request that was submitted. Iterating it gives its events; when it goes, the request is cancelled.
+
+    Any thread may take the next event, one at a time.
+
+    Attributes:
+        on_prefill: called with (tokens read, tokens to read) by the thread that takes the next token, outside any step.
+    """
+
+    def __init__(self, generation: Generation, scheduler: Scheduler) -> None:
+        self._generation = generation
+        self._scheduler = scheduler
+        self._started = time.perf_counter()
+        self._first = 0.0
+        self._last = 0.0
+        self._tokens: list[int] = []
+        self.on_prefill: Callable[[int, int], None] | None = None
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self._generation.request
+
+    @property
+    def pin(self) -> Pin | None:
+        """What the store keeps of it, if the request `holds_cache`."""
+        return self._generation.pin
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read."""
+        return self._generation.cached_tokens
+
+    def generation_of(self, scheduler: Scheduler) -> Generation:
+        """What `scheduler` knows of it. Raises `OptionError` for another scheduler's."""
+        if scheduler is not self._scheduler:
+            raise OptionError("handle: found one of another scheduler, expected one that this scheduler gave")
+        return self._generation
+
+    def cancel(self) -> None:
+        """End the request; nothing more of it is told. It may be over already."""
+        self._scheduler.cancel(self)
+
+    def next_token(self) -> GeneratedToken:
+        """The next token; whoever waits drives the scheduler.
+
+        Raises:
+            StopIteration: the reply is over.
+            MlxqwenError: it failed.
+        """
+        generation = self._generation
+        while True:
+            token = self.poll()
+            if token is not None:
+                return token
+            if generation.error is not None:
+                raise generation.error
+            if generation.is_over:
+                raise StopIteration
+            self.wait()
+
+    def poll(self) -> GeneratedToken | None:
+        """The next token if it is there already."""
+        records = self._generation.records
+        while records:
+            record = records.popleft()
+            if isinstance(record, Progress):
+                if self.on_prefill is not None:
+                    self.on_prefill(record.done, record.total)
+                continue
+            self._first = self._first or record.time
+            self._last = record.time
+            self._tokens.append(record.token)
+            return record
+        return None
+
+    def wait(self) -> None:
+        """Return once there may be something new: drive the scheduler, or wait for who does."""
+        self._scheduler.driver.drive(self._scheduler, self._generation)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._generation.records) or self._generation.is_over
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that were taken."""
+        return len(self._tokens)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be told."""
+        return self._generation.is_over and not self._generation.records
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it failed with."""
+        return self._generation.error
+
+    def __iter__(self) -> Iterator[Event]:
+        """The events: `Delta`s as text becomes certain, and `Done` at the end."""
+        while True:
+            try:
+                told = self.next_token()
+            except StopIteration:
+                return
+            yield from told.deltas
+            if told.finish_reason is not None:
+                yield self._done(told)
+                return
+
+    def poll_done(self) -> Done | None:
+        """Take all that is there → the end, if it is among it. Raises what went wrong."""
+        while (token := self.poll()) is not None:
+            if token.finish_reason is not None:
+                return self._done(token)
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def result(self) -> Done:
+        """The whole reply, once it is over. Raises what went wrong."""
+        for event in self:
+            if isinstance(event, Done):
+                return event
+        raise OptionError("handle: found a request that was cancelled, expected its end")
+
+    def _done(self, last: GeneratedToken) -> Done:
+        generation = self._generation
+        pipeline = generation.pipeline
+        reply = Reply(None, "") if pipeline is None else pipeline.reply
+        finish_reason: FinishReason = last.finish_reason or "stop"
+        if reply.tool_calls and finish_reason == "stop" and pipeline is not None and not pipeline.stopped:
+            finish_reason = "tool_calls"
+        prompt_tokens, count = len(generation.request.prompt), len(self._tokens)
+        usage = Usage(
+            prompt_tokens,
+            count,
+            last.reasoning_tokens,
+            last.budget_exhausted,
+            generation.cached_tokens,
+            last.drafted_tokens,
+            last.accepted_tokens,
+        )
+        prefill, decode = self._first - self._started, self._last - self._first
+        timings = Timings(
+            prefill,
+            decode,
+            (prompt_tokens - generation.cached_tokens) / max(prefill, 1e-9),
+            (count - 1) / max(decode, 1e-9),
+        )
+        return Done(reply, finish_reason, usage, timings, tuple(self._tokens))
+
+    def prompt_speed(self) -> float:
+        """Tokens of the prompt that were read, a second until the first token."""
+        read = len(self._generation.request.prompt) - self._generation.cached_tokens
+        return read / max(self._first - self._started, 1e-9)
+
+    def decode_speed(self) -> float:
+        """Tokens a second since the first."""
+        return (len(self._tokens) - 1) / max(self._last - self._first, 1e-9)

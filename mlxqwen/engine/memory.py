@@ -1,0 +1,108 @@
+"""What takes memory beside the weights, and what is left: one account for all models of a process."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+from mlx.utils import tree_flatten
+
+from mlxqwen.cache import KVCache
+from mlxqwen.device import Device, current_device
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.errors import InsufficientMemoryError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.scheduler import Scheduler
+
+__all__ = ["MemoryAccount", "account", "slot_bytes", "weight_bytes"]
+
+_WORK_SPACE = 64 * 2**20  # bytes that a chunk of a prompt, or a draw, takes in passing
+
+
+def slot_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config, itemsize = model.config, model.dtype.size
+    if cache.kv_bits is None:
+        head = config.head_dim * itemsize
+    else:
+        groups = config.head_dim // config.kv_group_size(cache.kv_group_size)
+        head = config.head_dim * cache.kv_bits // 8 + 2 * groups * itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def weight_bytes(model: Qwen3ForCausalLM) -> int:
+    """Bytes of all weights."""
+    parameters = cast(Any, tree_flatten(cast(Any, model).parameters()))
+    return sum(array.nbytes for _, array in parameters)
+
+
+class MemoryAccount:
+    """Bytes that weights, running caches and stores take, of all that share this machine.
+
+    Args:
+        device: says what may be used in all.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+    def add(self, scheduler: Scheduler) -> None:
+        """Count what `scheduler` holds, while it lives."""
+        self._schedulers.add(scheduler)
+
+    @property
+    def schedulers(self) -> Iterable[Scheduler]:
+        """All whose memory counts."""
+        return list(self._schedulers)
+
+    def left(self) -> int:
+        """Bytes that nothing takes."""
+        taken = sum(one.weight_bytes + one.cache_bytes + one.store.nbytes for one in self.schedulers)
+        return self.device.usable_memory - taken - _WORK_SPACE
+
+    def make_room(self, nbytes: int, first: Scheduler) -> bool:
+        """Let stores give way until `nbytes` are left, beginning with that of `first` → whether they are."""
+        for one in [first, *(other for other in self.schedulers if other is not first)]:
+            missing = nbytes - self.left()
+            if missing <= 0:
+                return True
+            one.store.shrink(missing)
+        return nbytes <= self.left()
+
+    def most(self) -> int:
+        """Bytes that caches may take where nothing else runs: all but the weights."""
+        weights = sum(one.weight_bytes for one in self.schedulers)
+        return self.device.usable_memory - weights - _WORK_SPACE
+
+    def refuse_if_never(self, nbytes: int, what: str) -> None:
+        """Raise `InsufficientMemoryError` for what could not fit if nothing else ran."""
+        most = self.most()
+        if nbytes > most:
+            raise InsufficientMemoryError(
+                f"{what} takes {_size(nbytes)}, expected at most {_size(max(most, 0))}, which this machine has beside "
+                "the weights",
+                hint="Shorten the prompt, hold fewer tokens (--max-kv-size) or fewer bits of them (--kv-bits 8), or "
+                "switch the check off (--force; Engine.load(force=True)).",
+            )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+_account: MemoryAccount | None = None
+
+
+def account() -> MemoryAccount:
+    """The one of this process."""
+    global _account
+    if _account is None or _account.device is not current_device():
+        fresh = MemoryAccount(current_device())
+        for scheduler in () if _account is None else _account.schedulers:
+            fresh.add(scheduler)
+        _account = fresh
+    return _account

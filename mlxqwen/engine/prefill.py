@@ -1,0 +1,158 @@
+"""Prompts that are being read: a chunk of tokens at a time, each behind what the store already had of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxqwen.cache import KVCache
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.running import RunningBatch
+from mlxqwen.sampling.constraint import apply_masks
+
+__all__ = ["Prefill", "read_together"]
+
+_PADDING = 16  # tokens a row: reading so many more costs less than one step more
+
+
+class Prefill:
+    """Prompts of one kind of cache that go through the model together: one, or several whole ones in a single chunk.
+
+    Args:
+        generations: one a row; their `text` is read.
+        cache: of these rows; holds the first tokens of each.
+        owner: the caller's cache that the rows belong in, if there is one.
+    """
+
+    def __init__(self, generations: Sequence[Generation], cache: KVCache, owner: KVCache | None = None) -> None:
+        self.rows = [weakref.ref(generation) for generation in generations]
+        self.cache = cache
+        self.owner = owner
+        # Where in its text each row goes on: behind what was copied, or at its beginning behind a caller's own tokens.
+        begins = [
+            0 if owner is not None and one.request.cached_tokens is None else offset
+            for one, offset in zip(generations, cache.offsets, strict=True)
+        ]
+        self._before = [offset - begin for offset, begin in zip(cache.offsets, begins, strict=True)]
+        self._begins = begins
+        for one, begin in zip(generations, begins, strict=True):
+            one.prefill = self
+            one.cached_tokens = begin if one.count == 0 else one.cached_tokens
+            one.progress(0, len(one.text) - begin)
+
+    @property
+    def generations(self) -> list[Generation]:
+        """Those that are still waited for."""
+        alive = [row() for row in self.rows]
+        return [one for one in alive if one is not None and not one.is_over]
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """That of its most urgent prompt."""
+        return min((one.urgency for one in self.generations), default=(0, 0))
+
+    def done(self, row: int = 0) -> int:
+        """How many tokens of a row's text are read."""
+        return self.cache.offsets[row] - self._before[row]
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not read, of all rows with their padding."""
+        unread = [len(one.text) - self.done(row) for row, one in enumerate(map(_alive, self.rows)) if one is not None]
+        return max(unread, default=0) * len(unread)
+
+    def drop_ended(self) -> list[Generation]:
+        """Let rows leave that nobody waits for → one generation for each row that stays."""
+        generations = [row() for row in self.rows]
+        places = [place for place, one in enumerate(generations) if one is not None and not one.is_over]
+        for one in generations:
+            if one is not None and one.is_over:
+                one.prefill = None
+        if 0 < len(places) < len(generations):
+            self.cache.keep_rows(places)
+            self._before = [self._before[place] for place in places]
+            self._begins = [self._begins[place] for place in places]
+        self.rows = [self.rows[place] for place in places]
+        return [one for place in places if (one := generations[place]) is not None]
+
+    def read(self, generations: Sequence[Generation], chunk: int) -> RunningBatch | None:
+        """Read at most `chunk` tokens of each row → the batch that decodes, once all is read.
+
+        What is interrupted is as if it had not begun. An exception ends these generations.
+
+        Args:
+            generations: what `drop_ended` gave.
+        """
+        self.cache.reserve(max(self._before[row] + len(one.text) for row, one in enumerate(generations)) + 1)
+        pieces = [one.text[self.done(row) : self.done(row) + chunk] for row, one in enumerate(generations)]
+        lengths = [len(piece) for piece in pieces]
+        padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
+        before, model, batch = _Checkpoint(self.cache), generations[0].model, None
+        try:
+            hidden = model.model(mx.array(padded, dtype=mx.int32), self.cache, lengths=lengths, last_only=True)
+            mx.eval(self.cache.state, hidden)
+            mx.clear_cache()  # the chunk's work space, which decoding has no use for
+            if all(self.done(row) == len(one.text) for row, one in enumerate(generations)):
+                batch = self._begin(generations, model.logits(hidden[:, 0]))
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, Exception):
+                raise
+            for one in generations:
+                one.fail(error)
+            self.rows = []
+            return None
+        for row, one in enumerate(generations):
+            one.progress(self.done(row) - self._begins[row], len(one.text) - self._begins[row])
+        return batch
+
+    def _begin(self, generations: Sequence[Generation], logits: mx.array) -> RunningBatch:
+        """Draw the first tokens, and go on as a batch."""
+        masks = [one.mask() for one in generations]
+        sampler, *others = [one.make_sampler().extract([0]) for one in generations]
+        sampler.join(others)
+        drawn = sampler(apply_masks(logits, masks))
+        mx.async_eval(drawn, sampler.arrays, self.cache.state)
+        return RunningBatch(generations, self.cache, sampler, drawn, self.owner)
+
+
+def _alive(row: weakref.ref[Generation]) -> Generation | None:
+    return row()
+
+
+class _Checkpoint:
+    """Where a cache stood before a chunk. A ring replaces its buffers where a chunk pushes tokens out."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._offsets = list(cache.placement.offsets)
+        self._buffers: list[Any] = []
+        if cache.max_kv_size is not None:
+            self._buffers = [(layer.keys, layer.values) for layer in cache]
+
+    def restore(self) -> None:
+        self._cache.placement.offsets = list(self._offsets)
+        for layer, (keys, values) in zip(self._cache, self._buffers, strict=False):
+            layer.keys, layer.values = keys, values
+        mx.async_eval(self._cache.state)
+
+
+def read_together(unread: Sequence[int], chunk: int) -> list[list[int]]:
+    """Which prompts of so many unread tokens go through the model together → groups of places.
+
+    Those of a group are about equally long, and no more than a chunk with their padding, which stays below a quarter of
+    them or 16 tokens a row.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(unread)), key=lambda place: unread[place]):
+        if groups:
+            shortest, length = unread[groups[-1][0]], unread[place]
+            close = length <= shortest + max(_PADDING, shortest // 4)
+            if close and (len(groups[-1]) + 1) * length <= chunk:
+                groups[-1].append(place)
+                continue
+        groups.append([place])
+    return [sorted(group) for group in groups]

@@ -1,0 +1,263 @@
+"""A request: one frozen value that says all about a reply before it is made, checked once, where it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.chat.budget import ThinkingBudget
+from mlxqwen.chat.pipeline import ReplyPipeline
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.checks import as_token_ids, check_integer, check_token_ids
+from mlxqwen.device import Device
+from mlxqwen.errors import CacheError, ContextLengthError, OptionError
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.constraint import Constraint
+from mlxqwen.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.speculation.drafter import Drafter
+    from mlxqwen.text.tokenizer import Tokenizer
+
+__all__ = [
+    "DEFAULT_DRAFT_TOKENS",
+    "DEFAULT_MAX_TOKENS",
+    "MAX_DRAFT_TOKENS",
+    "CacheKind",
+    "Request",
+    "Tokens",
+    "check_draft_tokens",
+    "check_request",
+    "fitting_prefill_chunk",
+    "room_for_answer",
+]
+
+DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
+DEFAULT_DRAFT_TOKENS = 8
+MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
+MOST_URGENT, LEAST_URGENT = -100, 100
+UNBOUNDED = 1 << 62
+_LONGEST_PREFILL_CHUNK = 512
+_SHORTEST_PREFILL_CHUNK = 32
+_WORK_SPACE = 44 * 2**20  # bytes; the rest of 64 MiB is scores and slack
+
+Tokens: TypeAlias = Sequence[int] | Any
+"""Token ids: a sequence of integers, or an integer array of any library."""
+
+ConstraintFactory: TypeAlias = Callable[[ReplyPipeline | None], Constraint]
+"""Makes the constraint of one reply, given the pipeline that its tokens go through."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """Which cache a reply is made with; see `mlxqwen.make_cache`. Replies of one kind run together."""
+
+    max_kv_size: int | None = None
+    keep: int = 4
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+
+    def make(self, model: Qwen3ForCausalLM, batch_size: int = 1) -> KVCache:
+        """An empty cache of this kind. Raises `OptionError` for options that this model's cache cannot have."""
+        return make_cache(
+            model,
+            max_kv_size=self.max_kv_size,
+            keep=self.keep,
+            kv_bits=self.kv_bits,
+            kv_group_size=self.kv_group_size,
+            batch_size=batch_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What a reply is made from and how.
+
+    Args:
+        prompt: token ids.
+        sampling: how tokens are drawn.
+        max_tokens: the most tokens of the reply; it never has more than the context has room for.
+        end_token_ids: a reply ends behind the first of these.
+        tokenizer: makes text of the reply. Without one a reply is token ids alone, and options of text are not used.
+        begins_in_thought: True if the prompt has opened a think block, False if it has closed one, None if the model
+            decides.
+        split: whether text is split into reasoning, content and tool calls; else all of it is content, tags included.
+        tools: whether the prompt offers tools.
+        stop: strings; the reply ends before the first of them in its content.
+        stop_on_loop: whether a reply that repeats itself without end is ended; see `mlxqwen.engine.loops`.
+        thinking_budget: the most tokens of thought, None without a limit.
+        early_stop_text: the sentence that ends a thought over its budget; None for Qwen's.
+        constraints: what else restricts the draws, applied in order, behind the budget.
+        cache: the kind of cache, or a `KVCache` of the caller's. Such a request shares nothing with others, is never
+            preempted, and the cache holds the reply afterwards.
+        cache_row: the row of the caller's cache that the prompt follows; None for a new row behind those.
+        cached_tokens: that the caller's cache holds the prompt's first so many tokens; what is behind them is
+            forgotten. By default the prompt follows all that the cache holds.
+        returns_to: how many of the prompt's tokens a later prompt is expected to share; a window that slides is kept
+            there. By default all but the last.
+        holds_cache: whether what the reply has read stays in the store while its pin lives, whatever the store's cap.
+        priority: -100 to 100, lower first; 0 by default.
+        salt: only requests of the same salt share what was read.
+        adapter: the name of the adapter that the weights are used with.
+        drafter: guesses tokens for one pass of the model to check.
+        draft_tokens: the most that are guessed at once, up to 64.
+        prefill_chunk: prompt tokens a step; None for what fits the model and the machine.
+        reports_progress: whether the handle tells how much of the prompt was read.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    end_token_ids: frozenset[int] = frozenset()
+    tokenizer: Tokenizer | None = None
+    begins_in_thought: bool | None = None
+    split: bool = True
+    tools: bool = False
+    stop: str | Sequence[str] = ()
+    stop_on_loop: bool = False
+    thinking_budget: int | None = None
+    early_stop_text: str | None = None
+    constraints: tuple[ConstraintFactory, ...] = ()
+    cache: CacheKind | KVCache = field(default_factory=CacheKind)
+    cache_row: int | None = 0
+    cached_tokens: int | None = None
+    returns_to: int | None = None
+    holds_cache: bool = False
+    priority: int = 0
+    salt: str = ""
+    adapter: str | None = None
+    drafter: Drafter | None = None
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    prefill_chunk: int | None = None
+    reports_progress: bool = False
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("prompt", tuple(as_token_ids(self.prompt)))
+        if not self.prompt:
+            raise OptionError("prompt: found no tokens, expected at least one")
+        if not isinstance(self.sampling, SamplingParams):
+            raise OptionError(f"sampling: found {type(self.sampling).__name__}, expected SamplingParams")
+        put("max_tokens", check_integer("max_tokens", self.max_tokens, 1))
+        put("priority", check_integer("priority", self.priority, MOST_URGENT, LEAST_URGENT))
+        if not isinstance(self.salt, str):
+            raise OptionError(f"salt: found {type(self.salt).__name__}, expected text")
+        if not isinstance(self.cache, CacheKind | KVCache):
+            raise OptionError(f"cache: found {type(self.cache).__name__}, expected what make_cache(model) returns")
+        if self.prefill_chunk is not None:
+            put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
+        put("draft_tokens", check_draft_tokens(self.draft_tokens))
+        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.tokenizer is not None:
+            self.make_budget(self.make_pipeline(self.tokenizer))  # complains of what cannot be
+
+    def make_pipeline(self, tokenizer: Tokenizer) -> ReplyPipeline:
+        """What the reply's tokens go through. Raises `OptionError` for stop strings that cannot be."""
+        return ReplyPipeline(
+            tokenizer, begins=self.begins_in_thought, tools=self.tools, stop=self.stop, split=self.split
+        )
+
+    def make_budget(self, pipeline: ReplyPipeline) -> ThinkingBudget | None:
+        """What ends the thought; None without a budget. Raises `OptionError` for one that cannot be."""
+        if self.thinking_budget is None or self.tokenizer is None:
+            return None
+        sentence = EARLY_STOP_TEXT if self.early_stop_text is None else self.early_stop_text
+        return ThinkingBudget(
+            self.tokenizer, pipeline, self.thinking_budget, sentence, self.end_token_ids, prompt=self.prompt
+        )
+
+
+def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
+    """Refuse what this model cannot answer.
+
+    Raises:
+        OptionError: ids outside the vocabulary, or a value that does not go with this model's cache.
+        ContextLengthError: the prompt leaves no room for an answer.
+        CacheError: a cache of another model or number of rows, or one that cannot go back to `cached_tokens`.
+    """
+    check_token_ids("prompt", request.prompt, model.config.vocab_size)
+    for token in request.sampling.logit_bias or ():
+        if token >= model.config.vocab_size:
+            raise OptionError(f"logit_bias: found {token}, expected token ids from 0 to {model.config.vocab_size - 1}")
+    cache = request.cache
+    if isinstance(cache, CacheKind):
+        if cache != CacheKind():
+            cache.make(model)  # complains of what this model's cache cannot be
+        if request.cached_tokens:
+            raise OptionError(
+                f"cached_tokens: found {request.cached_tokens!r} without a cache, expected both",
+                hint="Pass cache=make_cache(model) and what it has read, or leave cached_tokens out.",
+            )
+        room_for_answer(model.config, len(request.prompt), cache.max_kv_size)
+        return
+    if not cache.fits(model.config):
+        raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
+    if request.cached_tokens is not None:
+        _check_cached_tokens(request.cached_tokens, cache, request.prompt)
+    room_for_answer(model.config, held_tokens(request) + len(request.prompt), cache.max_kv_size)
+
+
+def held_tokens(request: Request) -> int:
+    """Tokens before the prompt in the caller's cache."""
+    cache = request.cache
+    if isinstance(cache, CacheKind) or request.cache_row is None or request.cached_tokens is not None:
+        return 0
+    return cache.offsets[request.cache_row]
+
+
+def _check_cached_tokens(count: object, cache: KVCache, prompt: Sequence[int]) -> None:
+    hint = "The prompt's last token has to be read: what it leads to is not in the cache."
+    check_integer("cached_tokens", count, 0, len(prompt) - 1, hint=hint)
+    if isinstance(count, int) and not cache.can_trim(count):
+        raise CacheError(
+            f"cache of {min(cache.offsets)} tokens: cannot go back to the first {count}",
+            hint="Go on from where it is, or from 0.",
+        )
+
+
+def check_draft_tokens(value: object) -> int:
+    """How many tokens to guess at once, 1 to 64. Raises `OptionError`."""
+    hint = "Longer drafts gain nothing: few of them are right to the end, and all their logits take memory."
+    is_long = isinstance(value, int) and value > MAX_DRAFT_TOKENS
+    return int(check_integer("draft_tokens", value, 1, MAX_DRAFT_TOKENS, hint=hint if is_long else ""))
+
+
+def room_for_answer(config: ModelConfig, prompt_tokens: int, max_kv_size: int | None) -> int:
+    """Tokens that fit behind the prompt; without end in a window within the context.
+
+    Raises `ContextLengthError` if there are none.
+    """
+    context = config.context_length
+    if max_kv_size is not None and max_kv_size <= context:
+        return UNBOUNDED
+    if prompt_tokens >= context:
+        raise ContextLengthError(
+            f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,} has to hold prompt and answer",
+            hint="Shorten it, extend the context (--yarn-factor; in Python load(yarn_factor=…)), or slide over it "
+            "in a window that fits it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
+        )
+    return context - prompt_tokens
+
+
+def fitting_prefill_chunk(config: ModelConfig, device: Device) -> int:
+    """Prompt tokens a step: 512 on a GPU; on a CPU as many as work with 64 MiB, but 512 at most and 32 at least.
+
+    MLX's CPU backend computes norms, rotations and gates in steps, with a float32 copy of its input in each. What a
+    token took was measured with models of several widths, and is about 16 bytes for each number of the hidden state, 34
+    for each of all queries, and 11 for each of the feed-forward.
+    """
+    if device.is_gpu:
+        return _LONGEST_PREFILL_CHUNK
+    moe, width = config.moe, config.hidden_size
+    inner = config.intermediate_size if moe is None else moe.num_experts_per_tok * (moe.moe_intermediate_size + width)
+    token_bytes = 16 * width + 34 * config.num_attention_heads * config.head_dim + 11 * inner
+    fitting = _WORK_SPACE // token_bytes // _SHORTEST_PREFILL_CHUNK * _SHORTEST_PREFILL_CHUNK
+    return min(max(fitting, _SHORTEST_PREFILL_CHUNK), _LONGEST_PREFILL_CHUNK)

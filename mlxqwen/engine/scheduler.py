@@ -1,0 +1,593 @@
+"""The loop that owns a model: requests wait, are read, decode together, and end; one step after the other.
+
+A step takes one token for every running reply, or several where one guesses, and reads at most a chunk of the prompts
+that wait. What a request gets does not depend on who runs beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxqwen.cache import KVCache
+from mlxqwen.cache.blocks import BLOCK
+from mlxqwen.cache.disk_tier import DiskTier
+from mlxqwen.cache.fingerprint import model_fingerprint
+from mlxqwen.cache.placement import slots_to_allocate
+from mlxqwen.cache.prefix_store import Match, PrefixStore, namespace
+from mlxqwen.device import current_device
+from mlxqwen.engine.driver import Driver
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.handle import Handle
+from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.memory import account, slot_bytes, weight_bytes
+from mlxqwen.engine.prefill import Prefill, read_together
+from mlxqwen.engine.prefixes import common_prefix
+from mlxqwen.engine.request import CacheKind, Request, check_request, fitting_prefill_chunk
+from mlxqwen.engine.running import RunningBatch, padding_is_small
+from mlxqwen.engine.speculation.draft_model import DraftModel
+from mlxqwen.engine.speculation.guesses import Guesser
+from mlxqwen.errors import InsufficientMemoryError, OptionError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+
+__all__ = ["EVALUATION", "Scheduler"]
+
+EVALUATION = threading.RLock()
+"""Held by the one thread of the process that evaluates."""
+
+DEFAULT_MAX_RUNNING = 256
+_STORE_SHARE = 8  # the store takes at most one part in so many of what the device may use
+_CLEAR_EVERY = 256  # steps
+
+
+class Scheduler:
+    """Requests of one model, from submission to their end.
+
+    `submit` and `cancel` may be called by any thread, `step` by the one that drives; see `mlxqwen.engine.driver`.
+
+    Args:
+        model: referred to weakly: a scheduler does not keep its model alive, its handles do.
+        store: what was read before; by default one in memory, of a share of what the device may use.
+        max_running: the most replies that decode at once.
+        checks_memory: whether requests wait for memory, and are refused where there is too little.
+
+    Attributes:
+        store, max_running, checks_memory: as given.
+        weight_bytes: bytes of the model's weights.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        *,
+        store: PrefixStore | None = None,
+        max_running: int = DEFAULT_MAX_RUNNING,
+        checks_memory: bool = True,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._device = current_device()
+        self.max_running = max_running
+        self.checks_memory = checks_memory
+        self.weight_bytes = weight_bytes(model)
+        self.store = store or self._make_store(self._device.usable_memory // _STORE_SHARE)
+        self._weights = _identities(model)
+        self._chunk = fitting_prefill_chunk(model.config, self._device)
+        self._numbers = count()
+        self._submitted: deque[weakref.ref[Generation]] = deque()  # any thread adds
+        self._waiting: list[weakref.ref[Generation]] = []
+        self._reading: list[weakref.ref[Prefill]] = []
+        self._batches: list[weakref.ref[RunningBatch]] = []
+        self._drafters: weakref.WeakKeyDictionary[Generation, Guesser] = weakref.WeakKeyDictionary()
+        self._steps = 0
+        self.is_closed = False
+        self.driver = Driver()
+        account().add(self)
+
+    def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
+        """Begin an empty store of so many bytes, with a second tier; what the old one had not written is written."""
+        with EVALUATION:
+            self.store.flush()
+            self.store = self._make_store(capacity, disk)
+
+    def _make_store(self, capacity: int, disk: DiskTier | None = None) -> PrefixStore:
+        reference = self._model
+
+        def fingerprint() -> str:
+            model = reference()
+            return "" if model is None else model_fingerprint(model)
+
+        return PrefixStore(fingerprint, capacity, disk)
+
+    @property
+    def model(self) -> Qwen3ForCausalLM:
+        """The model. Raises `OptionError` once it is gone."""
+        model = self._model()
+        if model is None:
+            raise OptionError("model: found none, as it is not in use any more", hint="Hold the model or its Engine.")
+        return model
+
+    def submit(self, request: Request) -> Handle:
+        """Take a request → what tells its tokens. Any thread may call this; nothing is computed here.
+
+        Raises:
+            OptionError, ContextLengthError, CacheError: it cannot be answered.
+            InsufficientMemoryError: its prompt would not fit an empty machine.
+        """
+        self.check_open()
+        model = self.model
+        check_request(request, model)
+        if self.checks_memory and isinstance(request.cache, CacheKind):
+            needed = self._bytes_of(request.cache, len(request.prompt) + 1)
+            account().refuse_if_never(needed, f"prompt: its cache of {len(request.prompt):,} tokens")
+        generation = Generation(request, model, next(self._numbers))
+        self._submitted.append(weakref.ref(generation))
+        handle = Handle(generation, self)
+        self.driver.wake()
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request here. Any thread may call this; it holds from the next step on.
+
+        Raises `OptionError` for a handle of another scheduler.
+        """
+        generation = handle.generation_of(self)
+        generation.is_cancelled = True
+        batch = generation.batch
+        if batch is not None and len(batch.rows) == 1:  # nobody else needs what it holds
+            generation.let_go()
+
+    def check_open(self) -> None:
+        """Raise `OptionError` once the scheduler is closed, or in a process that was forked."""
+        self.driver.check_process()
+        if self.is_closed:
+            raise OptionError(
+                "engine: found a request after close(), expected an open one",
+                hint="Load the model again, or close it behind the last request.",
+            )
+
+    def close(self) -> None:
+        """End all requests with an error, and write what the store's disk tier has not written."""
+        self.is_closed = True
+        with EVALUATION:
+            for one in self._all():
+                one.fail(
+                    OptionError("engine: closed before this reply was over", hint="Close it behind the last reply.")
+                )
+            self._submitted.clear()
+            self._waiting, self._reading, self._batches = [], [], []
+            self.store.flush()
+        self.driver.wake()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step may have something to do, or find that memory was given back."""
+        for one in self.running:
+            one.park_if_ahead()
+        return bool(self._submitted or self._waiting or self.reading or any(not one.is_parked for one in self.running))
+
+    def fail_all(self, error: BaseException) -> None:
+        """End all requests with an error."""
+        for one in self._all():
+            one.fail(error)
+
+    @property
+    def running(self) -> list[Generation]:
+        """Those that decode."""
+        return [one for batch in self._alive_batches() for one in batch.going]
+
+    @property
+    def reading(self) -> list[Generation]:
+        """Those whose prompts are being read."""
+        return [one for prefill in self._alive_prefills() for one in prefill.generations]
+
+    @property
+    def waiting(self) -> list[Generation]:
+        """Those whose turn has not come, the first one first."""
+        alive = [one for reference in [*self._waiting, *self._submitted] if (one := reference()) is not None]
+        return sorted((one for one in alive if not one.is_over), key=lambda one: one.urgency)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches that are in use, those of draft models among them."""
+        caches = {id(one.cache): one.cache for one in self._alive_batches()}
+        caches |= {id(one.cache): one.cache for one in self._alive_prefills()}
+        drafters = {
+            id(guesser.drafter): guesser.drafter.nbytes
+            for guesser in self._drafters.values()
+            if isinstance(guesser.drafter, DraftModel)
+        }
+        return sum(cache.nbytes for cache in caches.values()) + sum(drafters.values())
+
+    def _all(self) -> list[Generation]:
+        return [*self.waiting, *self.reading, *self.running]
+
+    def _alive_batches(self) -> list[RunningBatch]:
+        return [batch for reference in self._batches if (batch := reference()) is not None and batch.rows]
+
+    def _alive_prefills(self) -> list[Prefill]:
+        return [one for reference in self._reading if (one := reference()) is not None and one.rows]
+
+    def step(self) -> bool:
+        """One step → whether anything was done; False where nothing is left to do.
+
+        An exception in a forward pass ends the replies of that pass. An interrupt leaves all as it was before.
+        """
+        with EVALUATION:
+            with interrupts_deferred():
+                self._take_submitted()
+                self._drop_cancelled()
+                self._admit()
+            worked = self._read()
+            worked |= self._decode()
+            self._steps += 1
+            if self._steps % _CLEAR_EVERY == 0:
+                mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
+            return worked
+
+    # Waiting
+
+    def _take_submitted(self) -> None:
+        while self._submitted:
+            self._waiting.append(self._submitted.popleft())
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [one for one in self._waiting if (alive := one()) is not None and not alive.is_over]
+        for prefill in self._alive_prefills():
+            prefill.drop_ended()
+        self._reading = [weakref.ref(one) for one in self._alive_prefills()]
+        for batch in self._alive_batches():
+            generations = batch.generations
+            if any(one is None or one.is_over for one in generations):
+                batch.drop_ended()
+            for one in generations:
+                if one is not None:
+                    one.park_if_ahead()
+        self._batches = [weakref.ref(one) for one in self._alive_batches()]
+
+    def _admit(self) -> None:
+        """Let those that wait begin, in order, as far as rows and memory allow."""
+        if not self._waiting:
+            return
+        self._look_at_weights()
+        admitted: list[Generation] = []
+        running = len(self.running) + len(self.reading)
+        for one in self.waiting:
+            if one.own_cache is not None:  # its rows begin together
+                admitted.append(one)
+                continue
+            if running + len(admitted) >= self.max_running:
+                break
+            one.match = self._match(one)
+            if self._is_being_read(one, admitted):
+                one.match = None
+                continue
+            if not self._has_room(one, admitted):
+                one.match = None
+                break
+            admitted.append(one)
+        chosen = {id(one) for one in admitted}
+        self._waiting = [one for one in self._waiting if id(one()) not in chosen]
+        for prefill in self._prefills(admitted):
+            self._reading.append(weakref.ref(prefill))
+
+    def _look_at_weights(self) -> None:
+        """Weights that were replaced make another model: nothing of the store is true of it."""
+        weights = _identities(self.model)
+        if weights != self._weights:
+            self._weights = weights
+            self.weight_bytes = weight_bytes(self.model)
+            self.store.flush()
+            self.use_store(self.store.capacity, self.store.disk)
+
+    def _space(self, one: Generation, cache: KVCache) -> str:
+        return namespace(cache, one.model.dtype, adapter=one.request.adapter or "", salt=one.request.salt)
+
+    def _match(self, one: Generation) -> Match:
+        cache = one.request.cache
+        assert isinstance(cache, CacheKind)
+        ring = None if cache.max_kv_size is None else (cache.max_kv_size, cache.keep)
+        return self.store.match(self._space(one, cache.make(one.model)), one.text, ring=ring)
+
+    def _is_being_read(self, one: Generation, admitted: list[Generation]) -> bool:
+        """Whether somebody is reading more of this prompt's front than the store has: then it waits for that."""
+        if not (self.store.keeps and one.match is not None):
+            return False
+        known = one.match.length
+        for other in (*admitted, *self.reading):
+            request = other.request
+            if other.own_cache is None and _shares(request, one.request):
+                shared = common_prefix(other.text, one.text[:-1])
+                if shared // BLOCK > known // BLOCK:
+                    return True
+        return False
+
+    def _prefills(self, admitted: list[Generation]) -> Iterator[Prefill]:
+        kinds: dict[object, list[Generation]] = {}
+        for one in admitted:
+            if one.own_cache is None:
+                kinds.setdefault((one.request.cache, one.request.adapter), []).append(one)
+            else:
+                yield from self._prefills_behind(one, admitted)
+        for several in kinds.values():
+            unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
+            for group in read_together(unread, self._chunk):
+                yield self._new_prefill([several[place] for place in group])
+
+    def _new_prefill(self, generations: list[Generation]) -> Prefill:
+        """Prompts in a cache of their own, which holds what the store has of each."""
+        kind = generations[0].request.cache
+        assert isinstance(kind, CacheKind)
+        filled = []
+        for one in generations:
+            cache = kind.make(one.model)
+            if one.match is not None and one.match.length:
+                one.match.fill(cache)
+            one.match = None
+            filled.append(cache)
+        cache = filled[0]
+        if len(filled) > 1:
+            cache = kind.make(generations[0].model, len(filled))
+            if any(one.offset for one in filled):
+                cache.assemble([(one, [0]) for one in filled])
+        return Prefill(generations, cache)
+
+    def _prefills_behind(self, one: Generation, admitted: list[Generation]) -> Iterator[Prefill]:
+        """A prompt behind what the caller's own cache holds."""
+        owner, row = one.own_cache, one.request.cache_row
+        if owner is None:
+            return
+        if one.request.cached_tokens is not None and row == 0:
+            owner.trim(one.request.cached_tokens)
+        if row is None:
+            yield Prefill([one], owner.like(1), owner)
+        elif owner.batch_size == 1:
+            yield Prefill([one], owner, owner)
+        else:
+            cache = owner.like(1)
+            if owner.offset:
+                cache.assemble([(owner, [row])])
+            yield Prefill([one], cache, owner)
+
+    # Memory
+
+    def _bytes_of(self, cache: CacheKind | KVCache, tokens: int, rows: int = 1) -> int:
+        """Bytes of buffers for so many tokens a row, and one step of growth."""
+        return rows * slots_to_allocate(tokens, cache.max_kv_size) * slot_bytes(self.model, cache)
+
+    def _has_room(self, one: Generation, admitted: list[Generation]) -> bool:
+        if not self.checks_memory:
+            return True
+        soon = sum(self._bytes_of(other.request.cache, len(other.text) + 1) for other in admitted)
+        needed = self._bytes_of(one.request.cache, len(one.text) + 1)
+        joining = max((batch.cache.nbytes // len(batch.cache) for batch in self._alive_batches()), default=0)
+        if account().make_room(soon + needed + joining, self):
+            return True
+        nobody_else = not admitted and not any(scheduler.cache_bytes for scheduler in account().schedulers)
+        return nobody_else and soon + needed <= account().most()
+
+    def _grows(self, batch: RunningBatch) -> bool:
+        """Whether the next token needs larger buffers."""
+        cache = batch.cache
+        return slots_to_allocate(cache.offset + 1, cache.max_kv_size) > cache.capacity
+
+    def _make_room_to_grow(self, batch: RunningBatch) -> None:
+        """Before buffers grow: the store gives way, then the least urgent replies, and the last one ends."""
+        while self.checks_memory and batch.rows and self._grows(batch):
+            cache = batch.cache
+            needed = self._bytes_of(cache, cache.offset + 1, cache.batch_size) - cache.nbytes
+            if account().make_room(needed + cache.nbytes // len(cache), self):
+                return
+            running = self.running
+            victim = max((one for one in running if one.own_cache is None), key=lambda one: one.urgency, default=None)
+            if victim is not None and len(running) + len(self.reading) > 1:
+                self._preempt(victim)
+                continue
+            for one in batch.going:
+                one.fail(_out_of_memory(one))
+            batch.drop_ended()
+
+    def _preempt(self, one: Generation) -> None:
+        """Take a reply's row, to be read again later; it goes on with the same tokens. None may be on its way."""
+        batch = one.batch
+        if batch is None:
+            return
+        place = [row() for row in batch.rows].index(one)
+        self._keep(one, batch, place)
+        one.sampler = batch.sampler.extract([place])
+        mx.eval(one.sampler.arrays)
+        one.batch = None
+        if len(batch.rows) == 1:
+            batch.rows = []
+        else:
+            batch.keep([other for other in range(len(batch.rows)) if other != place])
+        self._waiting.append(weakref.ref(one))
+
+    # Reading
+
+    def _read(self) -> bool:
+        """Read at most one chunk of prompts: of the first one, and of those behind it that are done with the rest."""
+        left = 0
+        worked = False
+        for prefill in sorted(self._alive_prefills(), key=lambda one: one.urgency):
+            generations = prefill.drop_ended()
+            if not generations:
+                continue
+            chunk = generations[0].request.prefill_chunk or self._chunk
+            if not worked:
+                left = chunk
+            elif prefill.left > left:
+                break
+            chunk = min(chunk, self._up_to_mark(prefill, generations[0]))
+            left -= min(prefill.left, chunk * len(generations))
+            batch = prefill.read(generations, chunk)
+            worked = True
+            self._keep_read(prefill, generations)
+            if batch is not None:
+                prefill.rows = []
+                self._batches.append(weakref.ref(batch))
+            del batch
+        self._reading = [weakref.ref(one) for one in self._alive_prefills()]
+        return worked
+
+    def _up_to_mark(self, prefill: Prefill, first: Generation) -> int:
+        """Tokens to where a window that slides is to be kept, if the next chunk reaches beyond that."""
+        window = prefill.cache.max_kv_size
+        mark = first.mark
+        if window is None or first.own_cache is not None or mark <= window:
+            return 1 << 62
+        missing = mark - prefill.done()
+        return missing if missing > 0 else 1 << 62
+
+    def _keep_read(self, prefill: Prefill, generations: list[Generation]) -> None:
+        """Put what was read of prompts into the store, and let a draft model read along."""
+        for row, one in enumerate(generations):
+            if one.own_cache is None and not one.is_over:
+                self._put(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
+            if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
+                drafter.read(one.text, prefill.done())
+
+    def _keep(self, one: Generation, batch: RunningBatch, place: int) -> None:
+        """Put what a reply has read and said into the store."""
+        if one.own_cache is None:
+            self._put(one, batch.cache, place, at_mark=one.request.holds_cache)
+
+    def _put(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
+        holds = one.request.holds_cache
+        if not (self.store.keeps or holds):
+            return
+        space = self._space(one, cache)
+        window = cache.max_kv_size
+        if window is not None and cache.offsets[row] > window:
+            if not at_mark:
+                return
+            pin = self.store.put_ring(space, one.text, cache, row)
+        else:
+            pin = self.store.put(space, one.text, cache, row, pin=holds)
+        if holds:
+            one.pin = pin
+
+    # Decoding
+
+    def _decode(self) -> bool:
+        """Tell what was drawn in the last step, and draw what comes next."""
+        if self._device.overlaps_steps:
+            self._queue_ahead()
+        with interrupts_deferred():
+            told = [batch for batch in self._alive_batches() if not batch.is_parked]
+            for batch in told:
+                batch.tell()
+                self._finish(batch)
+            if not told:
+                return False
+            for batch in self._arrange():
+                self._make_room_to_grow(batch)
+        batches = [batch for batch in self._alive_batches() if not batch.is_parked]
+        guesser = self._lone(batches)
+        for batch in batches:
+            if guesser is None or not batch.guess(guesser):
+                batch.advance()
+        return True
+
+    def _queue_ahead(self) -> None:
+        """On a GPU, start the next forward passes before the last tokens are read: this hides the host's work."""
+        with interrupts_deferred():
+            batches = [batch for batch in self._arrange() if not batch.is_parked]
+        if self._lone(batches) is None:
+            for batch in batches:
+                if not self._grows(batch):  # memory is made sure of first
+                    batch.queue_ahead()
+
+    def _finish(self, batch: RunningBatch) -> None:
+        """Keep what ended replies have read, and let them leave."""
+        for place, one in enumerate(batch.generations):
+            if one is not None and one.finish_reason is not None:
+                self._keep(one, batch, place)
+                self.store.flush()
+        batch.drop_ended()
+
+    def _arrange(self) -> list[RunningBatch]:
+        """Batches in which padding is small, as few as may be; replies far ahead of their readers wait apart."""
+        batches = []
+        for batch in self._alive_batches():
+            batches += [batch, *self._split(batch)] if batch.may_change else [batch]
+        if self._waiting:
+            for batch in batches:
+                if batch.may_change and batch.is_parked:
+                    batch.tell()
+                    self._finish(batch)
+                    for one in batch.going:
+                        self._preempt(one)
+        arranged: list[RunningBatch] = []
+        for batch in sorted((batch for batch in batches if batch.rows), key=lambda one: one.number):
+            partner = next((other for other in arranged if self._may_merge(other, batch)), None)
+            if partner is None:
+                arranged.append(batch)
+            else:
+                partner.merge([batch])
+        for batch in arranged:
+            batch.adopt()
+        self._batches = [weakref.ref(batch) for batch in arranged]
+        return arranged
+
+    def _split(self, batch: RunningBatch) -> list[RunningBatch]:
+        """Take apart what is far ahead of its reader, and the shortest rows while padding is large → new batches."""
+        taken = []
+        ahead = [place for place, one in enumerate(batch.generations) if one is not None and one.is_parked]
+        if 0 < len(ahead) < len(batch.rows):
+            taken.append(batch.take(ahead))
+        lengths = _slots(batch)
+        if not padding_is_small(lengths):
+            short = [place for place, length in enumerate(lengths) if 4 * length <= 3 * max(lengths)]
+            taken.append(batch.take(short))
+            taken += self._split(taken[-1])
+        return taken
+
+    def _may_merge(self, one: RunningBatch, other: RunningBatch) -> bool:
+        if not (one.may_merge and other.may_merge) or (one.drawn is None) != (other.drawn is None):
+            return False
+        if one.owner is not None or other.owner is not None:
+            return one.owner is other.owner
+        return one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
+
+    def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
+        """What guesses for the only reply that runs, if there is such."""
+        if len(batches) != 1 or len(batches[0].rows) != 1:
+            return None
+        one = batches[0].generations[0]
+        if one is None or one.request.drafter is None or one.is_forcing or batches[0].logits is not None:
+            return None
+        if one not in self._drafters:
+            self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
+        return self._drafters[one]
+
+
+def _slots(batch: RunningBatch) -> list[int]:
+    window = batch.cache.max_kv_size
+    return [slots_to_allocate(offset, window) for offset in batch.cache.offsets]
+
+
+def _shares(one: Request, other: Request) -> bool:
+    """Whether what is read for one may serve the other."""
+    first, second = one.cache, other.cache
+    same_storage = (first.kv_bits, first.kv_group_size) == (second.kv_bits, second.kv_group_size)
+    return same_storage and (one.salt, one.adapter) == (other.salt, other.adapter)
+
+
+def _identities(model: Qwen3ForCausalLM) -> tuple[int, ...]:
+    """Tells weights that were replaced from those that were there."""
+    parameters: Any = tree_flatten(cast(Any, model).parameters())
+    return tuple(id(array) for _, array in parameters)
+
+
+def _out_of_memory(one: Generation) -> InsufficientMemoryError:
+    return InsufficientMemoryError(
+        f"reply: {one.count:,} tokens behind a prompt of {len(one.request.prompt):,} take all the memory there is",
+        hint="Ask for fewer (max_tokens), hold fewer of them (--max-kv-size) or fewer bits of them (--kv-bits 8).",
+    )

@@ -1,0 +1,64 @@
+"""The store of prefixes that an engine asks for: how much memory, and which folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from os import PathLike
+from pathlib import Path
+
+from mlxqwen.cache.disk_tier import DiskTier
+from mlxqwen.checks import parse_size
+from mlxqwen.device import Device
+from mlxqwen.engine.scheduler import Scheduler
+from mlxqwen.errors import OptionError
+
+__all__ = ["STORE_SHARE", "open_prompt_cache", "prefix_cache_bytes", "use_store"]
+
+STORE_SHARE = 8
+"""The store takes at most one part in so many of what the device may use, unless another size is asked for."""
+
+_DISK_SHARE = 10  # the same of a disk's size
+
+
+def prefix_cache_bytes(size: int | str | None, device: Device) -> int:
+    """Bytes of the store in memory: a number, text such as "2GB" or "off", or None for a share of the device's.
+
+    Raises `OptionError` for what is no size.
+    """
+    if size is None:
+        return device.usable_memory // STORE_SHARE
+    if size == "off":
+        return 0
+    nbytes = parse_size("prefix_cache", size)
+    if nbytes > device.usable_memory:
+        raise OptionError(
+            f"prefix_cache: found {size}, expected at most the {device.usable_memory / 1e9:.1f} GB that this machine "
+            "has for models",
+            hint='Give a size such as "2GB", or "off".',
+        )
+    return nbytes
+
+
+def open_prompt_cache(folder: str | PathLike[str]) -> DiskTier:
+    """The second tier in a folder, of at most a tenth of its disk. Raises `CacheError`."""
+    parent = Path(os.path.abspath(folder)).parent
+    total = shutil.disk_usage(parent).total if parent.is_dir() else 1 << 30  # what is wrong is told below
+    return DiskTier(folder, max(total // _DISK_SHARE, 1))
+
+
+def use_store(
+    scheduler: Scheduler,
+    size: int | str | None,
+    prompt_cache: str | PathLike[str] | DiskTier | None,
+    device: Device,
+) -> None:
+    """Let a model's replies share a store of this size and folder; what is given as None stays as it is."""
+    if size is None and prompt_cache is None:
+        return
+    capacity = scheduler.store.capacity if size is None else prefix_cache_bytes(size, device)
+    if prompt_cache is None or isinstance(prompt_cache, DiskTier):
+        disk = prompt_cache
+    else:
+        disk = open_prompt_cache(prompt_cache)
+    scheduler.use_store(capacity, disk or scheduler.store.disk)

@@ -1,0 +1,564 @@
+"""Text in, text out: one prompt as a stream, or many at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlxqwen.cache import KVCache
+from mlxqwen.chat.thinking import begins_in_thought, can_think
+from mlxqwen.checks import as_token_ids
+from mlxqwen.console import Output
+from mlxqwen.engine.generation import FinishReason, GeneratedToken
+from mlxqwen.engine.handle import Handle
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
+from mlxqwen.engine.schedulers import scheduler_of
+from mlxqwen.errors import CacheError, OptionError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams, resolve_sampling
+from mlxqwen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.speculation.drafter import Speculative
+
+__all__ = [
+    "GenerationResponse",
+    "ResponseStream",
+    "Sampling",
+    "TokenStream",
+    "batch_generate",
+    "batch_stream",
+    "drafts_line",
+    "end_token_ids",
+    "generate",
+    "generate_tokens",
+    "resolve_params",
+    "stream_generate",
+    "text_request",
+]
+
+logger = logging.getLogger("mlxqwen")
+
+Prompt = str | Sequence[int] | Any
+Sampling = SamplingParams | Mapping[str, Any] | None
+OnPrefill = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResponse:
+    """One more token of an answer.
+
+    Args:
+        text: the text that is now certain; may be empty in the middle of a character or of a possible stop string.
+        token: its id.
+        prompt_tokens: length of the prompt.
+        prompt_tps: prompt tokens per second, those of the cache not counted.
+        generation_tokens: tokens so far.
+        generation_tps: tokens per second since the first.
+        peak_memory: most memory that MLX has held, in GB.
+        finish_reason: on the last one, "stop" (end token or stop string), "length" or "loop".
+        reasoning_tokens: tokens of thought so far; see `mlxqwen.Usage`.
+        budget_exhausted: whether the thinking budget has ended the thought.
+        cached_tokens: how many of the prompt's tokens were not read, as they were known.
+        drafted_tokens, accepted_tokens: of speculative decoding: tokens guessed so far, and those of them that were
+            right.
+    """
+
+    text: str
+    token: int
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: FinishReason | None
+    reasoning_tokens: int = 0
+    budget_exhausted: bool = False
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+def text_request(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    sampling: Sampling = None,
+    max_tokens: int | None = None,
+    expect_thought: bool = False,
+    cache: KVCache | CacheKind | None = None,
+    speculative: Speculative = None,
+    **options: Any,
+) -> Request:
+    """The request to continue a text or token ids, checked.
+
+    Args:
+        sampling: `SamplingParams`, or single options over the profile that the prompt's mode has.
+        max_tokens: by default 32,768.
+        expect_thought: whether a reply that the prompt leaves free begins in thought without a tag of its own.
+        speculative: what guesses.
+        **options: further fields of `Request`.
+
+    Raises:
+        OptionError, ContextLengthError, CacheError: it cannot be answered.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
+    if ids and isinstance(ids[0], Mapping):
+        raise OptionError(
+            "prompt: found messages, expected text or token ids",
+            hint="Render them with tokenizer.apply_chat_template(messages, add_generation_prompt=True), or use Engine.",
+        )
+    if cache is not None and not isinstance(cache, KVCache | CacheKind):
+        raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
+    drafter = None
+    if speculative is not None:
+        from mlxqwen.engine.speculation.drafter import as_drafter
+
+        drafter = as_drafter(speculative, model.config)
+    begins = begins_in_thought(tokenizer, ids) if ids else None
+    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins)
+    request = Request(
+        prompt=tuple(ids),
+        sampling=params,
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        end_token_ids=frozenset(end_token_ids(model, tokenizer)),
+        tokenizer=tokenizer,
+        begins_in_thought=True if begins is None and expect_thought else begins,
+        cache=CacheKind() if cache is None else cache,
+        drafter=drafter,
+        **options,
+    )
+    check_request(request, model)
+    return request
+
+
+def stream_generate(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    sampling: Sampling = None,
+    stop: str | Sequence[str] = (),
+    thinking_budget: int | None = None,
+    early_stop_text: str | None = None,
+    stop_on_loop: bool = False,
+    expect_thought: bool = False,
+    tools: bool = False,
+    cache: KVCache | CacheKind | None = None,
+    cached_tokens: int | None = None,
+    prefill_chunk: int | None = None,
+    on_prefill: OnPrefill = None,
+    speculative: Speculative = None,
+    draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+    priority: int = 0,
+    salt: str = "",
+) -> Iterator[GenerationResponse]:
+    """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
+
+    Args:
+        max_tokens: at most this many, and no more than the context has room for.
+        sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
+            profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
+            does a model think whose chat template knows no think block.
+        stop: end before the first of these texts.
+        thinking_budget: at most about this many tokens of thought, then an answer; see
+            `mlxqwen.chat.budget.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
+        early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
+        stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
+        expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
+        tools: whether the model may call tools: a call ends its thought.
+        cache: a `KVCache` of one row that holds what came before the prompt, and at the end everything but the last
+            token (a device that overlaps steps may have added that too: `offsets` tell). Or a `CacheKind`. By default
+            what was read of other prompts is shared.
+        cached_tokens: that the cache's first so many tokens are the first of the prompt: these are not read again, and
+            what the cache holds behind them is forgotten as generation starts. By default the prompt follows all it
+            holds.
+        prefill_chunk: prompt tokens a step; memory grows with it, and by default it is kept small.
+        on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; tokens that were
+            known are not counted.
+        speculative: guess several tokens at once, and let one pass of the model check them: "lookup" guesses that the
+            text goes on as it did before, a `mlxqwen.DraftModel` guesses what a smaller model would say. The reply is
+            the same but for rounding: logits of several positions are computed by other kernels than those of one, and
+            two tokens that are all but equally likely may change places. On a CPU, where a pass over several tokens
+            costs nearly as much as so many passes, all but tiny models get slower. Nothing is guessed while other
+            replies of the model run.
+        draft_tokens: the most that are guessed at once, up to 64.
+        priority: -100 to 100; where replies wait for each other, lower goes first.
+        salt: only requests of the same salt share what was read of their prompts.
+
+    Raises:
+        OptionError, ContextLengthError, CacheError: at once.
+        GenerationError: while iterating, if the model's logits are NaN.
+    """
+    responses = batch_stream(
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens=max_tokens,
+        sampling=[sampling],
+        stop=stop,
+        thinking_budget=[thinking_budget],
+        early_stop_text=early_stop_text,
+        stop_on_loop=stop_on_loop,
+        expect_thought=[expect_thought],
+        tools=tools,
+        cache=cache,
+        cached_tokens=cached_tokens,
+        prefill_chunk=prefill_chunk,
+        on_prefill=on_prefill,
+        speculative=speculative,
+        draft_tokens=draft_tokens,
+        priority=priority,
+        salt=salt,
+    )
+    return (response for _, response in responses)
+
+
+def batch_stream(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    on_prefill: OnPrefill = None,
+    **options: Any,
+) -> ResponseStream:
+    """Continue many prompts at once, yielding `(row, response)` as text becomes certain.
+
+    Each row gets the text that it would get alone (with a seed, that very text), and leaves when it ends;
+    `ResponseStream.add` lets another join.
+
+    Args:
+        prompts: texts or lists of ids.
+        **options: those of `stream_generate`; `max_tokens`, `sampling`, `thinking_budget`, `expect_thought` and `tools`
+            for all, or a list with one for each prompt. A `cache` has a row for each prompt.
+    """
+    given = [] if isinstance(prompts, str) else as_token_ids(prompts)
+    if not given or isinstance(given[0], int):
+        found = "one prompt" if given or prompts else "none"
+        raise OptionError(
+            f"prompts: found {found}, expected a list of at least one text or list of token ids",
+            hint="A single prompt goes into a list of its own: [prompt].",
+        )
+    check_rows(options.get("cache"), len(given))
+    by_row = {name: _by_row(name, options.pop(name), len(given)) for name in _OF_A_ROW if name in options}
+    stream = ResponseStream(model, tokenizer, on_prefill, options)
+    for row, prompt in enumerate(given):
+        stream.append(prompt, row, {name: values[row] for name, values in by_row.items()})
+    return stream
+
+
+_OF_A_ROW = ("max_tokens", "sampling", "thinking_budget", "expect_thought", "tools")
+
+
+def check_rows(cache: object, rows: int) -> None:
+    """Refuse a cache of another number of rows. Raises `CacheError`."""
+    if isinstance(cache, KVCache) and cache.batch_size != rows:
+        raise CacheError(f"cache: made for {cache.batch_size} rows, found {rows} prompts")
+
+
+def _by_row(name: str, value: Any, rows: int) -> list[Any]:
+    """A value for each row, from one for all or from a list of them."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * rows
+    if len(values) != rows:
+        raise OptionError(f"{name}: found {len(values)} for {rows} prompts")
+    return values
+
+
+class TokenStream:
+    """Several requests of one model as one iterator of `(row, token)`: in each step, the rows in their order.
+
+    Nothing is submitted before the first token is asked for. Rows can be added and stopped while others run.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, on_prefill: OnPrefill = None) -> None:
+        self._scheduler = scheduler_of(model)
+        self._on_prefill = on_prefill
+        self._requests: dict[int, Request] = {}  # of rows that are not submitted yet
+        self._handles: dict[int, Handle] = {}  # of rows that have not ended
+        self._ready: deque[int] = deque()
+        self._count = 0
+        self._is_over = False
+
+    def __iter__(self) -> Iterator[tuple[int, GeneratedToken]]:
+        return self
+
+    def __next__(self) -> tuple[int, GeneratedToken]:
+        return self.next_row()[:2]
+
+    def submit(self, request: Request) -> int:
+        """Add a row → its number. Raises `OptionError` once the stream is over."""
+        if self._is_over:
+            raise OptionError("add: found a stream that is over", hint="Add rows while others run, or start anew.")
+        self._requests[self._count] = request
+        self._count += 1
+        return self._count - 1
+
+    def stop(self, row: int) -> None:
+        """End `row` here: no further token of it is computed. Raises `OptionError` for no such row."""
+        if not 0 <= row < self._count:
+            raise OptionError(f"stop: found row {row}, expected a row from 0 to {self._count - 1}")
+        self._requests.pop(row, None)
+        if (handle := self._handles.pop(row, None)) is not None:
+            handle.cancel()
+
+    def close(self) -> None:
+        """End all rows."""
+        self._is_over = True
+        for row in (*self._requests, *self._handles):
+            self.stop(row)
+
+    def next_row(self) -> tuple[int, GeneratedToken, Handle]:
+        """The next token of any row, and the row's handle.
+
+        Raises:
+            StopIteration: all rows have ended.
+            MlxqwenError: a row failed; the others go on.
+        """
+        while True:
+            while self._ready:
+                row = self._ready.popleft()
+                handle = self._handles.get(row)
+                token = None if handle is None else handle.poll()
+                if handle is not None and token is not None:
+                    if token.finish_reason is not None:
+                        del self._handles[row]
+                    return row, token, handle
+                if handle is not None and handle.is_over:
+                    del self._handles[row]
+                    if handle.error is not None:
+                        self._is_over = not (self._handles or self._requests)
+                        raise handle.error
+            self._submit_requests()
+            if not self._handles:
+                self._is_over = True
+                raise StopIteration
+            first = next(iter(self._handles.values()))
+            if not any(handle.is_ready for handle in self._handles.values()):
+                first.wait()
+            self._ready.extend(row for row, handle in self._handles.items() if handle.is_ready)
+
+    def _submit_requests(self) -> None:
+        for row, request in self._requests.items():
+            handle = self._scheduler.submit(request)
+            handle.on_prefill = self._on_prefill
+            self._handles[row] = handle
+        self._requests.clear()
+
+
+class ResponseStream:
+    """What `batch_stream` returns: iterate it, `add` prompts while others run, and `stop` rows early."""
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, tokenizer: Tokenizer, on_prefill: OnPrefill, options: Mapping[str, Any]
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._options = dict(options)
+        self._reports = on_prefill is not None
+        self._stream = TokenStream(model, on_prefill)
+
+    def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
+        return self
+
+    def __next__(self) -> tuple[int, GenerationResponse]:
+        row, token, handle = self._stream.next_row()
+        text = "".join(delta.content or "" for delta in token.deltas)
+        return row, GenerationResponse(
+            text=text,
+            token=token.token,
+            prompt_tokens=len(handle.request.prompt),
+            prompt_tps=handle.prompt_speed(),
+            generation_tokens=handle.token_count,
+            generation_tps=handle.decode_speed(),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=token.finish_reason,
+            reasoning_tokens=token.reasoning_tokens,
+            budget_exhausted=token.budget_exhausted,
+            cached_tokens=handle.cached_tokens,
+            drafted_tokens=token.drafted_tokens,
+            accepted_tokens=token.accepted_tokens,
+        )
+
+    def append(self, prompt: Prompt, cache_row: int | None, own: Mapping[str, Any]) -> int:
+        """Add a prompt that follows a row of the cache, or, with None, begins anew → the number of its row."""
+        request = text_request(
+            self._model,
+            self._tokenizer,
+            prompt,
+            split=False,
+            cache_row=cache_row,
+            reports_progress=self._reports,
+            **{**self._options, **own},
+        )
+        return self._stream.submit(request)
+
+    def add(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling = None,
+        thinking_budget: int | None = None,
+        expect_thought: bool = False,
+        tools: bool = False,
+    ) -> int:
+        """Take in one more prompt → the number of its row, which gets the text that it would get alone.
+
+        For the options see `stream_generate`; the others are those that the stream began with.
+
+        Raises:
+            OptionError, ContextLengthError: as `stream_generate`; also once the stream is over. The others go on.
+        """
+        own = {
+            "max_tokens": max_tokens,
+            "sampling": sampling,
+            "thinking_budget": thinking_budget,
+            "expect_thought": expect_thought,
+            "tools": tools,
+            "cached_tokens": None,
+        }
+        return self.append(prompt, None, own)
+
+    def stop(self, row: int) -> None:
+        """End `row` here: no further token of it is computed. Raises `OptionError` for no such row."""
+        self._stream.stop(row)
+
+    def close(self) -> None:
+        """End all rows."""
+        self._stream.close()
+
+
+def generate_tokens(
+    model: Qwen3ForCausalLM,
+    prompts: Sequence[int] | Sequence[Sequence[int]] | Any,
+    *,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
+    eos_token_ids: Collection[int] | None = None,
+    cache: KVCache | CacheKind | None = None,
+    on_prefill: OnPrefill = None,
+    **options: Any,
+) -> TokenStream:
+    """Continue one prompt, or many at once, token by token, without a tokenizer.
+
+    Args:
+        prompts: ids of one prompt, or of one a row; lists or integer arrays.
+        sampling: how to draw, for all rows or for each; by default from the model's own distribution. A row with a seed
+            draws what it would draw alone with that seed.
+        max_tokens: at most this many tokens, for all rows or for each, and never more than the context has room for.
+        eos_token_ids: a row ends after drawing one of these; by default those of the model's `config.json`.
+        cache, on_prefill: see `stream_generate`; a `KVCache` has a row for each prompt.
+        **options: further fields of `mlxqwen.engine.request.Request`.
+
+    Returns:
+        An iterator of `(row, token)`. Nothing runs before the first is asked for.
+
+    Raises:
+        ContextLengthError, OptionError, CacheError: at once.
+        GenerationError: while iterating, if a row's logits are NaN.
+    """
+    given = as_token_ids(prompts)
+    rows = [as_token_ids(row) for row in given] if given and not _is_id(given[0]) else [given]
+    check_rows(cache, len(rows))
+    limits, params = _by_row("max_tokens", max_tokens, len(rows)), _by_row("sampling", sampling, len(rows))
+    stream = TokenStream(model, on_prefill)
+    for row, prompt in enumerate(rows):
+        request = Request(
+            prompt=tuple(prompt),
+            sampling=SamplingParams() if params[row] is None else params[row],
+            max_tokens=limits[row],
+            end_token_ids=frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids),
+            cache=CacheKind() if cache is None else cache,
+            cache_row=row,
+            reports_progress=on_prefill is not None,
+            **options,
+        )
+        check_request(request, model)
+        stream.submit(request)
+    return stream
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") or isinstance(value, str | float)
+
+
+def generate(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompt: Prompt, *, verbose: bool = False, **options: Any
+) -> str:
+    """Continue `prompt` and return the whole text, think block included.
+
+    Args:
+        verbose: also write the text as it comes, and the speed at the end, to standard output.
+        **options: those of `stream_generate`.
+    """
+    pieces = []
+    last = None
+    output = Output(sys.stdout)
+    for last in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(last.text)
+        if verbose:
+            output.write(last.text)
+    if verbose and last is not None:
+        output.end_line()
+        output.write(
+            f"{'=' * 10}\n"
+            f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
+            f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"{drafts_line('Drafts', last.drafted_tokens, last.accepted_tokens)}"
+            f"Peak memory: {last.peak_memory:.3f} GB\n"
+        )
+    return "".join(pieces)
+
+
+def drafts_line(title: str, drafted: int, accepted: int) -> str:
+    """How many guesses were right, on a line of its own; nothing where none were made."""
+    if not drafted:
+        return ""
+    return f"{title}: {drafted:,} tokens, {accepted:,} of them accepted ({accepted / drafted:.0%})\n"
+
+
+def batch_generate(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
+) -> list[str]:
+    """Continue many prompts at once; each gets the text that it would get alone (with a seed, that very text).
+
+    Args:
+        prompts: texts or lists of ids.
+        **options: those of `batch_stream`.
+    """
+    pieces: defaultdict[int, list[str]] = defaultdict(list)
+    for row, response in batch_stream(model, tokenizer, prompts, **options):
+        pieces[row].append(response.text)
+    return ["".join(pieces[row]) for row in sorted(pieces)]
+
+
+def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[int]:
+    """The tokens that end a reply: those of `config.json`, `generation_config.json` and the tokenizer."""
+    from_tokenizer = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return {*model.config.eos_token_ids, *model.generation_config.eos_token_ids, *from_tokenizer}
+
+
+def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
+    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
+    if isinstance(sampling, SamplingParams):
+        return sampling
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise OptionError(f"sampling: found {type(sampling).__name__}, expected SamplingParams or options by name")
+    quantization = model.config.quantization
+    params, notes = resolve_sampling(
+        model.generation_config.values,
+        thinking=thinking,
+        overrides=sampling or {},
+        bits=None if quantization is None else quantization.default.bits,
+    )
+    for note in notes:
+        logger.warning(note)
+    return params

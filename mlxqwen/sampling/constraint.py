@@ -1,0 +1,90 @@
+"""Constraints: what a reply's next token may be, and which token is used in place of the one drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlxqwen.errors import GenerationError
+
+__all__ = ["Constraint", "Unconstrained", "apply_masks", "check_mask", "pack_mask"]
+
+_BITS = 32
+
+
+class Constraint(Protocol):
+    """The state of one reply's constraint. For each token: `mask`, draw, `settle`, then `advance`."""
+
+    def mask(self) -> mx.array | None:
+        """The tokens that may come next: uint32 words `[ceil(V / 32)]`, token t is bit t % 32 of word t // 32.
+
+        None allows every token.
+        """
+
+    def settle(self, drawn: int) -> int:
+        """The token to use where `drawn` was drawn. The same until the next `advance`; BAD_TOKEN stays BAD_TOKEN."""
+
+    def advance(self, token: int) -> None:
+        """The reply goes on with `token`."""
+
+    def fork(self) -> Constraint:
+        """An independent copy that checks guesses: only `mask`, `advance` and `fork` of it are called."""
+
+
+class Unconstrained:
+    """The constraint that allows everything and changes nothing."""
+
+    def mask(self) -> None:
+        """Every token."""
+
+    def settle(self, drawn: int) -> int:
+        """The one drawn."""
+        return drawn
+
+    def advance(self, token: int) -> None:
+        """Nothing depends on it."""
+
+    def fork(self) -> Unconstrained:
+        """Itself: it has no state."""
+        return self
+
+
+def pack_mask(tokens: Collection[int], vocab_size: int) -> mx.array:
+    """The mask that allows `tokens`, ids below `vocab_size`."""
+    words = [0] * -(-vocab_size // _BITS)
+    for token in tokens:
+        words[token // _BITS] |= 1 << token % _BITS
+    return mx.array(words, dtype=mx.uint32)
+
+
+def apply_masks(logits: mx.array, masks: Sequence[mx.array | None]) -> mx.array:
+    """Logits `[B, V]` with -inf where a row's mask does not allow the token; lazy, one expression for all rows.
+
+    A row whose mask allows nothing is all -inf: the sampler draws BAD_TOKEN there, and `check_mask` names the cause.
+
+    Args:
+        masks: one a row, as `Constraint.mask` gives them; rows of None stay as they are.
+    """
+    if all(mask is None for mask in masks):
+        return logits
+    words = -(-logits.shape[-1] // _BITS)
+    free = mx.full((words,), 2**_BITS - 1, dtype=mx.uint32)
+    packed = mx.stack([free if mask is None else mask for mask in masks])
+    bits = mx.right_shift(packed[:, :, None], mx.arange(_BITS, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(masks), -1)[:, : logits.shape[-1]] == 1
+    return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
+
+
+def check_mask(mask: mx.array, vocab_size: int) -> None:
+    """Raise `GenerationError` if `mask` allows no token below `vocab_size`."""
+    last = vocab_size % _BITS
+    kept = mx.full((-(-vocab_size // _BITS),), 2**_BITS - 1, dtype=mx.uint32)
+    if last:
+        kept[-1] = 2**last - 1
+    if not mx.any(mask & kept).item():
+        raise GenerationError(
+            "constraint: found no token that it allows, expected at least one",
+            hint="The constraint cannot be met from here on: loosen it, or allow an end token.",
+        )
