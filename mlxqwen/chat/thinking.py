@@ -22,6 +22,7 @@ EARLY_STOP_TEXT = (
 )
 
 _OPEN, _CLOSE, _TOOL_CALL = "<think>", "</think>", "<tool_call>"
+_HEADER = "<|im_start|>"
 _TAGS = (_OPEN, _CLOSE, _TOOL_CALL, "</tool_call>")
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
 
@@ -32,7 +33,9 @@ def can_think(tokenizer: Tokenizer) -> bool:
 
 
 def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_thought: bool = False) -> bool | None:
-    """How a reply begins: True behind an open `<think>`, False behind a closed block, None where the model is free.
+    """How a reply begins: True in an open think block, False behind a closed one, None where the model is free.
+
+    A block is open if the prompt ends in `<think>`, or the assistant's last turn holds one that is not closed.
 
     Where the tokenizer has tokens for the tags, text that spells them is no tag.
 
@@ -45,7 +48,20 @@ def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_tho
         token = tokenizer.token_to_id(tag)
         if tokenizer.decode(end).rstrip().endswith(tag) if token is None else last == token:
             return begins
-    return True if expect_thought else None
+    return True if expect_thought or _is_inside_thought(tokenizer, prompt) else None
+
+
+def _is_inside_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Whether the turn that `prompt` ends in is the assistant's, and holds a `<think>` token that is not closed."""
+    opening, header = tokenizer.token_to_id(_OPEN), tokenizer.token_to_id(_HEADER)
+    if opening is None or header is None:
+        return False
+    end = {opening, header, tokenizer.token_to_id(_CLOSE)}
+    at = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in end), -1)
+    if at < 0 or prompt[at] != opening:
+        return False
+    start = next((i for i in range(at, -1, -1) if prompt[i] == header), None)
+    return start is not None and tokenizer.decode(prompt[start + 1 : at]).startswith("assistant")
 
 
 class ThinkingBudget:
