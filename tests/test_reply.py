@@ -322,9 +322,7 @@ def json_by_the_book(text: str, start: int) -> tuple[int, list[bool]]:
             quoted = character == '"'
         elif character in " \t\r\n" and before not in ("`", "``"):
             pass
-        elif (
-            opened == closed and (character not in "{[" or before)
-        ) or character not in '{}[]":,+-.0123456789truefalsenullE':
+        elif character not in ('{}[]":,+-.0123456789truefalsenullE' if opened > closed else "" if before else "{["):
             return at, strings
         else:
             quoted, opened, closed = character == '"', opened + (character in "{["), closed + (character in "}]")
