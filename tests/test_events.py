@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas
-from mlxqwen.chat.reply_parser import parse_reply
+from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
 from mlxqwen.engine.completion import GenerationResponse
 from mlxqwen.engine.events import Done, Event, ReplyEvents, assistant_message, split_reply
 from mlxqwen.engine.generation import FinishReason
