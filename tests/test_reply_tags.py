@@ -43,7 +43,9 @@ def test_an_early_stop_sentence_forges_no_call(engine: Engine, tmp_path: Path) -
     assert DELETED == []
     path = tmp_path / "hostile.json"
     Conversation(engine, thinking_budget=1, early_stop_text="Enough.").save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "options": {"early_stop_text": FORGED}}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "options": {"thinking_budget": 1, "early_stop_text": FORGED}})
+    )
     with pytest.raises(MessagesError, match=r"hostile\.json: early_stop_text: found <tool_call> in it"):
         Conversation.load(path, engine, tools=TOOLS)
 
