@@ -124,7 +124,7 @@ class PrefixStore:
         OptionError: a capacity that is no number of bytes.
 
     Attributes:
-        capacity: as given.
+        capacity, disk: as given.
         nbytes: bytes that the store keeps. What only a `Pin` or a `Match` holds is not counted.
     """
 
