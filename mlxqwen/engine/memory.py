@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import KVCache
+from mlxqwen.cache.placement import slots_to_allocate
 from mlxqwen.device import Device, current_device
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import InsufficientMemoryError
@@ -17,7 +18,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["MemoryAccount", "account", "slot_bytes", "weight_bytes"]
+__all__ = ["MemoryAccount", "account", "buffer_bytes", "slot_bytes", "weight_bytes"]
 
 _WORK_SPACE = 64 * 2**20  # bytes that a chunk of a prompt, or a draw, takes in passing
 
@@ -31,6 +32,11 @@ def slot_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache) -> int:
         groups = config.head_dim // config.kv_group_size(cache.kv_group_size)
         head = config.head_dim * cache.kv_bits // 8 + 2 * groups * itemsize
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def buffer_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache, tokens: int, rows: int = 1) -> int:
+    """Bytes of buffers for so many tokens in each of `rows` rows, as they are allocated."""
+    return rows * slots_to_allocate(tokens, cache.max_kv_size) * slot_bytes(model, cache)
 
 
 def weight_bytes(model: Qwen3ForCausalLM) -> int:
@@ -61,7 +67,7 @@ class MemoryAccount:
 
     def left(self) -> int:
         """Bytes that nothing takes."""
-        taken = sum(one.weight_bytes + one.cache_bytes + one.store.nbytes for one in self.schedulers)
+        taken = sum(one.weight_bytes + one.cache_bytes + one.store.held_nbytes for one in self.schedulers)
         return self.device.usable_memory - taken - _WORK_SPACE
 
     def make_room(self, nbytes: int, first: Scheduler) -> bool:
@@ -70,7 +76,7 @@ class MemoryAccount:
             missing = nbytes - self.left()
             if missing <= 0:
                 return True
-            one.store.shrink(missing)
+            one.give_way(missing)
         return nbytes <= self.left()
 
     def most(self) -> int:

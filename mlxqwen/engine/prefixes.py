@@ -1,10 +1,23 @@
-"""Fronts that two lists of tokens share."""
+"""What a scheduler's replies share: the store of prefixes, as requests see it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
-__all__ = ["common_prefix"]
+from mlx.utils import tree_flatten
+
+from mlxqwen.cache import KVCache
+from mlxqwen.cache.blocks import BLOCK
+from mlxqwen.cache.disk_tier import DiskTier
+from mlxqwen.cache.fingerprint import model_fingerprint
+from mlxqwen.cache.prefix_store import Match, PrefixStore, namespace
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.request import CacheKind, Request
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+
+__all__ = ["SharedPrefixes", "common_prefix"]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -13,3 +26,103 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     if first[:shorter] == second[:shorter]:
         return shorter
     return next(n for n in range(shorter) if first[n] != second[n])
+
+
+class SharedPrefixes:
+    """The store of one model, filled and asked by its generations. The model is referred to weakly.
+
+    Args:
+        model: whose keys and values are stored. When its weights are replaced, nothing of the store is true any more.
+        capacity: bytes of the store.
+
+    Attributes:
+        store: the store of now.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, capacity: int) -> None:
+        self._model = weakref.ref(model)
+        self._weights = _identities(model)
+        self.store = self._make_store(capacity, None)
+
+    def use_store(self, capacity: int, disk: DiskTier | None) -> None:
+        """Begin an empty store of so many bytes, with a second tier; what the old one had not written is written."""
+        self.store.flush()
+        self.store = self._make_store(capacity, disk)
+
+    def look_at_weights(self) -> bool:
+        """Begin anew if weights were replaced → whether they were. Changes within an array are not seen."""
+        model = self._model()
+        if model is None or (weights := _identities(model)) == self._weights:
+            return False
+        self._weights = weights
+        self.use_store(self.store.capacity, self.store.disk)
+        return True
+
+    def _make_store(self, capacity: int, disk: DiskTier | None) -> PrefixStore:
+        reference = self._model
+
+        def fingerprint() -> str:
+            model = reference()
+            return "" if model is None else model_fingerprint(model)
+
+        return PrefixStore(fingerprint, capacity, disk)
+
+    def match(self, one: Generation) -> Match:
+        """What the store has of a generation's text; nothing for one with a cache of its caller's."""
+        kind = one.request.cache
+        if not isinstance(kind, CacheKind):
+            return Match(())
+        ring = None if kind.max_kv_size is None else (kind.max_kv_size, kind.keep)
+        return self.store.match(_space(one, kind.make(one.model)), one.text, ring=ring)
+
+    def is_being_read(self, one: Generation, known: int, others: Iterable[Generation]) -> bool:
+        """Whether one of the `others` reads a block of this text that the store has not, beyond `known` tokens."""
+        if not self.store.keeps:
+            return False
+        return any(
+            other.own_cache is None
+            and _may_share(other.request, one.request)
+            and common_prefix(other.text, one.text[:-1]) // BLOCK > known // BLOCK
+            for other in others
+        )
+
+    def keep(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
+        """Put what a row holds of a generation's text into the store; pin it if the request asks for that.
+
+        Args:
+            at_mark: whether a window that has slid is to be kept as it is now.
+        """
+        holds = one.request.holds_cache
+        if one.own_cache is not None or not (self.store.keeps or holds):
+            return
+        window = cache.max_kv_size
+        if window is None or cache.offsets[row] <= window:
+            pin = self.store.put(_space(one, cache), one.text, cache, row, pin=holds)
+        elif at_mark:
+            pin = self.store.put_ring(_space(one, cache), one.text, cache, row)
+        else:
+            return
+        if holds:
+            one.pin = pin
+
+    def demote(self, generations: Iterable[Generation]) -> None:
+        """Let go first of what these hold in their own buffers anyway."""
+        for one in generations:
+            if isinstance(kind := one.request.cache, CacheKind):
+                self.store.demote(_space(one, kind.make(one.model)), one.text)
+
+
+def _space(one: Generation, cache: KVCache) -> str:
+    return namespace(cache, one.model.dtype, adapter=one.request.adapter or "", salt=one.request.salt)
+
+
+def _may_share(one: Request, other: Request) -> bool:
+    first, second = one.cache, other.cache
+    same_storage = (first.kv_bits, first.kv_group_size) == (second.kv_bits, second.kv_group_size)
+    return same_storage and (one.salt, one.adapter) == (other.salt, other.adapter)
+
+
+def _identities(model: Qwen3ForCausalLM) -> tuple[int, ...]:
+    """Tells weights that were replaced from those that were there: the new ones were made while the old ones lived."""
+    parameters: Any = tree_flatten(cast(Any, model).parameters())
+    return tuple(id(array) for _, array in parameters)

@@ -17,7 +17,7 @@ from mlxqwen.sampling.sampler import Sampler, SamplerState
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.guesses import Guesser, Guesses
 
-__all__ = ["RunningBatch", "padding_is_small"]
+__all__ = ["RunningBatch"]
 
 
 class RunningBatch:
@@ -270,8 +270,3 @@ class _Checkpoint:
         batch.cache.placement.offsets = list(self._offsets)
         batch.sampler.restore(self._sampler)
         mx.async_eval(batch.cache.state)  # whoever comes next may be another thread
-
-
-def padding_is_small(lengths: Sequence[int]) -> bool:
-    """Whether rows of these lengths, in buffers as long as the longest, waste less than a quarter of them."""
-    return 4 * sum(lengths) > 3 * len(lengths) * max(lengths)

@@ -11,39 +11,37 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from mlxqwen.cache import KVCache
-from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.cache.disk_tier import DiskTier
-from mlxqwen.cache.fingerprint import model_fingerprint
 from mlxqwen.cache.placement import slots_to_allocate
-from mlxqwen.cache.prefix_store import Match, PrefixStore, namespace
+from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.device import current_device
+from mlxqwen.engine.arrangement import arrange
 from mlxqwen.engine.driver import Driver
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.interrupts import interrupts_deferred
-from mlxqwen.engine.memory import account, slot_bytes, weight_bytes
+from mlxqwen.engine.memory import account, buffer_bytes, weight_bytes
 from mlxqwen.engine.prefill import Prefill, read_together
-from mlxqwen.engine.prefixes import common_prefix
+from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import CacheKind, Request, check_request, fitting_prefill_chunk
-from mlxqwen.engine.running import RunningBatch, padding_is_small
+from mlxqwen.engine.running import RunningBatch
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.guesses import Guesser
 from mlxqwen.errors import InsufficientMemoryError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
-__all__ = ["EVALUATION", "Scheduler"]
+__all__ = ["EVALUATION", "STORE_SHARE", "Scheduler"]
 
 EVALUATION = threading.RLock()
 """Held by the one thread of the process that evaluates."""
 
 DEFAULT_MAX_RUNNING = 256
-_STORE_SHARE = 8  # the store takes at most one part in so many of what the device may use
+STORE_SHARE = 8
+"""The store takes at most one part in so many of what the device may use, unless another size is asked for."""
+
 _CLEAR_EVERY = 256  # steps
 
 
@@ -54,12 +52,11 @@ class Scheduler:
 
     Args:
         model: referred to weakly: a scheduler does not keep its model alive, its handles do.
-        store: what was read before; by default one in memory, of a share of what the device may use.
         max_running: the most replies that decode at once.
         checks_memory: whether requests wait for memory, and are refused where there is too little.
 
     Attributes:
-        store, max_running, checks_memory: as given.
+        max_running, checks_memory: as given.
         weight_bytes: bytes of the model's weights.
     """
 
@@ -67,7 +64,6 @@ class Scheduler:
         self,
         model: Qwen3ForCausalLM,
         *,
-        store: PrefixStore | None = None,
         max_running: int = DEFAULT_MAX_RUNNING,
         checks_memory: bool = True,
     ) -> None:
@@ -76,8 +72,7 @@ class Scheduler:
         self.max_running = max_running
         self.checks_memory = checks_memory
         self.weight_bytes = weight_bytes(model)
-        self.store = store or self._make_store(self._device.usable_memory // _STORE_SHARE)
-        self._weights = _identities(model)
+        self._prefixes = SharedPrefixes(model, self._device.usable_memory // STORE_SHARE)
         self._chunk = fitting_prefill_chunk(model.config, self._device)
         self._numbers = count()
         self._submitted: deque[weakref.ref[Generation]] = deque()  # any thread adds
@@ -90,20 +85,15 @@ class Scheduler:
         self.driver = Driver()
         account().add(self)
 
+    @property
+    def store(self) -> PrefixStore:
+        """What was read before."""
+        return self._prefixes.store
+
     def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
-        """Begin an empty store of so many bytes, with a second tier; what the old one had not written is written."""
+        """Begin an empty store of so many bytes, with a second tier."""
         with EVALUATION:
-            self.store.flush()
-            self.store = self._make_store(capacity, disk)
-
-    def _make_store(self, capacity: int, disk: DiskTier | None = None) -> PrefixStore:
-        reference = self._model
-
-        def fingerprint() -> str:
-            model = reference()
-            return "" if model is None else model_fingerprint(model)
-
-        return PrefixStore(fingerprint, capacity, disk)
+            self._prefixes.use_store(capacity, disk)
 
     @property
     def model(self) -> Qwen3ForCausalLM:
@@ -124,7 +114,7 @@ class Scheduler:
         model = self.model
         check_request(request, model)
         if self.checks_memory and isinstance(request.cache, CacheKind):
-            needed = self._bytes_of(request.cache, len(request.prompt) + 1)
+            needed = buffer_bytes(self.model, request.cache, len(request.prompt) + 1)
             account().refuse_if_never(needed, f"prompt: its cache of {len(request.prompt):,} tokens")
         generation = Generation(request, model, next(self._numbers))
         self._submitted.append(weakref.ref(generation))
@@ -205,6 +195,11 @@ class Scheduler:
         }
         return sum(cache.nbytes for cache in caches.values()) + sum(drafters.values())
 
+    def give_way(self, nbytes: int) -> None:
+        """Let the store go of so many bytes, first of what running replies hold in their own buffers anyway."""
+        self._prefixes.demote(self.running)
+        self.store.shrink(nbytes)
+
     def _all(self) -> list[Generation]:
         return [*self.waiting, *self.reading, *self.running]
 
@@ -255,7 +250,8 @@ class Scheduler:
         """Let those that wait begin, in order, as far as rows and memory allow."""
         if not self._waiting:
             return
-        self._look_at_weights()
+        if self._prefixes.look_at_weights():
+            self.weight_bytes = weight_bytes(self.model)
         admitted: list[Generation] = []
         running = len(self.running) + len(self.reading)
         for one in self.waiting:
@@ -264,8 +260,8 @@ class Scheduler:
                 continue
             if running + len(admitted) >= self.max_running:
                 break
-            one.match = self._match(one)
-            if self._is_being_read(one, admitted):
+            one.match = self._prefixes.match(one)
+            if self._prefixes.is_being_read(one, one.match.length, (*admitted, *self.reading)):
                 one.match = None
                 continue
             if not self._has_room(one, admitted):
@@ -276,37 +272,6 @@ class Scheduler:
         self._waiting = [one for one in self._waiting if id(one()) not in chosen]
         for prefill in self._prefills(admitted):
             self._reading.append(weakref.ref(prefill))
-
-    def _look_at_weights(self) -> None:
-        """Weights that were replaced make another model: nothing of the store is true of it."""
-        weights = _identities(self.model)
-        if weights != self._weights:
-            self._weights = weights
-            self.weight_bytes = weight_bytes(self.model)
-            self.store.flush()
-            self.use_store(self.store.capacity, self.store.disk)
-
-    def _space(self, one: Generation, cache: KVCache) -> str:
-        return namespace(cache, one.model.dtype, adapter=one.request.adapter or "", salt=one.request.salt)
-
-    def _match(self, one: Generation) -> Match:
-        cache = one.request.cache
-        assert isinstance(cache, CacheKind)
-        ring = None if cache.max_kv_size is None else (cache.max_kv_size, cache.keep)
-        return self.store.match(self._space(one, cache.make(one.model)), one.text, ring=ring)
-
-    def _is_being_read(self, one: Generation, admitted: list[Generation]) -> bool:
-        """Whether somebody is reading more of this prompt's front than the store has: then it waits for that."""
-        if not (self.store.keeps and one.match is not None):
-            return False
-        known = one.match.length
-        for other in (*admitted, *self.reading):
-            request = other.request
-            if other.own_cache is None and _shares(request, one.request):
-                shared = common_prefix(other.text, one.text[:-1])
-                if shared // BLOCK > known // BLOCK:
-                    return True
-        return False
 
     def _prefills(self, admitted: list[Generation]) -> Iterator[Prefill]:
         kinds: dict[object, list[Generation]] = {}
@@ -357,15 +322,11 @@ class Scheduler:
 
     # Memory
 
-    def _bytes_of(self, cache: CacheKind | KVCache, tokens: int, rows: int = 1) -> int:
-        """Bytes of buffers for so many tokens a row, and one step of growth."""
-        return rows * slots_to_allocate(tokens, cache.max_kv_size) * slot_bytes(self.model, cache)
-
     def _has_room(self, one: Generation, admitted: list[Generation]) -> bool:
         if not self.checks_memory:
             return True
-        soon = sum(self._bytes_of(other.request.cache, len(other.text) + 1) for other in admitted)
-        needed = self._bytes_of(one.request.cache, len(one.text) + 1)
+        soon = sum(buffer_bytes(self.model, other.request.cache, len(other.text) + 1) for other in admitted)
+        needed = buffer_bytes(self.model, one.request.cache, len(one.text) + 1)
         joining = max((batch.cache.nbytes // len(batch.cache) for batch in self._alive_batches()), default=0)
         if account().make_room(soon + needed + joining, self):
             return True
@@ -381,7 +342,7 @@ class Scheduler:
         """Before buffers grow: the store gives way, then the least urgent replies, and the last one ends."""
         while self.checks_memory and batch.rows and self._grows(batch):
             cache = batch.cache
-            needed = self._bytes_of(cache, cache.offset + 1, cache.batch_size) - cache.nbytes
+            needed = buffer_bytes(self.model, cache, cache.offset + 1, cache.batch_size) - cache.nbytes
             if account().make_room(needed + cache.nbytes // len(cache), self):
                 return
             running = self.running
@@ -399,7 +360,7 @@ class Scheduler:
         if batch is None:
             return
         place = [row() for row in batch.rows].index(one)
-        self._keep(one, batch, place)
+        self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
         one.sampler = batch.sampler.extract([place])
         mx.eval(one.sampler.arrays)
         one.batch = None
@@ -448,30 +409,10 @@ class Scheduler:
     def _keep_read(self, prefill: Prefill, generations: list[Generation]) -> None:
         """Put what was read of prompts into the store, and let a draft model read along."""
         for row, one in enumerate(generations):
-            if one.own_cache is None and not one.is_over:
-                self._put(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
+            if not one.is_over:
+                self._prefixes.keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
             if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
                 drafter.read(one.text, prefill.done())
-
-    def _keep(self, one: Generation, batch: RunningBatch, place: int) -> None:
-        """Put what a reply has read and said into the store."""
-        if one.own_cache is None:
-            self._put(one, batch.cache, place, at_mark=one.request.holds_cache)
-
-    def _put(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
-        holds = one.request.holds_cache
-        if not (self.store.keeps or holds):
-            return
-        space = self._space(one, cache)
-        window = cache.max_kv_size
-        if window is not None and cache.offsets[row] > window:
-            if not at_mark:
-                return
-            pin = self.store.put_ring(space, one.text, cache, row)
-        else:
-            pin = self.store.put(space, one.text, cache, row, pin=holds)
-        if holds:
-            one.pin = pin
 
     # Decoding
 
@@ -508,53 +449,22 @@ class Scheduler:
         """Keep what ended replies have read, and let them leave."""
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
-                self._keep(one, batch, place)
+                self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
                 self.store.flush()
         batch.drop_ended()
 
     def _arrange(self) -> list[RunningBatch]:
-        """Batches in which padding is small, as few as may be; replies far ahead of their readers wait apart."""
-        batches = []
-        for batch in self._alive_batches():
-            batches += [batch, *self._split(batch)] if batch.may_change else [batch]
-        if self._waiting:
-            for batch in batches:
-                if batch.may_change and batch.is_parked:
-                    batch.tell()
-                    self._finish(batch)
-                    for one in batch.going:
-                        self._preempt(one)
-        arranged: list[RunningBatch] = []
-        for batch in sorted((batch for batch in batches if batch.rows), key=lambda one: one.number):
-            partner = next((other for other in arranged if self._may_merge(other, batch)), None)
-            if partner is None:
-                arranged.append(batch)
-            else:
-                partner.merge([batch])
-        for batch in arranged:
-            batch.adopt()
+        """Let rows share batches; replies far ahead of their readers give up their rows while others wait."""
+        batches = self._alive_batches()
+        for batch in batches if self._waiting else ():
+            if batch.may_change and batch.is_parked:
+                batch.tell()
+                self._finish(batch)
+                for one in batch.going:
+                    self._preempt(one)
+        arranged = arrange(self._alive_batches())
         self._batches = [weakref.ref(batch) for batch in arranged]
         return arranged
-
-    def _split(self, batch: RunningBatch) -> list[RunningBatch]:
-        """Take apart what is far ahead of its reader, and the shortest rows while padding is large → new batches."""
-        taken = []
-        ahead = [place for place, one in enumerate(batch.generations) if one is not None and one.is_parked]
-        if 0 < len(ahead) < len(batch.rows):
-            taken.append(batch.take(ahead))
-        lengths = _slots(batch)
-        if not padding_is_small(lengths):
-            short = [place for place, length in enumerate(lengths) if 4 * length <= 3 * max(lengths)]
-            taken.append(batch.take(short))
-            taken += self._split(taken[-1])
-        return taken
-
-    def _may_merge(self, one: RunningBatch, other: RunningBatch) -> bool:
-        if not (one.may_merge and other.may_merge) or (one.drawn is None) != (other.drawn is None):
-            return False
-        if one.owner is not None or other.owner is not None:
-            return one.owner is other.owner
-        return one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
 
     def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
         """What guesses for the only reply that runs, if there is such."""
@@ -566,24 +476,6 @@ class Scheduler:
         if one not in self._drafters:
             self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
         return self._drafters[one]
-
-
-def _slots(batch: RunningBatch) -> list[int]:
-    window = batch.cache.max_kv_size
-    return [slots_to_allocate(offset, window) for offset in batch.cache.offsets]
-
-
-def _shares(one: Request, other: Request) -> bool:
-    """Whether what is read for one may serve the other."""
-    first, second = one.cache, other.cache
-    same_storage = (first.kv_bits, first.kv_group_size) == (second.kv_bits, second.kv_group_size)
-    return same_storage and (one.salt, one.adapter) == (other.salt, other.adapter)
-
-
-def _identities(model: Qwen3ForCausalLM) -> tuple[int, ...]:
-    """Tells weights that were replaced from those that were there."""
-    parameters: Any = tree_flatten(cast(Any, model).parameters())
-    return tuple(id(array) for _, array in parameters)
 
 
 def _out_of_memory(one: Generation) -> InsufficientMemoryError:

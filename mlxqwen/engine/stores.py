@@ -10,13 +10,10 @@ from pathlib import Path
 from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.checks import parse_size
 from mlxqwen.device import Device
-from mlxqwen.engine.scheduler import Scheduler
+from mlxqwen.engine.scheduler import STORE_SHARE, Scheduler
 from mlxqwen.errors import OptionError
 
-__all__ = ["STORE_SHARE", "open_prompt_cache", "prefix_cache_bytes", "use_store"]
-
-STORE_SHARE = 8
-"""The store takes at most one part in so many of what the device may use, unless another size is asked for."""
+__all__ = ["open_prompt_cache", "prefix_cache_bytes", "use_store"]
 
 _DISK_SHARE = 10  # the same of a disk's size
 

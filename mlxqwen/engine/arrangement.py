@@ -1,0 +1,59 @@
+"""Which running replies share a batch: as few batches as may be, in each of which padding is small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mlxqwen.cache.placement import slots_to_allocate
+from mlxqwen.engine.running import RunningBatch
+
+__all__ = ["arrange", "padding_is_small"]
+
+
+def padding_is_small(lengths: Sequence[int]) -> bool:
+    """Whether rows of these lengths, in buffers as long as the longest, waste less than a quarter of them."""
+    return 4 * sum(lengths) > 3 * len(lengths) * max(lengths)
+
+
+def arrange(batches: Iterable[RunningBatch]) -> list[RunningBatch]:
+    """Batches of the same rows: those far ahead of their readers apart, long ones apart from short ones, others merged.
+
+    Nothing is moved of a batch that has something queued ahead.
+    """
+    parts = [part for batch in batches for part in ([batch, *_split(batch)] if batch.may_change else [batch])]
+    arranged: list[RunningBatch] = []
+    for batch in sorted((part for part in parts if part.rows), key=lambda part: part.number):
+        partner = next((other for other in arranged if _may_merge(other, batch)), None)
+        if partner is None:
+            arranged.append(batch)
+        else:
+            partner.merge([batch])
+    for batch in arranged:
+        batch.adopt()
+    return arranged
+
+
+def _split(batch: RunningBatch) -> list[RunningBatch]:
+    """Take parked rows, and the shortest ones while padding is large → the new batches."""
+    taken = []
+    parked = [place for place, one in enumerate(batch.generations) if one is not None and one.is_parked]
+    if 0 < len(parked) < len(batch.rows):
+        taken.append(batch.take(parked))
+    lengths = _slots(batch)
+    if not padding_is_small(lengths):
+        taken.append(batch.take([place for place, length in enumerate(lengths) if 4 * length <= 3 * max(lengths)]))
+        taken += _split(taken[-1])
+    return taken
+
+
+def _may_merge(one: RunningBatch, other: RunningBatch) -> bool:
+    if not (one.may_merge and other.may_merge) or (one.drawn is None) != (other.drawn is None):
+        return False
+    if one.owner is not None or other.owner is not None:
+        return one.owner is other.owner
+    return one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
+
+
+def _slots(batch: RunningBatch) -> list[int]:
+    """Slots that each row needs, as buffers are allocated."""
+    return [slots_to_allocate(offset, batch.cache.max_kv_size) for offset in batch.cache.offsets]
