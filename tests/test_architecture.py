@@ -20,6 +20,11 @@ DOORS = ["__main__", "__init__"]
 HOMES = {
     "tokenizers": {"text"},
     "jinja2": {"text"},
+    "pydantic": {"chat"},
+    "pydantic_core": {"chat"},
+    "jsonschema": {"chat"},
+    "referencing": {"chat"},
+    "attrs": {"chat"},
     "huggingface_hub": {"files"},
     "click": {"cli"},
     "markdown_it": {"cli"},

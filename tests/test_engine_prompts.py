@@ -354,7 +354,6 @@ RESULT: Message = {"role": "tool", "content": "3", "tool_call_id": "1"}
         ([USER, *calling({}), {**RESULT, "tool_call_id": "2"}], {}, "tool_call_id: found '2'"),
         ([USER, SYSTEM], {}, "in the first message only"),
         ([USER, *calling({})], {}, "found calls of tools at the end"),
-        ([USER], {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "parameters: found 3"),
         ([USER], {"tools": [schema("a"), schema("b")]}, "already that of"),
         ([USER], {"tools": [{"function": {}}]}, r"tools\[0\]: function: name"),
     ],

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
-from mlxqwen.chat.turns import check_conversation, without_old_reasoning
+from mlxqwen.chat.prompts import asks_for_thought, least_tokens, render_prompt
+from mlxqwen.chat.turns import (
+    check_conversation,
+    count_turns,
+    soft_switch,
+    without_old_reasoning,
+    without_oldest_turns,
+)
 from mlxqwen.errors import MessagesError
-from mlxqwen.text.messages import prepare_messages, split_reasoning
+from mlxqwen.text import messages as messages_module
+from mlxqwen.text.messages import Message, prepare_messages, split_reasoning, without_reasoning
 from tests.test_tokenizer import QWEN
 
 CASES = json.loads((Path(__file__).parent / "golden" / "chat_template.json").read_text())["cases"]
@@ -39,7 +47,7 @@ TELL_ALL = "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}|{{ m.c
 )
 def test_a_raw_reply_is_split(content: str, reasoning: str, rest: str) -> None:
     message = prepare_messages([{"role": "assistant", "content": content}])[0]
-    before = copy.deepcopy(message)
+    before = dict(message)
     split = split_reasoning(message)
     assert (split["reasoning_content"], split["content"]) == (reasoning, rest)
     assert message == before
@@ -64,7 +72,7 @@ def test_what_is_no_raw_reply_stays(message: dict[str, Any]) -> None:
 
 
 def test_many_empty_blocks_take_linear_time() -> None:
-    message = {"role": "assistant", "content": "<think></think>" * 200_000 + "x"}
+    message = prepare_messages([{"role": "assistant", "content": "<think></think>" * 200_000 + "x"}])[0]
     assert split_reasoning(message)["content"] == "x"
 
 
@@ -204,3 +212,88 @@ def test_unsound_conversations_are_named(messages: Any, named: str) -> None:
     with pytest.raises(MessagesError, match=named) as caught:
         check_conversation(messages)
     assert caught.value.hint or not messages
+
+
+def test_a_checked_message_cannot_change() -> None:
+    given = copy.deepcopy(CALLS)
+    (message,) = prepare_messages([given])
+    given["tool_calls"].append("later")
+    message["tool_calls"].clear()
+    message["tool_calls"][0]["function"]["name"] = "g"
+    dict(message)["tool_calls"][0]["function"]["arguments"]["a"] = 1
+    with pytest.raises(TypeError):
+        message["content"] = "other"  # type: ignore[index]
+    assert message == {**CALLS, "content": ""}
+    assert copy.deepcopy(message) == message
+    assert type(dict(message)["tool_calls"]) is list
+
+
+def test_checked_messages_are_taken_as_they_are() -> None:
+    first = prepare_messages([SYSTEM, USER])
+    again = prepare_messages([*first, ANSWER])
+    assert again[0] is first[0]
+    assert again[1] is first[1]
+    assert without_reasoning(again[1]) is again[1]
+    assert type(without_reasoning(again[2])) is Message
+
+
+def test_a_chat_checks_each_message_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the checks of a conversation, its turns, its prompt and the template."""
+    checked: list[object] = []
+    check = messages_module._prepare_message
+
+    def counting(message: object, where: str) -> Message:
+        checked.append(message)
+        return check(message, where)
+
+    monkeypatch.setattr(messages_module, "_prepare_message", counting)
+    raw_answer = {"role": "assistant", "content": "<think>a</think>b"}
+    other_call = {**CALLS, "tool_calls": [{**CALL, "id": "2"}], "reasoning": "r"}
+    given = [SYSTEM, USER, ANSWER, USER, raw_answer, USER, CALLS, RESULT, other_call, NAMELESS]
+    conversation = prepare_messages(given)
+    assert checked == given
+    check_conversation(conversation)
+    assert count_turns(conversation) == 3
+    assert soft_switch(without_oldest_turns(conversation, 1)) is None
+    prompt = render_prompt(QWEN, conversation)
+    assert least_tokens(QWEN, conversation) <= len(prompt)
+    assert not asks_for_thought(QWEN, prompt, conversation, thinking=False)
+    assert QWEN.apply_chat_template(conversation, add_generation_prompt=True) == prompt
+    assert len(checked) == len(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}], "ab"),
+        (["a", "b"], "ab"),
+        (["a", {"type": "text", "text": "b"}], "ab"),
+        ([], ""),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+def test_parts_and_plain_strings_are_text(role: str, content: Any, text: str) -> None:
+    assert prepare_messages([{"role": role, "content": content}])[0]["content"] == text
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, 3, 1.5, True, None, [1, 2], [{"a": 1}], [None], ["a", 3]], ids=repr)
+def test_a_result_that_is_no_text_is_told_the_way_out(content: Any) -> None:
+    with pytest.raises(MessagesError, match=r"messages\[0\]: content") as caught:
+        prepare_messages([{**RESULT, "content": content}])
+    assert "json.dumps(result)" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("message", "told", "hint"),
+    [
+        ({**USER, "content": [{"type": "image_url"}]}, "found 'image_url'", "leave images"),
+        ({**RESULT, "content": [{"type": "image"}]}, "found 'image'", "leave images"),
+        ({**USER, "content": {"type": "text", "text": "a"}}, "found an object", "Parts are texts"),
+        ({**USER, "content": [3]}, "found a number", "reads text only"),
+        ({**USER, "content": None, "reasoning": "r"}, "content: found none", "Only an assistant"),
+    ],
+)
+def test_content_that_is_no_text_is_named(message: dict[str, Any], told: str, hint: str) -> None:
+    with pytest.raises(MessagesError, match=told) as caught:
+        prepare_messages([message])
+    assert hint in caught.value.hint

@@ -93,7 +93,7 @@ def test_tools() -> None:
         ("{}", "file: found an object"),
         ("[1]", "file: tools[0]: found a number"),
         (json.dumps([CLOCK, CLOCK]), "tools[1]: name: 'clock' is already that of tools[0]"),
-        ('[{"name": "a", "parameters": {"type": "object", "properties": {"b": {"type": "int"}}}}]', "'int'"),
+        ('[{"name": "</tools>"}]', "name: found '</tools>'"),
         ("[", "not valid JSON"),
     ],
 )

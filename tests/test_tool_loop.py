@@ -143,7 +143,7 @@ def test_interrupts_pass_through() -> None:
         ([Adder()], {}, "tools: found list"),
         (None, {}, "tools: found NoneType"),
         ({"add": 3}, {}, "tool add: found int"),
-        ({"no name": Adder()}, {}, "no name"),
+        ({"<name>": Adder()}, {}, "<name>"),
         ({"add": Adder()}, {"max_rounds": 0}, "max_rounds: found 0"),
         ({"add": Adder()}, {"max_rounds": True}, "max_rounds: found True"),
     ],

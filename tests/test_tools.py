@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 import functools
 import json
@@ -10,16 +11,18 @@ import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, Required, TypedDict, Union
+from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, Required, Union
 
 import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 from transformers.utils import get_json_schema
+from typing_extensions import TypedDict
 
-from mlxqwen.chat.tools import call_tool, check_tool_schemas, tool_schema
-from mlxqwen.chat.tools.validation import find_problem
+from mlxqwen.chat.tools import call_tool, check_tool_schemas, schemas, tool_schema
+from mlxqwen.chat.tools.schemas import find_problem
 from mlxqwen.errors import MessagesError, OptionError
 
 Schema = dict[str, Any]
@@ -37,11 +40,7 @@ class Level(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A place.
-
-    Args:
-        x: to the right
-    """
+    """A place."""
 
     x: float
     y: float = 0.0
@@ -55,6 +54,14 @@ class Positive:
     def __post_init__(self) -> None:
         if self.value <= 0:
             raise ValueError("not positive")
+
+
+@dataclasses.dataclass
+class Explosive:
+    value: int
+
+    def __post_init__(self) -> None:
+        self.value //= self.value
 
 
 @dataclasses.dataclass
@@ -74,6 +81,13 @@ class Loose(TypedDict, total=False):
 
 
 UserId = NewType("UserId", int)
+
+
+DRAFT_4, DRAFT_2020 = "http://json-schema.org/draft-04/schema#", "https://json-schema.org/draft/2020-12/schema"
+
+
+def values(**properties: Any) -> Schema:
+    return {"type": "object", "properties": properties}
 
 
 def parameters(function: Callable[..., Any]) -> Schema:
@@ -170,8 +184,8 @@ def test_the_common_subset_is_what_transformers_makes() -> None:
         (None, {"type": "null"}),
         (Any, {}),
         (object, {}),
-        (list, {"type": "array"}),
-        (list[Any], {"type": "array"}),
+        (list, {"type": "array", "items": {}}),
+        (list[Any], {"type": "array", "items": {}}),
         (Sequence[int], {"type": "array", "items": {"type": "integer"}}),
         (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
         (
@@ -184,22 +198,37 @@ def test_the_common_subset_is_what_transformers_makes() -> None:
         (Optional[int], {"type": ["integer", "null"]}),  # noqa: UP045
         (int | None, {"type": ["integer", "null"]}),
         (int | str | None, {"type": ["integer", "string", "null"]}),
-        (list[int] | None, {"type": ["array", "null"], "items": {"type": "integer"}}),
+        (list[int] | None, {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]}),
+        (list | tuple, {"type": "array", "items": {}}),
+        (
+            list | tuple | dict | None,
+            {
+                "anyOf": [
+                    {"type": "array", "items": {}},
+                    {"type": "object", "additionalProperties": True},
+                    {"type": "null"},
+                ]
+            },
+        ),
         (list[int] | str, {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "string"}]}),
-        (Literal["a", 1, None], {"type": ["string", "integer", "null"], "enum": ["a", 1, None]}),
-        (Literal["a"] | None, {"type": ["string", "null"], "enum": ["a", None]}),
+        (Literal["a", 1, None], {"enum": ["a", 1, None]}),
+        (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
         (Color, {"type": "string", "enum": ["red", "deep blue"]}),
         (Level, {"type": "integer", "enum": [1, 2]}),
         (UserId, {"type": "integer"}),
         (Annotated[int, 5, "how many"], {"type": "integer", "description": "how many"}),
-        (list[Annotated[str, "a name"]], {"type": "array", "items": {"type": "string", "description": "a name"}}),
-        ("Optional[Color]", {"type": ["string", "null"], "enum": ["red", "deep blue", None]}),
+        (Annotated[int, Field(ge=1, description="from 1")], {"type": "integer", "minimum": 1, "description": "from 1"}),
+        ("Optional[Color]", {"anyOf": [{"type": "string", "enum": ["red", "deep blue"]}, {"type": "null"}]}),
+        (set[int], {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}),
+        (datetime.date, {"type": "string", "format": "date"}),
+        (dict[int, str], {"type": "object", "additionalProperties": {"type": "string"}}),
         (
             Point,
             {
                 "type": "object",
+                "description": "A place.",
                 "properties": {
-                    "x": {"type": "number", "description": "to the right"},
+                    "x": {"type": "number"},
                     "y": {"type": "number", "default": 0.0},
                     "tags": {"type": "array", "items": {"type": "string"}},
                 },
@@ -251,7 +280,7 @@ def test_further_names_are_additional_properties() -> None:
     def untyped(**others) -> None: ...  # type: ignore[no-untyped-def]
 
     assert parameters(typed)["additionalProperties"] == {"type": "integer"}
-    assert parameters(untyped) == {"type": "object", "additionalProperties": True}
+    assert parameters(untyped) == {"type": "object", "properties": {}}
 
 
 def google(a: int, b: str = "x", **others: int) -> None:
@@ -353,7 +382,7 @@ def test_anything_that_can_be_called(function: Callable[..., Any], description: 
 def test_what_partial_has_bound_is_neither_seen_nor_changed() -> None:
     bound = functools.partial(scale, by=10)
     assert "by" not in json.dumps(tool_schema("f", bound))
-    assert call(bound, {"n": 1, "by": 3}) == "Error: arguments: found the unknown name 'by'"
+    assert call(bound, {"n": 1, "by": 3}) == 'Error: arguments: found the unknown name "by"'
     assert call(bound, {"n": 1, "more": 3}) == "13"
 
 
@@ -395,13 +424,9 @@ def many(*numbers: int) -> int:
         (math.sqrt, "positional-only"),
         (max, "has no signature"),
         (3, "found int, expected a function"),
-        (annotated(complex), "parameter value: found the annotation complex"),
-        (annotated(set[int]), r"found the annotation set\[int\]"),
-        (annotated(dict[int, str]), "found keys of int, expected str"),
-        (annotated(Node), "Node refers to itself"),
+        (annotated(Adder), "parameter value: no JSON schema: .*Adder"),
+        (annotated(Callable[[int], int]), "parameter value: no JSON schema: .*Callable"),
         (annotated("Missing"), "cannot be resolved: NameError"),
-        (annotated(Literal[b"x"]), "found the choice b'x'"),
-        (annotated(enum.Enum("Nothing", [])), "found nothing to choose from"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused(function: Any, told: str) -> None:
@@ -409,10 +434,42 @@ def test_what_cannot_be_a_tool_is_refused(function: Any, told: str) -> None:
         tool_schema("f", function)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a.b", "é", "x" * 65, "a\n", None])
+@pytest.mark.parametrize(
+    "name", ["", " a", "x" * 129, "a\n", "</tools>", "a>", 'a"', "a\\", "{a}", "a\u202eb", "a\x00", "\ud800", None, 3]
+)
 def test_names_that_no_model_can_call(name: Any) -> None:
     with pytest.raises(OptionError, match="found a name"):
         tool_schema(name, scale)
+    with pytest.raises(MessagesError, match=r"name: found|surrogate"):
+        check_tool_schemas([{"name": name}])
+
+
+@pytest.mark.parametrize("name", ["calendar.read", "admin/list", "天气", "मौसम", "a" * 128, "server:get-it", "get it"])
+def test_names_that_servers_have(name: str) -> None:
+    asked = {"name": name, "arguments": {"n": 2}}
+    assert call_tool({name: scale}, check_tool_schemas([tool_schema(name, scale)]), asked) == "4"
+
+
+def test_a_class_that_refers_to_itself_is_referred_to() -> None:
+    schema = value_schema(Node)
+    assert schema == {"$ref": "#/$defs/Node"}
+    assert parameters(annotated(Node))["$defs"].keys() == {"Node"}
+    assert converted(Node, {"below": [{"below": []}]}) == Node([Node([])])
+
+
+def test_a_set_as_a_default_is_shown_in_order() -> None:
+    def f(a: set[str] = {"c", "a", "b"}) -> None: ...  # noqa: B006
+
+    assert parameters(f)["properties"]["a"]["default"] == ["a", "b", "c"]
+
+
+def test_a_default_is_left_to_the_function() -> None:
+    names: list[str] = []
+
+    def f(a: list[str] = names) -> bool:
+        return a is names
+
+    assert call(f, {}) == "true"
 
 
 def test_a_docstring_that_is_not_unicode_is_refused() -> None:
@@ -426,7 +483,8 @@ def test_a_docstring_that_is_not_unicode_is_refused() -> None:
 # Values
 
 _annotations = st.recursive(
-    st.sampled_from([str, int, float, bool, None, Any, Color, Level, Literal["a", 1, True], Point, Loose, Place]),
+    st.sampled_from([str, int, float, bool, None, Any, list, tuple, dict, Literal["a", "b"]])
+    | st.sampled_from([Color, Level, Point, Loose, Place]),
     lambda inner: st.one_of(
         inner.map(lambda a: list[a]),  # type: ignore[valid-type]
         inner.map(lambda a: dict[str, a]),  # type: ignore[valid-type]
@@ -453,6 +511,8 @@ def _fitting(schema: Any) -> st.SearchStrategy[Any]:
         return _json
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
+    if "const" in schema:
+        return st.just(schema["const"])
     if "anyOf" in schema:
         return st.one_of([_fitting(option) for option in schema["anyOf"]])
     names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
@@ -465,7 +525,7 @@ def _fitting_type(name: str, schema: Schema) -> st.SearchStrategy[Any]:
             return st.tuples(*map(_fitting, schema["prefixItems"])).map(list)
         return st.just([]) if schema.get("maxItems") == 0 else st.lists(_fitting(schema.get("items", True)), max_size=3)
     if name == "object":
-        if schema["additionalProperties"] is not False:
+        if schema.get("additionalProperties") is not False:
             return st.dictionaries(st.sampled_from("ab"), _fitting(schema["additionalProperties"]), max_size=2)
         members = {key: _fitting(member) for key, member in schema["properties"].items()}
         required = {key: members.pop(key) for key in schema.get("required", [])}
@@ -482,10 +542,13 @@ def _fitting_type(name: str, schema: Schema) -> st.SearchStrategy[Any]:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), annotation=_annotations)
 def test_values_are_judged_as_jsonschema_judges_them(data: st.DataObject, annotation: Any) -> None:
+    """`parameters` checks each schema against the meta-schema."""
     schema = value_schema(annotation)
     validator = jsonschema.Draft202012Validator(schema)
     for value in (data.draw(_json), data.draw(_fitting(schema))):
-        assert (find_problem(value, schema, "value") is None) == validator.is_valid(value)
+        found, problem = converted(annotation, value), find_problem({"value": value}, values(value=schema), "f")
+        assert (isinstance(found, str) and found.startswith("Error")) != validator.is_valid(value)
+        assert (problem is None) == validator.is_valid(value)
 
 
 @settings(max_examples=150, deadline=None)
@@ -531,46 +594,174 @@ def test_json_becomes_what_the_annotation_asks_for(annotation: Any, value: Any, 
 @pytest.mark.parametrize(
     ("annotation", "value", "told"),
     [
-        (int, "3", 'arguments.value: found "3", expected integer'),
-        (int, True, "arguments.value: found true, expected integer"),
-        (int, 3.5, "arguments.value: found 3.5, expected integer"),
-        (float, math.nan, "arguments.value: found NaN, expected number"),
-        (float, 10**400, "arguments: OverflowError: int too large to convert to float"),
-        (Color, "RED", 'arguments.value: found "RED", expected one of ["red", "deep blue"]'),
-        (Literal[1], True, "arguments.value: found true, expected integer"),
-        (tuple[int, str], [1], "arguments.value: found 1 items, expected 2"),
-        (list[int], [1, "x"], 'arguments.value[1]: found "x", expected integer'),
-        (Point, {"x": 1, "z": 2}, 'arguments.value: found the unknown name "z", expected only x, y, tags'),
+        (int, "3", 'arguments.value: found "3", expected a valid integer'),
+        (int, True, "arguments.value: found true, expected a valid integer"),
+        (int, 3.5, "arguments.value: found 3.5, expected a valid integer"),
+        (float, math.nan, "arguments.value: found NaN, expected a finite number"),
+        (float, 10**400, f"arguments.value: found 1{'0' * 58}…, expected a finite number"),
+        (str, [0] * 99, f"arguments.value: found [{'0, ' * 19}0…, expected a valid string"),
+        (Color, "RED", "arguments.value: found \"RED\", expected 'red' or 'deep blue'"),
+        (tuple[int, str], [1], "arguments.value: 1 is missing"),
+        (list[int], [1, "x"], 'arguments.value[1]: found "x", expected a valid integer'),
+        (Point, {"x": 1, "z": 2}, 'arguments.value: found the unknown name "z"'),
         (Point, {}, "arguments.value: x is missing"),
-        (Positive, {"value": 0}, "arguments: ValueError: not positive"),
-        (list[int] | Point, "x", 'arguments.value: found "x", which none of the allowed forms fits'),
+        (Positive, {"value": 0}, 'arguments.value: found {"value": 0}: Value error, not positive'),
+        (Explosive, {"value": 0}, "arguments: ZeroDivisionError: integer division or modulo by zero"),
+        (list[int] | Point, "x", 'arguments.value: found "x", expected a valid array or an object'),
+        (list[Node], [{"below": [{"below": 3}]}], "arguments.value[0].below[0].below: found 3, expected a valid array"),
+        (Annotated[int, Field(ge=1)], 0, "arguments.value: found 0, expected greater than or equal to 1"),
+        (dict[str, int], {"a": "b"}, 'arguments.value.a: found "b", expected a valid integer'),
     ],
 )
 def test_what_does_not_fit_is_told_and_never_reaches_the_function(annotation: Any, value: Any, told: str) -> None:
     assert converted(annotation, value) == f"Error: {told}"
 
 
-def test_a_schema_that_cannot_be_checked_is_not_half_checked() -> None:
-    schema = tool_schema("scale", scale)
-    schema["function"]["parameters"]["properties"]["n"]["pattern"] = "(a+)+$"
-    with pytest.raises(OptionError, match=r"arguments\.n: pattern"):
-        call_tool({"scale": scale}, [schema], {"name": "scale", "arguments": {"n": 1}})
+def test_many_problems_are_told_shortly() -> None:
+    told = converted(list[int], ["x"] * 10_000)
+    assert told.count("expected") == 3
+    assert len(told) < 500
 
 
-def test_a_narrower_schema_holds_beside_the_signature() -> None:
-    schema = tool_schema("scale", scale)
-    schema["function"]["parameters"]["properties"]["n"]["enum"] = [1, 2]
-    asked = [{"name": "scale", "arguments": {"n": n}} for n in (2, 3)]
-    assert [call_tool({"scale": scale}, [schema], one) for one in asked] == [
-        "4",
-        "Error: arguments.n: found 3, expected one of [1, 2]",
-    ]
+def checked(schema: Any, arguments: Mapping[str, Any]) -> str:
+    """What a call is told whose tool was shown with another schema than its function's."""
+    shown = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    return call_tool({"f": lambda **names: sorted(names)}, [shown], {"name": "f", "arguments": arguments})
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "told"),
+    [
+        (values(n={"enum": [1, 2]}), {"n": 3}, "arguments.n: 3 is not one of [1, 2]"),
+        (values(n={"items": {"type": "string"}}), {"n": ["a", 3]}, "arguments.n[1]: 3 is not of type 'string'"),
+        ({**values(), "required": ["n"]}, {}, "arguments: 'n' is a required property"),
+        (
+            values(n={"anyOf": [{"type": "string"}, {"type": "null"}]}),
+            {"n": 3},
+            "arguments.n: 3 is not of type 'string'; 3 is not of type 'null'",
+        ),
+        (values(n={"type": "integer"}), {"n": "x" * 999}, f"arguments.n: '{'x' * 58}… is not of type 'integer'"),
+        (
+            {"$defs": {"n": {"type": "null"}}, **values(n={"$ref": "#/$defs/n"})},
+            {"n": 3},
+            "arguments.n: 3 is not of type",
+        ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-04/schema#",
+                **values(n={"minimum": 0, "exclusiveMinimum": True}),
+            },
+            {"n": 0},
+            "arguments.n: 0 is less than or equal to the minimum of 0",
+        ),
+    ],
+)
+def test_arguments_are_checked_against_what_was_shown(schema: Any, arguments: Any, told: str) -> None:
+    assert checked(schema, arguments).startswith(f"Error: {told}")
 
 
 def test_a_wider_schema_does_not_widen_the_signature() -> None:
     schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     text = call_tool({"f": Adder.double}, [schema], {"name": "f", "arguments": {"n": "ab"}})
-    assert text == 'Error: arguments.n: found "ab", expected integer'
+    assert text == 'Error: arguments.n: found "ab", expected a valid integer'
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"pattern": "(a+)+$"},
+        {"not": {"pattern": "(a+)+$"}},
+        {"oneOf": [{"pattern": "(a+)+$"}, {"pattern": "b"}]},
+        {"patternProperties": {"(a+)+$": False}, "additionalProperties": False},
+        {"propertyNames": {"pattern": "(a+)+$"}},
+        {"items": {"pattern": "(a+)+$"}},
+        {"$schema": DRAFT_2020, "pattern": "(a+)+$"},
+        {"unevaluatedProperties": False},
+    ],
+)
+def test_patterns_are_left_to_the_function(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a pattern was matched")
+
+    checked(values(n={"type": "integer"}), {"n": 1})  # imports and caches first
+    find_problem({}, values(n=rule), "f")
+    text = "a" * 40 + "!"
+    with monkeypatch.context() as patch:
+        patch.setattr("re.search", refuse)
+        assert [find_problem({"n": n}, values(n=rule), "f") for n in (text, [text], {text: text})] == [None] * 3
+
+
+def _doubling(depth: int) -> Schema:
+    """A small schema of 2 ** depth references."""
+    steps = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(depth)}
+    return {"$defs": {**steps, f"a{depth}": {}}, "$ref": "#/$defs/a0"}
+
+
+def _deep_value(depth: int) -> Any:
+    return {"d": _deep_value(depth - 1)} if depth else 0
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments"),
+    [
+        (_doubling(30), {}),
+        ({"$ref": "#"}, {}),
+        ({"allOf": [{"properties": {"d": {"$ref": "#"}}}] * 2}, _deep_value(30)),
+        (values(n={"items": {"enum": list(range(10_000))}}), {"n": [9_999] * 1_000}),
+        ({"$schema": DRAFT_2020, "allOf": [{"properties": {"d": {"$ref": "#"}}}] * 2}, _deep_value(30)),
+        (values(n={"$id": "urn:n", "$anchor": "n", "items": {"$ref": "#n"}, "default": "x" * 9999}), {"n": [0] * 999}),
+        (values(n={"uniqueItems": True}), {"n": [{"a": i} for i in range(10_000)]}),
+        (values(n={"anyOf": [{"type": "integer"}] * 1_000}), {"n": "x" * 100_000}),
+    ],
+    ids=[
+        "doubling references",
+        "a loop",
+        "doubling levels",
+        "a long enum",
+        "a draft within",
+        "anchors",
+        "unique objects",
+        "long errors",
+    ],
+)
+def test_a_bomb_ends_after_a_bounded_number_of_steps(
+    schema: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = 0
+
+    def count(value: Any) -> int:
+        nonlocal counted
+        counted += 1
+        return SIZE(value)
+
+    monkeypatch.setattr(schemas, "_size", count)
+    assert "not checked: this takes more than" in checked(schema, arguments)
+    assert counted <= 4 * schemas.MAX_STEPS  # two a step, for the schema itself and for the arguments
+
+
+SIZE = schemas._size
+
+
+def test_a_schema_without_end_is_noted_and_its_tool_refused(caplog: pytest.LogCaptureFixture) -> None:
+    schema = values(n={"anyOf": [{"type": "integer"}] * 20_000})
+    check_tool_schemas([{"name": "endless", "parameters": schema}])
+    assert [record.getMessage().split(":")[1] for record in caplog.records] == [" parameters"]
+    with pytest.raises(OptionError, match=r"tool 'f': parameters: more than .* steps to check"):
+        checked(schema, {})
+
+
+@pytest.mark.parametrize("reference", ["https://example.org/s.json", "file:///etc/passwd", "other.json", "#/$defs/a"])
+def test_no_reference_is_fetched(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Any] = []
+    schema = values(a={"$ref": reference})
+    assert check_tool_schemas([{"name": "f", "parameters": schema}])[0]["function"]["parameters"] == schema
+    assert checked(schema, {}) == "[]"  # nothing that it would apply to
+    with monkeypatch.context() as patch:
+        for name in ("urllib.request.urlopen", "socket.socket.connect", "pathlib.Path.open", "builtins.open"):
+            patch.setattr(name, lambda *arguments, **options: fetched.append(arguments))
+        with pytest.raises(OptionError, match="tool 'f': parameters: no arguments can be checked against it"):
+            checked(schema, {"a": 1})
+    assert not fetched
 
 
 # Calls
@@ -595,6 +786,7 @@ def test_a_call_without_arguments(arguments: Any) -> None:
 def test_a_tool_without_parameters_knows_no_names() -> None:
     told = call(lambda: "14:32", {"zone": "UTC"})
     assert told == 'Error: arguments: found the unknown name "zone", expected none'
+    assert call(Adder.double, {"n": 1, "m": 2}) == 'Error: arguments: found the unknown name "m", expected n'
 
 
 @pytest.mark.parametrize(
@@ -753,12 +945,7 @@ def _deep() -> Schema:
         ({"type": "web_search"}, "tools[0]: type: found 'web_search', expected 'function'"),
         ({"type": "function"}, "tools[0]: name: found None"),
         ({"type": "function", "function": []}, "tools[0]: function: found [], expected an object"),
-        ({"function": {"name": "a b"}}, "tools[0]: function: name: found 'a b'"),
-        ({"name": "a", "description": 3}, "tools[0]: description: found 3, expected text"),
-        ({"name": "a", "parameters": []}, "tools[0]: parameters: found [], expected the schema of an 'object'"),
-        ({"name": "a", "parameters": {"type": "string"}}, "tools[0]: parameters: type: found 'string'"),
-        ({"name": "a", "parameters": {"properties": {}}}, "tools[0]: parameters: type: found None"),
-        ({"name": "a", "parameters": {"type": "object", "required": ["b"]}}, "parameters: required: found 'b'"),
+        ({"function": {"name": "a<b"}}, "tools[0]: function: name: found 'a<b'"),
         ({"name": "a", "parameters": {"type": "object", "default": {1}}}, "tools[0].parameters.default: found set"),
         ({"name": "a", "parameters": {"type": "object", "not": _deep()}}, "nested deeper than 64 levels"),
     ],
@@ -796,21 +983,53 @@ _BROKEN: list[Schema] = [
 
 
 @pytest.mark.parametrize("schema", _BROKEN, ids=json.dumps)
-def test_what_the_meta_schema_refuses_is_refused_wherever_it_stands(schema: Schema) -> None:
+def test_what_is_no_json_schema_is_shown_and_noted_once(schema: Schema, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(jsonschema.SchemaError):
         jsonschema.Draft202012Validator.check_schema(schema)
     keyword = next(iter(schema))
     nested = {"type": "object", "properties": {"a": {"items": {"anyOf": [schema]}}}}
-    with pytest.raises(MessagesError) as caught:
-        check_tool_schemas([{"name": "f", "parameters": nested}])
-    assert f"tools[0]: parameters.properties.a.items.anyOf[0].{keyword}" in caught.value.problem
+    for _ in range(2):
+        assert check_tool_schemas([{"name": keyword, "parameters": nested}])[0]["function"]["parameters"] == nested
+    (note,) = caplog.records
+    start = f"tool {keyword!r}: parameters.properties.a.items.anyOf[0].{keyword}"
+    assert note.getMessage().startswith(start)
+    assert note.getMessage().endswith("; shown as given")
+    with pytest.raises(OptionError, match="no arguments can be checked against it"):
+        checked(nested, {})
 
 
-@pytest.mark.parametrize("reference", ["https://example.org/schema.json", "file:///etc/passwd", "other.json", 3])
-def test_no_reference_leaves_the_schema(reference: Any) -> None:
-    parameters = {"type": "object", "properties": {"a": {"$ref": reference}}}
-    with pytest.raises(MessagesError, match="nothing is fetched"):
-        check_tool_schemas([{"name": "f", "parameters": parameters}])
+def test_one_broken_schema_ends_no_other_tool() -> None:
+    shown = [tool_schema("scale", scale), {"function": {"name": "f", "parameters": {"type": "int"}}}]
+    functions = {"scale": scale, "f": scale}
+    assert call_tool(functions, shown, {"name": "scale", "arguments": {"n": 1}}) == "2"
+    with pytest.raises(OptionError, match=r"tool 'f': parameters\.type"):
+        call_tool(functions, shown, {"name": "f", "arguments": {"n": 1}})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        True,
+        values(a={"type": "string"}) | {"type": None},
+        {"properties": {"a": {"type": "string"}}},
+        {"anyOf": [values(a={"type": "string"})]},
+        values(a={"type": "int"}),
+        values(a={"type": "float"}),
+        values(a={"type": "any"}),
+        values(a={"type": "number", "minimum": 0, "exclusiveMinimum": True}),
+        values(a={"type": "string", "required": True}),
+        {**values(), "required": None},
+        {**values(), "required": ["b"]},
+        values(a={"enum": []}),
+        [],
+        "string",
+    ],
+    ids=json.dumps,
+)
+def test_parameters_are_shown_as_they_are_given(schema: Any) -> None:
+    function = {"name": "f", "parameters": schema}
+    assert check_tool_schemas([function]) == [{"type": "function", "function": function}]
 
 
 _keywords = st.sampled_from([*(next(iter(schema)) for schema in _BROKEN), "enum", "not", "title", "prefixItems"])
@@ -826,17 +1045,10 @@ _schemas = st.recursive(
 
 
 @settings(max_examples=250, deadline=None)
-@given(schema=_schemas)
-def test_what_is_taken_the_meta_schema_takes(schema: Any) -> None:
-    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
-    try:
-        checked = check_tool_schemas([tool])
-    except MessagesError:
-        return
-    taken = checked[0]["function"]["parameters"]
-    # Lists as `items` are of the older draft.
-    validators = (jsonschema.Draft202012Validator, jsonschema.Draft7Validator)
-    assert any(validator(validator.META_SCHEMA).is_valid(taken) for validator in validators)
+@given(schema=_schemas.filter(lambda schema: isinstance(schema, dict)))
+def test_a_schema_is_judged_as_jsonschema_judges_it(schema: Any) -> None:
+    is_valid = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA).is_valid(schema)
+    assert (schemas.schema_problem(json.dumps(schema)) is None) == is_valid
 
 
 @settings(deadline=None)
@@ -846,6 +1058,10 @@ def test_our_own_schemas_are_taken(annotation: Any) -> None:
     assert check_tool_schemas([schema]) == [schema]
 
 
-def test_importing_the_package_imports_no_validator() -> None:
-    code = "import sys, mlxqwen.chat.tools; sys.exit('jsonschema' in sys.modules)"
+def test_a_chat_without_tools_loads_no_library_for_them() -> None:
+    code = (
+        "import sys, mlxqwen, mlxqwen.chat.tools, mlxqwen.chat.prompts; from tests.test_tokenizer import QWEN;"
+        "assert mlxqwen.chat.prompts.render_prompt(QWEN, [{'role': 'user', 'content': 'Hello'}]);"
+        "sys.exit(not {'pydantic', 'pydantic_core', 'jsonschema', 'referencing'}.isdisjoint(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

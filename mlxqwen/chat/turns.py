@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxqwen.errors import MessagesError
 from mlxqwen.files.json_file import json_kind, parse_json
-from mlxqwen.text.messages import REASONING_NAMES, prepare_messages, split_reasoning, with_reasoning
+from mlxqwen.text.messages import Message, prepare_messages, without_reasoning
 
 __all__ = [
     "check_conversation",
@@ -35,7 +35,7 @@ def soft_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
 
 def without_old_reasoning(
     messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False
-) -> list[dict[str, Any]]:
+) -> list[Message]:
     """A conversation without the reasoning behind answers already given: what follows the last question keeps it.
 
     Qwen3's chat template leaves it out as well: its ids are the same for what comes out as for what goes in.
@@ -49,7 +49,7 @@ def without_old_reasoning(
     questions = [i for i, message in enumerate(prepared) if _is_question(message, trust_special_tokens)]
     # Without any question Qwen3's template leaves all reasoning out.
     old = questions[-1] if questions else len(prepared)
-    return [*map(_without_reasoning, prepared[:old]), *prepared[old:]]
+    return [*map(without_reasoning, prepared[:old]), *prepared[old:]]
 
 
 def count_turns(messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False) -> int:
@@ -104,10 +104,6 @@ def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
         _check_results(calls, results, f"messages[{i - 1}]")
         results = []
         calls = _check_tool_calls(message, where)
-        if role != "assistant" and messages[i].get("content") is None:
-            raise MessagesError(
-                f"{where}: content: found none, expected text", hint="Only an assistant may lack content."
-            )
     _check_results(calls, results, f"messages[{len(messages) - 1}]")
 
 
@@ -208,10 +204,3 @@ def _is_question(message: Mapping[str, Any], trust_special_tokens: bool) -> bool
     content = message["content"]
     is_result = content.startswith("<tool_response>") and content.endswith("</tool_response>")
     return message["role"] == "user" and not (trust_special_tokens and is_result)
-
-
-def _without_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in split_reasoning(message).items() if name not in REASONING_NAMES}
-    # Beside reasoning a think block is content, which it must not cease to be.
-    is_text = "reasoning_content" in message and "</think>" in message["content"]
-    return with_reasoning(kept, "") if is_text else kept

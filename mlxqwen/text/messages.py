@@ -1,31 +1,67 @@
 """Conversations as callers write them → plain JSON values that any chat template can be trusted with.
 
-The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out is a copy
-made of exact `str`, `int`, `float`, `bool`, `None`, `list` and `dict`: a template meets no object with methods of
-its own.
+The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out are `Message`s:
+checked once, never changed. `dict(message)` is a copy made of exact `str`, `int`, `float`, `bool`, `None`, `list` and
+`dict`, so that a template meets no object with methods of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.files.json_file import find_lone_surrogate, json_kind
 
 __all__ = [
+    "Message",
     "check_unicode",
     "prepare_messages",
     "prepare_tools",
     "split_reasoning",
     "to_plain_json",
+    "without_reasoning",
 ]
 
 MAX_DEPTH = 64
 
 _THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PARTS = 'Parts are texts such as {"type": "text", "text": "Hello"}.'
+_RESULT = "Give a tool's result as text: json.dumps(result) writes an object, a number, a list or null as such."
+
+
+class Message(Mapping[str, Any]):
+    """A checked message: `prepare_messages` takes it as it is. It cannot change: lists and dicts in it come as copies.
+
+    Args:
+        plain: what a message made by `prepare_messages` holds, or such a message with other texts in it; copied.
+    """
+
+    __slots__ = ("_plain",)
+
+    def __init__(self, plain: Mapping[str, Any]) -> None:
+        self._plain = {key: _copied(value) for key, value in plain.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return _copied(self._plain[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plain)
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+    def __repr__(self) -> str:
+        return f"Message({self._plain!r})"
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def check_unicode(text: str, where: str, *, error: type[OptionError] = OptionError) -> None:
@@ -64,11 +100,11 @@ def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
     )
 
 
-def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A checked copy of a conversation.
+def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """A checked conversation; messages that are checked already are taken as they are.
 
-    Keys that are None are dropped, text parts of content are joined, missing content becomes "" beside tool calls
-    or reasoning, and reasoning is found as `reasoning_content` whichever of its usual names it came under.
+    Keys that are None are dropped, text parts of content are joined, content that an assistant lacks beside tool calls
+    or reasoning becomes "", and reasoning is found as `reasoning_content` whichever of its usual names it came under.
 
     Raises:
         MessagesError: names the message and what is wrong with it.
@@ -80,7 +116,10 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         )
     if not messages:
         raise MessagesError("messages: found an empty list, expected at least one message")
-    return [_prepare_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return tuple(
+        message if isinstance(message, Message) else _prepare_message(message, f"messages[{i}]")
+        for i, message in enumerate(messages)
+    )
 
 
 def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -102,17 +141,14 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
     return [to_plain_json(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
 
 
-def split_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+def split_reasoning(message: Message) -> Message:
     """A raw reply of an assistant → its reasoning and its content, as Qwen3's chat template would part them.
 
     Only closed think blocks that open the content count, and only where no reasoning is given beside it; tags further
     on are what the reply speaks of.
-
-    Args:
-        message: as `prepare_messages` returns it; never modified.
     """
     if message["role"] != "assistant" or "reasoning_content" in message:
-        return dict(message)
+        return message
     content = message["content"]
     thoughts = []
     end = 0
@@ -120,15 +156,26 @@ def split_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
         thoughts.append(block[1].strip("\n"))
         end = block.end()
     if not thoughts:
-        return dict(message)
-    return with_reasoning({**message, "content": content[end:]}, "\n".join(filter(None, thoughts)))
+        return message
+    return Message(_with_reasoning({**message, "content": content[end:]}, "\n".join(filter(None, thoughts))))
 
 
-def with_reasoning(message: Mapping[str, Any], reasoning: object) -> dict[str, Any]:
+def without_reasoning(message: Message) -> Message:
+    """The message as the template renders it behind an answered question: without its reasoning, named or in tags."""
+    split = split_reasoning(message)
+    if not any(name in split for name in REASONING_NAMES):
+        return message
+    kept = {name: value for name, value in split.items() if name not in REASONING_NAMES}
+    # Beside reasoning a think block is content, which it must not cease to be.
+    is_text = "reasoning_content" in message and "</think>" in message["content"]
+    return Message(_with_reasoning(kept, "") if is_text else kept)
+
+
+def _with_reasoning(message: Mapping[str, Any], reasoning: object) -> dict[str, Any]:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _prepare_message(message: object, where: str) -> dict[str, Any]:
+def _prepare_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise MessagesError(
             f"{where}: found {json_kind(message)}, expected a dict",
@@ -146,32 +193,37 @@ def _prepare_message(message: object, where: str) -> dict[str, Any]:
             raise MessagesError(
                 f"{where}: {name}: found {json_kind(reasoning)}, expected text", hint="Leave it out, or None."
             )
-        plain = with_reasoning(plain, reasoning)
-    may_lack_content = bool(plain.get("tool_calls")) or reasoning is not None
-    plain["content"] = _content_text(plain.get("content"), where, may_lack_content)
-    return plain
+        plain = _with_reasoning(plain, reasoning)
+    may_lack_content = role == "assistant" and (bool(plain.get("tool_calls")) or reasoning is not None)
+    plain["content"] = _content_text(plain.get("content"), where, role, may_lack_content)
+    return Message(plain)
 
 
-def _content_text(content: object, where: str, may_be_missing: bool) -> str:
+def _content_text(content: object, where: str, role: str, may_be_missing: bool) -> str:
     if isinstance(content, str):
         return content
     if content is None:
         if may_be_missing:
             return ""
-        raise MessagesError(f"{where}: content: found none, expected text", hint="Only tool calls may stand alone.")
+        hint = _RESULT if role == "tool" else "Only an assistant that calls tools or thinks may lack content."
+        raise MessagesError(f"{where}: content: found none, expected text", hint=hint)
     if not isinstance(content, list):
-        raise MessagesError(f"{where}: content: found {json_kind(content)}, expected text or a list of parts")
-    return "".join(_part_text(part, f"{where}: content[{i}]") for i, part in enumerate(content))
+        raise MessagesError(
+            f"{where}: content: found {json_kind(content)}, expected text or a list of parts",
+            hint=_RESULT if role == "tool" else _PARTS,
+        )
+    return "".join(_part_text(part, f"{where}: content[{i}]", role) for i, part in enumerate(content))
 
 
-def _part_text(part: object, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+def _part_text(part: object, where: str, role: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    found = repr(part.get("type")) if isinstance(part, dict) else json_kind(part)
-    raise MessagesError(
-        f'{where}: found {found}, expected {{"type": "text", "text": …}}',
-        hint="Qwen3 reads text only: leave images, audio and files out.",
-    )
+    is_part = isinstance(part, dict) and isinstance(part.get("type"), str)
+    found = repr(part["type"]) if isinstance(part, dict) and is_part else json_kind(part)
+    hint = _RESULT if role == "tool" and not is_part else "Qwen3 reads text only: leave images, audio and files out."
+    raise MessagesError(f'{where}: found {found}, expected text or {{"type": "text", "text": …}}', hint=hint)
 
 
 def _plain_string(text: str, where: str) -> str:

@@ -18,7 +18,7 @@ import tokenizers
 
 from mlxqwen.errors import MessagesError, OptionError, TemplateError
 from mlxqwen.text.chat_template import render_chat
-from mlxqwen.text.messages import check_unicode, split_reasoning
+from mlxqwen.text.messages import Message, check_unicode, split_reasoning
 
 __all__ = ["SafeChatEncoder"]
 
@@ -68,7 +68,7 @@ class SafeChatEncoder:
     def encode(
         self,
         source: str,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         special_tokens: Mapping[str, str],
@@ -96,7 +96,7 @@ class SafeChatEncoder:
             self._checked_templates.add(source)
         return self._encode(
             source,
-            [split_reasoning(message) for message in messages],
+            [dict(split_reasoning(message)) for message in messages],
             special_tokens,
             tools=tools,
             variables=variables or {},

@@ -312,7 +312,7 @@ class Tokenizer:
             return self._not_empty(ids)
         text = render_chat(
             source,
-            conversation,
+            [dict(message) for message in conversation],
             tools=schemas,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

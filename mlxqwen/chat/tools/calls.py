@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlxqwen.chat.tools.functions import arguments_kind, bound_names
-from mlxqwen.chat.tools.validation import find_problem
+from mlxqwen.chat.tools.functions import read_arguments
+from mlxqwen.chat.tools.schemas import find_problem
 from mlxqwen.errors import MessagesError, OptionError, one_line
 from mlxqwen.files.json_file import json_kind, parse_json
 from mlxqwen.text.messages import to_plain_json
@@ -42,7 +42,7 @@ def call_tool(
         an exception or `sys.exit`, and for a result that JSON cannot hold.
 
     Raises:
-        OptionError: a limit below 1, a function that is no tool, or a schema that arguments cannot be checked against.
+        OptionError: a limit below 1, a function that is no tool, or the called tool's schema is none: names the tool.
         KeyboardInterrupt and its like pass through. A tool may take as long as it takes: nothing but Ctrl-C ends it, so
             one that may hang has to bound itself.
     """
@@ -75,14 +75,14 @@ def _prepare(
         raise MessagesError(f"found no tool named {name[:64]!r}, expected one of: {', '.join(offered) or 'none'}")
     function = functions[name]
     arguments = _parse_arguments(asked.get("arguments", {}))
-    kind = arguments_kind(name, function)
-    for schema in (shown[name].get("parameters", {}), kind.schema):
-        if problem := find_problem(arguments, schema, "arguments"):
-            raise MessagesError(problem)
-    if taken := sorted(bound_names(function) & arguments.keys()):
-        raise MessagesError(f"arguments: found the unknown name {taken[0]!r}")
+    taken = read_arguments(name, function)
+    given = shown[name].get("parameters", {})
+    if given != taken.schema and (problem := find_problem(arguments, given, name)):
+        raise MessagesError(problem)
     try:
-        return function, kind.convert(arguments)
+        return function, taken.convert(arguments)
+    except MessagesError:
+        raise
     except (Exception, SystemExit) as cause:  # a class in the arguments may refuse what it is made of
         raise MessagesError(f"arguments: {type(cause).__name__}: {_text_of(cause)}") from None
 

@@ -1,25 +1,51 @@
-"""Schemas of tools as users give them: checked before a model is shown them."""
+"""Tools as callers give them, and arguments checked against their JSON schemas: jsonschema's rules, within bounds.
+
+A schema may come from a stranger's server. A chat shows it as it is; arguments are checked against it in a bounded
+number of steps. No reference is fetched, and no pattern is matched, as Python's `re` may take for ever over one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
-from mlxqwen.chat.tools.functions import NAME_RULE, is_tool_name
-from mlxqwen.errors import MessagesError
+from mlxqwen.errors import MessagesError, OptionError, one_line
 from mlxqwen.text.messages import prepare_tools
 
-__all__ = ["check_tool_schemas"]
+__all__ = ["MAX_STEPS", "NAME_RULE", "check_tool_schemas", "find_problem", "is_tool_name"]
 
-_TYPES = {"null", "boolean", "integer", "number", "string", "array", "object"}
-_COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "dependentSchemas", "if"}
+NAME_RULE = "1 to 128 printable characters without <, >, quotes, \\, { and }"
+MAX_NAME = 128
+MAX_STEPS = 200_000  # a keyword's visit, an entry of its value, an item of what it judges, or 16 characters of an error
+MAX_TOLD = 300
+MAX_FORMS = 4
+MAX_FOUND = 60
+
+logger = logging.getLogger("mlxqwen")
+
+_UNCHECKED = {"pattern", "patternProperties", "unevaluatedItems", "unevaluatedProperties"}
+_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
+# Of these, what a keyword below lets pass may be what is wrong.
+_TURNING = {"not", "disallow", "oneOf", "if", "contains", "minContains", "maxContains"}
+
+
+def is_tool_name(name: object) -> bool:
+    """Whether a model can call a tool by this name in any form of a call, and the name ends neither tag nor string."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name != name.strip():
+        return False
+    return name.isprintable() and not set(name) & set("<>\"'`\\{}")
 
 
 def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A copy of tool schemas, each in the form `{"type": "function", "function": {"name": …}}`.
 
-    Bare functions are wrapped, keys of None in a function dropped. `parameters` must be a JSON schema of an object; no
-    reference leaves the schema, and nothing is fetched.
+    Bare functions are wrapped, keys of None in a function dropped. `parameters` stay as they are, whatever they are;
+    where they are no JSON schema, one note of the logger `mlxqwen` says so.
 
     Raises:
         MessagesError: names the tool, the place in it and what is wrong.
@@ -32,8 +58,156 @@ def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         if name in first_place:
             raise MessagesError(f"tools[{i}]: name: {name!r} is already that of tools[{first_place[name]}]")
         first_place[name] = i
+        if "parameters" in function:
+            _note_problem(name, json.dumps(function["parameters"]))
         result.append({"type": "function", "function": function})
     return result
+
+
+def find_problem(arguments: Mapping[str, Any], schema: Any, name: str) -> str | None:
+    """What keeps a call's arguments from a schema, in words for the model that wrote them; None if nothing does.
+
+    `pattern`, `patternProperties`, `unevaluatedItems`, `unevaluatedProperties` and `format` are left to the function;
+    where a `not`, `oneOf`, `if` or `contains` depends on them, that is too.
+
+    Args:
+        arguments: plain JSON values.
+        schema: as it was shown.
+        name: the tool's.
+
+    Raises:
+        OptionError: the schema is none, or refers to what it does not hold: names the tool.
+    """
+    text = json.dumps(schema)
+    if problem := schema_problem(text):
+        raise OptionError(
+            f"tool {name!r}: parameters{problem}: no arguments can be checked against it",
+            hint="Repair the schema, or leave this tool out.",
+        )
+    try:
+        found = _best(_draft_of(schema), schema, arguments, _Steps(len(text)))
+    except (_TooExpensiveError, RecursionError):
+        return f"arguments: not checked: this takes more than {MAX_STEPS:,} steps, or goes too deep"
+    except Exception as cause:  # jsonschema's own for references, and what a number or a URI may raise in it
+        raise OptionError(
+            f"tool {name!r}: parameters: no arguments can be checked against it: {cause}",
+            hint="References stay within the schema, as nothing is fetched. Repair it, or leave this tool out.",
+        ) from None
+    return None if found is None else f"arguments{found}"
+
+
+@lru_cache(maxsize=256)
+def schema_problem(text: str) -> str | None:
+    """Where the JSON text of a schema breaks its draft's rules, and which, behind the schema's name; None if nowhere.
+
+    The draft is that of `$schema`, else 2020-12.
+    """
+    schema = json.loads(text)
+    if not isinstance(schema, dict):
+        return f": found {text[:60]}, expected an object"
+    try:
+        draft = _draft_of(schema)
+        return _best(draft, draft.META_SCHEMA, schema, _Steps())
+    except (_TooExpensiveError, RecursionError):
+        return f": more than {MAX_STEPS:,} steps to check"
+
+
+@lru_cache(maxsize=256)
+def _note_problem(name: str, text: str) -> None:
+    """Say once what is wrong with a tool's parameters."""
+    if problem := schema_problem(text):
+        logger.warning("%s", one_line(f"tool {name!r}: parameters{problem}; shown as given"))
+
+
+@dataclass(slots=True)
+class _Steps:
+    """What a check may still cost, the length of a stranger's schema, and how often a rule was left to the function."""
+
+    characters: int = 0
+    left: int = MAX_STEPS
+    unchecked: int = 0
+
+
+class _TooExpensiveError(Exception):
+    pass
+
+
+_steps: ContextVar[_Steps] = ContextVar("_steps")
+
+
+def _draft_of(schema: Any) -> Any:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+
+    declared = schema.get("$schema")
+    try:
+        return validator_for({"$schema": declared} if isinstance(declared, str) else {}, default=Draft202012Validator)
+    except ValueError:  # no URI
+        return Draft202012Validator
+
+
+@cache
+def _bounded(draft: Any) -> Any:
+    """A draft's validator that counts its steps, fetches nothing and matches no patterns."""
+    from attrs import evolve
+    from jsonschema.validators import extend
+
+    validator = extend(draft, {keyword: _counted(keyword, check) for keyword, check in draft.VALIDATORS.items()})
+    # jsonschema's own `evolve` takes the plain class of its draft for a subschema that names one.
+    validator.evolve = lambda self, **changes: evolve(self, **changes)
+    return validator
+
+
+def _counted(keyword: str, check: Callable[..., Iterator[Any] | None]) -> Callable[..., Sequence[Any]]:
+    def counted(validator: Any, value: Any, instance: Any, schema: Mapping[str, Any]) -> Sequence[Any]:
+        steps = _steps.get()
+        items = _size(instance)
+        steps.left -= 1 + _size(value) + (items * items if keyword == "uniqueItems" else items)
+        if isinstance(value, str) and keyword in _REFERENCES:
+            # Each look-up of an anchor or an address walks the whole schema.
+            steps.left -= (len(value) if value.startswith("#/") else steps.characters) // 16
+        if steps.left < 0:
+            raise _TooExpensiveError
+        if keyword in _UNCHECKED or (keyword == "additionalProperties" and "patternProperties" in schema):
+            steps.unchecked += 1
+            return ()
+        before = steps.unchecked
+        errors = list(check(validator, value, instance, schema) or ())
+        steps.left -= sum(len(error.message) for error in errors) // 16
+        return () if keyword in _TURNING and steps.unchecked > before else errors
+
+    return counted
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else 0
+
+
+def _best(draft: Any, schema: Any, value: Any, steps: _Steps) -> str | None:
+    """The most telling problem of a value, behind its name; None if the schema fits."""
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+
+    token = _steps.set(steps)
+    try:
+        error: Any = best_match(_bounded(draft)(schema, registry=Registry()).iter_errors(value))
+    finally:
+        _steps.reset(token)
+    if error is None:
+        return None
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+    # Of several forms none of which fits, each says what it would take.
+    forms = [form for form in error.context or () if not form.path] or [error]
+    told = dict.fromkeys(_message(form) for form in forms[:MAX_FORMS])
+    return one_line(f"{path}: {'; '.join(told)}", MAX_TOLD)
+
+
+def _message(error: Any) -> str:
+    """An error's text, in which a long value is cut."""
+    found, text = repr(error.instance), str(error.message)
+    return (
+        f"{found[: MAX_FOUND - 1]}…{text[len(found) :]}" if len(found) > MAX_FOUND and text.startswith(found) else text
+    )
 
 
 def _check_function(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -49,107 +223,8 @@ def _check_function(tool: dict[str, Any], where: str) -> dict[str, Any]:
     function = {key: value for key, value in function.items() if value is not None}
     if not is_tool_name(function.get("name")):
         raise _wrong(f"{where}: name", function.get("name"), NAME_RULE)
-    if not isinstance(function.get("description", ""), str):
-        raise _wrong(f"{where}: description", function["description"], "text")
-    if "parameters" in function:
-        _check_parameters(function["parameters"], f"{where}: parameters")
     return function
-
-
-def _check_parameters(schema: object, where: str) -> None:
-    if not isinstance(schema, dict) or schema.get("type") != "object":
-        found = schema.get("type") if isinstance(schema, dict) else schema
-        raise _wrong(f"{where}: type" if isinstance(schema, dict) else where, found, "the schema of an 'object'")
-    _check_schema(schema, where)
-    if not _COMBINING & schema.keys():
-        for name in schema.get("required", []):
-            if name not in schema.get("properties", {}):
-                raise MessagesError(f"{where}: required: found {name!r}, which properties does not have")
-
-
-def _check_schema(schema: object, where: str) -> None:
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise _wrong(where, schema, "a JSON schema")
-    for keyword, value in schema.items():
-        if check := _CHECKS.get(keyword):
-            check(value, f"{where}.{keyword}")
-
-
-def _check_text(value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise _wrong(where, value, "text")
-
-
-def _check_reference(value: object, where: str) -> None:
-    if not isinstance(value, str) or not value.startswith("#"):
-        raise _wrong(where, value, "a reference within the schema, #/…: nothing is fetched")
-
-
-def _check_type(value: object, where: str) -> None:
-    names = value if isinstance(value, list) else [value]
-    known = bool(names) and all(isinstance(name, str) and name in _TYPES for name in names)
-    if not known or len(set(names)) != len(names):
-        raise _wrong(where, value, f"one or more of {', '.join(sorted(_TYPES))}")
-
-
-def _check_names(value: object, where: str) -> None:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise _wrong(where, value, "a list of names")
-    if len(set(value)) != len(value):
-        raise _wrong(where, value, "each name once")
-
-
-def _check_number(value: object, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(where, value, "a number")
-
-
-def _check_count(value: object, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _wrong(where, value, "a whole number, 0 or more")
-
-
-def _check_values(value: object, where: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise _wrong(where, value, "a list of values")
-
-
-def _check_by_name(value: object, where: str) -> None:
-    if not isinstance(value, dict):
-        raise _wrong(where, value, "an object of JSON schemas")
-    for name, schema in value.items():
-        _check_schema(schema, f"{where}.{name}")
-
-
-def _check_schemas(value: object, where: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise _wrong(where, value, "a list of JSON schemas")
-    for i, schema in enumerate(value):
-        _check_schema(schema, f"{where}[{i}]")
-
-
-def _check_items(value: object, where: str) -> None:
-    # Older drafts write a list here for what is now `prefixItems`.
-    (_check_schemas if isinstance(value, list) else _check_schema)(value, where)
 
 
 def _wrong(where: str, found: object, expected: str) -> MessagesError:
     return MessagesError(f"{where}: found {found!r:.80}, expected {expected}")
-
-
-_CHECKS: dict[str, Callable[[object, str], None]] = {
-    "type": _check_type,
-    "enum": _check_values,
-    "required": _check_names,
-    "items": _check_items,
-    **dict.fromkeys(("title", "description", "pattern", "format", "$comment"), _check_text),
-    **dict.fromkeys(("$ref", "$dynamicRef"), _check_reference),
-    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), _check_by_name),
-    **dict.fromkeys(("anyOf", "allOf", "oneOf", "prefixItems"), _check_schemas),
-    **dict.fromkeys(("additionalProperties", "propertyNames", "contains", "not", "if", "then", "else"), _check_schema),
-    **dict.fromkeys(("minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"), _check_number),
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _check_count),
-    **dict.fromkeys(("minProperties", "maxProperties", "minContains", "maxContains"), _check_count),
-}
