@@ -1,6 +1,6 @@
 """Thoughts cut short as a thinking budget cuts them, for the demo model to learn to answer from half a thought.
 
-The cut is made by `mlxqwen.chat.thinking` itself, so that the model sees in training the tokens that are forced on it
+The cut is made by `mlxqwen.chat.budget` itself, so that the model sees in training the tokens that are forced on it
 later.
 """
 
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from demo_data import Conversation
 
-from mlxqwen.chat.thinking import ThinkingBudget
+from mlxqwen.chat.budget import ThinkingBudget
+from mlxqwen.chat.pipeline import ReplyPipeline
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 from mlxqwen.text.tokenizer import Tokenizer
 
 
@@ -33,19 +35,31 @@ def cut_thought(
     What is forced weighs nothing: the model is to go on from it, not to say it. A thought within the budget stays.
     """
     start, end = _last_thought(ids, tokenizer)
-    rule = ThinkingBudget(tokenizer, ids[: start - 1], budget=budget)
-    forced = rule.start()
+    pipeline = ReplyPipeline(tokenizer, begins=None)
+    rule = ThinkingBudget(tokenizer, pipeline, budget, EARLY_STOP_TEXT, [])
     said = start - 1
-    while not forced and said < end:
-        forced = rule.feed(ids[said])
+    while not rule.is_forcing and said < end:
+        pipeline.feed(ids[said])
+        rule.advance(ids[said])
         said += 1
-    if not forced or said == end:
+    if not rule.is_forcing or said == end:
         return list(ids), list(weights)
+    forced = _forced(rule, pipeline, ids[said])
     rest = end + 1 + len(tokenizer.encode_plain("\n\n"))
     return (
         [*ids[:said], *forced, *ids[rest:]],
         [*weights[:said], *[0.0] * len(forced), *weights[rest:]],
     )
+
+
+def _forced(rule: ThinkingBudget, pipeline: ReplyPipeline, drawn: int) -> list[int]:
+    """The tokens that `rule` forces, whose first takes the place of `drawn`."""
+    forced: list[int] = []
+    while rule.is_forcing:
+        forced.append(rule.settle(drawn))
+        pipeline.feed(forced[-1])
+        rule.advance(forced[-1])
+    return forced
 
 
 def _last_thought(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:

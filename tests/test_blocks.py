@@ -12,7 +12,7 @@ from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.cache.blocks import BLOCK, block_nbytes, put_blocks, put_window, take_blocks, take_window
 from mlxqwen.errors import CacheError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from tests.conftest import VOCAB_SIZE
+from tests.conftest import VOCAB_SIZE, random_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -144,3 +144,20 @@ def test_what_does_not_fit_is_refused(tiny: Qwen3ForCausalLM) -> None:
     empty = cache.like(1)
     put_blocks(empty, [])
     assert empty.offset == 0
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_copying_leaves_no_second_owner_of_the_buffers(bits: int | None) -> None:
+    model = random_model(context=40_000)
+    cache = make_cache(model, kv_bits=bits)
+    cache.reserve(20_000)
+    read(model, cache, PROMPT)
+    filled = cache.like(1)
+    filled.reserve(20_000)
+    put_blocks(filled, take_blocks(cache, 0, 0, 32))
+    largest = max(part.nbytes for part in cache.state)
+    for used in (cache, filled):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        read(model, used, [1])
+        assert mx.get_peak_memory() - before < largest / 2  # a token is written in place

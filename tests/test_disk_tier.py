@@ -14,9 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from mlxqwen.cache import disk_tier, make_cache
 from mlxqwen.cache.blocks import BLOCK
@@ -267,6 +271,17 @@ def test_a_file_under_another_name_is_dropped(folder: Path, caplog: pytest.LogCa
     assert files(folder) == []
 
 
+@pytest.mark.usefixtures("small_files")
+def test_the_same_tokens_behind_others_are_other_blocks(folder: Path) -> None:
+    store = store_on(folder)
+    put(store, 1, 2, 7, 8)
+    put(store, 3, 4)
+    store.flush()
+    last = folder / f"{chain_of(1, 2, 7, 8).keys[2].hex()}.kv1"
+    last.rename(folder / f"{chain_of(3, 4, 7, 8).keys[2].hex()}.kv1")
+    assert length(store_on(folder), 3, 4, 7, 8) == 2
+
+
 def test_what_is_no_file_of_this_user_is_not_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,3 +488,81 @@ def test_what_killed_writers_left_goes_after_a_while(folder: Path) -> None:
     os.utime(old, (time.time() - 3600,) * 2)
     DiskTier(folder, LARGE)
     assert files(folder) == [new]
+
+
+class StoreOnDisk(RuleBasedStateMachine):
+    """Runs one after the other on a folder whose files are damaged and lost now and then."""
+
+    symbols = st.lists(st.integers(1, 2), max_size=5).map(tuple)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self.temporary.name) / "prefixes"
+        self.written: set[tuple[int, ...]] = set()
+        self.unwritten: set[tuple[int, ...]] = set()
+        self.lost: set[tuple[int, ...]] = set()  # or still in memory
+        self.is_damaged = False
+        self.small_files = mock.patch.object(disk_tier, "_RUN_BYTES", 2 * SIZE + 2048)
+        self.small_files.start()
+
+    @initialize(memory=st.sampled_from([0, 2 * SIZE, LARGE]))
+    def begin(self, memory: int) -> None:
+        self.memory = memory
+        self.store = store_on(self.folder, memory=memory)
+
+    @rule(prefix=symbols)
+    def put(self, prefix: tuple[int, ...]) -> None:
+        put(self.store, *prefix, pin=False)
+        self.unwritten |= {prefix[: n + 1] for n in range(len(prefix))}
+
+    @rule()
+    def flush(self) -> None:
+        self.store.flush()
+        self.written |= self.unwritten
+        self.unwritten = set()
+
+    @rule()
+    def reopen(self) -> None:
+        """As after kill -9: what was not flushed is lost, if it was not written early."""
+        self.lost |= self.unwritten
+        self.unwritten = set()
+        self.store = store_on(self.folder, memory=self.memory)
+
+    @rule(prefix=symbols)
+    def match(self, prefix: tuple[int, ...]) -> None:
+        found = length(self.store, *prefix)
+        if not self.is_damaged:
+            assert found >= next((n for n in range(len(prefix)) if prefix[: n + 1] not in self.written), len(prefix))
+        put_ever = self.written | self.unwritten | self.lost
+        assert found <= next((n for n in range(len(prefix)) if prefix[: n + 1] not in put_ever), len(prefix))
+
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        paths = files(self.folder)
+        if paths:
+            path = data.draw(st.sampled_from(paths))
+            content = bytearray(path.read_bytes())
+            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+            path.write_bytes(content)
+            self.is_damaged = True  # what is written on top of it may be lost with it
+            self.lose()
+
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        paths = files(self.folder)
+        if paths:
+            data.draw(st.sampled_from(paths)).unlink()
+            self.lose()
+
+    def lose(self) -> None:
+        self.lost |= self.written
+        self.written = set()
+
+    def teardown(self) -> None:
+        self.small_files.stop()
+        self.temporary.cleanup()
+
+
+TestStoreOnDisk = StoreOnDisk.TestCase
+TestStoreOnDisk.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)

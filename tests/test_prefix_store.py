@@ -297,7 +297,8 @@ def test_a_hash_alone_is_not_believed(hashes: int) -> None:
             assert length(store, *symbols) <= len(symbols)
             for other in [(1, 2, 3), (2, 1, 1), (4, 4), (2, 2, 1), (1, 2, 4)]:
                 length(store, *other)
-        store.match(SPACE + "x", prompt(1, 2))
+            assert store.held_nbytes == store.nbytes  # none hides another
+        assert store.match(SPACE + "x", prompt(1, 2)).length == 0
 
 
 @pytest.mark.parametrize("capacity", [-1, 1.5, "2GB", True, None])

@@ -9,22 +9,22 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations, count
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlxqwen.chat import splitter
 from mlxqwen.chat.reply import (
-    MAX_WARNINGS,
     Delta,
     Reply,
-    ReplyParser,
     ToolCall,
     ToolCallDelta,
     join_deltas,
-    parse_reply,
 )
-from mlxqwen.chat.tool_call_text import ToolCallScanner
+from mlxqwen.chat.reply_parser import ReplyParser, TagLexer, parse_reply
+from mlxqwen.chat.splitter import MAX_WARNINGS, Splitter, Tag, _OpenCall
 from mlxqwen.errors import OptionError
 
 # Text of a thinking model → reasoning and content.
@@ -110,6 +110,30 @@ CALLS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("a <tool_calls> </tool_call> <tool_cal", "a <tool_calls> </tool_call> <tool_cal", []),
     (f"<<tool_call><tool_call>{NOW[11:]}<", "<<tool_call><", [("now", "{}")]),
     ("use <tool_call> here", "use <tool_call> here", []),
+    ("write `<tool_call>` here", "write `<tool_call>` here", []),
+    ('<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ('<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [("f", '{"a": 1}')]),
+    (
+        '<tool_call>{"name": "f", "arguments": {"b": 1}, "parameters": {"a": 1}}</tool_call>',
+        "",
+        [("f", '{"b": 1}')],
+    ),
+    ('<tool_call>{"name": "f", "arguments": {"a": "\n\t\r"}}</tool_call>', "", [("f", '{"a": "\\n\\t\\r"}')]),
+    (
+        '<tool_call>\n{"name": "f", "arguments":\n\t{"a":\n"\\"\n"}}\n</tool_call>',
+        "",
+        [("f", '{"a":\n"\\"\\n"}')],
+    ),
+    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\n\\"}"}</tool_call>', "", [("f", '{"a": "\\n"}')]),
+    (
+        '<tool_call>[{"name": "f", "arguments": {"a": [1]}},\n{"name": "g"}]</tool_call>',
+        "",
+        [("f", '{"a": [1]}'), ("g", "{}")],
+    ),
+    ('<tool_call>\n```json\n{"name": "f", "arguments": {"a": "```"}}\n```\n</tool_call>', "", [("f", '{"a": "```"}')]),
+    ('<tool_call>```\n[{"name": "f"}]```</tool_call>b', "b", [("f", "{}")]),
+    ('a <tool_call>{"name": "f"}', "a ", [("f", "{}")]),
+    (f'{NOW}<tool_call>\n{{"name": "f"}}\n', "", [("now", "{}"), ("f", "{}")]),
     ("<think>\na\n</think>", "<think>\na\n</think>", []),
 ]
 # What is no call, kept as it is.
@@ -131,12 +155,9 @@ BROKEN = [
     '<tool_call>{"name": "f", "arguments": {"a": -Infinity}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"a": "\\x"}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": {"a": "\n"}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>',
     '<tool_call>{"name": "f", "name": "g"}</tool_call>',
-    '<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": null}</tool_call>',
     '<tool_call>{"name": "f", "arguments": "a"}</tool_call>',
     '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>',
     '<tool_call>{"name": ""}</tool_call>',
@@ -145,6 +166,11 @@ BROKEN = [
     "<tool_call>{'name': 'f'}</tool_call>",
     '<tool_call>{"name": "f", "arguments": {"a": "}}</tool_call>',
     '<tool_call>{"name": "f}</tool_call>',
+    '<tool_call>[{"name": "f"}, 1]</tool_call>',
+    '<tool_call>[{"name": "f"} {"name": "f"}]</tool_call>',
+    '<tool_call>{"name": "f", "arguments": {"a": "\x01"}}</tool_call>',
+    '<tool_call>```json\n{"name": "f"}</tool_call>',
+    '<tool_call>```json\n{"name": "f",}\n```</tool_call>',
     '<tool_call>{"name": "f"}</tool_call',
     '<tool_call>{"name": "f"',
     '<tool_call>{"name": "f',
@@ -206,91 +232,170 @@ def whole(text: str, thinking: bool | None, tools: bool = False) -> Reply:
     return replace(reply, tool_calls=calls_of((call.name, call.arguments) for call in reply.tool_calls))
 
 
-def by_the_book(text: str, thinking: bool | None, tools: bool = False) -> Reply:
-    """The rule for a whole text."""
-    reasoning, content, is_cut = "", text, False
-    if thinking or (thinking is None and text.lstrip("\n").startswith("<think>")):
-        reasoning, content, is_cut = thought_by_the_book(text.lstrip("\n").removeprefix("<think>"), tools)
+def by_the_book(text: str, thinking: bool | None, tools: bool = False, *, read: int = 0) -> Reply:
+    """The rules for a whole text; up to `read`, tags are tags in strings, too."""
+    thinks = thinking or (thinking is None and text.lstrip("\n").startswith("<think>"))
+    start = len(text) - len(text.lstrip("\n")) if thinks else 0
+    start += len("<think>") if thinks and text.startswith("<think>", start) else 0
+    reasoning, at, read = thought_by_the_book(text, start, tools, read) if thinks else ("", start, read)
+    content = text[at:]
     calls: list[tuple[str, str]] = []
     if tools:
-        content, calls = calls_by_the_book(content, is_cut)
+        is_cut = thinks and text[at:].startswith("<tool_call>") and not text[:at].endswith("</think>")
+        content, calls = calls_by_the_book(text, at, is_cut=is_cut, read=read)
     return Reply(reasoning.strip("\n") or None, content.strip("\n"), calls_of(calls))
 
 
-def thought_by_the_book(text: str, tools: bool) -> tuple[str, str, bool]:
-    """The thought, what is behind it, and whether a call has cut it off before its `</think>`."""
-    at = 0
+def thought_by_the_book(text: str, start: int, tools: bool, read: int) -> tuple[str, int, int]:
+    """The thought, where the reply goes on, and up to where tags are tags in strings, too."""
+    at = start
     while tag := re.compile("</think>|<tool_call>" if tools else "</think>").search(text, at):
         if tag[0] == "</think>":
-            return text[: tag.start()], text[tag.end() :], False
-        at, _ = call_by_the_book(text, tag.end())
-        if re.compile(r"[ \t\r\n]*{").match(text, tag.end()):
-            return text[: tag.start()], text[tag.start() :], True
-    return text, "", False
+            return text[start : tag.start()], tag.end(), read
+        at, calls, read_now = call_by_the_book(text, tag.end(), is_due=True, read=read)
+        if calls is not None:
+            return text[start : tag.start()], tag.start(), read
+        read = max(read, read_now)
+    return text[start:], len(text), read
 
 
-def calls_by_the_book(text: str, is_cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
+def calls_by_the_book(text: str, at: int, *, is_cut: bool, read: int) -> tuple[str, list[tuple[str, str]]]:
     """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile.
 
-    It also stands for the `</think>` of a thought that was cut off.
+    It also stands for the `</think>` of a thought that a call has ended.
     """
-    content, calls, at = "", [], 0
+    content, calls = "", []
     while tag := re.compile("<tool_call>|</think>" if is_cut else "<tool_call>").search(text, at):
         content += text[at : tag.start()]
         if tag[0] == "</think>":
             content, at, is_cut = content + "\0", tag.end(), False
             continue
-        at, call = call_by_the_book(text, tag.end())
-        content += text[tag.start() : at] if call is None else "\0"
-        calls += [] if call is None else [call]
+        at, made, read_now = call_by_the_book(text, tag.end(), is_due=is_cut, read=read)
+        read = max(read, read_now)
+        content += text[tag.start() : at] if made is None else "\0"
+        calls += made or []
     content = (content + text[at:]).strip("\n\0")
     return re.sub("\n*\0[\n\0]*", lambda found: "\n" if "\n" in found[0] else "", content), calls
 
 
-def call_by_the_book(text: str, start: int) -> tuple[int, tuple[str, str] | None]:
-    """Where what begins with a call's tag ends, and the call, if it is one."""
-    end, value = json_object(text, start)
-    close = re.compile(r"[ \t\r\n]*(</tool_call>)?").match(text, end)
-    assert close
-    stop, call = close.end(), checked_call(text[start:end]) if value is not None and close[1] else None
-    if (value is None or not close[1]) and (first := text.find("</tool_call>", start, stop)) >= 0:
-        stop = first + len("</tool_call>")
-    return stop, call
+def call_by_the_book(
+    text: str, start: int, *, is_due: bool, read: int
+) -> tuple[int, list[tuple[str, str]] | None, int]:
+    """Where what begins with a call's tag ends, the calls, if it is any, and how far it was read.
+
+    Args:
+        is_due: whether `</think>` would be a tag.
+        read: up to where tags are tags in strings, too.
+    """
+    ends = re.compile("</tool_call>|<tool_call>|</think>" if is_due else "</tool_call>|<tool_call>")
+    broken, strings = json_by_the_book(text, start)
+    tags = (tag for tag in ends.finditer(text, start) if tag.start() <= broken)
+    tag = next((tag for tag in tags if tag.start() < read or not strings[tag.start() - start]), None)
+    if tag is None and broken < len(text):
+        # What stands where it breaks is text as well, but for a tag.
+        first = ends.search(text, start, broken)
+        if first is None:
+            return broken, None, broken
+        return (first.end() if first[0] == "</tool_call>" else first.start()), None, broken
+    end = len(text) if tag is None else tag.start()
+    is_closed = tag is not None and tag[0] == "</tool_call>"
+    calls = checked_calls(text[start:end]) if tag is None or is_closed else None
+    if calls is not None:
+        return (end if tag is None else tag.end()), calls, read
+    stop = tag.end() if tag is not None and is_closed else end
+    first = ends.search(text, start, stop)
+    if first is None:
+        return stop, None, stop
+    return (first.end() if first[0] == "</tool_call>" else first.start()), None, stop
 
 
-def json_object(text: str, start: int) -> tuple[int, object]:
-    """Where the object ends, or where the text stops to look like one."""
-    begin = re.compile(r"[ \t\r\n]*").match(text, start)
-    assert begin
-    if not text.startswith("{", begin.end()):
-        return begin.end(), None
+def json_by_the_book(text: str, start: int) -> tuple[int, list[bool]]:
+    """Where what begins at `start` can no longer be JSON in a call, and for each place whether it is in a string."""
+    strings, opened, closed, quoted, escaped = [], 0, 0, False, False
+    is_fenced = text[start:].lstrip(" \t\r\n").startswith("```")
+    for at in range(start, len(text)):
+        character, before = text[at], text[start:at].strip(" \t\r\n")
+        strings.append(quoted)
+        if quoted:
+            quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+        elif is_fenced or (character == "`" and before in ("", "`", "``")):
+            quoted = character == '"'
+        elif character in " \t\r\n" and before not in ("`", "``"):
+            pass
+        elif character not in ('{}[]":,+-.0123456789truefalsenullE' if opened > closed else "" if before else "{["):
+            return at, strings
+        else:
+            quoted, opened, closed = character == '"', opened + (character in "{["), closed + (character in "}]")
+    return len(text), [*strings, quoted]
+
+
+def checked_calls(text: str) -> list[tuple[str, str]] | None:
+    text = re.sub(r"\A[ \t\r\n]*```[-\w]*[ \t]*\n(.*)```[ \t\r\n]*\Z", r"\1", text, flags=re.DOTALL)
+    text = escaped(text)
     try:
-        value, end = json.JSONDecoder().raw_decode(text, begin.end())
-    except json.JSONDecodeError as error:
-        return (len(text) if error.msg.startswith("Unterminated") else error.pos), None
-    return end, value
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if isinstance(value, dict):
+        call = checked_call(text)
+        return None if call is None else [call]
+    if not isinstance(value, list) or not value:
+        return None
+    # One by one, cut where the text before and behind is a list as well.
+    ends = [0, *(i for i, c in enumerate(text) if c == "," and loads(text[:i] + "]") and loads("[" + text[i + 1 :]))]
+    calls = [
+        checked_call(
+            text[i:j].strip(" \t\r\n,").removeprefix("[" if i == 0 else "").removesuffix("]" if j == len(text) else "")
+        )
+        for i, j in zip(ends, [*ends[1:], len(text.rstrip())], strict=True)
+    ]
+    return None if None in calls else [call for call in calls if call is not None]
+
+
+def loads(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def escaped(text: str) -> str:
+    """With escapes for the raw line breaks and tabs in strings."""
+    out, is_inside, skip = "", False, False
+    for character in text:
+        raw = is_inside and character in "\n\r\t"
+        out += json.dumps(character)[1:-1] if raw else character
+        is_inside ^= character == '"' and not skip
+        skip = is_inside and character == "\\" and not skip
+    return out
 
 
 def checked_call(text: str) -> tuple[str, str] | None:
-    pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
-    call = dict(pairs)
-    if not well_made(pairs) or not isinstance(call.get("name"), str) or not call["name"]:
+    try:
+        pairs = json.loads(text, object_pairs_hook=lambda pairs: pairs)
+        call = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(call, dict) or not well_made(pairs) or not isinstance(call.get("name"), str) or not call["name"]:
         return None
     if set(call) == {"name"}:
         return call["name"], "{}"
-    arguments = call.get("arguments", 0)
+    arguments = call.get("arguments", call.get("parameters", 0) if "arguments" not in call else None)
+    if arguments is None:
+        return call["name"], "{}"
     if isinstance(arguments, str):
+        arguments = escaped(arguments)
         try:
             inner = json.loads(arguments, object_pairs_hook=lambda pairs: ("object", pairs))
         except ValueError:
             return None
         return (call["name"], arguments) if isinstance(inner, tuple) and well_made(inner[1]) else None
-    if not isinstance(json.loads(text).get("arguments"), dict):
+    if not isinstance(arguments, dict):
         return None
     # Its source is the piece of the text that means the same: no two that do are the same length here.
-    value = json.loads(text)["arguments"]
     sources = (text[i : j + 1] for i in indices(text, "{") if i for j in reversed(indices(text, "}")))
-    return call["name"], next(source for source in sources if loads_to(source, value))
+    return call["name"], next(source for source in sources if loads_to(source, arguments))
 
 
 def indices(text: str, character: str) -> list[int]:
@@ -366,11 +471,14 @@ def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
         ("Hm. <tool_call> or", "Hm. <tool_call> or", "", 0),
         ("I could use <tool_call> tags here.</think>Yes.", "I could use <tool_call> tags here.", "Yes.", 0),
         ("a<tool_call></think>b", "a<tool_call>", "b", 0),
-        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', "a", '<tool_call>{"name": 1}</tool_call>bc', 1),
-        ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', "a", '<tool_call>{"name": "f}</tool_call>\nb\nc', 0),
-        ('a<tool_call>{"name": "f</think>b', "a", '<tool_call>{"name": "f</think>b', 0),
-        ('a<tool_call>{"x": "</think>b"}</tool_call>', "a", '<tool_call>{"x": "</think>b"}</tool_call>', 0),
-        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "f</think>b', 1),
+        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', 'a<tool_call>{"name": 1}</tool_call>b', "c", 1),
+        ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', 'a\n<tool_call>{"name": "f}</tool_call>\nb', "c", 0),
+        ('a<tool_call>{"name": "f</think>b', 'a<tool_call>{"name": "f', "b", 0),
+        ('a<tool_call>{"x": "</think>b"}</tool_call>', 'a<tool_call>{"x": "', 'b"}</tool_call>', 0),
+        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "fb', 1),
+        ('Hm.<tool_call>\n```json\n{"name": "now"}\n```\n</tool_call>', "Hm.", "", 1),
+        ('a<tool_call>{"name": "now",}</tool_call>', 'a<tool_call>{"name": "now",}</tool_call>', "", 0),
+        ('Hm.<tool_call>{"name": "now"}', "Hm.", "", 1),
         ("Hm. <tool_call", "Hm. <tool_call", "", 0),
         ("Hm. <tool_calls></think>a", "Hm. <tool_calls>", "a", 0),
     ],
@@ -391,17 +499,6 @@ def test_every_text_in_every_cut(pieces: list[str], thinking: bool | None, tools
     assert in_pieces(list(text), thinking, tools) == (expected, warnings)
 
 
-def hides(text: str) -> bool:
-    """Whether nothing of an answer that goes on may be shown of this: it is, or may become, line breaks and a call."""
-    rest = text.lstrip("\n")
-    if not rest.startswith("<tool_call>"):
-        return "<tool_call>".startswith(rest)
-    end, value = json_object(rest, len("<tool_call>"))
-    if value is None:  # a number or an escape cut off looks wrong from its first character on
-        return end == len(rest) or re.search(r'[-+.0-9A-Za-z"\\]$', rest) is not None
-    return "</tool_call>".startswith(rest[end:].lstrip(" \t\r\n"))
-
-
 @given(PIECES | CALL_PIECES, MODES, st.booleans())
 @example(["<tool_call>"], True, True)
 @example(["a", "<tool_call>", " \t"], True, True)
@@ -412,25 +509,15 @@ def test_only_what_may_be_a_tag_a_call_or_an_edge_is_held_back(
     parser = ReplyParser(thinking=thinking, tools=tools, new_id=numbered())
     shown = joined(parser.feed(text))
     reply = by_the_book(text, thinking, tools)
-    if thinking is None and "<think>".startswith(text.lstrip("\n")):
-        assert shown == Reply(None, "")  # it may still become a think block
-        return
-    if reply.content or reply.tool_calls or not parser.may_reason:
-        assert shown.reasoning == reply.reasoning
-        assert reply.content.startswith(shown.content)
-        held = reply.content.removeprefix(shown.content)
-        if "<tool_call>" in held.removeprefix("\n").removeprefix("<tool_call>"):
-            return  # a call not whole holds others, which count at the end
+    kept = (reply.reasoning or "").removeprefix(shown.reasoning or "") + reply.content.removeprefix(shown.content)
+    assert len(kept) == len((reply.reasoning or "") + reply.content) - len((shown.reasoning or "") + shown.content)
+    held = kept.lstrip("\n")
+    tags = [*(["<tool_call>"] if tools else []), *(["<think>", "</think>"] if thinking is not False else [])]
+    may_be_tag = any(tag.startswith(held) for tag in tags)
+    may_be_call = tools and re.match(r"<tool_call>\s*([{\[]|`{0,2}\Z|```|\Z)", held)
+    assert not held or may_be_tag or may_be_call
+    if not may_be_call and "<tool_call>" not in text:
         assert shown.tool_calls == reply.tool_calls
-        assert not held or (tools and hides(held))
-        return
-    reasoning = reply.reasoning or ""
-    held = reasoning.removeprefix(shown.reasoning or "")
-    assert reasoning == (shown.reasoning or "") + held
-    rest = held.lstrip("\n")
-    tags = ("</think>", "<tool_call>") if tools else ("</think>",)
-    may_be_tag = any(tag.startswith(rest) for tag in tags) or (tools and rest.rstrip() == "<tool_call>")
-    assert rest == "" or may_be_tag or (held == reasoning and "<think>".startswith(rest))
 
 
 JSON_VALUES = st.recursive(
@@ -495,12 +582,15 @@ def test_a_call_comes_when_it_is_whole_and_text_at_once() -> None:
         "b",
         "<tool_call> ",
         "c",
+        "<tool_call> ``",
+        "d",
         "<tool_call>{",
         "}",
     ]
     shown = [joined(parser.feed(piece)) for piece in pieces]
-    assert [reply.content for reply in shown] == ["a", "", "", "", "", "\nb", "", "<tool_call> c", "", ""]
-    assert [reply.tool_calls for reply in shown] == [(), (), (), calls_of([("now", "{}")]), *[()] * 6]
+    texts = ["a", "", "", "", "", "\nb", "", "<tool_call> c", "", "<tool_call> ``d", "", ""]
+    assert [reply.content for reply in shown] == texts
+    assert [reply.tool_calls for reply in shown] == [(), (), (), calls_of([("now", "{}")]), *[()] * 8]
     assert joined(parser.finish()) == Reply(None, "<tool_call>{}")
 
 
@@ -516,54 +606,59 @@ def test_warnings_are_logged_and_bounded(caplog: pytest.LogCaptureFixture) -> No
     assert len(warning) < 250
 
 
-LENGTH = 20_000
+LENGTH = 5_000
 HARD = [
     "<tool_call>",
     '<tool_call>{"a":"</tool_call>',
     '<tool_call>{"a":["</tool_call>",',
     '<tool_call>{"</tool_call>',
+    '</tool_call>"<tool_call>{"',
+    '</tool_call><tool_call>{\\"',
+    "x</tool_call><tool_call>[1]",
+    '<tool_call>{"</think>"',
     NOW,
 ]
 
 
 @pytest.mark.parametrize("size", [1, 5, LENGTH])
+@pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize(
     "text",
     [*(unit * (LENGTH // len(unit)) for unit in HARD)]
+    + ['<tool_call>{"' + unit * (LENGTH // len(unit)) for unit in HARD]
     + [start + "[" * LENGTH for start in ("<tool_call>", '<tool_call>{"a":')]
-    + ['<tool_call>{"a":' + "1" * LENGTH, "<tool_call>" + " " * LENGTH, '<tool_call>{"a":' * (LENGTH // 16)]
-    + ['<tool_call>{"a":"' + "</tool_call><tool_call>{" * (LENGTH // 24)]
+    + ['<tool_call>{"a":' + "1" * LENGTH, "<tool_call>" + " " * LENGTH, "<" * LENGTH, "\n" * LENGTH]
+    + ["<tool_call>" + "`" * LENGTH, "<tool_call>```" + " " * LENGTH, '<tool_call>{"a":"' + "\\" * LENGTH]
     + ['<tool_call>{"name":"f","arguments":{"a":"' + "\\u0041" * (LENGTH // 6) + '"}}</tool_call>']
     + ['<tool_call>{"name":"f","arguments":"' + "[" * LENGTH + '"}</tool_call>'],
     ids=lambda text: text[:40],
 )
 def test_every_character_is_looked_at_a_few_times_at_most(
-    text: str, size: int, monkeypatch: pytest.MonkeyPatch
+    text: str, thinking: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = 0
-    feed = ToolCallScanner.feed
+    counts = dict.fromkeys(["searched", "taken", "followed", "parsed"], 0)
 
-    def counting(scanner: ToolCallScanner, piece: str, start: int = 0) -> int:
-        nonlocal taken
-        end = feed(scanner, piece, start)
-        taken += end - start + 1
-        return end
+    def counting(owner: object, name: str, what: str) -> None:
+        function = getattr(owner, name)
 
-    moved = 0
-    take_back = ReplyParser._take_back
+        def counted(*args: Any) -> Any:
+            piece = next(arg for arg in args if isinstance(arg, str | Tag))
+            counts[what] += len(piece.value if isinstance(piece, Tag) else piece)
+            return function(*args)
 
-    def counting_moves(parser: ReplyParser, piece: str) -> None:
-        nonlocal moved
-        before = parser._text
-        take_back(parser, piece)
-        moved += 0 if parser._text is before else len(parser._text)
+        monkeypatch.setattr(owner, name, counted)
 
-    monkeypatch.setattr(ToolCallScanner, "feed", counting)
-    monkeypatch.setattr(ReplyParser, "_take_back", counting_moves)
-    reply, _ = in_pieces([text[at : at + size] for at in range(0, len(text), size)], False, tools=True)
-    assert taken <= 3 * len(text)
-    assert moved <= 3 * len(text)
-    assert reply.content == text or reply.tool_calls
+    counting(TagLexer, "_search", "searched")
+    counting(Splitter, "take", "taken")
+    counting(_OpenCall, "_follow", "followed")
+    counting(splitter, "parse_tool_calls", "parsed")
+    reply, _ = in_pieces([text[at : at + size] for at in range(0, len(text), size)], thinking, tools=True)
+    length = len(text)
+    assert counts["searched"] <= (2 if size > 20 else 13) * length
+    assert counts["taken"] <= 3 * length
+    assert counts["followed"] <= 2 * length
+    assert counts["parsed"] <= 2 * length
+    assert reply.content or reply.tool_calls or reply.reasoning or not text.strip("\n")
 
 
 def test_pieces_of_calls_are_joined() -> None:

@@ -1,10 +1,10 @@
-"""One tool call: what it says, and how far its text reaches."""
+"""The text of tool calls: what they say, and why it is none."""
 
 from __future__ import annotations
 
 import pytest
 
-from mlxqwen.chat.tool_call_text import MAX_NUMBER_LENGTH, ToolCallScanner, parse_tool_call
+from mlxqwen.chat.tool_call_text import parse_tool_calls
 from mlxqwen.files.json_file import MAX_DEPTH
 
 
@@ -16,21 +16,36 @@ from mlxqwen.files.json_file import MAX_DEPTH
         ('{"id": {"arguments": {}}, "arguments": {"a": 1}, "name": "f"}', "f", '{"a": 1}'),
         ('{"n\\u0061me": "\\u00e9", "\\u0061rguments": {"a": 1}}', "é", '{"a": 1}'),
         ('{"name": "f", "arguments": " {\\"a\\":\\t1} "}', "f", ' {"a":\t1} '),
+        ('{"name": "f", "arguments": null}', "f", "{}"),
+        ('{"name": "f", "parameters": {"a": 1}}', "f", '{"a": 1}'),
+        ('{"name": "f", "parameters": "{\\"a\\": 1}"}', "f", '{"a": 1}'),
+        ('{"name": "f", "parameters": {"a": 1}, "arguments": {"b": 1}}', "f", '{"b": 1}'),
+        ('```json\n{"name": "f", "arguments": {"a": "```"}}\n```', "f", '{"a": "```"}'),
+        ('```\r\n{"name": "f"}```', "f", "{}"),
+        ('{"name": "f",\n"arguments":\n{"a":\n"\t\\"\r\n"}}', "f", '{"a":\n"\\t\\"\\r\\n"}'),
         ('{"name": "f", "arguments": {"a": 1.10, "b": 1E2}}', "f", '{"a": 1.10, "b": 1E2}'),
     ],
 )
 def test_arguments_are_the_text_that_stands_there(text: str, name: str, arguments: str) -> None:
-    assert parse_tool_call(text) == (name, arguments)
+    assert parse_tool_calls(text) == [(name, arguments)]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[]", "found a list, expected an object"),
+        ("[]", "found an empty list, expected an object"),
+        ("1", "found a number, expected an object"),
+        ('[{"name": "f"}, []]', "found a list, expected an object"),
+        ("", "Expecting value"),
+        ("```\n```", "Expecting value"),
+        ('```json\n{"name": "f"}', "Expecting value"),
+        ('{"name": "f", "arguments": {"a": "\x0b"}}', "control character"),
+        ('{"name": "f", "parameters": 1}', "parameters: found a number, expected an object"),
+        ('{"name": "f", "arguments": 1, "parameters": {}}', "arguments: found a number, expected an object"),
         ('{"parameters": {}}', "name: found keys 'parameters', expected text"),
         ('{"name": null}', "name: found null, expected text"),
         ('{"name": ""}', "name: found empty text, expected text"),
-        ('{"name": "f", "parameters": {}}', "arguments: found keys 'name', 'parameters' instead"),
+        ('{"name": "f", "args": {}}', "arguments: found keys 'name', 'args' instead"),
         ('{"name": "f", "arguments": 1}', "arguments: found a number, expected an object"),
         ('{"name": "f", "arguments": "true"}', "arguments: found true or false, expected an object"),
         ('{"name": "f", "arguments": ""}', "Expecting value"),
@@ -45,49 +60,16 @@ def test_arguments_are_the_text_that_stands_there(text: str, name: str, argument
 )
 def test_what_is_no_call_is_said(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        parse_tool_call(text)
+        parse_tool_calls(text)
 
 
-def test_the_scanner_ends_behind_the_tag() -> None:
-    scanner = ToolCallScanner()
-    assert scanner.feed('<tool_call>{"a": "</tool_call>', 11) == 30
-    assert scanner.undecided
-    assert scanner.feed('"}</tool_call>and on') == 14
-    assert scanner.complete
-    assert scanner.taken == '{"a": "</tool_call>"}</tool_call>'
+def test_a_list_is_several_calls() -> None:
+    text = '[ {"name": "f", "arguments": {"a": [1, {"]": 2}]}} , {"name": "g", "arguments": {"a\n": 1}}\n]'
+    assert parse_tool_calls(text) == [("f", '{"a": [1, {"]": 2}]}'), ("g", '{"a\\n": 1}')]
 
 
-@pytest.mark.parametrize(
-    ("text", "at", "intact"),
-    [
-        ('{"a": 1]', 7, 7),
-        ('{"a" 1}', 5, 5),
-        ('{"a": 1}</tool_<tool_call>', 15, 8),  # the tag that never came may be another's beginning
-        ('{"a": "</tool_call> " "', 22, 19),
-        ('{"a": 1}</tool_ call>', 15, 8),
-        ('{"a": 1,}', 8, 8),
-        ('{"a": "\\x', 8, 8),
-        ('{"a": "\\u00g0', 11, 11),
-        ('{"a": "\\u00ag', 12, 12),
-        ('{"a": "\t', 7, 7),
-        ('{"a": ' + "9" * (MAX_NUMBER_LENGTH + 1), MAX_NUMBER_LENGTH + 6, MAX_NUMBER_LENGTH + 6),
-        ('{"a":' * (MAX_DEPTH + 1), 5 * MAX_DEPTH, 5 * MAX_DEPTH),
-    ],
-)
-def test_a_broken_call_ends_where_it_breaks(text: str, at: int, intact: int) -> None:
-    for size in (1, len(text)):
-        scanner = ToolCallScanner()
-        pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert sum(scanner.feed(piece) for piece in pieces if scanner.undecided) == at
-        assert scanner.problem is not None
-        assert scanner.taken == text[:at]
-        assert scanner.intact == intact
-
-
-def test_bounds_leave_room() -> None:
-    for text in ('{"a": ' + "9" * MAX_NUMBER_LENGTH + "}", '{"a":' * MAX_DEPTH + "1" + "}" * MAX_DEPTH):
-        scanner = ToolCallScanner()
-        scanner.feed(text + "</tool_call>")
-        assert scanner.complete
+def test_the_depth_of_json_is_bounded() -> None:
     deepest = '{"a":' * (MAX_DEPTH - 2) + "1" + "}" * (MAX_DEPTH - 2)
-    assert parse_tool_call(f'{{"name": "f", "arguments": {deepest}}}') == ("f", deepest)
+    assert parse_tool_calls(f'{{"name": "f", "arguments": {deepest}}}') == [("f", deepest)]
+    with pytest.raises(ValueError, match="nested deeper"):
+        parse_tool_calls(f'{{"name": "f", "arguments": [{deepest}]}}')

@@ -2,8 +2,9 @@
 
     magic (16 bytes) | length of the header (uint32) | xxh3_128 of the header (16 bytes) | header, JSON | blocks
 
-The header names the seed of the chain and the key before the first block, and has the tokens, the dtypes and shapes of
-a block's parts, and a digest of each block. So the first blocks of a run can be used without reading the others.
+The header has the key before the first block, which stands for the model, the kind of cache and all tokens before, the
+tokens, the dtypes and shapes of a block's parts, and a digest of each block. So the first blocks of a run can be used
+without reading the others.
 """
 
 from __future__ import annotations
@@ -54,12 +55,11 @@ class BlockRun:
     """An open run whose header is sound. It has to be closed.
 
     Attributes:
-        seed, before: of the chain, and the key before the first block.
+        before: the key before the first block.
         tokens: int32, of each block.
         file: stands anywhere.
     """
 
-    seed: bytes
     before: bytes
     tokens: Sequence[bytes]
     file: io.FileIO
@@ -69,7 +69,7 @@ class BlockRun:
 
     def common(self, chain: TokenChain, number: int) -> int:
         """How many of its blocks are those of `chain` from block `number` on."""
-        if self.seed != chain.seed or self.before != chain.before(number):
+        if self.before != chain.before(number):
             return 0
         most = min(len(self.tokens), len(chain) - number)
         return next((n for n in range(most) if self.tokens[n] != chain.block(number + n)), most)
@@ -110,7 +110,6 @@ def encode_header(chain: TokenChain, number: int, blocks: Sequence[Stored]) -> b
             digest.update(view)
         digests.append(digest.digest())
     header = {
-        "seed": chain.seed.hex(),
         "before": chain.before(number).hex(),
         "tokens": b"".join(chain.block(number + n) for n in range(len(blocks))).hex(),
         "parts": [[_name(part.dtype), list(part.shape)] for part in blocks[0]],
@@ -165,7 +164,6 @@ def _parse(file: io.FileIO, size: int) -> BlockRun:
         tokens, digests = bytes.fromhex(header["tokens"]), bytes.fromhex(header["digests"])
         parts = [_Part(_DTYPES[name], tuple(shape)) for name, shape in header["parts"]]
         run = BlockRun(
-            seed=bytes.fromhex(header["seed"]),
             before=bytes.fromhex(header["before"]),
             tokens=[tokens[n : n + _BLOCK_TOKEN_BYTES] for n in range(0, len(tokens), _BLOCK_TOKEN_BYTES)],
             file=file,

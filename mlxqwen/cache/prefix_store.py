@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Match", "Pin", "PrefixStore", "namespace"]
 
 _TAKEN_AT_ONCE = 64  # blocks, after which older ones are let go
-_MOST_UNWRITTEN = 1 << 28  # bytes of blocks that wait for the disk
+_MOST_UNWRITTEN = 1 << 26  # bytes of blocks that wait for the disk: about a file
 
 
 def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str = "") -> str:
@@ -124,7 +124,7 @@ class PrefixStore:
         OptionError: a capacity that is no number of bytes.
 
     Attributes:
-        capacity: as given.
+        capacity, disk: as given.
         nbytes: bytes that the store keeps. What only a `Pin` or a `Match` holds is not counted.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -15,6 +16,9 @@ from mlxqwen.text.messages import split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
+
+# The content of an assistant's message that leaves its think block open.
+_BEGUN_THOUGHT = re.compile(r"\s*<think>((?:(?!</think>).)*)\Z", re.DOTALL)
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -57,6 +61,16 @@ def render_prompt(
             f"messages[{len(prepared) - 1}]: found calls of tools at the end, expected their results behind them",
             hint="Add a message of role 'tool' for each call.",
         )
+    begun = _BEGUN_THOUGHT.match(prepared[-1]["content"]) if goes_on and len(prepared) > 1 else None
+    if begun is not None and can_think(tokenizer):
+        before = tokenizer.apply_chat_template(
+            prepared[:-1],
+            tools=schemas or None,
+            add_generation_prompt=True,
+            enable_thinking=thinking or None,
+            trust_special_tokens=trust_special_tokens,
+        )
+        return [*before, *_thought_ids(tokenizer, before, begun[1], trust_special_tokens)]
     return tokenizer.apply_chat_template(
         prepared,
         tools=schemas or None,
@@ -65,6 +79,14 @@ def render_prompt(
         enable_thinking=thinking,
         trust_special_tokens=trust_special_tokens,
     )
+
+
+def _thought_ids(tokenizer: Tokenizer, before: Sequence[int], thought: str, trust_special_tokens: bool) -> list[int]:
+    """The ids of a thought that the caller has begun, behind those of the prompt `before` it."""
+    encode = tokenizer.encode if trust_special_tokens else tokenizer.encode_plain
+    if begins_in_thought(tokenizer, before):  # the template has opened the block
+        return encode(thought.removeprefix("\n") if tokenizer.decode(before[-8:]).endswith("\n") else thought)
+    return [*tokenizer.encode("<think>"), *encode(thought)]
 
 
 def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_tokens: bool = False) -> int:
