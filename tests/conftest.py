@@ -18,7 +18,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
 # Fewer than Hypothesis's hundred, for the whole run to stay short; tests that need more say so.
-settings.register_profile("mlxqwen", max_examples=50)
+settings.register_profile("mlxqwen", max_examples=50, deadline=None)
 settings.load_profile("mlxqwen")
 
 # Programs that a background job starts ignore Ctrl-C; those that the tests start are to hear it.

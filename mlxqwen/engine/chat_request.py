@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
-from mlxqwen.chat.thinking import check_budget_use
 from mlxqwen.chat.turns import count_turns, without_oldest_turns
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, ConstraintFactory, Request, room_for_answer
@@ -16,6 +15,7 @@ from mlxqwen.engine.text_generation import Sampling, resolve_params, text_reques
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.messages import prepare_messages
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ class Responder:
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError, CacheError: it cannot be answered.
         """
-        check_budget_use(options.thinking, options.thinking_budget, options.early_stop_text)
         if options.max_tokens is not None:
             check_integer("max_tokens", options.max_tokens, 1)
         cache = self.cache_of(options)
+        messages = prepare_messages(messages)  # once: all that follows takes them as they are
         if not options.drop_oldest:
             self._refuse_if_too_long(messages, options, cache)
         messages, prompt = self._prompt(messages, options, cache)
@@ -125,7 +125,7 @@ class Responder:
 
     def sampling(self, messages: Messages, options: ChatOptions) -> SamplingParams:
         """See `Engine.sampling_for`."""
-        messages, prompt = self._prompt(messages, options, self.cache_of(options))
+        messages, prompt = self._prompt(prepare_messages(messages), options, self.cache_of(options))
         return self._sampling(prompt, messages, options)
 
     def fit(self, messages: Messages, options: ChatOptions) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.chat.reply import Reply
+from mlxqwen.chat.thinking import check_budget_use
 from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
 from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
@@ -353,6 +354,7 @@ class Engine:
             GenerationError: while iterating.
         """
         self._check_open()
+        check_budget_use(thinking, thinking_budget, early_stop_text)
         options = ChatOptions(
             thinking=thinking,
             thinking_budget=thinking_budget,
