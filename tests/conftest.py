@@ -25,10 +25,9 @@ settings.load_profile("mlxqwen")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test leaves anything in the cache of whoever runs it; compiled tokenizers are for the tests of them.
+# No test leaves anything in the cache of whoever runs it.
 _CACHE = tempfile.TemporaryDirectory(prefix="mlxqwen-tests-")
 os.environ["MLXQWEN_CACHE"] = _CACHE.name
-os.environ["MLXQWEN_TOKENIZER_CACHE"] = "off"
 
 VOCAB_SIZE = 97
 CONTEXT = 64

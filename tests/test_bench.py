@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from benchmarks import baseline, batches, counts, parts, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
 from benchmarks.machine import describe
-from benchmarks.processes import ROOT, ProcessError, Run, await_compilers, own_cache, python, timed
+from benchmarks.processes import ROOT, ProcessError, Run, own_cache, python, timed
 from benchmarks.settings import Settings
 from graph_counts import uncompiled
 from hypothesis import given
@@ -26,7 +25,6 @@ from hypothesis import strategies as st
 
 from mlxqwen.device import current_device
 from mlxqwen.files.hub import DEMO_FOLDER
-from mlxqwen.text.tokenizer_backend.store import claim, discard, entry_path
 
 costs = st.floats(1e-6, 1e6)
 
@@ -152,28 +150,9 @@ def test_a_command_that_fails_is_told_with_what_it_wrote() -> None:
 
 
 def test_nothing_is_written_into_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two notes of compilers at work: the user's, which is no concern of the benchmark's, and its own."""
-    claimed = []
-    for name in ("user", "own"):
-        monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / name))
-        entry = entry_path("0" * 64)
-        assert entry is not None
-        assert claim(entry, tmp_path / "tokenizer.json")
-        claimed.append(entry)
     monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "user"))
     with own_cache(tmp_path / "own"):
         timed(python("-c", f"import os; assert os.environ['MLXQWEN_CACHE'] == {str(tmp_path / 'own')!r}"))
-        waited: list[float] = []
-
-        def end(seconds: float) -> None:
-            waited.append(seconds)
-            discard(claimed[-1])
-
-        monkeypatch.setattr(time, "sleep", end)
-        await_compilers(1)
-        assert not waited
-        await_compilers(0)
-        assert len(waited) == 1
     assert os.environ["MLXQWEN_CACHE"] == str(tmp_path / "user")
 
 

@@ -37,7 +37,7 @@ def fill(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_an_empty_cache(own_cache: Path) -> None:
     assert run("cache", "list").out == f"{own_cache} is empty\n"
-    assert json.loads(run("cache", "list", "--json").out) == {"cache": str(own_cache), "models": [], "tokenizers": []}
+    assert json.loads(run("cache", "list", "--json").out) == {"cache": str(own_cache), "models": []}
     assert run("cache", "prune").out == "nothing to remove\n"
     assert not own_cache.exists()
 
@@ -59,54 +59,6 @@ def test_the_list(tmp_path: Path, own_cache: Path) -> None:
         os.lstat(path).st_blocks * 512 for path in Path(facts[str(two)]["model"]).parent.rglob("*") if path.is_file()
     )
     assert datetime.fromisoformat(facts[str(two)]["last_used"]).tzinfo is not None
-
-
-def compile_demo_tokenizer(folder: Path) -> Path:
-    from mlxqwen.text.tokenizer_backend.background import compile_file
-    from mlxqwen.text.tokenizer_backend.store import digest, entry_path
-
-    folder.mkdir()
-    path = folder / "tokenizer.json"
-    shutil.copy(DEMO_FOLDER / path.name, path)
-    content = digest(path.read_bytes())
-    entry = entry_path(content)
-    assert entry is not None
-    compile_file(path, content, entry)
-    return path
-
-
-def test_tokenizers_are_listed_and_pruned(tmp_path: Path, own_cache: Path) -> None:
-    source = compile_demo_tokenizer(tmp_path / "a\x1b[2J\nb")
-    shown = str(source).replace("\x1b", "\\x1b").replace("\n", "\\n")
-    head, row, total = run("cache", "list").out.splitlines()
-    assert head.split("  ")[0] == "tokenizer"
-    assert row.startswith(shown)
-    assert row.endswith("ready")
-    assert total.endswith(f" in {own_cache / 'tokenizers'}")
-    [facts] = json.loads(run("cache", "list", "--json").out)["tokenizers"]
-    assert (facts["source"], facts["state"]) == (str(source), "ready")
-    assert "MLXQWEN_TOKENIZER_CACHE=off" in run("cache", "list", "--help").out
-    assert facts["bytes"] == os.lstat(facts["path"]).st_blocks * 512
-    assert datetime.fromisoformat(facts["last_used"]).tzinfo is not None
-    assert run("cache", "prune").out == "nothing to remove\n"
-    removed, freed = run("cache", "prune", "--all", "--dry-run").out.splitlines()
-    assert removed.startswith(f"would remove tables of tokenizer {shown} (")
-    assert freed.endswith(" would be freed")
-    told = json.loads(run("cache", "prune", "--all", "--json").out)
-    assert told["removed_tokenizers"] == [{**facts, "reason": "all"}]
-    assert (told["removed"], told["freed_bytes"]) == ([], facts["bytes"])
-    assert run("cache", "list").out.endswith("is empty\n")
-
-
-def test_the_list_of_both(tmp_path: Path, own_cache: Path) -> None:
-    from mlxqwen_convert.cached import converted
-
-    converted(make_source(tmp_path / "one", "fp8").write().folder)
-    compile_demo_tokenizer(tmp_path / "two")
-    models, tokenizers = run("cache", "list").out.split("\n\n")
-    assert models.startswith("source")
-    assert tokenizers.startswith("tokenizer")
-    assert len(run("cache", "prune", "--all").out.splitlines()) == 3
 
 
 def test_pruning(tmp_path: Path) -> None:

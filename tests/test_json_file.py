@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ json_values = st.recursive(
 )
 
 
-def read(tmp_path: Path, content: bytes | str, **options: int) -> dict[str, object]:
+def read(tmp_path: Path, content: bytes | str, **options: Any) -> dict[str, object]:
     path = tmp_path / "config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_json_object(path, error=ConfigError, **options)
@@ -55,6 +56,8 @@ def test_reads_what_the_standard_library_writes(tmp_path: Path, value: dict[str,
         (b'{"a": ' * 65 + b"1" + b"}" * 65, "deeper than 64"),
         (b'{"a": ' + b"[" * 200_000, "deeper than 64"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"\n <!DOCTYPE html><title>404</title>", "a web page"),
+        (b"<html>", "a web page"),
     ],
 )
 def test_refuses(tmp_path: Path, content: bytes, said: str) -> None:

@@ -284,10 +284,14 @@ def test_older_layout_without_tokenizer_json(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
 
 
-def test_other_decoders_are_named() -> None:
+@pytest.mark.parametrize(
+    ("decoder", "found"),
+    [(None, "no decoder"), (tokenizers.decoders.Metaspace(), "decoder Metaspace")],
+)
+def test_other_decoders_are_named(decoder: tokenizers.decoders.Decoder | None, found: str) -> None:
     other = small_tokenizer()
-    other.decoder = tokenizers.decoders.Metaspace()
-    with pytest.raises(TokenizerError, match="Metaspace"):
+    other.decoder = decoder
+    with pytest.raises(TokenizerError, match=f"found {found}, expected ByteLevel"):
         Tokenizer(other)
 
 

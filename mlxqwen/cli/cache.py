@@ -16,7 +16,6 @@ from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxqwen.text.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
     from mlxqwen_convert.cached import CachedModel, Removal
 
 __all__ = ["cache"]
@@ -30,49 +29,30 @@ _COLUMNS = (
     Column("last used", left_out=2),
     Column("state"),
 )
-_TOKENIZER_COLUMNS = (
-    Column("tokenizer", least=20),
-    Column("size", right=True, left_out=1),
-    Column("last used", left_out=2),
-    Column("state"),
-)
 
 
 @click.group()
 def cache() -> None:
-    """Models that were converted when they were first loaded, and tables of large tokenizers.
+    """Models that were converted when they were first loaded.
 
-    Tables of a tokenizer.json are made in the background after its first start, and make later ones quicker;
-    MLXQWEN_TOKENIZER_CACHE=off does without. Both are kept in $MLXQWEN_CACHE, by default in the folder "mlxqwen" of the
-    user's caches: $XDG_CACHE_HOME, else ~/Library/Caches on a Mac and ~/.cache elsewhere.
+    They are kept in $MLXQWEN_CACHE, by default in the folder "mlxqwen" of the user's caches: $XDG_CACHE_HOME, else
+    ~/Library/Caches on a Mac and ~/.cache elsewhere.
     """
 
 
 @cache.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_models(as_json: bool) -> None:
-    """List them: source, formats, size, last use, state.
-
-    Tokenizers have a table of their own. Theirs is named by one of the files that it was made for, and is "ready",
-    "compiling", "not compilable" (its next starts read it as before), or "given up" (it took too long or was stopped,
-    and is tried again a day later). MLXQWEN_TOKENIZER_CACHE=off neither makes nor reads them.
-    """
+    """List them: source, formats, size, last use, state."""
     with leave_at_once():
-        from mlxqwen.text.tokenizer_backend.store import cached_tokenizers
         from mlxqwen_convert.cached import cache_folder, cached_models
 
-    models, tokenizers = cached_models(), cached_tokenizers()
+    models = cached_models()
     if as_json:
-        listing = {
-            "cache": str(cache_folder()),
-            "models": [_facts(model) for model in models],
-            "tokenizers": [_tokenizer_facts(tokenizer) for tokenizer in tokenizers],
-        }
+        listing = {"cache": str(cache_folder()), "models": [_facts(model) for model in models]}
         Output(sys.stdout).write(json.dumps(listing) + "\n")
         return
-    tables = [_table(models)] if models else []
-    tables += [_tokenizer_table(tokenizers)] if tokenizers else []
-    Output(sys.stdout).write("\n".join(tables) or f"{one_line(str(cache_folder()))} is empty\n")
+    Output(sys.stdout).write(_table(models) if models else f"{one_line(str(cache_folder()))} is empty\n")
 
 
 @cache.command()
@@ -89,21 +69,18 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     """Remove what is of no use any more.
 
     That is what was never finished, and what has lost its source, or was made of another state of it or by another
-    version of mlxqwen. Of a tokenizer's tables all files that they were made for have to be gone. What is being
-    converted or loaded, and tables that are being made, are left alone.
+    version of mlxqwen. What is being converted or loaded is left alone.
     """
     if older_than is not None and not math.isfinite(older_than):
         raise click.UsageError(f"--older-than: found {older_than}, expected a number of days.")
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():
-        from mlxqwen.text.tokenizer_backend.store import prune_tokenizers
         from mlxqwen_convert.cached import prune as prune_models
 
     models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
-    tokenizers = prune_tokenizers(everything=everything, unused_days=older_than, dry_run=dry_run)
     told = _json if as_json else _account
-    Output(sys.stdout).write(told(models, tokenizers, dry_run))
+    Output(sys.stdout).write(told(models, dry_run))
 
 
 def _table(models: list[CachedModel]) -> str:
@@ -119,24 +96,11 @@ def _table(models: list[CachedModel]) -> str:
     return f"{table(_COLUMNS, rows, columns_of(sys.stdout))}{total} in {folder}\n"
 
 
-def _tokenizer_table(tokenizers: list[CachedTokenizer]) -> str:
-    from mlxqwen_convert.sizes import size_of
-
-    rows = []
-    for found in tokenizers:
-        source = "-" if found.source == _UNKNOWN else found.source
-        cells = (source, size_of(found.nbytes), _day_and_time(found.last_used), found.state)
-        rows.append([one_line(cell) for cell in cells])
-    total = size_of(sum(found.nbytes for found in tokenizers))
-    folder = one_line(str(tokenizers[0].path.parent))
-    return f"{table(_TOKENIZER_COLUMNS, rows, columns_of(sys.stdout))}{total} in {folder}\n"
-
-
 def _day_and_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else "-"
 
 
-def _account(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_run: bool) -> str:
+def _account(removals: list[Removal], dry_run: bool) -> str:
     from mlxqwen_convert.sizes import size_of
 
     text = ""
@@ -148,40 +112,23 @@ def _account(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_ru
             one_line(f"{verb} the conversion of {model.source} ({model.target}, {size_of(model.nbytes)}){reason}")
             + "\n"
         )
-    for gone in tokenizers:
-        verb = "would remove" if dry_run else "removed"
-        reason = "" if gone.reason == "all" else f": {gone.reason}"
-        size = size_of(gone.tokenizer.nbytes)
-        text += one_line(f"{verb} tables of tokenizer {gone.tokenizer.source} ({size}){reason}") + "\n"
     if not text:
         return "nothing to remove\n"
-    return text + f"{size_of(_freed(removals, tokenizers))} {'would be freed' if dry_run else 'freed'}\n"
+    return text + f"{size_of(_freed(removals))} {'would be freed' if dry_run else 'freed'}\n"
 
 
-def _json(removals: list[Removal], tokenizers: list[TokenizerRemoval], dry_run: bool) -> str:
+def _json(removals: list[Removal], dry_run: bool) -> str:
     told = {
         "dry_run": dry_run,
         "removed": [{**_facts(removal.model), "reason": removal.reason} for removal in removals if not removal.in_use],
-        "removed_tokenizers": [{**_tokenizer_facts(gone.tokenizer), "reason": gone.reason} for gone in tokenizers],
         "in_use": [_facts(removal.model) for removal in removals if removal.in_use],
-        "freed_bytes": _freed(removals, tokenizers),
+        "freed_bytes": _freed(removals),
     }
     return json.dumps(told) + "\n"
 
 
-def _freed(removals: list[Removal], tokenizers: list[TokenizerRemoval]) -> int:
-    models = sum(removal.model.nbytes for removal in removals if not removal.in_use)
-    return models + sum(gone.tokenizer.nbytes for gone in tokenizers)
-
-
-def _tokenizer_facts(tokenizer: CachedTokenizer) -> dict[str, object]:
-    return {
-        "path": str(tokenizer.path),
-        "source": tokenizer.source,
-        "bytes": tokenizer.nbytes,
-        "last_used": _in_utc(tokenizer.last_used),
-        "state": tokenizer.state,
-    }
+def _freed(removals: list[Removal]) -> int:
+    return sum(removal.model.nbytes for removal in removals if not removal.in_use)
 
 
 def _in_utc(seconds: float) -> str | None:

@@ -20,7 +20,13 @@ MAX_INTEGER_DIGITS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 32 * 1024 * 1024) -> dict[str, Any]:
+def read_json_object(
+    path: Path,
+    *,
+    error: type[MlxqwenError],
+    max_bytes: int = 32 * 1024 * 1024,
+    parse: Callable[[str], Any] | None = None,
+) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Stricter than `json.load`: UTF-8 without a byte order mark, no key twice in an object, no `NaN` or
@@ -31,6 +37,7 @@ def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 
         path: the file.
         error: what to raise.
         max_bytes: the largest file that is read.
+        parse: text → value or `ValueError`; by default `parse_json`, whose rules are those above.
 
     Raises:
         MlxqwenError: of the type `error`, when the file cannot be read or holds anything else.
@@ -41,7 +48,7 @@ def read_json_object(path: Path, *, error: type[MlxqwenError], max_bytes: int = 
     if text.startswith("\ufeff"):
         raise error(f"{path}: starts with a byte order mark", hint="Save the file as UTF-8 without it.")
     try:
-        value = parse_json(text)
+        value = (parse or parse_json)(text)
     except json.JSONDecodeError as cause:
         where = f"line {cause.lineno}, column {cause.colno}"
         raise error(f"{path}: not valid JSON at {where}: {cause.msg}", hint=way_out(path)) from None
@@ -93,6 +100,8 @@ def read_text(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> str:
             f"{path}: a git-lfs pointer, not the file itself",
             hint="Run `git lfs pull` in the folder, or download the file again.",
         )
+    if data[:1024].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise error(f"{path}: a web page, not the file itself", hint=f"Download {path.name} again.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as cause:

@@ -8,6 +8,7 @@ decoding maps tokens to bytes and decodes those.
 from __future__ import annotations
 
 import codecs
+import logging
 import operator
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,15 @@ from typing import Any, Literal, TypeVar, overload
 
 import tokenizers
 
-from mlxqwen.errors import OptionError, TemplateError, TokenizerError
+from mlxqwen.errors import OptionError, TemplateError, TokenizerError, one_line
 from mlxqwen.files.json_file import find_lone_surrogate, read_json_object, read_text
 from mlxqwen.text.messages import check_unicode, prepare_messages, prepare_tools, to_plain_json
 from mlxqwen.text.safe_text import SafeChatEncoder
-from mlxqwen.text.tokenizer_backend import LibraryBackend, TokenizerBackend, open_backend
-from mlxqwen.text.tokenizer_backend.library import guard
+from mlxqwen.text.tokenizer_file import guard, read_tokenizer
 
 __all__ = ["Detokenizer", "Tokenizer"]
+
+logger = logging.getLogger("mlxqwen")
 
 MAX_TEXT_FILE_BYTES = 16 * 2**20
 MAX_NAMED_TEMPLATES = 64
@@ -57,8 +59,7 @@ class Tokenizer:
     """The tokenizer and the chat templates of one checkpoint folder; see `from_folder`.
 
     Args:
-        backend: a byte-level tokenizer, such as one of the `tokenizers` library; of that, truncation and padding are
-            switched off.
+        backend: a byte-level tokenizer of the `tokenizers` library; its truncation and padding are switched off.
         config: what `tokenizer_config.json` holds.
         chat_templates: template sources by name; `"default"` is the one used when nothing else is asked for.
         source: the file that errors name.
@@ -69,18 +70,24 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer | TokenizerBackend,
+        backend: tokenizers.Tokenizer,
         config: Mapping[str, Any] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         *,
         source: str = "tokenizer.json",
     ) -> None:
-        if isinstance(backend, tokenizers.Tokenizer):
-            backend = LibraryBackend(backend, source)
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            found = "no decoder" if backend.decoder is None else f"decoder {type(backend.decoder).__name__}"
+            raise TokenizerError(
+                f"{source}: found {found}, expected ByteLevel",
+                hint="Only the byte-level tokenizers of the Qwen family are supported.",
+            )
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self._source = source
         self.chat_templates = dict(chat_templates or {})
-        self._added_tokens = backend.added_tokens
+        self._added_tokens: Mapping[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in self._added_tokens.items() if token.special)
         self._bytes_of_id: dict[int, bytes] = {}
         config = config or {}
@@ -97,7 +104,8 @@ class Tokenizer:
         `chat_template.json`, else `tokenizer_config.json`. Nothing is executed, `auto_map` is ignored.
 
         Raises:
-            TokenizerError: a file is missing, damaged, too large, or of another kind of tokenizer.
+            TokenizerError: a file is missing, damaged, too large, or of another kind of tokenizer; see
+                `mlxqwen.text.tokenizer_file`.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -106,7 +114,7 @@ class Tokenizer:
                 f"{path}: no such file",
                 hint="Download tokenizer.json from the model's page; vocab.json and merges.txt are not read.",
             )
-        backend = open_backend(path)
+        backend = read_tokenizer(path)
         config = _read_json_object(folder / "tokenizer_config.json")
         return cls(backend, config, _read_templates(folder, config), source=str(path))
 
@@ -118,12 +126,44 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The number of token ids, added tokens included: one more than the largest id."""
-        return max(self._backend.vocab_size, max(self._added_tokens, default=-1) + 1)
+        return max(self._backend.get_vocab_size(), max(self._added_tokens, default=-1) + 1)
 
     def has_tokens_of(self, other: Tokenizer) -> bool:
         """Whether each id stands for the same token in both."""
         ids = range(max(self.vocab_size, other.vocab_size))
         return all(self._backend.id_to_token(n) == other._backend.id_to_token(n) for n in ids)
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Compare the ids with those of a model.
+
+        A fine-tuner may have added tokens without embeddings for them: a warning names these, for only text that holds
+        them cannot be read.
+
+        Args:
+            vocab_size: of the model's config.
+
+        Raises:
+            TokenizerError: the token that ends a turn, or one that text is made of, has no embedding.
+        """
+        file = self._folder / "tokenizer.json"
+        end, size = self.eos_token_id, self._backend.get_vocab_size(with_added_tokens=False)
+        beyond = [token_id for token_id in range(vocab_size, size) if token_id not in self._added_tokens][:1]
+        if end is not None and end >= vocab_size:
+            beyond = [end]
+        for token_id in beyond:
+            raise TokenizerError(
+                f"{file}: {self._backend.id_to_token(token_id)!r} has id {token_id}, expected ids below {vocab_size}, "
+                "the model's vocab_size",
+                hint="It belongs to another model: download tokenizer.json and tokenizer_config.json of this one.",
+            )
+        added = [token.content for token_id, token in sorted(self._added_tokens.items()) if token_id >= vocab_size]
+        if added:
+            names = one_line(", ".join(added[:3]), 200) + (", …" if len(added) > 3 else "")
+            logger.warning(
+                "%s: %d added tokens have ids beyond the model's vocab_size, %d: %s; text with one of them cannot be "
+                "read",
+                *(file, len(added), vocab_size, names),
+            )
 
     @property
     def bos_token_id(self) -> int | None:
@@ -144,7 +184,8 @@ class Tokenizer:
         """The id of the token spelled `token` in `tokenizer.json`; None if there is none."""
         if not isinstance(token, str) or find_lone_surrogate(token) is not None:
             return None
-        return self._backend.token_to_id(token)
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; added tokens such as `<|im_end|>` or `<think>` in it become their one id.
@@ -152,7 +193,7 @@ class Tokenizer:
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
         """
-        return self._encode(lambda: self._backend.encode(text, add_special_tokens=True), text)
+        return self._encode(self._backend, text, add_special_tokens=True)
 
     def encode_plain(self, text: str) -> list[int]:
         """The token ids of text that nobody vouches for: no added token is recognised in it.
@@ -160,7 +201,7 @@ class Tokenizer:
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
         """
-        return self._encode(lambda: self._backend.encode_plain(text), text)
+        return self._encode(self._plain_backend, text)
 
     def least_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, which is not encoded.
@@ -169,7 +210,7 @@ class Tokenizer:
         vocabulary takes longer than to encode 8 KiB.
         """
         size = len(unicodedata.normalize("NFC", text).encode())
-        return -(-size // self._backend.longest_token) if size > _SHORT_TEXT_BYTES else min(size, 1)
+        return -(-size // self._longest_token) if size > _SHORT_TEXT_BYTES else min(size, 1)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.
@@ -341,18 +382,34 @@ class Tokenizer:
         return SafeChatEncoder(self._added_tokens, self._encode_trusted, self.encode_plain)
 
     def _encode_trusted(self, text: str) -> list[int]:
-        return self._encode(lambda: self._backend.encode(text, add_special_tokens=False), text)
+        return self._encode(self._backend, text)
 
     @property
     def _folder(self) -> Path:
         return Path(self._source).parent
 
-    def _encode(self, encode: Callable[[], list[int]], text: str) -> list[int]:
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """The same model behind the same normalizer and pre-tokenizer, without added tokens."""
+        plain = tokenizers.Tokenizer(self._backend.model)
+        if self._backend.normalizer is not None:
+            plain.normalizer = self._backend.normalizer
+        if self._backend.pre_tokenizer is not None:
+            plain.pre_tokenizer = self._backend.pre_tokenizer
+        return plain
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of the longest token, at least 1: in the alphabet of byte-level tokens each character is one."""
+        added = (len(token.content.encode()) for token in self._added_tokens.values())
+        return max(1, *map(len, self._backend.get_vocab(with_added_tokens=False)), *added)
+
+    def _encode(self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
         if not isinstance(text, str):
             raise OptionError(f"encode: found {type(text).__name__}, expected a string")
         check_unicode(text, "encode")
         return guard(
-            encode,
+            lambda: list(backend.encode(text, add_special_tokens=add_special_tokens).ids),
             f"{self._source}: could not encode the text",
             "The tokenizer may be damaged; download tokenizer.json anew.",
         )

@@ -14,7 +14,6 @@ import mlxqwen
 from benchmarks.checkpoints import bits_name, checkpoint
 from benchmarks.clock import now
 from benchmarks.comparison import Comparison, take_turns
-from benchmarks.processes import await_compilers
 from benchmarks.settings import Settings
 from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
 
@@ -38,7 +37,7 @@ def load(settings: Settings) -> list[Comparison]:
         for beside, theirs in zip([*loaders][1:], numbers[1:], strict=True):
             rows.append(Comparison(f"{what}, weights alone", beside, "s", numbers[0], theirs))
         wholes = [partial(_seconds, partial(load, str(folder))) for load in _WHOLE]
-        whole = take_turns(wholes, settings.turns(9), await_compilers)
+        whole = take_turns(wholes, settings.turns(9))
         rows.append(Comparison(f"{what}, tokenizer included", "mlx_lm.load", "s", *whole))
     return rows
 

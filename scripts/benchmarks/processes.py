@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from unittest.mock import patch
 
 from benchmarks.settings import Settings
 
-__all__ = ["ROOT", "ProcessError", "Run", "await_compilers", "environment", "own_cache", "python", "timed"]
+__all__ = ["ROOT", "ProcessError", "Run", "environment", "own_cache", "python", "timed"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,19 +48,6 @@ def own_cache(folder: Path) -> Iterator[None]:
     """While this is open, nothing that is measured reads or writes the user's cache; it starts with an empty one."""
     with patch.dict(os.environ, MLXQWEN_CACHE=str(folder)):
         yield
-
-
-def await_compilers(turn: int) -> None:
-    """Behind turn 0, which does not count: wait until what it has read first is compiled in the background."""
-    while turn == 0 and _is_compiling():
-        time.sleep(0.1)
-
-
-def _is_compiling() -> bool:
-    """Asked of a process of its own: what this one imports would count as its children's memory."""
-    command = python("-m", "mlxqwen", "cache", "list", "--json")
-    listed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, check=True).stdout
-    return any(tokenizer["state"] == "compiling" for tokenizer in json.loads(listed)["tokenizers"])
 
 
 def python(*arguments: str | Path) -> list[str]:

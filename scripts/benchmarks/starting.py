@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import small_checkpoint
 from benchmarks.comparison import Comparison, take_turns
-from benchmarks.processes import Run, await_compilers, python, timed
+from benchmarks.processes import Run, python, timed
 from benchmarks.settings import Settings
 
 __all__ = ["cold_start", "imports"]
@@ -58,5 +58,5 @@ def _runs(commands: list[list[str]], settings: Settings) -> list[list[Run]]:
         return run.time(settings)
 
     turns = settings.turns(_TURNS)
-    take_turns([partial(seconds, side) for side in range(len(commands))], turns, await_compilers)
+    take_turns([partial(seconds, side) for side in range(len(commands))], turns)
     return [side[-turns:] for side in runs]
