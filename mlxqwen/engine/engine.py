@@ -94,14 +94,8 @@ def load(
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
-    tokenizer, vocab_size = Tokenizer.from_folder(folder), ModelConfig.from_folder(folder).vocab_size
-    end = tokenizer.eos_token_id
-    if end is not None and end >= vocab_size:
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'}: {tokenizer.eos_token!r} has id {end}, expected ids below {vocab_size}, the "
-            "model's vocab_size",
-            hint="It belongs to another model: download tokenizer.json and tokenizer_config.json of this one.",
-        )
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_fits(ModelConfig.from_folder(folder).vocab_size)
     return tokenizer
 
 
