@@ -38,7 +38,8 @@ from mlxqwen.engine.engine import Engine  # noqa: E402
 from mlxqwen.engine.speculation.draft_model import DraftModel  # noqa: E402
 from mlxqwen.engine.speculation.drafter import Drafter  # noqa: E402
 from mlxqwen.engine.speculation.prompt_lookup import PromptLookup  # noqa: E402
-from mlxqwen.engine.text_generation import end_token_ids, generate_tokens  # noqa: E402
+from mlxqwen.engine.text_generation import end_token_ids  # noqa: E402
+from mlxqwen.engine.token_stream import generate_tokens  # noqa: E402
 from mlxqwen.files.config import ModelConfig  # noqa: E402
 from mlxqwen.files.hub import DEMO_FOLDER  # noqa: E402
 from mlxqwen.model.loading import load_model  # noqa: E402

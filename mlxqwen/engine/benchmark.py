@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlxqwen.cache import KVCache
 from mlxqwen.checks import check_integer
 from mlxqwen.device import Device, current_device
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import InsufficientMemoryError, OptionError
 from mlxqwen.model.footprint import cache_bytes
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM

@@ -20,9 +20,10 @@ from mlxqwen.engine.events import Done, Event, Timings, Usage, events_of
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
-from mlxqwen.engine.text_generation import OnPrefill, Sampling, text_request
+from mlxqwen.engine.text_generation import Sampling, text_request
+from mlxqwen.engine.token_stream import OnPrefill
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
-from mlxqwen.errors import MlxqwenError, OptionError, TokenizerError
+from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.model.loading import CheckSize, LoadOptions, parse_dtype, prepare_model

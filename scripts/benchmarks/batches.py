@@ -14,7 +14,7 @@ from benchmarks.comparison import Comparison
 from benchmarks.settings import Settings
 from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
 from benchmarks.steps import seconds_per_step
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.sampling.params import SamplingParams
 

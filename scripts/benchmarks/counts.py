@@ -24,7 +24,7 @@ from mlxqwen.device import current_device
 from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams

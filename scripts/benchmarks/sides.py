@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model as load_theirs
 
 from benchmarks.clock import now
 from mlxqwen.cache import make_cache
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.model.loading import load_model
 from mlxqwen.sampling.params import SamplingParams
 
