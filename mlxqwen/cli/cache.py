@@ -17,7 +17,7 @@ from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:
     from mlxqwen.text.tokenizer_backend.store import CachedTokenizer, TokenizerRemoval
-    from mlxqwen_convert.cached import CachedModel, Removal
+    from mlxqwen_convert.cache_list import CachedModel, Removal
 
 __all__ = ["cache"]
 
@@ -59,7 +59,7 @@ def list_models(as_json: bool) -> None:
     """
     with leave_at_once():
         from mlxqwen.text.tokenizer_backend.store import cached_tokenizers
-        from mlxqwen_convert.cached import cache_folder, cached_models
+        from mlxqwen_convert.cache_list import cache_folder, cached_models
 
     models, tokenizers = cached_models(), cached_tokenizers()
     if as_json:
@@ -98,7 +98,7 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():
         from mlxqwen.text.tokenizer_backend.store import prune_tokenizers
-        from mlxqwen_convert.cached import prune as prune_models
+        from mlxqwen_convert.cache_list import prune as prune_models
 
     models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
     tokenizers = prune_tokenizers(everything=everything, unused_days=older_than, dry_run=dry_run)

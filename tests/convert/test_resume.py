@@ -225,7 +225,7 @@ def test_a_crash_before_the_manifest_is_there(source: Source, tmp_path: Path, te
     partial.mkdir()
     (partial / "conversion.lock").touch()
     if text is not None:
-        (partial / "conversion.json.new").write_text(text)
+        (partial / ".partial-0123456789abcdef").write_text(text)
     convert(source.folder, tmp_path / "out", resume=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if "conversion" in path.name) == [
         "conversion_report.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxqwen.files.checkpoint import writing
+from mlxqwen.files import atomic
 
 FULL = 51  # F_FULLFSYNC on macOS
 
@@ -23,14 +23,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_macos_is_asked_for_more_than_fsync(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "FULL_FSYNC", FULL)
-    writing.sync(tmp_path)
+    monkeypatch.setattr(atomic, "_FULL_FSYNC", FULL)
+    atomic.sync(tmp_path)
     assert calls == [f"fcntl {FULL}"]
 
 
 def test_other_systems_have_fsync(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "FULL_FSYNC", None)
-    writing.sync(tmp_path)
+    monkeypatch.setattr(atomic, "_FULL_FSYNC", None)
+    atomic.sync(tmp_path)
     assert calls == ["fsync"]
 
 
@@ -41,11 +41,11 @@ def test_file_systems_that_know_only_fsync(
     def fail(descriptor: int, command: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(writing, "FULL_FSYNC", FULL)
+    monkeypatch.setattr(atomic, "_FULL_FSYNC", FULL)
     monkeypatch.setattr(fcntl, "fcntl", fail)
     if falls_back:
-        writing.sync(tmp_path)
+        atomic.sync(tmp_path)
     else:
         with pytest.raises(OSError, match=os.strerror(code)):
-            writing.sync(tmp_path)
+            atomic.sync(tmp_path)
     assert calls == (["fsync"] if falls_back else [])
