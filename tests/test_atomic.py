@@ -1,10 +1,12 @@
-"""Having files on the disk itself, on systems whose `fsync` stops short of it."""
+"""Files that are whole or not there, and on the disk itself, also on systems whose `fsync` stops short of it."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,60 @@ def test_file_systems_that_know_only_fsync(
         with pytest.raises(OSError, match=os.strerror(code)):
             atomic.sync(tmp_path)
     assert calls == (["fsync"] if falls_back else [])
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / "elsewhere").write_bytes(b"mine")
+    path.symlink_to(tmp_path / "elsewhere")
+    atomic.write_file(path, b"one")
+    assert (path.read_bytes(), path.is_symlink()) == (b"one", False)
+    atomic.write_file(path, iter([b"t", b"wo"]))
+    assert path.read_bytes() == b"two"
+    assert (tmp_path / "elsewhere").read_bytes() == b"mine"
+    assert {found.name for found in tmp_path.iterdir()} == {"file", "elsewhere"}
+
+
+def test_what_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyboardInterrupt
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic.write_file(path, pieces())
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                atomic.write_file(path, b"new")
+        assert path.read_bytes() == b"old"
+    for wrong in (tmp_path / "no such folder/file", tmp_path):
+        with pytest.raises(OSError, match=r"No such|directory"):
+            atomic.write_file(wrong, b"new")
+    with pytest.raises(ValueError, match="null"):
+        atomic.write_file(tmp_path / "nul\0/file", b"new")
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_private_files_are_their_owner_s_alone(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        atomic.write_file(tmp_path / "private", b"", private=True)
+        atomic.write_file(tmp_path / "plain", b"")
+        with atomic.staging_folder(tmp_path) as staging:
+            assert mode_of(staging) == 0o700
+    finally:
+        os.umask(before)
+    assert (mode_of(tmp_path / "private"), mode_of(tmp_path / "plain")) == (0o600, 0o666 & ~umask)
+    assert not staging.exists()
