@@ -20,7 +20,7 @@ from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import OnPrefill, Sampling, text_request
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.model.loading import LoadOptions
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
