@@ -51,6 +51,7 @@ class LoopbackHub(ThreadingHTTPServer):
     """The server; `requests` holds every request it was sent."""
 
     daemon_threads = True
+    request_queue_size = 128  # a client connects for eight files at once; of more than waits here, some are dropped
 
     def __init__(self, models: dict[str, HubModel]) -> None:
         super().__init__(("127.0.0.1", 0), HubRequestHandler)

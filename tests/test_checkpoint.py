@@ -319,6 +319,32 @@ def test_agrees_with_the_reference_on_damaged_files(tmp_path: Path, valid: tuple
     assert NAMED_STRICTNESS.search(refusal)
 
 
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"n" * 8_193: SCALAR}, "found a name of 8,193 characters, expected at most 8,192"),
+        ({"__metadata__": {str(number): "" for number in range(10_001)}}, "10,001 entries and"),
+        ({"__metadata__": {"a": "x" * 5_000_000}}, "1 entries and 5,000,001 characters"),
+        ({"x": [1] * 900_000}, "found [1, 1, "),
+        ({"x": {**SCALAR, "shape": [1] * 900_000}}, "found shape [1, 1, "),
+        ({"x": {**SCALAR, "dtype": "d" * 1_000_000}}, "found dtype "),
+        ({"x": {**SCALAR, "d" * 1_000_000: 1}}, "expected an object of dtype"),
+    ],
+    ids=["name", "entries", "metadata", "list", "shape", "dtype", "key"],
+)
+def test_large_headers_make_short_errors(tmp_path: Path, header: Header, said: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_header(write(tmp_path / "model.safetensors", header, b"\0" * 4))
+    assert said in caught.value.problem
+    assert len(caught.value.problem) < 600 + len(str(tmp_path))
+
+
+def test_names_and_metadata_of_the_longest(tmp_path: Path) -> None:
+    header = {"n" * 8_192: SCALAR, "__metadata__": {str(number): "" for number in range(10_000)}}
+    tensors, metadata = read_header(write(tmp_path / "model.safetensors", header, b"\0" * 4))
+    assert (len(tensors), len(metadata)) == (1, 10_000)
+
+
 def test_a_header_takes_no_memory_on_the_files_word(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 99_999_999) + b"{")
@@ -328,7 +354,7 @@ def test_a_header_takes_no_memory_on_the_files_word(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**64 - 1) + b"{")
     refused(path, "announce a header of 18,446,744,073,709,551,615")
     write(path, b'{"t": [' + b"[]," * 3_000_000 + b"[]]}")
-    refused(path, "more than 3,000,000 objects and lists")
+    refused(path, "more than 1,000,000 values")
 
 
 @pytest.mark.parametrize(
@@ -473,6 +499,23 @@ def test_an_index_cannot_leave_the_folder(tmp_path: Path, shard: str) -> None:
     with pytest.raises(CheckpointError, match="in the folder") as caught:
         Checkpoint.open(folder)
     assert "do not use" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"n" * 1_000_000: "model.safetensors"},
+        {"n" * 1_000_000: 1},
+        {"a": "x" * 1_000_000 + ".safetensors"},
+        {"a": ["x" * 1_000_000]},
+    ],
+    ids=["name", "name of no file", "file", "no file"],
+)
+def test_long_names_in_an_index(tmp_path: Path, weight_map: Any) -> None:
+    index(put(tmp_path, model=["a"]), weight_map)
+    with pytest.raises(CheckpointError, match="expected") as caught:
+        Checkpoint.open(tmp_path)
+    assert len(caught.value.problem) < 600 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -506,7 +506,7 @@ def test_interrupt_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlxqwen.engine.engine.prepare_model", interrupted)
+    monkeypatch.setattr("mlxqwen.engine.loading.prepare_model", interrupted)
     assert run("generate", "hi") == Result(130, "", "")
     assert run("generate", "hi", on_terminal=True) == Result(130, "", "\n")  # the shell's prompt after ^C
     assert json.loads(run("generate", "hi", "--json").out)["content"] == ""

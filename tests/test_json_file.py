@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.errors import ConfigError
-from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.json_file import parse_json, read_json_object, shown
 
 characters = st.characters(codec="utf-8")
 numbers = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
@@ -49,7 +50,8 @@ def test_reads_what_the_standard_library_writes(tmp_path: Path, value: dict[str,
         (b'{"a": 1e999}', "too large"),
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
-        (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
+        (b"\xef\xbb\xbf", "empty"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', "not valid JSON"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\udc00": 1}', "surrogate"),
@@ -77,9 +79,54 @@ def test_size_is_bounded(tmp_path: Path) -> None:
         read(tmp_path, b'{"a": 1}', max_bytes=7)
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="more than 3,000,000 objects and lists"):
-        read(tmp_path, b'{"a": [' + b"[]," * 3_000_000 + b"[]]}")
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    assert read(tmp_path, b'\xef\xbb\xbf{"a": "\xef\xbb\xbf"}') == {"a": "\ufeff"}
+    assert parse_json("\ufeff[1]") == [1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": [' + b"[]," * 500_000 + b"[]]}",
+        b'{"a": [' + b"1," * 1_000_000 + b"1]}",
+        b"{" + b'"":0,' * 1_000_000 + b'"":0}',
+    ],
+    ids=["lists", "numbers", "keys"],
+)
+def test_values_are_counted_before_any_is_made(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the text is parsed"))
+    with pytest.raises(ConfigError, match="more than 1,000,000 values"):
+        read(tmp_path, content)
+
+
+class Counted(list[int]):
+    """A list that tells how many of its items were looked at."""
+
+    seen = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for item in super().__iter__():
+            self.seen += 1
+            yield item
+
+
+def test_no_more_is_spelled_than_is_shown() -> None:
+    items = Counted([7] * 100_000)
+    assert shown(items) == "[" + "7, " * 32 + "7,…"
+    assert items.seen < 60
+
+
+@given(value=json_values)
+def test_short_values_are_shown_whole(value: object) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    assert shown(value) == (text if len(text) <= 100 else f"{text[:99]}…")
+
+
+def test_long_keys_are_shown_in_part(tmp_path: Path) -> None:
+    key = "k" * 1_000_000
+    with pytest.raises(ConfigError, match="appears twice") as caught:
+        read(tmp_path, f'{{"{key}": 1, "{key}": 2}}')
+    assert len(caught.value.problem) < 500
 
 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlxqwen import loading
 from mlxqwen.device import Device
 from mlxqwen.errors import (
     CheckpointError,
@@ -29,6 +28,7 @@ from mlxqwen.errors import (
 )
 from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.model import loading
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
 from mlxqwen.model.loading import load_model, parse_dtype
 from mlxqwen.model.moe import QuantizedSwitchLinear

@@ -23,6 +23,7 @@ from mlxqwen.model.footprint import measure
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
+from tests.convert.checkpoints import make_demo
 
 CACHES: list[dict[str, Any]] = [{}, {"max_kv_size": 48, "keep": 2}, {"kv_bits": 8}]
 QUESTIONS = ("How many r's in strawberry?", "Really? /no_think", "And in blueberry?")
@@ -217,10 +218,9 @@ def test_the_model_is_checked_before_a_draft_is_converted(tmp_path: Path, monkey
     def convert(*_: object, **__: object) -> Path:
         raise AssertionError("the draft model is converted")
 
-    monkeypatch.setattr("mlxqwen_convert.cached.converted", convert)
-    draft = altered_demo(
-        tmp_path / "draft", "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"})
-    )
+    monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlxqwen_convert.cached.convert", convert)
+    draft = make_demo(tmp_path / "draft", "fp8").folder
     nbytes = measure(DEMO_FOLDER).weight_bytes(mx.float32)
     small = Device("a machine", is_gpu=False, memory=nbytes, usable_memory=nbytes)
     with pytest.raises(InsufficientMemoryError, match="those of the draft model"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxqwen.files.hub import COMPANION_FILES
-from mlxqwen.files.json_file import parse_json, read_text
+from mlxqwen.files.json_file import BYTE_ORDER_MARK, parse_json, read_text
 from mlxqwen_convert.errors import SourceError, SourceUnreadableError
 
 __all__ = ["check_companions", "companion_files", "filtered_text", "is_filtered", "without_code"]
@@ -81,12 +81,12 @@ def is_filtered(relative: Path) -> bool:
 
 
 def filtered_text(path: Path) -> str:
-    """The text of a JSON file without the keys that name code; without any, to the byte as it is.
+    """The text of a JSON file without the keys that name code; without any, as it is but for a byte order mark.
 
     Raises:
         SourceError: it is not JSON, or not within the bounds of `parse_json` and of 4 MB.
     """
-    text = read_text(path, error=SourceError, max_bytes=_MAX_FILTERED_BYTES)
+    text = read_text(path, error=SourceError, max_bytes=_MAX_FILTERED_BYTES).removeprefix(BYTE_ORDER_MARK)
     try:
         found = parse_json(text)
     except ValueError as cause:

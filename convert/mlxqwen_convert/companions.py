@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.files.checkpoint.writing import sync_descriptor
+from mlxqwen.files.atomic import write_file
 from mlxqwen.files.config import ModelConfig, YarnScaling
 from mlxqwen_convert.companion_files import check_companion, companion_files, filtered_text, is_filtered, without_code
 from mlxqwen_convert.errors import SourceUnreadableError
@@ -35,7 +35,12 @@ def copy_companions(source: Path, target: Path) -> None:
         check_companion(source, relative)
         path = source / relative
         chunks = iter([filtered_text(path).encode()]) if is_filtered(relative) else _chunks(path)
-        _write(target / relative, chunks)
+        place = target / relative
+        try:
+            place.parent.mkdir(exist_ok=True)
+            write_file(place, chunks)
+        except OSError as cause:
+            raise unwritable(place, cause) from None
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -45,18 +50,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 yield data
     except OSError as cause:
         raise SourceUnreadableError(f"{path}: cannot be read: {cause.strerror}", hint="Check the file.") from None
-
-
-def _write(path: Path, chunks: Iterator[bytes]) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            for data in chunks:
-                file.write(data)
-            file.flush()
-            sync_descriptor(file.fileno())
-    except OSError as cause:
-        raise unwritable(path, cause) from None
 
 
 def config_text(plan: Plan) -> str:

@@ -303,6 +303,9 @@ class _Job:
     def _finish(self, partial: PartialFolder, report: Report) -> None:
         plan = self.plan
         self.files.check_unchanged()
+        names = {"config.json", INDEX_NAME, REPORT_NAME, "README.md", *map(str, companion_files(plan.folder))}
+        names |= {shard.name for shard in plan.shards}
+        partial.keep_only(names | {shard.name + PARTIAL_SUFFIX for shard in plan.shards})
         copy_companions(plan.folder, partial.path)
         partial.write_text(INDEX_NAME, index_of(plan.shards, plan.parameters))
         partial.write_text(REPORT_NAME, json.dumps(report.lasting(), indent=1, ensure_ascii=False) + "\n")
@@ -314,7 +317,7 @@ class _Job:
             except OSError as cause:
                 raise unwritable(partial.path, cause) from None
         partial.write_text("config.json", config_text(plan))
-        partial.publish()
+        partial.publish(names)
 
 
 def _fingerprint(plan: Plan, files: SourceFiles) -> dict[str, Any]:

@@ -2,23 +2,26 @@
 
 `OUTPUT.partial` lies beside `OUTPUT`. Its weight files bear the suffix `.part` and it has no `config.json`, so that
 nothing takes it for a model. The manifest says what it was begun from; the journal has a line for every finished task
-with the hash of what was written, which is checked again before the task is skipped, and its error.
+with the hash of what was written, which is checked again before the task is skipped, and its error. What else lies in
+the folder is not published, but moved away.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.files.checkpoint.writing import sync, sync_descriptor
+from mlxqwen.files.atomic import STAGED_PREFIX, sync, write_file
 from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.locks import is_at, open_lock, try_lock
 from mlxqwen.files.unfinished import MANIFEST, words_of_options
 from mlxqwen_convert.errors import OutputError, ResumeError
 from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
@@ -27,8 +30,8 @@ __all__ = ["BOOKKEEPING", "PartialFolder", "found_beside", "partial_path", "tidy
 
 _JOURNAL, _LOCK = "conversion.journal", "conversion.lock"
 BOOKKEEPING = (_JOURNAL, MANIFEST, _LOCK)
-# Of a file that is being written.
-_NEW = ".new"
+
+logger = logging.getLogger("mlxqwen")
 
 
 class PartialFolder:
@@ -52,7 +55,7 @@ class PartialFolder:
         _refuse_link(self.path)
         try:
             self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._lock = open_lock(self.path / _LOCK)
         except OSError as cause:
             raise unwritable(self.path, cause) from None
         self._journal = -1
@@ -71,25 +74,46 @@ class PartialFolder:
     def note(self, key: str, written: Written) -> None:
         """Add a finished task to the journal."""
         try:
-            os.write(self._journal, f"{key} {written.as_text()}\n".encode())
+            os.write(self._journal, json.dumps([key, *written.as_list()]).encode() + b"\n")
         except OSError as cause:
             raise unwritable(self.path, cause) from None
 
     def write_text(self, name: str, text: str) -> None:
         """Have a small file on the disk: under its name there is all of it or nothing."""
-        path, new = self.path / name, self.path / f"{name}{_NEW}"
         try:
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                sync_descriptor(file.fileno())
-            new.replace(path)
-            sync(self.path)
+            write_file(self.path / name, text.encode())
         except OSError as cause:
-            raise unwritable(path, cause) from None
+            raise unwritable(self.path / name, cause) from None
 
-    def publish(self) -> None:
-        """Give the folder its final name: from here on there is a whole model, before it there was none."""
+    def keep_only(self, names: Collection[str]) -> None:
+        """Move whatever no conversion has written, links among it, into a folder beside the output's.
+
+        Args:
+            names: of the files that the conversion writes, relative to the folder.
+        """
+        strays = list(_strays(self.path, "", {*names, *BOOKKEEPING}))
+        others = [path for path in strays if not path.name.startswith(STAGED_PREFIX)]
+        try:
+            for path in strays:
+                if path not in others:  # of this program, killed while it wrote
+                    path.unlink(missing_ok=True)
+            if not others:
+                return
+            aside = Path(tempfile.mkdtemp(prefix=f"{self._output.name}.strays-", dir=self.path.parent))
+            for path in others:
+                place = aside / path.relative_to(self.path)
+                place.parent.mkdir(exist_ok=True)
+                path.rename(place)
+        except OSError as cause:
+            raise unwritable(self.path, cause) from None
+        logger.warning("%s: what this conversion has not written there is moved to %s", self.path, aside)
+
+    def publish(self, names: Collection[str]) -> None:
+        """Give the folder, with the files of these names and no others, its final name.
+
+        From here on there is a whole model, before it there was none.
+        """
+        self.keep_only(names)
         try:
             sync(self.path)
             if self._output.exists():
@@ -119,13 +143,9 @@ class PartialFolder:
         busy = OutputError(
             f"{self.path}: another conversion is writing to it", hint="Wait for it to end, or choose another output."
         )
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock may have published the folder, or thrown it away, since it was opened.
-            if os.fstat(self._lock).st_ino != (self.path / _LOCK).stat().st_ino:
-                raise busy
-        except (BlockingIOError, FileNotFoundError):
-            raise busy from None
+        # Whoever held the lock may have published the folder, or thrown it away, since it was opened.
+        if not try_lock(self._lock) or not is_at(self._lock, self.path / _LOCK):
+            raise busy
 
     def _begin(self, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         if not _is_begun(self.path):
@@ -171,7 +191,7 @@ def _is_begun(path: Path) -> bool:
     """Whether there is a manifest; without one there may be nothing but what comes before it."""
     if (path / MANIFEST).exists():
         return True
-    if any(found.name not in (_LOCK, MANIFEST + _NEW) for found in path.iterdir()):
+    if any(found.name != _LOCK and not found.name.startswith(STAGED_PREFIX) for found in path.iterdir()):
         raise OutputError(f"{path}: is in the way and was not made by a conversion", hint="Move it away, or remove it.")
     return False
 
@@ -229,10 +249,10 @@ def tidy_output(output: Path) -> None:
     if not all((output / name).is_file() for name in (MANIFEST, _LOCK, "config.json")):
         return
     with suppress(OSError):
-        lock = os.open(output / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        lock = open_lock(output / _LOCK)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _tidy(output)
+            if try_lock(lock):
+                _tidy(output)
         finally:
             os.close(lock)
 
@@ -249,14 +269,21 @@ def exists(output: Path) -> OutputError:
     return OutputError(f"{output}: already exists", hint="Choose another output, or remove it first.")
 
 
+def _strays(folder: Path, at: str, names: Collection[str]) -> Iterator[Path]:
+    """What lies below a folder, known as `at`, that is neither a file of these names nor on the way to one."""
+    for path in folder.iterdir():
+        name, is_link = at + path.name, path.is_symlink()
+        if path.is_dir() and not is_link and any(known.startswith(f"{name}/") for known in names):
+            yield from _strays(path, f"{name}/", names)
+        elif is_link or name not in names or not path.is_file():
+            yield path
+
+
 def _read_journal(path: Path) -> dict[str, Written]:
     """What is known of each finished task; a line that a crash cut short counts for nothing."""
-    if not path.exists():
-        return {}
     done = {}
-    for line in path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
-        key, _, text = line.partition(" ")
-        written = Written.from_text(text)
-        if written is not None:
-            done[key] = written
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError, TypeError, RecursionError):
+            key, *known = json.loads(line)
+            done[key] = Written.from_list(known)
     return done

@@ -13,14 +13,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 from xxhash import xxh3_128
 
-from mlxqwen.files.checkpoint.writing import sync_descriptor
+from mlxqwen.files.atomic import sync_descriptor
 from mlxqwen.files.config import AffineQuantization
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
@@ -245,26 +245,18 @@ class Written:
     digest: str
     error: ModuleError | None = None
 
-    def as_text(self) -> str:
+    def as_list(self) -> list[Any]:
         """For the journal, exactly."""
-        if self.error is None:
-            return self.digest
-        error = self.error
-        sums = (error.squared_error, error.squared_norm, error.squared_bound)
-        return " ".join([self.digest, *(value.hex() for value in sums), str(error.codes)])
+        return [self.digest, *([] if self.error is None else astuple(self.error))]
 
     @classmethod
-    def from_text(cls, text: str) -> Written | None:
-        """None for what `as_text` does not write."""
-        digest, *rest = text.split(" ")
-        if not rest:
-            return cls(digest)
-        try:
-            error, norm, bound, codes = rest
-            sums = (float.fromhex(error), float.fromhex(norm), float.fromhex(bound))
-            return cls(digest, ModuleError(*sums, int(codes)))
-        except ValueError:
-            return None
+    def from_list(cls, known: list[Any]) -> Written:
+        """What `as_list` gave. Raises `TypeError` or `ValueError` for anything else."""
+        if len(known) == 1:
+            return cls(str(known[0]))
+        digest, *sums, codes = known
+        error, norm, bound = map(float, sums)
+        return cls(str(digest), ModuleError(error, norm, bound, int(codes)))
 
 
 def write_task(

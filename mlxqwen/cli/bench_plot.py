@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import OptionError, one_line
+from mlxqwen.files.atomic import write_file
 
 if TYPE_CHECKING:
     from mlxqwen.engine.benchmark import Speed
@@ -53,11 +55,9 @@ def write_plot(path: Path, speeds: Sequence[Speed], *, title: str) -> None:
         axes.set_ylabel("tokens/s")
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    image = BytesIO()
+    figure.savefig(image, dpi=150, format=path.suffix[1:].lower())
     try:
-        figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())
-        partial.replace(path)
+        write_file(path, image.getvalue())
     except OSError as error:
         raise OptionError(f"--plot: {path} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxqwen_convert.cached import CachedModel, Removal
+    from mlxqwen_convert.cache_list import CachedModel, Removal
 
 __all__ = ["cache"]
 
@@ -45,7 +45,7 @@ def cache() -> None:
 def list_models(as_json: bool) -> None:
     """List them: source, formats, size, last use, state."""
     with leave_at_once():
-        from mlxqwen_convert.cached import cache_folder, cached_models
+        from mlxqwen_convert.cache_list import cache_folder, cached_models
 
     models = cached_models()
     if as_json:
@@ -76,7 +76,7 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
     if everything and older_than is not None:
         raise click.UsageError("--all leaves nothing to --older-than: give one of them.")
     with leave_at_once():
-        from mlxqwen_convert.cached import prune as prune_models
+        from mlxqwen_convert.cache_list import prune as prune_models
 
     models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
     told = _json if as_json else _account

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlxqwen.chat.request_files.conversations import CONVERSATION_FORMAT, parse_json_text
 from mlxqwen.chat.turns import check_conversation
 from mlxqwen.errors import MessagesError, OptionError
+from mlxqwen.files.atomic import reason_of, write_file
 from mlxqwen.files.json_file import json_kind, parse_json, read_text
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import to_plain_json
@@ -56,7 +54,12 @@ def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], option
         raise MessagesError(
             f"{path}: {error}; it could not be read again", hint="Leave it out, and save then."
         ) from None
-    _replace(path, text.encode() + b"\n")
+    try:
+        write_file(path, text.encode() + b"\n", private=True)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{path}: cannot be written: {reason_of(error)}", hint="Choose a file in a folder that can be written to."
+        ) from None
 
 
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -133,23 +136,3 @@ def _option(path: Path, name: str, value: Any) -> Any:
         if not (token.isascii() and token.isdecimal() and len(token) < 11):
             raise MessagesError(f"{path}: logit_bias: found {token!r}, expected a token id", hint=_HINT)
     return {**value, "logit_bias": {int(token): number for token, number in bias.items()}}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    staged = None
-    try:
-        descriptor, staged = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(
-            f"{path}: cannot be written: {reason}", hint="Choose a file in a folder that can be written to."
-        ) from None
-    finally:
-        if staged is not None:
-            with suppress(OSError):
-                os.unlink(staged)

@@ -56,8 +56,12 @@ class Driver:
 
     def wake(self) -> None:
         """There is something to do."""
-        if self._daemon is not None:
-            _notify(self._changed)
+        _notify(self._changed)
+
+    def wait_for_work(self, scheduler: Scheduler, timeout: float | None) -> bool:
+        """Wait until `scheduler` has something to do, at most `timeout` seconds → whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: scheduler.has_work or scheduler.is_closed, timeout)
 
     def _is_mine(self) -> bool:
         """Whether this thread takes the steps."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -13,10 +11,12 @@ import mlx.core as mx
 from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.chat.reply import Reply
 from mlxqwen.chat.thinking import check_budget_use
+from mlxqwen.checks import check_integer
 from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
 from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
 from mlxqwen.engine.events import Done, Event, Timings, Usage, events_of
+from mlxqwen.engine.loading import Converter, load_models
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
@@ -24,9 +24,7 @@ from mlxqwen.engine.text_generation import Sampling, text_request
 from mlxqwen.engine.token_stream import OnPrefill
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 from mlxqwen.errors import MlxqwenError, OptionError
-from mlxqwen.files.config import ModelConfig
-from mlxqwen.files.hub import resolve_model
-from mlxqwen.model.loading import CheckSize, LoadOptions, parse_dtype, prepare_model
+from mlxqwen.model.loading import LoadOptions
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.tokenizer import Tokenizer
@@ -93,13 +91,6 @@ def load(
     return engine.model, engine.tokenizer
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
-    tokenizer = Tokenizer.from_folder(folder)
-    tokenizer.check_fits(ModelConfig.from_folder(folder).vocab_size)
-    return tokenizer
-
-
 def _check_speculative(speculative: Speculative, draft_tokens: int | None, draft: object = None) -> None:
     """Refuse what cannot guess. Raises `OptionError`."""
     if draft_tokens is not None:
@@ -115,49 +106,6 @@ def _check_speculative(speculative: Speculative, draft_tokens: int | None, draft
         as_drafter(speculative)
 
 
-@contextmanager
-def _naming_the_draft() -> Iterator[None]:
-    """Of two models, errors tell which one is meant."""
-    try:
-        yield
-    except MlxqwenError as error:
-        raise type(error)(f"draft model: {error.problem}", hint=error.hint) from None
-
-
-def _check_draft(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
-    from mlxqwen.engine.speculation.drafter import check_vocabulary
-
-    check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
-    if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
-        return
-    if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
-        raise OptionError(
-            f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
-            "the same",
-            hint="Take a smaller model of the same family, which shares its tokenizer.",
-        )
-
-
-def _are_same_files(first: Path, second: Path) -> bool:
-    """Whether both can be read and have the same SHA-256."""
-    import hashlib
-
-    try:
-        with first.open("rb") as one, second.open("rb") as other:
-            return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
-    except OSError:
-        return False
-
-
-def _draft_bytes(draft_folder: Path, options: LoadOptions) -> int:
-    """What the weights of a draft model will take, by the headers of its files."""
-    from mlxqwen.model.footprint import measure
-
-    footprint, device = measure(draft_folder), options.get("device") or current_device()
-    return footprint.weight_bytes(parse_dtype(options.get("dtype")) or device.compute_dtype(footprint.dtype))
-
-
 class Engine:
     """A model with its tokenizer, ready to answer.
 
@@ -165,6 +113,8 @@ class Engine:
         prefix_cache: how much memory the store of what was read may take, shared by all replies of the model: bytes,
             text such as "2GB", or "off"; by default an eighth of what the machine has for models.
         prompt_cache: a folder that keeps it on disk, for later runs; it may take a tenth of the disk.
+        max_running: the most replies of the model that decode at once; by default 256.
+        checks_memory: whether replies wait for memory, and are refused where there is too little.
 
     Attributes:
         model, tokenizer: as given.
@@ -181,6 +131,8 @@ class Engine:
         draft_tokens: int | None = None,
         prefix_cache: int | str | None = None,
         prompt_cache: str | PathLike[str] | DiskTier | None = None,
+        max_running: int | None = None,
+        checks_memory: bool = True,
     ) -> None:
         _check_speculative(speculative, draft_tokens)
         self.model = model
@@ -190,6 +142,10 @@ class Engine:
         self._is_closed = False
         if prefix_cache is not None or prompt_cache is not None:
             use_store(scheduler_of(model), prefix_cache, prompt_cache, current_device())
+        if max_running is not None:
+            scheduler_of(model).max_running = check_integer("max_running", max_running, 1)
+        if not checks_memory:
+            scheduler_of(model).checks_memory = False
 
     @classmethod
     def load(
@@ -203,6 +159,7 @@ class Engine:
         draft_tokens: int | None = None,
         prefix_cache: int | str | None = None,
         prompt_cache: str | PathLike[str] | None = None,
+        converter: Converter | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
         """See `load`. All that can be wrong is found before the weights are read or converted.
@@ -211,7 +168,8 @@ class Engine:
             draft: folder or hub id of a smaller model with the same tokenizer, which guesses what this one will say. It
                 reads each prompt along with this one. `revision` is not for it.
             speculative: what guesses instead; see `Engine`.
-            prefix_cache, prompt_cache: see `Engine`.
+            prefix_cache, prompt_cache, max_running: see `Engine`.
+            converter: what to do with weights in a form that is not run; by default `mlxqwen_convert` converts them.
         """
         _check_speculative(speculative, draft_tokens, draft)
         prefix_cache_bytes(prefix_cache, options.get("device") or current_device())
@@ -219,45 +177,19 @@ class Engine:
             "draft_tokens": draft_tokens,
             "prefix_cache": prefix_cache,
             "prompt_cache": None if prompt_cache is None else open_prompt_cache(prompt_cache),
+            "max_running": max_running,
+            "checks_memory": not options.get("force", False),
         }
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
-        folder = resolve_model(path_or_id, revision=revision)
-        with ExitStack() as held:  # what is converted stays in its cache until it is read
-
-            def convert(source: Path, check_size: CheckSize) -> Path:
-                from mlxqwen_convert.cached import converted
-
-                def check(dtype: mx.Dtype, packed_bytes: int, numbers: int) -> None:
-                    check_size(dtype, packed_bytes, numbers)
-                    _read_tokenizer(source)  # complains before the conversion
-
-                return converted(source, check=check, progress=on_convert, held=held)
-
-            if draft is None:
-                read_model = prepare_model(folder, convert=convert, **options)
-                tokenizer = _read_tokenizer(folder)
-                return cls(read_model(), tokenizer, speculative=speculative, **shared)
+        model, tokenizer, draft_model = load_models(
+            path_or_id, draft=draft, revision=revision, on_convert=on_convert, converter=converter, **options
+        )
+        if draft_model is not None:
             from mlxqwen.engine.speculation.draft_model import DraftModel
 
-            with _naming_the_draft():
-                draft_folder = resolve_model(draft)
-            tokenizer = _read_tokenizer(folder)
-            _check_draft(draft_folder, folder, tokenizer)
-            read_model = prepare_model(
-                folder, convert=convert, held_bytes=_draft_bytes(draft_folder, options), **options
-            )
-            with _naming_the_draft():
-                read_draft = prepare_model(
-                    draft_folder,
-                    convert=convert,
-                    dtype=options.get("dtype"),
-                    force=options.get("force", False),
-                    fused=options.get("fused", True),
-                    device=options.get("device"),
-                )
-            model = read_model()
-            return cls(model, tokenizer, speculative=DraftModel(read_draft()), **shared)
+            speculative = DraftModel(draft_model)
+        return cls(model, tokenizer, speculative=speculative, **shared)
 
     @property
     def _responder(self) -> Responder:

@@ -162,6 +162,10 @@ class Scheduler:
             one.park_if_ahead()
         return bool(self._submitted or self._waiting or self.reading or any(not one.is_parked for one in self.running))
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until there is something to do, at most `timeout` seconds → whether there is. For who steps by hand."""
+        return self.driver.wait_for_work(self, timeout)
+
     def fail_all(self, error: BaseException) -> None:
         """End all requests with an error."""
         for one in self._all():
@@ -185,11 +189,11 @@ class Scheduler:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches that are in use, those of draft models among them."""
+        """Bytes of all caches that are in use, and of draft models with theirs."""
         caches = {id(one.cache): one.cache for one in self._alive_batches()}
         caches |= {id(one.cache): one.cache for one in self._alive_prefills()}
         drafters = {
-            id(guesser.drafter): guesser.drafter.nbytes
+            id(guesser.drafter): guesser.drafter.nbytes + weight_bytes(guesser.drafter.model)
             for guesser in self._drafters.values()
             if isinstance(guesser.drafter, DraftModel)
         }

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from mlxqwen.errors import ConfigError, OptionError
@@ -31,6 +32,13 @@ _AFFINE_GROUP_SIZES = (32, 64, 128)
 # Qwen3 was trained on 32,768 positions; its releases declare 40,960 to leave room for a prompt of 8,192.
 _DECLARED_CONTEXT = 40_960
 _TRAINED_CONTEXT = 32_768
+
+# What an error shows of a value; no more of it is spelled.
+_SHOWN = 80
+_BRIEF = Repr()
+_BRIEF.maxlevel = 4
+_BRIEF.maxdict = _BRIEF.maxlist = 40
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 2 * _SHOWN
 
 _ROPE_KEYS = (
     "rope_type",
@@ -154,7 +162,9 @@ class ModelConfig:
             raise OptionError(f"rope_scaling: found {json_kind(rope_scaling)}, expected an object", hint=example)
         for key in rope_scaling:
             if key not in _ROPE_KEYS:
-                raise OptionError(f"rope_scaling: found {key!r}, expected only {', '.join(_ROPE_KEYS)}", hint=example)
+                raise OptionError(
+                    f"rope_scaling: found {str(key)[:_SHOWN]!r}, expected only {', '.join(_ROPE_KEYS)}", hint=example
+                )
         try:
             keys = _Keys(rope_scaling, "rope_scaling")
             theta = keys.number("rope_theta", default=self.rope_theta, low=2.0, high=1e12)
@@ -213,11 +223,12 @@ class _Keys:
         self.source = source
 
     def fail(self, key: str, expected: str, hint: str = "Fetch the model's own config.json again.") -> ConfigError:
+        name = repr(key[:_SHOWN])
         if key not in self.values:
-            return ConfigError(f"{self.source}: key {key!r} is missing, expected {expected}", hint=hint)
-        found = repr(self.values[key])
-        found = found if len(found) <= 80 else f"{found[:79]}…"
-        return ConfigError(f"{self.source}: {key!r} is {found}, expected {expected}", hint=hint)
+            return ConfigError(f"{self.source}: key {name} is missing, expected {expected}", hint=hint)
+        found = _BRIEF.repr(self.values[key])
+        found = found if len(found) <= _SHOWN else f"{found[: _SHOWN - 1]}…"
+        return ConfigError(f"{self.source}: {name} is {found}, expected {expected}", hint=hint)
 
     def integer(self, key: str, *, default: int | None = None, low: int = 1, high: int) -> int:
         value = self.values.get(key, default)
@@ -388,7 +399,8 @@ def _read_quantization(keys: _Keys) -> tuple[Quantization | None, str | None]:
     if section is None:
         return None, None
     if mlx is None and "quant_method" in section.values:
-        return None, str(section.values["quant_method"])[:40]
+        method = section.values["quant_method"]
+        return None, (method if isinstance(method, str) else _BRIEF.repr(method))[:40]
     mode = section.values.get("mode", "affine")
     if mode != "affine":
         raise section.fail("mode", "'affine'", hint="Only MLX's affine quantization is run; convert from the original.")
@@ -397,7 +409,7 @@ def _read_quantization(keys: _Keys) -> tuple[Quantization | None, str | None]:
         if value is False:
             overrides[name] = None
         elif isinstance(value, Mapping):
-            module = _Keys(value, f"{section.source}: {name}")
+            module = _Keys(value, f"{section.source}: {name[:_SHOWN]}")
             if module.values.get("mode", "affine") != "affine":
                 raise module.fail("mode", "'affine'")
             overrides[name] = _read_affine(module)

@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 
 from mlxqwen.errors import MlxqwenError
 
-__all__ = ["find_lone_surrogate", "json_kind", "parse_json", "read_bounded", "read_json_object", "read_text"]
+__all__ = ["find_lone_surrogate", "json_kind", "parse_json", "read_bounded", "read_json_object", "read_text", "shown"]
 
 MAX_DEPTH = 64
-MAX_CONTAINERS = 3_000_000
+MAX_ITEMS = 3_000_000
+MAX_FILE_ITEMS = 1_000_000
+BYTE_ORDER_MARK = "\ufeff"
 MAX_INTEGER_DIGITS = 40
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -29,9 +31,9 @@ def read_json_object(
 ) -> dict[str, Any]:
     """The JSON object that a file holds.
 
-    Stricter than `json.load`: UTF-8 without a byte order mark, no key twice in an object, no `NaN` or
-    `Infinity` (nor a number that overflows to it), no lone surrogate, integers of at most 40 digits,
-    nesting of at most 64 levels, at most three million objects and lists.
+    Stricter than `json.load`: UTF-8, no key twice in an object, no `NaN` or `Infinity` (nor a number that
+    overflows to it), no lone surrogate, integers of at most 40 digits, nesting of at most 64 levels, at most
+    a million values. A byte order mark before it is skipped.
 
     Args:
         path: the file.
@@ -43,12 +45,10 @@ def read_json_object(
         MlxqwenError: of the type `error`, when the file cannot be read or holds anything else.
     """
     text = read_text(path, error=error, max_bytes=max_bytes)
-    if not text.strip():
+    if not text.removeprefix(BYTE_ORDER_MARK).strip():
         raise error(f"{path}: the file is empty, expected a JSON object", hint=way_out(path))
-    if text.startswith("\ufeff"):
-        raise error(f"{path}: starts with a byte order mark", hint="Save the file as UTF-8 without it.")
     try:
-        value = (parse or parse_json)(text)
+        value = parse(text) if parse is not None else parse_json(text, max_items=MAX_FILE_ITEMS)
     except json.JSONDecodeError as cause:
         where = f"line {cause.lineno}, column {cause.colno}"
         raise error(f"{path}: not valid JSON at {where}: {cause.msg}", hint=way_out(path)) from None
@@ -65,18 +65,23 @@ def parse_short_integer(digits: str) -> int:
     return int(digits)
 
 
-def parse_json(text: str, *, parse_int: Callable[[str], int] = parse_short_integer) -> Any:
+def parse_json(text: str, *, parse_int: Callable[[str], int] = parse_short_integer, max_items: int = MAX_ITEMS) -> Any:
     """The value of a JSON text, as strictly as `read_json_object` says.
+
+    Args:
+        text: the JSON; a byte order mark before it is skipped.
+        parse_int: makes an integer of its digits.
+        max_items: the most commas, objects and lists that the text may have, those in its strings included.
 
     Raises:
         ValueError: the text breaks a rule; `json.JSONDecodeError`, its subclass, where it is no JSON at all.
     """
-    # An empty list is three bytes of text and sixty of memory. Brackets in strings count as well.
-    if text.count("[") + text.count("{") > MAX_CONTAINERS:
-        raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists")
+    # A value is two bytes of text, some sixty of memory and a microsecond: they are counted before any is made.
+    if sum(text.count(mark) for mark in ",[{") > max_items:
+        raise ValueError(f"more than {max_items:,} values")
     try:
         value = json.loads(
-            text,
+            text.removeprefix(BYTE_ORDER_MARK),
             object_pairs_hook=object_without_duplicates,
             parse_constant=refuse_constant,
             parse_int=parse_int,
@@ -124,6 +129,16 @@ def json_kind(value: object) -> str:
     return "null" if value is None else name
 
 
+def shown(value: object, most: int = 100) -> str:
+    """A value as JSON text for a message, of at most `most` characters; no more of it is spelled than is shown."""
+    text = ""
+    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value[:most] if isinstance(value, str) else value):
+        text += piece[: most + 1]
+        if len(text) > most:
+            return f"{text[: most - 1]}…"
+    return text
+
+
 def way_out(path: Path) -> str:
     return f"Download {path.name} again, or repair it."
 
@@ -153,7 +168,7 @@ def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} appears twice in one object")
+                raise ValueError(f"the key {key[:120]!r} appears twice in one object")
             seen.add(key)
     return result
 

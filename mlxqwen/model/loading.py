@@ -27,15 +27,17 @@ from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 
 __all__ = [
     "FLOAT_DTYPES",
-    "CheckSize",
-    "Convert",
     "LoadOptions",
+    "PreparedModel",
+    "check_memory",
     "checkpoint_dtype",
+    "compute_dtype",
     "foreign_format",
     "load_model",
     "model_tensors",
     "parse_dtype",
     "prepare_model",
+    "read_config",
 ]
 
 logger = logging.getLogger("mlxqwen")
@@ -80,26 +82,56 @@ class LoadOptions(TypedDict, total=False):
     device: Device | None
 
 
-CheckSize = Callable[[mx.Dtype, int, int], None]
-"""Given the dtype of the numbers, the bytes of packed codes and how many numbers, raises if a model does not fit."""
-Convert = Callable[[Path, CheckSize], Path]
-"""Makes an MLX folder of one in another format; what is given is called before any costly work."""
-
-
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A model that has been checked: each call reads one, whose weights take `weight_bytes` of memory."""
+    """A model that has been checked.
+
+    Args:
+        weight_bytes: that its weights take in memory.
+        dtype: that it computes in.
+        read: reads the weights; each call makes another model.
+    """
 
     weight_bytes: int
+    dtype: mx.Dtype
     read: Callable[[], Qwen3ForCausalLM]
-
-    def __call__(self) -> Qwen3ForCausalLM:
-        return self.read()
 
 
 def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
     """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
-    return prepare_model(folder, **options)()
+    return prepare_model(folder, **options).read()
+
+
+def read_config(
+    folder: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    yarn_factor: float | None = None,
+) -> ModelConfig:
+    """The config of a model's folder, with a scaling of RoPE if one is asked for. Arguments: see `prepare_model`.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint.
+        OptionError: an argument out of range.
+    """
+    parse_dtype(dtype)
+    if not isinstance(folder, str | os.PathLike):
+        raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        Checkpoint.open(folder)  # knows foreign files, which tell more than a missing config
+    config = ModelConfig.from_folder(folder)
+    if rope_scaling is not None and yarn_factor is not None:
+        raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
+    if rope_scaling is not None:
+        return config.with_rope_scaling(rope_scaling)
+    return config if yarn_factor is None else config.with_yarn(yarn_factor)
+
+
+def compute_dtype(stored: mx.Dtype, dtype: str | mx.Dtype | None, device: Device | None) -> mx.Dtype:
+    """What a model computes in: `dtype`, or what `device` (by default this one) has for numbers stored as they are."""
+    return parse_dtype(dtype) or (device or current_device()).compute_dtype(stored)
 
 
 def prepare_model(
@@ -111,8 +143,6 @@ def prepare_model(
     force: bool = False,
     fused: bool = True,
     device: Device | None = None,
-    held_bytes: int = 0,
-    convert: Convert | None = None,
 ) -> PreparedModel:
     """Check all that can be checked before a weight is read → what reads them.
 
@@ -125,45 +155,14 @@ def prepare_model(
         fused: lay projections of the same input together, which is quicker; without, every weight is found under its
             name in an MLX checkpoint, to change, train, save or quantize.
         device: the machine to load for; by default this one.
-        held_bytes: what the weights of a draft model take beside these.
-        convert: what to do with FP8, AWQ, GPTQ and the like, when all else is in order; by default they are refused.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint that can be run.
         OptionError: an argument out of range.
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
-    chosen = parse_dtype(dtype)
-    if not isinstance(folder, str | os.PathLike):
-        raise OptionError(f"folder: found {type(folder).__name__}, expected the path of a model's folder")
+    config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor)
     folder, device = Path(folder), device or current_device()
-    if not (folder / "config.json").exists():
-        Checkpoint.open(folder)  # knows foreign files, which tell more than a missing config
-    config = ModelConfig.from_folder(folder)
-    if rope_scaling is not None and yarn_factor is not None:
-        raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
-    if rope_scaling is not None:
-        config = config.with_rope_scaling(rope_scaling)
-    if yarn_factor is not None:
-        config = config.with_yarn(yarn_factor)
-    if convert is not None and config.foreign_quantization is not None:
-
-        def check_size(stored: mx.Dtype, packed_bytes: int, numbers: int) -> None:
-            compute = chosen or device.compute_dtype(stored)
-            if not force:
-                _check_size(folder, packed_bytes + numbers * compute.size, held_bytes, compute, device)
-
-        made = convert(folder, check_size)
-        return prepare_model(
-            made,
-            dtype=dtype,
-            rope_scaling=rope_scaling,
-            yarn_factor=yarn_factor,
-            force=force,
-            fused=fused,
-            device=device,
-            held_bytes=held_bytes,
-        )
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
     generation_config = GenerationConfig.from_folder(folder)
@@ -174,7 +173,7 @@ def prepare_model(
     tensors = model_tensors(config, checkpoint)
     sources = _match(checkpoint, tensors, model, config)
     _note_ignored_head(checkpoint, tensors)
-    compute = chosen or device.compute_dtype(checkpoint_dtype(tensors))
+    compute = compute_dtype(checkpoint_dtype(tensors), dtype, device)
     if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
         raise OptionError(
             f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
@@ -185,7 +184,7 @@ def prepare_model(
         array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
     )
     if not force:
-        _check_size(folder, nbytes, held_bytes, compute, device)
+        check_memory(folder, nbytes, compute, device=device)
 
     checked = [model]
 
@@ -206,14 +205,24 @@ def prepare_model(
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model
 
-    return PreparedModel(nbytes, read)
+    return PreparedModel(nbytes, compute, read)
 
 
-def _check_size(folder: str | Path, nbytes: int, held_bytes: int, compute: mx.Dtype, device: Device) -> None:
+def check_memory(folder: Path, nbytes: int, dtype: mx.Dtype, held_bytes: int = 0, device: Device | None = None) -> None:
+    """Raise `InsufficientMemoryError` unless weights fit into what a device has for them.
+
+    Args:
+        folder: of the model, for the message.
+        nbytes: of its weights in memory.
+        dtype: that it computes in.
+        held_bytes: of the weights of a draft model beside it.
+        device: by default this machine.
+    """
+    device = device or current_device()
     if nbytes + held_bytes > device.usable_memory:
         others = f", those of the draft model {held_bytes / 1e9:.1f} GB" if held_bytes else ""
         raise InsufficientMemoryError(
-            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(compute)}{others}, this machine can "
+            f"{folder}: the weights take {nbytes / 1e9:.1f} GB in {_name(dtype)}{others}, this machine can "
             f"hold {device.usable_memory / 1e9:.1f} GB",
             hint="Use a smaller or more strongly quantized release, a narrower dtype, or --force (force=True).",
         )

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,10 +24,12 @@ import pytest
 import mlxqwen
 from mlxqwen.device import Device
 from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, TokenizerError
+from mlxqwen.files import locks
 from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen_convert import cached, convert
-from mlxqwen_convert.cached import CachedModel, Removal, cache_folder, cached_models, converted, planned_size, prune
+from mlxqwen_convert import convert
+from mlxqwen_convert.cache_list import CachedModel, Removal, cache_folder, cached_models, prune
+from mlxqwen_convert.cached import converted, planned_size
 from mlxqwen_convert.errors import DiskFullError, OutputError, SourceChangedError
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
@@ -593,6 +596,71 @@ def test_entries_behind_a_link_are_not_looked_at(tmp_path: Path, fp8: Path, own_
             call()
 
 
+@pytest.mark.parametrize("at", ["", "{model}", "{model}/model.safetensors", "entry.json"])
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int) -> None:
+    """Names and sizes are as they were; the bytes need not be."""
+    model = converted(fp8)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(bytes(len(weights)))
+    (model.parent / at.format(model=model.name)).chmod(mode)
+    assert states() != ["ready"]
+    assert converted(fp8) == model
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert states() == ["ready"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("at", ["", "{model}", "{model}/model.safetensors"])
+def test_what_belongs_to_another_user_is_made_anew(fp8: Path, at: str) -> None:
+    model = converted(fp8)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(bytes(len(weights)))
+    os.chown(model.parent / at.format(model=model.name), 12345, 12345)
+    assert converted(fp8) == model
+    assert (model / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_cache_of_another_user_is_refused(fp8: Path, own_cache: Path) -> None:
+    (own_cache / "converted").mkdir(parents=True)
+    os.chown(own_cache / "converted", 12345, 12345)
+    with pytest.raises(OutputError, match=r"belongs to another user(.|\n)*MLXQWEN_CACHE"):
+        converted(fp8)
+
+
+def test_what_is_made_is_its_owner_s_alone_whatever_the_umask(fp8: Path, own_cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        model = converted(fp8)
+    finally:
+        os.umask(before)
+    for path in (own_cache, *own_cache.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    assert states() == ["ready"]
+    (own_cache / "converted").chmod(0o777)
+    (fp8 / "NOTICE").write_text("another state of the source")
+    assert converted(fp8) != model
+    assert stat.S_IMODE((own_cache / "converted").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("moment", ["rename", "rmtree"])
+def test_two_prunes_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The other one removes the same entry at the worst moment; both end well, and each is told of once."""
+    converted(make_source(tmp_path / "in", "fp8").write().folder)
+    owner, name = (Path, "rename") if moment == "rename" else (shutil, "rmtree")
+    step = getattr(owner, name)
+
+    def other_first(path: Path, *rest: Any) -> Any:
+        for found in (cache_folder() / "converted").iterdir():
+            subprocess.run(["rm", "-r", str(found)], check=True)
+        return step(path, *rest)
+
+    monkeypatch.setattr(owner, name, other_first)
+    assert len(prune(everything=True)) == (moment == "rmtree")
+    assert cached_models() == []
+
+
 def test_half_removed_is_no_model(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = converted(fp8)
 
@@ -601,7 +669,7 @@ def test_half_removed_is_no_model(fp8: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxqwen_convert.cached.shutil.rmtree", fail)
+        patch.setattr("mlxqwen.files.store.shutil.rmtree", fail)
         with pytest.raises(OutputError, match="cannot be removed: Input/output error"):
             prune(everything=True)
     assert list(cache_folder().rglob("config.json")) == []
@@ -625,18 +693,18 @@ def test_damaged_records_are_told_of_and_pruned(fp8: Path) -> None:
 
 def test_who_waits_for_a_removal_starts_anew(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock that was waited for is that of a folder that is gone."""
-    take, calls = cached._take, 0
+    take, calls = locks.try_lock, 0
 
-    def removed_first(descriptor: int, source: Any) -> None:
+    def removed_first(descriptor: int, *, shared: bool = False) -> bool:
         nonlocal calls
         calls += 1
         if calls == 1:
             prune(everything=True)
-        take(descriptor, source)
+        return take(descriptor, shared=shared)
 
-    monkeypatch.setattr(cached, "_take", removed_first)
+    monkeypatch.setattr("mlxqwen.files.store.try_lock", removed_first)
     assert (converted(fp8) / "config.json").is_file()
-    assert calls == 2
+    assert calls == 3  # the second is that of `prune`
 
 
 def test_the_log_is_one_line(fp8: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -225,7 +225,7 @@ def test_a_crash_before_the_manifest_is_there(source: Source, tmp_path: Path, te
     partial.mkdir()
     (partial / "conversion.lock").touch()
     if text is not None:
-        (partial / "conversion.json.new").write_text(text)
+        (partial / ".partial-0123456789abcdef").write_text(text)
     convert(source.folder, tmp_path / "out", resume=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if "conversion" in path.name) == [
         "conversion_report.json"
@@ -247,6 +247,58 @@ def test_a_manifest_that_is_damaged_says_what_to_do(source: Source, tmp_path: Pa
     (partial / "conversion.json").write_text("")
     with pytest.raises(ResumeError, match=r"Remove .*out\.partial to start anew"):
         convert(source.folder, tmp_path / "out", resume=True)
+
+
+def test_what_somebody_put_into_the_folder_is_not_published(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links are not written through, and nothing of it is lost."""
+    convert(source.folder, tmp_path / "expected/out")
+    with monkeypatch.context() as patch:
+        crash_in(patch, PartialFolder, "publish")
+        with pytest.raises(Crash):
+            convert(source.folder, tmp_path / "out")
+    partial, outside = tmp_path / "out.partial", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    (partial / "secrets.txt").write_text("secret")
+    (partial / "model-00002-of-00002.safetensors").write_bytes(b"weights of another")
+    (partial / "modeling.py").write_text("raise SystemExit")
+    (partial / "docs/deep").mkdir(parents=True)
+    (partial / "docs/deep/note").write_text("note")
+    (partial / "tokenizer_config.json").unlink()
+    (partial / "tokenizer_config.json").symlink_to(outside / "mine")
+    (partial / "additional_chat_templates").symlink_to(outside)
+    (partial / ".partial-0123456789abcdef").write_text("of a writer that was killed")
+    convert(source.folder, tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", tmp_path / "expected/out")
+    assert (outside / "mine").read_text() == "mine"
+    assert [path.name for path in outside.iterdir()] == ["mine"]
+    (aside,) = tmp_path.glob("out.strays-*")
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*") if not path.is_dir() or path.is_symlink()} == {
+        "secrets.txt",
+        "model-00002-of-00002.safetensors.part",
+        "modeling.py",
+        "docs/deep/note",
+        "tokenizer_config.json",
+        "additional_chat_templates",
+    }
+    assert str(aside) in caplog.text
+
+
+def test_what_is_put_there_at_the_last_moment_is_not_published(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = PartialFolder.write_text
+
+    def write_and_add(folder: PartialFolder, name: str, text: str) -> None:
+        write(folder, name, text)
+        (folder.path / "late.txt").write_text("late")
+
+    monkeypatch.setattr(PartialFolder, "write_text", write_and_add)
+    convert(source.folder, tmp_path / "out")
+    assert not (tmp_path / "out/late.txt").exists()
+    assert (tmp_path / "out/config.json").exists()
 
 
 def test_a_crash_before_the_folder_has_its_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,10 @@ def test_errors_are_those_of_what_is_on_the_disk(tmp_path: Path) -> None:
 
 def test_the_journal_keeps_errors_exactly() -> None:
     for written in (Written("ab12"), Written("ab12", ModuleError(0.1, 1 / 3, 2e-30, 77))):
-        assert Written.from_text(written.as_text()) == written
-    for text in ("ab12 0x1p0", "ab12 1 2 3 x", "ab12 y 2 3 4"):
-        assert Written.from_text(text) is None
+        assert Written.from_list(json.loads(json.dumps(written.as_list()))) == written
+    for known in ([], ["ab12", 1.0], ["ab12", 1.0, 2.0, 3.0, "x"], ["ab12", "y", 2, 3, 4], ["ab12", None, 2, 3, 4]):
+        with pytest.raises((ValueError, TypeError)):
+            Written.from_list(known)
 
 
 def lost_to_float16(tmp_path: Path, form: str, word: str, value: float) -> Source:

@@ -6,7 +6,6 @@ cut in the midst of a line, is taken up where it stopped, and what belongs to so
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -18,7 +17,9 @@ from typing import Any
 
 from mlxqwen.chat.request_files.batch import BatchRequest
 from mlxqwen.errors import OptionError
+from mlxqwen.files.atomic import sync_descriptor
 from mlxqwen.files.json_file import parse_json
+from mlxqwen.files.locks import try_lock
 
 __all__ = ["AnswerFile"]
 
@@ -27,7 +28,7 @@ _ELSEWHERE = "Choose another --output, or move this file away."
 
 
 class AnswerFile:
-    """An output file, open and locked; `with` closes it.
+    """An output file, open and locked, its owner's alone where it is made here (mode 0600); `with` closes it.
 
     Attributes:
         answered: indices of the requests that have a line.
@@ -53,7 +54,7 @@ class AnswerFile:
         self._end = 0
         with self._errors(hint="Choose an --output that can be written."):
             self._existed = path.exists()
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         try:
             with self._errors():
                 self._lock()
@@ -85,7 +86,7 @@ class AnswerFile:
         try:
             if self._end:
                 with self._errors():
-                    os.fsync(file)
+                    sync_descriptor(file)
             elif not self._existed:
                 with suppress(OSError):
                     self.path.unlink()
@@ -103,10 +104,8 @@ class AnswerFile:
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             raise OptionError(f"{self.path}: not a regular file, expected one that can be read again", hint=_ELSEWHERE)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OptionError(f"{self.path}: another run is writing it", hint="Wait for its end.") from None
+        if not try_lock(self._file):
+            raise OptionError(f"{self.path}: another run is writing it", hint="Wait for its end.")
 
     def _take_up(self, requests: Mapping[int, BatchRequest]) -> None:
         with open(os.dup(self._file), "rb") as file:

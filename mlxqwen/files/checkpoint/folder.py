@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
 from mlxqwen.files.checkpoint.safetensors_file import (
     DOWNLOAD_AGAIN,
+    MAX_NAME_LENGTH,
     TensorInfo,
     checked_array,
     load_arrays,
     opened,
     read_exactly,
     read_header,
-    shown,
 )
-from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.json_file import read_json_object, shown
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -145,7 +145,7 @@ def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
     if missing := list(weight_map):
         raise CheckpointError(
             f"{folder / INDEX_NAME}: {counted(missing, 'tensor')} not in the files it gives for them: "
-            f"{some_of([f'{name} ({weight_map[name]})' for name in missing])}",
+            f"{some_of(missing, spell=lambda name: f'{name} ({weight_map[name]})')}",
             hint="Index and weight files come from different versions: download both again.",
         )
     notes = stray_files(folder, set(shards), "not named by the index")
@@ -185,6 +185,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
             hint=DOWNLOAD_AGAIN,
         )
     for name, shard in weight_map.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise CheckpointError(
+                f"{index}: weight_map: found a name of {len(name):,} characters ({name[:40]}…), expected at most "
+                f"{MAX_NAME_LENGTH:,}",
+                hint=DOWNLOAD_AGAIN,
+            )
         if not isinstance(shard, str):
             raise CheckpointError(
                 f"{index}: weight_map: {name}: found {shown(shard)}, expected a file name",
@@ -199,9 +205,9 @@ def check_shard_name(index: Path, shard: str) -> None:
     """Lexically, since a folder of the hub's cache is made of links that lead out of it."""
     parts = shard.split("/")
     escapes = any(part in ("", ".", "..") for part in parts) or any(c in shard for c in "\\:\0")
-    if escapes or not shard.endswith(".safetensors"):
+    if escapes or not shard.endswith(".safetensors") or len(shard) > MAX_NAME_LENGTH:
         raise CheckpointError(
-            f"{index}: weight_map: found the file name {shard!r}, expected a .safetensors file in the folder",
+            f"{index}: weight_map: found the file name {shard[:120]!r}, expected a .safetensors file in the folder",
             hint="The index is damaged or was tampered with: do not use this checkpoint.",
         )
 
@@ -269,6 +275,7 @@ def counted(things: list[str], noun: str) -> str:
     return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
-def some_of(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(name[:120] for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+def some_of(names: list[str], most: int = 5, spell: Callable[[str], str] = str) -> str:
+    """The first few names, and how many more there are."""
+    first = ", ".join(spell(name)[:120] for name in names[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most:,} more"

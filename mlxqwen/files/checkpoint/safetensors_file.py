@@ -8,7 +8,6 @@ before a byte of weights is read.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
@@ -21,12 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
-from mlxqwen.files.json_file import parse_json
+from mlxqwen.files.json_file import parse_json, shown
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_ITEMS = 1_000_000
+MAX_NAME_LENGTH = 8_192
+MAX_METADATA = 10_000
+MAX_METADATA_LENGTH = 4 * 1024 * 1024
 MAX_DIMENSION = 2**31 - 1  # MLX keeps shapes in 32-bit integers and wraps what does not fit.
 MAX_DIMENSIONS = 32
 LENGTH_BYTES = 8
@@ -78,8 +81,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     Stricter than the reference implementation (`safetensors.safe_open`) in these ways: the header starts with
     `{`; no name appears twice; a tensor is an object of exactly dtype, shape and data_offsets, its dtype a
-    string of whole bytes; at most a million tensors, 32 dimensions, and 2**31 - 1
-    elements along each of them.
+    string of whole bytes; at most a million values (which some 120,000 tensors have), names of 8,192
+    characters, 10,000 entries and 4 MiB of metadata, 32 dimensions, and 2**31 - 1 elements along each of them.
 
     Returns:
         The tensors by name in the order of their bytes, and the metadata.
@@ -147,7 +150,7 @@ def parse_header(path: Path, header: bytes) -> dict[str, Any]:
     if not header.startswith(b"{"):
         raise damaged(path, f"starts with {header[:8]!r}, expected {{")
     try:
-        entries: dict[str, Any] = parse_json(header.decode("utf-8"), parse_int=parse_size)
+        entries: dict[str, Any] = parse_json(header.decode("utf-8"), parse_int=parse_size, max_items=MAX_HEADER_ITEMS)
     except UnicodeDecodeError:
         raise damaged(path, "is not UTF-8") from None
     except ValueError as cause:
@@ -170,10 +173,19 @@ def parse_metadata(path: Path, found: Any) -> dict[str, str]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise damaged(path, f"has __metadata__ {shown(found)}, expected an object of strings")
+    length = sum(len(key) + len(value) for key, value in found.items())
+    if len(found) > MAX_METADATA or length > MAX_METADATA_LENGTH:
+        raise damaged(
+            path,
+            f"has __metadata__ of {len(found):,} entries and {length:,} characters, expected at most "
+            f"{MAX_METADATA:,} and {MAX_METADATA_LENGTH:,}",
+        )
     return found
 
 
 def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME_LENGTH:
+        wrong_tensor(path, name, f"a name of {len(name):,} characters", f"at most {MAX_NAME_LENGTH:,}")
     if not isinstance(entry, dict) or entry.keys() != TENSOR_KEYS:
         wrong_tensor(path, name, shown(entry), "an object of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -323,9 +335,3 @@ def read_exactly(path: Path, descriptor: int, start: int, length: int) -> bytes:
         start += len(part)
         remaining -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def shown(value: Any) -> str:
-    """A JSON value for a message, however long."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import CheckpointError
+from mlxqwen.files.atomic import reason_of, staging_folder, sync, write_file
 from mlxqwen.files.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_weight_name, listed, some_of
 from mlxqwen.files.checkpoint.safetensors_file import read_header
 
@@ -21,7 +17,6 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MAX_SHARD_BYTES = 5 * 1024**3
-FULL_FSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
 def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
@@ -30,11 +25,10 @@ def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mappi
     Raises:
         CheckpointError: the file cannot be written.
     """
-    with staging_folder(path.parent) as staging:
+    with staged_for(path, path.parent) as staging:
         staged = staging / "file.safetensors"  # MLX appends the suffix where it is missing
-        write_file(staged, path, arrays, metadata)
-        publish(staged, path)
-        sync_folder(path.parent)
+        write_tensors(staged, path, arrays, metadata)
+        staged.replace(path)
 
 
 def write_checkpoint(
@@ -72,13 +66,12 @@ def write_checkpoint(
         "metadata": {"total_size": sum(array.nbytes for array in arrays.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    with staging_folder(folder) as staging:
+    with staged_for(folder, folder) as staging:
         for file, shard in zip(names, shards, strict=True):
-            write_file(staging / file, folder / file, shard, metadata)
-        write_text(staging / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            write_tensors(staging / file, folder / file, shard, metadata)
+        write_file(staging / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
         for file in (*names, INDEX_NAME):
-            publish(staging / file, folder / file)
-        sync_folder(folder)
+            (staging / file).replace(folder / file)
 
 
 def split_shards(arrays: Mapping[str, mx.array], max_shard_bytes: int) -> list[dict[str, mx.array]]:
@@ -100,19 +93,17 @@ def shard_names(count: int) -> list[str]:
 
 
 @contextmanager
-def staging_folder(parent: Path) -> Iterator[Path]:
-    """A folder beside the target, on the same disk, so that finished files can be renamed into place."""
+def staged_for(target: Path, folder: Path) -> Iterator[Path]:
+    """A folder to write `target` in before it is moved into place in `folder`. Raises `CheckpointError`."""
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+        with staging_folder(folder) as staging:
+            yield staging
+            sync(folder)
     except (OSError, ValueError) as cause:
-        raise unwritable(parent, cause) from None
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise unwritable(target, cause) from None
 
 
-def write_file(staged: Path, path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+def write_tensors(staged: Path, path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
     """Writes what will be `path`, flushes it to disk and reads its header back."""
     import mlx.core as mx
 
@@ -126,54 +117,7 @@ def write_file(staged: Path, path: Path, arrays: Mapping[str, mx.array], metadat
         raise unwritable(path, ValueError("the file read back has other tensors"))
 
 
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-        sync(path)
-    except OSError as cause:
-        raise unwritable(path, cause) from None
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        sync_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_descriptor(descriptor: int) -> None:
-    """Has a file on the disk itself: macOS's `fsync` stops at the disk's own cache.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    if FULL_FSYNC is not None:
-        try:
-            fcntl.fcntl(descriptor, FULL_FSYNC)
-            return
-        except OSError as cause:
-            if cause.errno not in (errno.ENOTSUP, errno.ENOTTY, errno.EINVAL):  # a file system of another kind
-                raise
-    os.fsync(descriptor)
-
-
-def publish(written: Path, path: Path) -> None:
-    try:
-        written.replace(path)
-    except (OSError, ValueError) as cause:
-        raise unwritable(path, cause) from None
-
-
-def sync_folder(folder: Path) -> None:
-    try:
-        sync(folder)
-    except OSError as cause:
-        raise unwritable(folder, cause) from None
-
-
 def unwritable(path: Path, cause: Exception) -> CheckpointError:
-    reason = getattr(cause, "strerror", None) or cause
     return CheckpointError(
-        f"{path}: cannot be written: {reason}", hint="Check the folder's permissions and the free space."
+        f"{path}: cannot be written: {reason_of(cause)}", hint="Check the folder's permissions and the free space."
     )

@@ -1,0 +1,192 @@
+"""From a folder or hub id to a model with its tokenizer: resolved, checked, converted, read, in this order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, Unpack
+
+import mlx.core as mx
+
+from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub import resolve_model
+from mlxqwen.model.loading import (
+    LoadOptions,
+    PreparedModel,
+    check_memory,
+    compute_dtype,
+    prepare_model,
+    read_config,
+)
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+
+__all__ = ["Conversion", "Converter", "OnConvert", "load_models"]
+
+OnConvert = Callable[[str, int, int], None]
+"""Called as a conversion goes on: "converting" or "verifying", weights done, weights in all."""
+
+
+class Conversion(Protocol):
+    """What becomes of a folder in a form that is not run: its MLX form is there already, or planned and not written."""
+
+    @property
+    def size(self) -> tuple[mx.Dtype, int, int] | None:
+        """The dtype of the numbers, the bytes of packed codes, how many numbers; None if the MLX form is there."""
+
+    def run(self, progress: OnConvert | None = None) -> Path:
+        """The folder of the MLX form, which is made if need be. Raises `MlxqwenError`."""
+
+
+Converter = Callable[[Path, ExitStack], Conversion]
+"""Finds or plans the MLX form of a folder, which stays where it is until the stack closes. Raises `MlxqwenError`."""
+
+
+def load_models(
+    path_or_id: str | PathLike[str] | None = None,
+    *,
+    draft: str | PathLike[str] | None = None,
+    revision: str | None = None,
+    on_convert: OnConvert | None = None,
+    converter: Converter | None = None,
+    **options: Unpack[LoadOptions],
+) -> tuple[Qwen3ForCausalLM, Tokenizer, Qwen3ForCausalLM | None]:
+    """Load a model with its tokenizer, and perhaps a draft model. What can be wrong is found before weights are read.
+
+    Args:
+        path_or_id: a folder, a hub id, or None for the demo model.
+        draft: folder or hub id of the draft model; `revision`, `rope_scaling` and `yarn_factor` are not for it.
+        revision: a branch, tag or commit of a hub id.
+        on_convert: see `OnConvert`.
+        converter: for FP8, AWQ, GPTQ and the like; by default `mlxqwen_convert` converts into the user's cache.
+        options: see `prepare_model`.
+
+    Raises:
+        MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
+    """
+    convert = converter or _default_converter()
+    folder = resolve_model(path_or_id, revision=revision)
+    with ExitStack() as held:
+        checked = _check(folder, convert, held, options)
+        tokenizer = _read_tokenizer(folder)
+        if draft is None:
+            return checked.prepare(on_convert).read(), tokenizer, None
+        with _naming_the_draft():
+            draft_folder = resolve_model(draft)
+        _check_vocabulary(draft_folder, folder, tokenizer)
+        with _naming_the_draft():
+            checked_draft = _check(draft_folder, convert, held, _options_of_draft(options))
+        checked.check_memory(held_bytes=checked_draft.weight_bytes)
+        prepared = checked.prepare(on_convert)
+        with _naming_the_draft():
+            prepared_draft = checked_draft.prepare(on_convert)
+        return prepared.read(), tokenizer, prepared_draft.read()
+
+
+def _default_converter() -> Converter:
+    def find_or_plan(folder: Path, held: ExitStack) -> Conversion:
+        from mlxqwen_convert.cached import find_or_plan  # the only way from `mlxqwen` to the converter of weights
+
+        return find_or_plan(folder, held)
+
+    return find_or_plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A folder that can be loaded, as it is or once it is converted.
+
+    Args:
+        weight_bytes: that the model takes in memory.
+        dtype: that it computes in.
+        found: what reads it, or what makes a folder that can be read.
+    """
+
+    folder: Path
+    options: LoadOptions
+    weight_bytes: int
+    dtype: mx.Dtype
+    found: PreparedModel | Conversion
+
+    def check_memory(self, held_bytes: int = 0) -> None:
+        """Raise `InsufficientMemoryError` unless the weights fit beside so many bytes of a draft model."""
+        if not self.options.get("force", False):
+            check_memory(self.folder, self.weight_bytes, self.dtype, held_bytes, self.options.get("device"))
+
+    def prepare(self, on_convert: OnConvert | None) -> PreparedModel:
+        """What reads the model, which is converted if need be."""
+        if isinstance(self.found, PreparedModel):
+            return self.found
+        return prepare_model(self.found.run(on_convert), **self.options)
+
+
+def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptions) -> _Checked:
+    """Check all of a folder that can be checked before a weight is read or converted. Raises `MlxqwenError`."""
+    dtype, device = options.get("dtype"), options.get("device")
+    config = read_config(
+        folder, dtype=dtype, rope_scaling=options.get("rope_scaling"), yarn_factor=options.get("yarn_factor")
+    )
+    if config.foreign_quantization is not None:
+        conversion = convert(folder, held)
+        if conversion.size is not None:
+            stored, packed_bytes, numbers = conversion.size
+            compute = compute_dtype(stored, dtype, device)
+            checked = _Checked(folder, options, packed_bytes + numbers * compute.size, compute, conversion)
+            checked.check_memory()
+            return checked
+        folder = conversion.run()
+    prepared = prepare_model(folder, **options)
+    return _Checked(folder, options, prepared.weight_bytes, prepared.dtype, prepared)
+
+
+def _options_of_draft(options: LoadOptions) -> LoadOptions:
+    """Those of a model that its draft model is loaded with too."""
+    shared = options.copy()
+    shared.pop("rope_scaling", None)
+    shared.pop("yarn_factor", None)
+    return shared
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_fits(ModelConfig.from_folder(folder).vocab_size)
+    return tokenizer
+
+
+@contextmanager
+def _naming_the_draft() -> Iterator[None]:
+    """Of two models, errors tell which one is meant."""
+    try:
+        yield
+    except MlxqwenError as error:
+        raise type(error)(f"draft model: {error.problem}", hint=error.hint) from None
+
+
+def _check_vocabulary(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
+    from mlxqwen.engine.speculation.drafter import check_vocabulary
+
+    check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
+    if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
+        return
+    if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
+        raise OptionError(
+            f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
+            "the same",
+            hint="Take a smaller model of the same family, which shares its tokenizer.",
+        )
+
+
+def _are_same_files(first: Path, second: Path) -> bool:
+    """Whether both can be read and have the same SHA-256."""
+    try:
+        with first.open("rb") as one, second.open("rb") as other:
+            return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
+    except OSError:
+        return False

@@ -1,0 +1,88 @@
+"""Files that are written whole or not at all, and are on the disk itself when the call returns."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["STAGED_PREFIX", "reason_of", "staging_folder", "sync", "sync_descriptor", "write_file"]
+
+STAGED_PREFIX = ".partial-"
+_FULL_FSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+
+
+def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = False) -> None:
+    """Write a file: under its name there is the old one or the whole new one at any moment.
+
+    Args:
+        path: the file; a link is replaced, not followed.
+        data: its bytes, perhaps in pieces.
+        private: make it readable and writable by its owner alone (mode 0600), whatever the umask.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the new one.
+        ValueError: no file system has such a name.
+    """
+    staged = path.with_name(f"{STAGED_PREFIX}{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(staged, flags, 0o600 if private else 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            sync_descriptor(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def staging_folder(parent: Path) -> Iterator[Path]:
+    """A folder of the owner's alone inside `parent`, on its disk, to write files in before they are moved into place.
+
+    It is removed at the end, with what is left in it.
+
+    Raises:
+        OSError, ValueError: it cannot be made.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=parent))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Have an open file on the disk itself: macOS's `fsync` stops at the disk's own cache. Raises `OSError`."""
+    if _FULL_FSYNC is not None:
+        try:
+            fcntl.fcntl(descriptor, _FULL_FSYNC)
+            return
+        except OSError as cause:
+            if cause.errno not in (errno.ENOTSUP, errno.ENOTTY, errno.EINVAL):  # a file system of another kind
+                raise
+    os.fsync(descriptor)
+
+
+def reason_of(cause: Exception) -> str:
+    """What an error of the system says, without its number and path."""
+    return str(getattr(cause, "strerror", None) or cause)
