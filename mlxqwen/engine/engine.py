@@ -159,6 +159,7 @@ class Engine:
         draft_tokens: int | None = None,
         prefix_cache: int | str | None = None,
         prompt_cache: str | PathLike[str] | None = None,
+        max_running: int | None = None,
         converter: Converter | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
