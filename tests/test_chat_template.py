@@ -322,7 +322,7 @@ TOO_EXPENSIVE = {
     "search from the right": (STEPS, "{{ ('a' * 1000000).rfind('ab' + 'a' * 500000) }}"),
     "words": (SIZE, "{% for i in range(99) %}{% set x = ('a ' * 400000).split() %}{% endfor %}"),
     "lists": (MEMORY, "{% for i in range(9999) %}{% set x = range(30000) | list %}{% endfor %}"),
-    "map": (MEMORY, "{% set s = 'a' * 100000 %}{{ range(30000) | map('replace', '1', s) | list }}"),
+    "map": (STEPS, "{% set s = 'a' * 100000 %}{{ range(30000) | map('replace', '1', s) | list }}"),
     "comparisons": (
         MEMORY,
         "{% set s = 'a' * 1000000 %}{% set l = [s] %}{% for i in range(99999) %}"
@@ -377,8 +377,8 @@ TOO_EXPENSIVE = {
         "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% if s.count('ab') %}{% endif %}{% endfor %}",
     ),
     "words to count": (
-        STEPS,
-        "{% set s = 'a ' * 100000 %}{% for i in range(99999) %}{% if s | wordcount %}{% endif %}{% endfor %}",
+        MEMORY,
+        "{% set s = 'a ' * 30000 %}{% for i in range(99999) %}{% if s | wordcount %}{% endif %}{% endfor %}",
     ),
     "printf with a precision": (WIDTH, "{{ '%.999999999f' % 1 }}"),
     "printf with flags": (WIDTH, "{{ '%-#0 +0999999999d' % 1 }}"),

@@ -86,9 +86,11 @@ class Meter:
             raise forbidden(f"a value of type {kind.__name__}")
         return value
 
-    def read(self, value: Any) -> None:
-        """Count a step that looks at all of `value`."""
-        self.spend(weigh(value, self.largest) if type(value) in CONTAINERS else length(value))
+    def read(self, value: Any) -> int:
+        """Count a step that looks at all of `value`, and return its units."""
+        units = weigh(value, self.largest) if type(value) in CONTAINERS else length(value)
+        self.spend(units)
+        return units
 
     def text(self, value: Any) -> str:
         """`value` as a template prints it."""

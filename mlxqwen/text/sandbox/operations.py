@@ -15,6 +15,7 @@ from mlxqwen.text.sandbox.meter import (
     CONTAINERS,
     ELEMENT_UNITS,
     MAX_INTEGER_BITS,
+    STEP_UNITS,
     Meter,
     MeteredContext,
     forbidden,
@@ -28,6 +29,9 @@ MAX_JSON_LAYOUT = 16  # characters of an indentation or a separator
 # Of `printf`, with a width and a precision of three digits at most, and none from an argument.
 CONVERSION = re.compile(r"%%|%(\([^()]*\))?[-#0 +]*\d{0,3}(\.\d{0,3})?[sdiuoxXeEfFgG]")
 CONVERSION_UNITS = 4000  # that such a conversion can add to its argument
+
+WALKING = "dictsort groupby items list map max min reject rejectattr reverse select selectattr sort unique"  # filters
+COMPARING = "in eq ne lt le gt ge == != < <= > >= equalto lessthan greaterthan"  # tests
 
 # Filters that `syntax.py` inserts. A blank at the end: no template can spell them behind a bar.
 ADMIT, READ, SLICE, CONCAT, STEP = "admit ", "read ", "slice ", "concat ", "step "
@@ -145,14 +149,13 @@ def metered(
     def run(context: MeteredContext, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = context.meter
         arguments = (*args, *kwargs.values())
-        for argument in arguments:
-            meter.read(argument)
+        given = sum(map(meter.read, arguments))
         if text:
             value = meter.text(value)
         if walks:
             meter.read(value)
             lookups = 1 + sum(a.count(".") + a.count(",") for a in arguments if type(a) is str)
-            meter.spend(100 * length(value) * lookups)
+            meter.spend(length(value) * (STEP_UNITS * lookups + given))
             meter.make(ELEMENT_UNITS * length(value))
         else:
             meter.spend(length(value))
@@ -219,6 +222,10 @@ def format_filter(meter: Meter, text: str, *args: Any, **kwargs: Any) -> str:
     return format_text(meter, text, kwargs or args)
 
 
+def check_words(meter: Meter, text: str) -> None:
+    meter.write(ELEMENT_UNITS * len(text))
+
+
 def check_indent(meter: Meter, text: str, width: int | str = 4, *args: Any, **kwargs: Any) -> None:
     margin = len(width) if isinstance(width, str) else width
     meter.check_size(len(text) + (text.count("\n") + 1) * margin)
@@ -267,10 +274,8 @@ def make_filters() -> dict[str, Callable[..., Any]]:
     """The filters that a template may use, by name."""
     jinja = jinja2.filters.FILTERS
     unmetered = ("count", "d", "default", "first", "last", "length")  # these neither copy nor look into anything
-    texts = ("capitalize", "lower", "string", "title", "upper", "wordcount")
-    walking = """
-        dictsort groupby items list map max min reject rejectattr reverse select selectattr sort unique
-    """.split()
+    texts = ("capitalize", "lower", "string", "upper")
+    walking = WALKING.split()
     escape = metered(lambda text: str(jinja["escape"](text)), text=True)
     return {
         ADMIT: with_meter(Meter.admit),
@@ -295,8 +300,10 @@ def make_filters() -> dict[str, Callable[..., Any]]:
         "round": metered(jinja["round"], check_round),
         "safe": metered(str, text=True),
         "sum": metered(jinja["sum"], check_sum, walks=True),
+        "title": metered(jinja["title"], check_words, text=True),
         "tojson": metered(with_meter(to_json)),
         "trim": metered(with_meter(METHODS["strip"]), text=True),
+        "wordcount": metered(jinja["wordcount"], check_words, text=True),
     }
 
 
@@ -318,7 +325,7 @@ def metered_test(function: Callable[..., bool]) -> Callable[..., bool]:
 def make_tests() -> dict[str, Any]:
     """The tests that a template may use, by name."""
     jinja: Mapping[str, Any] = jinja2.tests.TESTS
-    comparing = "in eq ne lt le gt ge == != < <= > >= equalto lessthan greaterthan".split()
+    comparing = COMPARING.split()
     return {
         **{name: test for name, test in jinja.items() if name not in ("escaped", "filter", "test")},
         **{name: metered_test(jinja[name]) for name in comparing},
