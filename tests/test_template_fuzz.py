@@ -11,7 +11,8 @@ from mlxqwen.text.sandbox import meter, render
 OPERATIONS = """
 t + t; t ~ t; t * 2; t == l[0]; t in l; 'x' in t; t[1:]; [t]; (t, i); {'a': t}; l[::-1]; i ** 2; '%s' % t; t | upper
 l | map('upper') | list; l | select('in', t) | list; l | tojson; l | sort; l | join; t | replace('a', 'b')
-t | wordcount; t.upper(); t.split(); t.find('x'); t.rfind('x'); t.isspace(); ' '.join(l); dict(a=t); t is eq(l); namespace(); cycler(t)
+t | wordcount; t.upper(); t.split(); t.find('x'); t.rfind('x'); t.isspace(); ' '.join(l); dict(a=t); t is eq(l)
+namespace(); cycler(t)
 """
 
 
