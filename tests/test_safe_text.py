@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxqwen.errors import MessagesError, OptionError, TemplateError
+from mlxqwen.errors import OptionError, TemplateError, TokenizerError
+from mlxqwen.text.safe_text import SafeChatEncoder
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.test_tokenizer import ADDED, QWEN, REFERENCE
 
@@ -190,10 +192,51 @@ def test_private_use_characters_are_kept(text: str) -> None:
     assert ids == pieces("<|im_start|>", f"user\n<think>{text}<|im_end|>", "<|im_end|>", "\n")
 
 
-def test_text_of_all_private_use_characters_is_refused() -> None:
+def test_text_of_all_private_use_characters_is_kept() -> None:
     private = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
-    with pytest.raises(MessagesError, match="private-use"):
-        safe_ids({"role": "user", "content": private})
+    ids = safe_ids({"role": "user", "content": private})
+    assert ids == pieces("<|im_start|>", f"user\n{private}", "<|im_end|>", "\n")
+
+
+def test_a_template_is_compiled_once_whatever_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = 0
+    really_compile = jinja2.Environment.compile
+
+    def compile_and_count(*args: Any, **options: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return really_compile(*args, **options)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", compile_and_count)
+    source = "<|im_start|>{{ messages[0].content }} compiled once<|im_end|>"
+    for text in ["a", "\ue000", "\ue001\ue002", "\uf8ff", "\U00100000", *(chr(0xE000 + i) for i in range(30))]:
+        ids = safe_ids({"role": "user", "content": text}, chat_template=source)
+        assert ids == pieces("<|im_start|>", f"{text} compiled once", "<|im_end|>")
+    assert compiled == 2  # with the template's tokens as they are, to check it, and with placeholders
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ '\\ud800' }}{{ messages[0].content }}", "{{ '%c' % 55296 }}{{ messages[0].content }}"]
+)
+def test_templates_cannot_make_a_placeholder(source: str) -> None:
+    with pytest.raises(TemplateError, match="not allowed"):
+        safe_ids(USER, chat_template=source)
+
+
+def test_arguments_cannot_hold_a_placeholder() -> None:
+    source = (
+        "<|im_start|>{% for m in messages if m.tool_calls %}{% set a = m.tool_calls[0].function.arguments %}"
+        "{% for k, v in a | items %}{{ k }}{{ v }}{% endfor %}{% endfor %}"
+    )
+    assert added_counts(safe_ids(USER, call("f", '{"a": "\\ue000"}'), chat_template=source)).total() == 1
+    with pytest.raises(TemplateError, match="item pairs"):
+        safe_ids(USER, call("f", '{"a": "\\ud800"}'), chat_template=source)
+
+
+def test_more_added_tokens_than_placeholders_are_refused() -> None:
+    many = {i: tokenizers.AddedToken(f"<{i}>") for i in range(2049)}
+    with pytest.raises(TokenizerError, match="found 2049 added tokens, expected at most 2048"):
+        SafeChatEncoder(many, QWEN.encode, QWEN.encode_plain)
 
 
 # --- reasoning of assistants ---------------------------------------------------------------------------

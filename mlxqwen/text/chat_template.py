@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from mlxqwen.errors import MessagesError
+from mlxqwen.errors import MessagesError, TemplateError
+from mlxqwen.files.json_file import parse_json
 from mlxqwen.text.sandbox import render
 
 __all__ = ["render_chat"]
+
+_SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
 def render_chat(
@@ -23,6 +28,9 @@ def render_chat(
     replacements: Mapping[str, str] | None = None,
 ) -> str:
     """Render a conversation.
+
+    Arguments of calls that are the JSON text of an object, as in OpenAI's form, are given to the template as an object
+    where it needs one.
 
     Args:
         source: the template.
@@ -38,6 +46,9 @@ def render_chat(
         MessagesError: the template drops or changes the last message's content, so it cannot be continued.
     """
     marker = f"continues-{secrets.token_hex(8)} " if continue_final_message else ""
+    literals = tuple((replacements or {}).items())
+    if any(message.get("tool_calls") for message in messages) and _needs_objects(source, literals):
+        messages = [_with_objects(message) for message in messages]
     last = dict(messages[-1])
     final_content = last["content"]
     last["content"] = final_content + marker
@@ -53,6 +64,50 @@ def render_chat(
         replacements=replacements,
     )
     return _cut_at(text, marker, final_content) if continue_final_message else text
+
+
+@lru_cache(maxsize=16)
+def _needs_objects(source: str, literals: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template needs a call's arguments as an object rather than as JSON text.
+
+    So it is if it renders an object, and not to what it renders the object's JSON text to: it walks through the
+    object, or writes JSON itself. A template that prints an object as Python spells it was written for text.
+    """
+
+    def rendered(arguments: object) -> str | None:
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "b", "name": "f", "tool_call_id": "abcdefghi"},
+        ]
+        variables = {**_SPECIAL_TOKENS, "messages": messages, "tools": [_TOOL], "add_generation_prompt": False}
+        try:
+            return render(source, variables, replacements=dict(literals))
+        except TemplateError:
+            return None
+
+    as_object = rendered({"b": 1})
+    return as_object is not None and as_object != rendered('{"b": 1}') and "{'b': 1}" not in as_object
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_with_object(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def _with_object(call: Any) -> Any:
+    """A call, or its function, whose arguments are an object if they were the JSON text of one."""
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    text = call.get("arguments")
+    try:
+        arguments = parse_json(text) if isinstance(text, str) else None
+    except ValueError:
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _cut_at(text: str, marker: str, final_content: str) -> str:

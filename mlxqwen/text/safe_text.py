@@ -1,28 +1,32 @@
 """A conversation → token ids in which special tokens come from the chat template alone.
 
 Whoever writes `<|im_end|>` into a message must not end the turn with it. So the added tokens that the template itself
-spells are replaced, before it runs, by private-use characters that occur nowhere else. In what it renders those
-characters are the only added tokens; all other text, whatever it spells, is encoded without them. A test of the
-template such as `'</think>' in content` finds its own tokens, not what a message spells. Text between the template's
-tokens gets the ids that Hugging Face transformers gives it.
+spells are replaced, before it is compiled, by placeholders: halves of surrogate pairs, which no text holds that is
+Unicode, and others are refused. In what the template renders, placeholders are the only added tokens; all other text,
+whatever it spells, is encoded without them. A test of the template such as `'</think>' in content` finds its own
+tokens, not what a message spells. Text between the template's tokens gets the ids that Hugging Face transformers
+gives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
-from mlxqwen.errors import MessagesError, OptionError, TemplateError
+from mlxqwen.errors import OptionError, TemplateError, TokenizerError
 from mlxqwen.text.chat_template import render_chat
-from mlxqwen.text.messages import Message, check_unicode, split_reasoning
+from mlxqwen.text.messages import Message, split_reasoning
 
 __all__ = ["SafeChatEncoder"]
 
-PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+SURROGATES = range(0xD800, 0xE000)
+# The `tokenizers` library takes no surrogates. It is shown these private-use characters in their place, and the last
+# one for the text's own: it looks at white space and words around them, and all are neither.
+SHOWN = range(0xE000, 0xE000 + len(SURROGATES))
+OTHER = chr(0xF8FF)
 
 _TRUST = "They could not be told from forged ones: use another template, or trust_special_tokens=True."
 _QUESTION = {"role": "user", "content": "a"}
@@ -59,8 +63,17 @@ class SafeChatEncoder:
         encode: Callable[[str], list[int]],
         encode_plain: Callable[[str], list[int]],
     ) -> None:
-        self._ids = [token_id for token_id, token in added_tokens.items() if token.content]
-        self._tokens = [added_tokens[token_id] for token_id in self._ids]
+        self._tokens = {token_id: token for token_id, token in added_tokens.items() if token.content}
+        if len(self._tokens) > len(SURROGATES):
+            raise TokenizerError(
+                f"tokenizer: found {len(self._tokens)} added tokens, expected at most {len(SURROGATES)}",
+                hint="Qwen3 has 26 of them: download tokenizer.json anew, or pass trust_special_tokens=True.",
+            )
+        self._ids = list(self._tokens)
+        self._placeholders = {
+            token.content: chr(code) for token, code in zip(self._tokens.values(), SURROGATES, strict=False)
+        }
+        self._spellings = {ord(placeholder): spelling for spelling, placeholder in self._placeholders.items()}
         self._encode_trusted = encode
         self._encode_plain = encode_plain
         self._checked_templates: set[str] = set()
@@ -89,7 +102,7 @@ class SafeChatEncoder:
 
         Raises:
             TemplateError: the template is broken, or puts special tokens together from pieces.
-            MessagesError: see `render_chat`; or the conversation leaves no private-use character free.
+            MessagesError: see `render_chat`.
         """
         if source not in self._checked_templates:
             self._check_template(source, special_tokens)
@@ -114,40 +127,50 @@ class SafeChatEncoder:
         variables: Mapping[str, Any],
         **flags: bool,
     ) -> list[int]:
-        taken = set().union(source, *texts_in([messages, tools, variables, dict(special_tokens)]))
-        placeholders = self._choose_placeholders(taken)
-        own = {name: placeholders.get(token, token) for name, token in special_tokens.items()}
+        own = {name: self._placeholders.get(token, token) for name, token in special_tokens.items()}
         try:
             text = render_chat(
-                source, messages, tools=tools, variables={**own, **variables}, replacements=placeholders, **flags
+                source, messages, tools=tools, variables={**own, **variables}, replacements=self._placeholders, **flags
             )
         except TemplateError as error:
-            raise TemplateError(_restore_escaped(error.problem, placeholders), hint=error.hint) from error
-        return self._encode_rendered(text, placeholders)
+            raise TemplateError(self._restore_escaped(error.problem), hint=error.hint) from error
+        return self._encode_rendered(text)
 
-    def _choose_placeholders(self, taken: set[str]) -> dict[str, str]:
-        """Each added token's spelling → a character that is not `taken`."""
-        free = (chr(code) for code in chain(*PRIVATE_USE) if chr(code) not in taken)
-        placeholders = dict(zip((token.content for token in self._tokens), free, strict=False))
-        if len(placeholders) < len(self._tokens):
-            raise MessagesError(
-                "messages: nearly all private-use characters of Unicode are in use",
-                hint="Text hardly needs them: leave them out.",
-            )
-        return placeholders
-
-    def _encode_rendered(self, text: str, placeholders: Mapping[str, str]) -> list[int]:
-        check_unicode(text, "the rendered conversation")
-        restored = str.maketrans({placeholder: spelling for spelling, placeholder in placeholders.items()})
-        finder = _make_finder(tuple((placeholders[t.content], t.lstrip, t.rstrip, t.single_word) for t in self._tokens))
-        found = finder.encode(text, add_special_tokens=False)
+    def _encode_rendered(self, text: str) -> list[int]:
+        shown = text.translate(self._shown)
+        found = self._finder.encode(shown, add_special_tokens=False)
         ids: list[int] = []
         end = 0
         for index, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            ids += self._encode_plain(text[end:start].translate(restored))
+            ids += self._encode_plain(text[end:start].translate(self._spellings))
             ids.append(self._ids[index])
             end = stop
-        return ids + self._encode_plain(text[end:].translate(restored))
+        return ids + self._encode_plain(text[end:].translate(self._spellings))
+
+    @cached_property
+    def _shown(self) -> dict[int, str]:
+        """Character → what stands for it in the text that `_finder` is shown."""
+        return dict.fromkeys(SHOWN, OTHER) | {code: chr(shown) for code, shown in zip(SURROGATES, SHOWN, strict=True)}
+
+    @cached_property
+    def _finder(self) -> tokenizers.Tokenizer:
+        """A tokenizer that knows placeholders alone: their rules of white space and words are the library's own."""
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        finder.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    chr(shown), lstrip=t.lstrip, rstrip=t.rstrip, single_word=t.single_word, normalized=False
+                )
+                for t, shown in zip(self._tokens.values(), SHOWN, strict=False)
+            ]
+        )
+        return finder
+
+    def _restore_escaped(self, problem: str) -> str:
+        """An error's text, in which what a template says about its own tokens is escaped as not printable."""
+        for spelling, placeholder in self._placeholders.items():
+            problem = problem.replace(placeholder.encode("unicode_escape").decode(), spelling)
+        return problem
 
     def _check_template(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Refuse a template whose special tokens are not all spelled out in it."""
@@ -168,36 +191,3 @@ class SafeChatEncoder:
     def _added_only(self, ids: Sequence[int]) -> list[int]:
         added = set(self._ids)
         return [token_id for token_id in ids if token_id in added]
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """All strings in a plain JSON value, keys included."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            stack += chain(item.keys(), item.values())
-        elif isinstance(item, list):
-            stack += item
-
-
-@lru_cache(maxsize=8)
-def _make_finder(placeholders: tuple[tuple[str, bool, bool, bool], ...]) -> tokenizers.Tokenizer:
-    """A tokenizer that knows placeholders alone: their rules of white space and words are the library's own."""
-    finder = tokenizers.Tokenizer(tokenizers.models.BPE())
-    finder.add_tokens(
-        [
-            tokenizers.AddedToken(character, lstrip=lstrip, rstrip=rstrip, single_word=single_word, normalized=False)
-            for character, lstrip, rstrip, single_word in placeholders
-        ]
-    )
-    return finder
-
-
-def _restore_escaped(problem: str, placeholders: Mapping[str, str]) -> str:
-    """An error's text, in which what a template says about its own tokens is escaped as not printable."""
-    for spelling, placeholder in placeholders.items():
-        problem = problem.replace(placeholder.encode("unicode_escape").decode(), spelling)
-    return problem

@@ -1,18 +1,16 @@
-"""Jinja templates that nobody vouches for, rendered in this process within limits on time and memory.
+"""Chat templates, rendered by Jinja's sandbox within limits that Jinja lacks.
 
-Jinja's own sandbox keeps a template away from Python's internals, but not from using all memory or time. Here
-a template is parsed, every syntax node is checked against a list of what chat templates need, and a meter is
-built into each operation that can cost something: loops, macros, operators, comparisons, literals, slices,
-filters, calls, output. Three rules bound everything:
+`ImmutableSandboxedEnvironment` keeps a template away from Python's internals. It bounds neither time nor memory.
+This folder adds that, and a short list of allowed syntax, attributes, filters and tests:
 
-- each operation costs steps, and the processor time of a rendering is limited;
-- each value that a template makes is measured: text by its characters, containers by all that is in them, an
-  element counted as often as it is referred to, so that no value can grow exponentially unseen;
-- all text and containers made in one rendering are counted together, so memory is bounded too.
+- `syntax.py` bounds the source before it is compiled, and inserts the counting into loops, macros and literals;
+- `operations.py` bounds what one operator, method or filter may make, before it runs;
+- `meter.py` counts steps, sizes of values and memory of one rendering;
+- `environment.py` puts them together: `render`.
 
-The limits grow with the caller's own data, which is trusted to be as large as it is.
+Limits are counts, so that they do not depend on the machine. They grow with the caller's own data.
 """
 
-from mlxqwen.text.sandbox.rendering import render
+from mlxqwen.text.sandbox.environment import render
 
 __all__ = ["render"]

@@ -1,40 +1,27 @@
-"""What one rendering may cost, and the values that a template may hold."""
+"""What one rendering may cost: steps, the size of each value, all values together."""
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.runtime
+from jinja2.filters import _GroupTuple
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from mlxqwen.errors import TemplateError
 
-MAX_SECONDS = 2.0
-MAX_STEPS = 400_000
-MAX_VALUE = 4 * 2**20  # characters of one value; an element of a container counts as 16
-MAX_MADE = 32 * 2**20  # characters of all values made in one rendering
-MAX_INTEGER_BITS = 4096
+# A unit is a character. On a core of 2024 no operation takes longer than about 10 ns a unit.
+MAX_STEPS = 1_000_000
+MAX_VALUE = 2**20  # units of one value
+MAX_MADE = 16 * 2**20  # units of all values that one rendering makes; at most 8 bytes each
+MAX_INTEGER_BITS = 60  # below the modulus of Python's hash: no two such integers have the same hash
 MAX_DEPTH = 100
-MAX_SHORT_TEXT = 256  # of arguments whose length multiplies the work: strip's characters, time formats
 
-ELEMENT_COST = 16  # an element of a container takes the memory of about that many characters
-TIME_CHECK_UNITS = 100_000
-STEP_UNITS = 1_000
+ELEMENT_UNITS = 16  # an element of a container takes the memory of about that many characters
+STEP_UNITS = 100
 
-
-class Group(NamedTuple):
-    """One element of what `groupby` gives."""
-
-    grouper: Any
-    list: list[Any]
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
-
-
-CONTAINERS = (list, tuple, dict, Group)
+CONTAINERS = (list, tuple, dict, _GroupTuple)
 ATOMS = (type(None), bool, float, range)
 VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 SIZED = frozenset({str, range, *CONTAINERS, *VIEWS})
@@ -54,36 +41,34 @@ class Meter:
     """What one rendering may still use.
 
     Args:
-        input_weight: what `weigh` gives for the caller's data.
+        input_units: what `weigh` gives for the caller's data.
     """
 
-    def __init__(self, input_weight: int) -> None:
-        self.largest = MAX_VALUE + 4 * input_weight
-        self._made = MAX_MADE + 64 * input_weight
-        self._steps = MAX_STEPS + 100 * input_weight
-        self._deadline = time.thread_time() + MAX_SECONDS + 1e-6 * input_weight
-        self._unchecked = 0
+    def __init__(self, input_units: int) -> None:
+        self.largest = MAX_VALUE + 4 * input_units
+        self.steps = MAX_STEPS + 4 * input_units
+        self.room = MAX_MADE + 64 * input_units
 
     def spend(self, units: int = 0) -> None:
-        """Count one step that touches `units` characters or elements."""
-        self._steps -= 1
-        self._unchecked += units + STEP_UNITS
-        if self._steps < 0:
+        """Count one step, and one more for each 100 units that it reads."""
+        self.steps -= 1 + units // STEP_UNITS
+        if self.steps < 0:
             raise too_expensive("too many steps")
-        if self._unchecked >= TIME_CHECK_UNITS:
-            self._unchecked = 0
-            if time.thread_time() > self._deadline:
-                raise too_expensive("too much time")
 
     def make(self, units: int) -> None:
-        """Count `units` characters of new text, before they are made where that is possible."""
+        """Count `units` of a new value, before it is made where it may be large."""
         self.check_size(units)
-        self._made -= units
-        if self._made < 0:
+        self.room -= units
+        if self.room < 0:
             raise too_expensive("too much memory")
 
+    def write(self, characters: int) -> None:
+        """Count a step that makes a text, before it is made."""
+        self.spend(characters)
+        self.make(characters)
+
     def check_size(self, units: int) -> None:
-        """Refuse a single value of this many characters and elements."""
+        """Refuse a single value of this many units."""
         if units > self.largest:
             raise too_expensive("a value grows too large")
 
@@ -91,37 +76,32 @@ class Meter:
         """`value`, which the template has just made, if it is of a kind and size that it may have."""
         kind = type(value)
         if kind is str:
-            self.make(len(value))
+            self.write(len(value))
         elif kind is int:
-            if value.bit_length() > MAX_INTEGER_BITS:
-                raise too_expensive("an integer grows too large")
+            check_integer(value)
         elif kind in CONTAINERS:
             self.spend(weigh(value, self.largest))
-            self.make(ELEMENT_COST * len(value))
+            self.make(ELEMENT_UNITS * len(value))
         elif kind not in ATOMS and not isinstance(value, HANDLES):
             raise forbidden(f"a value of type {kind.__name__}")
         return value
 
-    def weigh(self, value: Any) -> None:
-        """Count a step that looks at all of `value`."""
-        self.spend(weigh(value, self.largest) if type(value) in CONTAINERS else length(value))
+    def read(self, value: Any) -> int:
+        """Count a step that looks at all of `value`, and return its units."""
+        units = weigh(value, self.largest) if type(value) in CONTAINERS else length(value)
+        self.spend(units)
+        return units
 
     def text(self, value: Any) -> str:
         """`value` as a template prints it."""
         if type(value) is str:
             return value
         if type(value) in CONTAINERS:
-            self.weigh(value)
+            self.read(value)
             return str(self.admit(str(value)))
         if type(value) in ATOMS or type(value) is int or isinstance(value, jinja2.Undefined):
             return str(value)
         raise forbidden(f"printing a value of type {type(value).__name__}")
-
-    def elements(self, value: Any) -> Any:
-        """`value`, about to be walked through by a filter."""
-        self.spend(length(value))
-        self.make(ELEMENT_COST * length(value))
-        return value
 
 
 class MeteredContext(jinja2.runtime.Context):
@@ -130,48 +110,51 @@ class MeteredContext(jinja2.runtime.Context):
     meter: Meter
 
 
-def meter_of(context: jinja2.runtime.Context) -> Meter:
-    if not isinstance(context, MeteredContext):
-        raise forbidden("a context without a meter")
-    return context.meter
-
-
 def weigh(value: Any, limit: int) -> int:
-    """Characters in a plain value and 16 for each element, shared parts counted as often as they are referred to.
+    """Units of a plain value: its characters and 16 for each element, shared parts as often as they are referred to.
 
     Raises:
         TemplateError: more than `limit`, nested too deeply, or something in a container that is not plain.
     """
     total = 0
-    stack = [(value, 0)]
+    stack: list[tuple[Any, int]] = [((value,), 0)]
     while stack:
-        item, depth = stack.pop()
-        kind = type(item)
-        total += ELEMENT_COST
-        if kind is str:
-            total += len(item)
-        elif kind in CONTAINERS:
-            if depth >= MAX_DEPTH:
-                raise too_expensive("a value is nested too deeply")
-            if total + ELEMENT_COST * len(item) <= limit:
-                parts = (part for pair in item.items() for part in pair) if kind is dict else item
-                stack.extend((part, depth + 1) for part in parts)
-            else:
-                raise too_expensive("a value grows too large")
-        elif kind is int:
-            total += item.bit_length() // 8
-        elif kind not in ATOMS and not isinstance(item, jinja2.Undefined):
-            raise forbidden(f"a value of type {kind.__name__} inside of another value")
+        parts, depth = stack.pop()
+        total += ELEMENT_UNITS * len(parts)
         if total > limit:
             raise too_expensive("a value grows too large")
+        if depth > MAX_DEPTH:
+            raise too_expensive("a value is nested too deeply")
+        for part in parts:
+            kind = type(part)
+            if kind is str:
+                total += len(part)
+            elif kind is dict:
+                stack += ((part.keys(), depth + 1), (part.values(), depth + 1))
+            elif kind in CONTAINERS:
+                stack.append((part, depth + 1))
+            elif kind is int:
+                total += part.bit_length() // 8
+            elif kind not in ATOMS and not isinstance(part, jinja2.Undefined):
+                raise forbidden(f"a value of type {kind.__name__} inside of another value")
+    if total > limit:
+        raise too_expensive("a value grows too large")
     return total
 
 
 def length(value: Any) -> int:
+    """Characters or elements of a value, 1 for those that have none."""
     return len(value) if type(value) in SIZED else 1
 
 
+def check_integer(value: int) -> None:
+    """Refuse an integer that a template has no use for."""
+    if value.bit_length() > MAX_INTEGER_BITS:
+        raise too_expensive("an integer grows too large")
+
+
 def too_expensive(what: str) -> TemplateError:
+    """The error of a limit."""
     return TemplateError(
         f"chat template: {what}",
         hint="No chat template needs this much: use the one of the model's page.",
@@ -179,6 +162,7 @@ def too_expensive(what: str) -> TemplateError:
 
 
 def forbidden(what: str) -> TemplateError:
+    """The error of syntax, attributes and values that templates may not use."""
     return TemplateError(
         f"chat template: {what} is not allowed",
         hint="Use the chat template of the model's page.",

@@ -1,8 +1,9 @@
-"""The syntax that a template may use, with the meter built in."""
+"""The syntax that a template may use: bounded before it is compiled, with the counting inserted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2.ext
@@ -10,16 +11,34 @@ import jinja2.parser
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-from mlxqwen.text.sandbox.filters import ADMIT, CONCAT, SLICE, STEP, WEIGH
-from mlxqwen.text.sandbox.meter import forbidden, too_expensive
+from mlxqwen.files.json_file import find_lone_surrogate
+from mlxqwen.text.sandbox.meter import check_integer, forbidden, too_expensive
+from mlxqwen.text.sandbox.operations import ADMIT, CONCAT, READ, SLICE, STEP
 
-MAX_SYNTAX_NODES = 20_000
+MAX_SOURCE_CHARACTERS = 128 * 1024
+# Jinja copies its table of names at each branch, and walks once more through the body of each loop and macro. So the
+# work of compiling is 10 × nodes + branches × names + nodes in bodies. Qwen3's template has 4,200: a second is 200,000.
+MAX_COMPILE_WORK = 200_000
+NODE_WORK = 10
+NODE_UNITS = 10  # of a node that runs once; see `meter.STEP_UNITS`
+
 SYNTAX = """
 Add And Assign AssignBlock Break Call CallBlock Compare Concat CondExpr Const Continue Dict Div Filter
 FilterBlock FloorDiv For Getattr Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output
 Pair Pos Pow Scope Slice Sub Template TemplateData Test Tuple With
 """
 ALLOWED_SYNTAX = frozenset(SYNTAX.split())
+BRANCHES: tuple[type[nodes.Node], ...] = (
+    nodes.AssignBlock,
+    nodes.CallBlock,
+    nodes.CondExpr,
+    nodes.FilterBlock,
+    nodes.For,
+    nodes.If,
+    nodes.Macro,
+    nodes.Scope,
+    nodes.With,
+)
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -34,82 +53,106 @@ class GenerationBlock(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+class SyntaxChecker(NodeTransformer):
+    """Refuses syntax that is not listed or too much to compile, and inserts the counting.
 
+    Args:
+        replacements: texts in string literals and between tags → what stands in their place; where several
+            begin at one character, the longest is taken.
+    """
 
-class MeterInserter(NodeTransformer):
-    """Refuses syntax that is not listed and builds the meter into the rest."""
-
-    def __init__(self) -> None:
-        self._seen = 0
+    def __init__(self, replacements: Mapping[str, str]) -> None:
+        self._replacements = replacements
+        self._spelled = re.compile("|".join(map(re.escape, sorted(replacements, key=len, reverse=True))) or r"(?!)")
+        self._nodes = 0
+        self._branches = 0
+        self._walks = 0
+        self._written = 0
+        self._names: set[str] = set()
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        self._seen += 1
-        if self._seen > MAX_SYNTAX_NODES:
-            raise too_expensive("too much syntax")
+        """Count and check a node, then what it holds."""
         if type(node).__name__ not in ALLOWED_SYNTAX:
             raise forbidden(f"line {node.lineno}: {type(node).__name__.lower()}")
+        self._nodes += 1
+        self._branches += isinstance(node, BRANCHES)
+        if isinstance(node, nodes.Name):
+            self._names.add(node.name)
+        self._check_work()
         return super().visit(node, *args, **kwargs)
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - named by Jinja
-        self.generic_visit(node)
-        step = filtered(nodes.Const(0, lineno=node.lineno), STEP)
-        if node.test is not None:
-            node.test = nodes.And(step, node.test, lineno=node.lineno)
-        return self._count_runs(node)
+    def _check_work(self) -> None:
+        if NODE_WORK * self._nodes + self._branches * len(self._names) + self._walks > MAX_COMPILE_WORK:
+            raise too_expensive("too much syntax")
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._count_runs(node)
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802 - named by Jinja
+        if isinstance(node.value, str):
+            node.value = self._replace(node.value, node.lineno)
+        elif isinstance(node.value, int):
+            check_integer(node.value)
+        return node
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._count_runs(node)
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
+        node.data = self._replace(node.data, node.lineno)
+        self._written += len(node.data)
+        return node
 
-    def _count_runs(self, node: Any) -> nodes.Node:
-        written = sum(len(data.data) for part in node.body for data in template_data(part))
-        step = filtered(nodes.Const(written, lineno=node.lineno), STEP)
+    def _replace(self, text: str, line: int) -> str:
+        if find_lone_surrogate(text) is not None:
+            raise forbidden(f"line {line}: half of a surrogate pair")
+        return self._spelled.sub(lambda found: self._replacements[found[0]], text)
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        seen, written = self._nodes, self._written
+        self.generic_visit(node)
+        self._walks += self._nodes - seen
+        self._check_work()
+        costs = (NODE_UNITS * (self._nodes - seen), self._written - written)
+        step = filtered(*(nodes.Const(cost, lineno=node.lineno) for cost in costs), name=STEP)
         node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
-        result: nodes.Node = node
-        return result
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(step, node.test, lineno=node.lineno)
+        return node
+
+    visit_Macro = visit_For  # noqa: N815
+    visit_CallBlock = visit_For  # noqa: N815
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return filtered(node, ADMIT)
+        return filtered(node, name=ADMIT)
 
     visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return node if node.ctx == "store" else filtered(node, ADMIT)
+        return node if node.ctx == "store" else filtered(node, name=ADMIT)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return filtered(node.nodes[0], CONCAT, *node.nodes[1:])
+        return filtered(*node.nodes, name=CONCAT)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.expr = weighed(node.expr)
-        for operand in node.ops:
-            operand.expr = weighed(operand.expr)
+        # Equal to a literal: no more is read than the literal has.
+        if len(node.ops) > 1 or node.ops[0].op not in ("eq", "ne") or not isinstance(node.ops[0].expr, nodes.Const):
+            node.expr = read(node.expr)
+            for operand in node.ops:
+                operand.expr = read(operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
-            node.arg = weighed(node.arg)
+            node.arg = read(node.arg)
             return node
         none = nodes.Const(None, lineno=node.lineno)
         bounds = (node.arg.start, node.arg.stop, node.arg.step)
-        return filtered(node.node, SLICE, *(none if bound is None else bound for bound in bounds))
+        return filtered(node.node, *(none if bound is None else bound for bound in bounds), name=SLICE)
 
 
-def template_data(node: nodes.Node) -> Iterator[nodes.TemplateData]:
-    if isinstance(node, nodes.TemplateData):
-        yield node
-    yield from node.find_all(nodes.TemplateData)
+def filtered(node: nodes.Expr, *args: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
-def weighed(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else filtered(node, WEIGH)
+def read(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else filtered(node, name=READ)
