@@ -244,10 +244,10 @@ def batch_stream(
             hint="A single prompt goes into a list of its own: [prompt].",
         )
     check_rows(options.get("cache"), len(given))
-    by_row = {name: by_row(name, options.pop(name), len(given)) for name in _OF_A_ROW if name in options}
+    own = {name: by_row(name, options.pop(name), len(given)) for name in _OF_A_ROW if name in options}
     stream = ResponseStream(model, tokenizer, on_prefill, options)
     for row, prompt in enumerate(given):
-        stream.append(prompt, row, {name: values[row] for name, values in by_row.items()})
+        stream.append(prompt, row, {name: values[row] for name, values in own.items()})
     return stream
 
 
