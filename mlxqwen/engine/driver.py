@@ -6,18 +6,31 @@ thread evaluates: the first that asks, while it is alone; from then on a daemon 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
 from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.memory import account
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
 __all__ = ["Driver"]
+
+_POLL = 0.02  # seconds between looks for memory that others give back
+_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_daemons() -> None:
+    """End daemon threads before the interpreter goes: one that computes then ends the process by a signal."""
+    for driver in list(_drivers):
+        driver.stop()
 
 
 class Driver:
@@ -28,6 +41,7 @@ class Driver:
         self._owner: weakref.ref[threading.Thread] | None = None
         self._changed = threading.Condition()
         self._daemon: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def check_process(self) -> None:
         """Raise `OptionError` in a process that was forked: MLX's threads are not there."""
@@ -42,12 +56,15 @@ class Driver:
         """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
         self.check_process()
         if self._is_mine():
-            if not scheduler.step() and not (generation.records or generation.is_over):
-                raise OptionError(
-                    "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
-                    hint="Read or close the other replies of this process, or hold fewer tokens (--max-kv-size).",
-                )
-            return
+            if scheduler.step() or generation.records or generation.is_over:
+                return
+            if any(other.running or other.reading for other in account().schedulers if other is not scheduler):
+                time.sleep(_POLL)  # another model's replies may give memory back
+                return
+            raise OptionError(
+                "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
+                hint="Read or close the other replies of this process, or hold fewer tokens (--max-kv-size).",
+            )
         with self._changed:
             while not (generation.records or generation.is_over or scheduler.is_closed):
                 self._start(scheduler)
@@ -57,6 +74,13 @@ class Driver:
     def wake(self) -> None:
         """There is something to do."""
         _notify(self._changed)
+
+    def stop(self) -> None:
+        """End the daemon thread behind the step that it takes."""
+        self._stopped.set()
+        self.wake()
+        if self._daemon is not None and self._process == os.getpid():
+            self._daemon.join(timeout=10.0)
 
     def wait_for_work(self, scheduler: Scheduler, timeout: float | None) -> bool:
         """Wait until `scheduler` has something to do, at most `timeout` seconds → whether it has."""
@@ -74,7 +98,8 @@ class Driver:
     def _start(self, scheduler: Scheduler) -> None:
         if self._daemon is None or not self._daemon.is_alive():
             weakref.finalize(scheduler, _notify, self._changed).atexit = False
-            arguments = (weakref.ref(scheduler), self._changed)
+            _drivers.add(self)
+            arguments = (weakref.ref(scheduler), self._changed, self._stopped)
             self._daemon = threading.Thread(target=_run, args=arguments, name="mlxqwen scheduler", daemon=True)
             self._daemon.start()
 
@@ -84,11 +109,11 @@ def _notify(changed: threading.Condition) -> None:
         changed.notify_all()
 
 
-def _run(reference: weakref.ref[Scheduler], changed: threading.Condition) -> None:
+def _run(reference: weakref.ref[Scheduler], changed: threading.Condition, stopped: threading.Event) -> None:
     """Take steps while there is something to do, and wait for it otherwise; end with the scheduler."""
     while True:
         scheduler = reference()
-        if scheduler is None or scheduler.is_closed:
+        if scheduler is None or scheduler.is_closed or stopped.is_set():
             return
         try:
             worked = scheduler.step()
@@ -98,7 +123,7 @@ def _run(reference: weakref.ref[Scheduler], changed: threading.Condition) -> Non
         with changed:
             changed.notify_all()
             if not worked:
-                timeout = 0.02 if scheduler.has_work else 60.0
+                timeout = _POLL if scheduler.has_work else 60.0
                 del scheduler
                 changed.wait(timeout)
             else:

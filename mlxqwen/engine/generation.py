@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Generation:
 
     __slots__ = (
         "__weakref__",
+        "_reader",
         "accepted_tokens",
         "batch",
         "budget",
@@ -141,6 +143,7 @@ class Generation:
         self.match: Match | None = None
         self.own_cache = None if isinstance(request.cache, CacheKind) else request.cache
         self.pin: Pin | None = None
+        self._reader: weakref.ref[Generation] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -151,6 +154,20 @@ class Generation:
     def urgency(self) -> tuple[int, int]:
         """What comes first is smaller: by priority, then by when it was submitted."""
         return self.request.priority, self.number
+
+    @property
+    def reader(self) -> Generation | None:
+        """Who reads what this one will share; None where nobody does."""
+        return None if self._reader is None else self._reader()
+
+    @reader.setter
+    def reader(self, other: Generation | None) -> None:
+        self._reader = None if other is None else weakref.ref(other)
+
+    def waits_for_reader(self) -> bool:
+        """Whether what it will share is still being read."""
+        reader = self.reader
+        return reader is not None and not reader.is_over and reader.batch is None and reader.count == 0
 
     @property
     def is_forcing(self) -> bool:

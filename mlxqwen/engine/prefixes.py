@@ -75,16 +75,15 @@ class SharedPrefixes:
         ring = None if kind.max_kv_size is None else (kind.max_kv_size, kind.keep)
         return self.store.match(_space(one, kind.make(one.model)), one.text, ring=ring)
 
-    def is_being_read(self, one: Generation, known: int, others: Iterable[Generation]) -> bool:
-        """Whether one of the `others` reads a block of this text that the store has not, beyond `known` tokens."""
+    def reader_of(self, one: Generation, known: int, others: Iterable[Generation]) -> Generation | None:
+        """Which of the `others` is reading a block of this text that the store has not, beyond `known` tokens."""
         if not self.store.keeps:
-            return False
-        return any(
-            other.own_cache is None
-            and _may_share(other.request, one.request)
-            and common_prefix(other.text, one.text[:-1]) // BLOCK > known // BLOCK
-            for other in others
-        )
+            return None
+        for other in others:
+            is_alike = other.own_cache is None and _may_share(other.request, one.request)
+            if is_alike and common_prefix(other.text, one.text[:-1]) // BLOCK > known // BLOCK:
+                return other
+        return None
 
     def keep(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
         """Put what a row holds of a generation's text into the store; pin it if the request asks for that.
