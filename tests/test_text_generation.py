@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen import batch_generate, generate, load, make_cache, stream_generate
-from mlxqwen.chat.reply import parse_reply
-from mlxqwen.chat.thinking import EARLY_STOP_TEXT
-from mlxqwen.engine.completion import GenerationResponse, batch_stream, begins_in_thought, end_token_ids, resolve_params
+from mlxqwen.chat.reply_parser import parse_reply
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT, begins_in_thought
+from mlxqwen.engine.text_generation import GenerationResponse, batch_stream, end_token_ids, resolve_params
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.config import AffineQuantization, GenerationConfig, Quantization
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
