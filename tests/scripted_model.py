@@ -54,7 +54,9 @@ class ScriptedModel:
         return logits
 
 
-def scripted_engine(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> tuple[Engine, ScriptedModel]:
+def scripted_engine(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, *, prefix_cache: int | str | None = None
+) -> tuple[Engine, ScriptedModel]:
     """An engine and the model in it."""
     scripted = ScriptedModel(model)
-    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer), scripted
+    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer, prefix_cache=prefix_cache), scripted

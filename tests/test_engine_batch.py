@@ -160,7 +160,11 @@ def test_options_of_the_caches(engine: Engine, cache: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "problem"),
-    [({"max_kv_size": 2}, "max_kv_size: found 2"), ({"kv_bits": 3}, "kv_bits: found 3"), ({"keep": -1}, "keep: found -1")],
+    [
+        ({"max_kv_size": 2}, "max_kv_size: found 2"),
+        ({"kv_bits": 3}, "kv_bits: found 3"),
+        ({"keep": -1}, "keep: found -1"),
+    ],
 )
 def test_options_of_caches_that_cannot_be(engine: Engine, wrong: dict[str, Any], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):

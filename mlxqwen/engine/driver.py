@@ -41,7 +41,7 @@ class Driver:
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
         """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
         self.check_process()
-        if self._is_mine():
+        if self.is_mine():
             if not scheduler.step() and not (generation.records or generation.is_over):
                 raise OptionError(
                     "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
@@ -63,8 +63,8 @@ class Driver:
         with self._changed:
             return self._changed.wait_for(lambda: scheduler.has_work or scheduler.is_closed, timeout)
 
-    def _is_mine(self) -> bool:
-        """Whether this thread takes the steps."""
+    def is_mine(self) -> bool:
+        """Whether this thread takes the steps, be it from now on."""
         me = threading.current_thread()
         with self._changed:
             if self._owner is None:

@@ -45,9 +45,9 @@ class Handle:
         return self._generation.request
 
     @property
-    def pin(self) -> Pin | None:
-        """What the store keeps of it, if the request `holds_cache`."""
-        return self._generation.pin
+    def pins(self) -> dict[str, Pin]:
+        """What the store keeps of it, if the request `holds_cache`: of its "prompt", and of prompt and "reply"."""
+        return self._generation.pins
 
     @property
     def cached_tokens(self) -> int:
@@ -63,6 +63,10 @@ class Handle:
     def cancel(self) -> None:
         """End the request; nothing more of it is told. It may be over already."""
         self._scheduler.cancel(self)
+
+    def keep(self) -> None:
+        """Let the store have what was read and said so far; see `Scheduler.keep`."""
+        self._scheduler.keep(self)
 
     def next_token(self) -> GeneratedToken:
         """The next token; whoever waits drives the scheduler.

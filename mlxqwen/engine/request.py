@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
-from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
@@ -156,6 +156,8 @@ class Request:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.early_stop_text is not None:
+            check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
         if self.tokenizer is not None:
             self.make_budget(self.make_pipeline(self.tokenizer))  # complains of what cannot be
 

@@ -81,6 +81,7 @@ class Scheduler:
         self._batches: list[weakref.ref[RunningBatch]] = []
         self._drafters: weakref.WeakKeyDictionary[Generation, Guesser] = weakref.WeakKeyDictionary()
         self._steps = 0
+        self._is_stepping = False
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -132,6 +133,18 @@ class Scheduler:
         batch = generation.batch
         if batch is not None and len(batch.rows) == 1:  # nobody else needs what it holds
             generation.let_go()
+
+    def keep(self, handle: Handle) -> None:
+        """Put what a reply has read and said so far into the store, before it is cancelled.
+
+        Nothing happens unless the calling thread takes the steps, and none is under way: a finalizer may run in one.
+        """
+        generation = handle.generation_of(self)
+        batch = generation.batch
+        if batch is None or self._is_stepping or not self.driver.is_mine():
+            return
+        with EVALUATION:
+            self._keep_said(generation, batch, batch.generations.index(generation))
 
     def check_open(self) -> None:
         """Raise `OptionError` once the scheduler is closed, or in a process that was forked."""
@@ -219,16 +232,23 @@ class Scheduler:
         An exception in a forward pass ends the replies of that pass. An interrupt leaves all as it was before.
         """
         with EVALUATION:
-            with interrupts_deferred():
-                self._take_submitted()
-                self._drop_cancelled()
-                self._admit()
-            worked = self._read()
-            worked |= self._decode()
-            self._steps += 1
-            if self._steps % _CLEAR_EVERY == 0:
-                mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
-            return worked
+            self._is_stepping = True
+            try:
+                return self._step()
+            finally:
+                self._is_stepping = False
+
+    def _step(self) -> bool:
+        with interrupts_deferred():
+            self._take_submitted()
+            self._drop_cancelled()
+            self._admit()
+        worked = self._read()
+        worked |= self._decode()
+        self._steps += 1
+        if self._steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
+        return worked
 
     # Waiting
 
@@ -279,14 +299,20 @@ class Scheduler:
 
     def _prefills(self, admitted: list[Generation]) -> Iterator[Prefill]:
         kinds: dict[object, list[Generation]] = {}
+        owners: dict[int, list[Generation]] = {}
         for one in admitted:
             if one.own_cache is None:
                 kinds.setdefault((one.request.cache, one.request.adapter), []).append(one)
             else:
-                yield from self._prefills_behind(one, admitted)
+                owners.setdefault(id(one.own_cache), []).append(one)
+        for several in owners.values():
+            yield from self._prefills_behind(several)
         for several in kinds.values():
             unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
-            for group in read_together(unread, self._chunk):
+            chunk = min(one.request.prefill_chunk or self._chunk for one in several)
+            if any(one.fills_window for one in several):
+                chunk = 1  # each apart, as it may have to stop on its way; see `_up_to_mark`
+            for group in read_together(unread, chunk):
                 yield self._new_prefill([several[place] for place in group])
 
     def _new_prefill(self, generations: list[Generation]) -> Prefill:
@@ -307,20 +333,24 @@ class Scheduler:
                 cache.assemble([(one, [0]) for one in filled])
         return Prefill(generations, cache)
 
-    def _prefills_behind(self, one: Generation, admitted: list[Generation]) -> Iterator[Prefill]:
-        """A prompt behind what the caller's own cache holds."""
-        owner, row = one.own_cache, one.request.cache_row
+    def _prefills_behind(self, several: list[Generation]) -> Iterator[Prefill]:
+        """Prompts behind what one caller's own cache holds: together if they are all its rows, and fit one chunk."""
+        first = several[0]
+        owner = first.own_cache
         if owner is None:
             return
-        if one.request.cached_tokens is not None and row == 0:
-            owner.trim(one.request.cached_tokens)
-        if row is None:
-            yield Prefill([one], owner.like(1), owner)
-        elif owner.batch_size == 1:
-            yield Prefill([one], owner, owner)
-        else:
+        rows = [one.request.cache_row for one in several]
+        known = first.request.cached_tokens
+        if known is not None and rows[0] == 0:
+            owner.trim(known)
+        longest = max(len(one.text) - (known or 0) for one in several)
+        fits = len(several) * longest <= (first.request.prefill_chunk or self._chunk)
+        if rows == list(range(owner.batch_size)) and (fits or len(several) == 1):
+            yield Prefill(several, owner, owner)
+            return
+        for one, row in zip(several, rows, strict=True):
             cache = owner.like(1)
-            if owner.offset:
+            if row is not None and owner.offset:
                 cache.assemble([(owner, [row])])
             yield Prefill([one], cache, owner)
 
@@ -364,7 +394,7 @@ class Scheduler:
         if batch is None:
             return
         place = [row() for row in batch.rows].index(one)
-        self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+        self._keep_said(one, batch, place)
         one.sampler = batch.sampler.extract([place])
         mx.eval(one.sampler.arrays)
         one.batch = None
@@ -403,18 +433,14 @@ class Scheduler:
 
     def _up_to_mark(self, prefill: Prefill, first: Generation) -> int:
         """Tokens to where a window that slides is to be kept, if the next chunk reaches beyond that."""
-        window = prefill.cache.max_kv_size
-        mark = first.mark
-        if window is None or first.own_cache is not None or mark <= window:
-            return 1 << 62
-        missing = mark - prefill.done()
+        missing = first.mark - prefill.done() if first.fills_window else 0
         return missing if missing > 0 else 1 << 62
 
     def _keep_read(self, prefill: Prefill, generations: list[Generation]) -> None:
         """Put what was read of prompts into the store, and let a draft model read along."""
         for row, one in enumerate(generations):
             if not one.is_over:
-                self._prefixes.keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
+                self._prefixes.keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
             if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
                 drafter.read(one.text, prefill.done())
 
@@ -453,9 +479,13 @@ class Scheduler:
         """Keep what ended replies have read, and let them leave."""
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
-                self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+                self._keep_said(one, batch, place)
                 self.store.flush()
         batch.drop_ended()
+
+    def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
+        """Put what a reply has read and said into the store."""
+        self._prefixes.keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
 
     def _arrange(self) -> list[RunningBatch]:
         """Let rows share batches; replies far ahead of their readers give up their rows while others wait."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.thinking import begins_in_thought, can_think
-from mlxqwen.checks import as_token_ids
+from mlxqwen.checks import as_token_ids, check_token_ids
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
@@ -91,6 +91,7 @@ def text_request(
     expect_thought: bool = False,
     cache: KVCache | CacheKind | None = None,
     speculative: Speculative = None,
+    noted: set[str] | None = None,
     **options: Any,
 ) -> Request:
     """The request to continue a text or token ids, checked.
@@ -100,6 +101,7 @@ def text_request(
         max_tokens: by default 32,768.
         expect_thought: whether a reply that the prompt leaves free begins in thought without a tag of its own.
         speculative: what guesses.
+        noted: what was noted of `generation_config.json` already, and is not noted again; added to.
         **options: further fields of `Request`.
 
     Raises:
@@ -113,13 +115,15 @@ def text_request(
         )
     if cache is not None and not isinstance(cache, KVCache | CacheKind):
         raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
+    if not isinstance(prompt, str):
+        ids = check_token_ids("prompt", ids, model.config.vocab_size)
     drafter = None
     if speculative is not None:
         from mlxqwen.engine.speculation.drafter import as_drafter
 
         drafter = as_drafter(speculative, model.config)
     begins = begins_in_thought(tokenizer, ids) if ids else None
-    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins)
+    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins, noted=noted)
     request = Request(
         prompt=tuple(ids),
         sampling=params,
@@ -265,6 +269,7 @@ class ResponseStream:
         self._options = dict(options)
         self._reports = on_prefill is not None
         self._stream = TokenStream(model, on_prefill)
+        self._noted: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
         return self
@@ -297,6 +302,7 @@ class ResponseStream:
             split=False,
             cache_row=cache_row,
             reports_progress=self._reports,
+            noted=self._noted,
             **{**self._options, **own},
         )
         return self._stream.submit(request)
@@ -393,8 +399,13 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
     return {*model.config.eos_token_ids, *model.generation_config.eos_token_ids, *from_tokenizer}
 
 
-def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
-    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
+def resolve_params(
+    model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool, noted: set[str] | None = None
+) -> SamplingParams:
+    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile.
+
+    What is ignored of that file is noted in the log, but for what is in `noted`, which it is added to.
+    """
     if isinstance(sampling, SamplingParams):
         return sampling
     if sampling is not None and not isinstance(sampling, Mapping):
@@ -406,6 +417,9 @@ def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: boo
         overrides=sampling or {},
         bits=None if quantization is None else quantization.default.bits,
     )
+    noted = set() if noted is None else noted
     for note in notes:
-        logger.warning(note)
+        if note not in noted:
+            noted.add(note)
+            logger.warning(note)
     return params
