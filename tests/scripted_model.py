@@ -54,9 +54,7 @@ class ScriptedModel:
         return logits
 
 
-def scripted_engine(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, *, prefix_cache: int | str | None = None
-) -> tuple[Engine, ScriptedModel]:
-    """An engine and the model in it."""
+def scripted_engine(model: Qwen3ForCausalLM, tokenizer: Tokenizer, **options: Any) -> tuple[Engine, ScriptedModel]:
+    """An engine and the model in it; the options are the engine's."""
     scripted = ScriptedModel(model)
-    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer, prefix_cache=prefix_cache), scripted
+    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer, **options), scripted

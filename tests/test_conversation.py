@@ -350,9 +350,10 @@ def test_an_answer_counts_as_soon_as_it_is_done(conversation: Conversation) -> N
 @pytest.mark.parametrize("retry", [False, True])
 def test_a_part_can_be_kept(scripted: tuple[Engine, ScriptedModel], window: int | None, retry: bool) -> None:
     engine, model = scripted
+    question = "How many r's are there in the word strawberry?"
     conversation = Conversation(engine, max_kv_size=window)
     say(engine, model, "<think>\n\n</think>\n\nThree.")
-    conversation.chat("How many?")
+    conversation.chat(question)
     say(engine, model, "<think>\nLet me count them.\n</think>\n\nThere are three of them, I think.")
     stream = conversation.retry(keep_partial=True) if retry else conversation.stream("Sure?", keep_partial=True)
     deltas = []
@@ -365,7 +366,7 @@ def test_a_part_can_be_kept(scripted: tuple[Engine, ScriptedModel], window: int 
     kept = conversation.messages[-1]
     assert kept == {**assistant("There are"), "reasoning_content": "Let me count them."}
     assert "".join(delta.content or "" for delta in deltas) == "There are"
-    assert conversation.messages[-2] == user("How many?" if retry else "Sure?")
+    assert conversation.messages[-2] == user(question if retry else "Sure?")
     assert len(conversation.messages) == (2 if retry else 4)
     model.say([])
     turns = Turns(conversation, model)

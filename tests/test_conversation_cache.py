@@ -17,7 +17,7 @@ from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.engine.events import Event
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.schedulers import scheduler_of
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import CacheError, GenerationError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams

@@ -325,6 +325,7 @@ class Conversation:
 
     def _request(self, messages: Messages, options: ChatOptions) -> Request:
         """What is asked; all that can be wrong with messages or options is raised."""
+        self.engine.check_open()
         try:
             request, sent = self._responder.request(messages, options, holds_cache=True)
         except ContextLengthError as error:

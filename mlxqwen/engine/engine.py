@@ -211,7 +211,8 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `OptionError` once it is closed."""
         if self._is_closed:
             raise OptionError(
                 "engine: found in use after close(), expected an open one",
@@ -281,7 +282,7 @@ class Engine:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        self._check_open()
+        self.check_open()
         check_budget_use(thinking, thinking_budget, early_stop_text)
         options = ChatOptions(
             thinking=thinking,
@@ -327,7 +328,7 @@ class Engine:
             OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        self._check_open()
+        self.check_open()
         own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
         reports = on_prefill is not None
         request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)
@@ -392,7 +393,7 @@ class Engine:
             OptionError: at once, for a batch size or options for all that cannot be.
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
-        self._check_open()
+        self.check_open()
         _refuse_cache(options)
         option_names("a batch", options, "cache")
         return answer_batch(

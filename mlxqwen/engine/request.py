@@ -17,6 +17,7 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.constraint import Constraint
 from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.stop import StopStrings
 
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.drafter import Drafter
@@ -155,6 +156,7 @@ class Request:
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
+        StopStrings(self.stop)  # complains of what is none
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.early_stop_text is not None:
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
