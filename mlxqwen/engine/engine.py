@@ -20,7 +20,7 @@ from mlxqwen.engine.loading import Converter, load_models
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
-from mlxqwen.engine.text_generation import Sampling, text_request
+from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
 from mlxqwen.engine.token_stream import OnPrefill
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 from mlxqwen.errors import MlxqwenError, OptionError
@@ -329,6 +329,7 @@ class Engine:
             GenerationError: while iterating.
         """
         self.check_open()
+        check_keywords("Engine.reply", options, stream_generate, "split", "constraints")
         own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
         reports = on_prefill is not None
         request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "Sampling",
     "batch_generate",
     "batch_stream",
+    "check_keywords",
     "drafts_line",
     "end_token_ids",
     "generate",
@@ -222,6 +223,14 @@ def stream_generate(
     return (response for _, response in responses)
 
 
+def check_keywords(name: str, given: Iterable[str], function: Callable[..., Any], *more: str) -> None:
+    """Raise `TypeError` for what is no keyword of `function` nor among `more`, as Python does for the function `name`."""
+    known = {*(function.__kwdefaults__ or ()), *more}
+    for keyword in given:
+        if keyword not in known:
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+
+
 def batch_stream(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
@@ -240,6 +249,7 @@ def batch_stream(
         **options: those of `stream_generate`; `max_tokens`, `sampling`, `thinking_budget`, `expect_thought` and `tools`
             for all, or a list with one for each prompt. A `cache` has a row for each prompt.
     """
+    check_keywords("batch_stream", options, stream_generate)
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given or isinstance(given[0], int):
         found = "one prompt" if given or prompts else "none"
