@@ -78,7 +78,7 @@ def test_the_numbers_in_the_help_are_the_library_s() -> None:
     told = " ".join(run("generate", "--help").out.split())
     assert f"guessed at once, up to {MAX_DRAFT_TOKENS}; {DEFAULT_DRAFT_TOKENS} by default." in told
     refused = run("generate", "Hello", "--speculative", "lookup", "--draft-tokens", str(MAX_DRAFT_TOKENS + 1))
-    assert_error(refused, "--draft-tokens: found 65, expected at most 64", "")
+    assert_error(refused, "--draft-tokens: found 65, expected an integer from 1 to 64", "")
 
 
 def test_verbose_tells_how_many_guesses_were_right() -> None:
