@@ -14,6 +14,7 @@ from mlxqwen.errors import MlxqwenError, OptionError
 __all__ = ["as_token_ids", "check_flag", "check_integer", "check_number", "check_token_ids", "parse_size"]
 
 _SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
+_SIZES = 'For example "512MB", "2GB" or "off".'
 
 
 def check_integer(
@@ -108,5 +109,5 @@ def parse_size(name: str, value: object) -> int:
         if nbytes >= 1:
             return nbytes
     elif not isinstance(value, str):
-        return int(check_integer(name, value, 1))
-    raise OptionError(f"{name}: found {value!r}, expected a size above 0", hint='For example "512MB", "2GB" or "off".')
+        return int(check_integer(name, value, 1, hint=_SIZES))
+    raise OptionError(f"{name}: found {value!r}, expected a size above 0", hint=_SIZES)

@@ -54,7 +54,7 @@ class ScriptedModel:
         return logits
 
 
-def scripted_engine(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> tuple[Engine, ScriptedModel]:
-    """An engine and the model in it."""
+def scripted_engine(model: Qwen3ForCausalLM, tokenizer: Tokenizer, **options: Any) -> tuple[Engine, ScriptedModel]:
+    """An engine and the model in it; the options are the engine's."""
     scripted = ScriptedModel(model)
-    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer), scripted
+    return Engine(cast(Qwen3ForCausalLM, scripted), tokenizer, **options), scripted

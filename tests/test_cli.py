@@ -27,7 +27,7 @@ OPTIONS = """
     --min-p --presence-penalty --frequency-penalty --repetition-penalty --seed --stop --max-kv-size --kv-keep --kv-bits
     --prefill-chunk --yarn-factor --rope-scaling --dtype --force --json --verbose --messages --tools --batch --output
     --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
-    --speculative --draft --draft-tokens --prompt-cache
+    --speculative --draft --draft-tokens --prompt-cache --prefix-cache
 """
 
 Folder = Callable[..., Path]
@@ -250,7 +250,7 @@ def test_argument_leaves_stdin_alone() -> None:
 
 
 def test_prompt_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.engine.generation.TokenStream._prefill", lambda *arguments: pytest.fail("prefilled"))
+    monkeypatch.setattr("mlxqwen.engine.prefill.Prefill.read", lambda *arguments: pytest.fail("prefilled"))
     tokens = prompt_tokens_of(LONG)
     assert_error(run("generate", LONG), f"{tokens:,} tokens", "context of 512", "--yarn-factor", "--max-kv-size")
 

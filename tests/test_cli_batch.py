@@ -19,7 +19,8 @@ import pytest
 
 from mlxqwen.cli.batch import batch_lines
 from mlxqwen.engine.engine import Engine
-from mlxqwen.engine.generation import TokenStream
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.running import RunningBatch
 from mlxqwen.errors import GenerationError
 from tests.command_line import Result, run
 from tests.test_cli import assert_error
@@ -63,12 +64,13 @@ def alone(*arguments: str) -> dict[str, Any]:
     """What `generate` says of one prompt, without what no two runs share."""
     result = run("generate", *arguments, "--json")
     assert result.status == 0, result
-    said = json.loads(result.out)
-    return {name: said[name] for name in ("reasoning", "content", "finish_reason", "usage")}
+    return core(json.loads(result.out))
 
 
 def core(answer: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: answer[name] for name in ("reasoning", "content", "finish_reason", "usage")}
+    """Without what tells how it came about: in a batch, what others have read of a front is not read again."""
+    usage = {name: count for name, count in answer["usage"].items() if name != "cached_tokens"}
+    return {**{name: answer[name] for name in ("reasoning", "content", "finish_reason")}, "usage": usage}
 
 
 # Answers
@@ -83,15 +85,20 @@ def test_each_line_gets_what_it_would_get_alone(files: Files, size: str) -> None
 
 def test_rows_go_through_the_model_together(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    prefill = TokenStream._prefill
+    advance = RunningBatch.advance
 
-    def counted(self: TokenStream, group: list[Any], *arguments: Any) -> Any:
-        rows.append(len(group))
-        return prefill(self, group, *arguments)
+    def counted(self: RunningBatch) -> None:
+        rows.append(len(self.rows))
+        advance(self)
 
-    monkeypatch.setattr(TokenStream, "_prefill", counted)
-    files.run("--batch-size", "2", "--max-tokens", "2")
-    assert rows == [2, 2, 1]
+    monkeypatch.setattr(RunningBatch, "advance", counted)
+    files.run("--batch-size", "2", "--max-tokens", "4")
+    assert max(rows) == 2
+    assert sum(rows) == 3 * len(QUESTIONS)  # the first token of each is drawn behind its prompt
+    rows.clear()
+    files.output.unlink()
+    files.run("--batch-size", "8", "--max-tokens", "4")
+    assert (max(rows), sum(rows)) == (len(QUESTIONS), 3 * len(QUESTIONS))
 
 
 def test_lines_have_options_of_their_own(files: Files) -> None:
@@ -203,14 +210,14 @@ def test_a_failed_line_is_tried_again_once_it_is_removed(files: Files, monkeypat
 
 def fail_for(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Engine.load().prompt([{"role": "user", "content": question}])
-    prefill = TokenStream._prefill
+    tell = Generation.tell
 
-    def failing(self: TokenStream, group: list[Any], *arguments: Any) -> Any:
-        if any(row.unread == bad for row in group):
+    def failing(self: Generation, drawn: int, guess: int | None = None) -> int:
+        if list(self.request.prompt) == bad:
             raise GenerationError("logits: found NaN")
-        return prefill(self, group, *arguments)
+        return tell(self, drawn, guess)
 
-    monkeypatch.setattr(TokenStream, "_prefill", failing)
+    monkeypatch.setattr(Generation, "tell", failing)
 
 
 def test_one_bad_row_does_not_take_the_others_with_it(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

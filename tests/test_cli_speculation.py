@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxqwen.engine.generation import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
 from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.test_cli import assert_error
@@ -45,11 +46,39 @@ def test_an_answer_is_the_one_without_guesses(arguments: list[str]) -> None:
         assert 0 < usage["accepted_tokens"] <= usage["drafted_tokens"]
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--speculative", "lookup"], ["--draft", str(DEMO_FOLDER)]], ids=lambda arguments: arguments[0]
+)
+def test_answers_of_a_batch_are_those_without_guesses(tmp_path: Path, arguments: list[str]) -> None:
+    """Also of the last one, which runs alone in the end, and for which something is guessed."""
+    lines = tmp_path / "lines"
+    asked = [{"prompt": "Say one two three."}, {"prompt": "Hello"}, {"prompt": "one two one two", "max_tokens": 60}]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in asked))
+
+    def answers(name: str, *arguments: str) -> list[dict[str, Any]]:
+        output = tmp_path / name
+        result = run("generate", "--batch", str(lines), "--output", str(output), *SHORT, *arguments)
+        assert result.status == 0, result.err
+        return sorted(map(json.loads, output.read_text().splitlines()), key=lambda answer: int(answer["index"]))
+
+    def guessed(answer: dict[str, Any]) -> tuple[int, int]:
+        return answer["usage"].pop("accepted_tokens"), answer["usage"].pop("drafted_tokens")
+
+    plain, found = answers("plain"), answers("guessed", *arguments)
+    assert [guessed(answer) for answer in plain] == [(0, 0)] * 3
+    counts = [guessed(answer) for answer in found]
+    assert all(accepted <= drafted for accepted, drafted in counts)
+    assert counts[2][1] > 0 or "--speculative" in arguments
+    for answer in (*plain, *found):
+        del answer["request"]  # which tells the options
+    assert found == plain
+
+
 def test_the_numbers_in_the_help_are_the_library_s() -> None:
     told = " ".join(run("generate", "--help").out.split())
     assert f"guessed at once, up to {MAX_DRAFT_TOKENS}; {DEFAULT_DRAFT_TOKENS} by default." in told
     refused = run("generate", "Hello", "--speculative", "lookup", "--draft-tokens", str(MAX_DRAFT_TOKENS + 1))
-    assert_error(refused, "--draft-tokens: found 65, expected at most 64", "")
+    assert_error(refused, "--draft-tokens: found 65, expected an integer from 1 to 64", "")
 
 
 def test_verbose_tells_how_many_guesses_were_right() -> None:
@@ -74,11 +103,6 @@ def test_a_chat_guesses_too() -> None:
     ("arguments", "message"),
     [
         (["a", "--speculative", "lookup", "--draft", "b"], "--draft does the guessing: leave out --speculative."),
-        (
-            ["--batch", "-", "--output", "o", "--speculative", "lookup"],
-            "--batch answers several prompts with each pass",
-        ),
-        (["--batch", "-", "--output", "o", "--draft", "b"], "leave out --draft"),
         (["a", "--draft-tokens", "3"], "--draft-tokens needs --draft or --speculative"),
         (["a", "--speculative", "guess"], "'guess' is not 'lookup'"),
     ],

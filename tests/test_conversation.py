@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlxqwen import Conversation, Delta, Done, Engine
+from mlxqwen import Conversation, Delta, Done, Engine, make_cache
+from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.chat.reply import join_deltas
 from mlxqwen.engine.events import Event
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
@@ -17,7 +18,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import NON_THINKING, THINKING
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel
-from tests.test_conversation_cache import CALL, TOOLS, assert_holds, done_of, held, say, scripted
+from tests.test_conversation_cache import CALL, TOOLS, Turns, done_of, fresh, say, scripted
 
 __all__ = ["scripted"]  # a fixture
 
@@ -40,6 +41,22 @@ def conversation(scripted: tuple[Engine, ScriptedModel]) -> Conversation:
     say(engine, model, "<think>\nThree r's.\n</think>\n\nThree.")
     conversation.chat("How many?")
     return conversation
+
+
+def check_next_turn(conversation: Conversation, text: list[int]) -> None:
+    """The next turn reads what a conversation with this text before it reads, and says what a fresh run says."""
+    turns = Turns(conversation, scripted_of(conversation))
+    turns.text = text
+    scripted_of(conversation).say([])
+    done = turns.check(conversation.stream("And now?", seed=1, max_tokens=8))
+    assert done.usage.cached_tokens > 0
+    again = fresh(conversation.engine, conversation.messages[:-1], {}, seed=1, max_tokens=8)
+    assert done.tokens == again.tokens
+
+
+def text_of(conversation: Conversation) -> list[int]:
+    """What was read of a conversation's last turn, up to where the next one goes on: its thought is left out there."""
+    return conversation.engine.prompt(conversation.messages[: conversation._last_question() + 1])
 
 
 def scripted_of(conversation: Conversation) -> ScriptedModel:
@@ -103,9 +120,9 @@ def test_options_of_a_turn_go_over_those_of_the_conversation(scripted: tuple[Eng
     progress: list[tuple[int, int]] = []
     for window in (None, 64):
         conversation = Conversation(engine, max_kv_size=window, max_tokens=3, prefill_chunk=8)
-        done = done_of(conversation.stream("Hello", on_prefill=lambda *told: progress.append(told)))
-        assert progress[0][0] == 0
-        assert progress[-1] == (done.usage.prompt_tokens, done.usage.prompt_tokens)
+        done = done_of(conversation.stream("Hello there", on_prefill=lambda *told: progress.append(told)))
+        unread = done.usage.prompt_tokens - done.usage.cached_tokens
+        assert (progress[0], progress[-1]) == ((0, unread), (unread, unread))
         progress.clear()
 
 
@@ -199,7 +216,7 @@ def test_the_system_message(conversation: Conversation) -> None:
 
 def test_clearing_keeps_the_system_message(conversation: Conversation) -> None:
     conversation.clear()
-    assert (conversation.messages, conversation.cache.offset) == ([SYSTEM], 0)
+    assert conversation.messages == [SYSTEM]
     conversation.system = None
     conversation.clear()
     assert conversation.messages == []
@@ -257,7 +274,7 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] =
     "no tokens": (OptionError, lambda c: c.stream("So?", max_tokens=0)),
     "no chunk": (OptionError, lambda c: c.stream("So?", prefill_chunk=0)),
     "an unknown option": (OptionError, lambda c: c.stream("So?", temperature=0)),  # type: ignore[call-arg]
-    "a cache": (OptionError, lambda c: c.stream("So?", cache=c.cache)),
+    "a cache": (OptionError, lambda c: c.stream("So?", cache=make_cache(c.engine.model))),
     "an unknown sampling option": (OptionError, lambda c: c.stream("So?", sampling={"temprature": 0})),
     "an empty stop": (OptionError, lambda c: c.stream("So?", stop="")),
     "NaN": (GenerationError, lambda c: list(c.stream("So?"))),
@@ -268,7 +285,7 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] =
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failed_turn_leaves_all_as_it_was(conversation: Conversation, name: str) -> None:
     expected, turn = FAILURES[name]
-    messages, tokens = [dict(message) for message in conversation.messages], held(conversation)
+    messages, text = [dict(message) for message in conversation.messages], text_of(conversation)
     model = scripted_of(conversation)
     model.fail_after = 2
     with pytest.raises(expected) as caught:
@@ -276,19 +293,14 @@ def test_a_failed_turn_leaves_all_as_it_was(conversation: Conversation, name: st
     model.fail_after = None
     if isinstance(caught.value, MlxqwenError):
         assert caught.value.problem
-    assert (conversation.messages, held(conversation)) == (messages, tokens)
-    assert_holds(conversation.cache, tokens, conversation.engine.model)
-    model.read = 0
-    answer_with(conversation, "<think>\n\n</think>\n\nYes.")
-    done = done_of(conversation.stream("Sure?"))
-    assert (done.reply.content, done.usage.cached_tokens) == ("Yes.", len(tokens))
-    assert model.read == done.usage.prompt_tokens - len(tokens)
+    assert conversation.messages == messages
+    check_next_turn(conversation, text)
 
 
 @pytest.mark.parametrize("retry", [False, True])
 @pytest.mark.parametrize("events", [0, 1, 5])
 def test_an_abandoned_turn_leaves_all_as_it_was(conversation: Conversation, events: int, retry: bool) -> None:
-    messages, tokens = [dict(message) for message in conversation.messages], held(conversation)
+    messages, text = [dict(message) for message in conversation.messages], text_of(conversation)
 
     def turn() -> Iterator[Event]:
         answer_with(conversation, "<think>\nLet me count them.\n</think>\n\nThere are three.")
@@ -307,10 +319,10 @@ def test_an_abandoned_turn_leaves_all_as_it_was(conversation: Conversation, even
             with pytest.raises(OptionError, match="conversation: found a stream whose reply was abandoned"):
                 list(stream)
             assert list(stream) == []
-        assert (conversation.messages, held(conversation)) == (messages, tokens)
-        assert_holds(conversation.cache, tokens, conversation.engine.model)
+        assert conversation.messages == messages
     assert len(list(turn())) > 6
     assert len(conversation.messages) == len(messages) + (0 if retry else 2)
+    check_next_turn(conversation, text)
 
 
 def test_messages_that_are_none_are_told_by_what_looks_at_them(conversation: Conversation) -> None:
@@ -338,9 +350,10 @@ def test_an_answer_counts_as_soon_as_it_is_done(conversation: Conversation) -> N
 @pytest.mark.parametrize("retry", [False, True])
 def test_a_part_can_be_kept(scripted: tuple[Engine, ScriptedModel], window: int | None, retry: bool) -> None:
     engine, model = scripted
+    question = "How many r's are there in the word strawberry?"
     conversation = Conversation(engine, max_kv_size=window)
     say(engine, model, "<think>\n\n</think>\n\nThree.")
-    conversation.chat("How many?")
+    conversation.chat(question)
     say(engine, model, "<think>\nLet me count them.\n</think>\n\nThere are three of them, I think.")
     stream = conversation.retry(keep_partial=True) if retry else conversation.stream("Sure?", keep_partial=True)
     deltas = []
@@ -353,22 +366,46 @@ def test_a_part_can_be_kept(scripted: tuple[Engine, ScriptedModel], window: int 
     kept = conversation.messages[-1]
     assert kept == {**assistant("There are"), "reasoning_content": "Let me count them."}
     assert "".join(delta.content or "" for delta in deltas) == "There are"
-    assert conversation.messages[-2] == user("How many?" if retry else "Sure?")
+    assert conversation.messages[-2] == user(question if retry else "Sure?")
     assert len(conversation.messages) == (2 if retry else 4)
-    assert_holds(conversation.cache, held(conversation), engine.model)
     model.say([])
-    before = held(conversation)
-    done = done_of(conversation.stream("Go on.", seed=1, max_tokens=8))
-    assert done.usage.cached_tokens == len(before) > 0
+    turns = Turns(conversation, model)
+    turns.text = text_of(conversation)
+    done = turns.check(conversation.stream("Go on.", seed=1, max_tokens=8), back=1)
+    assert done.usage.cached_tokens > 0
     assert len(conversation.messages) == (4 if retry else 6)
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_of_a_part_without_a_thought_nothing_is_read_again(
+    scripted: tuple[Engine, ScriptedModel], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = scripted
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", template)
+    conversation = Conversation(engine, max_kv_size=window)
+    say(engine, model, "There are three of them, if you count with care and look at each one of them.")
+    stream = conversation.stream("How many?", keep_partial=True)
+    said = "".join(delta.content or "" for delta in islice(stream, 15) if isinstance(delta, Delta))
+    stream.close()
+    assert conversation.messages[-1] == assistant(said)
+    turns = Turns(conversation, model)
+    turns.text = [*engine.prompt(conversation.messages[:1]), *engine.tokenizer.encode(said)]
+    assert len(turns.text) > 24
+    model.say([])
+    turns.check(conversation.stream("Go on.", max_tokens=3), back=1)
+
+
 def test_a_part_of_nothing_is_nothing(conversation: Conversation) -> None:
-    messages, tokens = list(conversation.messages), held(conversation)
+    messages, text = list(conversation.messages), text_of(conversation)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.stream("Sure?", keep_partial=True, on_prefill=interrupt))
     conversation.stream("Sure?", keep_partial=True).close()
-    assert (conversation.messages, held(conversation)) == (messages, tokens)
+    assert conversation.messages == messages
+    check_next_turn(conversation, text)
 
 
 def test_a_part_is_kept_when_the_model_fails(conversation: Conversation) -> None:
@@ -393,14 +430,15 @@ def test_what_is_said_while_a_stream_is_open_ends_it(conversation: Conversation)
 
 
 def test_a_conversation_is_not_to_be_used_while_it_answers(conversation: Conversation) -> None:
-    messages, tokens = list(conversation.messages), held(conversation)
+    messages, text = list(conversation.messages), text_of(conversation)
 
     def again(done: int, total: int) -> None:
         conversation.undo()
 
     with pytest.raises(OptionError, match="in use while it is answering"):
         list(conversation.stream("Sure?", on_prefill=again))
-    assert (conversation.messages, held(conversation)) == (messages, tokens)
+    assert conversation.messages == messages
+    check_next_turn(conversation, text)
 
 
 # What does not fit
@@ -423,7 +461,8 @@ def test_the_way_out_of_a_context_that_is_too_short(demo: tuple[Qwen3ForCausalLM
     assert conversation.messages[:-2] == [SYSTEM, *turns]
     # The next turn goes on with what was left.
     again = done_of(conversation.stream("And?", drop_oldest=True))
-    assert again.usage.cached_tokens >= len(engine.tokenizer.encode("<|im_start|>system\nBe brief.<|im_end|>\n"))
+    front = len(engine.tokenizer.encode("<|im_start|>system\nBe brief.<|im_end|>\n"))
+    assert again.usage.cached_tokens > front - BLOCK
     whole = engine.fit(conversation.messages[:-1], max_tokens=2, thinking=False)
     assert again.usage.prompt_tokens == len(engine.prompt(whole, thinking=False))
 

@@ -1,4 +1,8 @@
-"""What a conversation reads again and what it does not: counts, equality with fresh runs, ways back."""
+"""What a conversation reads again and what it does not: counts, equality with fresh runs, ways back.
+
+The most that a turn can know is the front that its prompt shares with what was read before. It reads the rest, and at
+most a block of tokens more.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from mlxqwen import Conversation, Done, Engine, make_cache
-from mlxqwen.cache import KVCache
-from mlxqwen.cache.prefix import PrefixCache, common_prefix
-from mlxqwen.cache.snapshot import Snapshot
+from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.engine.events import Event
-from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.engine.prefixes import common_prefix
+from mlxqwen.engine.schedulers import scheduler_of
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import CacheError, GenerationError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
@@ -22,7 +25,6 @@ from mlxqwen.text.tokenizer import Tokenizer
 from tests.conftest import random_model
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_tokenizer import QWEN
-from tests.tolerance import assert_close
 
 CACHES: list[dict[str, Any]] = [{}, {"max_kv_size": 64}, {"kv_bits": 8}, {"max_kv_size": 48, "keep": 2, "kv_bits": 8}]
 QUESTIONS = ("How many r's in strawberry?", "Really? /no_think", "And in blueberry? /think", "Thanks.")
@@ -39,9 +41,10 @@ TOOLS = [
 ]
 
 
-@pytest.fixture
-def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
-    return scripted_engine(*demo)
+@pytest.fixture(params=[None, "off"], ids=["store", "pins"])
+def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer], request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
+    """With a store for all, and with nothing kept but what open conversations pin."""
+    return scripted_engine(*demo, prefix_cache=request.param)
 
 
 def done_of(events: Iterator[Event]) -> Done:
@@ -61,21 +64,39 @@ def fresh(engine: Engine, messages: Sequence[Any], cache: dict[str, Any], **opti
     return done_of(engine.stream(messages, cache=make_cache(engine.model, **cache), **options))
 
 
-def held(conversation: Conversation) -> tuple[int, ...]:
-    return tuple(conversation._held._tokens)
+class Turns:
+    """What the turns of a conversation have read, beside it.
 
+    Attributes:
+        text: all that the last turn that counts has read: its prompt, and its reply without the last token.
+    """
 
-def assert_holds(cache: KVCache, tokens: Sequence[int], model: Qwen3ForCausalLM) -> None:
-    """The cache holds exactly what reading `tokens` at once leaves in a new one (of unquantized numbers)."""
-    assert cache.offset == len(tokens)
-    if not tokens:
-        return
-    new = make_cache(model, max_kv_size=cache.max_kv_size, keep=cache.keep)
-    model.model(mx.array([tokens]), new)
-    slots = cache.placement.slots_for(len(tokens))
-    for ours, theirs in zip(cache, new, strict=True):
-        assert_close(ours.keys[0][..., :slots, :], theirs.keys[0][..., :slots, :])
-        assert_close(ours.values[0][..., :slots, :], theirs.values[0][..., :slots, :])
+    def __init__(self, conversation: Conversation, model: ScriptedModel) -> None:
+        self.conversation = conversation
+        self.model = model
+        self.text: list[int] = []
+
+    def check(self, events: Iterator[Event], *, back: int = 0, **options: Any) -> Done:
+        """Take a turn to its end: it reads what it says it reads, and no more than a block of what it could know.
+
+        Args:
+            back: how many tokens before what could be known a ring goes on.
+            options: of the turn, as far as its prompt depends on them.
+        """
+        self.model.read = 0
+        done = done_of(events)
+        said = self.conversation.messages[:-1]
+        given = {**self.conversation.options, **options}
+        prompt = self.conversation.engine.prompt(
+            said, **{name: given[name] for name in ("thinking", "tools") if name in given}
+        )
+        usage = done.usage
+        assert usage.prompt_tokens == len(prompt)
+        assert self.model.read == usage.prompt_tokens - usage.cached_tokens
+        known = min(common_prefix(self.text, prompt), len(prompt) - 1)
+        assert known - back - BLOCK < usage.cached_tokens
+        self.text = [*prompt, *done.tokens[:-1]]
+        return done
 
 
 # Counts and equality
@@ -85,6 +106,7 @@ def assert_holds(cache: KVCache, tokens: Sequence[int], model: Qwen3ForCausalLM)
     ("cache", "options"),
     [
         *((cache, {}) for cache in CACHES),
+        ({"kv_bits": 4}, {}),
         ({}, {"sampling": {"temperature": 0}}),
         ({}, {"thinking_budget": 5}),
         ({}, {"thinking": False}),
@@ -98,11 +120,9 @@ def test_every_turn_is_that_of_a_fresh_run_and_reads_what_is_new(
     engine, model = scripted
     options = {"seed": 5, "max_tokens": 30, **options}
     conversation = Conversation(engine, system="Be brief.", **cache, **options)
+    turns = Turns(conversation, model)
     for turn, question in enumerate(QUESTIONS):
-        before, model.read = held(conversation), 0
-        done = done_of(conversation.stream(question))
-        assert model.read == done.usage.prompt_tokens - done.usage.cached_tokens
-        assert done.usage.cached_tokens == len(before)
+        done = turns.check(conversation.stream(question))
         assert (done.usage.cached_tokens > 0) == (turn > 0)
         again = fresh(engine, conversation.messages[:-1], cache, **options)
         assert (done.tokens, done.reply, done.finish_reason) == (again.tokens, again.reply, again.finish_reason)
@@ -118,7 +138,7 @@ def test_a_thought_costs_the_answer_behind_it_read_once_more(scripted: tuple[Eng
     first = done_of(conversation.stream("How many?"))
     assert first.reply.reasoning is not None
     header = len(engine.prompt([{"role": "user", "content": "How many?"}]))
-    assert (first.usage.prompt_tokens, conversation.cache.offset) == (header, header)
+    assert first.usage.prompt_tokens == header
 
     model.read = 0
     say(engine, model, "Yes.")
@@ -126,14 +146,15 @@ def test_a_thought_costs_the_answer_behind_it_read_once_more(scripted: tuple[Eng
     new = len(
         engine.tokenizer.encode(f"{answer}<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n")
     )
-    assert (second.usage.cached_tokens, model.read) == (header, new)
+    assert second.usage.cached_tokens == header // BLOCK * BLOCK
+    assert model.read == new + header % BLOCK
 
 
 def test_an_answer_that_history_repeats_is_not_read_again(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    scripted: tuple[Engine, ScriptedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of models that never think: their prompts end where their answers stand in history."""
-    engine, model = scripted_engine(*demo)
+    engine, model = scripted
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -142,19 +163,19 @@ def test_an_answer_that_history_repeats_is_not_read_again(
     caches: list[dict[str, Any]] = [{}, {"max_kv_size": 32}]
     for cache in caches:
         conversation = Conversation(engine, **cache)
-        reply = say(engine, model, "There are three of them, if you count with care and look at each one of them.")
-        first = done_of(conversation.stream("How many?"))
-        assert conversation.cache.offset == first.usage.prompt_tokens + len(reply) - 1
-        model.read = 0
+        turns = Turns(conversation, model)
+        say(engine, model, "There are three of them, if you count with care and look at each one of them.")
+        turns.check(conversation.stream("How many?"))
+        held = len(turns.text)
+        assert held > 32
         say(engine, model, "Yes.")
-        second = done_of(conversation.stream("Sure?"))
-        end = engine.tokenizer.encode("<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n")
-        assert model.read == len(end) == second.usage.prompt_tokens - second.usage.cached_tokens
-        # Anew it is answered from the mark, or by going back.
-        model.read = 0
-        retried = done_of(conversation.retry(max_tokens=1))
-        assert model.read == retried.usage.prompt_tokens - retried.usage.cached_tokens == 1
-        assert conversation.cache.offset > 32
+        second = turns.check(conversation.stream("Sure?"))
+        # A ring is kept where the reply ended, to the token.
+        assert second.usage.cached_tokens == (held if cache else held // BLOCK * BLOCK)
+        # Anew it is answered from the mark, or from the last whole block.
+        retried = turns.check(conversation.retry(max_tokens=1))
+        if cache:
+            assert retried.usage.cached_tokens == retried.usage.prompt_tokens - 1
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
@@ -163,28 +184,27 @@ def test_calls_of_tools_and_what_was_thought_before_them_are_not_read_again(
 ) -> None:
     engine, model = scripted
     conversation = Conversation(engine, tools=TOOLS, **cache)
-    reply = say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
-    first = done_of(conversation.stream("What time is it?"))
+    turns = Turns(conversation, model)
+    say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
+    first = turns.check(conversation.stream("What time is it?"))
+    first_text = turns.text
     assert first.finish_reason == "tool_calls"
     (call,) = conversation.messages[-1]["tool_calls"]
     assert (call["type"], call["function"]["name"]) == ("function", "clock")
-    assert conversation.cache.offset == first.usage.prompt_tokens + len(reply) - 1
 
     result = {"role": "tool", "tool_call_id": call["id"], "content": "12:00"}
-    prompt = engine.prompt([*conversation.messages, result], tools=TOOLS)
-    model.read = 0
     say(engine, model, "<think>\nNoon.\n</think>\n\nIt is noon.")
-    second = done_of(conversation.stream(result))
-    assert second.usage.cached_tokens == first.usage.prompt_tokens + len(reply) - 1
-    assert model.read == len(prompt) - second.usage.cached_tokens
+    second = turns.check(conversation.stream(result))
+    assert common_prefix(first_text, turns.text) == len(first_text)
+    if "max_kv_size" in cache:
+        assert second.usage.cached_tokens == len(first_text)
     assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
 
     # The next question leaves out all that was thought, back to the first header.
-    model.read = 0
     say(engine, model, "<think>\n\n</think>\n\nYou are welcome.")
-    third = done_of(conversation.stream("Thanks."))
+    third = turns.check(conversation.stream("Thanks."), back=1)
     start = first.usage.prompt_tokens
-    assert third.usage.cached_tokens in ((start,) if "max_kv_size" not in cache else (start - 1,))
+    assert third.usage.cached_tokens in ((start // BLOCK * BLOCK,) if "max_kv_size" not in cache else (start - 1,))
 
 
 def test_penalties_know_the_part_of_the_prompt_that_is_not_read(scripted: tuple[Engine, ScriptedModel]) -> None:
@@ -205,29 +225,30 @@ def test_penalties_know_the_part_of_the_prompt_that_is_not_read(scripted: tuple[
         engine.model, prompt, max_tokens=30, cache=cache, cached_tokens=len(prompt) - 4, sampling=params
     )
     whole = generate_tokens(engine.model, prompt, max_tokens=30, sampling=params)
-    told = [one.token for one in seeing]
-    assert told == [one.token for one in whole]
-    assert told != [one.token for one in blind]
+    told = [one.token for _, one in seeing]
+    assert told == [one.token for _, one in whole]
+    assert told != [one.token for _, one in blind]
 
 
-def test_changed_history_is_read_from_where_it_differs(scripted: tuple[Engine, ScriptedModel]) -> None:
+def test_changed_history_is_read_from_where_it_differs(
+    scripted: tuple[Engine, ScriptedModel],
+) -> None:
     engine, model = scripted
     options: dict[str, Any] = {"seed": 1, "max_tokens": 20}
     conversation = Conversation(engine, system="Be brief.", **options)
+    turns = Turns(conversation, model)
     for question in QUESTIONS[:2]:
-        conversation.chat(question)
+        turns.check(conversation.stream(question))
 
     def check(*, shares: Sequence[Any]) -> None:
-        """The next turn is that of a fresh run, and reads all but what the held ids share with the prompt."""
-        before = held(conversation)
-        prompt = engine.prompt([*conversation.messages, {"role": "user", "content": "And now?"}])
-        model.read = 0
-        done = done_of(conversation.stream("And now?"))
-        assert done.usage.cached_tokens == min(common_prefix(before, prompt), len(prompt) - 1)
-        assert model.read == len(prompt) - done.usage.cached_tokens
-        assert done.usage.cached_tokens >= len(shares)
+        """The next turn is that of a fresh run, and reads all but what it shares with what was read."""
+        before = turns.text
+        done = turns.check(conversation.stream("And now?"))
+        known = min(common_prefix(before, turns.text), done.usage.prompt_tokens - 1)
+        assert known >= len(shares)
+        if not scheduler_of(engine.model).store.keeps:
+            assert done.usage.cached_tokens == known // BLOCK * BLOCK
         assert done.tokens == fresh(engine, conversation.messages[:-1], {}, **options).tokens
-        assert_holds(conversation.cache, held(conversation), engine.model)
 
     system = engine.tokenizer.encode("<|im_start|>system\n")
     conversation.messages[1]["content"] = "How many r's in raspberry?"
@@ -244,36 +265,83 @@ def test_changed_history_is_read_from_where_it_differs(scripted: tuple[Engine, S
     check(shares=[])
 
 
-def test_a_cache_that_was_used_elsewhere_is_read_anew(scripted: tuple[Engine, ScriptedModel]) -> None:
-    engine, _ = scripted
-    conversation = Conversation(engine, seed=1, max_tokens=10)
-    conversation.chat(QUESTIONS[0])
-    list(generate_tokens(engine.model, [1, 2, 3], cache=conversation.cache, max_tokens=3))
-    done = done_of(conversation.stream(QUESTIONS[1]))
-    assert done.usage.cached_tokens == 0
-    assert done.tokens == fresh(engine, conversation.messages[:-1], {}, seed=1, max_tokens=10).tokens
-
-
 @pytest.mark.parametrize("window", [None, 64])
-def test_counts_with_the_tokenizer_and_template_of_the_releases(window: int | None) -> None:
-    engine, model = scripted_engine(random_model(vocab_size=QWEN.vocab_size, context=1024), QWEN)
+@pytest.mark.parametrize("store", [None, "off"])
+def test_counts_with_the_tokenizer_and_template_of_the_releases(window: int | None, store: str | None) -> None:
+    engine, model = scripted_engine(random_model(vocab_size=QWEN.vocab_size, context=1024), QWEN, prefix_cache=store)
     conversation = Conversation(engine, max_kv_size=window)
-    back = 0 if window is None else 1  # a ring goes back to where the last question can be answered anew
+    turns = Turns(conversation, model)
+
+    def is_all(done: Done, known: int) -> bool:
+        """Of a ring to the token that its last question can be answered anew from; else in whole blocks."""
+        return done.usage.cached_tokens == (known // BLOCK * BLOCK if window is None else known)
+
+    back = 0 if window is None else 1
     say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
-    first = done_of(conversation.stream("What time is it?", tools=TOOLS))
+    first = turns.check(conversation.stream("What time is it?", tools=TOOLS), tools=TOOLS)
     (call,) = first.reply.tool_calls
     say(engine, model, "<think>\nNoon.\n</think>\n\nIt is noon.")
     result = {"role": "tool", "tool_call_id": call.id, "content": "12:00"}
-    second = done_of(conversation.stream(result, tools=TOOLS))
-    assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    second = turns.check(conversation.stream(result, tools=TOOLS), tools=TOOLS)
+    assert is_all(second, first.usage.prompt_tokens + first.usage.completion_tokens - 1)
     say(engine, model, "Bye.")
-    third = done_of(conversation.stream("Thanks.", tools=TOOLS, thinking=False))
-    assert third.usage.cached_tokens == first.usage.prompt_tokens - back
+    third = turns.check(
+        conversation.stream("Thanks.", tools=TOOLS, thinking=False), back=1, tools=TOOLS, thinking=False
+    )
+    assert is_all(third, first.usage.prompt_tokens - back)
     say(engine, model, "<think>\nBye?\n</think>\n\nBye.")
     empty_block = len(QWEN.encode("<think>\n\n</think>\n\n"))
-    fourth = done_of(conversation.stream("Bye.", tools=TOOLS))
-    assert fourth.usage.cached_tokens == third.usage.prompt_tokens - empty_block
-    assert conversation.cache.offset == fourth.usage.prompt_tokens - back
+    fourth = turns.check(conversation.stream("Bye.", tools=TOOLS), back=1, tools=TOOLS)
+    assert is_all(fourth, third.usage.prompt_tokens - empty_block)
+
+
+# What keeps what was read
+
+
+def test_what_open_conversations_have_read_stays_and_goes_with_them(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer],
+) -> None:
+    """A store of a few blocks has long let go of it."""
+    engine, model = scripted_engine(*demo, prefix_cache="200KB")
+    store = scheduler_of(engine.model).store
+    conversations = [Conversation(engine, system=f"{n}. Be brief. " * 8, thinking=False) for n in range(4)]
+    turns = [Turns(conversation, model) for conversation in conversations]
+    for question in QUESTIONS[:2]:
+        for one in turns:
+            one.check(one.conversation.stream(question, max_tokens=8, seed=1))
+    assert store.held_nbytes > 2 * store.capacity
+    for one in turns[1:]:
+        one.conversation.clear()
+    del conversations, turns, one
+    gc.collect()
+    assert store.held_nbytes <= store.capacity
+
+
+def test_a_conversation_that_was_cleared_holds_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, _ = scripted_engine(*demo, prefix_cache="off")
+    for cache in CACHES:
+        conversation = Conversation(engine, system="Be brief.", max_tokens=8, **cache)
+        for question in QUESTIONS[:2]:
+            conversation.chat(question)
+        store = scheduler_of(engine.model).store
+        assert store.held_nbytes > 0
+        conversation.clear()
+        gc.collect()
+        assert store.held_nbytes == 0
+        assert done_of(conversation.stream(QUESTIONS[0])).usage.cached_tokens == 0
+
+
+def test_conversations_share_what_they_have_in_common(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, _ = scripted_engine(*demo)
+    system = "You count letters, and answer in one short sentence, whatever else is said to you."
+    first, second = (Conversation(engine, system=system, max_tokens=8, seed=1) for _ in range(2))
+    assert done_of(first.stream(QUESTIONS[0])).usage.cached_tokens == 0
+    shared = common_prefix(
+        engine.prompt(first.messages[:2]), engine.prompt([first.messages[0], {"role": "user", "content": QUESTIONS[2]}])
+    )
+    done = done_of(second.stream(QUESTIONS[2]))
+    assert done.usage.cached_tokens == shared // BLOCK * BLOCK > 0
+    assert done.tokens == fresh(engine, second.messages[:-1], {}, max_tokens=8, seed=1).tokens
 
 
 # Rings
@@ -282,71 +350,32 @@ def test_counts_with_the_tokenizer_and_template_of_the_releases(window: int | No
 def test_a_ring_reads_a_long_conversation_once(scripted: tuple[Engine, ScriptedModel]) -> None:
     engine, model = scripted
     conversation = Conversation(engine, max_kv_size=48, seed=2, max_tokens=30, prefill_chunk=7)
+    turns = Turns(conversation, model)
     total = 0
     for turn in range(6):
-        before, model.read = conversation.cache.offset, 0
-        done = done_of(conversation.stream(f"{QUESTIONS[turn % 3]} For the {turn}. time!"))
-        assert before == done.usage.cached_tokens
-        read = model.read
-        assert read == done.usage.prompt_tokens - before
+        done = turns.check(conversation.stream(f"{QUESTIONS[turn % 3]} For the {turn}. time!"), back=1)
         again = fresh(engine, conversation.messages[:-1], {"max_kv_size": 48}, seed=2, max_tokens=30)
         assert done.tokens == again.tokens
-        # Chunks of one length end less than one token for each of them before the place that was aimed at.
-        assert 0 < done.usage.prompt_tokens - conversation.cache.offset <= -(-read // 6)
-        assert_holds(conversation.cache, held(conversation), engine.model)
-        total += read
-    assert conversation.cache.offset > 3 * 48
-    assert total < conversation.cache.offset * 1.1
+        total += done.usage.prompt_tokens - done.usage.cached_tokens
+    assert done.usage.prompt_tokens > 3 * 48
+    assert total < done.usage.prompt_tokens * 1.1 + 6 * BLOCK
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
-def test_what_snapshots_set_aside(model: Qwen3ForCausalLM, kv_bits: int | None) -> None:
-    """Of a line the tokens behind `start`, of a ring the window, and that only once it is written to."""
-    tokens = mx.array([[5, 6, 7, 8] * 20])
-    line = make_cache(model, kv_bits=kv_bits)
-    model.model(tokens, line)
-    slots = line[0].keys[0].shape[-2]
-    for start, count in ((0, 80), (70, 10), (80, 0), (99, 0)):
-        assert Snapshot(line, start).nbytes * slots == line.nbytes * count
-
-    ring = make_cache(model, max_kv_size=512, kv_bits=kv_bits)
-    for _ in range(8):
-        model.model(tokens, ring)
-        mx.eval(ring.state)
-    gc.collect()
-    held_bytes = mx.get_active_memory()
-    snapshot = Snapshot(ring)
-    mx.eval([part for pair in snapshot._parts for stored in pair for part in stored])
-    assert mx.get_active_memory() == held_bytes
-    for _ in range(3):
-        model.model(mx.array([[3]]), ring)
-        mx.eval(ring.state)
-    assert 0.8 * ring.nbytes <= mx.get_active_memory() - held_bytes <= 1.2 * ring.nbytes
-    assert snapshot.nbytes == ring.nbytes
-
-
-@pytest.mark.parametrize("cache", CACHES, ids=str)
-def test_a_snapshot_can_be_gone_back_to_again_and_again(model: Qwen3ForCausalLM, cache: dict[str, Any]) -> None:
-    def ahead() -> mx.array:
-        return model.logits(model.model(mx.array([[9, 10, 11]]), ours))
-
-    ours = make_cache(model, **cache)
-    model.model(mx.array([[5, 6, 7, 8] * 20]), ours)
-    snapshot = Snapshot(ours, 70)
-    expected = ahead()
-    mx.eval(expected)
-    for step in range(3):
-        if ours.max_kv_size is None:
-            ours.trim(70)
-        model.model(mx.array([[3] * (step + 1) * 5]), ours)
-        snapshot.restore()
-        assert (ours.offset, snapshot.offset) == (80, 80)
-        assert_close(ahead(), expected)
-    empty = make_cache(model, **cache)
-    nothing = Snapshot(empty)
-    model.model(mx.array([[1, 2]]), empty)
-    nothing.restore()
-    assert empty.offset == 0
+@pytest.mark.parametrize("length", range(40, 90, 7))
+def test_a_ring_that_fills_up_within_a_prompt_can_be_gone_back_to(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], length: int
+) -> None:
+    """Wherever the window of 64 ends: within the prompt, in its last tokens, in the reply."""
+    engine, model = scripted_engine(*demo, prefix_cache="off")
+    conversation = Conversation(engine, max_kv_size=64, max_tokens=40, seed=3)
+    turns = Turns(conversation, model)
+    opening = engine.prompt([{"role": "user", "content": ""}])
+    say(engine, model, "<think>\nIt is about letters, and there are three of them, I think.\n</think>\n\nThree.")
+    turns.check(conversation.stream("r" + " r" * (length - len(opening) - 1)))
+    model.say([])
+    done = turns.check(conversation.stream("Sure?"), back=1)
+    again = fresh(engine, conversation.messages[:-1], {"max_kv_size": 64}, max_tokens=40, seed=3)
+    assert done.tokens == again.tokens
 
 
 # The cache below conversations
@@ -373,8 +402,8 @@ def test_nothing_is_forgotten_before_generation_starts(model: Qwen3ForCausalLM) 
     list(generate_tokens(model, [1, 2, 3, 4], cache=cache, max_tokens=1))
     stream = generate_tokens(model, [1, 2, 9], cache=cache, cached_tokens=2, **greedy)
     assert cache.offset == 4
-    (one,) = stream
-    (alone,) = generate_tokens(model, [1, 2, 9], **greedy)
+    ((_, one),) = stream
+    ((_, alone),) = generate_tokens(model, [1, 2, 9], **greedy)
     assert (one.token, cache.offset) == (alone.token, 3)
 
 
@@ -385,30 +414,30 @@ def test_rows_may_share_their_front(model: Qwen3ForCausalLM) -> None:
     cache.trim(2)
     options: dict[str, Any] = {"max_tokens": 4, "eos_token_ids": [], "sampling": SamplingParams(temperature=0)}
     rows: list[list[int]] = [[], [], []]
-    for one in generate_tokens(model, prompts, cache=cache, cached_tokens=2, **options):
-        rows[one.row].append(one.token)
-    assert rows == [[one.token for one in generate_tokens(model, prompt, **options)] for prompt in prompts]
+    for row, one in generate_tokens(model, prompts, cache=cache, cached_tokens=2, **options):
+        rows[row].append(one.token)
+    assert rows == [[one.token for _, one in generate_tokens(model, prompt, **options)] for prompt in prompts]
 
 
 def test_a_failed_turn_leaves_a_ring_in_its_tool_loop_where_it_was(scripted: tuple[Engine, ScriptedModel]) -> None:
-    """It goes back to a mark for another question, and must get forth again."""
+    """Another question goes back, and what was read before it must not be lost."""
     engine, model = scripted
     conversation = Conversation(engine, tools=TOOLS, max_kv_size=48)
+    turns = Turns(conversation, model)
     say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
-    conversation.chat("What time is it?")
-    before = held(conversation)
-    assert len(before) > 48
+    turns.check(conversation.stream("What time is it?"))
+    assert len(turns.text) > 48
     for _ in range(2):
         model.say([])
         model.fail_after = 3
         with pytest.raises(GenerationError):
             list(conversation.stream("Never mind."))
         model.fail_after = None
-        assert held(conversation) == before
-        assert_holds(conversation.cache, before, engine.model)
     (call,) = conversation.messages[-1]["tool_calls"]
-    done = done_of(conversation.stream({"role": "tool", "tool_call_id": call["id"], "content": "12:00"}, max_tokens=3))
-    assert done.usage.cached_tokens == len(before)
+    held = len(turns.text)
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "12:00"}
+    done = turns.check(conversation.stream(result, max_tokens=3))
+    assert done.usage.cached_tokens == held
 
 
 def test_a_ring_goes_back_to_no_mark_of_another_history(scripted: tuple[Engine, ScriptedModel]) -> None:
@@ -416,25 +445,9 @@ def test_a_ring_goes_back_to_no_mark_of_another_history(scripted: tuple[Engine, 
     conversation = Conversation(engine, tools=TOOLS, system="Be brief.", max_kv_size=48)
     say(engine, model, f"<think>\nI need the time.\n</think>\n\n{CALL}")
     conversation.chat("What time is it?")
-    assert conversation.cache.offset > 48
     conversation.system = "Be long."
     model.say([])
     done = done_of(conversation.stream("Never mind.", seed=1, max_tokens=8))
     assert done.usage.cached_tokens == 0
     again = fresh(engine, conversation.messages[:-1], {"max_kv_size": 48}, tools=TOOLS, seed=1, max_tokens=8)
     assert done.tokens == again.tokens
-    assert_holds(conversation.cache, held(conversation), engine.model)
-
-
-def test_an_interrupted_roll_back_is_made_up_for(model: Qwen3ForCausalLM) -> None:
-    prefix = PrefixCache(make_cache(model))
-    assert prefix.begin([1, 2, 3]) == 0
-    list(generate_tokens(model, [1, 2, 3], cache=prefix.cache, cached_tokens=0, max_tokens=1))
-    prefix.commit([1, 2, 3], 3)
-    assert (prefix.begin([1, 2, 9, 9]), prefix._tokens) == (2, [])
-    list(generate_tokens(model, [1, 2, 9, 9], cache=prefix.cache, cached_tokens=2, max_tokens=1))
-    # Neither committed nor rolled back.
-    assert prefix.begin([1, 2, 3, 4]) == 3
-    prefix.roll_back()
-    assert_holds(prefix.cache, [1, 2, 3], model)
-    assert prefix._tokens == [1, 2, 3]

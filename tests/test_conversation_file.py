@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -19,6 +20,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.test_conversation_cache import TOOLS, done_of
 
+OLD = Path(__file__).parent / "data" / "conversations"
 CALLS = [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}]
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Sei kurz. 请简短。"},
@@ -42,7 +44,6 @@ def test_what_is_saved_comes_back_and_goes_on(engine: Engine, tmp_path: Path) ->
     saved.save(path)
     loaded = Conversation.load(str(path), engine, max_kv_size=128, max_tokens=4)
     assert loaded.messages == MESSAGES
-    assert (loaded.cache.max_kv_size, loaded.cache.offset) == (128, 0)
     assert {name: loaded.options.get(name) for name in options} == {**options, "max_tokens": 4}
     assert SamplingParams(**loaded.options["sampling"]) == sampling  # type: ignore[arg-type]
     assert done_of(loaded.stream("So?")).tokens == done_of(saved.stream("So?")).tokens[:4]
@@ -52,6 +53,53 @@ def test_what_is_saved_comes_back_and_goes_on(engine: Engine, tmp_path: Path) ->
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     Conversation(engine).save(path)
     assert Conversation.load(path, engine).messages == []
+
+
+def test_files_of_the_version_before_load_unchanged(engine: Engine, tmp_path: Path) -> None:
+    """`Conversation.save` of the code before the scheduler wrote them, and would write the same again."""
+    options: dict[str, dict[str, Any]] = {
+        "empty": {},
+        "thought": {"seed": 1, "max_tokens": 200},
+        "tools": {"seed": 1},
+        "budget": {
+            "thinking_budget": 20,
+            "early_stop_text": "Time is up.",
+            "sampling": {"temperature": 0, "min_p": 0.1},
+        },
+        "options": {
+            "thinking": False,
+            "tools": TOOLS,
+            "sampling": dataclasses.asdict(SamplingParams(temperature=0.5, logit_bias={7: -1.0})),
+            "max_tokens": 5,
+            "seed": 3,
+            "stop": ["x!"],
+            "stop_on_loop": True,
+            "drop_oldest": True,
+        },
+    }
+    assert sorted(path.stem for path in OLD.iterdir()) == sorted(options)
+    for path in OLD.iterdir():
+        loaded = Conversation.load(path, engine)
+        assert loaded.options == options[path.stem]
+        assert loaded.messages == json.loads(path.read_text())["messages"]
+        loaded.save(tmp_path / path.name)
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+        assert done_of(loaded.stream("So?", max_tokens=4)).usage.completion_tokens > 0
+    replayed = Conversation.load(OLD / "thought.json", engine)
+    said = list(replayed.messages)
+    assert done_of(replayed.retry()).reply.content == said[-1]["content"]
+    replayed.undo()
+    assert done_of(replayed.retry()).reply.reasoning == said[2]["reasoning_content"]
+
+
+def test_options_that_were_saved_with_others_missing_still_load(engine: Engine, tmp_path: Path) -> None:
+    """As of a chat in which the budget, or thinking, was switched off: what is left over is not used."""
+    for options in ({"early_stop_text": "Enough."}, {"thinking": False, "thinking_budget": 5}):
+        path = tmp_path / "chat.json"
+        path.write_text(written(MESSAGES[:1], options))
+        loaded = Conversation.load(path, engine, max_tokens=4)
+        assert {name: loaded.options[name] for name in options} == options
+        loaded.chat("Hello")
 
 
 def test_plain_messages_are_a_conversation(engine: Engine, tmp_path: Path) -> None:

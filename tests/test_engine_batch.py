@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mlxqwen import ChatRequest, Engine, KVCache, make_cache
+from mlxqwen import ChatRequest, Engine, make_cache
 from mlxqwen.engine.engine import Done
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
@@ -25,7 +26,8 @@ def engine(demo: Any) -> Engine:
 
 def facts(done: Done) -> tuple[Any, ...]:
     calls = [(call.name, call.arguments) for call in done.reply.tool_calls]
-    return done.reply.reasoning, done.reply.content, calls, done.finish_reason, done.usage
+    usage = replace(done.usage, cached_tokens=0)  # depends on what was asked before
+    return done.reply.reasoning, done.reply.content, calls, done.finish_reason, usage
 
 
 def alone(engine: Engine, messages: Any, **options: Any) -> Done:
@@ -56,7 +58,7 @@ def test_options_of_their_own(engine: Engine, batch_size: int) -> None:
         {"sampling": {"temperature": 2.0}, "seed": 3},
     ]
     shared: dict[str, Any] = {"seed": 9, "max_tokens": 60}
-    requests = [ChatRequest(messages, options) for messages, options in zip(QUESTIONS, own, strict=True)]  # type: ignore[arg-type]
+    requests = [ChatRequest(messages, options) for messages, options in zip(QUESTIONS, own, strict=True)]
     for index, done in engine.batch(requests, batch_size=batch_size, **shared):
         assert facts(done) == facts(alone(engine, QUESTIONS[index], **{**shared, **own[index]}))
 
@@ -143,17 +145,30 @@ def test_a_budget_for_one_where_no_thought_can_be_ended(demo: Any) -> None:
     assert "has no </think>" in errors[1].problem
 
 
-def test_caches_of_its_own(engine: Engine) -> None:
-    made: list[int] = []
+@pytest.mark.parametrize("cache", [{"max_kv_size": 128}, {"kv_bits": 8}, {"max_kv_size": 64, "keep": 2, "kv_bits": 4}])
+def test_options_of_the_caches(engine: Engine, cache: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"seed": 7, "max_tokens": 40, **cache}
+    conversations = list(QUESTIONS[:2])
+    if "max_kv_size" in cache:  # longer than the context, over which the window slides
+        conversations.append([{"role": "user", "content": "word " * 600}])
+    found = dict(engine.batch(conversations, batch_size=2, **options))
+    if "max_kv_size" in cache:
+        assert found[2].usage.prompt_tokens > engine.model.config.context_length
+    for index, done in found.items():
+        assert facts(done) == facts(alone(engine, conversations[index], **options))
 
-    def new_cache(rows: int) -> KVCache:
-        made.append(rows)
-        return make_cache(engine.model, max_kv_size=128, batch_size=rows)
 
-    long = [{"role": "user", "content": "word " * 600}]
-    found = dict(engine.batch([*QUESTIONS[:2], long], batch_size=2, max_tokens=1, new_cache=new_cache))
-    assert made == [1, 2]
-    assert found[2].usage.prompt_tokens > engine.model.config.context_length
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"max_kv_size": 2}, "max_kv_size: found 2"),
+        ({"kv_bits": 3}, "kv_bits: found 3"),
+        ({"keep": -1}, "keep: found -1"),
+    ],
+)
+def test_options_of_caches_that_cannot_be(engine: Engine, wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
+        engine.batch(QUESTIONS, **wrong)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "2", True])

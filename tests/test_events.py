@@ -1,39 +1,49 @@
-"""A reply's text as events: pieces, ends, warnings, and the message that it becomes."""
+"""A reply as events: pieces, ends, usage, warnings, and the message that it becomes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas, parse_reply
-from mlxqwen.engine.completion import GenerationResponse
-from mlxqwen.engine.events import Done, Event, ReplyEvents, assistant_message, split_reply
-from mlxqwen.engine.generation import FinishReason
+from mlxqwen import Engine
+from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas
+from mlxqwen.chat.reply_parser import parse_reply
+from mlxqwen.engine.events import Done, Event, assistant_message
+from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import OptionError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_tokenizer import QWEN
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "one stop two"}}\n</tool_call>'
 WHOLE = f"<think>\nI stop to think.\n</think>\n\nLet me see.\n{CALL}\n{CALL}"
 BROKEN = "<tool_call>\n{nothing}\n</tool_call>"
+PROMPT = "Hello"
 
 
-def responses_of(pieces: Sequence[str], finish_reason: FinishReason = "stop") -> list[GenerationResponse]:
-    """One response a piece, as `stream_generate` tells them; `token` counts up."""
-    last = len(pieces) - 1
-    return [
-        GenerationResponse(text, i, 5, 1.0, i + 1, 1.0, 0.0, finish_reason if i == last else None, i // 2, i == last, 2)
-        for i, text in enumerate(pieces)
-    ]
+@pytest.fixture(scope="module")
+def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
+    return scripted_engine(*demo)
 
 
-def events_of(text: str, finish_reason: FinishReason = "stop", **options: Any) -> list[Event]:
-    return list(split_reply(iter(responses_of(list(text), finish_reason)), **{"thinking": None, **options}))
+@pytest.fixture
+def events_of(scripted: tuple[Engine, ScriptedModel]) -> Any:
+    """The events of a reply whose text is given; with `ends=False` it is cut off by `max_tokens`."""
+    engine, model = scripted
+
+    def events(text: str, *, ends: bool = True, **options: Any) -> list[Event]:
+        tokens = engine.tokenizer.encode(f"{text}<|im_end|>")
+        model.say(tokens)
+        found = list(engine.reply(PROMPT, max_tokens=len(tokens) - (not ends), **options))
+        model.say([])
+        return found
+
+    return events
 
 
 def done_of(events: Sequence[Event]) -> Done:
@@ -42,60 +52,65 @@ def done_of(events: Sequence[Event]) -> Done:
     return events[-1]
 
 
+def deltas_of(events: Sequence[Event]) -> Iterator[Delta]:
+    return (event for event in events if isinstance(event, Delta))
+
+
 def without_ids(reply: Reply) -> Reply:
     calls = (ToolCall("", call.name, call.arguments) for call in reply.tool_calls)
     return Reply(reply.reasoning, reply.content, tuple(calls))
 
 
-@given(st.lists(st.integers(0, len(WHOLE)), max_size=8), st.booleans())
-def test_any_cut_gives_the_whole_reply(cuts: list[int], tools: bool) -> None:
-    edges = [0, *sorted(cuts), len(WHOLE)]
-    pieces = [WHOLE[start:end] for start, end in pairwise(edges)]
-    events = list(split_reply(iter(responses_of(pieces)), thinking=None, tools=tools))
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_pieces_are_the_whole_reply(events_of: Any, tools: bool) -> None:
+    events = events_of(WHOLE, tools=tools)
     done = done_of(events)
     assert without_ids(done.reply) == without_ids(parse_reply(WHOLE, thinking=None, tools=tools))
-    assert join_deltas(event for event in events if isinstance(event, Delta)) == done.reply
+    assert join_deltas(deltas_of(events)) == done.reply
     assert done.finish_reason == ("tool_calls" if tools else "stop")
 
 
+def test_without_a_split_all_is_content(events_of: Any) -> None:
+    done = done_of(events_of(WHOLE, split=False, tools=True))
+    assert (done.reply, done.finish_reason) == (Reply(None, WHOLE), "stop")
+
+
 @pytest.mark.parametrize(
-    ("text", "ended_by", "options", "expected"),
+    ("text", "ends", "options", "expected"),
     [
-        ("Hello", "stop", {}, "stop"),
-        ("Hello", "length", {}, "length"),
-        ("Hello", "loop", {}, "loop"),
-        (CALL, "stop", {"tools": True}, "tool_calls"),
-        (CALL, "length", {"tools": True}, "length"),
-        (CALL, "loop", {"tools": True}, "loop"),
-        (f"{CALL} and stop here", "stop", {"tools": True, "stop": "stop"}, "stop"),
-        (CALL, "stop", {}, "stop"),
-        (BROKEN, "stop", {"tools": True}, "stop"),
+        ("Hello", True, {}, "stop"),
+        ("Hello", False, {}, "length"),
+        (" x" * 600, True, {"stop_on_loop": True, "cache": CacheKind(max_kv_size=64)}, "loop"),
+        (CALL, True, {"tools": True}, "tool_calls"),
+        (CALL, False, {"tools": True}, "length"),
+        (f"{CALL} and stop here", True, {"tools": True, "stop": "stop"}, "stop"),
+        (CALL, True, {}, "stop"),
+        (BROKEN, True, {"tools": True}, "stop"),
     ],
 )
-def test_finish_reasons(text: str, ended_by: FinishReason, options: dict[str, Any], expected: str) -> None:
-    assert done_of(events_of(text, ended_by, **options)).finish_reason == expected
+def test_finish_reasons(events_of: Any, text: str, ends: bool, options: dict[str, Any], expected: str) -> None:
+    assert done_of(events_of(text, ends=ends, **options)).finish_reason == expected
 
 
-def test_stop_strings_are_of_the_content_alone() -> None:
-    reply = done_of(events_of(WHOLE + "\nThen stop it.", tools=True, stop=["stop"])).reply
-    assert reply.reasoning == "I stop to think."
-    assert reply.content == "Let me see.\nThen "
-    assert [call.arguments for call in reply.tool_calls] == ['{"a": "one stop two"}'] * 2
+def test_stop_strings_are_of_the_content_alone(events_of: Any) -> None:
+    done = done_of(events_of(WHOLE + "\nThen stop it.", tools=True, stop=["stop"]))
+    assert done.reply.reasoning == "I stop to think."
+    assert done.reply.content == "Let me see.\nThen "
+    assert [call.arguments for call in done.reply.tool_calls] == ['{"a": "one stop two"}'] * 2
 
 
-def test_nothing_follows_the_end() -> None:
-    events = ReplyEvents(thinking=False, stop="b")
-    responses = responses_of(["a", "b", "c"])
-    assert [*events.feed(responses[0])] == [Delta(content="a")]
-    assert [*events.feed(responses[1])] == [events.done]
-    assert events.done is not None
-    assert (events.done.reply.content, events.done.usage.completion_tokens) == ("a", 2)
-    assert [*events.feed(responses[2])] == []
+def test_nothing_follows_the_end(events_of: Any, scripted: tuple[Engine, ScriptedModel]) -> None:
+    events = events_of("a b c d e", stop="c")
+    done = done_of(events)
+    assert "".join(delta.content or "" for delta in deltas_of(events)) == done.reply.content == "a b "
+    tokens = scripted[0].tokenizer.encode("a b c")
+    assert (list(done.tokens), done.usage.completion_tokens) == (tokens, len(tokens))
 
 
-def test_what_is_held_back_as_a_stop_comes_out_at_the_end() -> None:
-    events = events_of("say sto", stop="stop")
-    assert "".join(event.content or "" for event in events if isinstance(event, Delta)) == "say sto"
+def test_what_is_held_back_as_a_stop_comes_out_at_the_end(events_of: Any) -> None:
+    for ends in (True, False):
+        events = events_of("say sto", ends=ends, stop="stop")
+        assert "".join(delta.content or "" for delta in deltas_of(events)) == "say sto"
 
 
 @pytest.mark.parametrize(
@@ -109,9 +124,11 @@ def test_what_is_held_back_as_a_stop_comes_out_at_the_end() -> None:
         (f"abc{CALL}d", ["abcd", "bc"], ["a"], "stop"),
     ],
 )
-def test_no_stop_string_has_a_call_in_it(text: str, stops: list[str], shown: list[str], finish_reason: str) -> None:
+def test_no_stop_string_has_a_call_in_it(
+    events_of: Any, text: str, stops: list[str], shown: list[str], finish_reason: str
+) -> None:
     events = events_of(text, tools=True, stop=stops)
-    pieces = ["call" if event.tool_call else event.content or "" for event in events if isinstance(event, Delta)]
+    pieces = ["call" if delta.tool_call else delta.content or "" for delta in deltas_of(events)]
     assert [piece for is_call, group in groupby(pieces, "call".__eq__) for piece in joined(is_call, group)] == shown
     assert done_of(events).finish_reason == finish_reason
 
@@ -120,13 +137,16 @@ def joined(is_call: bool, pieces: Iterable[str]) -> list[str]:
     return list(pieces) if is_call else ["".join(pieces)]
 
 
-def test_usage_is_that_of_the_last_response() -> None:
-    usage = done_of(events_of("abcdef")).usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens) == (5, 6, 2)
-    assert (usage.budget_exhausted, usage.cached_tokens) == (True, 2)
+def test_usage_counts_what_was_read_and_said(events_of: Any, scripted: tuple[Engine, ScriptedModel]) -> None:
+    encode = scripted[0].tokenizer.encode
+    usage = done_of(events_of(WHOLE, tools=True)).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(encode(PROMPT)), len(encode(WHOLE)) + 1)
+    thought = WHOLE.removeprefix("<think>").partition("</think>")[0]
+    assert (usage.reasoning_tokens, usage.budget_exhausted) == (len(encode(thought)), False)
+    assert (usage.cached_tokens, usage.drafted_tokens, usage.accepted_tokens) == (0, 0, 0)
 
 
-def test_warnings_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_are_logged_once_each(events_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="mlxqwen"):
         done = done_of(events_of(f"{BROKEN} and {BROKEN}", tools=True))
     assert done.reply.content == f"{BROKEN} and {BROKEN}"
@@ -135,9 +155,9 @@ def test_warnings_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.mark.parametrize("stop", ["", [""], 3, [3]])
-def test_bad_stops_are_errors_at_once(stop: Any) -> None:
+def test_bad_stops_are_errors_at_once(scripted: tuple[Engine, ScriptedModel], stop: Any) -> None:
     with pytest.raises(OptionError, match="stop: found"):
-        split_reply(iter([]), thinking=None, stop=stop)
+        scripted[0].reply(PROMPT, stop=stop)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_loop_that_never_quite_repeats_is_none() -> None:
 
 
 def test_memory_and_work_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxqwen import loops
+    from mlxqwen.engine import loops
 
     looked_at: list[int] = []
     smallest_periods = loops._smallest_periods

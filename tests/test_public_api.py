@@ -60,10 +60,10 @@ def test_unknown_names() -> None:
 def test_modules_do_not_shadow_functions() -> None:
     program = """
 import pkgutil
-import mlxqwen, mlxqwen.engine.completion, mlxqwen.engine.engine, mlxqwen.model.loading, mlxqwen.chat.reply
+import mlxqwen, mlxqwen.engine.text_generation, mlxqwen.engine.engine, mlxqwen.model.loading, mlxqwen.chat.reply
 modules = {module.name for module in pkgutil.iter_modules(mlxqwen.__path__)}
 print(sorted(modules & set(mlxqwen.__all__)))
-print(mlxqwen.generate is mlxqwen.engine.completion.generate, mlxqwen.load is mlxqwen.engine.engine.load)
+print(mlxqwen.generate is mlxqwen.engine.text_generation.generate, mlxqwen.load is mlxqwen.engine.engine.load)
 """
     assert run(program) == "[]\nTrue True\n"
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mlxqwen.checks import check_integer
-from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder
+from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, known_names
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.scheduler import Scheduler
-from mlxqwen.errors import MessagesError, MlxqwenError, OptionError
+from mlxqwen.errors import MessagesError, MlxqwenError
 from mlxqwen.files.json_file import json_kind
 from mlxqwen.text.stop import StopStrings
 
@@ -101,10 +101,7 @@ def _submit_next(
     for index, one in conversations:
         request = one if isinstance(one, ChatRequest) else ChatRequest(one)
         try:
-            for name in request.options:
-                if name not in _OF_A_CONVERSATION:
-                    known = ", ".join(_OF_A_CONVERSATION)
-                    raise OptionError(f"option of one conversation: found {name!r}, expected one of {known}")
+            known_names("one conversation", request.options, _OF_A_CONVERSATION)
             chosen = ChatOptions(**{**options, **request.options})
             made, _ = responder.request(request.messages, chosen)
             handle = scheduler.submit(made)

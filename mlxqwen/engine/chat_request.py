@@ -21,7 +21,7 @@ from mlxqwen.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.drafter import Speculative
 
-__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "option_names"]
+__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "known_names", "option_names"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -62,7 +62,11 @@ class ChatRequest:
 
 def option_names(what: str, given: Iterable[str], *without: str) -> None:
     """Refuse options of `what` that are not those of a chat, or are among `without`. Raises `OptionError`."""
-    known = [one.name for one in fields(ChatOptions) if one.name not in without]
+    known_names(what, given, [one.name for one in fields(ChatOptions) if one.name not in without])
+
+
+def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse options of `what` that are not among the `known`. Raises `OptionError`."""
     for name in given:
         if name not in known:
             is_sampling = any(one.name == name for one in fields(SamplingParams))

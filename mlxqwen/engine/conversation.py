@@ -8,7 +8,7 @@ from dataclasses import replace
 from inspect import GEN_RUNNING, getgeneratorstate
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxqwen.chat.reply import Delta, Reply, join_deltas
 from mlxqwen.chat.thinking import check_budget_use
@@ -25,6 +25,9 @@ from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, str
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json
+
+if TYPE_CHECKING:
+    from mlxqwen.cache.prefix_store import Pin
 
 __all__ = ["Conversation"]
 
@@ -83,7 +86,9 @@ class Conversation:
         self.engine = engine
         self.options = options
         self._cache: dict[str, Any] = {"max_kv_size": max_kv_size, "keep": keep, "kv_bits": kv_bits}
-        self._held: object = None  # keeps in the store what the last turn has read
+        # What was read stays in the store while its pins live: of the turns that count, and of what was left since.
+        self._held: dict[str, Pin] = {}
+        self._left: dict[str, Pin] = {}
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
@@ -212,7 +217,7 @@ class Conversation:
         """Forget all that was said; a system message stays."""
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
-        self._held = None
+        self._held, self._left = {}, {}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
@@ -269,6 +274,7 @@ class Conversation:
     def _run(self, messages: Messages, events: Generator[ToolEvent]) -> Generator[ToolEvent]:
         for event in events:
             if isinstance(event, ToolRun):
+                self._held, self._left = self._left, {}
                 self.messages[:] = [*map(dict, messages), *map(dict, event.messages)]
             yield event
 
@@ -283,7 +289,11 @@ class Conversation:
         self, said: Messages | None, request: Request, options: ChatOptions, *, keep_partial: bool
     ) -> Generator[Event]:
         def add(reply: Reply) -> None:
-            if said is not None:
+            """The turn counts, unless it is one of a run with tools, which counts as a whole."""
+            if said is None:
+                self._left = {**(self._left or self._held), **handle.pins}
+            else:
+                self._held, self._left = {**self._held, **handle.pins}, {}
                 self.messages[:] = [*map(dict, said), assistant_message(reply)]
 
         handle: Handle = scheduler_of(self.engine.model).submit(request)
@@ -294,17 +304,19 @@ class Conversation:
             for event in handle:
                 if isinstance(event, Done):
                     is_over = True
-                    self._held = handle.pin
                     add(event.reply)
                 else:
                     deltas.append(event)
                 yield event
         finally:
             if not is_over:
+                if is_kept := keep_partial and bool(deltas):
+                    handle.keep()
                 handle.cancel()
-                self._held = handle.pin or self._held
-                if keep_partial and deltas:
+                if is_kept:
                     add(join_deltas(deltas))
+                else:
+                    self._left = handle.pins or self._left
 
     @property
     def _responder(self) -> Responder:
@@ -313,6 +325,7 @@ class Conversation:
 
     def _request(self, messages: Messages, options: ChatOptions) -> Request:
         """What is asked; all that can be wrong with messages or options is raised."""
+        self.engine.check_open()
         try:
             request, sent = self._responder.request(messages, options, holds_cache=True)
         except ContextLengthError as error:

@@ -55,7 +55,7 @@ class Driver:
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
         """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
         self.check_process()
-        if self._is_mine():
+        if self.is_mine():
             if scheduler.step() or generation.records or generation.is_over:
                 return
             if any(other.running or other.reading for other in account().schedulers if other is not scheduler):
@@ -87,8 +87,8 @@ class Driver:
         with self._changed:
             return self._changed.wait_for(lambda: scheduler.has_work or scheduler.is_closed, timeout)
 
-    def _is_mine(self) -> bool:
-        """Whether this thread takes the steps."""
+    def is_mine(self) -> bool:
+        """Whether this thread takes the steps, be it from now on."""
         me = threading.current_thread()
         with self._changed:
             if self._owner is None:

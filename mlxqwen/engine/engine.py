@@ -20,7 +20,7 @@ from mlxqwen.engine.loading import Converter, load_models
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
-from mlxqwen.engine.text_generation import Sampling, text_request
+from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
 from mlxqwen.engine.token_stream import OnPrefill
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
 from mlxqwen.errors import MlxqwenError, OptionError
@@ -211,7 +211,8 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `OptionError` once it is closed."""
         if self._is_closed:
             raise OptionError(
                 "engine: found in use after close(), expected an open one",
@@ -281,7 +282,7 @@ class Engine:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        self._check_open()
+        self.check_open()
         check_budget_use(thinking, thinking_budget, early_stop_text)
         options = ChatOptions(
             thinking=thinking,
@@ -327,7 +328,8 @@ class Engine:
             OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
-        self._check_open()
+        self.check_open()
+        check_keywords("Engine.reply", options, stream_generate, "split", "constraints")
         own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
         reports = on_prefill is not None
         request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)
@@ -392,7 +394,7 @@ class Engine:
             OptionError: at once, for a batch size or options for all that cannot be.
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
-        self._check_open()
+        self.check_open()
         _refuse_cache(options)
         option_names("a batch", options, "cache")
         return answer_batch(

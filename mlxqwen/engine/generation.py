@@ -82,7 +82,7 @@ class Generation:
         cached_tokens: those of the prompt that were not read.
         prefill, batch: where it is; both None while it waits.
         match: what the store has of its text, from when it is admitted until that is copied.
-        pin: what the store keeps for it.
+        pins: what the store keeps for it: of its prompt, and of all that it has read and said.
     """
 
     __slots__ = (
@@ -105,7 +105,7 @@ class Generation:
         "model",
         "number",
         "own_cache",
-        "pin",
+        "pins",
         "pipeline",
         "prefill",
         "read",
@@ -142,7 +142,7 @@ class Generation:
         self.batch: RunningBatch | None = None
         self.match: Match | None = None
         self.own_cache = None if isinstance(request.cache, CacheKind) else request.cache
-        self.pin: Pin | None = None
+        self.pins: dict[str, Pin] = {}
         self._reader: weakref.ref[Generation] | None = None
 
     @property
@@ -230,6 +230,8 @@ class Generation:
         if reason is None:
             for constraint in self.constraints:
                 constraint.advance(token)
+        elif self.budget is not None:
+            self.budget.advance(token)  # which may be the first that it forced
         self.records.append(
             GeneratedToken(
                 token,
@@ -257,6 +259,12 @@ class Generation:
         """How many of the prompt's tokens a later prompt is expected to share."""
         most = len(self.request.prompt) - 1
         return most if self.request.returns_to is None else min(self.request.returns_to, most)
+
+    @property
+    def fills_window(self) -> bool:
+        """Whether reading its text pushes tokens out of a window that is not the caller's."""
+        window = None if self.own_cache is not None else self.request.cache.max_kv_size
+        return window is not None and len(self.text) > window
 
     def fail(self, error: BaseException) -> None:
         """End here, with an error for who waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Handle"]
 
+logger = logging.getLogger("mlxqwen")
+
 
 class Handle:
     """One request that was submitted. Iterating it gives its events; when it goes, the request is cancelled.
@@ -37,6 +40,7 @@ class Handle:
         self._first = 0.0
         self._last = 0.0
         self._tokens: list[int] = []
+        self._warned = 0
         self.on_prefill: Callable[[int, int], None] | None = None
 
     @property
@@ -45,9 +49,9 @@ class Handle:
         return self._generation.request
 
     @property
-    def pin(self) -> Pin | None:
-        """What the store keeps of it, if the request `holds_cache`."""
-        return self._generation.pin
+    def pins(self) -> dict[str, Pin]:
+        """What the store keeps of it, if the request `holds_cache`: of its "prompt", and of prompt and "reply"."""
+        return self._generation.pins
 
     @property
     def cached_tokens(self) -> int:
@@ -63,6 +67,10 @@ class Handle:
     def cancel(self) -> None:
         """End the request; nothing more of it is told. It may be over already."""
         self._scheduler.cancel(self)
+
+    def keep(self) -> None:
+        """Let the store have what was read and said so far; see `Scheduler.keep`."""
+        self._scheduler.keep(self)
 
     def next_token(self) -> GeneratedToken:
         """The next token; whoever waits drives the scheduler.
@@ -94,8 +102,18 @@ class Handle:
             self._first = self._first or record.time
             self._last = record.time
             self._tokens.append(record.token)
+            self._log_warnings()
             return record
         return None
+
+    def _log_warnings(self) -> None:
+        """Tell why calls of the reply were kept as text, once each."""
+        pipeline = self._generation.pipeline
+        if pipeline is None or len(pipeline.warnings) == self._warned:
+            return
+        for warning in pipeline.warnings[self._warned :]:
+            logger.warning(warning)
+        self._warned = len(pipeline.warnings)
 
     def wait(self) -> None:
         """Return once there may be something new: drive the scheduler, or wait for who does."""

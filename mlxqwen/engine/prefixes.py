@@ -23,7 +23,7 @@ __all__ = ["SharedPrefixes", "common_prefix"]
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """The length of the longest beginning that both have."""
     shorter = min(len(first), len(second))
-    if first[:shorter] == second[:shorter]:
+    if list(first[:shorter]) == list(second[:shorter]):  # one may be a tuple
         return shorter
     return next(n for n in range(shorter) if first[n] != second[n])
 
@@ -85,10 +85,11 @@ class SharedPrefixes:
                 return other
         return None
 
-    def keep(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
+    def keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
         """Put what a row holds of a generation's text into the store; pin it if the request asks for that.
 
         Args:
+            what: that is: of the "prompt", or of it and the "reply".
             at_mark: whether a window that has slid is to be kept as it is now.
         """
         holds = one.request.holds_cache
@@ -102,7 +103,7 @@ class SharedPrefixes:
         else:
             return
         if holds:
-            one.pin = pin
+            one.pins[what] = pin
 
     def demote(self, generations: Iterable[Generation]) -> None:
         """Let go first of what these hold in their own buffers anyway."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
-from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
@@ -17,6 +17,7 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.constraint import Constraint
 from mlxqwen.sampling.params import SamplingParams
+from mlxqwen.text.stop import StopStrings
 
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.drafter import Drafter
@@ -155,7 +156,10 @@ class Request:
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
+        StopStrings(self.stop)  # complains of what is none
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.early_stop_text is not None:
+            check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
         if self.tokenizer is not None:
             self.make_budget(self.make_pipeline(self.tokenizer))  # complains of what cannot be
 

@@ -82,6 +82,7 @@ class Scheduler:
         self._batches: list[weakref.ref[RunningBatch]] = []
         self._drafters: weakref.WeakKeyDictionary[Generation, Guesser] = weakref.WeakKeyDictionary()
         self._steps = 0
+        self._is_stepping = False
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -133,6 +134,18 @@ class Scheduler:
         batch = generation.batch
         if batch is not None and len(batch.rows) == 1:  # nobody else needs what it holds
             generation.let_go()
+
+    def keep(self, handle: Handle) -> None:
+        """Put what a reply has read and said so far into the store, before it is cancelled.
+
+        Nothing happens unless the calling thread takes the steps, and none is under way: a finalizer may run in one.
+        """
+        generation = handle.generation_of(self)
+        batch = generation.batch
+        if batch is None or self._is_stepping or not self.driver.is_mine():
+            return
+        with EVALUATION:
+            self._keep_said(generation, batch, batch.generations.index(generation))
 
     def check_open(self) -> None:
         """Raise `OptionError` once the scheduler is closed, or in a process that was forked."""
@@ -220,18 +233,25 @@ class Scheduler:
         An exception in a forward pass ends the replies of that pass. An interrupt leaves all as it was before.
         """
         with EVALUATION:
-            with interrupts_deferred():
-                self._take_submitted()
-                self._drop_cancelled()
+            self._is_stepping = True
+            try:
+                return self._step()
+            finally:
+                self._is_stepping = False
+
+    def _step(self) -> bool:
+        with interrupts_deferred():
+            self._take_submitted()
+            self._drop_cancelled()
+            self._admit()
+            if self._give_up_parked():
                 self._admit()
-                if self._give_up_parked():
-                    self._admit()
-            worked = self._read()
-            worked |= self._decode()
-            self._steps += 1
-            if self._steps % _CLEAR_EVERY == 0:
-                mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
-            return worked
+        worked = self._read()
+        worked |= self._decode()
+        self._steps += 1
+        if self._steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
+        return worked
 
     # Waiting
 
@@ -294,21 +314,27 @@ class Scheduler:
     def _groups(self, admitted: list[Generation]) -> Iterator[list[Generation]]:
         """Prompts that are read together: of one kind of cache, and about equally long."""
         kinds: dict[object, list[Generation]] = {}
+        owners: dict[int, list[Generation]] = {}
         for one in admitted:
             request, slots = one.request, slots_to_allocate(len(one.text) + 1, one.request.cache.max_kv_size)
             if one.own_cache is not None:
-                yield [one]
+                owners.setdefault(id(one.own_cache), []).append(one)
             else:
                 kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots), []).append(one)
+        for several in owners.values():
+            yield from self._groups_behind(several)
         for several in kinds.values():
             unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
-            for group in read_together(unread, several[0].request.prefill_chunk or self._chunk):
+            chunk = several[0].request.prefill_chunk or self._chunk
+            if any(one.fills_window for one in several):
+                chunk = 1  # each apart, as it may have to stop on its way; see `_up_to_mark`
+            for group in read_together(unread, chunk):
                 yield [several[place] for place in group]
 
     def _prefill(self, generations: list[Generation]) -> Prefill:
         """Prompts in a cache of their own, which holds what the store has of each."""
         if generations[0].own_cache is not None:
-            return self._prefill_behind(generations[0], generations[0].own_cache)
+            return self._prefill_behind(generations, generations[0].own_cache)
         kind = generations[0].request.cache
         assert isinstance(kind, CacheKind)
         filled = []
@@ -325,19 +351,30 @@ class Scheduler:
                 cache.assemble([(one, [0]) for one in filled])
         return Prefill(generations, cache)
 
-    def _prefill_behind(self, one: Generation, owner: KVCache) -> Prefill:
-        """A prompt behind what the caller's own cache holds."""
-        row = one.request.cache_row
-        if one.request.cached_tokens is not None and row == 0:
-            owner.trim(one.request.cached_tokens)
-        if row is None:
-            return Prefill([one], owner.like(1), owner)
-        if owner.batch_size == 1:
-            return Prefill([one], owner, owner)
+    def _groups_behind(self, several: list[Generation]) -> Iterator[list[Generation]]:
+        """Prompts behind what one caller's cache holds: together if they are all its rows, and fit one chunk."""
+        first = several[0]
+        rows = [one.request.cache_row for one in several]
+        known = first.request.cached_tokens or 0
+        longest = max(len(one.text) - known for one in several)
+        fits = len(several) * longest <= (first.request.prefill_chunk or self._chunk)
+        if first.own_cache is not None and rows == list(range(first.own_cache.batch_size)) and fits:
+            yield several
+        else:
+            yield from ([one] for one in several)
+
+    def _prefill_behind(self, several: list[Generation], owner: KVCache) -> Prefill:
+        """Prompts behind what the caller's own cache holds: of all its rows, or of one of them."""
+        first = several[0]
+        row = first.request.cache_row
+        if first.request.cached_tokens is not None and row == 0:
+            owner.trim(first.request.cached_tokens)
+        if row is not None and len(several) == owner.batch_size:
+            return Prefill(several, owner, owner)
         cache = owner.like(1)
-        if owner.offset:
+        if row is not None and owner.offset:
             cache.assemble([(owner, [row])])
-        return Prefill([one], cache, owner)
+        return Prefill(several, cache, owner)
 
     # Memory
 
@@ -400,7 +437,7 @@ class Scheduler:
         if batch is None or one.is_over:
             return
         place = [row() for row in batch.rows].index(one)
-        self._keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+        self._keep_said(one, batch, place)
         one.sampler = batch.sampler.extract([place])
         mx.eval(one.sampler.arrays)
         one.batch = None
@@ -435,27 +472,23 @@ class Scheduler:
 
     def _up_to_mark(self, prefill: Prefill, first: Generation) -> int:
         """Tokens to where a window that slides is to be kept, if the next chunk reaches beyond that."""
-        window = prefill.cache.max_kv_size
-        mark = first.mark
-        if window is None or first.own_cache is not None or mark <= window:
-            return 1 << 62
-        missing = mark - prefill.done()
+        missing = first.mark - prefill.done() if first.fills_window else 0
         return missing if missing > 0 else 1 << 62
 
     def _keep_read(self, prefill: Prefill, generations: list[Generation]) -> None:
         """Put what was read of prompts into the store, and let a draft model read along."""
         for row, one in enumerate(generations):
             if not one.is_over:
-                self._keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
+                self._keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
             if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
                 try:
                     drafter.read(one.text, prefill.done())
                 except Exception as error:
                     one.fail(error)
 
-    def _keep(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
+    def _keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
         """Put what a row has read into the store, which gives way where memory ends."""
-        self._prefixes.keep(one, cache, row, at_mark=at_mark)
+        self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
         if self.checks_memory:
             account().make_room(0, self)
 
@@ -494,9 +527,13 @@ class Scheduler:
         """Keep what ended replies have read, and let them leave."""
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
-                self._keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+                self._keep_said(one, batch, place)
                 self.store.flush()
         batch.drop_ended()
+
+    def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
+        """Put what a reply has read and said into the store."""
+        self._keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
 
     def _arrange(self) -> list[RunningBatch]:
         """Let rows share batches, as far as there is memory for longer buffers."""

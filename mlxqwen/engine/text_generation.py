@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.thinking import begins_in_thought, can_think
-from mlxqwen.checks import as_token_ids
+from mlxqwen.checks import as_token_ids, check_token_ids
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
@@ -32,6 +32,7 @@ __all__ = [
     "Sampling",
     "batch_generate",
     "batch_stream",
+    "check_keywords",
     "drafts_line",
     "end_token_ids",
     "generate",
@@ -91,6 +92,7 @@ def text_request(
     expect_thought: bool = False,
     cache: KVCache | CacheKind | None = None,
     speculative: Speculative = None,
+    noted: set[str] | None = None,
     **options: Any,
 ) -> Request:
     """The request to continue a text or token ids, checked.
@@ -100,6 +102,7 @@ def text_request(
         max_tokens: by default 32,768.
         expect_thought: whether a reply that the prompt leaves free begins in thought without a tag of its own.
         speculative: what guesses.
+        noted: what was noted of `generation_config.json` already, and is not noted again; added to.
         **options: further fields of `Request`.
 
     Raises:
@@ -113,13 +116,15 @@ def text_request(
         )
     if cache is not None and not isinstance(cache, KVCache | CacheKind):
         raise OptionError(f"cache: found {type(cache).__name__}, expected what make_cache(model) returns")
+    if not isinstance(prompt, str):
+        ids = check_token_ids("prompt", ids, model.config.vocab_size)
     drafter = None
     if speculative is not None:
         from mlxqwen.engine.speculation.drafter import as_drafter
 
         drafter = as_drafter(speculative, model.config)
     begins = begins_in_thought(tokenizer, ids) if ids else None
-    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins)
+    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins, noted=noted)
     request = Request(
         prompt=tuple(ids),
         sampling=params,
@@ -218,6 +223,14 @@ def stream_generate(
     return (response for _, response in responses)
 
 
+def check_keywords(name: str, given: Iterable[str], function: Callable[..., Any], *more: str) -> None:
+    """Raise `TypeError` for what is no keyword of `function` nor among `more`, as Python does for the function `name`."""
+    known = {*(function.__kwdefaults__ or ()), *more}
+    for keyword in given:
+        if keyword not in known:
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+
+
 def batch_stream(
     model: Qwen3ForCausalLM,
     tokenizer: Tokenizer,
@@ -236,6 +249,7 @@ def batch_stream(
         **options: those of `stream_generate`; `max_tokens`, `sampling`, `thinking_budget`, `expect_thought` and `tools`
             for all, or a list with one for each prompt. A `cache` has a row for each prompt.
     """
+    check_keywords("batch_stream", options, stream_generate)
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given or isinstance(given[0], int):
         found = "one prompt" if given or prompts else "none"
@@ -265,6 +279,7 @@ class ResponseStream:
         self._options = dict(options)
         self._reports = on_prefill is not None
         self._stream = TokenStream(model, on_prefill)
+        self._noted: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[int, GenerationResponse]]:
         return self
@@ -297,6 +312,7 @@ class ResponseStream:
             split=False,
             cache_row=cache_row,
             reports_progress=self._reports,
+            noted=self._noted,
             **{**self._options, **own},
         )
         return self._stream.submit(request)
@@ -393,8 +409,13 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
     return {*model.config.eos_token_ids, *model.generation_config.eos_token_ids, *from_tokenizer}
 
 
-def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool) -> SamplingParams:
-    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile."""
+def resolve_params(
+    model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool, noted: set[str] | None = None
+) -> SamplingParams:
+    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile.
+
+    What is ignored of that file is noted in the log, but for what is in `noted`, which it is added to.
+    """
     if isinstance(sampling, SamplingParams):
         return sampling
     if sampling is not None and not isinstance(sampling, Mapping):
@@ -406,6 +427,9 @@ def resolve_params(model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: boo
         overrides=sampling or {},
         bits=None if quantization is None else quantization.default.bits,
     )
+    noted = set() if noted is None else noted
     for note in notes:
-        logger.warning(note)
+        if note not in noted:
+            noted.add(note)
+            logger.warning(note)
     return params

@@ -15,10 +15,11 @@ from demo_data import ADDED_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen import batch_generate, generate, load, make_cache, stream_generate
-from mlxqwen.chat.reply import parse_reply
-from mlxqwen.chat.thinking import EARLY_STOP_TEXT
-from mlxqwen.engine.completion import GenerationResponse, batch_stream, begins_in_thought, end_token_ids, resolve_params
+from mlxqwen import Engine, batch_generate, generate, load, make_cache, stream_generate
+from mlxqwen.chat.reply_parser import parse_reply
+from mlxqwen.chat.thinking import EARLY_STOP_TEXT, begins_in_thought
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.engine.text_generation import GenerationResponse, batch_stream, end_token_ids, resolve_params
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.config import AffineQuantization, GenerationConfig, Quantization
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -180,6 +181,16 @@ def test_many_prompts_at_once(
     assert batch_generate(babbler, tokenizer, prompts, max_tokens=8, sampling=one_for_all, prefill_chunk=3) == alone
 
 
+@pytest.mark.parametrize("cache", [CacheKind(max_kv_size=16), CacheKind(max_kv_size=16, kv_bits=8)], ids=str)
+def test_rows_that_fill_windows_of_their_own(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, cache: CacheKind) -> None:
+    """Prompts of nearly the same length, each of which is stopped in where its window is kept."""
+    prompts = ["a b c d e f g h i j " * 2 + "k " * n for n in (9, 0, 5, 1)]
+    options: dict[str, Any] = {"max_tokens": 8, "sampling": {"seed": 5, "temperature": 1.5}, "cache": cache}
+    alone = [generate(babbler, tokenizer, prompt, **options) for prompt in prompts]
+    for _ in range(2):  # at first, and with what was kept
+        assert batch_generate(babbler, tokenizer, prompts, **options) == alone
+
+
 def test_rows_of_the_demo_end_by_themselves(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -288,6 +299,18 @@ def test_bad_requests_touch_no_cache(
     assert cache.offset == 0
     with pytest.raises(OptionError):
         batch_generate(model, tokenizer, [prompt, "a"], **options)
+
+
+@pytest.mark.parametrize("function", [generate, stream_generate, batch_stream, batch_generate])
+def test_keywords_that_do_not_exist_are_type_errors(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, function: Any
+) -> None:
+    name = "batch_stream" if function in (batch_stream, batch_generate) else "stream_generate"
+    for keyword in ("temperature", "holds_cache", "prompt_cache"):
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{keyword}'"):
+            function(model, tokenizer, ["a"], **{keyword: 0})
+    with pytest.raises(TypeError, match=r"Engine\.reply\(\) got an unexpected keyword argument 'temperature'"):
+        Engine(model, tokenizer).reply([1], temperature=0)
 
 
 @pytest.mark.parametrize("prompts", ["text", [], None, 3, [1, 2]], ids=repr)
