@@ -281,12 +281,12 @@ class Scheduler:
         kinds: dict[object, list[Generation]] = {}
         for one in admitted:
             if one.own_cache is None:
-                kinds.setdefault((one.request.cache, one.request.adapter), []).append(one)
+                kinds.setdefault((one.request.cache, one.request.adapter, one.request.prefill_chunk), []).append(one)
             else:
                 yield from self._prefills_behind(one, admitted)
         for several in kinds.values():
             unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
-            for group in read_together(unread, self._chunk):
+            for group in read_together(unread, several[0].request.prefill_chunk or self._chunk):
                 yield self._new_prefill([several[place] for place in group])
 
     def _new_prefill(self, generations: list[Generation]) -> Prefill:
