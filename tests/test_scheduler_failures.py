@@ -59,8 +59,8 @@ class Bomb:
 
 
 PLACES: dict[str, tuple[Any, str, bool]] = {
-    "before a layer": (Attention, "__call__", False),
-    "behind a layer": (Attention, "__call__", True),
+    "before attention": (Attention, "attend", False),
+    "behind attention": (Attention, "attend", True),
     "before a draw": (Sampler, "__call__", False),
     "behind a draw": (Sampler, "__call__", True),
     "in the head": (Qwen3ForCausalLM, "logits", True),
@@ -112,6 +112,7 @@ def test_an_interrupt_is_as_if_the_step_had_not_begun(
             handles = [scheduler.submit(request) for request in requests(kind)]
             found, raised = finish(scheduler, handles, KeyboardInterrupt)
             assert raised == bomb.went_off
+            assert bomb.went_off or at > 4
             assert found == expected, at
 
 
@@ -131,6 +132,7 @@ def test_an_interrupt_while_guesses_are_checked(
             scheduler = new_scheduler(model)
             found, raised = finish(scheduler, [scheduler.submit(request)], KeyboardInterrupt)
             assert raised == bomb.went_off
+            assert bomb.went_off or at > 2
             assert found == [expected], at
 
 
@@ -173,7 +175,7 @@ def test_an_exception_fails_the_rows_of_its_pass_and_what_waits_goes_on(
     for at in range(1, 30, 2):
         with machine(model, 1 << 30, is_gpu=is_gpu), pytest.MonkeyPatch.context() as patch:
             bomb = Bomb(RuntimeError("no memory"), at)
-            bomb.wrap(patch, Attention, "__call__", behind=False)
+            bomb.wrap(patch, Attention, "attend", behind=False)
             scheduler = new_scheduler(model, max_running=2)
             handles = [scheduler.submit(request) for request in requests(kind)]
             found, raised = finish(scheduler, handles, RuntimeError)
@@ -272,7 +274,7 @@ def test_a_lone_reply_of_nan_fails(drafter: PromptLookup | None) -> None:
 
 def test_errors_say_where_they_were_raised_once(model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = Bomb(RuntimeError("no memory"), 8)
-    bomb.wrap(monkeypatch, Attention, "__call__", behind=False)
+    bomb.wrap(monkeypatch, Attention, "attend", behind=False)
     scheduler = new_scheduler(model)
     handles = [scheduler.submit(asked([place], 6)) for place in (1, 2, 3)]
     finish(scheduler, handles, RuntimeError)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
-from mlxqwen.engine.running import RunningBatch
+from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.running import RunningBatch, masks_of
 from mlxqwen.sampling.constraint import apply_masks
+from mlxqwen.sampling.sampler import Sampler
 
 __all__ = ["Prefill", "read_together"]
 
@@ -78,8 +80,10 @@ class Prefill:
         self.rows = [self.rows[place] for place in places]
         return [one for place in places if (one := generations[place]) is not None]
 
-    def read(self, generations: Sequence[Generation], chunk: int) -> RunningBatch | None:
-        """Read at most `chunk` tokens of each row → the batch that decodes, once all is read.
+    def read(
+        self, generations: Sequence[Generation], chunk: int, begin: Callable[[RunningBatch], None]
+    ) -> None:
+        """Read at most `chunk` tokens of each row; once all is read, hand the batch that decodes to `begin`.
 
         What is interrupted is as if it had not begun. An exception ends these generations.
 
@@ -90,33 +94,35 @@ class Prefill:
         pieces = [one.text[self.done(row) : self.done(row) + chunk] for row, one in enumerate(generations)]
         lengths = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
-        before, model, batch = _Checkpoint(self.cache), generations[0].model, None
+        before, model = _Checkpoint(self.cache), generations[0].model
         try:
             hidden = model.model(mx.array(padded, dtype=mx.int32), self.cache, lengths=lengths, last_only=True)
             mx.eval(self.cache.state, hidden)
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
             if all(self.done(row) == len(one.text) for row, one in enumerate(generations)):
-                batch = self._begin(generations, model.logits(hidden[:, 0]))
+                sampler, drawn = self._draw(generations, model.logits(hidden[:, 0]))
+                with interrupts_deferred():
+                    begin(RunningBatch(generations, self.cache, sampler, drawn, self.owner))
+                    self.rows = []
         except BaseException as error:
-            before.restore()
+            if self.rows:
+                before.restore()
             if not isinstance(error, Exception):
                 raise
             for one in generations:
                 one.fail(error)
             self.rows = []
-            return None
+            return
         for row, one in enumerate(generations):
             one.progress(self.done(row) - self._begins[row], len(one.text) - self._begins[row])
-        return batch
 
-    def _begin(self, generations: Sequence[Generation], logits: mx.array) -> RunningBatch:
-        """Draw the first tokens, and go on as a batch."""
-        masks = [one.mask() for one in generations]
+    def _draw(self, generations: Sequence[Generation], logits: mx.array) -> tuple[Sampler, mx.array]:
+        """The sampler of all rows, and their first tokens, on their way."""
         sampler, *others = [one.make_sampler().extract([0]) for one in generations]
         sampler.join(others)
-        drawn = sampler(apply_masks(logits, masks))
+        drawn = sampler(apply_masks(logits, masks_of(generations)))
         mx.async_eval(drawn, sampler.arrays, self.cache.state)
-        return RunningBatch(generations, self.cache, sampler, drawn, self.owner)
+        return sampler, drawn
 
 
 def _alive(row: weakref.ref[Generation]) -> Generation | None:

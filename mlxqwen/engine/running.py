@@ -17,7 +17,7 @@ from mlxqwen.sampling.sampler import Sampler, SamplerState
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.guesses import Guesser, Guesses
 
-__all__ = ["RunningBatch"]
+__all__ = ["RunningBatch", "masks_of"]
 
 
 class RunningBatch:
@@ -90,8 +90,17 @@ class RunningBatch:
         if self.drawn is None or any(one.is_forcing for one in going):
             return
         if any(one.count + 1 < one.limit for one in going):
-            self._before_ahead = _Checkpoint(self)
-            self.logits = self._forward(self.drawn)
+            before = _Checkpoint(self)
+            try:
+                logits = self._forward(self.drawn)
+                mx.async_eval(logits, self.cache.state)
+            except BaseException as error:
+                before.restore(self)
+                if not isinstance(error, Exception):
+                    raise
+                self.fail(error)
+                return
+            self._before_ahead, self.logits = before, logits
 
     def tell(self) -> None:
         """Tell the drawn tokens to their generations. Those that end are still there, until `drop_ended`."""
@@ -228,14 +237,14 @@ class RunningBatch:
             logits = self.logits
             if logits is None:
                 logits = self._forward(mx.array(self.tokens, dtype=mx.int32))
-            self.drawn = self._draw(logits)
+            drawn = self._draw(logits)
         except BaseException as error:
             before.restore(self)
             if not isinstance(error, Exception):
                 raise
             self.fail(error)
             return
-        self.logits, self.tokens = None, []
+        self.drawn, self.logits, self.tokens = drawn, None, []
 
     def _forward(self, tokens: mx.array) -> mx.array:
         """Feed one token a row → logits `[B, vocab_size]`."""
@@ -243,8 +252,7 @@ class RunningBatch:
 
     def _draw(self, logits: mx.array) -> mx.array:
         """The next tokens, int32 `[B]`, on their way; nothing is left for another thread to begin."""
-        masks = [None if one is None else one.mask() for one in self.generations]
-        drawn = self.sampler(apply_masks(logits, masks))
+        drawn = self.sampler(apply_masks(logits, masks_of(self.generations)))
         mx.async_eval(drawn, self.sampler.arrays, self.cache.state)
         return drawn
 
@@ -270,3 +278,17 @@ class _Checkpoint:
         batch.cache.placement.offsets = list(self._offsets)
         batch.sampler.restore(self._sampler)
         mx.async_eval(batch.cache.state)  # whoever comes next may be another thread
+
+
+def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
+    """What each may draw next; a constraint that raises ends its own reply."""
+    masks: list[mx.array | None] = []
+    for one in generations:
+        mask = None
+        try:
+            if one is not None and not one.is_over:
+                mask = one.mask()
+        except Exception as error:
+            one.fail(error)
+        masks.append(mask)
+    return masks

@@ -391,13 +391,9 @@ class Scheduler:
                 break
             chunk = min(chunk, self._up_to_mark(prefill, generations[0]))
             left -= min(prefill.left, chunk * len(generations))
-            batch = prefill.read(generations, chunk)
+            prefill.read(generations, chunk, lambda batch: self._batches.append(weakref.ref(batch)))
             worked = True
             self._keep_read(prefill, generations)
-            if batch is not None:
-                prefill.rows = []
-                self._batches.append(weakref.ref(batch))
-            del batch
         self._reading = [weakref.ref(one) for one in self._alive_prefills()]
         return worked
 
@@ -416,21 +412,24 @@ class Scheduler:
             if not one.is_over:
                 self._prefixes.keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
             if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
-                drafter.read(one.text, prefill.done())
+                try:
+                    drafter.read(one.text, prefill.done())
+                except Exception as error:
+                    one.fail(error)
 
     # Decoding
 
     def _decode(self) -> bool:
         """Tell what was drawn in the last step, and draw what comes next."""
+        if all(batch.is_parked for batch in self._alive_batches()):
+            return False
         if self._device.overlaps_steps:
             self._queue_ahead()
         with interrupts_deferred():
-            told = [batch for batch in self._alive_batches() if not batch.is_parked]
-            for batch in told:
-                batch.tell()
-                self._finish(batch)
-            if not told:
-                return False
+            for batch in self._alive_batches():
+                if not batch.is_parked:
+                    batch.tell()
+                    self._finish(batch)
             for batch in self._arrange():
                 self._make_room_to_grow(batch)
         batches = [batch for batch in self._alive_batches() if not batch.is_parked]
