@@ -10,7 +10,6 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.device import Device
 from mlxqwen.engine import memory
 from mlxqwen.engine.generation import GeneratedToken
@@ -44,7 +43,9 @@ def asked(prompt: Sequence[int], count: int = 8, **options: Any) -> Request:
 
 def new_scheduler(model: Qwen3ForCausalLM, *, store: int = 0, **options: Any) -> Scheduler:
     """A scheduler beside the model's own, with a store of so many bytes."""
-    return Scheduler(model, store=PrefixStore("the model", store), **options)
+    scheduler = Scheduler(model, **options)
+    scheduler.use_store(store)
+    return scheduler
 
 
 def taken(handle: Handle) -> list[GeneratedToken]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mlxqwen.cache.placement import slots_to_allocate
 from mlxqwen.engine.running import RunningBatch
@@ -15,15 +15,20 @@ def padding_is_small(lengths: Sequence[int]) -> bool:
     return 4 * sum(lengths) > 3 * len(lengths) * max(lengths)
 
 
-def arrange(batches: Iterable[RunningBatch]) -> list[RunningBatch]:
+def arrange(
+    batches: Iterable[RunningBatch], has_room: Callable[[Sequence[RunningBatch]], bool]
+) -> list[RunningBatch]:
     """Batches of the same rows: those far ahead of their readers apart, long ones apart from short ones, others merged.
 
     Nothing is moved of a batch that has something queued ahead.
+
+    Args:
+        has_room: whether there is memory to merge these; those in a caller's own cache are merged anyway.
     """
     parts = [part for batch in batches for part in ([batch, *_split(batch)] if batch.may_change else [batch])]
     arranged: list[RunningBatch] = []
     for batch in sorted((part for part in parts if part.rows), key=lambda part: part.number):
-        partner = next((other for other in arranged if _may_merge(other, batch)), None)
+        partner = next((other for other in arranged if _may_merge(other, batch, has_room)), None)
         if partner is None:
             arranged.append(batch)
         else:
@@ -46,12 +51,15 @@ def _split(batch: RunningBatch) -> list[RunningBatch]:
     return taken
 
 
-def _may_merge(one: RunningBatch, other: RunningBatch) -> bool:
+def _may_merge(
+    one: RunningBatch, other: RunningBatch, has_room: Callable[[Sequence[RunningBatch]], bool]
+) -> bool:
     if not (one.may_merge and other.may_merge) or (one.drawn is None) != (other.drawn is None):
         return False
     if one.owner is not None or other.owner is not None:
         return one.owner is other.owner
-    return one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
+    is_alike = one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
+    return is_alike and has_room([one, other])
 
 
 def _slots(batch: RunningBatch) -> list[int]:

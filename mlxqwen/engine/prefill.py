@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.memory import buffer_bytes
 from mlxqwen.engine.running import RunningBatch, masks_of
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler
@@ -65,6 +66,15 @@ class Prefill:
         """Tokens that are not read, of all rows with their padding."""
         unread = [len(one.text) - self.done(row) for row, one in enumerate(map(_alive, self.rows)) if one is not None]
         return max(unread, default=0) * len(unread)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers, as large as they will be once all is read."""
+        texts = [len(one.text) + before for one, before in zip(map(_alive, self.rows), self._before, strict=True) if one]
+        cache, model = self.cache, next((one.model for one in map(_alive, self.rows) if one), None)
+        if model is None:
+            return cache.nbytes
+        return max(cache.nbytes, buffer_bytes(model, cache, max(texts) + 1, len(self.rows)))
 
     def drop_ended(self) -> list[Generation]:
         """Let rows leave that nobody waits for → one generation for each row that stays."""

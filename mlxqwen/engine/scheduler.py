@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import mlx.core as mx
 
+from mlxqwen.cache import KVCache
 from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.cache.placement import slots_to_allocate
 from mlxqwen.cache.prefix_store import PrefixStore
@@ -158,9 +159,9 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step may have something to do, or find that memory was given back."""
-        for one in self.running:
+        for one in (begun := [*self.waiting, *self.running]):
             one.park_if_ahead()
-        return bool(self._submitted or self._waiting or self.reading or any(not one.is_parked for one in self.running))
+        return bool(self._submitted or self.reading or any(not one.is_parked for one in begun))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is something to do, at most `timeout` seconds → whether there is. For who steps by hand."""
@@ -189,15 +190,15 @@ class Scheduler:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches that are in use, and of draft models with theirs."""
-        caches = {id(one.cache): one.cache for one in self._alive_batches()}
-        caches |= {id(one.cache): one.cache for one in self._alive_prefills()}
+        """Bytes of all caches that are in use, or will be once prompts are read; and of draft models with theirs."""
+        caches = {id(one.cache): one.cache.nbytes for one in self._alive_batches()}
+        caches |= {id(one.cache): one.nbytes for one in self._alive_prefills()}
         drafters = {
             id(guesser.drafter): guesser.drafter.nbytes + weight_bytes(guesser.drafter.model)
             for guesser in self._drafters.values()
             if isinstance(guesser.drafter, DraftModel)
         }
-        return sum(cache.nbytes for cache in caches.values()) + sum(drafters.values())
+        return sum(caches.values()) + sum(drafters.values())
 
     def give_way(self, nbytes: int) -> None:
         """Let the store go of so many bytes, first of what running replies hold in their own buffers anyway."""
@@ -223,6 +224,8 @@ class Scheduler:
                 self._take_submitted()
                 self._drop_cancelled()
                 self._admit()
+                if self._give_up_parked():
+                    self._admit()
             worked = self._read()
             worked |= self._decode()
             self._steps += 1
@@ -238,6 +241,8 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         self._waiting = [one for one in self._waiting if (alive := one()) is not None and not alive.is_over]
+        for waiting in self.waiting:
+            waiting.park_if_ahead()
         for prefill in self._alive_prefills():
             prefill.drop_ended()
         self._reading = [weakref.ref(one) for one in self._alive_prefills()]
@@ -262,6 +267,8 @@ class Scheduler:
             if one.own_cache is not None:  # its rows begin together
                 admitted.append(one)
                 continue
+            if one.is_parked:  # it has given up its row
+                continue
             if running + len(admitted) >= self.max_running:
                 break
             one.match = self._prefixes.match(one)
@@ -281,7 +288,8 @@ class Scheduler:
         kinds: dict[object, list[Generation]] = {}
         for one in admitted:
             if one.own_cache is None:
-                kinds.setdefault((one.request.cache, one.request.adapter, one.request.prefill_chunk), []).append(one)
+                request, slots = one.request, slots_to_allocate(len(one.text) + 1, one.request.cache.max_kv_size)
+                kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots), []).append(one)
             else:
                 yield from self._prefills_behind(one, admitted)
         for several in kinds.values():
@@ -337,6 +345,24 @@ class Scheduler:
         nobody_else = not admitted and not any(scheduler.cache_bytes for scheduler in account().schedulers)
         return nobody_else and soon + needed <= account().most()
 
+    def _has_room_to_merge(self, batches: Sequence[RunningBatch]) -> bool:
+        """Whether buffers of all rows of these batches, one layer of them twice, may take the place of theirs."""
+        if not self.checks_memory:
+            return True
+        cache, rows = batches[0].cache, sum(len(batch.rows) for batch in batches)
+        whole = buffer_bytes(self.model, cache, max(batch.cache.offset for batch in batches), rows)
+        needed = whole + whole // len(cache) - sum(batch.cache.nbytes for batch in batches)
+        return needed <= account().left()
+
+    def _give_up_parked(self) -> bool:
+        """While others wait, let replies that are far ahead of their readers give up their rows → whether any did."""
+        if all(one.is_parked for one in self.waiting):
+            return False
+        parked = [batch for batch in self._alive_batches() if batch.may_change and batch.is_parked]
+        for one in [one for batch in parked for one in batch.going]:
+            self._preempt(one)
+        return bool(parked)
+
     def _grows(self, batch: RunningBatch) -> bool:
         """Whether the next token needs larger buffers."""
         cache = batch.cache
@@ -359,12 +385,15 @@ class Scheduler:
             batch.drop_ended()
 
     def _preempt(self, one: Generation) -> None:
-        """Take a reply's row, to be read again later; it goes on with the same tokens. None may be on its way."""
+        """Take a reply's row, to be read again later; it goes on with the same tokens."""
         batch = one.batch
-        if batch is None:
+        if batch is not None and batch.drawn is not None:  # as it is parked; what is on its way counts
+            batch.tell()
+            self._finish(batch)
+        if batch is None or one.is_over:
             return
         place = [row() for row in batch.rows].index(one)
-        self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+        self._keep(one, batch.cache, place, at_mark=one.request.holds_cache)
         one.sampler = batch.sampler.extract([place])
         mx.eval(one.sampler.arrays)
         one.batch = None
@@ -410,12 +439,18 @@ class Scheduler:
         """Put what was read of prompts into the store, and let a draft model read along."""
         for row, one in enumerate(generations):
             if not one.is_over:
-                self._prefixes.keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
+                self._keep(one, prefill.cache, row, at_mark=prefill.done(row) == one.mark)
             if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
                 try:
                     drafter.read(one.text, prefill.done())
                 except Exception as error:
                     one.fail(error)
+
+    def _keep(self, one: Generation, cache: KVCache, row: int, *, at_mark: bool) -> None:
+        """Put what a row has read into the store, which gives way where memory ends."""
+        self._prefixes.keep(one, cache, row, at_mark=at_mark)
+        if self.checks_memory:
+            account().make_room(0, self)
 
     # Decoding
 
@@ -452,22 +487,23 @@ class Scheduler:
         """Keep what ended replies have read, and let them leave."""
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
-                self._prefixes.keep(one, batch.cache, place, at_mark=one.request.holds_cache)
+                self._keep(one, batch.cache, place, at_mark=one.request.holds_cache)
                 self.store.flush()
         batch.drop_ended()
 
     def _arrange(self) -> list[RunningBatch]:
-        """Let rows share batches; replies far ahead of their readers give up their rows while others wait."""
-        batches = self._alive_batches()
-        for batch in batches if self._waiting else ():
-            if batch.may_change and batch.is_parked:
-                batch.tell()
-                self._finish(batch)
-                for one in batch.going:
-                    self._preempt(one)
-        arranged = arrange(self._alive_batches())
+        """Let rows share batches, as far as there is memory for longer buffers."""
+        arranged = arrange(self._alive_batches(), self._has_room_to_merge)
         self._batches = [weakref.ref(batch) for batch in arranged]
         return arranged
+
+    def _has_room_to_guess(self, batch: RunningBatch, most: int) -> bool:
+        """Whether there is memory for so many tokens that may have to be forgotten again."""
+        cache, tokens = batch.cache, batch.cache.offset + 1 + most
+        if not self.checks_memory or slots_to_allocate(tokens, cache.max_kv_size) <= cache.capacity:
+            return True
+        needed = buffer_bytes(self.model, cache, tokens) - cache.nbytes
+        return account().make_room(needed + cache.nbytes // len(cache), self)
 
     def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
         """What guesses for the only reply that runs, if there is such."""
@@ -475,6 +511,8 @@ class Scheduler:
             return None
         one = batches[0].generations[0]
         if one is None or one.request.drafter is None or one.is_forcing or batches[0].logits is not None:
+            return None
+        if not self._has_room_to_guess(batches[0], one.request.draft_tokens):
             return None
         if one not in self._drafters:
             self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
