@@ -1,0 +1,128 @@
+"""Replies far ahead of their readers wait, and give up their rows while others need them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxqwen.engine.generation import MAX_UNREAD
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.params import SamplingParams
+from tests.conftest import random_model
+from tests.scheduling import KINDS, alone, asked, ids, machine, new_scheduler, run, taken, watched
+
+SEEDED = SamplingParams(seed=3, temperature=1.5, presence_penalty=0.5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    return random_model(context=1024)
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_reply_that_nobody_reads_waits(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
+    request = asked([1], 600, sampling=SEEDED)
+    expected = alone(model, request)
+    with machine(model, 1 << 30, is_gpu=is_gpu):
+        scheduler = new_scheduler(model)
+        handle = scheduler.submit(request)
+        steps = 0
+        while scheduler.step():
+            steps += 1
+        assert steps == MAX_UNREAD
+        assert not scheduler.has_work
+        found = [handle.next_token().token for _ in range(MAX_UNREAD // 2)]
+        assert not scheduler.has_work  # half of it is still there
+        found += [handle.next_token().token]
+        assert scheduler.has_work
+        assert found + [handle.next_token().token for _ in range(600 - len(found))] == expected
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_others_go_on_beside_one_that_waits_for_its_reader(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
+    unread, read = asked([1], 400, sampling=SEEDED), asked([2], 400, sampling=SEEDED)
+    expected = [alone(model, request) for request in (unread, read)]
+    with machine(model, 1 << 30, is_gpu=is_gpu):
+        scheduler = new_scheduler(model)
+        handles = [scheduler.submit(request) for request in (unread, read)]
+        shapes: list[tuple[int, ...]] = []
+        with watched(shapes.append):
+            found: list[int] = []
+            while not handles[1].is_over:
+                assert scheduler.step()
+                found += ids(taken(handles[1]))
+        assert found == expected[1]
+        assert shapes[-100:] == [(1, 1)] * 100  # nobody computes for the one that waits
+        first = ids(taken(handles[0]))
+        assert MAX_UNREAD <= len(first) <= MAX_UNREAD + 2
+        assert first + run(scheduler, handles)[0] == expected[0]
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "4 bits"])
+@pytest.mark.parametrize("store", [0, 1 << 30])
+def test_a_row_is_given_up_while_others_wait(
+    model: Qwen3ForCausalLM, kind: str, store: int, is_gpu: bool
+) -> None:
+    requests = [asked([n] * 20, 280, sampling=SEEDED, cache=KINDS[kind]) for n in (1, 2)]
+    expected = [alone(model, request) for request in requests]
+    with machine(model, 1 << 30, is_gpu=is_gpu):
+        scheduler = new_scheduler(model, store=store, max_running=1)
+        handles = [scheduler.submit(request) for request in requests]
+        found: list[list[int]] = [[], []]
+        for place in (1, 0):  # the last one first; nobody reads the others
+            while found[place] == [] or not handles[place].is_over:
+                found[place] += ids(taken(handles[place]))
+                assert scheduler.step() or handles[place].is_over
+                assert len(scheduler.running) + len(scheduler.reading) <= 1
+    assert found == expected
+
+
+def test_a_row_that_was_given_up_is_not_read_again_before_anybody_reads_it(model: Qwen3ForCausalLM) -> None:
+    scheduler = new_scheduler(model, max_running=1)
+    handles = [scheduler.submit(asked([n] * 20, 400)) for n in (1, 2)]
+    shapes: list[tuple[int, ...]] = []
+    with watched(shapes.append):
+        while not handles[1].is_over:
+            assert scheduler.step()
+            taken(handles[1])
+        assert not scheduler.step()
+    assert [shape for shape in shapes if shape != (1, 1)] == [(1, 20)] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_two_iterators_taken_in_turn_do_not_stand_still(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, rows: int, is_gpu: bool
+) -> None:
+    """Whether they run beside each other, or one has to wait until the other has given up its row."""
+    with machine(model, 1 << 30, is_gpu=is_gpu):
+        scheduler = new_scheduler(model, max_running=rows)
+        monkeypatch.setattr("mlxqwen.engine.text_generation.scheduler_of", lambda _: scheduler)
+        streams = [generate_tokens(model, [n], sampling=SEEDED, max_tokens=300) for n in (1, 2)]
+        pairs = list(zip(*streams, strict=True))
+    for place in range(2):
+        assert [pair[place][1].token for pair in pairs] == alone(model, asked([place + 1], 300, sampling=SEEDED))
+
+
+def test_one_iterator_is_read_to_its_end_while_another_has_only_begun(model: Qwen3ForCausalLM) -> None:
+    first, second = (generate_tokens(model, [n], sampling=SEEDED, max_tokens=400) for n in (1, 2))
+    begun = [next(first)[1].token]
+    whole = [token.token for _, token in second]
+    assert whole == alone(model, asked([2], 400, sampling=SEEDED))
+    assert begun + [token.token for _, token in first] == alone(model, asked([1], 400, sampling=SEEDED))
+
+
+def test_rings_and_guesses_go_on_where_they_waited(model: Qwen3ForCausalLM) -> None:
+    from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
+
+    for kind in (CacheKind(), KINDS["ring"]):
+        request = asked([1, 2, 1, 2], 500, cache=kind, drafter=PromptLookup())
+        scheduler = new_scheduler(model)
+        handle = scheduler.submit(request)
+        while scheduler.step():
+            pass
+        found = ids(taken(handle))
+        assert MAX_UNREAD <= len(found) <= MAX_UNREAD + 9
+        assert found + run(scheduler, [handle])[0] == alone(model, asked([1, 2, 1, 2], 500, cache=kind))
