@@ -42,8 +42,8 @@ DAY = 86_400 * 10**9
 # The command, slow enough to be caught at its work: small tasks, and a rest after each.
 SLOW = """
 import sys, time
-from mlxqwen_convert import pipeline
-pipeline.WEIGHTS_PER_TASK = 4096
+from mlxqwen_convert import tasks
+tasks.WEIGHTS_PER_TASK = 4096
 from mlxqwen.cli import main
 from mlxqwen.cli.terminal import ConversionProgress
 ConversionProgress.__call__ = lambda *_: time.sleep(0.002)
@@ -54,7 +54,7 @@ main()
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 4096)
+    monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 4096)
     return tmp_path / "cache"
 
 
