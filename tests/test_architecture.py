@@ -14,7 +14,20 @@ import mlxqwen
 
 PACKAGE = Path(mlxqwen.__file__).parent
 # From the ground up: a folder imports only what stands before it in this list, and itself.
-LAYERS = ["errors", "checks", "console", "device", "files", "model", "cache", "sampling", "text", "chat", "engine", "cli"]
+LAYERS = [
+    "errors",
+    "checks",
+    "console",
+    "device",
+    "files",
+    "model",
+    "cache",
+    "sampling",
+    "text",
+    "chat",
+    "engine",
+    "cli",
+]
 DOORS = ["__main__", "__init__"]
 # The only layers that may know these libraries.
 HOMES = {

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,9 +28,8 @@ from mlxqwen.errors import MlxqwenError
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.json_file import read_json_object
 from mlxqwen.files.locks import is_at, open_lock, try_lock, wait_for_lock
-from mlxqwen.files.user_cache import user_cache_folder
 
-__all__ = ["Entry", "Store", "is_own"]
+__all__ = ["Entry", "Store", "is_own", "user_cache_folder"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -38,6 +38,22 @@ _KEY = re.compile(r"[0-9a-f]{16}")
 _REMOVED = re.compile(r"removed-[0-9a-f]{16}-[0-9a-f]{8}")
 _MAX_RECORD_BYTES = 1 << 20
 _ELSEWHERE = "Set MLXQWEN_CACHE to another folder."
+
+
+def user_cache_folder() -> Path | None:
+    """`$MLXQWEN_CACHE`, or `mlxqwen` in the folder for a user's caches: `$XDG_CACHE_HOME`, or the system's.
+
+    None if the user has no home.
+    """
+    chosen, shared = os.environ.get("MLXQWEN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        if os.path.isabs(shared):
+            return Path(shared) / "mlxqwen"
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxqwen"
+    except RuntimeError:
+        return None
 
 
 class Store:

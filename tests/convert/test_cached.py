@@ -162,6 +162,36 @@ def test_what_cannot_be_loaded_is_not_converted(
     assert not own_cache.exists()
 
 
+def test_a_converter_of_one_s_own(tmp_path: Path, own_cache: Path) -> None:
+    """It plans first; what it has planned is run when nothing else is wrong."""
+    source = make_demo(tmp_path / "in", "fp8").folder
+    convert(source, tmp_path / "mlx")
+    calls: list[str] = []
+
+    class Planned:
+        size = (mx.bfloat16, 1 << 20, 1 << 10)
+
+        def run(self, progress: object = None) -> Path:
+            calls.append("run")
+            return tmp_path / "mlx"
+
+    def plan(folder: Path, held: ExitStack) -> Planned:
+        calls.append(f"plan {folder.name}")
+        return Planned()
+
+    with pytest.raises(InsufficientMemoryError):
+        mlxqwen.Engine.load(source, converter=plan, device=Device("tiny", False, 1 << 20, 1 << 20))
+    tokenizer = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError):
+        mlxqwen.Engine.load(source, converter=plan)
+    (source / "tokenizer.json").write_bytes(tokenizer)
+    assert calls == ["plan in", "plan in"]
+    mlxqwen.Engine.load(source, converter=plan)
+    assert calls[2:] == ["plan in", "run"]
+    assert not own_cache.exists()
+
+
 def test_force_loads_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
     monkeypatch.setattr("mlxqwen.model.loading.current_device", lambda: Device("tiny", False, 1 << 20, 1 << 20))
