@@ -628,7 +628,7 @@ def test_entries_behind_a_link_are_not_looked_at(tmp_path: Path, fp8: Path, own_
 
 @pytest.mark.parametrize("at", ["", "{model}", "{model}/model.safetensors", "entry.json"])
 @pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int) -> None:
+def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int, caplog: pytest.LogCaptureFixture) -> None:
     """Names and sizes are as they were; the bytes need not be."""
     model = converted(fp8)
     weights = (model / "model.safetensors").read_bytes()
@@ -638,6 +638,7 @@ def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int) ->
     assert converted(fp8) == model
     assert (model / "model.safetensors").read_bytes() == weights
     assert states() == ["ready"]
+    assert ("made anew" in caplog.text) == (at != "entry.json")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
