@@ -51,7 +51,7 @@ def test_reads_what_the_standard_library_writes(tmp_path: Path, value: dict[str,
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         (b"\xef\xbb\xbf", "empty"),
-        (b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', "not valid JSON"),
+        (b"\xef\xbb\xbf" * 3 + b'{"a": 1}', "not valid JSON"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\udc00": 1}', "surrogate"),
@@ -82,6 +82,7 @@ def test_size_is_bounded(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     assert read(tmp_path, b'\xef\xbb\xbf{"a": "\xef\xbb\xbf"}') == {"a": "\ufeff"}
     assert parse_json("\ufeff[1]") == [1]
+    assert read_json_object(tmp_path / "config.json", error=ConfigError, parse=json.loads) == {"a": "\ufeff"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,15 @@ def answer(path: Path, numbers: Sequence[int], text: str = MANY, options: str = 
 
 def indices(path: Path) -> list[int]:
     return [json.loads(line)["index"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_their_owner_s_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        answer(tmp_path / "out.jsonl", [0])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.jsonl").stat().st_mode) == 0o600
 
 
 def test_answers_are_taken_up(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlxqwen
 from mlxqwen.files.checkpoint import INDEX_NAME
-from mlxqwen.files.store import Entry, Store, is_own
+from mlxqwen.files.store import Entry, Store, tell_of_others
 from mlxqwen_convert.companions import companion_files
 from mlxqwen_convert.errors import OutputError
 from mlxqwen_convert.plan import Options
@@ -101,8 +101,7 @@ class CacheEntry:
     def is_whole(self) -> bool:
         """Whether the model is there, the user's own, with all its files in the sizes that they were written in."""
         sizes = (self.entry.read_record() or {}).get("files")
-        is_noted = isinstance(sizes, dict) and "config.json" in sizes
-        return is_noted and is_own(self.folder) and sizes == self.entry.files(self.folder)
+        return isinstance(sizes, dict) and "config.json" in sizes and sizes == self.entry.files(self.folder)
 
     def settle(self) -> bool:
         """Note the files of a finished model; remove a damaged one. Whether there is a whole one now."""
@@ -110,6 +109,8 @@ class CacheEntry:
         if not self.folder.is_dir():
             return False
         if record is None or "files" in record or not (self.folder / "config.json").is_file():
+            if self.entry.files(self.folder) is None:
+                tell_of_others(self.folder)
             self.entry.clear(self.folder)
             return False
         self.entry.make_own(self.folder)

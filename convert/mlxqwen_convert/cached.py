@@ -15,9 +15,9 @@ from mlxqwen_convert.cache_entry import OPTIONS, CacheEntry, Source, store
 from mlxqwen_convert.conversion import Progress, convert
 from mlxqwen_convert.errors import DiskFullError, OutputError, ResumeError, SourceChangedError
 from mlxqwen_convert.formats import mlx_dtype
-from mlxqwen_convert.pipeline import unwritable
 from mlxqwen_convert.plan import Plan, make_plan
 from mlxqwen_convert.sizes import size_of
+from mlxqwen_convert.target_files import unwritable
 
 __all__ = ["Conversion", "ModelSize", "converted", "find_or_plan", "planned_size"]
 

@@ -12,8 +12,8 @@ from mlxqwen.files.atomic import write_file
 from mlxqwen.files.config import ModelConfig, YarnScaling
 from mlxqwen_convert.companion_files import check_companion, companion_files, filtered_text, is_filtered, without_code
 from mlxqwen_convert.errors import SourceUnreadableError
-from mlxqwen_convert.pipeline import unwritable
 from mlxqwen_convert.plan import DTYPES, Plan
+from mlxqwen_convert.target_files import unwritable
 
 __all__ = ["companion_files", "config_text", "copy_companions"]
 

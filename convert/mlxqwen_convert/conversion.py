@@ -30,25 +30,13 @@ from mlxqwen_convert.layout import INDEX_NAME, index_of
 from mlxqwen_convert.memory import buffer_bytes, expected_peak, numpy_bytes, strip_bytes, weights_in_flight
 from mlxqwen_convert.model_card import model_card
 from mlxqwen_convert.partial import PartialFolder, exists, found_beside, partial_path, tidy_output
-from mlxqwen_convert.pipeline import (
-    PARTIAL_SUFFIX,
-    Allowance,
-    NumpyRows,
-    TargetFiles,
-    Task,
-    Written,
-    check_on_disk,
-    cores,
-    is_on_disk,
-    run,
-    tasks_of,
-    unwritable,
-    write_task,
-)
+from mlxqwen_convert.pipeline import NumpyRows, Written, check_on_disk, is_on_disk, write_task
 from mlxqwen_convert.plan import Options, Plan, make_plan
 from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import SourceFiles
+from mlxqwen_convert.target_files import PARTIAL_SUFFIX, TargetFiles, unwritable
+from mlxqwen_convert.tasks import Allowance, Task, cores, run, tasks_of
 from mlxqwen_convert.upload import check_repo_id, require_token, upload
 from mlxqwen_convert.verification import ModuleError, check_errors
 

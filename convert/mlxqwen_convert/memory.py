@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mlxqwen_convert.pipeline import is_read_by_columns, numpy_target, smallest_chunk, tasks_of
+from mlxqwen_convert.pipeline import numpy_target
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
+from mlxqwen_convert.tasks import is_read_by_columns, smallest_chunk, tasks_of
 
 __all__ = ["buffer_bytes", "expected_peak", "numpy_bytes", "strip_bytes", "weights_in_flight"]
 

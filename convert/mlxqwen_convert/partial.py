@@ -24,7 +24,8 @@ from mlxqwen.files.json_file import read_json_object
 from mlxqwen.files.locks import is_at, open_lock, try_lock
 from mlxqwen.files.unfinished import MANIFEST, words_of_options
 from mlxqwen_convert.errors import OutputError, ResumeError
-from mlxqwen_convert.pipeline import PARTIAL_SUFFIX, Written, unwritable
+from mlxqwen_convert.pipeline import Written
+from mlxqwen_convert.target_files import PARTIAL_SUFFIX, unwritable
 
 __all__ = ["BOOKKEEPING", "PartialFolder", "found_beside", "partial_path", "tidy_output"]
 

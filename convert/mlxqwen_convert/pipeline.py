@@ -1,218 +1,39 @@
-"""Row chunks in, quantized rows out at known offsets: the only room of the converter that touches weights on disk.
+"""Row chunks in, quantized rows out, with a hash of what was written and its error.
 
-A model is cut into tasks, each some rows of one matrix. Workers take tasks in turn, read the source's rows, make the
-target's and write them to their places; a task's hash goes into the journal of the manifest. No worker ever holds
-more than a chunk of a task, so that memory depends neither on the model's size nor on its shapes.
+No worker ever holds more than a chunk of a task, so that memory depends neither on the model's size nor on its shapes.
 """
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from xxhash import xxh3_128
 
-from mlxqwen.files.atomic import sync_descriptor
 from mlxqwen.files.config import AffineQuantization
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import Packed
-from mlxqwen_convert.errors import ConversionError, DiskFullError, OutputError, VerificationError
+from mlxqwen_convert.errors import ConversionError, VerificationError
 from mlxqwen_convert.formats import mlx_dtype
-from mlxqwen_convert.layout import OutputTensor, Shard
 from mlxqwen_convert.names import Part
-from mlxqwen_convert.open_files import OpenFiles
 from mlxqwen_convert.plan import Plan, PlannedModule
-from mlxqwen_convert.readers import AwqReader, FloatReader, GptqReader, PackedReader, Reader
+from mlxqwen_convert.readers import FloatReader, Reader
 from mlxqwen_convert.source_files import SourceFiles
+from mlxqwen_convert.target_files import TargetFiles
+from mlxqwen_convert.tasks import Allowance, Task, chunks_of
 from mlxqwen_convert.verification import ModuleError, compare, error_of, error_of_bfloat16
 
 if TYPE_CHECKING:
     from mlxqwen_convert.bfloat16 import Quantizer
 
-__all__ = ["PARTIAL_SUFFIX", "Allowance", "NumpyRows", "TargetFiles", "Task", "Written", "check_on_disk", "cores"]
-__all__ += ["is_on_disk", "is_read_by_columns", "run", "smallest_chunk", "tasks_of", "write_task"]
+__all__ = ["NumpyRows", "Written", "check_on_disk", "is_on_disk", "numpy_target", "repacked", "write_task"]
 
-PARTIAL_SUFFIX = ".part"
-# Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
-# too many tasks to remember.
-WEIGHTS_PER_TASK = 1 << 22
-_MOST_TASKS = 1 << 14
-# Rows of a task are a multiple of this, so that columns of packed words and rows of FP8 blocks are never cut.
-ROW_STEP = 32
-# Rows of a chunk are a multiple of this where a packed word holds several of them.
-_WORD_ROWS = 8
-MAX_WORKERS = 8
-# What is read back at once.
-_PIECE_BYTES = 1 << 18
 _NUMPY_BITS = (4, 8)
 # Larger chunks of NumPy's are no quicker.
 _LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
-
-T = TypeVar("T")
-
-
-def cores() -> int:
-    """Workers that this machine has cores for."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available, MAX_WORKERS))
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Rows `start:stop` of matrix `part` of module number `module`."""
-
-    module: int
-    part: int
-    start: int
-    stop: int
-
-    @property
-    def key(self) -> str:
-        """Its name in the journal."""
-        return f"{self.module}.{self.part}.{self.start}-{self.stop}"
-
-
-def tasks_of(plan: Plan) -> Iterator[Task]:
-    """All tasks of a plan, in the order of the output's bytes."""
-    weights = max(WEIGHTS_PER_TASK, plan.parameters // _MOST_TASKS)
-    for number, planned in enumerate(plan.modules):
-        rows, width = planned.module.rows, planned.module.width
-        step = max(ROW_STEP, weights // width // ROW_STEP * ROW_STEP)
-        for part in range(len(planned.parts)):
-            for start in range(0, rows, step):
-                yield Task(number, part, start, min(start + step, rows))
-
-
-def chunks_of(planned: PlannedModule, task: Task, weights: int) -> Iterator[tuple[int, int]]:
-    """The rows of a task, as many at a time as hold no more than so many weights."""
-    step = max(smallest_chunk(planned.readers[task.part]), weights // planned.module.width)
-    step = step // ROW_STEP * ROW_STEP or step // _WORD_ROWS * _WORD_ROWS or step
-    for start in range(task.start, task.stop, step):
-        yield start, min(start + step, task.stop)
-
-
-def smallest_chunk(reader: Reader) -> int:
-    """Rows that are read at once, at least: where a word of the source holds parts of several, as many."""
-    is_packed = is_read_by_columns(reader) or (isinstance(reader, PackedReader) and not reader.symmetric)
-    return _WORD_ROWS if is_packed else 1
-
-
-def is_read_by_columns(reader: Reader) -> bool:
-    """Whether the rows of the weight are columns of the source's tensors."""
-    return isinstance(reader, AwqReader | GptqReader)
-
-
-class Allowance:
-    """Weights that all workers together may have in their hands; who finds too few left waits for others to be done."""
-
-    def __init__(self, weights: int) -> None:
-        self._weights = self._left = weights
-        self._turn, self._changed = threading.Lock(), threading.Condition()
-
-    @contextmanager
-    def taken(self, weights: int) -> Iterator[None]:
-        """Have so many in hand meanwhile; more than there are at all are had alone."""
-        weights = min(weights, self._weights)
-        with self._turn, self._changed:  # in turn, or small chunks would go on passing a large one
-            self._changed.wait_for(lambda: weights <= self._left)
-            self._left -= weights
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left += weights
-                self._changed.notify()
-
-
-class TargetFiles:
-    """The files of weights while they are written: read and written at any place by any thread."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self.paths = [folder / (shard.name + PARTIAL_SUFFIX) for shard in shards]
-        self._files = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        try:
-            for number, (path, shard) in enumerate(zip(self.paths, shards, strict=True)):
-                with self._files.opened(path) as descriptor:
-                    os.ftruncate(descriptor, shard.size)
-                self._write(number, shard.head, 0)
-        except OSError as cause:
-            self.close()
-            raise unwritable(folder, cause) from None
-        except OutputError:
-            self.close()
-            raise
-
-    def write(self, tensor: OutputTensor, row: int, data: memoryview) -> None:
-        """Write rows of `tensor` from row `row` on, its outer axes counted as one."""
-        self._write(tensor.shard, data, tensor.start + row * tensor.row_bytes)
-
-    def pieces(self, tensor: OutputTensor, row: int, rows: int) -> Iterator[memoryview]:
-        """The bytes of some rows, piece by piece in one buffer."""
-        path, position, left = self.paths[tensor.shard], tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
-        buffer = memoryview(bytearray(min(left, _PIECE_BYTES)))
-        try:
-            with self._files.opened(path) as descriptor:
-                while left:
-                    count = os.preadv(descriptor, [buffer[:left]], position)
-                    if not count:
-                        raise OutputError(
-                            f"{path}: ends in the midst of {tensor.name}",
-                            hint="Something else writes to the output's folder. Remove it and convert again.",
-                        )
-                    yield buffer[:count]
-                    position, left = position + count, left - count
-        except OSError as cause:
-            raise OutputError(
-                f"{path}: cannot be read back: {cause.strerror}", hint="Check the disk, then go on with --resume."
-            ) from None
-
-    def begin_flush(self, tensor: OutputTensor, row: int, rows: int) -> None:
-        """Have the system begin to write these rows to the disk, if it can be told, so that less is left to `flush`."""
-        if hasattr(os, "posix_fadvise"):
-            start, size = tensor.start + row * tensor.row_bytes, rows * tensor.row_bytes
-            with suppress(OSError), self._files.opened(self.paths[tensor.shard]) as descriptor:
-                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
-
-    def flush(self) -> None:
-        """Have everything on the disk."""
-        for path in self.paths:
-            try:
-                with self._files.opened(path) as descriptor:
-                    sync_descriptor(descriptor)
-            except OSError as cause:
-                raise unwritable(path, cause) from None
-
-    def close(self) -> None:
-        """Close all files."""
-        self._files.close()
-
-    def _write(self, shard: int, data: bytes | memoryview, position: int) -> None:
-        view = memoryview(data).cast("B")
-        try:
-            with self._files.opened(self.paths[shard]) as descriptor:
-                while view:
-                    count = os.pwrite(descriptor, view, position)
-                    view, position = view[count:], position + count
-        except OSError as cause:
-            raise unwritable(self.paths[shard], cause) from None
-
-
-def unwritable(path: Path, cause: OSError) -> OutputError:
-    """What an error of the system means for the target."""
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFullError(
-            f"{path}: the disk is full ({cause.strerror})",
-            hint="Free some space, then run the same command with --resume: what is written is kept.",
-        )
-    return OutputError(f"{path}: cannot be written: {cause.strerror}", hint="Check the folder and its permissions.")
 
 
 def repacked(
@@ -444,47 +265,3 @@ def as_bytes(array: Any) -> memoryview:
         array = mx.contiguous(array)
         exported = array.view(mx.uint16) if array.dtype in (mx.bfloat16, mx.float16) else array
     return memoryview(exported).cast("B")
-
-
-def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Callable[[Task, T], None]) -> None:
-    """Do `work` on every task, a thread for each worker and a stream of MLX's for each thread.
-
-    `done` is called with each task and its result, by one thread at a time. The first error ends it all and is raised
-    here, as is a KeyboardInterrupt; either way no worker is left running.
-    """
-    lock, stop = threading.Lock(), threading.Event()
-    ended = threading.Semaphore(0)
-    failures: list[BaseException] = []
-
-    def loop() -> None:
-        try:
-            with mx.stream(mx.new_stream(mx.cpu)):
-                while not stop.is_set():
-                    with lock:
-                        task = next(tasks, None)
-                    if task is None:
-                        return
-                    result = work(task)
-                    with lock:
-                        done(task, result)
-        except BaseException as failure:  # carried over to the caller's thread
-            failures.append(failure)
-            stop.set()
-        finally:
-            # Left to the end of the thread, this would race with the end of the process, and abort it.
-            mx.clear_streams()
-            ended.release()
-
-    running = 0
-    try:
-        for number in range(workers):
-            threading.Thread(target=loop, name=f"convert-{number}", daemon=True).start()
-            running += 1
-        while running:  # in short waits, so that Ctrl-C is heard
-            running -= ended.acquire(timeout=0.1)
-    finally:
-        stop.set()
-        for _ in range(running):
-            ended.acquire()
-    if failures:
-        raise failures[0]

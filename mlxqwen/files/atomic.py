@@ -43,7 +43,11 @@ def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = Fal
         with suppress(OSError):
             staged.unlink()
         raise
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError as cause:  # a folder that may be written to, not read, or a file system that has no names to sync
+        if cause.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 @contextmanager

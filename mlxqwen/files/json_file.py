@@ -44,8 +44,8 @@ def read_json_object(
     Raises:
         MlxqwenError: of the type `error`, when the file cannot be read or holds anything else.
     """
-    text = read_text(path, error=error, max_bytes=max_bytes)
-    if not text.removeprefix(BYTE_ORDER_MARK).strip():
+    text = read_text(path, error=error, max_bytes=max_bytes).removeprefix(BYTE_ORDER_MARK)
+    if not text.strip():
         raise error(f"{path}: the file is empty, expected a JSON object", hint=way_out(path))
     try:
         value = parse(text) if parse is not None else parse_json(text, max_items=MAX_FILE_ITEMS)

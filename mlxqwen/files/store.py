@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,9 +28,8 @@ from mlxqwen.errors import MlxqwenError
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.json_file import read_json_object
 from mlxqwen.files.locks import is_at, open_lock, try_lock, wait_for_lock
-from mlxqwen.files.user_cache import user_cache_folder
 
-__all__ = ["Entry", "Store", "is_own"]
+__all__ = ["Entry", "Store", "is_own", "tell_of_others", "user_cache_folder"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -38,6 +38,22 @@ _KEY = re.compile(r"[0-9a-f]{16}")
 _REMOVED = re.compile(r"removed-[0-9a-f]{16}-[0-9a-f]{8}")
 _MAX_RECORD_BYTES = 1 << 20
 _ELSEWHERE = "Set MLXQWEN_CACHE to another folder."
+
+
+def user_cache_folder() -> Path | None:
+    """`$MLXQWEN_CACHE`, or `mlxqwen` in the folder for a user's caches: `$XDG_CACHE_HOME`, or the system's.
+
+    None if the user has no home.
+    """
+    chosen, shared = os.environ.get("MLXQWEN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        if os.path.isabs(shared):
+            return Path(shared) / "mlxqwen"
+        return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxqwen"
+    except RuntimeError:
+        return None
 
 
 class Store:
@@ -134,7 +150,9 @@ class Entry:
             os.utime(self.folder / RECORD)
 
     def files(self, folder: Path) -> dict[str, int] | None:
-        """Sizes of the files below a folder of the entry, by relative path; None if one is not the user's own."""
+        """Sizes of the files below a folder of the entry, by relative path; None if anything is not the user's own."""
+        if not is_own(folder):
+            return None
         sizes = {}
         for path, folders, names in os.walk(folder):
             for name in (*folders, *names):
@@ -258,7 +276,7 @@ class Entry:
             logger.warning("%s: others could write to it; it is yours alone now", store)
         _make_own(self.folder)
         if not is_own(self.folder):
-            logger.warning("%s: not yours alone to write to, expected of a cache; it is made anew", self.folder)
+            tell_of_others(self.folder)
             with suppress(self._error):  # moved away, at least
                 self.remove()
             self.folder.mkdir(mode=0o700)
@@ -279,3 +297,8 @@ def is_own(path: Path) -> bool:
         return False
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
     return is_plain and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def tell_of_others(path: Path) -> None:
+    """Log that what is not the user's own is not used."""
+    logger.warning("%s: not yours alone to write to, expected of a cache; it is made anew", path)

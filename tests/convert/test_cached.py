@@ -42,8 +42,8 @@ DAY = 86_400 * 10**9
 # The command, slow enough to be caught at its work: small tasks, and a rest after each.
 SLOW = """
 import sys, time
-from mlxqwen_convert import pipeline
-pipeline.WEIGHTS_PER_TASK = 4096
+from mlxqwen_convert import tasks
+tasks.WEIGHTS_PER_TASK = 4096
 from mlxqwen.cli import main
 from mlxqwen.cli.terminal import ConversionProgress
 ConversionProgress.__call__ = lambda *_: time.sleep(0.002)
@@ -54,7 +54,7 @@ main()
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLXQWEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 4096)
+    monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 4096)
     return tmp_path / "cache"
 
 
@@ -159,6 +159,36 @@ def test_what_cannot_be_loaded_is_not_converted(
     (source / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError):
         mlxqwen.load(source, force=True)
+    assert not own_cache.exists()
+
+
+def test_a_converter_of_one_s_own(tmp_path: Path, own_cache: Path) -> None:
+    """It plans first; what it has planned is run when nothing else is wrong."""
+    source = make_demo(tmp_path / "in", "fp8").folder
+    convert(source, tmp_path / "mlx")
+    calls: list[str] = []
+
+    class Planned:
+        size = (mx.bfloat16, 1 << 20, 1 << 10)
+
+        def run(self, progress: object = None) -> Path:
+            calls.append("run")
+            return tmp_path / "mlx"
+
+    def plan(folder: Path, held: ExitStack) -> Planned:
+        calls.append(f"plan {folder.name}")
+        return Planned()
+
+    with pytest.raises(InsufficientMemoryError):
+        mlxqwen.Engine.load(source, converter=plan, device=Device("tiny", False, 1 << 20, 1 << 20))
+    tokenizer = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError):
+        mlxqwen.Engine.load(source, converter=plan)
+    (source / "tokenizer.json").write_bytes(tokenizer)
+    assert calls == ["plan in", "plan in"]
+    mlxqwen.Engine.load(source, converter=plan)
+    assert calls[2:] == ["plan in", "run"]
     assert not own_cache.exists()
 
 
@@ -598,7 +628,7 @@ def test_entries_behind_a_link_are_not_looked_at(tmp_path: Path, fp8: Path, own_
 
 @pytest.mark.parametrize("at", ["", "{model}", "{model}/model.safetensors", "entry.json"])
 @pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int) -> None:
+def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int, caplog: pytest.LogCaptureFixture) -> None:
     """Names and sizes are as they were; the bytes need not be."""
     model = converted(fp8)
     weights = (model / "model.safetensors").read_bytes()
@@ -608,6 +638,7 @@ def test_what_others_may_write_to_is_made_anew(fp8: Path, at: str, mode: int) ->
     assert converted(fp8) == model
     assert (model / "model.safetensors").read_bytes() == weights
     assert states() == ["ready"]
+    assert ("made anew" in caplog.text) == (at != "entry.json")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

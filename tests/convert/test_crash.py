@@ -17,8 +17,9 @@ import pytest
 
 from mlxqwen_convert import convert
 from mlxqwen_convert.errors import OutputError
-from mlxqwen_convert.pipeline import Task, Written, tasks_of, write_task
+from mlxqwen_convert.pipeline import Written, write_task
 from mlxqwen_convert.plan import Options, Plan, make_plan
+from mlxqwen_convert.tasks import Task, tasks_of
 from tests.convert.checkpoints import MOE, make_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # A conversion slow enough to be caught at its work: small tasks, and a rest after each.
 _SLOW = """
 import sys, time
-from mlxqwen_convert import pipeline
-pipeline.WEIGHTS_PER_TASK = 4096
+from mlxqwen_convert import tasks
+tasks.WEIGHTS_PER_TASK = 4096
 from mlxqwen.cli import main
 from mlxqwen.cli.terminal import ConversionProgress
 ConversionProgress.__call__ = lambda *_: time.sleep({rest})
@@ -89,7 +90,7 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tasks here as in the processes that are killed."""
-    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 4096)
+    monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 4096)
 
 
 def test_finished_tasks_are_not_done_again(

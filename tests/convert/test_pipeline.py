@@ -376,7 +376,7 @@ def test_shards_are_bounded_and_loaders_follow(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 8192)
+    monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 8192)
     monkeypatch.setattr("mlxqwen_convert.conversion.weights_in_flight", lambda plan: 16384)
     source = make_source(tmp_path / "in", "gptq", MOE).write()
     convert(source.folder, tmp_path / "a", workers=workers)

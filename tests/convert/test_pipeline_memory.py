@@ -17,8 +17,8 @@ import pytest
 from make_checkpoint import SHAPES, make_checkpoint
 
 from mlxqwen_convert.memory import expected_peak, strip_bytes, weights_in_flight
-from mlxqwen_convert.pipeline import Allowance, Task, chunks_of, smallest_chunk, tasks_of
 from mlxqwen_convert.plan import Options, make_plan
+from mlxqwen_convert.tasks import Allowance, Task, chunks_of, smallest_chunk, tasks_of
 from tests.convert.checkpoints import make_source
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,10 @@ from mlxqwen_convert.errors import (
     VerificationError,
 )
 from mlxqwen_convert.partial import PartialFolder
-from mlxqwen_convert.pipeline import TargetFiles, Task, Written, write_task
+from mlxqwen_convert.pipeline import Written, write_task
 from mlxqwen_convert.plan import Plan, make_plan
+from mlxqwen_convert.target_files import TargetFiles
+from mlxqwen_convert.tasks import Task
 from tests.convert.checkpoints import MOE, Source, make_source
 from tests.convert.test_crash import assert_same
 
@@ -40,7 +42,7 @@ def source(tmp_path: Path) -> Source:
 
 @pytest.fixture(autouse=True)
 def small_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen_convert.pipeline.WEIGHTS_PER_TASK", 4096)
+    monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 4096)
     (tmp_path / "expected").mkdir()
 
 

@@ -15,7 +15,8 @@ from mlxqwen_convert import convert
 from mlxqwen_convert.affine import Packed, quantize
 from mlxqwen_convert.bfloat16 import Quantizer
 from mlxqwen_convert.errors import SourceError, VerificationError
-from mlxqwen_convert.pipeline import TargetFiles, Written, repacked
+from mlxqwen_convert.pipeline import Written, repacked
+from mlxqwen_convert.target_files import TargetFiles
 from mlxqwen_convert.verification import ModuleError
 from tests.convert.checkpoints import MOE, Source, make_source, plain_tensor
 from tests.convert.encoders import unpack_affine
