@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.chat.thinking import begins_in_thought, can_think
+from mlxqwen.chat.thinking import begins_in_thought
+from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
@@ -119,7 +120,8 @@ def text_request(
 
         drafter = as_drafter(speculative, model.config)
     begins = begins_in_thought(tokenizer, ids) if ids else None
-    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins)
+    thinks = thinking_modes(tokenizer).default if begins is None else begins
+    params = resolve_params(model, sampling, thinking=thinks)
     request = Request(
         prompt=tuple(ids),
         sampling=params,
@@ -163,7 +165,7 @@ def stream_generate(
         max_tokens: at most this many, and no more than the context has room for.
         sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
             profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
-            does a model think whose chat template knows no think block.
+            does a model think whose chat template has no switch for it and opens no think block.
         stop: end before the first of these texts.
         thinking_budget: at most about this many tokens of thought, then an answer; see
             `mlxqwen.chat.budget.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
