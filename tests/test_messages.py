@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlxqwen.chat.prompts import asks_for_thought, least_tokens, render_prompt
+from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.chat.turns import (
     check_conversation,
     count_turns,
@@ -246,6 +247,7 @@ def test_a_chat_checks_each_message_once(monkeypatch: pytest.MonkeyPatch) -> Non
         checked.append(message)
         return check(message, where)
 
+    thinking_modes(QWEN)  # is read off once, from messages of its own
     monkeypatch.setattr(messages_module, "_prepare_message", counting)
     raw_answer = {"role": "assistant", "content": "<think>a</think>b"}
     other_call = {**CALLS, "tool_calls": [{**CALL, "id": "2"}], "reasoning": "r"}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from mlxqwen.chat.thinking import begins_in_thought, can_think
+from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
+from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
 from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
@@ -62,7 +63,7 @@ def render_prompt(
             hint="Add a message of role 'tool' for each call.",
         )
     begun = _BEGUN_THOUGHT.match(prepared[-1]["content"]) if goes_on and len(prepared) > 1 else None
-    if begun is not None and can_think(tokenizer):
+    if begun is not None and knows_think_blocks(tokenizer, tools=bool(tools)):
         before = tokenizer.apply_chat_template(
             prepared[:-1],
             tools=schemas or None,
@@ -96,17 +97,26 @@ def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_toke
 
 
 def asks_for_thought(
-    tokenizer: Tokenizer, prompt: Sequence[int], messages: Messages, *, thinking: bool | None = None
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    messages: Messages,
+    *,
+    thinking: bool | None = None,
+    tools: bool = False,
 ) -> bool:
     """Whether the reply to `prompt`, the ids of `messages`, is expected to think.
 
-    The prompt's end tells; where it leaves the model free, the soft switches do. An answer that is gone on with is no
-    thought, nor does a model think whose template knows none.
+    The prompt's end tells; where it leaves the model free, the hard switch does if the template has it, and then the
+    soft switches. An answer that is gone on with is no thought, nor does a model think whose template has no switch.
+
+    Args:
+        thinking: the hard switch.
+        tools: whether tools are given.
     """
     begins = begins_in_thought(tokenizer, prompt)
     if begins is not None:
         return begins
-    if not can_think(tokenizer) or thinking is False or messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] == "assistant" or not thinking_modes(tokenizer, tools=tools).thinks(thinking):
         return False
     return soft_switch(messages) is not False
 

@@ -10,10 +10,9 @@ from mlxqwen.text.tokenizer import Tokenizer
 __all__ = [
     "EARLY_STOP_TEXT",
     "begins_in_thought",
-    "can_think",
     "check_budget",
-    "check_budget_use",
     "check_early_stop_text",
+    "knows_think_blocks",
 ]
 
 EARLY_STOP_TEXT = (
@@ -25,9 +24,14 @@ _HEADER = "<|im_start|>"
 _TAGS = (_OPEN, _CLOSE, "<tool_call>", "</tool_call>")
 
 
-def can_think(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template knows think blocks; without a template nothing speaks against it."""
-    return tokenizer.chat_template is None or _OPEN in tokenizer.chat_template
+def knows_think_blocks(tokenizer: Tokenizer, *, tools: bool = False) -> bool:
+    """Whether the chat template speaks of think blocks; without a template nothing speaks against it.
+
+    Args:
+        tools: whether tools are given: a template of their own, `tool_use`, is used then.
+    """
+    template = tokenizer.chat_templates.get("tool_use", tokenizer.chat_template) if tools else tokenizer.chat_template
+    return template is None or _OPEN in template
 
 
 def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_thought: bool = False) -> bool | None:
@@ -67,20 +71,6 @@ def check_budget(budget: object) -> int | None:
     if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
         return budget
     raise OptionError(f"thinking_budget: found {budget!r}, expected an integer from 0, or None for no limit")
-
-
-def check_budget_use(thinking: object, budget: object, early_stop_text: object) -> None:
-    """Refuse a budget where thinking is switched off, and a sentence without a budget. Raises `OptionError`."""
-    if thinking is False and budget:
-        raise OptionError(
-            f"thinking_budget: found {budget!r} with thinking=False, expected none, or 0",
-            hint="Leave out thinking=False to let the model think, or the budget.",
-        )
-    if early_stop_text is not None and budget is None:
-        raise OptionError(
-            "early_stop_text: found one without a thinking_budget, expected both",
-            hint="The sentence ends a thought over its budget: give one, such as thinking_budget=1000.",
-        )
 
 
 def check_early_stop_text(text: object) -> str:

@@ -140,10 +140,12 @@ def _events(
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
     """What follows a text: all of it is content, so that no part counts as reasoning."""
+    from mlxqwen.chat.thinking_modes import thinking_modes
     from mlxqwen.engine.engine import Done
     from mlxqwen.engine.text_generation import resolve_params
 
-    sampling = resolve_params(engine.model, request["sampling"], thinking=True)
+    thinks = thinking_modes(engine.tokenizer).default
+    sampling = resolve_params(engine.model, request["sampling"], thinking=thinks)
     if options["verbose"]:
         print_request(engine, sampling, options, request["sampling"])
     for event in engine.reply(text, split=False, **{**request, "sampling": sampling}):

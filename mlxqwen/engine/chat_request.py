@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
+from mlxqwen.chat.thinking_modes import note_switch
 from mlxqwen.chat.turns import count_turns, without_oldest_turns
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, ConstraintFactory, Request, room_for_answer
@@ -103,13 +104,15 @@ class Responder:
         messages, prompt = self._prompt(messages, options, cache)
         turns = count_turns(messages, trust_special_tokens=options.trust_special_tokens)
         self._refuse_without_room(len(prompt), cache, turns=turns)
+        if options.thinking_budget != 0:  # which ends a thought that no switch keeps from beginning
+            note_switch(self.tokenizer, options.thinking, tools=bool(options.tools))
         request = text_request(
             self.model,
             self.tokenizer,
             prompt,
             sampling=self._sampling(prompt, messages, options),
             max_tokens=options.max_tokens,
-            expect_thought=options.thinking is True and asks_for_thought(self.tokenizer, prompt, messages),
+            expect_thought=options.thinking is True and self._asks_for_thought(prompt, messages, options),
             cache=cache,
             speculative=self.speculative,
             draft_tokens=self.draft_tokens,
@@ -190,11 +193,12 @@ class Responder:
         return messages, self.render(messages, options)
 
     def _sampling(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> SamplingParams:
-        thinks = options.thinking_budget != 0 and asks_for_thought(
-            self.tokenizer, prompt, messages, thinking=options.thinking
-        )
+        thinks = options.thinking_budget != 0 and self._asks_for_thought(prompt, messages, options)
         sampling = resolve_params(self.model, options.sampling, thinking=thinks)
         return sampling if options.seed is None else replace(sampling, seed=options.seed)
+
+    def _asks_for_thought(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> bool:
+        return asks_for_thought(self.tokenizer, prompt, messages, thinking=options.thinking, tools=bool(options.tools))
 
     def _refuse_if_too_long(self, messages: Messages, options: ChatOptions, cache: KVCache | CacheKind) -> None:
         """Refuse what no tokens could make short enough: to encode millions of characters takes minutes."""

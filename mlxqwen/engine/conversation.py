@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxqwen.chat.reply import Delta, Reply, join_deltas
-from mlxqwen.chat.thinking import check_budget_use
+from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.chat.turns import check_conversation, count_turns, without_oldest_turns
 from mlxqwen.engine.chat_request import ChatOptions, Messages, Responder, option_names
 from mlxqwen.engine.conversation_file import read_conversation, write_conversation
@@ -347,7 +347,8 @@ class Conversation:
         option_names("a conversation", merged, "cache", *self._cache)
         # Turning off thinking for a turn sets a budget for all turns aside.
         switch = given.get("thinking") if "thinking_budget" in given else None
-        check_budget_use(switch, merged.get("thinking_budget"), given.get("early_stop_text"))
+        budget = merged.get("thinking_budget")
+        check_budget_use(self.engine.tokenizer, switch, budget, given.get("early_stop_text"))
         return ChatOptions(**merged, **self._cache)
 
     def _abandon(self) -> None:

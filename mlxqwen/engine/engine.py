@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.chat.reply import Reply
-from mlxqwen.chat.thinking import check_budget_use
+from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.checks import check_integer
 from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
@@ -259,7 +259,8 @@ class Engine:
             thinking: the hard switch; None leaves it to the template, whose default is to think. Where thinking is
                 allowed, `/think` and `/no_think` in the latest user or system message steer it. With True and no
                 `/no_think`, all up to `</think>` is reasoning, and a reply without one is nothing else, as the model
-                need not open its thought; else a reply is content unless it opens with `<think>`.
+                need not open its thought; else a reply is content unless it opens with `<think>`. A chat template may
+                have no such switch: a value that the model does not follow is then noted once, and read as None.
             thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`, and
                 refused with True, as any other is with False; one that is not reached, be it larger than the context,
                 changes nothing.

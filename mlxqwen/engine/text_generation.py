@@ -168,7 +168,7 @@ def stream_generate(
         max_tokens: at most this many, and no more than the context has room for.
         sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
             profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
-            does a model think whose chat template knows no think block.
+            does a model think whose chat template has no switch for it and opens no think block.
         stop: end before the first of these texts.
         thinking_budget: at most about this many tokens of thought, then an answer; see
             `mlxqwen.chat.budget.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
