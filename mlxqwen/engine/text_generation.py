@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.thinking import begins_in_thought, can_think
-from mlxqwen.checks import as_token_ids
+from mlxqwen.checks import as_token_ids, is_integer
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
@@ -237,7 +237,7 @@ def batch_stream(
             for all, or a list with one for each prompt. A `cache` has a row for each prompt.
     """
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
-    if not given or isinstance(given[0], int):
+    if not given or is_integer(given[0]):
         found = "one prompt" if given or prompts else "none"
         raise OptionError(
             f"prompts: found {found}, expected a list of at least one text or list of token ids",
