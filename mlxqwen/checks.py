@@ -7,14 +7,26 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from mlxqwen.errors import MlxqwenError, OptionError
 
-__all__ = ["as_token_ids", "check_flag", "check_integer", "check_number", "check_token_ids", "parse_size"]
+__all__ = ["as_token_ids", "check_flag", "check_integer", "check_number", "check_token_ids", "is_integer", "parse_size"]
 
+_MOST_SHOWN = 80  # characters
 _SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 _SIZES = 'For example "512MB", "2GB" or "off".'
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer: `operator.index` takes it, as it takes NumPy's, and it is no bool."""
+    if type(value) is int:
+        return True
+    try:
+        operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def check_integer(
@@ -29,7 +41,7 @@ def check_integer(
 ) -> Any:
     """`value` as an `int` from `low` to `high`, both included.
 
-    Whatever has `__index__` is an integer (NumPy's are), but a bool is none.
+    See `is_integer` for what is an integer.
 
     Args:
         name: of the option, for the error.
@@ -39,15 +51,24 @@ def check_integer(
     """
     if optional and value is None:
         return None
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
-        number = operator.index(value)
+    if is_integer(value):
+        number = operator.index(cast(SupportsIndex, value))
         if (low is None or number >= low) and (high is None or number <= high):
             return number
     if low is None:
         wanted = "an integer" if high is None else f"an integer up to {high:,}"
     else:
         wanted = f"an integer from {low:,}" + ("" if high is None else f" to {high:,}")
-    raise error(f"{name}: found {value!r}, expected {wanted}{f', or {optional}' if optional else ''}", hint=hint)
+    raise error(f"{name}: found {_shown(value)}, expected {wanted}{f', or {optional}' if optional else ''}", hint=hint)
+
+
+def _shown(value: object) -> str:
+    """The `repr` of a value, cut off behind 80 characters."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
 
 
 def check_number(
@@ -62,21 +83,26 @@ def check_number(
         if low <= number <= high and not (low_is_open and number == low):
             return number
     interval = f"{'(' if low_is_open else '['}{low:g}, {high:g}]"
-    raise OptionError(f"{name}: found {value!r}, expected a number in {interval}", hint=hint)
+    raise OptionError(f"{name}: found {_shown(value)}, expected a number in {interval}", hint=hint)
 
 
-def check_flag(name: str, value: object) -> bool:
-    """`value` as it is, True or False. Raises `OptionError`."""
-    if isinstance(value, bool):
+def check_flag(name: str, value: object, *, optional: bool = False) -> bool | None:
+    """`value` as it is: True or False, or with `optional` None. Raises `OptionError`."""
+    if isinstance(value, bool) or (optional and value is None):
         return value
-    raise OptionError(f"{name}: found {value!r}, expected True or False")
+    raise OptionError(
+        f"{name}: found {_shown(value)}, expected {'True, False or None' if optional else 'True or False'}"
+    )
 
 
 def as_token_ids(tokens: object) -> list[Any]:
-    """A sequence, or an array of any library, as a list; what it holds is not looked at. Raises `OptionError`."""
+    """A sequence, or an array of any library, as a list with its integers as `int`; other items stay as they are.
+
+    Raises `OptionError` for what is no sequence.
+    """
     listed = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     if isinstance(listed, Sequence) and not isinstance(listed, str | bytes):
-        return list(listed)
+        return [operator.index(item) if type(item) is not int and is_integer(item) else item for item in listed]
     raise OptionError(f"prompt: found {type(tokens).__name__}, expected text or token ids")
 
 
@@ -85,7 +111,7 @@ def check_token_ids(name: str, tokens: Iterable[Any], vocab_size: int) -> list[i
     checked = []
     for token in tokens:
         if type(token) is not int:
-            if isinstance(token, bool) or not hasattr(token, "__index__"):
+            if not is_integer(token):
                 raise _no_token_id(name, token, vocab_size)
             token = operator.index(token)
         if not 0 <= token < vocab_size:
@@ -95,7 +121,7 @@ def check_token_ids(name: str, tokens: Iterable[Any], vocab_size: int) -> list[i
 
 
 def _no_token_id(name: str, token: object, vocab_size: int) -> OptionError:
-    return OptionError(f"{name}: found {token!r}, expected token ids from 0 to {vocab_size - 1}")
+    return OptionError(f"{name}: found {_shown(token)}, expected token ids from 0 to {vocab_size - 1}")
 
 
 def parse_size(name: str, value: object) -> int:

@@ -46,6 +46,7 @@ class Source:
 
     @classmethod
     def of(cls, folder: Path) -> Source:
+        """The source in `folder`: in the hub's cache it has the hub's id and commit, elsewhere its path for a name."""
         real = folder.resolve()
         repository, snapshots, commit = ("", *real.parts)[-3:] if len(real.parts) > 2 else ("", "", "")
         if repository.startswith("models--") and snapshots == "snapshots":
@@ -54,6 +55,7 @@ class Source:
 
     @property
     def label(self) -> str:
+        """The name, with the first seven digits of the commit if there is one."""
         return f"{self.name}@{self.commit[:7]}" if self.commit else self.name
 
     @property
@@ -92,10 +94,12 @@ class CacheEntry:
 
     @property
     def folder(self) -> Path:
+        """Where the converted model is."""
         return self.entry.folder / self.name
 
     @property
     def partial(self) -> Path:
+        """Where the conversion writes until it is finished."""
         return self.entry.folder / f"{self.name}.partial"
 
     def is_whole(self) -> bool:

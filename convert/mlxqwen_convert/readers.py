@@ -43,10 +43,14 @@ class Reader(Protocol):
     """
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """The format, for tables."""
+        ...
 
     @property
-    def own(self) -> AffineQuantization | None: ...
+    def own(self) -> AffineQuantization | None:
+        """How the codes can be kept as they are; None where there are no codes."""
+        ...
 
     def check_part(self, module: Module, part: Part) -> None:
         """Raise `SourceError` unless the part has the tensors, dtypes and shapes that the format asks for."""
@@ -89,6 +93,7 @@ def allow(part: Part, words: Sequence[str]) -> None:
 
 
 def no_codes(part: Part) -> Packed:
+    """Raise `SourceError`: a format of floats has nothing that MLX could pack."""
     info = next(iter(part.values()))
     raise SourceError(f"{info.name}: has no codes to keep")
 
@@ -165,6 +170,7 @@ class Fp8Reader:
 
 
 def mx_itemsize(info: TensorInfo) -> int:
+    """Bytes of one number of a tensor of floats."""
     return 4 if info.dtype == "F32" else 2
 
 

@@ -21,6 +21,7 @@ from typing import IO
 from mlxqwen.cache.block_file import BlockRun, DamagedRunError, encode_header, open_run, payloads
 from mlxqwen.cache.chain import TokenChain
 from mlxqwen.cache.storage import Stored
+from mlxqwen.checks import is_integer
 from mlxqwen.errors import CacheError, MlxqwenError, OptionError
 from mlxqwen.files.checkpoint import read_header
 
@@ -55,7 +56,7 @@ class DiskTier:
     """
 
     def __init__(self, folder: str | os.PathLike[str], capacity: int) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+        if not is_integer(capacity) or capacity < 1:
             raise OptionError(
                 f"prompt cache: found a capacity of {capacity!r}, expected a number of bytes above 0",
                 hint="Leave the folder out to keep nothing on disk.",

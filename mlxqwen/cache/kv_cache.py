@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 from mlxqwen.cache.layer import KVLayer
 from mlxqwen.cache.placement import LinearPlacement, Placement, RingPlacement
 from mlxqwen.cache.storage import PlainStorage, QuantizedStorage, Storage, join_rows
+from mlxqwen.checks import check_integer, is_integer
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.checkpoint import load_safetensors, save_safetensors
 from mlxqwen.files.config import ModelConfig
@@ -101,7 +103,7 @@ class KVCache:
                 hint=f"Make it with make_cache(model, batch_size={batch_size}).",
             )
         if lengths is not None and (
-            len(lengths) != batch_size or not all(_is_integer(count, 0, length) for count in lengths)
+            len(lengths) != batch_size or not all(is_integer(count) and 0 <= count <= length for count in lengths)
         ):
             raise CacheError(
                 f"cache: lengths are {list(lengths)}, expected {batch_size} numbers from 0 to {length}",
@@ -128,8 +130,7 @@ class KVCache:
 
         Raises `OptionError` for what is no number of tokens.
         """
-        _check_integer("length", length, 0, _MAX_TOKENS)
-        self.placement.reserved = length
+        self.placement.reserved = check_integer("length", length, 0, _MAX_TOKENS)
 
     def can_trim(self, length: int) -> bool:
         """Whether `trim` would work: whether the first `length` tokens of every row are all held."""
@@ -142,7 +143,7 @@ class KVCache:
             CacheError: those tokens are not all held: a ring drops some once its window is full.
             OptionError: `length` is no number of tokens.
         """
-        _check_integer("length", length, 0, _MAX_TOKENS)
+        length = check_integer("length", length, 0, _MAX_TOKENS)
         if not self.can_trim(length):
             raise CacheError(
                 f"cache of {min(self.offsets)} tokens: cannot be trimmed to {length}, not all of them are held",
@@ -167,7 +168,7 @@ class KVCache:
         Raises `CacheError` for no rows, rows that are not there, or a cache of another kind.
         """
         for cache, rows in parts:
-            if not all(_is_integer(row, 0, cache.batch_size - 1) for row in rows):
+            if not all(is_integer(row) and 0 <= row < cache.batch_size for row in rows):
                 raise CacheError(
                     f"cache of {cache.batch_size} rows: cannot go on with rows {list(rows)}",
                     hint=f"Give at least one row from 0 to {cache.batch_size - 1}.",
@@ -242,7 +243,7 @@ def make_cache(
     Raises:
         OptionError: a value out of range.
     """
-    _check_integer("batch_size", batch_size, 1, _MAX_ROWS)
+    batch_size = check_integer("batch_size", batch_size, 1, _MAX_ROWS)
     return _make_cache(model.config, max_kv_size, keep, kv_bits, kv_group_size, [0] * batch_size)
 
 
@@ -254,10 +255,8 @@ def _make_cache(
     kv_group_size: int,
     offsets: list[int],
 ) -> KVCache:
-    check_window(max_kv_size, keep)
-    if kv_bits is not None and (not isinstance(kv_bits, int) or kv_bits not in (4, 8)):
-        raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
-    _check_integer("kv_group_size", kv_group_size, 32, 128)
+    max_kv_size, keep = check_window(max_kv_size, keep)
+    kv_bits, kv_group_size = check_quantization(kv_bits, kv_group_size)
     group_size, fitting = config.kv_group_size(kv_group_size), [n for n in (32, 64, 128) if config.head_dim % n == 0]
     if kv_bits is not None and group_size not in fitting:
         sizes = " or ".join(map(str, fitting))
@@ -273,32 +272,34 @@ def _make_cache(
     return KVCache(config, placement, kv_bits, group_size)
 
 
-def check_window(max_kv_size: int | None, keep: int) -> None:
-    """Refuse what `make_cache` would refuse for any model. Raises `OptionError`."""
-    _check_integer("keep", keep, 0, _MAX_TOKENS)
+def check_window(max_kv_size: int | None, keep: int) -> tuple[int | None, int]:
+    """Both as `int`, as far as they can be checked without a model. Raises `OptionError`."""
+    keep = check_integer("keep", keep, 0, _MAX_TOKENS)
     if max_kv_size is None:
-        return
-    _check_integer("max_kv_size", max_kv_size, 1, _MAX_TOKENS)
+        return None, keep
+    max_kv_size = int(check_integer("max_kv_size", max_kv_size, 1, _MAX_TOKENS))
     if max_kv_size <= keep:
         raise OptionError(
             f"max_kv_size: found {max_kv_size}, expected more than the {keep} tokens that are always kept",
             hint="Choose a larger window, or keep fewer.",
         )
+    return max_kv_size, keep
+
+
+def check_quantization(kv_bits: int | None, kv_group_size: int) -> tuple[int | None, int]:
+    """Both as `int`, as far as they can be checked without a model. Raises `OptionError`."""
+    kv_group_size = check_integer("kv_group_size", kv_group_size, 32, 128)
+    if kv_bits is None:
+        return None, kv_group_size
+    if not is_integer(kv_bits) or kv_bits not in (4, 8):
+        raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
+    return operator.index(kv_bits), kv_group_size
 
 
 def _let_go(layer: KVLayer) -> None:
     """Compute a layer's new buffers, and give the memory of the old ones back: nothing else may be as large."""
     mx.eval(layer.keys, layer.values)
     mx.clear_cache()
-
-
-def _is_integer(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if not _is_integer(value, low, high):
-        raise OptionError(f"{name}: found {value!r}, expected an integer from {low} to {high:,}")
 
 
 def cache_identity(config: ModelConfig) -> str:

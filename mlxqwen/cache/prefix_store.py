@@ -24,6 +24,7 @@ from mlxqwen.cache.blocks import BLOCK, block_nbytes, has_slid, put_blocks, put_
 from mlxqwen.cache.chain import TokenChain, seed
 from mlxqwen.cache.kv_cache import KVCache, cache_identity
 from mlxqwen.cache.storage import Stored
+from mlxqwen.checks import is_integer
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class PrefixStore:
     """
 
     def __init__(self, fingerprint: str | Callable[[], str], capacity: int, disk: DiskTier | None = None) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0:
+        if not is_integer(capacity) or capacity < 0:
             raise OptionError(
                 f"prefix store: found a capacity of {capacity!r}, expected a number of bytes",
                 hint="0 keeps nothing but what open conversations have read.",

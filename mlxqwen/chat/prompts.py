@@ -12,6 +12,7 @@ from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
+from mlxqwen.checks import check_flag
 from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
 from mlxqwen.text.messages import split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
@@ -30,8 +31,7 @@ def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bo
     Raises:
         OptionError: `thinking` is no switch, or the budget contradicts it.
     """
-    if thinking is not None and not isinstance(thinking, bool):
-        raise OptionError(f"thinking: found {thinking!r}, expected True, False or None")
+    check_flag("thinking", thinking, optional=True)
     if thinking_budget != 0 or isinstance(thinking_budget, bool):
         return thinking
     if thinking:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+from mlxqwen.checks import check_integer
 from mlxqwen.errors import OptionError
 from mlxqwen.text.tokenizer import Tokenizer
 
@@ -67,10 +69,8 @@ def _is_inside_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 
 
 def check_budget(budget: object) -> int | None:
-    """A budget as it is. Raises `OptionError` for what is none."""
-    if budget is None or (isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0):
-        return budget
-    raise OptionError(f"thinking_budget: found {budget!r}, expected an integer from 0, or None for no limit")
+    """The budget as an `int`, or None for no limit. Raises `OptionError`."""
+    return cast("int | None", check_integer("thinking_budget", budget, 0, optional="None for no limit"))
 
 
 def check_early_stop_text(text: object) -> str:

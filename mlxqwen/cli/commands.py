@@ -29,6 +29,7 @@ class LazyGroup(click.Group):
     """Subcommands by name, so that none pays for another's imports. A closed pipe ends them without a word."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all subcommands, in the order of the help."""
         return sorted(_COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -38,6 +39,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, found.get_short_help_str(200)) for name, found in commands if found is not None])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The subcommand of this name, imported now; None if there is none."""
         if cmd_name not in _COMMANDS:
             return None
         with leave_at_once():
@@ -54,6 +56,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parse the arguments; a closed pipe ends `--help` and `--version` without a message."""
         try:
             return super().make_context(*args, **extra)
         except BrokenPipeError:  # of --help and --version, which click would make an error
@@ -61,6 +64,7 @@ class LazyGroup(click.Group):
             raise click.exceptions.Exit(BROKEN_PIPE) from None
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; a usage error names it, and a closed pipe ends it without a message."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:

@@ -96,7 +96,7 @@ def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
             check_conversation(messages)
         except MessagesError as error:
             raise MessagesError(f"{path}: {error.problem}", hint=error.hint) from None
-    return messages, {name: _option(path, name, option) for name, option in options.items()}
+    return messages, options
 
 
 def _parse(path: Path, text: str) -> Any:
@@ -122,17 +122,8 @@ def _plain_option(name: str, value: Any) -> Any:
     if name == "sampling":
         given = dataclasses.asdict(value) if isinstance(value, SamplingParams) else dict(value)
         if given.get("logit_bias"):
-            given["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
+            given["logit_bias"] = {
+                str(token): bias for token, bias in given["logit_bias"].items()
+            }  # JSON's keys are text
         value = given
     return to_plain_json(value, name)
-
-
-def _option(path: Path, name: str, value: Any) -> Any:
-    """JSON has only text for keys, where a bias is one of token ids."""
-    bias = value.get("logit_bias") if name == "sampling" and isinstance(value, dict) else None
-    if not isinstance(bias, dict):
-        return value
-    for token in bias:
-        if not (token.isascii() and token.isdecimal() and len(token) < 11):
-            raise MessagesError(f"{path}: logit_bias: found {token!r}, expected a token id", hint=_HINT)
-    return {**value, "logit_bias": {int(token): number for token, number in bias.items()}}

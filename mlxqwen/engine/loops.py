@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxqwen.errors import OptionError
+from mlxqwen.checks import check_integer
 
 __all__ = ["LoopDetector"]
 
@@ -37,8 +37,7 @@ class LoopDetector:
             ("repeats", repeats, 3),
             ("max_period", max_period, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f"{name}: found {value!r}, expected an integer from {least}")
+            check_integer(name, value, least)
         self._min_tokens = min_tokens
         self._repeats = repeats
         self._max_period = max_period

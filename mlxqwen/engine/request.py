@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
-from mlxqwen.cache import KVCache, make_cache
+from mlxqwen.cache import KVCache, check_quantization, check_window, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
@@ -60,6 +61,11 @@ class CacheKind:
     keep: int = 4
     kv_bits: int | None = None
     kv_group_size: int = 64
+
+    def __post_init__(self) -> None:
+        checked = (*check_window(self.max_kv_size, self.keep), *check_quantization(self.kv_bits, self.kv_group_size))
+        for name, value in zip(("max_kv_size", "keep", "kv_bits", "kv_group_size"), checked, strict=True):
+            object.__setattr__(self, name, value)
 
     def make(self, model: Qwen3ForCausalLM, batch_size: int = 1) -> KVCache:
         """An empty cache of this kind. Raises `OptionError` for options that this model's cache cannot have."""
@@ -217,10 +223,10 @@ def held_tokens(request: Request) -> int:
     return cache.offsets[request.cache_row]
 
 
-def _check_cached_tokens(count: object, cache: KVCache, prompt: Sequence[int]) -> None:
+def _check_cached_tokens(value: object, cache: KVCache, prompt: Sequence[int]) -> None:
     hint = "The prompt's last token has to be read: what it leads to is not in the cache."
-    check_integer("cached_tokens", count, 0, len(prompt) - 1, hint=hint)
-    if isinstance(count, int) and not cache.can_trim(count):
+    count = int(check_integer("cached_tokens", value, 0, len(prompt) - 1, hint=hint))
+    if not cache.can_trim(count):
         raise CacheError(
             f"cache of {min(cache.offsets)} tokens: cannot go back to the first {count}",
             hint="Go on from where it is, or from 0.",
@@ -230,7 +236,7 @@ def _check_cached_tokens(count: object, cache: KVCache, prompt: Sequence[int]) -
 def check_draft_tokens(value: object) -> int:
     """How many tokens to guess at once, 1 to 64. Raises `OptionError`."""
     hint = "Longer drafts gain nothing: few of them are right to the end, and all their logits take memory."
-    is_long = isinstance(value, int) and value > MAX_DRAFT_TOKENS
+    is_long = isinstance(value, SupportsIndex) and is_integer(value) and operator.index(value) > MAX_DRAFT_TOKENS
     return int(check_integer("draft_tokens", value, 1, MAX_DRAFT_TOKENS, hint=hint if is_long else ""))
 
 

@@ -251,7 +251,7 @@ def batch_stream(
     """
     check_keywords("batch_stream", options, stream_generate)
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
-    if not given or isinstance(given[0], int):
+    if not given or is_integer(given[0]):
         found = "one prompt" if given or prompts else "none"
         raise OptionError(
             f"prompts: found {found}, expected a list of at least one text or list of token ids",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from mlxqwen.cache import KVCache
-from mlxqwen.checks import as_token_ids
+from mlxqwen.checks import as_token_ids, is_integer
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
@@ -153,7 +153,7 @@ def generate_tokens(
 
 
 def _is_id(value: object) -> bool:
-    return hasattr(value, "__index__") or isinstance(value, str | float)
+    return is_integer(value) or isinstance(value, str | float)
 
 
 def check_rows(cache: object, rows: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlxqwen.chat.reply import Reply, ToolCall
 from mlxqwen.chat.tools import call_tool, tool_schema
+from mlxqwen.checks import check_integer
 from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.errors import ContextLengthError, OptionError
@@ -76,8 +77,7 @@ def stream_tool_loop(
     """
     if not isinstance(tools, Mapping):
         raise OptionError(f"tools: found {type(tools).__name__}, expected functions by name: {{name: function}}")
-    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 1:
-        raise OptionError(f"max_rounds: found {max_rounds!r}, expected an integer from 1")
+    max_rounds = check_integer("max_rounds", max_rounds, 1)
     functions = dict(tools)
     schemas = [tool_schema(name, function) for name, function in functions.items()]
     return _rounds(answer, answer(messages, schemas), list(messages), functions, schemas, max_rounds)

@@ -91,6 +91,7 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
 
 
 def refuse_unfinished(folder: Path) -> None:
+    """Raise `HubError`, with the command that goes on with it, if the folder is an unfinished conversion."""
     if not folder.name.endswith(".partial"):
         return
     from mlxqwen.files.unfinished import command_to_finish, is_unfinished  # of no use to most loads
@@ -103,6 +104,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def refuse_revision(revision: str | None, what: str) -> None:
+    """Raise `OptionError` if a revision is given for `what`, which has none."""
     if revision is not None:
         raise OptionError(
             f"revision: found {revision!r} for {what}",
@@ -111,6 +113,7 @@ def refuse_revision(revision: str | None, what: str) -> None:
 
 
 def expanded(name: str) -> Path:
+    """The path with `~` replaced by the user's home, if there is one."""
     try:
         return Path(name).expanduser()
     except RuntimeError:  # a user that does not exist
@@ -118,10 +121,12 @@ def expanded(name: str) -> Path:
 
 
 def looks_like_path(name: str) -> bool:
+    """Whether a name is a path rather than an id of the hub."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def existing_folder(folder: Path, *, hint: str) -> Path:
+    """The folder. Raises `HubError` if it is a file or does not exist."""
     if os.path.isdir(folder):
         return folder
     if os.path.isfile(folder):
@@ -130,6 +135,7 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
+    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`."""
     try:
         import_module("huggingface_hub.constants")  # reads the environment
     except ValueError as cause:
@@ -184,6 +190,7 @@ def progress_on_terminal_only() -> Iterator[None]:
 
 
 def check_model(repo_id: str, folder: Path) -> None:
+    """Raise `HubError` if what was downloaded has no config or no safetensors weights."""
     if not (folder / "config.json").is_file():
         missing = "config.json"
     elif not any(folder.glob("*.safetensors")):
@@ -257,6 +264,7 @@ def answered(repo_id: str, status: int) -> HubError | None:
 
 
 def unreachable(repo_id: str, cause: Exception) -> HubError:
+    """The error for a hub that does not answer: names the reason and the way out."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     from mlxqwen.files.unfinished import command_to_finish, is_unfinished

@@ -60,6 +60,7 @@ def read_json_object(
 
 
 def parse_short_integer(digits: str) -> int:
+    """The integer. Raises `ValueError` for too many digits, whose conversion would take long."""
     if len(digits) > MAX_INTEGER_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
     return int(digits)
@@ -140,6 +141,7 @@ def shown(value: object, most: int = 100) -> str:
 
 
 def way_out(path: Path) -> str:
+    """The hint for a file that is damaged."""
     return f"Download {path.name} again, or repair it."
 
 
@@ -163,6 +165,7 @@ def read_bounded(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> by
 
 
 def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises `ValueError` for a key that appears twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -174,10 +177,12 @@ def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_constant(name: str) -> NoReturn:
+    """Raise `ValueError` for NaN and Infinity, which Python's parser would take."""
     raise ValueError(f"{name} is not JSON")
 
 
 def parse_finite_float(digits: str) -> float:
+    """The number. Raises `ValueError` if no float is as large."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(f"the number {digits[:40]} is too large")

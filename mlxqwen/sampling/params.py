@@ -7,16 +7,16 @@ against endless repetition a presence penalty, for quantized weights of 1.5.
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
+from mlxqwen.checks import check_integer, check_number
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import json_kind
 
-__all__ = ["NON_THINKING", "THINKING", "SamplingParams", "check_integer", "resolve_sampling"]
+__all__ = ["NON_THINKING", "THINKING", "SamplingParams", "resolve_sampling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,15 @@ class SamplingParams:
 
     Args:
         temperature: divides the logits, 0 to 100; 0 is greedy.
-        top_k: keep the k most likely tokens and all that tie with the k-th; 0 keeps all.
+        top_k: keep the k most likely tokens and all that tie with the k-th; 0 or -1 keeps all.
         top_p: keep the fewest tokens whose probability reaches this, in (0, 1]; of equals the lower ids.
         min_p: keep tokens at least this fraction as likely as the most likely one, 0 to 1.
         presence_penalty: subtracted from the logit of each token already in the reply, -2 to 2.
         frequency_penalty: the same, times how often the token is in the reply, -2 to 2.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply, 0.01
             to 100.
-        logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else.
+        logit_bias: token id to a number in [-100, 100] that is added to its logit before everything else. An id may
+            be given as text, as in JSON, whose keys are always text.
         seed: 0 to 2**64 - 1; the same seed draws the same tokens. None draws anew each time.
 
     Raises:
@@ -51,11 +52,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, (low, high, low_is_open) in _RANGES.items():
-            value = _real(name, getattr(self, name), low, high, low_is_open=low_is_open)
+            value = check_number(name, getattr(self, name), low, high, low_is_open=low_is_open)
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 2**31))
+        object.__setattr__(self, "top_k", max(check_integer("top_k", self.top_k, -1, _MOST_TOKENS), 0))
         if self.seed is not None:
-            object.__setattr__(self, "seed", check_integer("seed", self.seed, 2**64))
+            object.__setattr__(self, "seed", check_integer("seed", self.seed, 0, 2**64 - 1))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
@@ -65,6 +66,8 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+_MOST_TOKENS = 2**31 - 1
+_DIGITS = re.compile(r"[0-9]{1,10}")
 _RANGES = {
     "temperature": (0.0, 100.0, False),
     "top_p": (0.0, 1.0, True),
@@ -75,32 +78,23 @@ _RANGES = {
 }
 
 
-def _real(name: str, value: object, low: float, high: float, *, low_is_open: bool = False) -> float:
-    if not isinstance(value, bool) and isinstance(value, Real):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if low <= number <= high and not (low_is_open and number == low):
-            return number
-    interval = f"{'(' if low_is_open else '['}{low:g}, {high:g}]"
-    raise OptionError(f"{name}: found {value!r}, expected a number in {interval}")
-
-
-def check_integer(name: str, value: object, end: int) -> int:
-    """`value` as an integer from 0 to below `end`, or an `OptionError` that names it."""
-    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) < end:
-        return int(value)
-    raise OptionError(f"{name}: found {value!r}, expected an integer from 0 to {end - 1}")
-
-
 def _bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise OptionError(f"logit_bias: found {value!r}, expected a mapping of token ids to numbers")
-    return {
-        check_integer("logit_bias token id", token, 2**31): _real(f"logit_bias of token {token}", bias, -100.0, 100.0)
-        for token, bias in value.items()
+    bias = {
+        check_integer("logit_bias token id", _id_of(token), 0, _MOST_TOKENS): check_number(
+            f"logit_bias of token {token}", number, -100.0, 100.0
+        )
+        for token, number in value.items()
     }
+    if len(bias) < len(value):
+        raise OptionError("logit_bias: found a token id twice, as a number and as text, expected it once")
+    return bias
+
+
+def _id_of(token: object) -> object:
+    """The id that `token` spells in decimal digits; else `token` itself."""
+    return int(token) if isinstance(token, str) and _DIGITS.fullmatch(token) else token
 
 
 THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.0)

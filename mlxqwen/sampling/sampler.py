@@ -14,8 +14,9 @@ from typing import TypeAlias, cast
 
 import mlx.core as mx
 
+from mlxqwen.checks import check_integer
 from mlxqwen.errors import GenerationError, OptionError
-from mlxqwen.sampling.params import SamplingParams, check_integer
+from mlxqwen.sampling.params import SamplingParams
 
 __all__ = [
     "BAD_TOKEN",
@@ -75,7 +76,7 @@ def token_logprobs(
 
 def _ids(tokens: object) -> list[int]:
     if isinstance(tokens, Sequence):
-        return [check_integer("token id", token, 2**31) for token in tokens]
+        return [check_integer("token id", token, 0, 2**31 - 1) for token in tokens]
     raise OptionError(f"token_logprobs: found {tokens!r}, expected a sequence of ids per row")
 
 

@@ -14,9 +14,10 @@ from mlxqwen.chat.request_files.conversations import (
     located,
     parse_json_text,
 )
+from mlxqwen.checks import check_integer, is_integer
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import json_kind
-from mlxqwen.sampling.params import check_integer, resolve_sampling
+from mlxqwen.sampling.params import resolve_sampling
 
 __all__ = ["BatchRequest", "parse_requests"]
 
@@ -96,7 +97,7 @@ def _parse_line(line: str, index: int, system: str | None, thinking: bool | None
             raise OptionError(f"prompt: found {prompt!r:.80}, expected text", hint=_HINT)
         value["messages"] = [{"role": "user", "content": prompt}]
     name = value.get("id")
-    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+    if name is not None and (not isinstance(name, str) and not is_integer(name)):
         raise OptionError(f"id: found {name!r:.80}, expected a string or an integer")
     conversation = conversation_of(value).with_system(system)
     options = _checked_options(value)
@@ -118,13 +119,13 @@ def _checked_options(value: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionError("seed: found beside sampling and in it, expected one of them")
     resolve_sampling({}, thinking=True, overrides=sampling)
     if "seed" in options:
-        check_integer("seed", options["seed"], 2**64)
+        check_integer("seed", options["seed"], 0, 2**64 - 1)
     if "thinking_budget" in options:
-        check_integer("thinking_budget", options["thinking_budget"], _MOST)
+        check_integer("thinking_budget", options["thinking_budget"], 0, _MOST)
     if "thinking" in options and not isinstance(options["thinking"], bool):
         raise OptionError(f"thinking: found {options['thinking']!r:.80}, expected true or false")
-    if "max_tokens" in options and check_integer("max_tokens", options["max_tokens"], _MOST) == 0:
-        raise OptionError("max_tokens: found 0, expected an integer from 1")
+    if "max_tokens" in options:
+        check_integer("max_tokens", options["max_tokens"], 1, _MOST)
     return options
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from mlxqwen.chat.tools.functions import read_arguments
 from mlxqwen.chat.tools.schemas import find_problem
-from mlxqwen.errors import MessagesError, OptionError, one_line
+from mlxqwen.checks import check_integer
+from mlxqwen.errors import MessagesError, one_line
 from mlxqwen.files.json_file import json_kind, parse_json
 from mlxqwen.text.messages import to_plain_json
 
@@ -46,8 +47,7 @@ def call_tool(
         KeyboardInterrupt and its like pass through. A tool may take as long as it takes: nothing but Ctrl-C ends it, so
             one that may hang has to bound itself.
     """
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise OptionError(f"limit: found {limit!r}, expected a number of characters, 1 or more")
+    limit = check_integer("limit", limit, 1)
     try:
         function, arguments = _prepare(functions, schemas, call)
     except MessagesError as problem:

@@ -123,6 +123,7 @@ class Checkpoint:
 
 
 def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
+    """The checkpoint of the shards that `weight_map` names. Raises `CheckpointError` where they disagree with it."""
     shards = list(dict.fromkeys(weight_map.values()))
     absent = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if absent:
@@ -155,6 +156,7 @@ def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
 
 
 def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
+    """The checkpoint of all tensors in `files`. Raises `CheckpointError` for one that is in two of them."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for path in files:
@@ -171,6 +173,7 @@ def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def stray_files(folder: Path, used: set[str], why: str) -> list[str]:
+    """A note on safetensors files of the folder that are not `used`; no note where there are none."""
     strays = [path.name for path in listed(folder) if path.suffix == ".safetensors" and path.name not in used]
     return [f"ignored {counted(strays, 'stray file')} {why}: {some_of(strays)}"] if strays else []
 
@@ -242,6 +245,7 @@ def check_all_shards(folder: Path, files: list[Path]) -> None:
 
 
 def no_weights(folder: Path) -> MlxqwenError:
+    """The error for a folder without safetensors files: it names the format that is there instead."""
     names = [path.name for path in listed(folder)]
     for suffixes, format_name in (
         ((".gguf", ".ggml"), "GGUF"),
@@ -263,6 +267,7 @@ def no_weights(folder: Path) -> MlxqwenError:
 
 
 def listed(folder: Path) -> list[Path]:
+    """The folder's files, sorted. Raises `CheckpointError` if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as cause:
@@ -272,6 +277,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def counted(things: list[str], noun: str) -> str:
+    """ "1 file", "2 files"."""
     return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 

@@ -147,6 +147,7 @@ def not_safetensors(path: Path, head: bytes, length: int) -> MlxqwenError:
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Any]:
+    """The header's entries by name, each still to be checked. Raises `CheckpointError`."""
     if not header.startswith(b"{"):
         raise damaged(path, f"starts with {header[:8]!r}, expected {{")
     try:
@@ -159,16 +160,19 @@ def parse_header(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def damaged(path: Path, problem: str) -> CheckpointError:
+    """The error for a header that is wrong as a whole."""
     return CheckpointError(f"{path}: the safetensors header {problem}", hint=DOWNLOAD_AGAIN)
 
 
 def parse_size(digits: str) -> int:
+    """A number of the header. Raises `ValueError` for one below 0 or of more than 20 digits."""
     if len(digits) > 20 or digits.startswith("-"):
         raise ValueError(f"the number {digits[:24]}, expected an integer from 0 to 2**64 - 1")
     return int(digits)
 
 
 def parse_metadata(path: Path, found: Any) -> dict[str, str]:
+    """The header's `__metadata__`, text by name. Raises `CheckpointError` for anything else, or too much of it."""
     if found is None:  # MLX writes null where there is none.
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
@@ -184,6 +188,7 @@ def parse_metadata(path: Path, found: Any) -> dict[str, str]:
 
 
 def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One entry of the header, with its offsets counted from the start of the file. Raises `CheckpointError`."""
     if len(name) > MAX_NAME_LENGTH:
         wrong_tensor(path, name, f"a name of {len(name):,} characters", f"at most {MAX_NAME_LENGTH:,}")
     if not isinstance(entry, dict) or entry.keys() != TENSOR_KEYS:
@@ -215,6 +220,7 @@ def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_shape(found: Any) -> bool:
+    """Whether a value of the header is a shape: a short list of integers in bounds."""
     return (
         type(found) is list
         and len(found) <= MAX_DIMENSIONS
@@ -223,6 +229,7 @@ def is_shape(found: Any) -> bool:
 
 
 def wrong_tensor(path: Path, name: str, found: str, expected: str) -> NoReturn:
+    """Raise `CheckpointError` for one entry of the header."""
     raise CheckpointError(f"{path}: tensor {name[:120]!r}: found {found}, expected {expected}", hint=DOWNLOAD_AGAIN)
 
 
@@ -258,6 +265,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:
+    """All arrays of a file by name, lazy. Raises `CheckpointError`, `UnsupportedFormatError`."""
     import mlx.core as mx
 
     try:
@@ -271,6 +279,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
 
 
 def check_mlx_dtypes(path: Path) -> None:
+    """Raise `UnsupportedFormatError` if a tensor has a dtype that MLX does not have."""
     for tensor in read_header(path)[0].values():
         if tensor.dtype not in MLX_DTYPES:
             raise UnsupportedFormatError(
@@ -280,6 +289,7 @@ def check_mlx_dtypes(path: Path) -> None:
 
 
 def checked_array(tensor: TensorInfo, arrays: dict[str, mx.array]) -> mx.array:
+    """The array of `tensor`. Raises `CheckpointError` if it is not as the header said."""
     import mlx.core as mx
 
     array = arrays.get(tensor.name)
@@ -292,6 +302,7 @@ def checked_array(tensor: TensorInfo, arrays: dict[str, mx.array]) -> mx.array:
 
 
 def array_kind(array: mx.array | None) -> str:
+    """The dtype and shape of an array, for errors."""
     return "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
 
 
@@ -313,6 +324,7 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def unreadable(path: Path, cause: Exception) -> CheckpointError:
+    """The error for a file that the system or MLX does not read."""
     reason = getattr(cause, "strerror", None) or cause
     return CheckpointError(f"{path}: cannot be read: {reason}", hint="Check the file and its permissions.")
 

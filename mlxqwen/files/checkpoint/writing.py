@@ -75,6 +75,7 @@ def write_checkpoint(
 
 
 def split_shards(arrays: Mapping[str, mx.array], max_shard_bytes: int) -> list[dict[str, mx.array]]:
+    """The arrays in order, cut into shards of at most `max_shard_bytes`; a larger array has a shard of its own."""
     shards: list[dict[str, mx.array]] = [{}]
     filled = 0
     for name, array in arrays.items():
@@ -87,6 +88,7 @@ def split_shards(arrays: Mapping[str, mx.array], max_shard_bytes: int) -> list[d
 
 
 def shard_names(count: int) -> list[str]:
+    """The names of so many files, as Hugging Face gives them."""
     if count == 1:
         return [SINGLE_NAME]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -118,6 +120,7 @@ def write_tensors(staged: Path, path: Path, arrays: Mapping[str, mx.array], meta
 
 
 def unwritable(path: Path, cause: Exception) -> CheckpointError:
+    """The error for a file that cannot be written."""
     return CheckpointError(
         f"{path}: cannot be written: {reason_of(cause)}", hint="Check the folder's permissions and the free space."
     )

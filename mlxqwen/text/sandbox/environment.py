@@ -70,6 +70,7 @@ class TemplateNamespace(Namespace):
 
 
 def check_stored(name: object, value: Any) -> None:
+    """Refuse names and values that a template must not store in a namespace. Raises `TemplateError`."""
     if not isinstance(name, str) or name.startswith("_"):
         raise forbidden(f"the name {name!r} in a namespace")
     if isinstance(value, Namespace | jinja2.runtime.Macro):
@@ -127,10 +128,12 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def raise_exception(message: object = "") -> None:
+    """What templates call to refuse a conversation. Raises `TemplateError` with their message."""
     raise TemplateError(f"chat template: {message}")
 
 
 def strftime_now(format: str) -> str:
+    """The local time, as templates ask for it. Raises `TemplateError` for a long format."""
     if len(format) > MAX_TIME_FORMAT:
         raise too_expensive("an argument is too long")
     return datetime.now().strftime(format)
@@ -138,6 +141,7 @@ def strftime_now(format: str) -> str:
 
 @jinja2.pass_context
 def finalize(context: MeteredContext, value: Any) -> str:
+    """The text of a value that the template writes, counted by the meter."""
     text = context.meter.text(value)
     context.meter.write(len(text))
     return text
@@ -145,6 +149,7 @@ def finalize(context: MeteredContext, value: Any) -> str:
 
 @lru_cache(maxsize=1)
 def make_environment() -> MeteredEnvironment:
+    """Jinja's environment with the filters and tests of this package, as transformers configures it."""
     environment = MeteredEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -168,6 +173,10 @@ def make_environment() -> MeteredEnvironment:
 
 @lru_cache(maxsize=16)
 def compile_template(source: str, replacements: tuple[tuple[str, str], ...] = ()) -> jinja2.Template:
+    """A template, its syntax checked and the counting inserted. Raises `TemplateError`.
+
+    `replacements` are made in the text that the template spells.
+    """
     if len(source) > MAX_SOURCE_CHARACTERS:
         raise too_expensive(f"found {len(source)} characters, expected at most {MAX_SOURCE_CHARACTERS}")
     environment = make_environment()

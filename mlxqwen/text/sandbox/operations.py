@@ -69,6 +69,8 @@ def format_text(meter: Meter, text: str, arguments: Any) -> str:
 
 
 def strip(method: Callable[..., str]) -> Callable[..., str]:
+    """A bounded `str.strip`, `lstrip` or `rstrip`: what is stripped is tried for each character of the text."""
+
     def stripped(meter: Meter, text: str, chars: str | None = None) -> str:
         if chars is not None and len(chars) > MAX_STRIPPED:
             raise too_expensive("an argument is too long")
@@ -88,6 +90,7 @@ def search_backwards(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replace(meter: Meter, text: str, old: str, new: str, count: int | None = -1) -> str:
+    """A bounded `str.replace`: the size of the result is known before it is made."""
     limit = -1 if count is None else count
     matches = text.count(old)
     matches = matches if limit < 0 else min(matches, limit)
@@ -96,6 +99,7 @@ def replace(meter: Meter, text: str, old: str, new: str, count: int | None = -1)
 
 
 def join(meter: Meter, separator: str, items: Iterable[Any]) -> str:
+    """A bounded `str.join`: the size is counted as the items come."""
     pieces = []
     units = 0
     for item in items:
@@ -109,6 +113,8 @@ def join(meter: Meter, separator: str, items: Iterable[Any]) -> str:
 
 
 def pad(method: Callable[..., str]) -> Callable[..., str]:
+    """A bounded `str.center`, `ljust` or `rjust`: the width is checked first."""
+
     def padded(meter: Meter, text: str, width: int = 80, *fill: str) -> str:
         meter.check_size(width)
         return method(text, width, *fill)
@@ -207,46 +213,55 @@ def to_json(
 
 @jinja2.pass_context
 def join_filter(context: MeteredContext, value: Any, d: Any = "", attribute: Any = None) -> str:
+    """Jinja's `join`, bounded as `join` is."""
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(context.environment, attribute), value)
     return join(context.meter, context.meter.text(d), map(context.meter.text, value))
 
 
 def replace_filter(meter: Meter, text: str, old: Any, new: Any, count: int | None = None) -> str:
+    """Jinja's `replace`, bounded as `replace` is."""
     return replace(meter, text, meter.text(old), meter.text(new), count)
 
 
 def format_filter(meter: Meter, text: str, *args: Any, **kwargs: Any) -> str:
+    """Jinja's `format`, bounded as the operator `%` is."""
     if args and kwargs:
         raise TypeError("format: found positional and keyword arguments, expected the ones or the others")
     return format_text(meter, text, kwargs or args)
 
 
 def check_words(meter: Meter, text: str) -> None:
+    """Charge `wordcount` for the words that it makes."""
     meter.write(ELEMENT_UNITS * len(text))
 
 
 def check_indent(meter: Meter, text: str, width: int | str = 4, *args: Any, **kwargs: Any) -> None:
+    """Check the size of what `indent` will make."""
     margin = len(width) if isinstance(width, str) else width
     meter.check_size(len(text) + (text.count("\n") + 1) * margin)
 
 
 def check_batch(meter: Meter, value: Any, linecount: int, fill_with: Any = None) -> None:
+    """Check the size of what `batch` will fill up the last row with."""
     if fill_with is not None:
         meter.check_size(linecount * weigh(fill_with, meter.largest))
 
 
 def check_round(meter: Meter, value: Any, precision: int = 0, method: Any = "common") -> None:
+    """Refuse a precision whose power of ten takes long to compute."""
     if abs(precision) > 100:
         raise too_expensive("a rounding is too precise")
 
 
 def check_sum(meter: Meter, value: Any, attribute: Any = None, start: Any = 0) -> None:
+    """Refuse to start a sum with text or a list, which each addition would copy."""
     if not isinstance(start, int | float):
         raise forbidden("a sum of something else than numbers")
 
 
 def take_slice(meter: Meter, value: Any, *bounds: Any) -> Any:
+    """`value[start:stop:step]`, charged for what is read and what is made."""
     taken = value[slice(*bounds)]
     meter.spend(length(value))
     meter.make(length(taken) if type(taken) is str else ELEMENT_UNITS * length(taken))
@@ -254,18 +269,21 @@ def take_slice(meter: Meter, value: Any, *bounds: Any) -> Any:
 
 
 def concat(meter: Meter, *values: Any) -> str:
+    """The operator `~`: the texts of all values as one."""
     pieces = [meter.text(value) for value in values]
     meter.write(sum(map(len, pieces)))
     return "".join(pieces)
 
 
 def step(meter: Meter, units: int, written: int) -> bool:
+    """Charge one pass through a loop's body; always true, so that it may stand in a condition."""
     meter.spend(units)
     meter.make(written)
     return True
 
 
 def read(meter: Meter, value: Any) -> Any:
+    """The value, charged for being read."""
     meter.read(value)
     return value
 

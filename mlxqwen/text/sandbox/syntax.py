@@ -86,6 +86,7 @@ class SyntaxChecker(NodeTransformer):
             raise too_expensive("too much syntax")
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802 - named by Jinja
+        """Bound integers, and make the replacements in text."""
         if isinstance(node.value, str):
             node.value = self._replace(node.value, node.lineno)
         elif isinstance(node.value, int):
@@ -93,6 +94,7 @@ class SyntaxChecker(NodeTransformer):
         return node
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
+        """Make the replacements in the text between tags, and count it."""
         node.data = self._replace(node.data, node.lineno)
         self._written += len(node.data)
         return node
@@ -103,6 +105,7 @@ class SyntaxChecker(NodeTransformer):
         return self._spelled.sub(lambda found: self._replacements[found[0]], text)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        """Charge each pass through a loop for the syntax and the text of its body."""
         seen, written = self._nodes, self._written
         self.generic_visit(node)
         self._walks += self._nodes - seen
@@ -118,20 +121,24 @@ class SyntaxChecker(NodeTransformer):
     visit_CallBlock = visit_For  # noqa: N815
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+        """Charge for a list that the template makes."""
         self.generic_visit(node)
         return filtered(node, name=ADMIT)
 
     visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
+        """Charge for a tuple that the template makes."""
         self.generic_visit(node)
         return node if node.ctx == "store" else filtered(node, name=ADMIT)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        """Let `concat` compute the operator `~`."""
         self.generic_visit(node)
         return filtered(*node.nodes, name=CONCAT)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        """Charge a comparison for what it reads."""
         self.generic_visit(node)
         # Equal to a literal: no more is read than the literal has.
         if len(node.ops) > 1 or node.ops[0].op not in ("eq", "ne") or not isinstance(node.ops[0].expr, nodes.Const):
@@ -141,6 +148,7 @@ class SyntaxChecker(NodeTransformer):
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        """Charge a key for being read, and let `take_slice` compute slices."""
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             node.arg = read(node.arg)
@@ -151,8 +159,10 @@ class SyntaxChecker(NodeTransformer):
 
 
 def filtered(node: nodes.Expr, *args: nodes.Expr, name: str) -> nodes.Filter:
+    """The syntax of `node | name(args)`."""
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
 def read(node: nodes.Expr) -> nodes.Expr:
+    """The syntax of a value that is charged for being read; constants are not."""
     return node if isinstance(node, nodes.Const) else filtered(node, name=READ)
