@@ -14,8 +14,8 @@ from mlxqwen.errors import MlxqwenError, OptionError
 __all__ = ["as_token_ids", "check_flag", "check_integer", "check_number", "check_token_ids", "is_integer", "parse_size"]
 
 _MOST_SHOWN = 80  # characters
-_SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 _SIZES = 'For example "512MB", "2GB" or "off".'
+_SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
 
 def is_integer(value: object) -> bool:
@@ -136,4 +136,4 @@ def parse_size(name: str, value: object) -> int:
             return nbytes
     elif not isinstance(value, str):
         return int(check_integer(name, value, 1, hint=_SIZES))
-    raise OptionError(f"{name}: found {value!r}, expected a size above 0", hint=_SIZES)
+    raise OptionError(f"{name}: found {_shown(value)}, expected a size above 0", hint=_SIZES)

@@ -284,7 +284,7 @@ class Engine:
             GenerationError: while iterating.
         """
         self.check_open()
-        check_budget_use(thinking, thinking_budget, early_stop_text)
+        check_budget_use(self.tokenizer, thinking, thinking_budget, early_stop_text)
         options = ChatOptions(
             thinking=thinking,
             thinking_budget=thinking_budget,

@@ -11,7 +11,7 @@ from mlxqwen.cache import KVCache, check_quantization, check_window, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
-from mlxqwen.checks import as_token_ids, check_integer, check_token_ids
+from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.files.config import ModelConfig

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.chat.thinking import begins_in_thought, can_think
-from mlxqwen.checks import as_token_ids, check_token_ids
+from mlxqwen.chat.thinking import begins_in_thought
+from mlxqwen.chat.thinking_modes import thinking_modes
+from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
@@ -124,7 +125,8 @@ def text_request(
 
         drafter = as_drafter(speculative, model.config)
     begins = begins_in_thought(tokenizer, ids) if ids else None
-    params = resolve_params(model, sampling, thinking=can_think(tokenizer) if begins is None else begins, noted=noted)
+    thinks = thinking_modes(tokenizer).default if begins is None else begins
+    params = resolve_params(model, sampling, thinking=thinks, noted=noted)
     request = Request(
         prompt=tuple(ids),
         sampling=params,
@@ -224,7 +226,7 @@ def stream_generate(
 
 
 def check_keywords(name: str, given: Iterable[str], function: Callable[..., Any], *more: str) -> None:
-    """Raise `TypeError` for what is no keyword of `function` nor among `more`, as Python does for the function `name`."""
+    """Raise `TypeError` for what is no keyword of `function` nor among `more`, as Python does for `name`."""
     known = {*(function.__kwdefaults__ or ()), *more}
     for keyword in given:
         if keyword not in known:
