@@ -9,29 +9,30 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.cache.disk_tier import DiskTier
-from mlxqwen.cache.placement import slots_to_allocate
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.device import current_device
+from mlxqwen.engine.admission import groups_of, new_prefill
 from mlxqwen.engine.arrangement import arrange
 from mlxqwen.engine.driver import Driver
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.interrupts import interrupts_deferred
-from mlxqwen.engine.memory import account, buffer_bytes, weight_bytes
-from mlxqwen.engine.prefill import Prefill, read_together
+from mlxqwen.engine.memory import account, weight_bytes
+from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
-from mlxqwen.engine.request import CacheKind, Request, check_request, fitting_prefill_chunk
+from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk
+from mlxqwen.engine.room import grows, may_grow, may_guess, may_merge, may_start, out_of_memory, refuse_if_never
 from mlxqwen.engine.running import RunningBatch
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.guesses import Guesser
-from mlxqwen.errors import InsufficientMemoryError, OptionError
+from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["EVALUATION", "STORE_SHARE", "Scheduler"]
@@ -115,9 +116,7 @@ class Scheduler:
         self.check_open()
         model = self.model
         check_request(request, model)
-        if self.checks_memory and isinstance(request.cache, CacheKind):
-            needed = buffer_bytes(self.model, request.cache, len(request.prompt) + 1)
-            account().refuse_if_never(needed, f"prompt: its cache of {len(request.prompt):,} tokens")
+        refuse_if_never(self, request.cache, len(request.prompt))
         generation = Generation(request, model, next(self._numbers))
         self._submitted.append(weakref.ref(generation))
         handle = Handle(generation, self)
@@ -298,105 +297,20 @@ class Scheduler:
             if one.waits_for_reader():
                 one.match = None
                 continue
-            if not self._has_room(one, admitted):
+            if not may_start(self, one, admitted, self._alive_batches()):
                 one.match = None
                 break
             admitted.append(one)
         chosen = {id(one) for one in admitted}
         self._waiting = [one for one in self._waiting if id(one()) not in chosen]
-        for group in self._groups(admitted):
+        for group in groups_of(admitted, self._chunk):
             try:
-                self._reading.append(weakref.ref(self._prefill(group)))
+                self._reading.append(weakref.ref(new_prefill(group)))
             except Exception as error:  # memory ends, or a caller's cache is not as it was
                 for one in group:
                     one.fail(error)
 
-    def _groups(self, admitted: list[Generation]) -> Iterator[list[Generation]]:
-        """Prompts that are read together: of one kind of cache, and about equally long."""
-        kinds: dict[object, list[Generation]] = {}
-        owners: dict[int, list[Generation]] = {}
-        for one in admitted:
-            request, slots = one.request, slots_to_allocate(len(one.text) + 1, one.request.cache.max_kv_size)
-            if one.own_cache is not None:
-                owners.setdefault(id(one.own_cache), []).append(one)
-            else:
-                kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots), []).append(one)
-        for several in owners.values():
-            yield from self._groups_behind(several)
-        for several in kinds.values():
-            unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
-            chunk = several[0].request.prefill_chunk or self._chunk
-            if any(one.fills_window for one in several):
-                chunk = 1  # each apart, as it may have to stop on its way; see `_up_to_mark`
-            for group in read_together(unread, chunk):
-                yield [several[place] for place in group]
-
-    def _prefill(self, generations: list[Generation]) -> Prefill:
-        """Prompts in a cache of their own, which holds what the store has of each."""
-        if generations[0].own_cache is not None:
-            return self._prefill_behind(generations, generations[0].own_cache)
-        kind = generations[0].request.cache
-        assert isinstance(kind, CacheKind)
-        filled = []
-        for one in generations:
-            cache = kind.make(one.model)
-            if one.match is not None and one.match.length:
-                one.match.fill(cache)
-            one.match = None
-            filled.append(cache)
-        cache = filled[0]
-        if len(filled) > 1:
-            cache = kind.make(generations[0].model, len(filled))
-            if any(one.offset for one in filled):
-                cache.assemble([(one, [0]) for one in filled])
-        return Prefill(generations, cache)
-
-    def _groups_behind(self, several: list[Generation]) -> Iterator[list[Generation]]:
-        """Prompts behind what one caller's cache holds: together if they are all its rows, and fit one chunk."""
-        first = several[0]
-        rows = [one.request.cache_row for one in several]
-        known = first.request.cached_tokens or 0
-        longest = max(len(one.text) - known for one in several)
-        fits = len(several) * longest <= (first.request.prefill_chunk or self._chunk)
-        if first.own_cache is not None and rows == list(range(first.own_cache.batch_size)) and fits:
-            yield several
-        else:
-            yield from ([one] for one in several)
-
-    def _prefill_behind(self, several: list[Generation], owner: KVCache) -> Prefill:
-        """Prompts behind what the caller's own cache holds: of all its rows, or of one of them."""
-        first = several[0]
-        row = first.request.cache_row
-        if first.request.cached_tokens is not None and row == 0:
-            owner.trim(first.request.cached_tokens)
-        if row is not None and len(several) == owner.batch_size:
-            return Prefill(several, owner, owner)
-        cache = owner.like(1)
-        if row is not None and owner.offset:
-            cache.assemble([(owner, [row])])
-        return Prefill(several, cache, owner)
-
     # Memory
-
-    def _has_room(self, one: Generation, admitted: list[Generation]) -> bool:
-        if not self.checks_memory:
-            return True
-        soon = sum(buffer_bytes(self.model, other.request.cache, len(other.text) + 1) for other in admitted)
-        needed = buffer_bytes(self.model, one.request.cache, len(one.text) + 1)
-        joining = max((batch.cache.nbytes // len(batch.cache) for batch in self._alive_batches()), default=0)
-        if account().make_room(soon + needed + joining, self):
-            return True
-        nobody_else = not admitted and not any(scheduler.cache_bytes for scheduler in account().schedulers)
-        return nobody_else and soon + needed <= account().most()
-
-    def _has_room_to_merge(self, batches: Sequence[RunningBatch]) -> bool:
-        """Whether buffers of all rows of these batches, one layer of them twice, may take the place of theirs."""
-        if not self.checks_memory:
-            return True
-        cache, rows = batches[0].cache, sum(len(batch.rows) for batch in batches)
-        whole = buffer_bytes(self.model, cache, max(batch.cache.offset for batch in batches), rows)
-        needed = whole + whole // len(cache) - sum(batch.cache.nbytes for batch in batches)
-        return needed <= account().left()
 
     def _give_up_parked(self) -> bool:
         """While others wait, let replies that are far ahead of their readers give up their rows → whether any did."""
@@ -407,25 +321,16 @@ class Scheduler:
             self._preempt(one)
         return bool(parked)
 
-    def _grows(self, batch: RunningBatch) -> bool:
-        """Whether the next token needs larger buffers."""
-        cache = batch.cache
-        return slots_to_allocate(cache.offset + 1, cache.max_kv_size) > cache.capacity
-
     def _make_room_to_grow(self, batch: RunningBatch) -> None:
         """Before buffers grow: the store gives way, then the least urgent replies, and the last one ends."""
-        while self.checks_memory and batch.rows and self._grows(batch):
-            cache = batch.cache
-            needed = buffer_bytes(self.model, cache, cache.offset + 1, cache.batch_size) - cache.nbytes
-            if account().make_room(needed + cache.nbytes // len(cache), self):
-                return
+        while batch.rows and not may_grow(self, batch):
             running = self.running
             victim = max((one for one in running if one.own_cache is None), key=lambda one: one.urgency, default=None)
             if victim is not None and len(running) + len(self.reading) > 1:
                 self._preempt(victim)
                 continue
             for one in batch.going:
-                one.fail(_out_of_memory(one))
+                one.fail(out_of_memory(one))
             batch.drop_ended()
 
     def _preempt(self, one: Generation) -> None:
@@ -520,7 +425,7 @@ class Scheduler:
             batches = [batch for batch in self._arrange() if not batch.is_parked]
         if self._lone(batches) is None:
             for batch in batches:
-                if not self._grows(batch):  # memory is made sure of first
+                if not grows(batch):  # memory is made sure of first
                     batch.queue_ahead()
 
     def _finish(self, batch: RunningBatch) -> None:
@@ -537,17 +442,9 @@ class Scheduler:
 
     def _arrange(self) -> list[RunningBatch]:
         """Let rows share batches, as far as there is memory for longer buffers."""
-        arranged = arrange(self._alive_batches(), self._has_room_to_merge)
+        arranged = arrange(self._alive_batches(), partial(may_merge, self))
         self._batches = [weakref.ref(batch) for batch in arranged]
         return arranged
-
-    def _has_room_to_guess(self, batch: RunningBatch, most: int) -> bool:
-        """Whether there is memory for so many tokens that may have to be forgotten again."""
-        cache, tokens = batch.cache, batch.cache.offset + 1 + most
-        if not self.checks_memory or slots_to_allocate(tokens, cache.max_kv_size) <= cache.capacity:
-            return True
-        needed = buffer_bytes(self.model, cache, tokens) - cache.nbytes
-        return account().make_room(needed + cache.nbytes // len(cache), self)
 
     def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
         """What guesses for the only reply that runs, if there is such."""
@@ -556,15 +453,8 @@ class Scheduler:
         one = batches[0].generations[0]
         if one is None or one.request.drafter is None or one.is_forcing or batches[0].logits is not None:
             return None
-        if not self._has_room_to_guess(batches[0], one.request.draft_tokens):
+        if not may_guess(self, batches[0], one.request.draft_tokens):
             return None
         if one not in self._drafters:
             self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
         return self._drafters[one]
-
-
-def _out_of_memory(one: Generation) -> InsufficientMemoryError:
-    return InsufficientMemoryError(
-        f"reply: {one.count:,} tokens behind a prompt of {len(one.request.prompt):,} take all the memory there is",
-        hint="Ask for fewer (max_tokens), hold fewer of them (--max-kv-size) or fewer bits of them (--kv-bits 8).",
-    )

@@ -1,0 +1,82 @@
+"""Requests that begin: which prompts are read together, and in which caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mlxqwen.cache import KVCache
+from mlxqwen.cache.placement import slots_to_allocate
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.prefill import Prefill, read_together
+from mlxqwen.engine.request import CacheKind
+
+__all__ = ["groups_of", "new_prefill"]
+
+
+def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Generation]]:
+    """Prompts that are read together: of one kind of cache, and about equally long."""
+    kinds: dict[object, list[Generation]] = {}
+    owners: dict[int, list[Generation]] = {}
+    for one in admitted:
+        request, slots = one.request, slots_to_allocate(len(one.text) + 1, one.request.cache.max_kv_size)
+        if one.own_cache is not None:
+            owners.setdefault(id(one.own_cache), []).append(one)
+        else:
+            kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots), []).append(one)
+    for several in owners.values():
+        yield from _groups_behind(several, chunk)
+    for several in kinds.values():
+        unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
+        together = several[0].request.prefill_chunk or chunk
+        if any(one.fills_window for one in several):
+            together = 1  # each apart, as it may have to stop on its way to keep its window
+        for group in read_together(unread, together):
+            yield [several[place] for place in group]
+
+
+def new_prefill(generations: list[Generation]) -> Prefill:
+    """Prompts in a cache of their own, which holds what the store has of each."""
+    if generations[0].own_cache is not None:
+        return _prefill_behind(generations, generations[0].own_cache)
+    kind = generations[0].request.cache
+    assert isinstance(kind, CacheKind)
+    filled = []
+    for one in generations:
+        cache = kind.make(one.model)
+        if one.match is not None and one.match.length:
+            one.match.fill(cache)
+        one.match = None
+        filled.append(cache)
+    cache = filled[0]
+    if len(filled) > 1:
+        cache = kind.make(generations[0].model, len(filled))
+        if any(one.offset for one in filled):
+            cache.assemble([(one, [0]) for one in filled])
+    return Prefill(generations, cache)
+
+
+def _groups_behind(several: list[Generation], chunk: int) -> Iterator[list[Generation]]:
+    """Prompts behind what one caller's cache holds: together if they are all its rows, and fit one chunk."""
+    first = several[0]
+    rows = [one.request.cache_row for one in several]
+    known = first.request.cached_tokens or 0
+    longest = max(len(one.text) - known for one in several)
+    fits = len(several) * longest <= (first.request.prefill_chunk or chunk)
+    if first.own_cache is not None and rows == list(range(first.own_cache.batch_size)) and fits:
+        yield several
+    else:
+        yield from ([one] for one in several)
+
+
+def _prefill_behind(several: list[Generation], owner: KVCache) -> Prefill:
+    """Prompts behind what the caller's own cache holds: of all its rows, or of one of them."""
+    first = several[0]
+    row = first.request.cache_row
+    if first.request.cached_tokens is not None and row == 0:
+        owner.trim(first.request.cached_tokens)
+    if row is not None and len(several) == owner.batch_size:
+        return Prefill(several, owner, owner)
+    cache = owner.like(1)
+    if row is not None and owner.offset:
+        cache.assemble([(owner, [row])])
+    return Prefill(several, cache, owner)

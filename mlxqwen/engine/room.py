@@ -1,0 +1,76 @@
+"""Whether there is memory for what a scheduler's replies need next; the store gives way first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlxqwen.cache.placement import slots_to_allocate
+from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.memory import account, buffer_bytes
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.engine.running import RunningBatch
+from mlxqwen.errors import InsufficientMemoryError
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.scheduler import Scheduler
+
+__all__ = ["grows", "may_grow", "may_guess", "may_merge", "may_start", "out_of_memory", "refuse_if_never"]
+
+
+def refuse_if_never(scheduler: Scheduler, cache: object, tokens: int) -> None:
+    """Raise `InsufficientMemoryError` for a prompt whose cache would not fit if nothing else ran."""
+    if scheduler.checks_memory and isinstance(cache, CacheKind):
+        needed = buffer_bytes(scheduler.model, cache, tokens + 1)
+        account().refuse_if_never(needed, f"prompt: its cache of {tokens:,} tokens")
+
+
+def may_start(
+    scheduler: Scheduler, one: Generation, admitted: Sequence[Generation], batches: Sequence[RunningBatch]
+) -> bool:
+    """Whether a prompt and one step of growth fit, beside those that were admitted and one layer of rows that join."""
+    if not scheduler.checks_memory:
+        return True
+    needed = sum(buffer_bytes(scheduler.model, other.request.cache, len(other.text) + 1) for other in (*admitted, one))
+    joining = max((batch.cache.nbytes // len(batch.cache) for batch in batches), default=0)
+    if account().make_room(needed + joining, scheduler):
+        return True
+    is_alone = not admitted and not any(other.cache_bytes for other in account().schedulers)
+    return is_alone and needed <= account().most()
+
+
+def may_merge(scheduler: Scheduler, batches: Sequence[RunningBatch]) -> bool:
+    """Whether buffers of all rows of these batches, one layer of them twice, may take the place of theirs."""
+    if not scheduler.checks_memory:
+        return True
+    cache, rows = batches[0].cache, sum(len(batch.rows) for batch in batches)
+    whole = buffer_bytes(scheduler.model, cache, max(batch.cache.offset for batch in batches), rows)
+    return whole + whole // len(cache) - sum(batch.cache.nbytes for batch in batches) <= account().left()
+
+
+def grows(batch: RunningBatch, tokens: int = 1) -> bool:
+    """Whether the next tokens need larger buffers."""
+    cache = batch.cache
+    return slots_to_allocate(cache.offset + tokens, cache.max_kv_size) > cache.capacity
+
+
+def may_grow(scheduler: Scheduler, batch: RunningBatch, tokens: int = 1) -> bool:
+    """Whether there is memory for buffers with so many tokens more in each row, one layer of them twice."""
+    if not scheduler.checks_memory or not grows(batch, tokens):
+        return True
+    cache = batch.cache
+    needed = buffer_bytes(scheduler.model, cache, cache.offset + tokens, cache.batch_size) - cache.nbytes
+    return account().make_room(needed + cache.nbytes // len(cache), scheduler)
+
+
+def may_guess(scheduler: Scheduler, batch: RunningBatch, most: int) -> bool:
+    """Whether there is memory for so many guesses, which may have to be forgotten again."""
+    return may_grow(scheduler, batch, 1 + most)
+
+
+def out_of_memory(one: Generation) -> InsufficientMemoryError:
+    """What a reply ends in that takes all the memory there is."""
+    return InsufficientMemoryError(
+        f"reply: {one.count:,} tokens behind a prompt of {len(one.request.prompt):,} take all the memory there is",
+        hint="Ask for fewer (max_tokens), hold fewer of them (--max-kv-size) or fewer bits of them (--kv-bits 8).",
+    )
