@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from mlxqwen import ChatRequest, Engine, make_cache
 from mlxqwen.engine.engine import Done
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.files.config import GenerationConfig
 from mlxqwen.sampling.params import SamplingParams
+from tests.conftest import random_model
 from tests.test_engine import TOOLS
 
 WORDS = ("strawberry", "blueberry", "letter", "banana", "tree")
@@ -102,7 +105,7 @@ def test_errors_name_the_conversation(engine: Engine) -> None:
     with pytest.raises(MessagesError, match="conversations: found null, expected a list"):
         engine.batch(None)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"conversations\[0\]: option of one conversation: found 'stop'"):
-        list(engine.batch([ChatRequest(QUESTIONS[0], {"stop": "a"})]))  # type: ignore[typeddict-unknown-key]
+        list(engine.batch([ChatRequest(QUESTIONS[0], {"stop": "a"})]))
 
 
 def test_conversations_that_cannot_be_answered_may_be_left_out(engine: Engine) -> None:
@@ -127,7 +130,7 @@ WRONG_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
 def test_wrong_options_of_one_take_none_of_the_others_with_it(engine: Engine, wrong: dict[str, Any]) -> None:
-    requests: list[Any] = [QUESTIONS[0], ChatRequest(QUESTIONS[1], wrong), QUESTIONS[2]]  # type: ignore[arg-type]
+    requests: list[Any] = [QUESTIONS[0], ChatRequest(QUESTIONS[1], wrong), QUESTIONS[2]]
     errors: dict[int, MlxqwenError] = {}
     assert sorted(dict(engine.batch(requests, max_tokens=1, on_error=errors.__setitem__))) == [0, 2]
     assert {index: type(error) for index, error in errors.items()} == {1: OptionError}
@@ -179,9 +182,17 @@ def test_a_batch_size_is_a_count(engine: Engine, size: Any) -> None:
 
 def test_what_cannot_be_is_refused_at_once(engine: Engine) -> None:
     with pytest.raises(OptionError, match="cache: found one"):
-        engine.batch(QUESTIONS, cache=make_cache(engine.model))  # type: ignore[call-arg]
+        engine.batch(QUESTIONS, cache=make_cache(engine.model))
     with pytest.raises(OptionError, match="stop: found"):
         engine.batch(QUESTIONS, stop="")
+
+
+def test_junk_in_generation_config_is_noted_once(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(GenerationConfig({"temperature": "hot"}), vocab_size=engine.tokenizer.vocab_size)
+    with caplog.at_level(logging.WARNING, "mlxqwen"):
+        assert len(list(Engine(model, engine.tokenizer).batch(QUESTIONS, batch_size=2, max_tokens=1))) == len(QUESTIONS)
+    assert len(caplog.records) == 1
+    assert "temperature: found 'hot'" in caplog.text
 
 
 def test_none_are_none(engine: Engine) -> None:

@@ -79,12 +79,16 @@ def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Responder:
-    """What makes requests of conversations: a model, its tokenizer, and what guesses."""
+    """What makes requests of conversations: a model, its tokenizer, and what guesses.
+
+    `noted` holds what was noted of `generation_config.json`, so that a batch notes it once.
+    """
 
     model: Qwen3ForCausalLM
     tokenizer: Tokenizer
     speculative: Speculative = None
     draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    noted: set[str] = field(default_factory=set)
 
     def request(self, messages: Messages, options: ChatOptions, **more: Any) -> tuple[Request, Messages]:
         """The request that answers a conversation, and the messages of it that are sent.
@@ -194,7 +198,7 @@ class Responder:
 
     def _sampling(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> SamplingParams:
         thinks = options.thinking_budget != 0 and self._asks_for_thought(prompt, messages, options)
-        sampling = resolve_params(self.model, options.sampling, thinking=thinks)
+        sampling = resolve_params(self.model, options.sampling, thinking=thinks, noted=self.noted)
         return sampling if options.seed is None else replace(sampling, seed=options.seed)
 
     def _asks_for_thought(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> bool:
