@@ -33,6 +33,7 @@ __all__ = ["Conversation"]
 
 Message = Mapping[str, Any]
 _E = TypeVar("_E")
+_Pins = tuple[dict[str, "Pin"], ...]
 
 _OPENING = {"role": "user", "content": "Hello"}
 _ANSWER = {"role": "assistant", "content": "Hello"}
@@ -87,8 +88,8 @@ class Conversation:
         self.options = options
         self._cache: dict[str, Any] = {"max_kv_size": max_kv_size, "keep": keep, "kv_bits": kv_bits}
         # What was read stays in the store while its pins live: of the turns that count, and of what was left since.
-        self._held: dict[str, Pin] = {}
-        self._left: dict[str, Pin] = {}
+        self._held: _Pins = ()
+        self._left: _Pins = ()
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
@@ -217,7 +218,7 @@ class Conversation:
         """Forget all that was said; a system message stays."""
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
-        self._held, self._left = {}, {}
+        self._held = self._left = ()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
@@ -274,7 +275,7 @@ class Conversation:
     def _run(self, messages: Messages, events: Generator[ToolEvent]) -> Generator[ToolEvent]:
         for event in events:
             if isinstance(event, ToolRun):
-                self._held, self._left = self._left, {}
+                self._held, self._left = self._left, ()
                 self.messages[:] = [*map(dict, messages), *map(dict, event.messages)]
             yield event
 
@@ -291,9 +292,9 @@ class Conversation:
         def add(reply: Reply) -> None:
             """The turn counts, unless it is one of a run with tools, which counts as a whole."""
             if said is None:
-                self._left = {**(self._left or self._held), **handle.pins}
+                self._left = _with_pins(self._left or self._held, handle)
             else:
-                self._held, self._left = {**self._held, **handle.pins}, {}
+                self._held, self._left = _with_pins(self._held, handle), ()
                 self.messages[:] = [*map(dict, said), assistant_message(reply)]
 
         handle: Handle = scheduler_of(self.engine.model).submit(request)
@@ -316,7 +317,7 @@ class Conversation:
                 if is_kept:
                     add(join_deltas(deltas))
                 else:
-                    self._left = handle.pins or self._left
+                    self._left = (handle.pins,) if handle.pins else self._left
 
     @property
     def _responder(self) -> Responder:
@@ -369,6 +370,16 @@ class Conversation:
             if messages[i]["role"] == "user":
                 return i
         raise MessagesError("conversation: found no message of a user, expected one", hint="Say something first.")
+
+
+def _with_pins(before: _Pins, handle: Handle) -> _Pins:
+    """The pins of a reply; a window that slides may go back only to the prompt of a turn before, whose pins stay then.
+
+    The dict is the reply's own: another thread may be about to add to it.
+    """
+    if "prompt" in handle.pins:
+        return (handle.pins,)
+    return (*[pins for pins in before if "prompt" in pins][:1], handle.pins)
 
 
 def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
