@@ -270,10 +270,10 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] =
     "no Unicode": (MessagesError, lambda c: c.stream("\ud800")),
     "a broken schema": (MlxqwenError, lambda c: c.stream("So?", tools=[{"type": "function"}])),
     "a negative budget": (OptionError, lambda c: c.stream("So?", thinking_budget=-1)),
-    "no switch": (OptionError, lambda c: c.stream("So?", thinking="yes")),  # type: ignore[arg-type]
+    "no switch": (OptionError, lambda c: c.stream("So?", thinking="yes")),
     "no tokens": (OptionError, lambda c: c.stream("So?", max_tokens=0)),
     "no chunk": (OptionError, lambda c: c.stream("So?", prefill_chunk=0)),
-    "an unknown option": (OptionError, lambda c: c.stream("So?", temperature=0)),  # type: ignore[call-arg]
+    "an unknown option": (OptionError, lambda c: c.stream("So?", temperature=0)),
     "a cache": (OptionError, lambda c: c.stream("So?", cache=make_cache(c.engine.model))),
     "an unknown sampling option": (OptionError, lambda c: c.stream("So?", sampling={"temprature": 0})),
     "an empty stop": (OptionError, lambda c: c.stream("So?", stop="")),

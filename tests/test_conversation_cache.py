@@ -386,7 +386,7 @@ def test_a_prefix_that_is_no_prefix_is_refused(model: Qwen3ForCausalLM) -> None:
     list(generate_tokens(model, [1, 2, 3], cache=cache, max_tokens=1))
     for count in (-1, 3, True, "2", 1.0):
         with pytest.raises(OptionError, match=r"cached_tokens: found .*, expected an integer from 0 to 2"):
-            generate_tokens(model, [1, 2, 3], cache=cache, cached_tokens=count)  # type: ignore[arg-type]
+            generate_tokens(model, [1, 2, 3], cache=cache, cached_tokens=count)
     with pytest.raises(CacheError, match="cache of 3 tokens: cannot go back to the first 4"):
         generate_tokens(model, [1, 2, 3, 4, 5], cache=cache, cached_tokens=4)
     ring = make_cache(model, max_kv_size=8)

@@ -45,7 +45,7 @@ def test_what_is_saved_comes_back_and_goes_on(engine: Engine, tmp_path: Path) ->
     loaded = Conversation.load(str(path), engine, max_kv_size=128, max_tokens=4)
     assert loaded.messages == MESSAGES
     assert {name: loaded.options.get(name) for name in options} == {**options, "max_tokens": 4}
-    assert SamplingParams(**loaded.options["sampling"]) == sampling  # type: ignore[arg-type]
+    assert SamplingParams(**loaded.options["sampling"]) == sampling
     assert done_of(loaded.stream("So?")).tokens == done_of(saved.stream("So?")).tokens[:4]
 
     # Whole or not at all, and for nobody else to read.

@@ -15,7 +15,7 @@ from mlxqwen.chat.tools import tool_schema
 from mlxqwen.engine.engine import Done, ToolResult
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
 from tests.scripted_model import ScriptedModel
-from tests.test_conversation_cache import CACHES, Turns, done_of, fresh, scripted
+from tests.test_conversation_cache import CACHES, Turns, fresh, scripted
 from tests.test_engine_tools import GREEDY, Calculator
 
 __all__ = ["scripted"]  # a fixture

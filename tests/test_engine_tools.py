@@ -110,6 +110,6 @@ def test_no_tools_is_a_chat(engine: Engine) -> None:
 
 def test_what_cannot_be_is_refused(engine: Engine) -> None:
     with pytest.raises(OptionError, match="cache: found one"):
-        engine.run_tools(QUESTION, {}, cache=make_cache(engine.model))  # type: ignore[call-arg]
+        engine.run_tools(QUESTION, {}, cache=make_cache(engine.model))
     with pytest.raises(OptionError, match="tool calculator: found int"):
         engine.run_tools(QUESTION, {"calculator": 3})  # type: ignore[dict-item]

@@ -198,7 +198,7 @@ def test_a_reply_that_fails_or_is_left_leaves_what_was_read(demo: Demo, tmp_path
 
 def test_nothing_of_a_full_window_is_kept_in_the_folder(demo: Demo, tmp_path: Path) -> None:
     """In memory it is, for a conversation that goes on from there."""
-    cache = {"max_kv_size": 24}
+    cache: dict[str, Any] = {"max_kv_size": 24}
     engine, _ = run_of(demo, tmp_path / "folder")
     with engine:
         first = done_of(engine.stream(ask(QUESTIONS[0]), **cache, **GREEDY))

@@ -321,7 +321,7 @@ def test_what_is_no_list_of_prompts(model: Qwen3ForCausalLM, tokenizer: Tokenize
 
 def test_one_prompt_goes_into_a_list(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
     with pytest.raises(OptionError, match=r"prompts: found one prompt, expected a list of .*\n.*\[prompt\]"):
-        batch_generate(model, tokenizer, [1, 2, 3])  # type: ignore[list-item]
+        batch_generate(model, tokenizer, [1, 2, 3])
     with pytest.raises(OptionError, match="prompts: found one prompt"):
         batch_generate(model, tokenizer, "Hello")
     with pytest.raises(OptionError, match="prompts: found none"):
