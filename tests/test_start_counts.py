@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from start_counts import STARTS, count_imported_modules, imported_modules
 
-# A little above what is imported today, for the standard library's modules differ by version.
-BOUNDS = {"import mlxqwen": 2, "load and generate": 245, "mlxqwen generate": 285}
+# A little above what is imported today, for the standard library's modules differ by version. The scheduler, its store
+# and the layers' packages are some thirty small files where there were ten large ones: about 0.3 ms each.
+BOUNDS = {"import mlxqwen": 2, "load and generate": 275, "mlxqwen generate": 310}
 
 
 def test_modules_imported_stay_few() -> None:
