@@ -18,7 +18,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import NON_THINKING, THINKING
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import ScriptedModel
-from tests.test_conversation_cache import CALL, TOOLS, Turns, done_of, fresh, say, scripted
+from tests.test_conversation_cache import CALL, PLAIN_TEMPLATE, TOOLS, Turns, done_of, fresh, say, scripted
 
 __all__ = ["scripted"]  # a fixture
 
@@ -381,11 +381,7 @@ def test_of_a_part_without_a_thought_nothing_is_read_again(
     scripted: tuple[Engine, ScriptedModel], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = scripted
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", template)
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", PLAIN_TEMPLATE)
     conversation = Conversation(engine, max_kv_size=window)
     say(engine, model, "There are three of them, if you count with care and look at each one of them.")
     stream = conversation.stream("How many?", keep_partial=True)

@@ -7,6 +7,7 @@ most a block of tokens more.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,13 @@ TOOLS = [
         },
     }
 ]
+
+
+# Of models that never think: prompts end where their answers stand in history.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(params=[None, "off"], ids=["store", "pins"])
@@ -155,11 +163,7 @@ def test_an_answer_that_history_repeats_is_not_read_again(
 ) -> None:
     """As of models that never think: their prompts end where their answers stand in history."""
     engine, model = scripted
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", template)
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", PLAIN_TEMPLATE)
     caches: list[dict[str, Any]] = [{}, {"max_kv_size": 32}]
     for cache in caches:
         conversation = Conversation(engine, **cache)
@@ -315,6 +319,24 @@ def test_what_open_conversations_have_read_stays_and_goes_with_them(
     del conversations, turns, one
     gc.collect()
     assert store.held_nbytes <= store.capacity
+
+
+def test_a_conversation_whose_steps_another_thread_takes(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reply's end may be told before it is in the store."""
+    engine, model = scripted_engine(*demo, prefix_cache="off")
+    first = threading.Thread(target=lambda: engine.chat([{"role": "user", "content": "Hello"}], max_tokens=1))
+    first.start()
+    first.join()
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", PLAIN_TEMPLATE)
+    for cache in CACHES:
+        conversation = Conversation(engine, seed=2, max_tokens=24, **cache)
+        turns = Turns(conversation, model)
+        for question in QUESTIONS:
+            say(engine, model, "There are three of them, if you count with care and look at each one.")
+            done = turns.check(conversation.stream(question), back=1)
+            assert (done.usage.cached_tokens > 0) == (question != QUESTIONS[0])
 
 
 def test_a_conversation_that_was_cleared_holds_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:

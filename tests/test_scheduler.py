@@ -53,7 +53,9 @@ def test_a_running_reply_waits_for_no_more_than_a_chunk_of_a_prompt(
                 read_at += [sum(fed)] * len(taken(running))
                 if joining is None and len(read_at) == 5:
                     joining = scheduler.submit(
-                        asked([n % VOCAB_SIZE for n in range(chunk * chunks)], 3, cache=KINDS[kind], prefill_chunk=chunk)
+                        asked(
+                            [n % VOCAB_SIZE for n in range(chunk * chunks)], 3, cache=KINDS[kind], prefill_chunk=chunk
+                        )
                     )
         assert joining is not None
         assert len(taken(joining)) == 3

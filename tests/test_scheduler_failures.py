@@ -119,9 +119,7 @@ def test_an_interrupt_is_as_if_the_step_had_not_begun(
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "ring"])
 @pytest.mark.parametrize("place", PLACES)
-def test_an_interrupt_while_guesses_are_checked(
-    model: Qwen3ForCausalLM, place: str, kind: str, is_gpu: bool
-) -> None:
+def test_an_interrupt_while_guesses_are_checked(model: Qwen3ForCausalLM, place: str, kind: str, is_gpu: bool) -> None:
     request = requests(kind, guesses=True)[0]
     expected = alone(model, request)
     for at in range(1, 12):
@@ -265,7 +263,9 @@ def test_a_lone_reply_of_nan_fails(drafter: PromptLookup | None) -> None:
     own = random_model()
     with NanFor(own, 5):
         scheduler = new_scheduler(own)
-        handle = scheduler.submit(asked([1, 1, 1, 1], 9, constraints=constrained(lambda: Forced({4: 5})), drafter=drafter))
+        handle = scheduler.submit(
+            asked([1, 1, 1, 1], 9, constraints=constrained(lambda: Forced({4: 5})), drafter=drafter)
+        )
         (found,), _ = finish(scheduler, [handle], GenerationError)
     assert len(found) == 5
     with pytest.raises(GenerationError, match="NaN"):
@@ -281,5 +281,3 @@ def test_errors_say_where_they_were_raised_once(model: Qwen3ForCausalLM, monkeyp
     for handle in handles:
         assert isinstance(handle.error, RuntimeError)
         assert len([note for note in handle.error.__notes__ if "raised in" in note]) == 1
-
-

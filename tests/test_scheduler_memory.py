@@ -98,8 +98,11 @@ def test_the_store_gives_way_first(model: Qwen3ForCausalLM) -> None:
 def test_what_can_never_fit_is_refused_at_once_with_both_numbers(model: Qwen3ForCausalLM) -> None:
     with machine(model, 2 * ROW):
         scheduler = new_scheduler(model)
-        with pytest.raises(InsufficientMemoryError, match=r"^prompt: its cache of 600 tokens takes 0\.8 MB, expected at "
-                           r"most 0\.5 MB") as caught:
+        with pytest.raises(
+            InsufficientMemoryError,
+            match=r"^prompt: its cache of 600 tokens takes 0\.8 MB, expected at "
+            r"most 0\.5 MB",
+        ) as caught:
             scheduler.submit(asked(text(600), 1))
         for way_out in ("--max-kv-size", "--kv-bits", "--force", "force=True"):
             assert way_out in caught.value.hint
@@ -129,9 +132,7 @@ def test_without_the_check_nothing_is_refused(model: Qwen3ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
-def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(
-    model: Qwen3ForCausalLM, is_gpu: bool
-) -> None:
+def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
     request = asked(text(250), 1000)
     expected = alone(model, asked(text(250), 600))
     with machine(model, 2 * ROW, is_gpu=is_gpu):

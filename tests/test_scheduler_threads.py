@@ -38,9 +38,7 @@ def test_replies_of_many_threads_are_as_alone(demo: tuple[Qwen3ForCausalLM, Toke
     """8 threads × 20 replies on one engine, of five questions, each with a seed."""
     engine = Engine(*demo)
     questions = [[{"role": "user", "content": text}] for text in ("Hello", "1+1?", "Why?", "Count to 3.", "Who?")]
-    expected = {
-        (n, seed): engine.chat(questions[n], max_tokens=12, seed=seed) for n in range(5) for seed in range(2)
-    }
+    expected = {(n, seed): engine.chat(questions[n], max_tokens=12, seed=seed) for n in range(5) for seed in range(2)}
 
     def work(thread: int) -> list[tuple[tuple[int, int], Any]]:
         keys = [((thread + n) % 5, n % 2) for n in range(20)]
