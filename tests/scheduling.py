@@ -166,3 +166,12 @@ def watched(before: Callable[[tuple[int, ...]], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen3Model, "__call__", recorded)
         yield
+
+
+@contextmanager
+def own_scheduler(model: Qwen3ForCausalLM, *, is_gpu: bool = False, **options: Any) -> Iterator[Scheduler]:
+    """Let what is generated within have a scheduler of its own, which shares nothing, on a machine that is a GPU or not."""
+    with machine(model, 1 << 32, is_gpu=is_gpu), pytest.MonkeyPatch.context() as patch:
+        scheduler = new_scheduler(model, **options)
+        patch.setattr("mlxqwen.engine.token_stream.scheduler_of", lambda _: scheduler)
+        yield scheduler
