@@ -124,6 +124,24 @@ class Forced:
         return copy
 
 
+class ForcedUnless(Forced):
+    """Forced tokens, which give way to the model's own where that is one of `unless`."""
+
+    def __init__(self, place: int, tokens: Sequence[int], unless: Collection[int]) -> None:
+        super().__init__({place + n: token for n, token in enumerate(tokens)})
+        self.at, self.unless = place, unless
+
+    def settle(self, drawn: int) -> int:
+        if self.place == self.at and drawn in self.unless:
+            self.tokens = {}
+        return super().settle(drawn)
+
+    def fork(self) -> ForcedUnless:
+        copy = ForcedUnless(self.at, [], self.unless)
+        copy.tokens, copy.place = self.tokens, self.place
+        return copy
+
+
 def constrained(make: Callable[[], Constraint]) -> tuple[Any, ...]:
     """Factories for a request, of one constraint."""
     return (lambda pipeline: make(),)

@@ -138,7 +138,7 @@ def test_greedy_tokens_are_the_same(tmp_path: Path, name: str) -> None:
             max_tokens=[12, 3, 12],
             eos_token_ids=(),
         )
-        found.append([(step.row, step.token) for step in stream])
+        found.append([(row, step.token) for row, step in stream])
     assert found[0] == found[1] == found[2]
 
 

@@ -26,7 +26,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler, token_logprobs
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
-from tests.scheduling import Forced, asked, constrained, ids, machine, new_scheduler, own_scheduler, taken
+from tests.scheduling import Forced, ForcedUnless, asked, constrained, ids, machine, new_scheduler, own_scheduler, taken
 from tests.sparse_checkpoints import RELEASES
 
 GREEDY = SamplingParams(temperature=0)
@@ -534,19 +534,6 @@ def test_forced_tokens_count_against_the_limit(
         assert told(stream) == [(5, None), (6, None), (7, "length")]
     # On a GPU each step was queued behind the token that was drawn, and is taken again.
     assert calls == [(1, 1)] * (5 if is_gpu else 3)
-
-
-class ForcedUnless(Forced):
-    """Forced tokens, which give way to the model's own where that is one of `unless`."""
-
-    def __init__(self, place: int, tokens: Sequence[int], unless: Collection[int]) -> None:
-        super().__init__({place + n: token for n, token in enumerate(tokens)})
-        self.at, self.unless = place, unless
-
-    def settle(self, drawn: int) -> int:
-        if self.place == self.at and drawn in self.unless:
-            self.tokens = {}
-        return super().settle(drawn)
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
