@@ -77,19 +77,20 @@ def measure(
 ) -> Savings:
     """Each prompt answered plainly and speculatively, `turns` times in turn. The replies have to be the same."""
     ends = end_token_ids(engine.model, engine.tokenizer)
-    how: dict[str, Any] = {"sampling": params, "max_tokens": 150}
+    how: dict[str, Any] = {"sampling": params, "max_tokens": 150, "eos_token_ids": ends}
     tokens = drafted = accepted = passes = 0
     ratios = []
     for prompt in prompts:
         for turn in range(turns):
             with patch.object(engine.model, "logits", wraps=engine.model.logits) as head:
                 began = time.process_time()
-                expected = [one.token for _, one in generate_tokens(engine.model, prompt, eos_token_ids=ends, **how)]
+                how["cache"] = make_cache(engine.model)  # of its own: nothing is known of the prompt
+                expected = [one.token for _, one in generate_tokens(engine.model, prompt, **how)]
                 plain = time.process_time() - began
                 head.reset_mock()
                 began = time.process_time()
-                guessed = {**how, "drafter": new_drafter()}
-                told = [one for _, one in generate_tokens(engine.model, prompt, eos_token_ids=ends, **guessed)]
+                how["cache"] = make_cache(engine.model)
+                told = [one for _, one in generate_tokens(engine.model, prompt, drafter=new_drafter(), **how)]
                 found = [one.token for one in told]
                 ratios.append(plain / (time.process_time() - began))
             if found != expected:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device, current_device
-from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.footprint import measure
 from mlxqwen.model.linear import FusedLinear, fuse_children

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import make_cache
-from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.footprint import measure
