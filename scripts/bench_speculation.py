@@ -31,7 +31,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlxqwen.engine.speculation.stream import speculate_tokens  # noqa: E402
 
 from mlxqwen.cache import make_cache  # noqa: E402
 from mlxqwen.engine.engine import Engine  # noqa: E402
@@ -78,25 +77,27 @@ def measure(
 ) -> Savings:
     """Each prompt answered plainly and speculatively, `turns` times in turn. The replies have to be the same."""
     ends = end_token_ids(engine.model, engine.tokenizer)
-    how: dict[str, Any] = {"sampling": params, "max_tokens": 150}
+    how: dict[str, Any] = {"sampling": params, "max_tokens": 150, "eos_token_ids": ends}
     tokens = drafted = accepted = passes = 0
     ratios = []
     for prompt in prompts:
         for turn in range(turns):
             with patch.object(engine.model, "logits", wraps=engine.model.logits) as head:
                 began = time.process_time()
-                expected = [one.token for one in generate_tokens(engine.model, prompt, eos_token_ids=ends, **how)]
+                how["cache"] = make_cache(engine.model)  # of its own: nothing is known of the prompt
+                expected = [one.token for _, one in generate_tokens(engine.model, prompt, **how)]
                 plain = time.process_time() - began
                 head.reset_mock()
                 began = time.process_time()
-                stream = speculate_tokens(engine.model, prompt, new_drafter(), eos_token_ids=ends, **how)
-                found = [one.token for one in stream]
+                how["cache"] = make_cache(engine.model)
+                told = [one for _, one in generate_tokens(engine.model, prompt, drafter=new_drafter(), **how)]
+                found = [one.token for one in told]
                 ratios.append(plain / (time.process_time() - began))
             if found != expected:
                 raise SystemExit(f"another reply than without speculation: {found} for {expected}")
             if turn == 0:
                 tokens, passes = tokens + len(found), passes + head.call_count
-                drafted, accepted = drafted + stream.counts.drafted, accepted + stream.counts.accepted
+                drafted, accepted = drafted + told[-1].drafted_tokens, accepted + told[-1].accepted_tokens
     return Savings(tokens, drafted, accepted, passes, ratios)
 
 
@@ -114,7 +115,7 @@ def questions(engine: Engine, *, answered_before: bool) -> list[list[int]]:
                 eos_token_ids=end_token_ids(engine.model, engine.tokenizer),
                 max_tokens=150,
             )
-            prompt = [*prompt, *(one.token for one in stream), *engine.tokenizer.encode("\n"), *prompt]
+            prompt = [*prompt, *(one.token for _, one in stream), *engine.tokenizer.encode("\n"), *prompt]
         prompts.append(prompt)
     return prompts
 
@@ -128,7 +129,7 @@ def agreement(
     """
     agreed, most = [], []
     for prompt in prompts:
-        text = [*prompt, *(one.token for one in generate_tokens(model, prompt, sampling=params, max_tokens=60))]
+        text = [*prompt, *(one.token for _, one in generate_tokens(model, prompt, sampling=params, max_tokens=60))]
         both = [one(mx.array([text]))[0, len(prompt) - 1 : -1].astype(mx.float32) for one in (model, draft)]
         for place in range(both[0].shape[0]):
             rows = [logits[place] for logits in both]
@@ -184,8 +185,9 @@ def same_replies(engine: Engine, number: int, params: SamplingParams) -> int:
     for seed, question in enumerate(islice(many_questions(), number)):
         prompt = engine.prompt([{"role": "user", "content": question}])
         how: dict[str, Any] = {"sampling": replace(params, seed=seed), "max_tokens": 150, "eos_token_ids": ends}
-        plain = [one.token for one in generate_tokens(engine.model, prompt, **how)]
-        same += plain == [one.token for one in speculate_tokens(engine.model, prompt, PromptLookup(), **how)]
+        plain = [one.token for _, one in generate_tokens(engine.model, prompt, **how)]
+        guessed = generate_tokens(engine.model, prompt, drafter=PromptLookup(), **how)
+        same += plain == [one.token for _, one in guessed]
     return same
 
 

@@ -124,6 +124,24 @@ class Forced:
         return copy
 
 
+class ForcedUnless(Forced):
+    """Forced tokens, which give way to the model's own where that is one of `unless`."""
+
+    def __init__(self, place: int, tokens: Sequence[int], unless: Collection[int]) -> None:
+        super().__init__({place + n: token for n, token in enumerate(tokens)})
+        self.at, self.unless = place, unless
+
+    def settle(self, drawn: int) -> int:
+        if self.place == self.at and drawn in self.unless:
+            self.tokens = {}
+        return super().settle(drawn)
+
+    def fork(self) -> ForcedUnless:
+        copy = ForcedUnless(self.at, [], self.unless)
+        copy.tokens, copy.place = self.tokens, self.place
+        return copy
+
+
 def constrained(make: Callable[[], Constraint]) -> tuple[Any, ...]:
     """Factories for a request, of one constraint."""
     return (lambda pipeline: make(),)
@@ -166,3 +184,12 @@ def watched(before: Callable[[tuple[int, ...]], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen3Model, "__call__", recorded)
         yield
+
+
+@contextmanager
+def own_scheduler(model: Qwen3ForCausalLM, *, is_gpu: bool = False, **options: Any) -> Iterator[Scheduler]:
+    """Let what is generated within have a scheduler of its own, which shares nothing, on a machine that is a GPU or not."""
+    with machine(model, 1 << 32, is_gpu=is_gpu), pytest.MonkeyPatch.context() as patch:
+        scheduler = new_scheduler(model, **options)
+        patch.setattr("mlxqwen.engine.token_stream.scheduler_of", lambda _: scheduler)
+        yield scheduler

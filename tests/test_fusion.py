@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device, current_device
-from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.footprint import measure
 from mlxqwen.model.linear import FusedLinear, fuse_children
@@ -138,7 +138,7 @@ def test_greedy_tokens_are_the_same(tmp_path: Path, name: str) -> None:
             max_tokens=[12, 3, 12],
             eos_token_ids=(),
         )
-        found.append([(step.row, step.token) for step in stream])
+        found.append([(row, step.token) for row, step in stream])
     assert found[0] == found[1] == found[2]
 
 

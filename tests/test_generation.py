@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,17 +16,20 @@ from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.device import Device
-from mlxqwen.engine.generation import GeneratedToken, TokenStream, fitting_prefill_chunk, generate_tokens
+from mlxqwen.engine.generation import GeneratedToken
+from mlxqwen.engine.memory import buffer_bytes
+from mlxqwen.engine.request import CacheKind, fitting_prefill_chunk
+from mlxqwen.engine.token_stream import TokenStream, generate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler, token_logprobs
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
+from tests.scheduling import Forced, ForcedUnless, asked, constrained, ids, machine, new_scheduler, own_scheduler, taken
 from tests.sparse_checkpoints import RELEASES
 
 GREEDY = SamplingParams(temperature=0)
-GPU = Device("a GPU", is_gpu=True, memory=1 << 34, usable_memory=1 << 34)
 
 IDS = st.integers(0, VOCAB_SIZE - 1)
 PROMPT = st.lists(IDS, min_size=1, max_size=20)
@@ -67,14 +70,18 @@ def by_the_book(
     return tokens[len(prompt) :]
 
 
-def rows_of(generated: Iterable[GeneratedToken]) -> list[list[int]]:
+def rows_of(generated: Iterable[tuple[int, GeneratedToken]]) -> list[list[int]]:
     rows: dict[int, list[int]] = defaultdict(list)
-    for one in generated:
-        rows[one.row].append(one.token)
+    for row, one in generated:
+        rows[row].append(one.token)
     return [rows[row] for row in sorted(rows)]
 
 
-def row_of(generated: Iterable[GeneratedToken]) -> list[int]:
+def told(generated: Iterable[tuple[int, GeneratedToken]]) -> list[tuple[int, str | None]]:
+    return [(one.token, one.finish_reason) for _, one in generated]
+
+
+def row_of(generated: Iterable[tuple[int, GeneratedToken]]) -> list[int]:
     (row,) = rows_of(generated)
     return row
 
@@ -94,7 +101,7 @@ def test_one_prompt_in_chunks_of_any_size(
     params=st.lists(SEEDED, min_size=4, max_size=4),
     ends=st.sets(IDS, max_size=20),
     chunk=st.integers(1, 25),
-    device=st.sampled_from([None, GPU]),
+    is_gpu=st.booleans(),
 )
 def test_every_row_gets_what_it_would_get_alone(
     tiny: Qwen3ForCausalLM,
@@ -102,14 +109,15 @@ def test_every_row_gets_what_it_would_get_alone(
     params: list[SamplingParams],
     ends: set[int],
     chunk: int,
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
     params = params[: len(prompts)]
-    stream = generate_tokens(
-        tiny, prompts, sampling=params, max_tokens=6, eos_token_ids=ends, prefill_chunk=chunk, device=device
-    )
-    expected = [by_the_book(tiny, prompt, one, 6, ends) for prompt, one in zip(prompts, params, strict=True)]
-    assert rows_of(stream) == expected
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        stream = generate_tokens(
+            tiny, prompts, sampling=params, max_tokens=6, eos_token_ids=ends, prefill_chunk=chunk
+        )
+        found = rows_of(stream)
+    assert found == [by_the_book(tiny, prompt, one, 6, ends) for prompt, one in zip(prompts, params, strict=True)]
 
 
 @settings(max_examples=12, deadline=None)
@@ -120,7 +128,7 @@ def test_every_row_gets_what_it_would_get_alone(
     ends=st.sets(IDS, max_size=10),
     chunk=st.integers(3, 25),
     seed=st.integers(0, 1000),
-    device=st.sampled_from([None, GPU]),
+    is_gpu=st.booleans(),
 )
 def test_rows_of_rings_and_quantized_caches(
     tiny: Qwen3ForCausalLM,
@@ -130,7 +138,7 @@ def test_rows_of_rings_and_quantized_caches(
     ends: set[int],
     chunk: int,
     seed: int,
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
     def run(prompts: list[list[int]]) -> list[list[int]]:
         cache = make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits, kv_group_size=32, batch_size=len(prompts))
@@ -144,67 +152,70 @@ def test_rows_of_rings_and_quantized_caches(
                 eos_token_ids=ends,
                 cache=cache,
                 prefill_chunk=chunk,
-                device=device,
             )
         )
 
-    assert run(prompts) == [row for prompt in prompts for row in run([prompt])]
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        assert run(prompts) == [row for prompt in prompts for row in run([prompt])]
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 1), (1, 9), (7, 1), (7, 3), (7, 7), (9, 3), (9, 512)])
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("device", [None, GPU])
+@pytest.mark.parametrize("is_gpu", [False, True])
 def test_no_step_is_wasted_at_the_length_limit(
     tiny: Qwen3ForCausalLM,
     calls: list[tuple[int, ...]],
     length: int,
     chunk: int,
     count: int,
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
-    stream = generate_tokens(
-        tiny, list(range(length)), sampling=GREEDY, max_tokens=count, prefill_chunk=chunk, device=device
-    )
-    assert calls == []
-    tokens = list(stream)
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        stream = generate_tokens(tiny, list(range(length)), sampling=GREEDY, max_tokens=count, prefill_chunk=chunk)
+        assert calls == []
+        tokens = [one for _, one in stream]
     assert [one.finish_reason for one in tokens] == [None] * (count - 1) + ["length"]
     prefill = [(1, min(chunk, length - start)) for start in range(0, length, chunk)]
     assert calls == prefill + [(1, 1)] * (count - 1)
 
 
-@pytest.mark.parametrize("ended_by", ["end token", "stop", "close"])
+@pytest.mark.parametrize(("ended_by", "is_gpu"), [*product(["end token", "stop", "close"], [False, True])])
 @pytest.mark.parametrize("count", [1, 4])
-def test_no_step_is_wasted_at_an_early_end(
-    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], ended_by: str, count: int
+def test_one_step_at_most_is_wasted_at_an_early_end(
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], ended_by: str, count: int, is_gpu: bool
 ) -> None:
+    """None behind an end token on a processor; behind a stop the next one has begun, as tokens are told ahead of it."""
     params = SamplingParams(temperature=2.0, seed=3, presence_penalty=2.0)
     expected = by_the_book(tiny, [5, 6, 7], params, count)
     assert expected[-1] not in expected[:-1]
-    for device, extra in ((None, 0), (GPU, 1)):
-        calls.clear()
-        ends = expected[-1:] if ended_by == "end token" else []
-        stream = generate_tokens(tiny, [5, 6, 7], sampling=params, eos_token_ids=ends, device=device)
+    calls.clear()
+    ends = expected[-1:] if ended_by == "end token" else []
+    with own_scheduler(tiny, is_gpu=is_gpu) as scheduler:
+        stream = generate_tokens(tiny, [5, 6, 7], sampling=params, eos_token_ids=ends)
         tokens = []
-        for one in stream:
+        for _, one in stream:
             tokens.append(one.token)
             if ended_by != "end token" and len(tokens) == count:
                 stream.stop(0) if ended_by == "stop" else stream.close()
-        assert tokens == expected
-        assert calls == [(1, 3)] + [(1, 1)] * (count - 1 + extra)
+        assert not scheduler.step()
+    assert tokens == expected
+    assert calls == [(1, 3)] + [(1, 1)] * (count - 1 + (ended_by != "end token" or is_gpu))
 
 
 def test_ended_rows_leave_the_batch(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
     prompts = [[n, n + 1] for n in range(6)]
     params = [SamplingParams(temperature=2.0, seed=n) for n in range(6)]
     ends = range(0, VOCAB_SIZE, 6)
-    stream = generate_tokens(tiny, prompts, sampling=params, eos_token_ids=ends, max_tokens=12)
     rows: list[list[int]] = [[] for _ in prompts]
-    for one in stream:
-        rows[one.row].append(one.token)
-        if one.row == 2 and len(rows[2]) == 2:
-            stream.stop(2)
+    with own_scheduler(tiny):
+        stream = generate_tokens(tiny, prompts, sampling=params, eos_token_ids=ends, max_tokens=12)
+        for row, one in stream:
+            rows[row].append(one.token)
+            if row == 2 and len(rows[2]) == 2:
+                stream.stop(2)
     lengths = [len(row) for row in rows]
     assert len(set(lengths)) > 2
+    lengths[2] += 1  # its next token was on its way
     still_going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
     assert calls == [(6, 2), *((count, 1) for count in still_going)]
 
@@ -212,8 +223,8 @@ def test_ended_rows_leave_the_batch(tiny: Qwen3ForCausalLM, calls: list[tuple[in
 def test_tokens_come_in_order_of_rows_and_none_after_a_stop(tiny: Qwen3ForCausalLM) -> None:
     stream = generate_tokens(tiny, [[1], [2], [3]], sampling=GREEDY, max_tokens=3)
     seen = []
-    for one in stream:
-        seen.append(one.row)
+    for row, _ in stream:
+        seen.append(row)
         stream.stop(1)
     assert seen == [0, 2, 0, 2, 0, 2]
     assert next(stream, None) is None
@@ -221,27 +232,26 @@ def test_tokens_come_in_order_of_rows_and_none_after_a_stop(tiny: Qwen3ForCausal
 
 @pytest.mark.parametrize("lengths", [[1], [7], [3, 7, 1]])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_prefill_tells_how_far_it_is(tiny: Qwen3ForCausalLM, lengths: list[int], chunk: int) -> None:
-    told: list[tuple[int, int]] = []
+def test_prefill_tells_how_far_each_prompt_is(tiny: Qwen3ForCausalLM, lengths: list[int], chunk: int) -> None:
+    told: dict[int, list[int]] = defaultdict(list)
     prompts = [[1] * length for length in lengths]
     stream = generate_tokens(
-        tiny, prompts, max_tokens=1, prefill_chunk=chunk, on_prefill=lambda done, total: told.append((done, total))
+        tiny, prompts, max_tokens=1, prefill_chunk=chunk, on_prefill=lambda done, total: told[total].append(done)
     )
     list(stream)
-    assert {total for _, total in told} == {sum(lengths)}
-    done = [count for count, _ in told]
-    assert done[0] == 0
-    assert done[-1] == sum(lengths)
-    assert all(0 < after - before <= chunk for before, after in pairwise(done))
-    if len(lengths) == 1:
-        assert done == [*range(0, lengths[0], chunk), lengths[0]]
+    assert sorted(told) == sorted(lengths)
+    for length, done in told.items():
+        assert (done[0], done[-1]) == (0, length)
+        assert all(0 < after - before <= chunk for before, after in pairwise(done))
+        if len(lengths) == 1:
+            assert done == [*range(0, length, chunk), length]
 
 
 def test_the_context_bounds_each_row_by_itself(tiny: Qwen3ForCausalLM) -> None:
     prompts = [[1] * (CONTEXT - 3), [2] * (CONTEXT - 1), [3]]
     tokens = list(generate_tokens(tiny, prompts, sampling=GREEDY, max_tokens=20))
     assert [len(row) for row in rows_of(tokens)] == [3, 1, 20]
-    assert [one.row for one in tokens if one.finish_reason == "length"] == [1, 0, 2]
+    assert [row for row, one in tokens if one.finish_reason == "length"] == [1, 0, 2]
 
 
 def test_a_prompt_longer_than_the_context(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
@@ -287,15 +297,14 @@ def test_going_on_with_a_used_cache(
     )
 
 
-@pytest.mark.parametrize(("device", "extra"), [(None, 0), (GPU, 1)])
-def test_what_the_cache_holds_in_the_end(tiny: Qwen3ForCausalLM, device: Device | None, extra: int) -> None:
+@pytest.mark.parametrize(("is_gpu", "extra"), [(False, 0), (True, 1)])
+def test_what_the_cache_holds_in_the_end(tiny: Qwen3ForCausalLM, is_gpu: bool, extra: int) -> None:
     (first,) = by_the_book(tiny, [1, 2, 3], GREEDY, 1)
     for ends, count, held in (([], 4, 6), ([first], 1, 3 + extra)):
         cache = make_cache(tiny)
-        stream = generate_tokens(
-            tiny, [1, 2, 3], sampling=GREEDY, max_tokens=4, eos_token_ids=ends, cache=cache, device=device
-        )
-        assert len(list(stream)) == count
+        with own_scheduler(tiny, is_gpu=is_gpu):
+            stream = generate_tokens(tiny, [1, 2, 3], sampling=GREEDY, max_tokens=4, eos_token_ids=ends, cache=cache)
+            assert len(list(stream)) == count
         assert cache.offsets == (held,)
 
 
@@ -350,7 +359,7 @@ def test_what_is_no_prompt(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]],
     [
         ("max_tokens", [0, -1, 1.5, True, None, "3"]),
         ("prefill_chunk", [0, -1, 1.5, False]),
-        ("sampling", [{"temperature": 0}, "greedy", [], [GREEDY, GREEDY], [None]]),
+        ("sampling", [{"temperature": 0}, "greedy", [], [GREEDY, GREEDY]]),
     ],
 )
 def test_options_out_of_range(
@@ -381,18 +390,20 @@ def test_damaged_weights_stop_the_first_step(calls: list[tuple[int, ...]], param
     damaged = random_model()
     damaged.model.norm.weight = damaged.model.norm.weight * mx.nan
     stream = generate_tokens(damaged, [[1, 2], [3]], sampling=params)
-    with pytest.raises(GenerationError, match="NaN"):
-        next(stream)
-    assert calls == [(2, 2)]
+    for _ in range(2):  # each row fails by itself
+        with pytest.raises(GenerationError, match="NaN"):
+            next(stream)
+    assert calls == [(2, 2)] * len(calls)
+    assert len(calls) <= 2
     assert next(stream, None) is None
 
 
 def test_end_tokens_of_the_configuration(model: Qwen3ForCausalLM) -> None:
     (end, *_) = model.config.eos_token_ids
     always_end = SamplingParams(logit_bias={end: 100.0})
-    assert list(generate_tokens(model, [1, 2], sampling=always_end)) == [GeneratedToken(0, end, "stop")]
+    assert told(generate_tokens(model, [1, 2], sampling=always_end)) == [(end, "stop")]
     ended = generate_tokens(model, [1, 2], sampling=always_end, eos_token_ids=[], max_tokens=2)
-    assert list(ended) == [GeneratedToken(0, end), GeneratedToken(0, end, "length")]
+    assert told(ended) == [(end, None), (end, "length")]
 
 
 def test_without_a_seed_rows_differ(tiny: Qwen3ForCausalLM) -> None:
@@ -406,7 +417,7 @@ def test_buffers_that_the_cache_outgrew_are_given_back() -> None:
     mx.clear_cache()
     for _ in stream:
         pass
-    assert mx.get_cache_memory() <= 2 * stream.cache.nbytes
+    assert mx.get_cache_memory() <= 2 * buffer_bytes(model, CacheKind(), 1101)
 
 
 def test_a_window_wider_than_the_context_does_not_lift_it() -> None:
@@ -463,7 +474,7 @@ def forced_by_the_book(
     params=st.lists(DETERMINED | UNPENALISED, min_size=4, max_size=4),
     forced=st.lists(st.tuples(st.integers(0, 6), st.lists(IDS, max_size=5)), min_size=4, max_size=4),
     ends=st.sets(IDS, max_size=8),
-    device=st.sampled_from([None, GPU]),
+    is_gpu=st.booleans(),
 )
 def test_forced_tokens_in_every_row(
     tiny: Qwen3ForCausalLM,
@@ -471,115 +482,79 @@ def test_forced_tokens_in_every_row(
     params: list[SamplingParams],
     forced: list[tuple[int, list[int]]],
     ends: set[int],
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
     rows = list(zip(prompts, params, forced, strict=False))
-    stream = generate_tokens(
-        tiny, prompts, sampling=params[: len(rows)], max_tokens=9, eos_token_ids=ends, device=device
-    )
-    replies: list[list[int]] = [[] for _ in rows]
-    flags: list[list[bool]] = [[] for _ in rows]
-    for row, (after, tokens) in enumerate(forced[: len(rows)]):
-        if after == 0:
-            stream.force(row, tokens)
-    for one in stream:
-        replies[one.row].append(one.token)
-        flags[one.row].append(one.forced)
-        after, tokens = forced[one.row]
-        if len(replies[one.row]) == after:
-            stream.force(one.row, tokens)
-    assert replies == [
+    with machine(tiny, 1 << 32, is_gpu=is_gpu):
+        scheduler = new_scheduler(tiny)
+        handles = [
+            scheduler.submit(
+                asked(prompt, 9, sampling=one, end_token_ids=frozenset(ends), constraints=forced_at(after, tokens))
+            )
+            for prompt, one, (after, tokens) in rows
+        ]
+        replies: list[list[GeneratedToken]] = [[] for _ in rows]
+        while scheduler.step():
+            for reply, handle in zip(replies, handles, strict=True):
+                reply += taken(handle)
+    assert [ids(reply) for reply in replies] == [
         forced_by_the_book(tiny, prompt, one, 9, ends, after, tokens) for prompt, one, (after, tokens) in rows
     ]
-    assert flags == [
-        [after <= place < after + len(tokens) for place in range(len(reply))]
-        for (after, tokens), reply in zip(forced, replies, strict=False)
-    ]
+    for (after, tokens), reply in zip(forced, replies, strict=False):
+        assert not any(one.is_forced for one in [*reply[:after], *reply[after + len(tokens) :]])
 
 
-@pytest.mark.parametrize("device", [None, GPU])
-def test_forcing_while_forced_tokens_are_pending_appends(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
-    stream = generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=7, device=device)
-    first = next(stream)
-    stream.force(0, [10, 11])
-    second = next(stream)
-    stream.force(0, [12])
-    stream.force(0, [])
-    rest = [one.token for one in stream]
-    assert [first.token, second.token, *rest] == forced_by_the_book(tiny, [1, 2], GREEDY, 7, [], 1, [10, 11, 12])
+def forced_at(after: int, tokens: Sequence[int]) -> tuple[Any, ...]:
+    return constrained(lambda: Forced({after + place: token for place, token in enumerate(tokens)}))
 
 
-@pytest.mark.parametrize("device", [None, GPU])
-def test_a_forced_end_token_ends(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
-    stream = generate_tokens(tiny, [[1], [2]], sampling=GREEDY, max_tokens=4, eos_token_ids=[96], device=device)
-    stream.force(1, [5, 96, 7])
-    seen = list(stream)
-    assert [one for one in seen if one.row == 1] == [
-        GeneratedToken(1, 5, None, True),
-        GeneratedToken(1, 96, "stop", True),
-    ]
-    assert [one.token for one in seen if one.row == 0] == by_the_book(tiny, [1], GREEDY, 4, [96])
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_forced_end_token_ends(tiny: Qwen3ForCausalLM, is_gpu: bool) -> None:
+    with machine(tiny, 1 << 32, is_gpu=is_gpu):
+        scheduler = new_scheduler(tiny)
+        common: dict[str, Any] = {"end_token_ids": frozenset([96])}
+        handles = [
+            scheduler.submit(asked([1], 4, **common)),
+            scheduler.submit(asked([2], 4, constraints=forced_at(0, [5, 96, 7]), **common)),
+        ]
+        while scheduler.step():
+            pass
+    free, forced = map(taken, handles)
+    assert [(one.token, one.finish_reason, one.is_forced) for one in forced] == [(5, None, True), (96, "stop", True)]
+    assert ids(free) == by_the_book(tiny, [1], GREEDY, 4, [96])
 
 
-@pytest.mark.parametrize("device", [None, GPU])
+@pytest.mark.parametrize("is_gpu", [False, True])
 def test_forced_tokens_count_against_the_limit(
-    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], device: Device | None
+    tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]], is_gpu: bool
 ) -> None:
-    stream = generate_tokens(tiny, [1], sampling=GREEDY, max_tokens=3, device=device)
-    stream.force(0, [5, 6, 7, 8])
-    assert [(one.token, one.finish_reason) for one in stream] == [(5, None), (6, None), (7, "length")]
-    assert calls == [(1, 1)] * 3
-    stream.force(0, [1])
-    assert next(stream, None) is None
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        forced = forced_at(0, [5, 6, 7, 8])
+        stream = generate_tokens(tiny, [1], sampling=GREEDY, max_tokens=3, constraints=forced)
+        assert told(stream) == [(5, None), (6, None), (7, "length")]
+    # On a GPU each step was queued behind the token that was drawn, and is taken again.
+    assert calls == [(1, 1)] * (5 if is_gpu else 3)
 
 
-@pytest.mark.parametrize("device", [None, GPU])
-def test_what_the_model_draws_itself_may_be_kept(tiny: Qwen3ForCausalLM, device: Device | None) -> None:
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_what_the_model_draws_itself_may_be_kept(tiny: Qwen3ForCausalLM, is_gpu: bool) -> None:
     plain = by_the_book(tiny, [3, 4], GREEDY, 6)
     for unless, expected in (
         ([plain[2]], plain),
         ([token for token in range(VOCAB_SIZE) if token != plain[2]], [*plain[:2], 50, 51]),
     ):
-        stream = generate_tokens(tiny, [3, 4], sampling=GREEDY, max_tokens=6, device=device)
-        tokens = []
-        for one in stream:
-            tokens.append(one.token)
-            if len(tokens) == 2:
-                stream.force(0, [50, 51], unless=unless)
+        with own_scheduler(tiny, is_gpu=is_gpu):
+            constraints = constrained(lambda unless=unless: ForcedUnless(2, [50, 51], unless))  # type: ignore[misc]
+            tokens = row_of(generate_tokens(tiny, [3, 4], sampling=GREEDY, max_tokens=6, constraints=constraints))
         assert tokens[: len(expected)] == expected
-        stream = generate_tokens(tiny, [3, 4], sampling=GREEDY, max_tokens=2, device=device)
-        stream.force(0, [], unless=plain[:1])
-        stream.force(0, [50], unless=[])
-        assert next(stream).token == 50
-
-
-def test_a_row_that_left_takes_no_tokens(tiny: Qwen3ForCausalLM) -> None:
-    stream = generate_tokens(tiny, [[1], [2]], sampling=GREEDY, max_tokens=3)
-    seen = []
-    for one in stream:
-        seen.append(one.row)
-        stream.stop(0)
-        stream.force(0, [5])
-    assert seen == [0, 1, 1, 1]
 
 
 def test_damaged_weights_are_not_hidden_by_forced_tokens() -> None:
     damaged = random_model()
     damaged.model.norm.weight = damaged.model.norm.weight * mx.nan
-    stream = generate_tokens(damaged, [1, 2])
-    stream.force(0, [1])
+    stream = generate_tokens(damaged, [1, 2], constraints=forced_at(0, [1]))
     with pytest.raises(GenerationError, match="NaN"):
         next(stream)
-
-
-@pytest.mark.parametrize(
-    ("row", "tokens"), [(1, [1]), (-1, [1]), (0, [VOCAB_SIZE]), (0, [-1]), (0, [True]), (0, [1.0])]
-)
-def test_what_cannot_be_forced(tiny: Qwen3ForCausalLM, row: int, tokens: list[Any]) -> None:
-    stream = generate_tokens(tiny, [1], sampling=GREEDY, max_tokens=2)
-    with pytest.raises(OptionError, match="force"):
-        stream.force(row, tokens)
-    assert [one.token for one in stream] == by_the_book(tiny, [1], GREEDY, 2)
 
 
 CPU = Device(name="a processor", is_gpu=False, memory=1 << 36, usable_memory=1 << 36)
@@ -607,7 +582,7 @@ def test_wider_models_read_shorter_chunks() -> None:
 def test_without_a_word_a_prompt_is_read_in_fitting_chunks(
     tiny: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxqwen.engine.generation.fitting_prefill_chunk", lambda config, device: 7)
+    monkeypatch.setattr("mlxqwen.engine.scheduler.fitting_prefill_chunk", lambda config, device: 7)
     seen: list[int] = []
     real = Qwen3Model.__call__
 
@@ -616,5 +591,6 @@ def test_without_a_word_a_prompt_is_read_in_fitting_chunks(
         return real(self, tokens, *args, **options)
 
     monkeypatch.setattr(Qwen3Model, "__call__", counted)
-    list(generate_tokens(tiny, list(range(18)), max_tokens=1))
+    with own_scheduler(tiny):
+        list(generate_tokens(tiny, list(range(18)), max_tokens=1))
     assert seen == [7, 7, 4]

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.device import Device
-from mlxqwen.engine.generation import TokenStream, generate_tokens
+from mlxqwen.engine.request import Request
+from mlxqwen.engine.token_stream import TokenStream, generate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import CONTEXT, VOCAB_SIZE
 from tests.reference_attention import Floats
+from tests.scheduling import asked, own_scheduler
 from tests.test_cache import (
     ATTENTION_TOLERANCE,
     KV_BITS,
@@ -30,7 +31,7 @@ from tests.test_cache import (
     placements,
     random_tokens,
 )
-from tests.test_generation import GPU, GREEDY, IDS, PROMPT, SEEDED, by_the_book, calls
+from tests.test_generation import GREEDY, IDS, PROMPT, SEEDED, by_the_book, calls
 from tests.tolerance import worst
 
 __all__ = ["calls"]  # a fixture
@@ -162,13 +163,13 @@ def test_samplers_of_one_vocabulary() -> None:
 # Streams
 
 
-def run(stream: TokenStream, arrivals: dict[int, list[tuple[list[int], SamplingParams, int]]]) -> dict[int, list[int]]:
-    """All tokens by row; `arrivals` says which prompts are added when so many tokens have been told."""
+def run(stream: TokenStream, arrivals: dict[int, list[Request]]) -> dict[int, list[int]]:
+    """All tokens by row; `arrivals` says which requests are added when so many tokens have been told."""
     rows: dict[int, list[int]] = defaultdict(list)
-    for told, one in enumerate(stream):
-        rows[one.row].append(one.token)
-        for prompt, params, count in arrivals.get(told, []):
-            assert stream.add(prompt, sampling=params, max_tokens=count) not in rows
+    for told, (row, one) in enumerate(stream):
+        rows[row].append(one.token)
+        for request in arrivals.get(told, []):
+            assert stream.submit(request) not in rows
     return rows
 
 
@@ -181,7 +182,7 @@ def run(stream: TokenStream, arrivals: dict[int, list[tuple[list[int], SamplingP
     first=st.integers(1, 3),
     ends=st.sets(IDS, max_size=10),
     chunk=st.integers(1, 60),
-    device=st.sampled_from([None, GPU]),
+    is_gpu=st.booleans(),
 )
 def test_rows_that_join_get_what_they_would_get_alone(
     tiny: Qwen3ForCausalLM,
@@ -192,25 +193,27 @@ def test_rows_that_join_get_what_they_would_get_alone(
     first: int,
     ends: set[int],
     chunk: int,
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
     first = min(first, len(prompts))
     rows = list(zip(prompts, params, counts, strict=False))
-    stream = generate_tokens(
-        tiny,
-        prompts[:first],
-        sampling=params[:first],
-        max_tokens=counts[:first],
-        eos_token_ids=ends,
-        prefill_chunk=chunk,
-        device=device,
-    )
     arrivals: dict[int, list[Any]] = defaultdict(list)
     order = list(range(first))
+    options: Any = {"end_token_ids": frozenset(ends), "prefill_chunk": chunk}
     for time, row in sorted(zip(times, range(first, len(rows)), strict=False)):
-        arrivals[time].append(rows[row])
+        prompt, one, count = rows[row]
+        arrivals[time].append(asked(prompt, count, sampling=one, **options))
         order.append(row)
-    found = run(stream, arrivals)
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        stream = generate_tokens(
+            tiny,
+            prompts[:first],
+            sampling=params[:first],
+            max_tokens=counts[:first],
+            eos_token_ids=ends,
+            prefill_chunk=chunk,
+        )
+        found = run(stream, arrivals)
     for number in found:
         prompt, one, count = rows[order[number]]
         assert found[number] == by_the_book(tiny, prompt, one, count, ends)
@@ -223,7 +226,7 @@ def test_rows_that_join_get_what_they_would_get_alone(
     kv_bits=st.sampled_from([None, 8, 4]),
     chunk=st.integers(3, 60),
     time=st.integers(0, 30),
-    device=st.sampled_from([None, GPU]),
+    is_gpu=st.booleans(),
 )
 def test_rows_join_rings_and_quantized_caches(
     tiny: Qwen3ForCausalLM,
@@ -232,48 +235,63 @@ def test_rows_join_rings_and_quantized_caches(
     kv_bits: int | None,
     chunk: int,
     time: int,
-    device: Device | None,
+    is_gpu: bool,
 ) -> None:
-    def stream(*prompts: list[int]) -> TokenStream:
-        cache = make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits, kv_group_size=32, batch_size=len(prompts))
-        return generate_tokens(
-            tiny, prompts, sampling=params, max_tokens=20, cache=cache, prefill_chunk=chunk, device=device
-        )
-
     params = SamplingParams(seed=4, top_k=10)
-    found = run(stream(prompts[0]), {time: [(prompt, params, 20) for prompt in prompts[1:]]})
-    for number, tokens in found.items():
-        assert tokens == run(stream(prompts[number]), {})[0]
+
+    def whole(first: list[int], *others: list[int]) -> dict[int, list[int]]:
+        cache = make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits, kv_group_size=32)
+        options: Any = {"sampling": params, "cache": cache, "prefill_chunk": chunk}
+        stream = generate_tokens(tiny, first, max_tokens=20, **options)
+        return run(stream, {time: [asked(prompt, 20, cache_row=None, **options) for prompt in others]})
+
+    with own_scheduler(tiny, is_gpu=is_gpu):
+        for number, tokens in whole(*prompts).items():
+            assert tokens == whole(prompts[number])[0]
 
 
 def test_the_cache_of_a_conversation_takes_rows_in(tiny: Qwen3ForCausalLM) -> None:
     """Rows begun in a cache that holds something, and one that is added before anything has run."""
     cache = make_cache(tiny, batch_size=2)
     list(generate_tokens(tiny, [[1, 2, 3], [4, 5]], cache=cache, max_tokens=1))
-    options: Any = {"sampling": GREEDY, "max_tokens": 4, "prefill_chunk": 20}
-    stream = generate_tokens(tiny, [[6], [7] * 19], cache=cache, **options)
-    stream.add([8, 9], sampling=GREEDY, max_tokens=4)
+    options: Any = {"sampling": GREEDY, "prefill_chunk": 40, "cache": cache}
+    stream = generate_tokens(tiny, [[6], [7] * 19], max_tokens=4, **options)
+    stream.submit(asked([8, 9], 4, cache_row=None, **options))
     rows = run(stream, {})
     whole = [[1, 2, 3, 6], [4, 5, *[7] * 19], [8, 9]]
     assert [rows[n] for n in range(3)] == [by_the_book(tiny, prompt, GREEDY, 4) for prompt in whole]
-    assert stream.cache is cache
     assert cache.offsets == tuple(len(prompt) + 3 for prompt in whole)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_rows_that_end_before_others_leave_the_callers_cache(tiny: Qwen3ForCausalLM, chunk: int) -> None:
+    """Also where one has ended before another is read."""
+    cache = make_cache(tiny, batch_size=2)
+    stream = generate_tokens(
+        tiny, [[1, 2], [3] * 9], cache=cache, sampling=GREEDY, max_tokens=[2, 6], prefill_chunk=chunk
+    )
+    rows = run(stream, {})
+    assert [rows[n] for n in range(2)] == [
+        by_the_book(tiny, [1, 2], GREEDY, 2),
+        by_the_book(tiny, [3] * 9, GREEDY, 6),
+    ]
+    assert cache.offsets == (9 + 5,)
 
 
 def test_rows_join_at_the_next_step_and_leave_at_once(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
     stream = generate_tokens(tiny, [[1, 2], [3, 4]], sampling=GREEDY, max_tokens=[5, 2])
     seen = []
-    for one in stream:
-        seen.append((one.row, one.finish_reason))
+    for row, one in stream:
+        seen.append((row, one.finish_reason))
         if len(seen) == 2:
-            stream.add([5] * 7, sampling=GREEDY, max_tokens=2)
+            stream.submit(asked([5] * 7, 2))
     assert calls == [(2, 2), (2, 1), (1, 7), (2, 1), (1, 1), (1, 1)]
     assert [row for row, _ in seen] == [0, 1, 0, 1, 2, 0, 2, 0, 0]
 
 
 def test_a_row_may_join_as_the_last_one_ends(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
     stream = generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=1)
-    rows = run(stream, {0: [([3, 4, 5], GREEDY, 2), ([6], GREEDY, 1)]})
+    rows = run(stream, {0: [asked([3, 4, 5], 2), asked([6], 1)]})
     assert [len(rows[number]) for number in range(3)] == [1, 2, 1]
     assert calls == [(1, 2), (2, 3), (1, 1)]
 
@@ -283,43 +301,55 @@ def test_a_row_that_is_stopped_before_it_joins_is_not_read(
 ) -> None:
     stream = generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=2)
     next(stream)
-    stream.stop(stream.add([3, 4, 5]))
-    assert [one.row for one in stream] == [0]
+    stream.stop(stream.submit(asked([3, 4, 5])))
+    assert [row for row, _ in stream] == [0]
     assert calls == [(1, 2), (1, 1)]
 
 
 def test_what_cannot_join(tiny: Qwen3ForCausalLM) -> None:
+    """Others go on, those that were added with it among them."""
     stream = generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=3)
-    next(stream)
-    wrong: list[tuple[Any, dict[str, Any]]] = [
-        ([], {}),
-        ([VOCAB_SIZE], {}),
-        ("a", {}),
-        ([1], {"max_tokens": 0}),
-        ([1], {"sampling": {"temperature": 0}}),
-        ([1], {"sampling": SamplingParams(logit_bias={VOCAB_SIZE: 1.0})}),
+    rows: dict[int, list[int]] = defaultdict(list)
+
+    def take() -> None:
+        row, one = next(stream)
+        rows[row].append(one.token)
+
+    take()
+    stream.submit(asked([7], 4))
+    wrong: list[tuple[Request, type[Exception]]] = [
+        (asked([VOCAB_SIZE]), OptionError),
+        (asked([1], sampling=SamplingParams(logit_bias={VOCAB_SIZE: 1.0})), OptionError),
+        (asked([1] * CONTEXT), ContextLengthError),
+        (asked([1], cached_tokens=1), OptionError),
     ]
-    for prompt, options in wrong:
-        with pytest.raises(OptionError):
-            stream.add(prompt, **options)
-    with pytest.raises(ContextLengthError):
-        stream.add([1] * CONTEXT)
-    assert [one.token for one in stream] == by_the_book(tiny, [1, 2], GREEDY, 3)[1:]
+    for request, _ in wrong:
+        stream.submit(request)
+    stream.submit(asked([8], 4))
+    for _, error in wrong:
+        with pytest.raises(error):
+            take()
+    for _ in range(2 + 4 + 4):
+        take()
+    assert next(stream, None) is None
+    assert [rows[0], rows[1], rows[6]] == [
+        by_the_book(tiny, prompt, GREEDY, count) for prompt, count in (([1, 2], 3), ([7], 4), ([8], 4))
+    ]
     with pytest.raises(OptionError, match="over"):
-        stream.add([1])
+        stream.submit(asked([1]))
     closed = generate_tokens(tiny, [1, 2])
     closed.close()
     with pytest.raises(OptionError, match="over"):
-        closed.add([1])
+        closed.submit(asked([1]))
 
 
 def test_a_stream_that_runs_for_hours_keeps_nothing_of_rows_that_are_gone(tiny: Qwen3ForCausalLM) -> None:
     params = SamplingParams(temperature=0, presence_penalty=1.0, repetition_penalty=1.1)
     stream = generate_tokens(tiny, [[1] * 9] * 2, sampling=params, max_tokens=2)
     held: list[int] = []
-    for one in stream:
+    for _, one in stream:
         if one.finish_reason and len(held) < 40:
-            stream.add([one.token] * 9, sampling=params, max_tokens=2)
+            stream.submit(asked([one.token] * 9, 2, sampling=params))
             mx.synchronize()
             mx.clear_cache()
             held.append(mx.get_active_memory())
@@ -334,10 +364,9 @@ def test_rows_that_are_stopped_before_they_join_leave_nothing(
 
     def come_and_go() -> int:
         """Bytes that are held after a step in which many rows were added and stopped."""
-        for number in [stream.add([1] * 9, sampling=params) for _ in range(50)]:
+        for number in [stream.submit(asked([1] * 9, sampling=params)) for _ in range(50)]:
             stream.stop(number)
             stream.stop(number)
-            stream.force(number, [5])
         next(stream)
         mx.synchronize()
         mx.clear_cache()
@@ -346,10 +375,10 @@ def test_rows_that_are_stopped_before_they_join_leave_nothing(
     next(stream)
     held = [come_and_go() for _ in range(8)]
     assert max(held[1:]) <= held[0] + 4096
-    assert stream.add([1] * 9, max_tokens=1) == 401
-    assert [one.row for one in stream] == [0, 401, 0, 0]
+    assert stream.submit(asked([1] * 9, 1)) == 401
+    assert [row for row, _ in stream] == [0, 401, 0, 0]
     assert calls == [(1, 2), *[(1, 1)] * 9, (1, 9), (1, 1), (1, 1)]
-    assert not stream._rows
+    assert not (stream._requests or stream._handles)
 
 
 @pytest.mark.parametrize("row", [-1, 1])
@@ -375,7 +404,8 @@ def test_no_prompt_pays_for_the_padding_of_a_longer_one(tiny: Qwen3ForCausalLM, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen3Model, "__call__", recorded)
-        list(generate_tokens(tiny, [[1] * length for length in lengths], max_tokens=1, prefill_chunk=chunk))
+        with own_scheduler(tiny):
+            list(generate_tokens(tiny, [[1] * length for length in lengths], max_tokens=1, prefill_chunk=chunk))
     fed = [rows * tokens for rows, tokens in shapes]
     assert max(fed) <= chunk
     assert sum(fed) <= sum(length + max(16, length // 4) for length in lengths)
@@ -383,5 +413,6 @@ def test_no_prompt_pays_for_the_padding_of_a_longer_one(tiny: Qwen3ForCausalLM, 
 
 def test_prompts_of_about_one_length_are_read_together(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]]) -> None:
     lengths = [40, 3, 42, 9, 44, 60]
-    list(generate_tokens(tiny, [[1] * length for length in lengths], max_tokens=1))
-    assert calls == [(2, 9), (3, 44), (1, 60)]
+    with own_scheduler(tiny):
+        list(generate_tokens(tiny, [[1] * length for length in lengths], max_tokens=1))
+    assert sorted(calls) == [(1, 60), (2, 9), (3, 44)]

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import make_cache
-from mlxqwen.engine.generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.footprint import measure
@@ -51,7 +51,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, name
     stream = generate_tokens(
         model, ids, sampling=SamplingParams(temperature=0), max_tokens=GREEDY_TOKENS, eos_token_ids=(), prefill_chunk=50
     )
-    assert [step.token for step in stream] == GOLDEN[name]["greedy"]
+    assert [step.token for _, step in stream] == GOLDEN[name]["greedy"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from mlxqwen.engine.generation import MAX_UNREAD
 from mlxqwen.engine.request import CacheKind
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from tests.conftest import random_model
@@ -97,7 +97,7 @@ def test_two_iterators_taken_in_turn_do_not_stand_still(
     """Whether they run beside each other, or one has to wait until the other has given up its row."""
     with machine(model, 1 << 30, is_gpu=is_gpu):
         scheduler = new_scheduler(model, max_running=rows)
-        monkeypatch.setattr("mlxqwen.engine.text_generation.scheduler_of", lambda _: scheduler)
+        monkeypatch.setattr("mlxqwen.engine.token_stream.scheduler_of", lambda _: scheduler)
         streams = [generate_tokens(model, [n], sampling=SEEDED, max_tokens=300) for n in (1, 2)]
         pairs = list(zip(*streams, strict=True))
     for place in range(2):

@@ -18,7 +18,7 @@ import pytest
 from mlxqwen import Engine
 from mlxqwen.engine.engine import Done
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
-from mlxqwen.engine.text_generation import generate_tokens
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
@@ -126,7 +126,7 @@ def test_fresh_threads_leave_at_most_one_of_the_systems_behind() -> None:
     out = run_python(
         """
         import os, threading
-        from mlxqwen.engine.text_generation import generate_tokens
+        from mlxqwen.engine.token_stream import generate_tokens
         from tests.conftest import random_model
 
         model = random_model()
@@ -190,7 +190,7 @@ def test_requests_behind_a_fork_say_so() -> None:
         """
         import os, warnings
         warnings.simplefilter("ignore")
-        from mlxqwen.engine.text_generation import generate_tokens
+        from mlxqwen.engine.token_stream import generate_tokens
         from mlxqwen.errors import OptionError
         from tests.conftest import random_model
 

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 from mlxqwen.cache import KVCache, make_cache
-from mlxqwen.engine.generation import GeneratedToken, TokenStream, generate_tokens
+from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.drafter import Drafter, DraftLength
 from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
-from mlxqwen.engine.speculation.stream import SpeculativeStream, speculate_tokens
+from mlxqwen.engine.token_stream import TokenStream, generate_tokens
 from mlxqwen.errors import CacheError, ContextLengthError, GenerationError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import CONTEXT, VOCAB_SIZE, random_model
 from tests.reference_sampling import assert_drawn_from, probabilities
+from tests.scheduling import ForcedUnless, asked, constrained, own_scheduler, taken
 from tests.tolerance import to_numpy, worst
 
 GREEDY = SamplingParams(temperature=0)
@@ -76,8 +77,28 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-def tokens_of(stream: TokenStream | SpeculativeStream) -> list[int]:
-    return [one.token for one in stream]
+def tokens_of(stream: TokenStream) -> list[int]:
+    return [one.token for _, one in stream]
+
+
+def told(stream: TokenStream) -> list[tuple[int, str | None, bool]]:
+    """What guesses change nothing of."""
+    return [without_counts(one) for _, one in stream]
+
+
+def without_counts(one: GeneratedToken) -> tuple[int, str | None, bool]:
+    return one.token, one.finish_reason, one.is_forced
+
+
+def counts_of(last: GeneratedToken) -> tuple[int, int]:
+    """Tokens that were guessed, and those of them that were right."""
+    return last.drafted_tokens, last.accepted_tokens
+
+
+def speculate_tokens(
+    model: Qwen3ForCausalLM, prompt: Sequence[int], drafter: Drafter, **options: Any
+) -> TokenStream:
+    return generate_tokens(model, prompt, drafter=drafter, **options)
 
 
 def held(cache: KVCache) -> list[mx.array]:
@@ -114,19 +135,16 @@ def test_a_reply_is_that_of_the_seed_whatever_is_guessed(
     ends = data.draw(st.sets(IDS, max_size=8), label="ends")
     plain_cache, cache = (make_cache(tiny, max_kv_size=window, keep=2, kv_bits=kv_bits) for _ in range(2))
     how: dict[str, Any] = {"sampling": params, "max_tokens": count, "eos_token_ids": ends}
-    expected = list(generate_tokens(tiny, prompt, cache=plain_cache, **how))
+    expected = told(generate_tokens(tiny, prompt, cache=plain_cache, **how))
     wrong = data.draw(st.sets(st.integers(0, count)), label="wrong")
-    drafter = KnowsTheReply(prompt, [one.token for one in expected], wrong)
-    stream = speculate_tokens(tiny, prompt, drafter, draft_tokens=drafts, cache=cache, **how)
-    found = []
-    for one in stream:
-        found.append(one)
-        assert cache.offset == len(prompt) + len(found) - 1  # all but this token
-    assert found == expected
+    drafter = KnowsTheReply(prompt, [token for token, _, _ in expected], wrong)
+    found = [one for _, one in speculate_tokens(tiny, prompt, drafter, draft_tokens=drafts, cache=cache, **how)]
+    assert list(map(without_counts, found)) == expected
     assert cache.offsets == plain_cache.offsets
     for ours, theirs in zip(held(cache), held(plain_cache), strict=True):
         assert worst(ours, theirs) <= (1e-3 if kv_bits is None else 1.0)  # or one code of a number
-    assert stream.counts.accepted <= stream.counts.drafted
+    drafted, accepted = counts_of(found[-1])
+    assert accepted <= drafted
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,30 +152,19 @@ def test_a_reply_is_that_of_the_seed_whatever_is_guessed(
 def test_forced_tokens_and_an_end_anywhere_leave_what_plain_decoding_leaves(
     tiny: Qwen3ForCausalLM, data: st.DataObject, prompt: list[int], params: SamplingParams
 ) -> None:
-    """Forced in the middle of what was guessed right, left alone where the model says one of `unless`, then stopped."""
+    """Forced in the middle of what was guessed right, left alone where the model says one of `unless`, then ended."""
     at = data.draw(st.integers(0, 12), label="forced behind so many")
     forced = data.draw(st.lists(IDS, max_size=12), label="forced")
     unless = data.draw(st.sets(IDS, max_size=20), label="unless")
-    last = data.draw(st.integers(1, 25), label="stopped at")
+    last = data.draw(st.integers(1, 25), label="ended at")
     window = data.draw(st.sampled_from([None, 9]), label="window")
-
-    def run(stream: TokenStream | SpeculativeStream) -> list[GeneratedToken]:
-        told: list[GeneratedToken] = []
-        if at == 0:
-            stream.force(0, forced, unless=unless)
-        for one in stream:
-            told.append(one)
-            if len(told) == at:
-                stream.force(0, forced, unless=unless)
-            if len(told) == last:
-                stream.stop(0)
-        return told
-
     caches = [make_cache(tiny, max_kv_size=window, keep=2) for _ in range(2)]
-    how: dict[str, Any] = {"sampling": params, "max_tokens": 30}
-    expected = run(generate_tokens(tiny, prompt, cache=caches[0], **how))
-    drafter = KnowsTheReply(prompt, [one.token for one in expected], data.draw(st.sets(st.integers(0, 25))))
-    assert run(speculate_tokens(tiny, prompt, drafter, cache=caches[1], **how)) == expected
+    constraints = constrained(lambda: ForcedUnless(at, forced, unless))
+    how: dict[str, Any] = {"sampling": params, "max_tokens": last, "constraints": constraints}
+    expected = told(generate_tokens(tiny, prompt, cache=caches[0], **how))
+    wrong = data.draw(st.sets(st.integers(0, 25)))
+    drafter = KnowsTheReply(prompt, [token for token, _, _ in expected], wrong)
+    assert told(speculate_tokens(tiny, prompt, drafter, cache=caches[1], **how)) == expected
     assert caches[0].offsets == caches[1].offsets
     replies = [tokens_of(generate_tokens(tiny, [5], sampling=GREEDY, max_tokens=5, cache=cache)) for cache in caches]
     assert replies[0] == replies[1]
@@ -184,12 +191,12 @@ def test_a_stream_left_in_the_middle_of_right_guesses_holds_what_was_told(
     stream = speculate_tokens(
         tiny, [1, 2, 3], KnowsTheReply([1, 2, 3], reply, set()), sampling=GREEDY, cache=cache, draft_tokens=9
     )
-    told = [next(stream).token for _ in range(9)]
+    assert [next(stream)[1].token for _ in range(9)] == reply[:9]
     stream.close()
-    assert told == reply[:9]
-    assert cache.offset == 3 + 8
-    rest = generate_tokens(tiny, told[-1:], sampling=GREEDY, max_tokens=5, cache=cache)
-    assert tokens_of(rest) == reply[9:14]
+    place = cache.offset - 3  # tokens of the reply that it holds; some more may have been right than were taken
+    assert 8 <= place < 18
+    rest = generate_tokens(tiny, reply[place : place + 1], sampling=GREEDY, max_tokens=2, cache=cache)
+    assert tokens_of(rest) == reply[place + 1 : place + 3]
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=3), SamplingParams(seed=3, repetition_penalty=1.2)])
@@ -203,20 +210,22 @@ def test_the_drafters_of_the_package_change_no_token(
     close, strange = DraftModel(disturbed(tiny, 0.02)), DraftModel(disturbed(tiny, 1.0), max_kv_size=20, kv_bits=8)
     for drafter in (PromptLookup(), close, strange):
         stream = speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=40, cache=caches.pop())
-        assert tokens_of(stream) == expected
+        found = [one for _, one in stream]
+        assert [one.token for one in found] == expected
         if drafter is close:
-            assert stream.counts.accepted > stream.counts.drafted / 4
+            drafted, accepted = counts_of(found[-1])
+            assert accepted > drafted / 4
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 100), limit=st.integers(1, 60))
 def test_the_context_and_the_limit_end_a_reply_where_they_would(tiny: Qwen3ForCausalLM, seed: int, limit: int) -> None:
     params, prompt = SamplingParams(seed=seed), list(range(30))
-    expected = list(generate_tokens(tiny, prompt, sampling=params, max_tokens=limit))
-    drafter = KnowsTheReply(prompt, [one.token for one in expected] + [7] * 40, set())
-    found = list(speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=limit))
+    expected = told(generate_tokens(tiny, prompt, sampling=params, max_tokens=limit))
+    drafter = KnowsTheReply(prompt, [token for token, _, _ in expected] + [7] * 40, set())
+    found = told(speculate_tokens(tiny, prompt, drafter, sampling=params, max_tokens=limit))
     assert found == expected
-    assert found[-1].finish_reason == "length"
+    assert found[-1][1] == "length"
     assert len(found) == min(limit, CONTEXT - 30)
 
 
@@ -248,10 +257,11 @@ def test_right_guesses_save_passes(tiny: Qwen3ForCausalLM, passes: list[int]) ->
     reply = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=30))
     passes.clear()
     stream = speculate_tokens(tiny, [1, 2], KnowsTheReply([1, 2], reply, set()), sampling=GREEDY, max_tokens=30)
-    assert tokens_of(stream) == reply
+    found = [one for _, one in stream]
+    assert [one.token for one in found] == reply
     # The prompt; then one token and 4 guesses, one and 8, ... so that the limit is met by the token behind the last.
     assert passes == [2, 5, 9, 9, 6]
-    assert (stream.counts.drafted, stream.counts.accepted) == (25, 25)
+    assert counts_of(found[-1]) == (25, 25)
 
 
 def test_wrong_guesses_are_given_up(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
@@ -259,20 +269,49 @@ def test_wrong_guesses_are_given_up(tiny: Qwen3ForCausalLM, passes: list[int]) -
     passes.clear()
     drafter = KnowsTheReply([1, 2], reply, set(range(50)))
     stream = speculate_tokens(tiny, [1, 2], drafter, sampling=GREEDY, max_tokens=50)
-    assert tokens_of(stream) == reply
+    found = [one for _, one in stream]
+    assert [one.token for one in found] == reply
     # Four guesses and one, then one behind pauses of 1, 2, 4, 8 and 16 passes.
     guesses = [place for place, length in enumerate(passes[1:]) if length > 1]
     assert guesses == [0, 1, 3, 6, 11, 20, 37]
-    assert (stream.counts.drafted, stream.counts.accepted) == (10, 0)
+    assert counts_of(found[-1]) == (10, 0)
 
 
-def test_forced_tokens_are_read_together_and_are_no_guesses(tiny: Qwen3ForCausalLM, passes: list[int]) -> None:
-    stream = speculate_tokens(tiny, [1, 2], NoIdea(), sampling=GREEDY, max_tokens=20)
-    next(stream)
-    stream.force(0, [7, 8, 9, 10, 11])
-    assert [next(stream).token for _ in range(5)] == [7, 8, 9, 10, 11]
-    assert passes == [2, 6]
-    assert (stream.counts.drafted, stream.counts.accepted) == (0, 0)
+def test_forced_tokens_are_no_right_guesses(tiny: Qwen3ForCausalLM) -> None:
+    forced = [7, 8, 9, 10, 11]
+    plain = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=6))
+    constraints = constrained(lambda: ForcedUnless(1, forced, []))
+    drafter = KnowsTheReply([1, 2], [plain[0], *forced], set())
+    found = [
+        one for _, one in speculate_tokens(tiny, [1, 2], drafter, sampling=GREEDY, max_tokens=6, constraints=constraints)
+    ]
+    assert [one.token for one in found] == [plain[0], *forced]
+    assert found[-1].drafted_tokens > 0
+    assert found[-1].accepted_tokens == sum(not one.is_forced for one in found[1:])
+
+
+def test_with_several_replies_nothing_is_guessed_and_each_is_what_it_is_alone(
+    tiny: Qwen3ForCausalLM, passes: list[int]
+) -> None:
+    """Guesses begin once one reply is left, behind what the others have had in common with it."""
+    reply = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=30))
+    other = tokens_of(generate_tokens(tiny, [3], sampling=GREEDY, max_tokens=10))
+    passes.clear()
+    with own_scheduler(tiny) as scheduler:
+        handles = [
+            scheduler.submit(asked([1, 2], 30, drafter=KnowsTheReply([1, 2], reply, set()))),
+            scheduler.submit(asked([3], 10, drafter=KnowsTheReply([3], other, set()))),
+        ]
+        found: list[list[GeneratedToken]] = [[], []]
+        while scheduler.step():
+            for one, handle in zip(found, handles, strict=True):
+                one += taken(handle)
+    assert [[one.token for one in tokens] for tokens in found] == [reply, other]
+    assert counts_of(found[1][-1]) == (0, 0)
+    assert passes[:10] == [2, *[1] * 9]
+    assert passes[10] == 5
+    drafted, accepted = counts_of(found[0][-1])
+    assert drafted == accepted > 10
 
 
 def test_draft_lengths_follow_what_was_right() -> None:
@@ -312,8 +351,8 @@ def test_replies_follow_the_distribution(params: SamplingParams, drafter: Drafte
     found = []
     for seed in range(800):
         seeded = dataclasses.replace(params, seed=seed)
-        told = tokens_of(speculate_tokens(small, prompt, drafter, sampling=seeded, max_tokens=3))
-        found.append(int(np.ravel_multi_index(tuple(told), (5, 5, 5))))
+        reply = tokens_of(speculate_tokens(small, prompt, drafter, sampling=seeded, max_tokens=3))
+        found.append(int(np.ravel_multi_index(tuple(reply), (5, 5, 5))))
     assert_drawn_from(expected, found)
 
 
@@ -330,9 +369,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Qwen3ForCausalLM) 
 
 @pytest.mark.parametrize("token", [VOCAB_SIZE, -1, True, 1.0])
 def test_a_drafter_that_guesses_no_token_is_refused(tiny: Qwen3ForCausalLM, token: Any) -> None:
-    stream = speculate_tokens(tiny, [1], KnowsTheReply([1], [], set()))
+    drafter: Any = type("Bad", (), {"propose": lambda *_: [token]})()
+    stream = speculate_tokens(tiny, [1], drafter)
     next(stream)
-    stream._drafter = type("Bad", (), {"propose": lambda *_: [token]})()
     with pytest.raises(OptionError, match=rf"^draft: found {token!r}, expected token ids from 0 to 96"):
         next(stream)
 
@@ -342,7 +381,7 @@ def test_a_drafter_that_guesses_no_token_is_refused(tiny: Qwen3ForCausalLM, toke
     [
         ({"prompt": []}, "prompt: found no tokens"),
         ({"prompt": [97]}, "prompt: found 97"),
-        ({"prompt": [[1], [2]]}, r"prompt: found \[1\]"),
+        ({"drafter": 3}, "speculative: found 3"),
         ({"draft_tokens": 0}, "draft_tokens: found 0"),
         ({"max_tokens": True}, "max_tokens: found True"),
         ({"prefill_chunk": 0}, "prefill_chunk: found 0"),
@@ -357,11 +396,9 @@ def test_options_that_cannot_be_are_refused(tiny: Qwen3ForCausalLM, arguments: d
         speculate_tokens(tiny, **{"prompt": [1], "drafter": NoIdea(), **arguments})
 
 
-def test_one_row_alone_is_speculated_on(tiny: Qwen3ForCausalLM) -> None:
+def test_what_cannot_be_without_guesses_cannot_be_with_them(tiny: Qwen3ForCausalLM) -> None:
     with pytest.raises(CacheError, match=r"^cache: made for 2 rows, found 1 prompts"):
         speculate_tokens(tiny, [1], NoIdea(), cache=make_cache(tiny, batch_size=2))
-    with pytest.raises(OptionError, match=r"^force: found row 1, expected a row from 0 to 0"):
-        speculate_tokens(tiny, [1], NoIdea()).force(1, [2])
     with pytest.raises(ContextLengthError, match=r"^prompt: 64 tokens"):
         speculate_tokens(tiny, [1] * CONTEXT, NoIdea())
 
@@ -374,6 +411,6 @@ def test_a_model_of_no_numbers_ends_with_an_error_and_a_draft_model_of_none_gues
     with pytest.raises(GenerationError, match="NaN"):
         next(speculate_tokens(broken, [1, 2], PromptLookup()))
     expected = tokens_of(generate_tokens(tiny, [1, 2], sampling=GREEDY, max_tokens=10))
-    stream = speculate_tokens(tiny, [1, 2], DraftModel(broken), sampling=GREEDY, max_tokens=10)
-    assert tokens_of(stream) == expected
-    assert stream.counts.drafted == 0
+    found = [one for _, one in speculate_tokens(tiny, [1, 2], DraftModel(broken), sampling=GREEDY, max_tokens=10)]
+    assert [one.token for one in found] == expected
+    assert found[-1].drafted_tokens == 0

@@ -55,6 +55,9 @@ class Driver:
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
         """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
         self.check_process()
+        if scheduler.is_closed and not generation.is_over:
+            scheduler.close()  # it was submitted meanwhile
+            return
         if self.is_mine():
             if scheduler.step() or generation.records or generation.is_over:
                 return

@@ -13,6 +13,7 @@ from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
+from mlxqwen.engine.speculation.drafter import Drafter, as_drafter
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -21,7 +22,6 @@ from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.stop import StopStrings
 
 if TYPE_CHECKING:
-    from mlxqwen.engine.speculation.drafter import Drafter
     from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -163,6 +163,7 @@ class Request:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
         StopStrings(self.stop)  # complains of what is none
+        put("drafter", None if self.drafter is None else as_drafter(self.drafter))
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.early_stop_text is not None:
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
@@ -194,6 +195,8 @@ def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
         CacheError: a cache of another model or number of rows, or one that cannot go back to `cached_tokens`.
     """
     check_token_ids("prompt", request.prompt, model.config.vocab_size)
+    if request.drafter is not None:
+        as_drafter(request.drafter, model.config)
     for token in request.sampling.logit_bias or ():
         if token >= model.config.vocab_size:
             raise OptionError(f"logit_bias: found {token}, expected token ids from 0 to {model.config.vocab_size - 1}")

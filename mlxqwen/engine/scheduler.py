@@ -406,6 +406,8 @@ class Scheduler:
         if self._device.overlaps_steps:
             self._queue_ahead()
         with interrupts_deferred():
+            if any(batch.owner not in (None, batch.cache) for batch in self._alive_batches()):
+                self._arrange()  # rows of a caller's own cache are there before any of them ends
             for batch in self._alive_batches():
                 if not batch.is_parked:
                     batch.tell()

@@ -95,11 +95,11 @@ class TokenStream:
             self._ready.extend(row for row, handle in self._handles.items() if handle.is_ready)
 
     def _submit_requests(self) -> None:
-        for row, request in self._requests.items():
-            handle = self._scheduler.submit(request)
+        while self._requests:
+            row = next(iter(self._requests))
+            handle = self._scheduler.submit(self._requests.pop(row))  # the others go on where this one is refused
             handle.on_prefill = self._on_prefill
             self._handles[row] = handle
-        self._requests.clear()
 
 
 def generate_tokens(
