@@ -18,7 +18,7 @@ _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 
 
 def spell_out_controls(text: str) -> str:
-    """`text` with control characters as `\\x..` or `\\u....`, but for line breaks and tabs: a terminal only shows it."""
+    """`text` whose control characters, but line breaks and tabs, are spelled out: a terminal only shows it."""
     return text.translate(_CONTROLS)
 
 
