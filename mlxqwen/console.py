@@ -7,18 +7,25 @@ from typing import TextIO
 
 __all__ = ["Output", "spell_out_controls"]
 
-# A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out. So are
+# soft hyphens, which nobody sees but who copies them, and the embeddings, overrides and isolates of
+# https://www.unicode.org/reports/tr9/, which show a line in another order than it has. Marks (U+200E, U+200F, U+061C)
+# and joiners stay: Arabic, Hebrew and emoji need them, and they reorder no letters.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
+    code: f"\\u{code:04x}" for code in (0xAD, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 
 
 def spell_out_controls(text: str) -> str:
-    """`text` with every control character but line breaks and tabs as `\\x..`, so that a terminal only shows it."""
+    """`text` whose control characters, but line breaks and tabs, are spelled out: a terminal only shows it."""
     return text.translate(_CONTROLS)
 
 
 class Output:
     """A stream that text is written to as it comes; on a terminal control characters are spelled out.
+
+    To a pipe or file goes what the model wrote, as programs and JSON need it.
 
     Args:
         stream: standard output or standard error.

@@ -514,12 +514,12 @@ def test_interrupt_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Terminals and encodings
 
-NASTY = "a\x1b[2Jb\x07\x9b31mc\rd\x7f\x00\te\n👩‍💻 你好"
+NASTY = "a\x1b[2Jb\x07\x9b31mc\rd\x7f\x00\te\n👩‍💻 你好 \u202eabc\u202c\u2066d\u2069e\xadf"
 
 
 def test_escapes_are_neutralised_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     replies(monkeypatch, Delta(reasoning=NASTY), Delta(content=NASTY))
-    shown = "a\\x1b[2Jb\\x07\\x9b31mc\\x0dd\\x7f\\x00\te\n👩‍💻 你好"
+    shown = "a\\x1b[2Jb\\x07\\x9b31mc\\x0dd\\x7f\\x00\te\n👩‍💻 你好 \\u202eabc\\u202c\\u2066d\\u2069e\\u00adf"
     result = run("generate", "hi", on_terminal=True)
     assert result.out == shown + "\n"
     assert "".join(result.err.split("\x1b[2m")).replace("\x1b[22m", "") == shown + "\n"

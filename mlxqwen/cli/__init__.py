@@ -5,6 +5,7 @@ Next to nothing is imported before `main` runs, so that Ctrl-C is quiet from the
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
@@ -34,10 +35,12 @@ def _run() -> int:
         import click
 
         from mlxqwen.cli.commands import mlxqwen
-        from mlxqwen.cli.terminal import open_missing_streams, print_error
+        from mlxqwen.cli.streams import name_streams, open_missing_streams
+        from mlxqwen.cli.terminal import print_error
         from mlxqwen.errors import MlxqwenError
 
     nowhere_to_write = sys.stdout is None
+    name_streams()
     open_missing_streams()
     if nowhere_to_write:
         print_error("standard output: closed, expected somewhere to write to")
@@ -81,20 +84,24 @@ def _report(error: OSError) -> None:
     from mlxqwen.cli.terminal import print_error
 
     with suppress(OSError):
-        print_error(f"{error.filename or _failing_stream()}: {error.strerror or error}")
+        print_error(*_told(error))
     _silence()
 
 
-def _failing_stream() -> str:
-    """What an error that names no file is about; what could not be written to standard output cannot be now."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return "standard output"
-    return "input or output"
+def _told(error: OSError) -> tuple[str, str]:
+    """Problem and hint: what failed is the error's file or stream; it has none where the working folder is gone."""
+    reason = error.strerror or str(error)
+    problem, hint = reason if error.filename is None else f"{error.filename}: {reason}", ""
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            problem = f"working folder: {reason}" if error.filename is None else problem
+            hint = "The working folder was removed: change to one that exists (cd)."
+    return problem, hint
 
 
 def _silence() -> None:
-    from mlxqwen.cli.terminal import silence_streams
+    from mlxqwen.cli.streams import silence_streams
 
     silence_streams()

@@ -10,7 +10,8 @@ import click
 
 from mlxqwen import __version__
 from mlxqwen.cli.interrupts import BROKEN_PIPE, leave_at_once
-from mlxqwen.cli.terminal import print_notes, silence_streams
+from mlxqwen.cli.streams import silence_streams
+from mlxqwen.cli.terminal import print_notes
 
 __all__ = ["mlxqwen"]
 

@@ -13,8 +13,9 @@ import click
 
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.streams import silence_streams
 from mlxqwen.cli.table import Column, columns_of, table
-from mlxqwen.cli.terminal import ConversionProgress, count_of, print_error, silence_streams
+from mlxqwen.cli.terminal import ConversionProgress, count_of, print_error
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, one_line
 

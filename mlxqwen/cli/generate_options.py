@@ -137,7 +137,12 @@ _SAMPLING = (
     click.option("--frequency-penalty", type=float, help="The same, times how often; -2 to 2."),
     click.option("--repetition-penalty", type=float, help="Against tokens of prompt and reply; 1 is off."),
     click.option("--seed", type=int, help="The same seed draws the same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End the answer before this text; may be repeated, up to 64 times.",
+    ),
     click.option("--stop-on-loop", is_flag=True, help="End a reply that goes round in circles."),
 )
 _MEMORY = (

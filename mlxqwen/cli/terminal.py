@@ -15,11 +15,9 @@ __all__ = [
     "PrefillProgress",
     "StatusLine",
     "count_of",
-    "open_missing_streams",
     "print_error",
     "print_notes",
     "progress_lines",
-    "silence_streams",
     "terminal_size",
 ]
 
@@ -173,18 +171,3 @@ def print_notes() -> None:
 def print_error(problem: str, hint: str = "") -> None:
     """One line, or two, on standard error."""
     sys.stderr.write(f"error: {one_line(problem)}\n" + (f"       {one_line(hint)}\n" if hint else ""))
-
-
-def open_missing_streams() -> None:
-    """Let standard streams that whoever called us has closed read and write nothing."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
-            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
-
-
-def silence_streams() -> None:
-    """Send what is still to be written nowhere, for nobody can read it: not even Python's last flush may fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())

@@ -55,7 +55,7 @@ def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], option
             f"{path}: {error}; it could not be read again", hint="Leave it out, and save then."
         ) from None
     try:
-        write_file(path, text.encode() + b"\n", private=True)
+        write_file(path, text.encode() + b"\n", private=True, keeps_mode=True)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"{path}: cannot be written: {reason_of(error)}", hint="Choose a file in a folder that can be written to."

@@ -7,6 +7,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,13 +19,14 @@ STAGED_PREFIX = ".partial-"
 _FULL_FSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
-def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = False) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = False, keeps_mode: bool = False) -> None:
     """Write a file: under its name there is the old one or the whole new one at any moment.
 
     Args:
         path: the file; a link is replaced, not followed.
         data: its bytes, perhaps in pieces.
         private: make it readable and writable by its owner alone (mode 0600), whatever the umask.
+        keeps_mode: give it the mode of the user's own file that it replaces, if there is one.
 
     Raises:
         OSError: it cannot be written; nothing is left of the new one.
@@ -35,6 +37,8 @@ def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = Fal
     descriptor = os.open(staged, flags, 0o600 if private else 0o666)
     try:
         with open(descriptor, "wb") as file:
+            if keeps_mode and (mode := _own_mode(path)) is not None:
+                os.fchmod(descriptor, mode)
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             sync_descriptor(file.fileno())
@@ -48,6 +52,16 @@ def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = Fal
     except OSError as cause:  # a folder that may be written to, not read, or a file system that has no names to sync
         if cause.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def _own_mode(path: Path) -> int | None:
+    """The permissions of a file of the user's own; None for no such file, a link, or somebody else's file."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+    return stat.S_IMODE(found.st_mode) & 0o777 if is_own else None
 
 
 @contextmanager
