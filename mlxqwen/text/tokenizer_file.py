@@ -25,7 +25,7 @@ __all__ = ["build_tokenizer", "guard", "read_tokenizer"]
 MAX_FILE_BYTES = 64 * 2**20
 MAX_VALUES = 4_000_000
 """JSON values of one file, counted by commas, those in strings included; Qwen3's has 456,396."""
-MAX_ADDED_TOKENS = 16_384
+MAX_ADDED_TOKENS = 2_048  # as many as chat templates can be told from text
 MAX_ADDED_TOKEN_BYTES = 1_024
 MAX_ADDED_BYTES = 2**20
 """Of all added tokens together: so many take a first chat a second and a half, and 120 MB."""
