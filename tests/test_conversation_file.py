@@ -69,7 +69,10 @@ def test_files_of_the_version_before_load_unchanged(engine: Engine, tmp_path: Pa
         "options": {
             "thinking": False,
             "tools": TOOLS,
-            "sampling": dataclasses.asdict(SamplingParams(temperature=0.5, logit_bias={7: -1.0})),
+            "sampling": {  # JSON's keys are text, and as such they are ids
+                **dataclasses.asdict(SamplingParams(temperature=0.5)),
+                "logit_bias": {"7": -1.0},
+            },
             "max_tokens": 5,
             "seed": 3,
             "stop": ["x!"],
@@ -85,6 +88,8 @@ def test_files_of_the_version_before_load_unchanged(engine: Engine, tmp_path: Pa
         loaded.save(tmp_path / path.name)
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
         assert done_of(loaded.stream("So?", max_tokens=4)).usage.completion_tokens > 0
+    sampling = Conversation.load(OLD / "options.json", engine).next_sampling()
+    assert sampling == SamplingParams(temperature=0.5, logit_bias={7: -1.0}, seed=3)
     replayed = Conversation.load(OLD / "thought.json", engine)
     said = list(replayed.messages)
     assert done_of(replayed.retry()).reply.content == said[-1]["content"]
