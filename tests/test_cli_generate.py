@@ -149,7 +149,8 @@ def test_the_prompt_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     render = Tokenizer.apply_chat_template
 
     def counted(self: Tokenizer, *args: Any, **options: Any) -> Any:
-        rendered.append(args)
+        if "Hello" in str(args):  # a template is also asked, once, whether it knows think blocks
+            rendered.append(args)
         return render(self, *args, **options)
 
     monkeypatch.setattr(Tokenizer, "apply_chat_template", counted)
@@ -375,7 +376,7 @@ def test_files_are_read_before_a_model_is_loaded(tmp_path: Path, option: str) ->
         (b"\xff", "file.json: found byte 0xff at 0, expected UTF-8 text"),
         (b"5", "file.json: found a number, expected a list"),
         (b'[{"a": 1, "a": 2}]', "'a' appears twice"),
-        (b"[" * 3_000_001, "more than 3,000,000 objects and lists"),
+        (b"[" * 3_000_001, "more than 3,000,000 values"),
         (b'["\x1b[31m"]', "Invalid control character"),
         (b'[{"role": "\\u001b[31m"}]', "found"),
     ):
