@@ -110,6 +110,26 @@ def test_folders_that_cannot_be_synced(
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o640, 0o400])
+def test_a_file_of_the_user_s_own_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    atomic.write_file(path, b"new", private=True, keeps_mode=True)
+    assert (path.read_bytes(), mode_of(path)) == (b"new", mode)
+    atomic.write_file(path, b"newer", private=True)
+    assert (path.read_bytes(), mode_of(path)) == (b"newer", 0o600)
+
+
+def test_a_link_gives_no_mode_to_the_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "other").chmod(0o666)
+    (tmp_path / "file").symlink_to("other")
+    atomic.write_file(tmp_path / "file", b"new", private=True, keeps_mode=True)
+    assert mode_of(tmp_path / "file") == 0o600
+    assert (tmp_path / "other").read_bytes() == b"other"
+
+
 @pytest.mark.parametrize("umask", [0, 0o077])
 def test_private_files_are_their_owner_s_alone(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)

@@ -41,7 +41,8 @@ __all__ = ["generate"]
 def generate(**options: Any) -> int:
     """Answer PROMPT ('-' reads standard input), a conversation, or a file of prompts.
 
-    The answer goes to standard output, the model's reasoning to standard error.
+    The answer goes to standard output, the model's reasoning to standard error. A terminal is shown control characters,
+    bidirectional overrides and soft hyphens spelled out, such as \\u202e; pipes and files get what the model wrote.
 
     With --batch each answer becomes a line of --output with "index" (the line's number in the input, from 0), "id",
     "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" and perhaps "hint" if the

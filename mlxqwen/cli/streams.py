@@ -29,7 +29,7 @@ class _NamedFile(io.FileIO):
         with self._named_errors():
             return super().readall()
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         with self._named_errors():
             return super().write(data)
 

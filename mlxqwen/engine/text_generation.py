@@ -171,7 +171,7 @@ def stream_generate(
         sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
             profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
             does a model think whose chat template has no switch for it and opens no think block.
-        stop: end before the first of these texts.
+        stop: end before the first of these texts: at most 64 of 1,024 characters.
         thinking_budget: at most about this many tokens of thought, then an answer; see
             `mlxqwen.chat.budget.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
         early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
