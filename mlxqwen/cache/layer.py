@@ -19,7 +19,7 @@ _SMALLEST_BLOCK = 16  # queries
 
 
 class KVLayer:
-    """The cache of one attention layer; `plan` is the step that all layers share."""
+    """The cache of one attention layer. `plan` is the step, which all layers share."""
 
     def __init__(self, storage: Storage, keep: int) -> None:
         self.storage = storage
