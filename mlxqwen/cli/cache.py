@@ -1,4 +1,4 @@
-"""`mlxqwen cache`."""
+"""`mlxqwen cache`: models that were converted when they were loaded."""
 
 from __future__ import annotations
 

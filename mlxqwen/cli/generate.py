@@ -1,4 +1,4 @@
-"""`mlxqwen generate`."""
+"""`mlxqwen generate`: the answer to a prompt, a conversation or a batch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _generate_one(options: Mapping[str, Any]) -> int:
 
 
 def _read_text(options: Mapping[str, Any]) -> str:
-    """What the user says."""
+    """The user's text."""
     file = options["prompt_file"]
     text = read_prompt(options["prompt"], None if file is None else Path(file), raw=options["raw"])
     check_unicode(prompt=text)
@@ -92,7 +92,7 @@ def _read_text(options: Mapping[str, Any]) -> str:
 
 
 def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
-    """Messages and tools from all options that give some."""
+    """Messages and tools from all options that give them."""
     with leave_at_once():
         from mlxqwen.chat.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
 
@@ -113,7 +113,7 @@ def _events(
     options: Mapping[str, Any],
     progress: PrefillProgress,
 ) -> Generator[Event]:
-    """Let the model answer."""
+    """Ask for the answer, and yield its events."""
     from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind
 
     overrides, cache = sampling_overrides(options), cache_options(options)
@@ -139,7 +139,7 @@ def _events(
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
-    """What follows a text: all of it is content, so that no part counts as reasoning."""
+    """Continue a text: all of it is content, and no part is reasoning."""
     from mlxqwen.chat.thinking_modes import thinking_modes
     from mlxqwen.engine.engine import Done
     from mlxqwen.engine.text_generation import resolve_params

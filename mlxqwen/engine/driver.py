@@ -91,7 +91,7 @@ class Driver:
             return self._changed.wait_for(lambda: scheduler.has_work or scheduler.is_closed, timeout)
 
     def is_mine(self) -> bool:
-        """Whether this thread takes the steps, be it from now on."""
+        """Whether the calling thread takes the steps, perhaps from now on."""
         me = threading.current_thread()
         with self._changed:
             if self._owner is None:

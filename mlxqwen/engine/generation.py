@@ -158,7 +158,7 @@ class Generation:
 
     @property
     def reader(self) -> Generation | None:
-        """Who reads what this one will share; None where nobody does."""
+        """The generation that is reading blocks which this one will share; None if there is none."""
         return None if self._reader is None else self._reader()
 
     @reader.setter

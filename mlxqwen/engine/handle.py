@@ -50,7 +50,7 @@ class Handle:
 
     @property
     def pins(self) -> dict[str, Pin]:
-        """What the store keeps of it, if the request `holds_cache`: of its "prompt", and of prompt and "reply"."""
+        """What the store keeps of the request, if it `holds_cache`: of its "prompt", and of prompt and "reply"."""
         return self._generation.pins
 
     @property
@@ -107,7 +107,7 @@ class Handle:
         return None
 
     def _log_warnings(self) -> None:
-        """Tell why calls of the reply were kept as text, once each."""
+        """Log why calls of the reply were kept as text, once each."""
         pipeline = self._generation.pipeline
         if pipeline is None or len(pipeline.warnings) == self._warned:
             return

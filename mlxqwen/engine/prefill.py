@@ -69,7 +69,7 @@ class Prefill:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffers, as large as they will be once all is read."""
+        """Bytes of its buffers at the size that they will have once all is read."""
         texts = [
             len(one.text) + before for one, before in zip(map(_alive, self.rows), self._before, strict=True) if one
         ]
@@ -93,12 +93,14 @@ class Prefill:
         return [one for place in places if (one := generations[place]) is not None]
 
     def read(self, generations: Sequence[Generation], chunk: int, begin: Callable[[RunningBatch], None]) -> None:
-        """Read at most `chunk` tokens of each row; once all is read, hand the batch that decodes to `begin`.
+        """Read at most `chunk` tokens of each row; once all is read, call `begin` with the batch that decodes.
 
-        What is interrupted is as if it had not begun. An exception ends these generations.
+        An interrupt leaves everything as before. An exception ends these generations.
 
         Args:
-            generations: what `drop_ended` gave.
+            generations: what `drop_ended` returned.
+            chunk: tokens.
+            begin: takes the batch.
         """
         self.cache.reserve(max(self._before[row] + len(one.text) for row, one in enumerate(generations)) + 1)
         pieces = [one.text[self.done(row) : self.done(row) + chunk] for row, one in enumerate(generations)]
@@ -127,7 +129,7 @@ class Prefill:
             one.progress(self.done(row) - self._begins[row], len(one.text) - self._begins[row])
 
     def _draw(self, generations: Sequence[Generation], logits: mx.array) -> tuple[Sampler, mx.array]:
-        """The sampler of all rows, and their first tokens, on their way."""
+        """The sampler of all rows, and their first tokens, which are being computed."""
         sampler, *others = [one.make_sampler().extract([0]) for one in generations]
         sampler.join(others)
         drawn = sampler(apply_masks(logits, masks_of(generations)))

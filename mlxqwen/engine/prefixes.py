@@ -76,7 +76,7 @@ class SharedPrefixes:
         return self.store.match(_space(one, kind.make(one.model)), one.text, ring=ring)
 
     def reader_of(self, one: Generation, known: int, others: Iterable[Generation]) -> Generation | None:
-        """Which of the `others` is reading a block of this text that the store has not, beyond `known` tokens."""
+        """Which of `others` is reading a block of this text, beyond `known` tokens, that the store lacks."""
         if not self.store.keeps:
             return None
         for other in others:
@@ -91,6 +91,7 @@ class SharedPrefixes:
         Args:
             one: the generation.
             cache, row: what holds its text.
+            what: the name of the pin, "prompt" or "reply".
             at_mark: whether a window that has slid is to be kept as it is now.
         """
         holds = one.request.holds_cache

@@ -281,7 +281,7 @@ class _Checkpoint:
 
 
 def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
-    """What each may draw next; a constraint that raises ends its own reply."""
+    """The mask of each row for the next draw; a constraint that raises ends its own reply."""
     masks: list[mx.array | None] = []
     for one in generations:
         masks.append(None)

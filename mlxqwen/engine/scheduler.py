@@ -135,7 +135,7 @@ class Scheduler:
             generation.let_go()
 
     def keep(self, handle: Handle) -> None:
-        """Put what a reply has read and said so far into the store, before it is cancelled.
+        """Put what a reply has read and generated so far into the store, before it is cancelled.
 
         Nothing happens unless the calling thread takes the steps, and none is under way: a finalizer may run in one.
         """
@@ -202,7 +202,7 @@ class Scheduler:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches that are in use, or will be once prompts are read; draft models with theirs."""
+        """Bytes of all caches in use, as large as once prompts are read, and of draft models with their caches."""
         caches = {id(one.cache): one.cache.nbytes for one in self._alive_batches()}
         caches |= {id(one.cache): one.nbytes for one in self._alive_prefills()}
         drafters = {
@@ -313,7 +313,7 @@ class Scheduler:
     # Memory
 
     def _give_up_parked(self) -> bool:
-        """While others wait, let replies that are far ahead of their readers give up their rows → whether any did."""
+        """While others wait, take the rows of parked replies → whether there were any."""
         if all(one.is_parked for one in self.waiting):
             return False
         parked = [batch for batch in self._alive_batches() if batch.may_change and batch.is_parked]
@@ -334,7 +334,7 @@ class Scheduler:
             batch.drop_ended()
 
     def _preempt(self, one: Generation) -> None:
-        """Take a reply's row, to be read again later; it goes on with the same tokens."""
+        """Take the row of a reply; it is read again later and continues with the same tokens."""
         batch = one.batch
         if batch is not None and batch.drawn is not None:  # as it is parked; what is on its way counts
             batch.tell()
@@ -392,7 +392,7 @@ class Scheduler:
                     one.fail(error)
 
     def _keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
-        """Put what a row has read into the store, which gives way where memory ends."""
+        """Put a row's text into the store, which evicts blocks where memory ends."""
         self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
         if self.checks_memory:
             account().make_room(0, self)
@@ -439,7 +439,7 @@ class Scheduler:
         batch.drop_ended()
 
     def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
-        """Put what a reply has read and said into the store."""
+        """Put what a reply has read and generated into the store."""
         self._keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
 
     def _arrange(self) -> list[RunningBatch]:
@@ -449,7 +449,7 @@ class Scheduler:
         return arranged
 
     def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
-        """The batch of the only running reply, if it has a drafter."""
+        """The guesser of the only running reply, if it has a drafter; None if others run."""
         if len(batches) != 1 or len(batches[0].rows) != 1:
             return None
         one = batches[0].generations[0]
