@@ -213,8 +213,8 @@ class RingPlacement(Placement):
     def _plan_view(self, step: Step, offset: mx.array) -> None:
         """Several tokens: some query still sees each old slot, so attention comes before storing."""
         positions = offset[:, None] + mx.arange(step.length)
-        held = self._slot_positions(offset, step.visible)
-        seen = mx.concatenate([held, positions], axis=1)[:, None, :]
+        stored = self._slot_positions(offset, step.visible)
+        seen = mx.concatenate([stored, positions], axis=1)[:, None, :]
         queries = positions[:, :, None]
         in_window = (queries - seen < self.window - self.keep) | (seen < self.keep)
         step.mask = ((seen >= 0) & (seen <= queries) & in_window)[:, None]
@@ -240,5 +240,5 @@ class RingPlacement(Placement):
         """The positions in the first `slots` slots of rows with `end` `[B]` tokens; −1 in empty slots."""
         slot, last = mx.arange(slots)[None, :], end[:, None] - 1
         newest = last - mx.remainder(last - slot, self.window - self.keep)
-        held = mx.where(slot < self.keep, slot, newest)
-        return mx.where((held >= slot) & (slot <= last), held, -1)
+        positions = mx.where(slot < self.keep, slot, newest)
+        return mx.where((positions >= slot) & (slot <= last), positions, -1)

@@ -100,5 +100,5 @@ def _source_of_value(text: str, wanted: str) -> str:
 
 
 def _skip(text: str, at: int) -> int:
-    found = _SPACE_AND_SEPARATOR.match(text, at)
-    return found.end() if found else at
+    match = _SPACE_AND_SEPARATOR.match(text, at)
+    return match.end() if match else at

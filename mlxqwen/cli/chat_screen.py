@@ -62,8 +62,8 @@ class LiveLines:
 
     def _begin_again(self, lines: list[str], columns: int, rows: int) -> None:
         """After a change of width: wipe what the screen still shows, and draw as many of the new lines as fit."""
-        held = sum(max(1, -(-cell_len(_STYLES.sub("", line)) // columns)) for line in self._shown)
-        self._write(f"{_up(min(held, rows) - 1)}\r\x1b[J" + "\n".join(lines[-rows:] if held >= rows else lines))
+        shown = sum(max(1, -(-cell_len(_STYLES.sub("", line)) // columns)) for line in self._shown)
+        self._write(f"{_up(min(shown, rows) - 1)}\r\x1b[J" + "\n".join(lines[-rows:] if shown >= rows else lines))
         self._shown = list(lines)
 
     def _write(self, text: str) -> None:

@@ -118,7 +118,7 @@ def _events(
 
     overrides, cache = sampling_overrides(options), cache_options(options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
-    how: dict[str, Any] = {
+    running: dict[str, Any] = {
         **{name: options[name] for name in shared},
         "on_prefill": progress,
     }
@@ -128,14 +128,14 @@ def _events(
         "thinking_budget": options["thinking_budget"],
     }
     if isinstance(asked, str):
-        yield from _continue(engine, asked, {**request, **how, "cache": CacheKind(**cache)}, options)
+        yield from _continue(engine, asked, {**request, **running, "cache": CacheKind(**cache)}, options)
         return
     own = ("thinking", "trust_special_tokens", "drop_oldest")
     request = {**request, **cache, **{name: options[name] for name in own}, "tools": asked.tools}
     if options["verbose"]:
         sampling = engine.sampling_for(asked.messages, **request)
         print_request(engine, sampling, options, overrides)
-    yield from engine.stream(asked.messages, **request, **how)
+    yield from engine.stream(asked.messages, **request, **running)
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:

@@ -192,8 +192,10 @@ def _run(
 
 
 def _check_memory(model: Qwen3ForCausalLM, tokens: int, cache: KVCache, device: Device) -> None:
-    held = tokens if cache.max_kv_size is None else min(tokens, cache.max_kv_size)
-    needed = weight_bytes(model) + cache_bytes(model.config, held, model.dtype.size, cache.kv_bits, cache.kv_group_size)
+    slots = tokens if cache.max_kv_size is None else min(tokens, cache.max_kv_size)
+    needed = weight_bytes(model) + cache_bytes(
+        model.config, slots, model.dtype.size, cache.kv_bits, cache.kv_group_size
+    )
     if needed > device.usable_memory:
         raise InsufficientMemoryError(
             f"context: weights and cache of {tokens:,} tokens take {needed / 1e9:.1f} GB, this machine can hold "

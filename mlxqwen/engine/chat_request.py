@@ -62,12 +62,12 @@ class ChatRequest:
 
 
 def option_names(what: str, given: Iterable[str], *without: str) -> None:
-    """Refuse options of `what` that are not those of a chat, or are among `without`. Raises `OptionError`."""
+    """Check that all names in `given` are options of a chat and none is in `without`. Raises `OptionError`."""
     known_names(what, given, [one.name for one in fields(ChatOptions) if one.name not in without])
 
 
 def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse options of `what` that are not among the `known`. Raises `OptionError`."""
+    """Check that all names in `given` are in `known`. Raises `OptionError`."""
     for name in given:
         if name not in known:
             is_sampling = any(one.name == name for one in fields(SamplingParams))
@@ -79,7 +79,7 @@ def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Responder:
-    """What makes requests of conversations: a model, its tokenizer, and what guesses.
+    """Makes requests from conversations, for one model with its tokenizer and its drafter.
 
     `noted` holds what was noted of `generation_config.json`, so that a batch notes it once.
     """

@@ -143,12 +143,12 @@ class Handle:
         """Yield a `Delta` as each piece becomes certain, and `Done` at the end."""
         while True:
             try:
-                told = self.next_token()
+                token = self.next_token()
             except StopIteration:
                 return
-            yield from told.deltas
-            if told.finish_reason is not None:
-                yield self._done(told)
+            yield from token.deltas
+            if token.finish_reason is not None:
+                yield self._done(token)
                 return
 
     def poll_done(self) -> Done | None:

@@ -111,7 +111,7 @@ class RunningBatch:
 
     def _tell_drawn(self, drawn: list[int]) -> None:
         generations = self.generations
-        tokens = [self._told(one, token) for one, token in zip(generations, drawn, strict=True)]
+        tokens = [self._token_used(one, token) for one, token in zip(generations, drawn, strict=True)]
         if tokens != drawn:
             if self._before_ahead is not None:
                 self._before_ahead.restore(self)  # what was queued followed other tokens
@@ -121,7 +121,7 @@ class RunningBatch:
         self.drawn, self.tokens, self._before_ahead = None, tokens, None
 
     @staticmethod
-    def _told(generation: Generation | None, drawn: int) -> int:
+    def _token_used(generation: Generation | None, drawn: int) -> int:
         """The token that is used where `drawn` was drawn; any token for a row that is over."""
         if generation is None or generation.is_over:
             return max(drawn, 0)

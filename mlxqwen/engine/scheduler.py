@@ -322,7 +322,7 @@ class Scheduler:
         return bool(parked)
 
     def _make_room_to_grow(self, batch: RunningBatch) -> None:
-        """Before buffers grow: the store gives way, then the least urgent replies, and the last one ends."""
+        """Free memory for larger buffers: evict blocks, preempt the least urgent replies, and end the last one."""
         while batch.rows and not may_grow(self, batch):
             running = self.running
             victim = max((one for one in running if one.own_cache is None), key=lambda one: one.urgency, default=None)
@@ -443,7 +443,7 @@ class Scheduler:
         self._keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
 
     def _arrange(self) -> list[RunningBatch]:
-        """Let rows share batches, as far as there is memory for longer buffers."""
+        """Let rows share batches, as far as memory allows longer buffers."""
         arranged = arrange(self._alive_batches(), partial(may_merge, self))
         self._batches = [weakref.ref(batch) for batch in arranged]
         return arranged

@@ -79,7 +79,7 @@ class Arguments:
                 values = self._adapter.validate_json(json.dumps(_whole(arguments)))
             except ValidationError as error:
                 errors = error.errors(include_url=False, include_context=False)
-                raise MessagesError(_told(errors, arguments, tuple(self.schema["properties"]))) from None
+                raise MessagesError(_problem_of(errors, arguments, tuple(self.schema["properties"]))) from None
         return {name: value for name, value in values.items() if not isinstance(value, _Default)}
 
 
@@ -225,26 +225,26 @@ def _inlined(node: Any, definitions: Mapping[str, Any], around: tuple[str, ...])
     return {**_inlined(definitions[name], definitions, (*around, name)), **own}
 
 
-def _told(errors: Sequence[Any], arguments: Mapping[str, Any], names: Sequence[str]) -> str:
+def _problem_of(errors: Sequence[Any], arguments: Mapping[str, Any], names: Sequence[str]) -> str:
     """What is wrong with arguments, in words for the model that wrote them; `names` are the known ones."""
-    told: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for error in errors:
         path, found, rest = _follow(error["loc"], arguments)
         kind, message = error["type"], error["msg"]
         if kind.startswith("missing") and rest:
-            told.setdefault(f"{path}: {rest[-1]} is missing", [])
+            problems.setdefault(f"{path}: {rest[-1]} is missing", [])
         elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
             above, _, _ = _follow(error["loc"][:-1], arguments)
             expected = f", expected {' or '.join(names) or 'none'}" if above == "arguments" else ""
-            told.setdefault(f"{above}: found the unknown name {_shown(error['loc'][-1])}{expected}", [])
+            problems.setdefault(f"{above}: found the unknown name {_shown(error['loc'][-1])}{expected}", [])
         elif message.startswith("Input should be "):
-            told.setdefault(f"{path}: found {_shown(found)}", []).append(message.removeprefix("Input should be "))
+            problems.setdefault(f"{path}: found {_shown(found)}", []).append(message.removeprefix("Input should be "))
         else:
-            told.setdefault(f"{path}: found {_shown(found)}: {message}", [])
-    problems = [
-        f"{head}{', expected ' if tails else ''}{' or '.join(dict.fromkeys(tails))}" for head, tails in told.items()
+            problems.setdefault(f"{path}: found {_shown(found)}: {message}", [])
+    lines = [
+        f"{head}{', expected ' if tails else ''}{' or '.join(dict.fromkeys(tails))}" for head, tails in problems.items()
     ]
-    return "; ".join(problems[:MAX_TOLD])
+    return "; ".join(lines[:MAX_TOLD])
 
 
 def _follow(place: Sequence[str | int], value: Any) -> tuple[str, Any, list[str | int]]:

@@ -198,8 +198,8 @@ def _best(draft: Any, schema: Any, value: Any, steps: _Steps) -> str | None:
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
     # Of several forms none of which fits, each says what it would take.
     forms = [form for form in error.context or () if not form.path] or [error]
-    told = dict.fromkeys(_message(form) for form in forms[:MAX_FORMS])
-    return one_line(f"{path}: {'; '.join(told)}", MAX_TOLD)
+    messages = dict.fromkeys(_message(form) for form in forms[:MAX_FORMS])
+    return one_line(f"{path}: {'; '.join(messages)}", MAX_TOLD)
 
 
 def _message(error: Any) -> str:
