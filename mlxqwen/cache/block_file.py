@@ -1,8 +1,8 @@
-"""A run of consecutive blocks as one file: a checked header, then the numbers of one block after the other.
+"""A file of consecutive blocks: a checked header, then the data of one block after the other.
 
     magic (16 bytes) | length of the header (uint32) | xxh3_128 of the header (16 bytes) | header, JSON | blocks
 
-The header has the key before the first block, which stands for the model, the kind of cache and all tokens before, the
+The header has the key before the first block (a hash of the model, the kind of cache and all tokens before), the
 tokens, the dtypes and shapes of a block's parts, and a digest of each block. So the first blocks of a run can be used
 without reading the others.
 """
@@ -37,7 +37,7 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 
 
 class DamagedRunError(Exception):
-    """A file that is no run, or not as it was written."""
+    """The file is no run of blocks, or has changed since it was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """An open run whose header is sound. It has to be closed.
+    """An open run of blocks with a valid header. It has to be closed.
 
     Attributes:
         before: the key before the first block.
-        tokens: int32, of each block.
-        file: stands anywhere.
+        tokens: int32 ids of each block.
+        file: at any position.
     """
 
     before: bytes
@@ -68,14 +68,14 @@ class BlockRun:
     _start: int
 
     def common(self, chain: TokenChain, number: int) -> int:
-        """How many of its blocks are those of `chain` from block `number` on."""
+        """How many of its blocks equal those of `chain` from block `number` on."""
         if self.before != chain.before(number):
             return 0
         most = min(len(self.tokens), len(chain) - number)
         return next((n for n in range(most) if self.tokens[n] != chain.block(number + n)), most)
 
     def read(self, start: int, stop: int) -> Iterator[Stored]:
-        """The blocks `start` to `stop`, each checked before it is given; evaluated.
+        """Read the blocks `start` to `stop`, each checked; evaluated.
 
         Raises:
             DamagedRunError: a block is not as it was written.
@@ -102,7 +102,7 @@ class BlockRun:
 
 
 def encode_header(chain: TokenChain, number: int, blocks: Sequence[Stored]) -> bytes:
-    """All that stands before the numbers of `blocks`, which are those of `chain` from block `number` on."""
+    """The bytes before the data of `blocks`, which are those of `chain` from block `number` on."""
     digests = []
     for block in blocks:
         digest = xxh3_128()
@@ -120,14 +120,14 @@ def encode_header(chain: TokenChain, number: int, blocks: Sequence[Stored]) -> b
 
 
 def payloads(block: Stored) -> list[memoryview]:
-    """The numbers of a block's parts, without a copy."""
+    """The data of a block's parts, without a copy."""
     raw = [part.reshape(-1).view(mx.uint8) for part in block]
     mx.eval(raw)
     return [memoryview(cast(Any, part)) for part in raw]
 
 
 def open_run(path: Path) -> BlockRun | None:
-    """Open a file and check its header; None where there is no file of this user.
+    """Open a file and check its header; None if this user has no such file.
 
     Raises:
         DamagedRunError: the file is no run, is cut short, or its header is not as it was written.

@@ -1,8 +1,8 @@
-"""Blocks: what a cache holds of 16 consecutive tokens of one row, copied out of it and into it.
+"""Blocks: keys and values of 16 consecutive tokens of one row, copied out of a cache and into another.
 
 The parts of a block are arrays of its own, evaluated and contiguous: one for plain storage, `[2 * layers, kv_heads,
 BLOCK, head_dim]` with the keys of all layers before the values of all layers; codes, scales and biases for quantized
-storage. The whole window of a ring is kept in the same form, with as many slots as the ring has.
+storage. The whole window of a ring has the same form, with as many slots as the ring.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ BLOCK = 16  # tokens
 
 
 def block_nbytes(cache: KVCache) -> int:
-    """Bytes of a block of a cache that holds something."""
+    """Bytes of a block of a cache that is not empty."""
     buffers = cache.state
     return sum(part.nbytes // (part.shape[0] * part.shape[2]) for part in buffers) * BLOCK
 
 
 def has_slid(cache: KVCache, row: int) -> bool:
-    """Whether the row is one of a ring that has dropped tokens."""
+    """Whether the row belongs to a ring and has dropped tokens."""
     return cache.max_kv_size is not None and cache.offsets[row] > cache.max_kv_size
 
 
 def take_blocks(cache: KVCache, row: int, start: int, stop: int) -> list[Stored]:
     """Copy the tokens `start` to `stop` of a row, which are whole blocks → the parts of each block, evaluated.
 
-    Raises `CacheError` where the row does not hold them, each in the slot of its position.
+    Raises `CacheError` if the row does not hold them, each in the slot of its position.
     """
     if start % BLOCK or stop % BLOCK or not 0 <= start <= stop <= cache.offsets[row] or has_slid(cache, row):
         raise CacheError(
@@ -49,7 +49,7 @@ def take_blocks(cache: KVCache, row: int, start: int, stop: int) -> list[Stored]
 
 
 def put_blocks(cache: KVCache, blocks: Sequence[Stored]) -> None:
-    """Fill an empty cache of one row with copies of consecutive blocks, the first ones of the row; evaluated.
+    """Fill an empty cache of one row with copies of blocks, from the first block of the row on; evaluated.
 
     Raises `CacheError` for a cache that is not empty, or blocks of another kind of cache.
     """
@@ -63,7 +63,7 @@ def put_blocks(cache: KVCache, blocks: Sequence[Stored]) -> None:
 
 
 def take_window(cache: KVCache, row: int) -> Stored:
-    """Copy all slots of a row of a ring that has slid → the parts, evaluated. Raises `CacheError` for another row."""
+    """Copy all slots of a ring's row that has dropped tokens → the parts, evaluated. Raises `CacheError` for others."""
     if not has_slid(cache, row):
         raise CacheError(
             f"cache row of {cache.offsets[row]} tokens: not a ring that has dropped tokens",
@@ -75,7 +75,7 @@ def take_window(cache: KVCache, row: int) -> Stored:
 
 
 def put_window(cache: KVCache, window: Stored, offset: int) -> None:
-    """Fill an empty ring of one row with what `take_window` gave of a row that had seen `offset` tokens; evaluated.
+    """Fill an empty ring of one row with a window that `take_window` copied at position `offset`; evaluated.
 
     Raises `CacheError` for a cache that is not empty, or a window of another kind of cache.
     """
@@ -96,19 +96,19 @@ def _buffers(cache: KVCache) -> list[list[mx.array]]:
 
 
 def _cut(buffers: Sequence[mx.array], row: int, start: int, stop: int) -> list[mx.array]:
-    """One part of the blocks from `start` to `stop`; each is copied once, straight from the buffers."""
+    """One part of the blocks from `start` to `stop`; each block is copied once, straight from the buffers."""
     count = (stop - start) // BLOCK
     views = [mx.split(buffer[row : row + 1, :, start:stop], count, axis=2) for buffer in buffers]
     return [mx.concatenate(list(layers)) for layers in zip(*views, strict=True)]
 
 
 def _layers(part: mx.array) -> list[mx.array]:
-    """Views, one a layer."""
+    """Views of one part, one a layer."""
     return list(mx.split(part, part.shape[0]))
 
 
 def _joined(blocks: Sequence[list[mx.array]], capacity: int) -> list[mx.array]:
-    """The buffers of one part, out of the layers of each block."""
+    """The buffers of one part, made of the layers of each block."""
     _, heads, slots, width = blocks[0][0].shape
     missing = capacity - len(blocks) * slots
     room = [mx.zeros((1, heads, missing, width), dtype=blocks[0][0].dtype)] if missing else []

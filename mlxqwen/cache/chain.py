@@ -16,12 +16,12 @@ _BLOCK_BYTES = BLOCK * _TOKEN_BYTES
 
 
 def seed(*names: str) -> bytes:
-    """The key before the first block, of whatever must be the same for blocks to be shared."""
+    """The key before the first block: a hash of what must be equal for blocks to be shared."""
     return _hash(repr(names).encode())
 
 
 class TokenChain:
-    """The whole blocks of some tokens.
+    """The whole blocks of a list of tokens.
 
     Args:
         seed: the key before the first block.
@@ -29,8 +29,8 @@ class TokenChain:
 
     Attributes:
         seed: as given.
-        coded: all tokens as int32, those behind the last whole block as well.
-        keys: of the whole blocks.
+        coded: all tokens as int32 bytes, those after the last whole block too.
+        keys: the keys of the whole blocks.
     """
 
     def __init__(self, seed: bytes, tokens: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ class TokenChain:
         return len(self.keys)
 
     def block(self, number: int) -> bytes:
-        """The tokens of a block, int32."""
+        """The tokens of a block as int32 bytes."""
         return self.coded[number * _BLOCK_BYTES : (number + 1) * _BLOCK_BYTES]
 
     def before(self, number: int) -> bytes:
@@ -54,7 +54,7 @@ class TokenChain:
         return self.keys[number - 1] if number else self.seed
 
     def starts_with(self, other: TokenChain) -> bool:
-        """Whether all whole blocks of `other` are the first ones of this one."""
+        """Whether the whole blocks of `other` are the first blocks of this chain."""
         return len(other) <= len(self) and (not other.keys or self.keys[len(other) - 1] == other.keys[-1])
 
 

@@ -1,8 +1,8 @@
-"""The second tier of the prefix store: blocks in a folder, from one run to the next.
+"""The disk tier of the prefix store: blocks in a folder, kept from one run to the next.
 
-A file holds a run of consecutive blocks of a chain, and has the key of the first one for its name. So what is there is
-found without an index, and two processes may share the folder without locks. A file appears under its name when it is
-whole. It is not forced onto the disk: what a power cut leaves of it is found to be damaged, dropped, and read anew.
+A file holds a run of consecutive blocks of a chain, and its name is the key of the first one. So blocks are found
+without an index, and two processes may share the folder without locks. A file appears under its name when it is whole.
+It is not forced onto the disk: what a power cut leaves is found to be damaged, removed, and read anew.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ logger = logging.getLogger("mlxqwen")
 _SUFFIX = ".kv1"  # of this format; other versions have other numbers
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.kv\d+|\.partial-\w+")
 _PARTIAL = ".partial-"
-_LEFT_BEHIND = 600 * 10**9  # ns, after which what is being written is not any more
-_RUN_BYTES = 1 << 26  # of a file, at the most; one block may be more
+_LEFT_BEHIND = 600 * 10**9  # ns, after which a temporary file belongs to no writer
+_RUN_BYTES = 1 << 26  # bytes of a file at most; a single block may be larger
 _HEADER_BYTES = 512  # what a block adds to a header, and a share of the rest
 _OTHER_NAME = "Give the name of a folder of your own; it is made where there is none."
 
@@ -41,18 +41,18 @@ _OTHER_NAME = "Give the name of a folder of your own; it is made where there is 
 class DiskTier:
     """Blocks in a folder that is this user's alone.
 
-    Nothing is read when it is opened. Files that were not used for longest go first, and those of a chain from its end.
-    Files of other models and versions are never read, but count, and go when their turn comes. A damaged file is
-    removed and noted; a disk that is full or fails is noted once, and nothing else happens.
+    Opening reads nothing. Files that were not used for longest are removed first, and those of a chain from its end.
+    Files of other models and versions are never read, but count, and are removed in their turn. A damaged file is
+    removed and logged; a disk that is full or fails is logged once, and nothing else happens.
 
     Args:
-        folder: is made, if its parent is there.
+        folder: made if its parent exists.
         capacity: bytes that files in the folder may take; two processes that write at once may exceed it by a file.
-            More than the disk has is no error.
+            It may be more than the disk has.
 
     Raises:
         CacheError: the folder is a file, a link, somebody else's, writable by others, or cannot be written to.
-        OptionError: a capacity that is not at least 1.
+        OptionError: a capacity below 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], capacity: int) -> None:
@@ -70,7 +70,7 @@ class DiskTier:
             raise _unwritable(self.folder, error) from None
 
     def read(self, chain: TokenChain, start: int, stop: int) -> list[Stored]:
-        """The blocks of a chain from `start` on, checked and evaluated, as far as they are there without a gap."""
+        """The blocks of a chain from `start` on, checked and evaluated, up to the first one that is missing."""
         blocks: list[Stored] = []
         used = []
         place = 0
@@ -98,7 +98,7 @@ class DiskTier:
         return blocks
 
     def write(self, chain: TokenChain, blocks: Sequence[Stored]) -> None:
-        """Write the first blocks of a chain, as far as they are not there, and mark all as used."""
+        """Write the first blocks of a chain that are not there yet, and mark all as used."""
         used = []
         missing: list[int] = []
         place = 0
@@ -121,7 +121,7 @@ class DiskTier:
     def _write_runs(
         self, chain: TokenChain, blocks: Sequence[Stored], missing: Sequence[int], used: Sequence[int]
     ) -> list[int]:
-        """Write blocks as runs → where in the chain they begin. Stops where the capacity has no room for more."""
+        """Write blocks as runs → the first block of each run. Stops where the capacity has no room for more."""
         listing = self._listing()
         spared = {self._path(chain, place).name for place in used}
         written: list[int] = []
@@ -141,7 +141,7 @@ class DiskTier:
         return written
 
     def _write_file(self, path: Path, header: bytes, blocks: Sequence[Stored]) -> None:
-        """Write a file beside and move it to its place. Raises `OSError`."""
+        """Write a file beside its place, and move it there. Raises `OSError`."""
         descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self.folder)  # mode 0600
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -175,7 +175,7 @@ class DiskTier:
     def _listing(self) -> dict[str, tuple[int, int]]:
         """The files of any model and version: name → time of last use in ns, bytes. Raises `OSError`.
 
-        What killed writers have left is removed.
+        Temporary files of writers that were killed are removed.
         """
         listing = {}
         left_behind = time.time_ns() - _LEFT_BEHIND
@@ -191,7 +191,7 @@ class DiskTier:
         return listing
 
     def _open(self, chain: TokenChain, place: int) -> tuple[BlockRun, int] | None:
-        """The run that begins with a block of a chain, open, and how many of its blocks are the chain's: 1 or more."""
+        """The open run that has a block of a chain, and how many of its blocks are the chain's: 1 or more."""
         path = self._path(chain, place)
         try:
             run = open_run(path)
@@ -223,7 +223,7 @@ class DiskTier:
         self._note(f"{what} {error.errno}", f"a file cannot be {what}: {reason}; going on without it")
 
     def _note(self, key: str, message: str) -> None:
-        """Tell it once."""
+        """Log a message once."""
         if key not in self._noted:
             self._noted.add(key)
             logger.warning("prompt cache %s: %s", self.folder, message)

@@ -1,4 +1,4 @@
-"""What tells one model's keys and values from another's without reading all weights."""
+"""A fingerprint of a model, which tells its keys and values from those of other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of a whole model: one placement, one buffer pair a layer; saved to and loaded from a file."""
+"""The cache of a whole model: one placement for all layers, and the keys and values of each layer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class KVCache:
     """Keys and values of `batch_size` rows in every layer; iterating gives the layers.
 
     Args:
-        config: the model's shape.
-        placement: where tokens go.
-        kv_bits, kv_group_size: how they are stored; None for as they are.
+        config: of the model.
+        placement: which slot a token goes to.
+        kv_bits, kv_group_size: of quantized keys and values; `kv_bits` None stores them as computed.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class KVCache:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Tokens that each row has seen, held or not."""
+        """How many tokens each row has seen, held or dropped."""
         return tuple(self.placement.offsets)
 
     @property
     def offset(self) -> int:
-        """Tokens that the longest row has seen."""
+        """How many tokens the longest row has seen."""
         return max(self.placement.offsets)
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return len(self.placement.offsets)
 
     @property
@@ -117,7 +117,7 @@ class KVCache:
         return self.layers
 
     def make_room(self, capacity: int) -> None:
-        """Buffers of `capacity` slots for what is held; a layer at a time, so that only one is there twice."""
+        """Grow the buffers to `capacity` slots; one layer at a time, so that only one is held twice."""
         rows = range(self.batch_size)
         for layer in self.layers:
             if layer.keys and layer.keys[0].shape[-2] < capacity:
@@ -126,21 +126,21 @@ class KVCache:
                 _let_go(layer)
 
     def reserve(self, length: int) -> None:
-        """Allocate for `length` tokens a row at once when the next ones arrive, rather than growing in steps.
+        """Allocate for `length` tokens a row when the next ones arrive, instead of growing in steps.
 
-        Raises `OptionError` for what is no number of tokens.
+        Raises `OptionError` if `length` is no number of tokens.
         """
         self.placement.reserved = check_integer("length", length, 0, _MAX_TOKENS)
 
     def can_trim(self, length: int) -> bool:
-        """Whether `trim` would work: whether the first `length` tokens of every row are all held."""
+        """Whether every row holds all of its first `length` tokens, so that `trim` works."""
         return self.placement.can_trim_to(length)
 
     def trim(self, length: int) -> None:
-        """Forget all but the first `length` tokens of every row; the buffers stay.
+        """Forget all except the first `length` tokens of every row; the buffers stay.
 
         Raises:
-            CacheError: those tokens are not all held: a ring drops some once its window is full.
+            CacheError: a row does not hold these tokens: a ring drops some once its window is full.
             OptionError: `length` is no number of tokens.
         """
         length = check_integer("length", length, 0, _MAX_TOKENS)
@@ -152,20 +152,20 @@ class KVCache:
         self.placement.offsets = [length] * self.batch_size
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order. Raises `CacheError` for rows that are not there."""
+        """Keep only these rows, in this order. Raises `CacheError` for rows that do not exist."""
         self.assemble([(self, rows)])
 
     def like(self, batch_size: int) -> KVCache:
-        """An empty cache of the same kind for so many rows."""
+        """An empty cache of the same kind with `batch_size` rows."""
         return _make_cache(self.config, self.max_kv_size, self.keep, self.kv_bits, self.kv_group_size, [0] * batch_size)
 
     def assemble(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> None:
-        """Become these rows of these caches, in this order; this one may be among them.
+        """Replace the rows by these rows of these caches, in this order; this cache may be among them.
 
-        Buffers are as long as the longest of the rows needs. A layer is done at a time, so that both what was and what
-        comes is held of one layer only, if the caches given are not used any more.
+        Buffers are as long as the longest row needs. Layers are replaced one at a time: if the given caches are not
+        used any more, only one layer is held twice.
 
-        Raises `CacheError` for no rows, rows that are not there, or a cache of another kind.
+        Raises `CacheError` for no rows, rows that do not exist, or a cache of another kind.
         """
         for cache, rows in parts:
             if not all(is_integer(row) and 0 <= row < cache.batch_size for row in rows):
@@ -195,13 +195,13 @@ class KVCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """All buffers, to evaluate them."""
+        """All buffers, for `mx.eval`."""
         return [part for layer in self.layers for part in (*layer.keys, *layer.values)]
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the held tokens to a `.safetensors` file, whole or not at all.
+        """Write the tokens that are held to a `.safetensors` file, whole or not at all.
 
-        `metadata` comes back with `load_cache`.
+        `load_cache` returns `metadata` again.
         """
         slots = self.placement.slots_for(self.offset)
         arrays = {}
@@ -297,13 +297,13 @@ def check_quantization(kv_bits: int | None, kv_group_size: int) -> tuple[int | N
 
 
 def _let_go(layer: KVLayer) -> None:
-    """Compute a layer's new buffers, and give the memory of the old ones back: nothing else may be as large."""
+    """Evaluate a layer's new buffers, and free the old ones before the next layer."""
     mx.eval(layer.keys, layer.values)
     mx.clear_cache()
 
 
 def cache_identity(config: ModelConfig) -> str:
-    """What a cache's numbers depend on beside the weights: the model's shape, its norms, and how keys are rotated.
+    """What a cache depends on besides the weights: the model's shape, its norms, and how keys are rotated.
 
     Models of one shape with other weights (another release, another quantization) have the same identity.
     """
@@ -316,7 +316,7 @@ def cache_identity(config: ModelConfig) -> str:
 def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict[str, str]]:
     """Read what `KVCache.save` wrote → the cache and the caller's metadata.
 
-    That the weights are those that the cache was made with is the caller's care: the file tells the model's shape only.
+    The file tells the model's shape only: the caller has to load it with the weights that it was made with.
 
     Raises:
         CheckpointError: a damaged file.

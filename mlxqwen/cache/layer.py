@@ -19,7 +19,7 @@ _SMALLEST_BLOCK = 16  # queries
 
 
 class KVLayer:
-    """The cache of one attention layer; `plan` is the step that all layers share."""
+    """The cache of one attention layer. `plan` is the step, which all layers share."""
 
     def __init__(self, storage: Storage, keep: int) -> None:
         self.storage = storage
@@ -138,9 +138,9 @@ def _beside(stored: Stored, new: Stored, visible: int) -> Stored:
 
 def _with_room(stored: Stored, like: Stored, capacity: int) -> Stored:
     """Buffers of `capacity` slots that begin with what is stored."""
-    held = stored[0].shape[2] if stored else 0
-    rooms = [mx.zeros((*part.shape[:2], capacity - held, part.shape[3]), dtype=part.dtype) for part in like]
-    return _beside(stored, tuple(rooms), held)
+    filled = stored[0].shape[2] if stored else 0
+    rooms = [mx.zeros((*part.shape[:2], capacity - filled, part.shape[3]), dtype=part.dtype) for part in like]
+    return _beside(stored, tuple(rooms), filled)
 
 
 def _scattered(buffer: mx.array, new: mx.array, slots: mx.array) -> mx.array:

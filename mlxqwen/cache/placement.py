@@ -1,7 +1,7 @@
-"""Where tokens go in a key/value cache, and which of them a query may see.
+"""Which slot a token goes to in a key/value cache, and which slots a query may see.
 
-A slot knows the absolute position it holds, so masks follow from positions alone, never from how a prompt was cut into
-chunks. Every plan is made once for a step and shared by all layers. Shapes: `B` rows, `L` new tokens a row, `S` slots.
+A slot knows the absolute position of its token, so masks follow from positions alone, never from how a prompt was cut
+into chunks. A plan is made once a step and shared by all layers. Shapes: `B` rows, `L` new tokens a row, `S` slots.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Step:
         return (slots[None, :] <= queries[:, None])[None, None]
 
     def part(self, start: int, stop: int) -> Step:
-        """What only the queries `start` to `stop` need of it to look: in a line, none of the slots behind them."""
+        """The plan for the queries `start` to `stop` alone; in a line without the slots after them."""
         if isinstance(self.mask, str):
             return replace(self, length=stop - start, visible=self.visible - self.length + stop)
         mask = None if self.mask is None else self.mask[:, :, start:stop]
@@ -97,9 +97,9 @@ class Placement(ABC):
         return step
 
     def plan_tentative(self, length: int) -> Step:
-        """Plan for `length` more tokens a row of which any number may stay: no slot that is filled is written to.
+        """Plan for `length` more tokens a row of which any number may stay: no filled slot is written to.
 
-        Does not move. The rows have to stand at one position.
+        The positions do not change. All rows must be at one position.
         """
         return self._plan(length, [length] * len(self.offsets))
 
@@ -108,15 +108,15 @@ class Placement(ABC):
         yield start, stop, start
 
     def can_trim_to(self, length: int) -> bool:
-        """Whether what the first `length` tokens left is still there."""
+        """Whether all of the first `length` tokens of every row are held."""
         return length <= min(self.offsets)
 
     @abstractmethod
     def _plan(self, length: int, lengths: list[int]) -> Step:
-        """The step for `length` more tokens a row, of which `lengths[b]` count; does not move."""
+        """The step for `length` more tokens a row, of which `lengths[b]` count. The positions do not change."""
 
     def _plan_line(self, length: int, lengths: list[int]) -> Step:
-        """Token `p` in slot `p`. Padding lands in slots that later tokens overwrite before anyone sees them."""
+        """Token `p` in slot `p`. Padding goes to slots that later tokens overwrite before anyone sees them."""
         end = max(self.offsets) + length
         capacity = self.capacity_for(end)
         if len(set(self.offsets)) == 1 and min(lengths) == length:
@@ -190,7 +190,7 @@ class RingPlacement(Placement):
             start = end
 
     def _beyond_window(self, offset: mx.array, length: int, uniform: bool) -> Step:
-        """What any step has that leads beyond the window."""
+        """The fields that all steps beyond the window have."""
         step = Step(
             offset=self.offsets[0] if uniform else offset,
             length=length,
@@ -211,10 +211,10 @@ class RingPlacement(Placement):
         step.mask = (self._slot_positions(offset + 1, self.window) >= 0)[:, None, None]
 
     def _plan_view(self, step: Step, offset: mx.array) -> None:
-        """Several tokens: all of the old slots are still seen by some query, so they are looked at before storing."""
+        """Several tokens: some query still sees each old slot, so attention comes before storing."""
         positions = offset[:, None] + mx.arange(step.length)
-        held = self._slot_positions(offset, step.visible)
-        seen = mx.concatenate([held, positions], axis=1)[:, None, :]
+        stored = self._slot_positions(offset, step.visible)
+        seen = mx.concatenate([stored, positions], axis=1)[:, None, :]
         queries = positions[:, :, None]
         in_window = (queries - seen < self.window - self.keep) | (seen < self.keep)
         step.mask = ((seen >= 0) & (seen <= queries) & in_window)[:, None]
@@ -222,7 +222,7 @@ class RingPlacement(Placement):
             step.sinks = (seen < self.keep)[:, None]
 
     def _plan_gather(self, step: Step, offset: mx.array, lengths: list[int]) -> None:
-        """What the slots hold afterwards, out of all that was looked at."""
+        """Which of the old slots and new tokens each slot holds afterwards."""
         stored = step.visible
         slots = self.slots_for(max(o + n for o, n in zip(self.offsets, lengths, strict=True)))
         end = offset + mx.array(lengths, dtype=mx.int32)
@@ -237,8 +237,8 @@ class RingPlacement(Placement):
         return self.keep + (position - self.keep) % (self.window - self.keep)
 
     def _slot_positions(self, end: mx.array, slots: int) -> mx.array:
-        """The positions that the first `slots` slots hold in rows of `end` `[B]` tokens; −1 where they hold none."""
+        """The positions in the first `slots` slots of rows with `end` `[B]` tokens; −1 in empty slots."""
         slot, last = mx.arange(slots)[None, :], end[:, None] - 1
         newest = last - mx.remainder(last - slot, self.window - self.keep)
-        held = mx.where(slot < self.keep, slot, newest)
-        return mx.where((held >= slot) & (slot <= last), held, -1)
+        positions = mx.where(slot < self.keep, slot, newest)
+        return mx.where((positions >= slot) & (slot <= last), positions, -1)

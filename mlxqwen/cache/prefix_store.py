@@ -1,12 +1,12 @@
-"""The store of prefixes: what was read of any prompt is kept in blocks, so that no prompt reads it again.
+"""The store of prefixes: blocks of what was read of all prompts, so that no prompt reads them again.
 
-A block is found by its key, see `TokenChain`, and holds the block before it: whoever holds one holds all of its prompt
-up to there. The store keeps the blocks that were used last, up to a cap in bytes. A block that a `Match` or a `Pin`
-holds is found as well after the store has let it go. Which caches share what:
+A block is found by its key, see `TokenChain`, and refers to the block before it: whoever holds a block holds all of its
+prompt up to there. The store keeps the blocks that were used last, up to a capacity in bytes. A block that a `Match` or
+a `Pin` holds is still found after the store has evicted it. Which caches share what:
 
 - Caches that keep everything, and rings that have not dropped a token, share blocks, whatever their windows.
 - Other bits, group sizes, dtypes, RoPE scalings, adapters and salts share nothing.
-- A ring that has dropped tokens is kept as a whole, by `put_ring`, in memory alone, for prompts that go on exactly from
+- A ring that has dropped tokens is kept as a whole, by `put_ring`, in memory alone, for prompts that continue exactly
   there.
 """
 
@@ -37,10 +37,10 @@ _MOST_UNWRITTEN = 1 << 26  # bytes of blocks that wait for the disk: about a fil
 
 
 def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str = "") -> str:
-    """What two requests must have in common to share blocks.
+    """What must be equal for two requests to share blocks.
 
     Args:
-        cache: any of the kind; its window does not count.
+        cache: any cache of the kind; its window does not count.
         dtype: that keys and values are computed in.
         adapter: the adapter that is applied to the weights.
         salt: keeps apart what must not be shared, as between users.
@@ -50,7 +50,7 @@ def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str =
 
 
 class _Block:
-    """What was read of `BLOCK` tokens; `parent` is the block before, or the namespace."""
+    """Keys and values of `BLOCK` tokens; `parent` is the block before, or the namespace."""
 
     __slots__ = ("__weakref__", "nbytes", "parent", "parts", "tokens")
 
@@ -62,7 +62,7 @@ class _Block:
 
 
 class _Window:
-    """A ring that has dropped tokens; `tokens` are all that it has seen."""
+    """The slots of a ring that has dropped tokens; `tokens` are all that it has seen."""
 
     __slots__ = ("__weakref__", "length", "nbytes", "parts", "ring", "space", "tokens")
 
@@ -76,7 +76,7 @@ class _Window:
 
 
 class Match:
-    """The longest front of a prompt that is known. What it found stays as long as it is held.
+    """The longest known prefix of a prompt. Its blocks stay alive as long as the match.
 
     Attributes:
         length: tokens that need not be read.
@@ -99,7 +99,7 @@ class Match:
 
 
 class Pin:
-    """Keeps what was put, whatever the store lets go.
+    """Keeps blocks alive, whatever the store evicts.
 
     Attributes:
         length: tokens from the first one on that are kept.
@@ -111,22 +111,22 @@ class Pin:
 
 
 class PrefixStore:
-    """Blocks of what was read. The least recently used goes first, a block after those that follow it.
+    """Blocks of what was read. The least recently used block is evicted first, a block after those that follow it.
 
-    One thread calls it; `nbytes` may be read by any.
+    One thread calls it; any thread may read `nbytes`.
 
     Args:
         fingerprint: of the model's weights, see `model_fingerprint`; a function is called at the first use.
-        capacity: bytes. 0 keeps only what is pinned. More than the memory is no error: whoever runs short of memory
-            calls `shrink`.
-        disk: the same blocks in a folder.
+        capacity: bytes. 0 keeps only what is pinned. It may be more than the memory: whoever runs short of memory calls
+            `shrink`.
+        disk: the disk tier.
 
     Raises:
-        OptionError: a capacity that is no number of bytes.
+        OptionError: a capacity below 0.
 
     Attributes:
         capacity, disk: as given.
-        nbytes: bytes that the store keeps. What only a `Pin` or a `Match` holds is not counted.
+        nbytes: bytes that the store keeps. What only a `Pin` or a `Match` holds does not count.
     """
 
     def __init__(self, fingerprint: str | Callable[[], str], capacity: int, disk: DiskTier | None = None) -> None:
@@ -150,17 +150,17 @@ class PrefixStore:
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is kept beyond what is pinned."""
+        """Whether it keeps anything that is not pinned."""
         return self.capacity > 0 or self.disk is not None
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all that is alive: kept by the store, pinned, or held by a match. Counted anew at each call."""
+        """Bytes of all blocks that are alive: kept, pinned or held by a match. Counted anew at each call."""
         alive: list[_Block | _Window] = [*self._blocks.values(), *self._windows]
         return sum(entry.nbytes for entry in alive)
 
     def match(self, space: str, tokens: Sequence[int], *, ring: tuple[int, int] | None = None) -> Match:
-        """Find the longest front of a prompt that is known, without its last token: that one has to be read.
+        """Find the longest known prefix of a prompt, at most all except its last token, which has to be read.
 
         Args:
             space: see `namespace`.
@@ -182,15 +182,15 @@ class PrefixStore:
         return Match(blocks)
 
     def put(self, space: str, tokens: Sequence[int], cache: KVCache, row: int, *, pin: bool = True) -> Pin:
-        """Keep the whole blocks of a row. Only those that are not known are copied.
+        """Keep the whole blocks of a row. Only unknown ones are copied.
 
-        A row that has dropped tokens has no blocks: nothing is kept.
+        A row that has dropped tokens has no blocks, so nothing is kept of it.
 
         Args:
             space: see `namespace`.
-            tokens: those of the row, from its first one on; any number of them.
-            cache, row: where they are.
-            pin: whether the pin is to keep what the capacity has no room for; else that is not copied.
+            tokens: of the row, from its first one on; any number of them.
+            cache, row: what holds them.
+            pin: whether to copy and pin blocks beyond the capacity too.
         """
         if has_slid(cache, row):
             return Pin(None, 0)
@@ -212,7 +212,7 @@ class PrefixStore:
         return Pin(blocks[-1] if blocks else None, len(blocks) * BLOCK)
 
     def put_ring(self, space: str, tokens: Sequence[int], cache: KVCache, row: int) -> Pin:
-        """Keep a row of a ring as it is, for prompts that go on from there; before its window is full, its blocks.
+        """Keep a row of a ring as it is, for prompts that continue there; only its blocks if it has dropped no token.
 
         `tokens` are all that the row has seen. Raises `OptionError` for fewer.
         """
@@ -230,9 +230,9 @@ class PrefixStore:
         return Pin(window, offset)
 
     def demote(self, space: str, tokens: Sequence[int]) -> None:
-        """Let the blocks of these tokens go next, as far as nothing else goes on from them.
+        """Evict the blocks of these tokens next, unless other blocks follow them.
 
-        For what a running reply has in its own cache as well.
+        For blocks that a running reply has in its own cache too.
         """
         chain = TokenChain(self._seed(space), tokens)
         blocks = [block for block in self._find(space, chain, len(chain)) if block in self._kept]
@@ -243,9 +243,9 @@ class PrefixStore:
             self._kept.move_to_end(block, last=False)
 
     def shrink(self, least: int) -> int:
-        """Let go until at least so many bytes of memory are free, or nothing is left → the bytes that are.
+        """Evict until at least `least` bytes of memory are free, or nothing is left → the bytes that are free.
 
-        What a pin holds leaves the store, but is not free.
+        Pinned blocks leave the store, but their memory is not free.
         """
         self.flush()
         freed = 0
@@ -254,11 +254,11 @@ class PrefixStore:
         return freed
 
     def clear(self) -> None:
-        """Let go of all. The disk tier stays as it is."""
+        """Evict all. The disk tier stays as it is."""
         self.shrink(self.nbytes + 1)
 
     def flush(self) -> None:
-        """Write what is new to the disk tier, if there is one."""
+        """Write new blocks to the disk tier, if there is one."""
         unwritten, self._unwritten, self._unwritten_nbytes = self._unwritten, [], 0
         for chain, blocks in unwritten:
             if self.disk is not None:
@@ -285,7 +285,7 @@ class PrefixStore:
         return blocks
 
     def _find_window(self, space: str, chain: TokenChain, ring: tuple[int, int]) -> _Window | None:
-        """The latest state of a ring that has seen nothing but the first tokens of a chain."""
+        """The longest window of a ring whose tokens are the first ones of a chain."""
         fitting = (
             window
             for window in self._windows
@@ -304,7 +304,7 @@ class PrefixStore:
         return True
 
     def _keep(self, entries: Sequence[_Block | _Window]) -> None:
-        """Note that they are used, a block before its parent, and let go of what is beyond the capacity."""
+        """Mark entries as used, a block before its parent, and evict what is beyond the capacity."""
         for entry in reversed(entries):
             if entry not in self._kept:
                 self._kept[entry] = None
@@ -314,7 +314,7 @@ class PrefixStore:
             self._drop_oldest()
 
     def _drop_oldest(self) -> int:
-        """Let go of one → the bytes that are free now."""
+        """Evict one entry → the bytes that are free now."""
         entry, _ = self._kept.popitem(last=False)
         nbytes, alive = entry.nbytes, weakref.ref(entry)
         self.nbytes -= nbytes
@@ -322,7 +322,7 @@ class PrefixStore:
         return nbytes if alive() is None else 0
 
     def _note_unwritten(self, chain: TokenChain, blocks: list[_Block], nbytes: int) -> None:
-        """Have the blocks of a chain written at the next flush: now, if many wait."""
+        """Let the next flush write the blocks of a chain; flush now if many wait."""
         if self.disk is None:
             return
         self._unwritten = [(other, held) for other, held in self._unwritten if not chain.starts_with(other)]

@@ -1,4 +1,4 @@
-"""How keys and values are stored: as they are, or in affine groups of 8 or 4 bits.
+"""How keys and values are stored: as computed, or in affine groups of 8 or 4 bits.
 
 A stored tensor is a tuple of arrays whose second-last axis is the slot: `(x,)`, or `(codes, scales, biases)`.
 """
@@ -16,12 +16,12 @@ Stored: TypeAlias = tuple[mx.array, ...]
 
 
 class Storage(Protocol):
-    """Encoding of `[B, num_key_value_heads, S, head_dim]`, and the two products of attention on the encoded form."""
+    """Encodes `[B, num_key_value_heads, S, head_dim]`, and computes the products of attention on the encoded form."""
 
     bits: int | None
 
     def encode(self, x: mx.array) -> Stored:
-        """Keys or values as they will be stored."""
+        """Encode keys or values."""
         ...
 
     def scores(self, queries: mx.array, keys: Stored) -> mx.array:
@@ -94,7 +94,7 @@ def _join_part(parts: Sequence[tuple[mx.array | None, Sequence[int]]], like: mx.
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows that follow each other, as `(start, stop)`: slices are cheaper than picking one by one."""
+    """Consecutive rows as `(start, stop)`: slices are cheaper than taking rows one by one."""
     start = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or rows[end] != rows[end - 1] + 1:

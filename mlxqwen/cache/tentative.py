@@ -1,4 +1,4 @@
-"""A step whose tokens are taken back but for the first few: how many is decided once their logits are known."""
+"""A tentative step: the cache keeps only its first tokens, as many as the logits show to be right."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["TentativeStep"]
 
 
 class TentativeStep:
-    """Handed to the model in a cache's place, for one step: the cache goes on only as far as `settle` says.
+    """Takes the place of a cache in one step of the model; `settle` decides how many tokens the cache keeps.
 
-    Until then it holds what it held, so that a step that fails or is interrupted leaves it whole. Nothing is copied but
-    what a ring's window shows to the new tokens, which any step of several tokens copies, and buffers that grow.
+    Until then the cache is unchanged, so that a step that fails or is interrupted leaves it whole. Nothing is copied
+    except a ring's window, which any step of several tokens copies, and buffers that grow.
 
     Args:
-        cache: of rows that stand at one position. Between the step and the last `settle` others leave it alone.
+        cache: its rows are at one position. Nothing else may use it between the step and the last `settle`.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -31,7 +31,7 @@ class TentativeStep:
         return self._cache.fits(config)
 
     def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[KVLayer]:
-        """See `KVCache.begin`; but all tokens of all rows count, and nothing moves."""
+        """See `KVCache.begin`; all tokens of all rows count, and the cache does not change."""
         offsets = self._cache.offsets
         if batch_size != len(offsets) or lengths is not None or min(offsets) != max(offsets):
             raise CacheError(
@@ -47,9 +47,9 @@ class TentativeStep:
         return self._cache.layers
 
     def settle(self, count: int) -> None:
-        """Let the cache hold the step's first `count` tokens; it may be called again for more, never for fewer.
+        """Let the cache keep the first `count` tokens of the step. Later calls may keep more, never fewer.
 
-        Raises `CacheError` for what is no number of tokens from those settled to those of the step.
+        Raises `CacheError` if `count` is below the last one or above the tokens of the step.
         """
         if not self._settled <= count <= self._length:
             raise CacheError(

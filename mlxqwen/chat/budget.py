@@ -1,7 +1,7 @@
-"""The thinking budget as a constraint: the tokens that end a thought once it has used up its own.
+"""The thinking budget: a constraint that ends a thought once it has used up its tokens.
 
-Qwen's way (https://arxiv.org/abs/2505.09388, section 4.3): a sentence that says so and `</think>` are put into the
-model's mouth, and the answer follows from what was thought until then.
+Qwen's way (https://arxiv.org/abs/2505.09388, section 4.3): a sentence that says so and `</think>` are forced, and the
+model answers from what it has thought until then.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class ThinkingBudget:
         self._pipeline = pipeline
         self._budget = budget
         self._sentence = check_early_stop_text(sentence)
-        tokenizer.encode_plain(self._sentence)  # complains now rather than in the middle of a reply
+        tokenizer.encode_plain(self._sentence)  # raises now rather than in the middle of a reply
         self._block_end = [close, *tokenizer.encode_plain("\n\n")]
         self._ends = frozenset(ends)
         self._kept = {BAD_TOKEN, close, *ends, *(() if call is None else (call,))}
-        # What stands behind `<think>` in the prompt.
+        # The text after `<think>` in the prompt.
         self._before = tokenizer.decode(prompt[-8:]).rpartition(Tag.THINK.value)[2] if pipeline.in_reasoning else ""
         self._pending: deque[int] = deque()
         self._has_begun = False  # whether one of those pending has been forced
@@ -87,16 +87,16 @@ class ThinkingBudget:
         return bool(self._pending)
 
     def mask(self) -> None:
-        """Every token may be drawn."""
+        """None: every token may be drawn."""
 
     def settle(self, drawn: int) -> int:
-        """The token to force, if one is due; else, and where it ends the thought, the one drawn."""
+        """The token to force, if one is due; `drawn` if none is, or if `drawn` ends the thought."""
         self._keeps_draw = drawn == BAD_TOKEN or (not self._has_begun and drawn in self._kept)
         self._ends_thought = self._pipeline.in_reasoning
         return drawn if self._keeps_draw or not self._pending else self._pending[0]
 
     def advance(self, token: int) -> None:
-        """The reply goes on with `token`, as `settle` gave it and the pipeline was fed it."""
+        """Continue with `token`, which `settle` returned and the pipeline was fed."""
         if token in self._ends:
             self._pending.clear()
             return
@@ -110,11 +110,11 @@ class ThinkingBudget:
         self._plan()
 
     def fork(self) -> Constraint:
-        """Nothing constrains a guess: while tokens are forced, none is made."""
+        """An `Unconstrained`: no guesses are made while tokens are forced."""
         return Unconstrained()
 
     def _plan(self) -> None:
-        """See that the thought ends, if that is due."""
+        """Plan the tokens that end the thought, if that is due."""
         pipeline, budget = self._pipeline, self._budget
         if self.exhausted or self._pending or not pipeline.in_reasoning or (count := pipeline.thought_tokens) < budget:
             return
@@ -122,7 +122,7 @@ class ThinkingBudget:
             self._pending.extend(self._ending(count))
 
     def _ending(self, count: int) -> list[int]:
-        """The tokens that end a thought of `count` tokens; line breaks that stand there already are not repeated."""
+        """The tokens that end a thought of `count` tokens; line breaks that are there already are not repeated."""
         end = (self._before + self._pipeline.tail)[-2:]
         breaks = "\n" * (2 - len(end) + len(end.rstrip("\n")))
         if self._sentence and self._budget:

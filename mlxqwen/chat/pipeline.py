@@ -1,4 +1,4 @@
-"""One reply's token ids → its deltas: decode, tell tags, split, stop at stop strings, count the thought."""
+"""The pipeline of a reply, from token ids to deltas: decode, tell tags, split, stop, count the thought."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ReplyPipeline"]
 
 
 class ReplyPipeline:
-    """Takes the tokens of one reply as they are generated.
+    """Turns the tokens of one reply into deltas, as they are generated.
 
     Where the tokenizer has a token for a tag, that token is the tag, and text that spells it is text. Other tags are
     told by their spelling. A character that the last token leaves unfinished is never shown.
@@ -63,7 +63,7 @@ class ReplyPipeline:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found: the reply is over."""
+        """Whether a stop string was found, which ends the reply."""
         return self._stops.found
 
     @property
@@ -73,7 +73,7 @@ class ReplyPipeline:
 
     @property
     def may_reason(self) -> bool:
-        """Whether reasoning goes on or may still come."""
+        """Whether reasoning continues or may still begin."""
         return self._splitter.may_reason
 
     @property
@@ -83,7 +83,7 @@ class ReplyPipeline:
 
     @property
     def thought_tokens(self) -> int:
-        """Tokens of the thought so far, its tags not counted, line breaks counted."""
+        """Tokens of the thought so far, without its tags; line breaks count."""
         start, end = self._splitter.reasoning_start, self._splitter.reasoning_end
         if start is None:
             return 0
@@ -94,7 +94,7 @@ class ReplyPipeline:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Tokens of the thought so far, its tags not counted; 0 while they are but line breaks."""
+        """Tokens of the thought so far, without its tags; 0 while they are only line breaks."""
         return self.thought_tokens if self._splitter.has_reasoned else 0
 
     @property
@@ -104,20 +104,20 @@ class ReplyPipeline:
 
     @property
     def reply(self) -> Reply:
-        """All that was returned so far."""
+        """The reply that all deltas so far make."""
         return join_deltas(self._deltas)
 
     @property
     def warnings(self) -> list[str]:
-        """Why calls were kept as text; of the raw text there are none."""
+        """Why calls were kept as text; empty for raw text."""
         return self._splitter.warnings if self._splits else []
 
     def feed(self, token: int, *, ends: bool = False) -> list[Delta]:
-        """Take the next token → what is now certain.
+        """Take the next token → the deltas that are now certain.
 
         Args:
             token: its id.
-            ends: whether it is an end token: such a one leaves no text, be it a tag.
+            ends: whether it is an end token, which leaves no text, even if it is a tag.
 
         Raises:
             TokenizerError: no 32-bit id.
@@ -128,7 +128,7 @@ class ReplyPipeline:
         tag = self._tags.get(token)
         splitter = self._splitter
         if tag is None and not self._has_stops and self._lexer is None and self._splits and splitter.shows_text:
-            # The common case, without a detour: text of which nothing is to be held back.
+            # The common case, kept short: text of which nothing has to be held back.
             self.tokens += 1
             if not text:
                 return []
@@ -150,7 +150,7 @@ class ReplyPipeline:
         return self._returned(deltas) if deltas else []
 
     def finish(self) -> list[Delta]:
-        """No more tokens will come → what was held back."""
+        """End the reply → the deltas that were held back."""
         if self._stops.found:
             return []
         deltas = self._splitter.finish() if self._lexer is None else self._lexer.finish()
@@ -186,9 +186,9 @@ class ReplyPipeline:
         return deltas
 
     def _before_stop(self, delta: Delta) -> list[Delta]:
-        """What may be returned of `delta`: all but content that is, or may become, a stop string, and what follows one.
+        """What may be returned of `delta`: content before a stop string, without an end that may become one.
 
-        A stop string has no call in it: what was held back as the beginning of one comes before the call.
+        No stop string contains a call: text held back as the beginning of one comes before the call.
         """
         before = []
         if delta.tool_call is not None and (rest := self._stops.finish()):

@@ -1,4 +1,4 @@
-"""A conversation → the ids that a model sees of it: without old reasoning, in the mode asked for, as long as may be."""
+"""Prompts: the token ids that the model sees of a conversation, without old reasoning and short enough."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bool | None:
-    """What both switch thinking to: a budget of 0 switches it off.
+    """The hard switch that `thinking` and the budget make together: a budget of 0 turns thinking off.
 
     Raises:
         OptionError: `thinking` is no switch, or the budget contradicts it.
@@ -50,7 +50,7 @@ def render_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     trust_special_tokens: bool = False,
 ) -> list[int]:
-    """The ids of a conversation, up to where the answer begins; see `Engine.prompt`."""
+    """The ids of a conversation up to the beginning of the answer; see `Engine.prompt`."""
     thinking = hard_switch(thinking)
     check_conversation(messages)
     schemas = check_tool_schemas(tools) if tools is not None else None
@@ -83,7 +83,7 @@ def render_prompt(
 
 
 def _thought_ids(tokenizer: Tokenizer, before: Sequence[int], thought: str, trust_special_tokens: bool) -> list[int]:
-    """The ids of a thought that the caller has begun, behind those of the prompt `before` it."""
+    """The ids of a thought that the caller has begun, after the ids `before` of the prompt."""
     encode = tokenizer.encode if trust_special_tokens else tokenizer.encode_plain
     if begins_in_thought(tokenizer, before):  # the template has opened the block
         return encode(thought.removeprefix("\n") if tokenizer.decode(before[-8:]).endswith("\n") else thought)
@@ -91,7 +91,7 @@ def _thought_ids(tokenizer: Tokenizer, before: Sequence[int], thought: str, trus
 
 
 def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_tokens: bool = False) -> int:
-    """A lower bound of the length of the prompt that `messages` make, found without encoding it."""
+    """A lower bound of the length of the prompt for `messages`, computed without encoding it."""
     kept = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
     return tokenizer.least_tokens("".join(message["content"].strip() for message in kept))
 
@@ -129,14 +129,16 @@ def drop_oldest_turns(
     reserve: int,
     trust_special_tokens: bool = False,
 ) -> list[Mapping[str, Any]]:
-    """The messages without as few of the oldest turns as need be, so that `reserve` of `room` tokens are left.
+    """Drop as few of the oldest turns as needed to leave `reserve` of `room` tokens.
 
-    A turn is a question with all that follows it, calls of tools and their results included, and goes as a whole. The
-    system message and the last turn stay, if need be at the cost of the reserve.
+    A turn is a question with all that follows it, with calls of tools and their results, and is dropped as a whole. The
+    system message and the last turn stay, even if they leave less than the reserve.
 
     Args:
-        messages: never modified; what comes back holds the same dicts.
-        tokens_of: the length of the prompt that messages make.
+        messages: never modified; the result holds the same dicts.
+        tokens_of: the length of the prompt for a list of messages.
+        room, reserve: tokens for prompt and reply, and for the reply.
+        trust_special_tokens: see `without_old_reasoning`.
 
     Raises:
         ContextLengthError: the last turn leaves no room at all.

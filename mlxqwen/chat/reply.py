@@ -1,4 +1,4 @@
-"""A reply as values: its reasoning, its content and its tool calls, whole or as the pieces that come one by one."""
+"""A reply as values: its reasoning, content and tool calls, whole or in pieces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of the call number `index`: `id` and `name` come with its first, the pieces of `arguments` add up."""
+    """A piece of the call number `index`: its first piece has `id` and `name`; the pieces of `arguments` are joined."""
 
     index: int
     id: str | None
@@ -39,7 +39,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of a reply: of its reasoning, of its content or of a tool call; the others are None."""
+    """The next piece of a reply: of its reasoning, its content or a tool call; the other two are None."""
 
     reasoning: str | None = None
     content: str | None = None
@@ -52,7 +52,7 @@ def new_call_id() -> str:
 
 
 def join_deltas(deltas: Iterable[Delta]) -> Reply:
-    """The reply that all its pieces make."""
+    """The reply that these pieces make."""
     reasoning: list[str] = []
     content: list[str] = []
     calls: dict[int, list[ToolCallDelta]] = {}

@@ -1,4 +1,4 @@
-"""Text → reasoning, content and tool calls, in whatever pieces it comes; its tags are told by their spelling."""
+"""The parser of replies as text: reasoning, content and tool calls, with tags told by their spelling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LONGEST_TAG = max(len(tag.value) for tag in Tag)
 
 
 class TagLexer:
-    """Finds the tags in text that comes in pieces, for a `Splitter`; positions are characters.
+    """Finds tags in text that comes in pieces, for a `Splitter`; positions are characters.
 
-    Only what may become a tag that the splitter awaits is held back. Each character is searched once, and those held
-    back, fewer than a tag is long, once more.
+    Only what may become a tag that the splitter awaits is held back. Each character is searched once; those held back,
+    fewer than a tag has, are searched once more.
 
     Args:
-        splitter: what takes the pieces.
+        splitter: takes the pieces.
         tags: those that text spells.
 
     Attributes:
@@ -37,13 +37,13 @@ class TagLexer:
         self._held = ""
 
     def feed(self, text: str) -> list[Delta]:
-        """Take the next piece of text → what is now certain."""
+        """Take the next piece of text → the deltas that are now certain."""
         self.length += len(text)
         text, self._held = self._held + text, ""
         return self._search(text, self.length - len(text))
 
     def _search(self, text: str, start: int) -> list[Delta]:
-        """Take `text`, which stands at position `start`."""
+        """Search `text`, which begins at position `start`."""
         take = self._splitter.take
         deltas: list[Delta] = []
         at = 0
@@ -64,14 +64,14 @@ class TagLexer:
         return deltas + take(rest, start + tail, self.length)
 
     def feed_tag(self, tag: Tag) -> list[Delta]:
-        """Take a tag that was told otherwise → what is now certain."""
+        """Take a tag that has a token of its own → the deltas that are now certain."""
         deltas = self._flush()
         start = self.length
         self.length += len(tag.value)
         return deltas + self._splitter.take(tag, start, self.length)
 
     def finish(self) -> list[Delta]:
-        """No more text will come → what was held back; the splitter is finished, too."""
+        """End the text and the splitter → the deltas that were held back."""
         return self._flush() + self._splitter.finish()
 
     def _flush(self) -> list[Delta]:
@@ -99,7 +99,7 @@ class ReplyParser:
 
     @property
     def warnings(self) -> list[str]:
-        """What was wrong with calls that were kept as text."""
+        """Why calls were kept as text."""
         return self._splitter.warnings
 
     @property
@@ -109,20 +109,20 @@ class ReplyParser:
 
     @property
     def may_reason(self) -> bool:
-        """Whether reasoning goes on or may still come."""
+        """Whether reasoning continues or may still begin."""
         return self._splitter.may_reason
 
     def feed(self, text: str) -> list[Delta]:
-        """Take the next piece of text → what is now certain."""
+        """Take the next piece of text → the deltas that are now certain."""
         return self._lexer.feed(text)
 
     def finish(self) -> list[Delta]:
-        """No more text will come → what was held back."""
+        """End the text → the deltas that were held back."""
         return self._lexer.finish()
 
 
 def parse_reply(text: str, *, thinking: bool | None = True, tools: bool = False) -> Reply:
-    """Split a whole reply, as `ReplyParser` does; its warnings are logged. Raises `OptionError` for what is no text."""
+    """Split a whole reply, as `ReplyParser` does; its warnings are logged. Raises `OptionError` if it is no text."""
     if not isinstance(text, str):
         raise OptionError(f"text: found {type(text).__name__}, expected a string")
     parser = ReplyParser(thinking=thinking, tools=tools)

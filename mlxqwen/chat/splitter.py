@@ -92,7 +92,7 @@ class Splitter:
 
     @property
     def may_reason(self) -> bool:
-        """Whether reasoning goes on or may still come."""
+        """Whether reasoning continues or may still begin."""
         return self.in_thought or self.may_open
 
     @property
@@ -111,7 +111,12 @@ class Splitter:
         return self._call is not None
 
     def take(self, piece: str | Tag, at: int = 0, end: int = 0) -> list[Delta]:
-        """Take the next piece, which stands from position `at` to `end` in units of the caller's → what is certain."""
+        """Take the next piece → the deltas that are now certain.
+
+        Args:
+            piece: text or a tag.
+            at, end: where it begins and ends, in the caller's units.
+        """
         if isinstance(piece, Tag):
             if not self.awaits(piece):
                 return self._take_text(piece.value, at)
@@ -119,7 +124,7 @@ class Splitter:
         return self._take_text(piece, at)
 
     def finish(self) -> list[Delta]:
-        """No more will come → what was held back."""
+        """End the reply → the deltas that were held back."""
         deltas: list[Delta] = []
         while self._call is not None:
             deltas += self._end_call(self._call)
@@ -187,7 +192,7 @@ class Splitter:
         return deltas
 
     def _give_up(self, call: _OpenCall, problem: str) -> list[Delta]:
-        """The call is none: show its text up to the first tag in it, and read on there."""
+        """Give up `call`: show its text up to the first tag in it, and read the rest again."""
         self._call = None
         self._warn(problem)
         text, rest = call.parts()
@@ -240,7 +245,7 @@ class _OpenCall:
         return "".join(self._texts)
 
     def add(self, piece: str | Tag, at: int) -> None:
-        """Take the next piece, which stands at position `at`."""
+        """Take the next piece, which begins at position `at`."""
         text = piece.value if isinstance(piece, Tag) else piece
         self._texts.append(text)
         if self._pieces or isinstance(piece, Tag):
@@ -250,7 +255,7 @@ class _OpenCall:
         self._follow(text)
 
     def parts(self) -> tuple[str, list[tuple[str | Tag, int]]]:
-        """The text up to the first tag, a closing one included, and the pieces from there on."""
+        """The text up to the first tag or the closing tag, and the pieces from there on."""
         closes = 1 if self._pieces and self._pieces[0][0] is Tag.END_CALL else 0
         return "".join(self._texts[: self._before + closes]), self._pieces[closes:]
 
@@ -302,7 +307,7 @@ def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
 
 
 class _EdgeLineBreaks:
-    """`str.strip("\\n")` for text that comes in pieces, with calls and the like between them."""
+    """`str.strip("\\n")` for text that comes in pieces, with calls between them."""
 
     def __init__(self) -> None:
         self._started = False
@@ -311,11 +316,11 @@ class _EdgeLineBreaks:
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing is to be added before the next text."""
+        """Whether nothing has to be added before the next text."""
         return self._started and not self._pending and not self._beside_cut
 
     def cut(self) -> None:
-        """A call stands here, or something else that is not shown."""
+        """Note that a call, or something else that is not shown, is here."""
         self._beside_cut = True
 
     def strip(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a reply's thinking begins, by the end of its prompt, and the options of a thinking budget."""
+"""Thinking: whether a reply begins in thought, by the end of its prompt, and the checks of a budget's options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TAGS = (_OPEN, _CLOSE, "<tool_call>", "</tool_call>")
 
 
 def knows_think_blocks(tokenizer: Tokenizer, *, tools: bool = False) -> bool:
-    """Whether the chat template speaks of think blocks; without a template nothing speaks against it.
+    """Whether the chat template contains think blocks; True without a template.
 
     Args:
         tools: whether tools are given: a template of their own, `tool_use`, is used then.
@@ -37,7 +37,7 @@ def knows_think_blocks(tokenizer: Tokenizer, *, tools: bool = False) -> bool:
 
 
 def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_thought: bool = False) -> bool | None:
-    """How a reply begins: True in an open think block, False behind a closed one, None where the model is free.
+    """How a reply begins: True in an open think block, False after a closed one, None if the model decides.
 
     A block is open if the prompt ends in `<think>`, or the assistant's last turn holds one that is not closed.
 
@@ -56,7 +56,7 @@ def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_tho
 
 
 def _is_inside_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether the turn that `prompt` ends in is the assistant's, and holds a `<think>` token that is not closed."""
+    """Whether `prompt` ends in an assistant's turn with a `<think>` token that is not closed."""
     opening, header = tokenizer.token_to_id(_OPEN), tokenizer.token_to_id(_HEADER)
     if opening is None or header is None:
         return False
@@ -74,7 +74,7 @@ def check_budget(budget: object) -> int | None:
 
 
 def check_early_stop_text(text: object) -> str:
-    """A sentence without the line breaks around it. Raises `OptionError` for what is no text, or holds a tag."""
+    """The sentence without line breaks around it. Raises `OptionError` if it is no text, or contains a tag."""
     if not isinstance(text, str):
         raise OptionError(f"early_stop_text: found {type(text).__name__}, expected a string")
     for tag in _TAGS:

@@ -1,4 +1,4 @@
-"""Whether a model thinks, and whether it can be told not to: read off what its chat template renders."""
+"""Thinking modes: whether a model thinks, and whether a switch changes that, read off its chat template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True, slots=True)
 class ThinkingModes:
-    """What the chat template of a model makes of the hard switch.
+    """How a model's chat template treats the hard switch.
 
     Attributes:
         default: whether the model is expected to think where the switch is not given.
@@ -49,7 +49,7 @@ class ThinkingModes:
 
 @dataclass(slots=True)
 class _Known:
-    """What was found out about one tokenizer, and told."""
+    """What is known of one tokenizer, and which notes were logged."""
 
     modes: dict[tuple[object, ...], ThinkingModes] = field(default_factory=dict)
     noted: set[bool] = field(default_factory=set)
@@ -60,14 +60,14 @@ _LOCK = Lock()
 
 
 def thinking_modes(tokenizer: Tokenizer, *, tools: bool = False) -> ThinkingModes:
-    """The modes of a tokenizer's chat template; read off once, from a few renderings of a short question.
+    """The modes of a tokenizer's chat template, read off once from a few renderings of a short question.
 
-    A template that speaks of no think block has none. A switch is one if its values render different prompts: Qwen3's
-    closes a block for False. Without a switch, a model thinks whose template opens a block. Without a template nothing
-    speaks against thinking.
+    A template without think blocks has none. The switch works if its values render different prompts: Qwen3's closes a
+    block for False. Without a switch, the model thinks if the template opens a block. Without a template it may think.
 
     Args:
-        tools: whether tools are given; some templates are others then.
+        tokenizer: has the template.
+        tools: whether tools are given; some checkpoints have another template then.
     """
     if tokenizer.chat_template is None and not tokenizer.chat_templates:
         return ThinkingModes(default=True, can_switch=False)
@@ -104,7 +104,7 @@ def _prompt(
 
 
 def note_switch(tokenizer: Tokenizer, thinking: bool | None, *, tools: bool = False) -> None:
-    """Tell, once for a tokenizer and a value, that the switch changes nothing though the model does otherwise."""
+    """Log, once for a tokenizer and a value, that the switch has no effect and the model does otherwise."""
     if thinking is None or thinking_modes(tokenizer, tools=tools).thinks(thinking) == thinking:
         return
     with _LOCK:
@@ -116,7 +116,7 @@ def note_switch(tokenizer: Tokenizer, thinking: bool | None, *, tools: bool = Fa
 
 
 def check_budget_use(tokenizer: Tokenizer, thinking: object, budget: object, early_stop_text: object) -> None:
-    """Refuse a budget where thinking is switched off, and a sentence without a budget. Raises `OptionError`."""
+    """Check that a budget is not given with thinking off, nor a sentence without a budget. Raises `OptionError`."""
     if thinking is False and budget and not thinking_modes(tokenizer).thinks(False):
         raise OptionError(
             f"thinking_budget: found {budget!r} with thinking=False, expected none, or 0",

@@ -1,4 +1,4 @@
-"""The text between `<tool_call>` and `</tool_call>` → the calls that it says, as strictly as JSON is read elsewhere."""
+"""The text between `<tool_call>` and `</tool_call>`: JSON of calls, read strictly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def parse_tool_calls(text: str) -> list[tuple[str, str]]:
-    """The JSON of one call, or of a list of calls → each function's name and its arguments, the JSON text of an object.
+    """The calls in the JSON of one call or of a list → the name of each function and the JSON text of its arguments.
 
     The arguments are the text that stands there, be it an object or a string that holds one; line breaks and tabs in
     its strings are escaped. `parameters` is read where there are no `arguments`. Missing or null arguments are "{}".
@@ -69,7 +69,7 @@ def _parse_call(call: Any, text: str) -> tuple[str, str]:
 
 
 def _with_escapes(text: str) -> str:
-    """JSON text with escapes in the places of line breaks and tabs that stand in its strings."""
+    """JSON text with line breaks and tabs in its strings replaced by escapes."""
     if not _RAW.search(text):
         return text
     return _STRING.sub(lambda string: _RAW.sub(lambda raw: _ESCAPES[raw[0]], string[0]), text)
@@ -100,5 +100,5 @@ def _source_of_value(text: str, wanted: str) -> str:
 
 
 def _skip(text: str, at: int) -> int:
-    found = _SPACE_AND_SEPARATOR.match(text, at)
-    return found.end() if found else at
+    match = _SPACE_AND_SEPARATOR.match(text, at)
+    return match.end() if match else at

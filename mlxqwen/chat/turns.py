@@ -1,4 +1,4 @@
-"""The turns of a conversation: what belongs together, what a model should see again, and what no chat should hold."""
+"""The turns of a conversation: where they begin, what the model should see of them, and their checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def soft_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
-    """What the latest `/think` (True) or `/no_think` (False) in user or system turns asks for; None without any."""
+    """The latest soft switch in user or system messages: True for `/think`, False for `/no_think`, None without one."""
     for message in reversed(prepare_messages(messages)):
         if message["role"] in ("user", "system") and (switches := _SOFT_SWITCH.findall(message["content"])):
             return bool(switches[-1] == "/think")
@@ -36,14 +36,14 @@ def soft_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
 def without_old_reasoning(
     messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False
 ) -> list[Message]:
-    """A conversation without the reasoning behind answers already given: what follows the last question keeps it.
+    """The conversation without the reasoning before its last question; reasoning after it stays.
 
-    Qwen3's chat template leaves it out as well: its ids are the same for what comes out as for what goes in.
+    Qwen3's chat template leaves the same reasoning out, so the ids do not change.
 
     Args:
-        messages: checked by `prepare_messages`, which also says what comes out.
-        trust_special_tokens: as for the template: whether a user's message in `<tool_response>` tags is no question
-            but a tool's result.
+        messages: checked by `prepare_messages`, which also describes the result.
+        trust_special_tokens: as for the template: whether a user's message in `<tool_response>` tags is a tool's result
+            rather than a question.
     """
     prepared = prepare_messages(messages)
     questions = [i for i, message in enumerate(prepared) if _is_question(message, trust_special_tokens)]
@@ -53,7 +53,7 @@ def without_old_reasoning(
 
 
 def count_turns(messages: Sequence[Mapping[str, Any]], *, trust_special_tokens: bool = False) -> int:
-    """How many turns a conversation has: each begins with a question, and holds the calls and results behind it."""
+    """The number of turns; each begins with a question and contains the calls and results after it."""
     return len(_turn_starts(messages, trust_special_tokens))
 
 
@@ -74,7 +74,7 @@ def without_oldest_turns(
 
 
 def _turn_starts(messages: Sequence[Mapping[str, Any]], trust_special_tokens: bool) -> list[int]:
-    """Where turns begin; what stands before the first question belongs to the first turn, a system message to none."""
+    """Where turns begin. What comes before the first question belongs to the first turn, except the system message."""
     prepared = prepare_messages(messages)
     first = 1 if prepared[0]["role"] == "system" else 0
     questions = [i for i, message in enumerate(prepared) if _is_question(message, trust_special_tokens)]
@@ -82,11 +82,11 @@ def _turn_starts(messages: Sequence[Mapping[str, Any]], trust_special_tokens: bo
 
 
 def check_conversation(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what `prepare_messages` lets pass for the template's sake, but no chat should hold.
+    """Check what `prepare_messages` allows for the sake of templates, but a chat must not contain.
 
     Roles are system (first only), user, assistant and tool. Only an assistant calls tools, and may then lack content;
     tools answer the calls of the assistant message before them, each call once. Either all calls have their results or
-    none has, when the user went on without them.
+    none has, when the user continued without them.
 
     Raises:
         MessagesError: names the message, what is wrong with it and the way out.
@@ -165,7 +165,7 @@ def _check_tool_answer(
     before: Sequence[Mapping[str, Any]],
     where: str,
 ) -> None:
-    """Check a result that comes behind the results `before`."""
+    """Check a result that follows the results `before`."""
     if calls is None:
         raise MessagesError(
             f"{where}: found a tool's result, expected a call of it before",
@@ -192,7 +192,7 @@ def _check_tool_answer(
 
 
 def _check_results(calls: Sequence[Mapping[str, Any]] | None, results: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuse calls of which but some have results; `where` is the last result."""
+    """Check that all calls have results, or none. `where` is the last result."""
     if calls and results and len(results) < len(calls):
         raise MessagesError(
             f"{where}: found results of {len(results)} of {len(calls)} calls, expected one of each call",

@@ -1,4 +1,7 @@
-"""The command line: options, printing, exit codes. No logic.
+"""The command line: options, printing, exit codes.
+
+Arguments and files go in; answers go to standard output, all else to standard error. The work is done by
+`mlxqwen.engine` and `mlxqwen_convert`: nothing here decides what a model answers or how a file is converted.
 
 Next to nothing is imported before `main` runs, so that Ctrl-C is quiet from the beginning.
 """
@@ -15,7 +18,7 @@ __all__ = ["is_out_of_memory", "main"]
 
 
 def main() -> None:
-    """Run `mlxqwen` and exit: 0, 1 for an error, 2 for usage, 130 for Ctrl-C, 141 for a reader that has left."""
+    """Run `mlxqwen` and exit: 0, 1 for an error, 2 for usage, 130 for Ctrl-C, 141 if the reader of a pipe has gone."""
     try:
         status = _run()
         sys.stdout.flush()
@@ -75,12 +78,12 @@ def _run() -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """MLX says it by RuntimeErrors: "[malloc] Unable to allocate …", "Command buffer … OutOfMemory"."""
+    """Whether MLX ran out of memory, which its RuntimeErrors say in words."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in ("allocate", "OutOfMemory"))
 
 
 def _report(error: OSError) -> None:
-    """A failed read or write, such as to a full disk; the reader of standard error may have left as well."""
+    """Print a failed read or write, such as to a full disk; standard error may be closed too."""
     from mlxqwen.cli.terminal import print_error
 
     with suppress(OSError):

@@ -57,7 +57,7 @@ _SHAPING = (
 
 
 def generate_batch(options: Mapping[str, Any]) -> int:
-    """Answer all lines of --batch that --output has no answer to yet → the exit status."""
+    """Answer all lines of --batch that have no answer in --output → the exit status."""
     with leave_at_once():
         from mlxqwen.chat.request_files.answers import AnswerFile
         from mlxqwen.chat.request_files.batch import parse_requests
@@ -98,7 +98,7 @@ def generate_batch(options: Mapping[str, Any]) -> int:
 
 
 def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Stands for the options that an answer depends on."""
+    """A digest of the options that an answer depends on."""
     from mlxqwen.chat.request_files.batch import digest
 
     shaping = {**{name: options[name] for name in _SHAPING}, **sampling_overrides(options), "tools": tools}
@@ -140,9 +140,9 @@ def _print_options(engine: Engine, options: Mapping[str, Any]) -> None:
 
 
 def _answers(engine: Engine, requests: Iterable[BatchRequest], options: Mapping[str, Any]) -> Iterator[_Answer]:
-    """The answer to each request, as it is finished.
+    """Yield the answer to each request, as it is finished.
 
-    What fails for several together is tried for each alone, so that one does not take the others with it.
+    If several fail together, each is tried alone, so that one does not fail the others.
     """
     waiting = iter(requests)
     while True:
@@ -159,7 +159,7 @@ def _answers(engine: Engine, requests: Iterable[BatchRequest], options: Mapping[
 def _answers_until_failure(
     engine: Engine, waiting: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
 ) -> Generator[_Answer, None, MlxqwenError | None]:
-    """Answers up to one that fails, and what it failed for; `begun` keeps the requests that are left unfinished."""
+    """Yield answers up to one that fails, and why it failed; `begun` keeps the requests that are unfinished."""
     refused: list[tuple[int, MlxqwenError]] = []
     failure = None
     try:
@@ -198,7 +198,7 @@ def _batch(
 def _conversations(
     requests: Iterator[BatchRequest], begun: dict[int, BatchRequest], options: Mapping[str, Any]
 ) -> Iterator[ChatRequest]:
-    """What the engine is asked; `begun` gets each request that it takes, by its number."""
+    """The conversations for the engine; each request that it takes is added to `begun`, by its number."""
     from mlxqwen.engine.chat_request import ChatRequest
 
     for number, request in enumerate(requests):
@@ -234,7 +234,7 @@ class BatchProgress:
         self._draw()
 
     def advance(self, tokens: int) -> None:
-        """One more line, of so many tokens."""
+        """Count one more line, of `tokens` tokens."""
         self._done += 1
         self._tokens += tokens
         self._draw()
@@ -248,7 +248,7 @@ class BatchProgress:
 
 
 def batch_lines(done: int, total: int, tokens: int, seconds: float) -> list[str]:
-    """For example `42 of 100 lines  |########            |  310 tokens/s  0:12 left`, and ever shorter ones."""
+    """For example `42 of 100 lines  |########            |  310 tokens/s  0:12 left`, and shorter versions."""
     count = f"{done:,} of {total:,} lines"
     filled = 20 * done // total
     bar = f"  |{'#' * filled}{' ' * (20 - filled)}|"

@@ -1,4 +1,4 @@
-"""`mlxqwen bench`."""
+"""`mlxqwen bench`: how fast a model is."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _contexts(given: str | None) -> list[int] | None:
 
 
 def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
-    """Complain before the model is loaded."""
+    """Check the numbers before the model is loaded. Raises `OptionError`."""
     from mlxqwen.checks import check_integer
 
     for name, value in (("tokens", tokens), ("repeat", repeat), *(("context", context) for context in contexts)):
@@ -121,7 +121,7 @@ def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
 
 
 def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
-    """The model and the seconds that it took; downloads and conversions, which happen once, do not count."""
+    """Load the model → the engine, and the seconds that it took, without downloads and conversions."""
     with leave_at_once():
         from mlxqwen.files.hub import resolve_model
 

@@ -21,7 +21,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Complain before anything is measured. Raises `OptionError`."""
+    """Check that the plot can be written, before anything is measured. Raises `OptionError`."""
     if path.suffix.lower() not in _FORMATS:
         raise OptionError(f"--plot: found {str(path)!r}, expected a name that ends in {', '.join(_FORMATS)}")
     if path.is_dir():
@@ -33,7 +33,7 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(path: Path, speeds: Sequence[Speed], *, title: str) -> None:
-    """Both speeds by length of context, whole or not at all. Raises `OptionError` if it cannot be written."""
+    """Write both speeds by length of context, whole or not at all. Raises `OptionError` if it cannot be written."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 

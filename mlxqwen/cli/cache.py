@@ -1,4 +1,4 @@
-"""`mlxqwen cache`."""
+"""`mlxqwen cache`: models that were converted when they were loaded."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def prune(everything: bool, older_than: float | None, dry_run: bool, as_json: bo
         from mlxqwen_convert.cache_list import prune as prune_models
 
     models = prune_models(everything=everything, unused_days=older_than, dry_run=dry_run)
-    told = _json if as_json else _account
-    Output(sys.stdout).write(told(models, dry_run))
+    report = _json if as_json else _account
+    Output(sys.stdout).write(report(models, dry_run))
 
 
 def _table(models: list[CachedModel]) -> str:
@@ -118,13 +118,13 @@ def _account(removals: list[Removal], dry_run: bool) -> str:
 
 
 def _json(removals: list[Removal], dry_run: bool) -> str:
-    told = {
+    report = {
         "dry_run": dry_run,
         "removed": [{**_facts(removal.model), "reason": removal.reason} for removal in removals if not removal.in_use],
         "in_use": [_facts(removal.model) for removal in removals if removal.in_use],
         "freed_bytes": _freed(removals),
     }
-    return json.dumps(told) + "\n"
+    return json.dumps(report) + "\n"
 
 
 def _freed(removals: list[Removal]) -> int:

@@ -1,4 +1,4 @@
-"""`mlxqwen chat`."""
+"""`mlxqwen chat`: a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chat(**options: Any) -> int:
 
 
 def _view(engine: Engine) -> ChatView:
-    """Where the chat is shown while somebody types."""
+    """The view for a user who types: on a terminal, or plain."""
     from mlxqwen.cli.chat_view import TerminalView
 
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
@@ -75,7 +75,7 @@ def _plain_view(engine: Engine, *, folds: bool) -> ChatView:
 
 
 def _token_counter(engine: Engine) -> Callable[[str], int]:
-    """Counts a thought in the lines that Qwen3 puts it on."""
+    """A function that counts the tokens of a thought, with the line breaks that Qwen3 puts around it."""
     return lambda thought: len(engine.tokenizer.encode_plain(f"\n{thought}\n"))
 
 
@@ -85,7 +85,7 @@ def _greet(view: ChatView, options: Mapping[str, Any]) -> None:
 
 
 def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
-    """Until the user leaves; what goes wrong in a turn is told, and the chat goes on."""
+    """Answer until the user leaves; an error in a turn is printed, and the chat continues."""
     while True:
         reads = True
         try:
@@ -106,7 +106,7 @@ def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
 
 
 def _answer_lines(session: ChatSession, source: Source) -> int:
-    """One after the other; 1 if something went wrong with one of them."""
+    """Answer one line after the other → 1 if one of them failed, else 0."""
     status = 0
     while True:
         try:

@@ -19,7 +19,7 @@ OnPrefill = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How it ended: `done` is None if it was stopped, which may be before it has begun."""
+    """How an answer ended. `done` is None if it was stopped, perhaps before it began."""
 
     done: Done | None
     has_begun: bool

@@ -1,4 +1,4 @@
-"""What a line typed into `mlxqwen chat` is: a message to the model, or a command to the program."""
+"""Lines typed into `mlxqwen chat`: messages to the model, or commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["COMMANDS", "HELP", "ChatCommand", "Message", "parse_line"]
 
 @dataclass(frozen=True, slots=True)
 class ChatCommand:
-    """A command and what stands behind it, "" for nothing."""
+    """A command and its argument, "" if it has none."""
 
     name: str
     argument: str = ""
@@ -20,7 +20,7 @@ class ChatCommand:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What goes to the model."""
+    """A message to the model."""
 
     text: str
 
@@ -64,7 +64,7 @@ HELP += "".join(f"\n{note}\n" for note in _NOTES)
 
 
 def parse_line(text: str) -> Message | ChatCommand | None:
-    """What was typed; None if it is blank.
+    """The message or command in a line; None if it is blank.
 
     Raises:
         OptionError: an unknown command, one that lacks its argument, or one that takes none.

@@ -1,4 +1,4 @@
-"""What the user of a chat types or pipes in."""
+"""The input of a chat: lines from the keyboard, a file or a pipe."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PROMPT, _MORE = "> ", ". "
 
 
 class Source(Protocol):
-    """Where messages come from."""
+    """A source of lines."""
 
     def read(self) -> str:
-        """The next one.
+        """The next line.
 
         Raises:
             EOFError: there is none any more.
@@ -60,7 +60,7 @@ class Keyboard:
         self._session.default_buffer.on_text_changed += self._start_anew
 
     def read(self) -> str:
-        """What was typed until Enter."""
+        """The text that was typed until Enter."""
         if not self._was_interrupted:
             self._drop_interrupts()
         try:
@@ -77,7 +77,7 @@ class Keyboard:
         self._was_interrupted = False
 
     def _drop_interrupts(self) -> None:
-        """Of what was typed before the prompt, forget each Ctrl-C: it was for what went on then."""
+        """Drop each Ctrl-C that was typed before the prompt: it was meant for what ran then."""
         keyboard = self._session.app.input
         typed = get_typeahead(keyboard)
         with keyboard.raw_mode():

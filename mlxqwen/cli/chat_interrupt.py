@@ -1,4 +1,4 @@
-"""Ctrl-C in the midst of a reply stops the reply, at a point where nothing is left half done."""
+"""Ctrl-C during a reply: it stops the reply between two events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["stop_on_interrupt"]
 
 @contextmanager
 def stop_on_interrupt(active: bool = True) -> Iterator[Callable[[], bool]]:
-    """Around a reply: a function that tells whether Ctrl-C was pressed. The second one raises KeyboardInterrupt.
+    """Around a reply: gives a function that tells whether Ctrl-C was pressed. The second one raises KeyboardInterrupt.
 
     What is typed meanwhile is not shown, so as not to get between the lines of the reply; the next prompt has it.
 

@@ -60,7 +60,7 @@ class StreamedMarkdown:
         return self._lines + _apart(self._lines, self._render(self._tail))
 
     def _settle(self) -> None:
-        """Move blocks that no further text can change from the tail: all but the last of its whole lines."""
+        """Move all but the last whole block out of the tail: no further text can change them."""
         end = self._tail.rfind("\n") + 1
         if not end:
             return
@@ -136,7 +136,7 @@ class _Code(CodeBlock):
 
 
 class _Table(TableElement):
-    """Cells too narrow for a word break it rather than cut it off."""
+    """A table; cells too narrow for a word break the word rather than cut it off."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in super().__rich_console__(console, options):

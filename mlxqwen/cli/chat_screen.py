@@ -29,7 +29,7 @@ class LiveLines:
         self._columns = 0
 
     def update(self, lines: list[str]) -> None:
-        """Let the terminal show `lines`, styled but without any other control characters."""
+        """Show `lines`, which may have styles but no other control characters."""
         columns, rows = terminal_size(self._stream)
         if columns != self._columns and self._shown:
             self._begin_again(lines, columns, rows)
@@ -38,7 +38,7 @@ class LiveLines:
         self._columns = columns
 
     def close(self) -> None:
-        """Leave the lines as they are and go to the next."""
+        """Leave the lines as they are and go to the next line."""
         if self._shown:
             self._write("\n")
         self._shown = []
@@ -61,9 +61,9 @@ class LiveLines:
             self._write(f"{_up(last - first)}\r\x1b[J" + "\n".join(lines[first:]))
 
     def _begin_again(self, lines: list[str], columns: int, rows: int) -> None:
-        """After a change of width: what the screen still holds is wiped, as many of the new lines as fit are drawn."""
-        held = sum(max(1, -(-cell_len(_STYLES.sub("", line)) // columns)) for line in self._shown)
-        self._write(f"{_up(min(held, rows) - 1)}\r\x1b[J" + "\n".join(lines[-rows:] if held >= rows else lines))
+        """After a change of width: wipe what the screen still shows, and draw as many of the new lines as fit."""
+        shown = sum(max(1, -(-cell_len(_STYLES.sub("", line)) // columns)) for line in self._shown)
+        self._write(f"{_up(min(shown, rows) - 1)}\r\x1b[J" + "\n".join(lines[-rows:] if shown >= rows else lines))
         self._shown = list(lines)
 
     def _write(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A chat: what each message and command does."""
+"""A session of `mlxqwen chat`: what each message and command does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOST_BUDGET = 999_999_999
 
 
 class ChatSession:
-    """A conversation, how it goes on, and where it is shown.
+    """A conversation, the options of its turns, and its view.
 
     Args:
         options: those of the command line, as click gives them.
@@ -61,7 +61,7 @@ class ChatSession:
         self._file: Path | None = None  # that the conversation was last saved to or loaded from
 
     def handle(self, text: str) -> bool:
-        """Do what was typed; whether the chat goes on.
+        """Do what was typed → whether the chat continues.
 
         Raises:
             MlxqwenError: it could not be done, and nothing has changed.
@@ -101,7 +101,7 @@ class ChatSession:
             self._view.say("Stopped before the first word: nothing has changed.")
 
     def _ways_out(self) -> str:
-        """Out of a prompt that is too long; a message that is too long alone has no older turns to leave out."""
+        """What to do about a prompt that is too long; a single message has no older turns to drop."""
         has_turns = any(message["role"] == "user" for message in self._conversation.messages)
         return _WAYS_OUT if has_turns and not self._options.get("drop_oldest") else _WAYS_OUT_ALONE
 
@@ -110,7 +110,7 @@ class ChatSession:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """Those of the turns to come; they are saved and loaded with the conversation."""
+        """The options of the next turns, which are saved and loaded with the conversation."""
         return self._conversation.options
 
     # Commands
@@ -229,7 +229,7 @@ class ChatSession:
 
 
 def _path(command: str, argument: str) -> Path:
-    """The one file name that stands behind a command, with quotes as in a shell."""
+    """The one file name in the argument of a command, with quotes as in a shell."""
     hint = f'Put a name with blanks or quotes in quotes, such as {command} "my chat.json".'
     try:
         name, *others = shlex.split(argument)
@@ -250,7 +250,7 @@ def _cache_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turn_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that were given; others are left to a conversation's file, or to the model."""
+    """The options that were given; a conversation's file or the model decides the others."""
     names = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "seed", "prefill_chunk")
     switches = ("drop_oldest", "stop", "stop_on_loop", "trust_special_tokens")
     sampling = {name: value for name, value in sampling_overrides(options).items() if name != "seed"}

@@ -1,4 +1,4 @@
-"""A thought on the screen: its text as it comes, and the line that is left of it."""
+"""A thought on the screen: its text while it comes, and one line when it is over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def thought_line(seconds: float, tokens: int, *, cut_off: bool = False) -> str:
 
 
 class Thought:
-    """Reasoning, folded or not.
+    """Reasoning, folded into one line at its end or not.
 
     Args:
         folds: show but the last lines while it goes on, and one in their place when it is over.
@@ -44,7 +44,7 @@ class Thought:
         self._paragraphs += more
 
     def end(self, tokens: int | None = None, *, cut_off: bool = False) -> None:
-        """It is over; `tokens` are what the reply says of it, once it does."""
+        """End the thought; `tokens` is the reply's own count, None if it has none."""
         if not self._began:
             return
         if self._seconds is None:
@@ -54,7 +54,7 @@ class Thought:
         self._line = thought_line(self._seconds, tokens, cut_off=cut_off)
 
     def lines(self, width: int, height: int) -> list[str]:
-        """What to show of it, at most `width` columns wide; of one that is folded at most `height` lines."""
+        """The lines to show, at most `width` columns wide; at most `height` lines of a folded thought."""
         if not self._began:
             return []
         if not self._folds:

@@ -1,4 +1,4 @@
-"""What a chat looks like: on a terminal, and where there is none."""
+"""The view of a chat: on a terminal, and in pipes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ReplyView(Protocol):
         """Show the next piece."""
 
     def end(self, done: Done | None = None) -> None:
-        """Finish the last line; None for a reply that was stopped or failed."""
+        """Finish the last line; `done` is None for a reply that was stopped or failed."""
 
 
 class ChatView(Protocol):
-    """Where a chat is shown.
+    """Shows a chat.
 
     Attributes:
         folds_reasoning: whether reasoning is folded into a line when it is over.
@@ -41,10 +41,10 @@ class ChatView(Protocol):
     folds_reasoning: bool
 
     def reply(self) -> ReplyView:
-        """A new reply begins."""
+        """Begin a new reply."""
 
     def say(self, text: str) -> None:
-        """Show lines that are no reply: the program's own words, or what a user or a file has said."""
+        """Show lines that are no reply: the program's own, or what a user or a file has said."""
 
 
 class TerminalView:
@@ -61,7 +61,7 @@ class TerminalView:
         self._count_tokens = count_tokens
 
     def reply(self) -> ReplyView:
-        """A new reply begins."""
+        """Begin a new reply."""
         return _TerminalReply(self._stream, Thought(folds=self.folds_reasoning, count_tokens=self._count_tokens))
 
     def say(self, text: str) -> None:
@@ -114,7 +114,7 @@ class _TerminalReply:
 
 
 class PlainView:
-    """Text as the model writes it, and nothing moves.
+    """Text as the model writes it, for pipes and files.
 
     Args:
         answers: for content alone.
@@ -132,7 +132,7 @@ class PlainView:
         self._count_tokens = count_tokens
 
     def reply(self) -> ReplyView:
-        """A new reply begins."""
+        """Begin a new reply."""
         thought = Thought(folds=True, count_tokens=self._count_tokens) if self.folds_reasoning else None
         return _PlainReply(self._answers, self._thoughts, thought)
 

@@ -27,7 +27,7 @@ _COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Subcommands by name, so that none pays for another's imports. A closed pipe ends them without a word."""
+    """Imports each subcommand when it is called. A closed pipe ends a subcommand without a message."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all subcommands, in the order of the help."""
@@ -50,7 +50,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """What click does for commands that it knows all of: ask whether a similar one is meant."""
+        """Find the subcommand; for a wrong name, suggest a similar one, as click does when it knows all names."""
         meant = [] if args[0] in _COMMANDS else get_close_matches(args[0], _COMMANDS, n=1)
         if meant and not ctx.resilient_parsing:
             raise click.UsageError(f"No such command {args[0]!r}. Did you mean {meant[0]!r}?", ctx)

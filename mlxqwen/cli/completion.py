@@ -1,4 +1,4 @@
-"""`mlxqwen completion`, and what completes where it is not click that knows."""
+"""`mlxqwen completion`, and the completion of arguments that click does not know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHELLS = {
 
 
 def complete_folder(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """A model: the shell itself lists the folders."""
+    """Complete a model: the shell itself lists the folders."""
     return [CompletionItem(incomplete, type="dir")]
 
 

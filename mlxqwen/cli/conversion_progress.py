@@ -1,4 +1,4 @@
-"""What commands show of a conversion at load time."""
+"""The progress of a conversion at load time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlxqwen convert`."""
+"""`mlxqwen convert`: a checkpoint in another format → a folder in MLX's."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **
 
 
 def _nothing_to_resume(output: str) -> bool:
-    """Whether neither `output` nor what an interrupted conversion leaves beside it is there."""
+    """Whether neither `output` nor its unfinished folder exists."""
     target = Path(os.path.expanduser(output))
     return not os.path.lexists(target) and not os.path.isdir(target.with_name(f"{target.name}.partial"))
 
@@ -177,7 +177,7 @@ def _flag(name: str) -> str:
 
 
 def _print(text: str, report: Report) -> bool:
-    """Write the result; where that fails, say that the conversion itself has not."""
+    """Write the result. If that fails, the error says that the conversion itself has not."""
     try:
         Output(sys.stdout).write(text)
     except BrokenPipeError:
@@ -191,7 +191,7 @@ def _print(text: str, report: Report) -> bool:
 
 
 def _upload(report: Report, repo_id: str) -> str:
-    """Push what was written; the address of the commit."""
+    """Upload the folder → the address of the commit."""
     from mlxqwen_convert.upload import upload, upload_command
 
     folder = Path(report.output)

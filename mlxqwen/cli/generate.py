@@ -1,4 +1,4 @@
-"""`mlxqwen generate`."""
+"""`mlxqwen generate`: the answer to a prompt, a conversation or a batch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _generate_one(options: Mapping[str, Any]) -> int:
 
 
 def _read_text(options: Mapping[str, Any]) -> str:
-    """What the user says."""
+    """The user's text."""
     file = options["prompt_file"]
     text = read_prompt(options["prompt"], None if file is None else Path(file), raw=options["raw"])
     check_unicode(prompt=text)
@@ -93,7 +93,7 @@ def _read_text(options: Mapping[str, Any]) -> str:
 
 
 def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
-    """Messages and tools from all options that give some."""
+    """Messages and tools from all options that give them."""
     with leave_at_once():
         from mlxqwen.chat.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
 
@@ -114,12 +114,12 @@ def _events(
     options: Mapping[str, Any],
     progress: PrefillProgress,
 ) -> Generator[Event]:
-    """Let the model answer."""
+    """Ask for the answer, and yield its events."""
     from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind
 
     overrides, cache = sampling_overrides(options), cache_options(options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
-    how: dict[str, Any] = {
+    running: dict[str, Any] = {
         **{name: options[name] for name in shared},
         "on_prefill": progress,
     }
@@ -129,18 +129,18 @@ def _events(
         "thinking_budget": options["thinking_budget"],
     }
     if isinstance(asked, str):
-        yield from _continue(engine, asked, {**request, **how, "cache": CacheKind(**cache)}, options)
+        yield from _continue(engine, asked, {**request, **running, "cache": CacheKind(**cache)}, options)
         return
     own = ("thinking", "trust_special_tokens", "drop_oldest")
     request = {**request, **cache, **{name: options[name] for name in own}, "tools": asked.tools}
     if options["verbose"]:
         sampling = engine.sampling_for(asked.messages, **request)
         print_request(engine, sampling, options, overrides)
-    yield from engine.stream(asked.messages, **request, **how)
+    yield from engine.stream(asked.messages, **request, **running)
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
-    """What follows a text: all of it is content, so that no part counts as reasoning."""
+    """Continue a text: all of it is content, and no part is reasoning."""
     from mlxqwen.chat.thinking_modes import thinking_modes
     from mlxqwen.engine.engine import Done
     from mlxqwen.engine.text_generation import resolve_params

@@ -1,4 +1,4 @@
-"""The options of `mlxqwen generate`: which there are, which do not go together, and what they come to."""
+"""The options of `mlxqwen generate`: their definitions, their checks, and the values made of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULT_KV_KEEP = 4
 
 
 class CacheOptions(TypedDict):
-    """Those of a cache, as `mlxqwen.make_cache` takes them."""
+    """The options of a cache, as `mlxqwen.make_cache` takes them."""
 
     max_kv_size: int | None
     keep: int
@@ -197,14 +197,14 @@ _OUTPUT = (
 
 
 def generate_options(command: _Command) -> _Command:
-    """All of them, in the order in which the help lists them."""
+    """Add all options to a command, in the order of the help."""
     for option in reversed((*_PROMPT, *_BATCH, *_THINKING, *_SAMPLING, *_SPECULATION, *_MEMORY, *_OUTPUT)):
         command = option(command)
     return command
 
 
 def check_usage(options: Mapping[str, Any]) -> None:
-    """Refuse options that would do nothing, or contradict each other. Raises `click.UsageError`."""
+    """Check that options go together and none would do nothing. Raises `click.UsageError`."""
     given = {name for name, value in options.items() if value not in (None, False, ())}
     given |= {"thinking"} if options["thinking"] is not None else set()
     templated = {"system", "thinking", "messages", "tools", "drop_oldest", "trust_special_tokens"}
@@ -247,7 +247,7 @@ def _flag(name: str) -> str:
 
 
 def check_values(options: Mapping[str, Any]) -> None:
-    """Complain before a large model is read, or converted. Raises `OptionError`."""
+    """Check values before a large model is read or converted. Raises `OptionError`."""
     with leave_at_once():
         from mlxqwen.chat.thinking import check_early_stop_text
         from mlxqwen.checks import check_integer
@@ -279,7 +279,7 @@ def check_values(options: Mapping[str, Any]) -> None:
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:
-    """Refuse what no model can be loaded or run with. Raises `OptionError`, `click.UsageError`."""
+    """Check the options of loading and running. Raises `OptionError`, `click.UsageError`."""
     with leave_at_once():
         from mlxqwen.cache import check_window
         from mlxqwen.checks import check_integer
@@ -300,7 +300,7 @@ def _check_window_usage(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def options_named() -> Iterator[None]:
-    """Let an `OptionError` name the option as it is typed, where the library names its parameter."""
+    """Let an `OptionError` name the option as it is typed, instead of the library's parameter."""
     try:
         yield
     except OptionError as error:
@@ -315,7 +315,7 @@ def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | None = None) -> Engine:
-    """The model, loaded; a conversion shows how far it is, and calls `on_progress` each time."""
+    """Load the model; a conversion shows its progress, and calls `on_progress` each time."""
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
 
@@ -346,7 +346,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
 
 
 def _size_draft_cache(engine: Engine, options: Mapping[str, Any]) -> None:
-    """Let the draft model's cache be of the kind that the options ask for."""
+    """Give the draft model a cache of the kind that the options ask for."""
     from mlxqwen.engine.speculation.draft_model import DraftModel
 
     if isinstance(engine.speculative, DraftModel):
@@ -359,14 +359,14 @@ def _size_draft_cache(engine: Engine, options: Mapping[str, Any]) -> None:
 
 
 def new_cache(engine: Engine, options: Mapping[str, Any], *, rows: int = 1) -> KVCache:
-    """An empty cache as the options want it."""
+    """An empty cache of the kind that the options ask for."""
     from mlxqwen.cache import make_cache
 
     return make_cache(engine.model, **cache_options(options), batch_size=rows)
 
 
 def cache_options(options: Mapping[str, Any]) -> CacheOptions:
-    """What was asked for a cache."""
+    """The options of the cache that were given."""
     return {
         "max_kv_size": options["max_kv_size"],
         "keep": _kv_keep(options),

@@ -1,4 +1,4 @@
-"""`mlxqwen info`."""
+"""`mlxqwen info`: what a model takes, and whether it fits this machine."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _row(name: str, value: str) -> str:
-    """One line; on a narrow terminal what goes on stands below, words and paths in one piece."""
+    """One line; on a narrow terminal the rest is below, with words and paths unbroken."""
     line = f"{name:<{_NAMES}}{value}"
     if not sys.stdout.isatty():
         return line + "\n"

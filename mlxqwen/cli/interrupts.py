@@ -1,4 +1,4 @@
-"""Ctrl-C, where Python's own answer to it is not good enough."""
+"""Ctrl-C and closed pipes: exit codes, and an exit at once during imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 @contextmanager
 def leave_at_once() -> Iterator[None]:
-    """Around imports: Ctrl-C ends the process here and now.
+    """Around imports: Ctrl-C ends the process at once.
 
     Raised in the midst of an import, KeyboardInterrupt can come out as a RuntimeError, or be lost.
     """

@@ -1,4 +1,4 @@
-"""A reply on standard output and standard error, and what is told about it."""
+"""Printing a reply: on standard output and standard error, or as JSON."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def print_request(
     options: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> None:
-    """What the options have come to."""
+    """Print the values that the options have come to."""
     from mlxqwen.engine.request import DEFAULT_MAX_TOKENS
 
     max_tokens = DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"]
@@ -121,7 +121,7 @@ def print_request(
 
 
 def _is_low_bits_penalty(engine: Engine, sampling: SamplingParams, overrides: Mapping[str, Any]) -> bool:
-    """Whether the penalty is there for the weights' sake alone."""
+    """Whether the presence penalty comes from the low bits of the weights alone."""
     from mlxqwen.sampling.params import resolve_sampling
 
     values = engine.model.generation_config.values
@@ -139,7 +139,7 @@ def _budget_line(budget: int, early_stop_text: str | None) -> str:
 
 
 def print_note(done: Done, max_tokens: int | None) -> None:
-    """A reply that does not end by itself looks like any other, or like none."""
+    """Note that a reply did not end by itself: it looks like any other."""
     tokens = done.usage.completion_tokens
     if done.finish_reason == "loop":
         sys.stderr.write(f"note: stopped after {tokens:,} tokens, for the reply went round in circles\n")
@@ -150,7 +150,7 @@ def print_note(done: Done, max_tokens: int | None) -> None:
 
 
 def print_speed(done: Done) -> None:
-    """Tokens, speed and memory."""
+    """Print tokens, speed and memory."""
     import mlx.core as mx
 
     from mlxqwen.engine.text_generation import drafts_line

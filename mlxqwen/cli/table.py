@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: complete in pipes and files, else without what matters least."""
+"""Tables that fit the terminal: complete in pipes and files, else without the least important columns."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Column:
 
 
 def columns_of(stream: TextIO) -> int | None:
-    """How wide a table may be: that of the terminal, or anything where there is none."""
+    """How wide a table may be: as the terminal, or without limit if there is none."""
     return terminal_size(stream).columns if stream.isatty() else None
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Lines of `rows` below their heads, no longer than `width` as far as leaving out and cutting can do."""
+    """Lines of `rows` below the heads, no longer than `width` as far as columns can be left out and cells cut."""
     cells = [[column.head, *(row[place] for row in rows)] for place, column in enumerate(columns)]
     kept = list(range(len(columns)))
     widths = [max(map(len, column)) for column in cells]

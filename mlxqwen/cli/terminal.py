@@ -23,7 +23,7 @@ __all__ = [
 
 
 def terminal_size(stream: TextIO) -> os.terminal_size:
-    """Columns and lines of the terminal that `stream` is, right now; 80 by 24 if it does not tell."""
+    """Columns and lines of the terminal of `stream` now; 80 by 24 if it does not tell."""
     try:
         columns, lines = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
@@ -32,7 +32,7 @@ def terminal_size(stream: TextIO) -> os.terminal_size:
 
 
 def count_of(number: int) -> str:
-    """A large number for people."""
+    """A large number in a short form, for people."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -40,7 +40,7 @@ def count_of(number: int) -> str:
 
 
 class StatusLine:
-    """A last line on a terminal that is written over and wiped; nothing elsewhere."""
+    """A last line on a terminal that is overwritten and wiped; nothing is written elsewhere."""
 
     _shown: ClassVar[StatusLine | None] = None
 
@@ -52,7 +52,7 @@ class StatusLine:
 
     @property
     def columns(self) -> int:
-        """Of the terminal; the last one stays free, for some go to the next line behind it."""
+        """Columns of the terminal, except the last: some terminals wrap after it."""
         return terminal_size(self._stream).columns
 
     def draw(self, *versions: str) -> None:
@@ -131,7 +131,7 @@ class ConversionProgress:
 
 
 def progress_lines(stage: str, done: int, total: int, recent: int, seconds: float) -> list[str]:
-    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`, and ever shorter ones.
+    """For example `converting  42 %  |########            |  310 M weights/s  0:12 left`, and shorter versions.
 
     Args:
         stage: what goes on.
@@ -162,7 +162,7 @@ class _Notes(logging.Handler):
 
 
 def print_notes() -> None:
-    """Print what the library has to say on standard error, a line each."""
+    """Print the library's log messages on standard error, a line each."""
     logger = logging.getLogger("mlxqwen")
     logger.propagate = False
     logger.handlers = [_Notes()]

@@ -1,4 +1,4 @@
-"""What the user says: text from arguments, files and standard input."""
+"""The user's text: from arguments, files and standard input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_unicode(**texts: str | None) -> None:
 
 
 def source_name(path: str) -> str:
-    """What errors call a file, or "-"."""
+    """The name of a file in errors, or "-"."""
     return "standard input" if path == "-" else path
 
 

@@ -1,4 +1,4 @@
-"""Requests that begin: which prompts are read together, and in which caches."""
+"""Admission: which waiting prompts are read together, and in which caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["groups_of", "new_prefill"]
 
 
 def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Generation]]:
-    """Prompts that are read together: of one kind of cache, and about equally long."""
+    """Group prompts that are read together: of one kind of cache, and about equally long."""
     kinds: dict[object, list[Generation]] = {}
     owners: dict[int, list[Generation]] = {}
     for one in admitted:
@@ -35,7 +35,7 @@ def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Gener
 
 
 def new_prefill(generations: list[Generation]) -> Prefill:
-    """Prompts in a cache of their own, which holds what the store has of each."""
+    """Make a prefill with a new cache, filled with the blocks that the store has for each prompt."""
     if generations[0].own_cache is not None:
         return _prefill_behind(generations, generations[0].own_cache)
     kind = generations[0].request.cache
@@ -56,7 +56,7 @@ def new_prefill(generations: list[Generation]) -> Prefill:
 
 
 def _groups_behind(several: list[Generation], chunk: int) -> Iterator[list[Generation]]:
-    """Prompts behind what one caller's cache holds: together if they are all its rows, and fit one chunk."""
+    """Group prompts that follow one caller's cache: together if they are all its rows and fit one chunk."""
     first = several[0]
     rows = [one.request.cache_row for one in several]
     known = first.request.cached_tokens or 0
@@ -69,7 +69,7 @@ def _groups_behind(several: list[Generation], chunk: int) -> Iterator[list[Gener
 
 
 def _prefill_behind(several: list[Generation], owner: KVCache) -> Prefill:
-    """Prompts behind what the caller's own cache holds: of all its rows, or of one of them."""
+    """Make the prefill of prompts that follow the caller's cache: of all its rows, or of one of them."""
     first = several[0]
     row = first.request.cache_row
     if first.request.cached_tokens is not None and row == 0:

@@ -1,4 +1,4 @@
-"""Which running replies share a batch: as few batches as may be, in each of which padding is small."""
+"""Which running replies share a batch: as few batches as possible, each with little padding."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ __all__ = ["arrange", "padding_is_small"]
 
 
 def padding_is_small(lengths: Sequence[int]) -> bool:
-    """Whether rows of these lengths, in buffers as long as the longest, waste less than a quarter of them."""
+    """Whether rows of these lengths, in buffers as long as the longest, leave less than a quarter unused."""
     return 4 * sum(lengths) > 3 * len(lengths) * max(lengths)
 
 
 def arrange(batches: Iterable[RunningBatch], has_room: Callable[[Sequence[RunningBatch]], bool]) -> list[RunningBatch]:
-    """Batches of the same rows: those far ahead of their readers apart, long ones apart from short ones, others merged.
+    """Arrange rows anew: parked ones apart, long ones apart from short ones, all others together.
 
-    Nothing is moved of a batch that has something queued ahead.
-
-    Args:
-        has_room: whether there is memory to merge these; those in a caller's own cache are merged anyway.
+    A batch whose next forward pass is queued stays as it is.
     """
     parts = [part for batch in batches for part in ([batch, *_split(batch)] if batch.may_change else [batch])]
     arranged: list[RunningBatch] = []
@@ -37,7 +34,7 @@ def arrange(batches: Iterable[RunningBatch], has_room: Callable[[Sequence[Runnin
 
 
 def _split(batch: RunningBatch) -> list[RunningBatch]:
-    """Take parked rows, and the shortest ones while padding is large → the new batches."""
+    """Take out the parked rows, and the shortest rows while padding is large → the new batches."""
     taken = []
     parked = [place for place, one in enumerate(batch.generations) if one is not None and one.is_parked]
     if 0 < len(parked) < len(batch.rows):

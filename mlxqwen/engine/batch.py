@@ -1,4 +1,4 @@
-"""Many conversations answered together: so many run at once, and where one ends the next begins."""
+"""Many conversations answered together: `batch_size` at once, and where one ends the next begins."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _submit_next(
     options: Mapping[str, Any],
     on_error: Callable[[int, MlxqwenError], None] | None,
 ) -> tuple[int, Handle] | None:
-    """Submit the next conversation that can be answered; None where there is no more."""
+    """Submit the next conversation that can be answered; None if there is no other."""
     for index, one in conversations:
         request = one if isinstance(one, ChatRequest) else ChatRequest(one)
         try:

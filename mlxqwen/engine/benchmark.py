@@ -1,4 +1,4 @@
-"""How fast a model reads and writes, by how much it has before it."""
+"""The benchmark: how fast a model reads prompts and writes replies, by the length of the context."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BenchmarkRun:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians over the runs of one context, and the most memory of any; see `BenchmarkRun`."""
+    """Medians over the runs of one context, and the most memory of any run; see `BenchmarkRun`."""
 
     context: int
     runs: int
@@ -65,9 +65,9 @@ class Speed:
 def choose_contexts(
     model: Qwen3ForCausalLM, asked: Sequence[int] | None, *, tokens: int, max_kv_size: int | None = None
 ) -> list[int]:
-    """The lengths of prompt to measure, ascending: those asked for, or usual ones within the model's context.
+    """The prompt lengths to measure, ascending: those of `asked`, or usual ones within the model's context.
 
-    Raises `OptionError` for one that leaves no room for `tokens` more.
+    Raises `OptionError` for a length that leaves no room for `tokens` more.
     """
     check_integer("tokens", tokens, 1)
     most = model.config.context_length - tokens - 1
@@ -99,15 +99,17 @@ def benchmark(
     device: Device | None = None,
     force: bool = False,
 ) -> Iterator[BenchmarkRun]:
-    """Measure each context `repeat` times, all of them in turn, so that none suffers alone from a machine that slows.
+    """Measure each context `repeat` times, in rounds, so that a machine that slows down affects all contexts alike.
 
-    Prompts are random tokens, replies are greedy and know no end token. A run of each context goes before that does
-    not count, and decodes a few tokens only: kernels are compiled, memory is fetched.
+    Prompts are random tokens, and replies are greedy without an end token. One short run of each context comes first
+    and does not count: it compiles kernels and allocates memory.
 
     Args:
+        model: the model to measure.
         contexts: lengths of prompts; see `choose_contexts`.
         new_cache: makes an empty cache of one row.
         tokens: how many to decode after the first.
+        repeat: runs of each context.
         prefill_chunk: prompt tokens a step.
         device: the machine; by default this one.
         force: measure even what does not fit its memory.
@@ -123,7 +125,7 @@ def benchmark(
 
 
 def summarize(runs: Iterable[BenchmarkRun]) -> list[Speed]:
-    """Runs in any order → one line for each context, ascending."""
+    """Group runs by context, ascending, and take medians."""
     by_context: dict[int, list[BenchmarkRun]] = defaultdict(list)
     for run in runs:
         by_context[run.context].append(run)
@@ -131,7 +133,7 @@ def summarize(runs: Iterable[BenchmarkRun]) -> list[Speed]:
 
 
 def weight_bytes(model: Qwen3ForCausalLM) -> int:
-    """What the weights take in memory."""
+    """Bytes of the weights in memory."""
     parameters: Any = tree_flatten(cast(Any, model).parameters())
     return sum(array.nbytes for _, array in parameters)
 
@@ -190,8 +192,10 @@ def _run(
 
 
 def _check_memory(model: Qwen3ForCausalLM, tokens: int, cache: KVCache, device: Device) -> None:
-    held = tokens if cache.max_kv_size is None else min(tokens, cache.max_kv_size)
-    needed = weight_bytes(model) + cache_bytes(model.config, held, model.dtype.size, cache.kv_bits, cache.kv_group_size)
+    slots = tokens if cache.max_kv_size is None else min(tokens, cache.max_kv_size)
+    needed = weight_bytes(model) + cache_bytes(
+        model.config, slots, model.dtype.size, cache.kv_bits, cache.kv_group_size
+    )
     if needed > device.usable_memory:
         raise InsufficientMemoryError(
             f"context: weights and cache of {tokens:,} tokens take {needed / 1e9:.1f} GB, this machine can hold "

@@ -29,7 +29,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
-    """The options of `Engine.stream`, which says what they mean."""
+    """The options of `Engine.stream`, whose docstring explains them."""
 
     thinking: bool | None = None
     thinking_budget: int | None = None
@@ -55,19 +55,19 @@ class ChatOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation of a batch, with options of its own over those for all."""
+    """A conversation of a batch, with its own options, which replace those of the batch."""
 
     messages: Messages
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def option_names(what: str, given: Iterable[str], *without: str) -> None:
-    """Refuse options of `what` that are not those of a chat, or are among `without`. Raises `OptionError`."""
+    """Check that all names in `given` are options of a chat and none is in `without`. Raises `OptionError`."""
     known_names(what, given, [one.name for one in fields(ChatOptions) if one.name not in without])
 
 
 def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse options of `what` that are not among the `known`. Raises `OptionError`."""
+    """Check that all names in `given` are in `known`. Raises `OptionError`."""
     for name in given:
         if name not in known:
             is_sampling = any(one.name == name for one in fields(SamplingParams))
@@ -79,7 +79,7 @@ def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Responder:
-    """What makes requests of conversations: a model, its tokenizer, and what guesses.
+    """Makes requests from conversations, for one model with its tokenizer and its drafter.
 
     `noted` holds what was noted of `generation_config.json`, so that a batch notes it once.
     """
@@ -91,7 +91,7 @@ class Responder:
     noted: set[str] = field(default_factory=set)
 
     def request(self, messages: Messages, options: ChatOptions, **more: Any) -> tuple[Request, Messages]:
-        """The request that answers a conversation, and the messages of it that are sent.
+        """The request that answers a conversation, and the messages that it sends: all, or fewer with `drop_oldest`.
 
         Args:
             **more: further fields of `Request`.
@@ -102,7 +102,7 @@ class Responder:
         if options.max_tokens is not None:
             check_integer("max_tokens", options.max_tokens, 1)
         cache = self.cache_of(options)
-        messages = prepare_messages(messages)  # once: all that follows takes them as they are
+        messages = prepare_messages(messages)  # once: later checks accept prepared messages as they are
         if not options.drop_oldest:
             self._refuse_if_too_long(messages, options, cache)
         messages, prompt = self._prompt(messages, options, cache)
@@ -145,12 +145,14 @@ class Responder:
         context = self.model.config.context_length
         reserve = max(1, context // 4)
         if options.max_tokens is not None:
-            # The most that a reply may have is seldom what it has.
+            # Few replies reach max_tokens, so at most a quarter of the context is reserved.
             reserve = min(reserve, check_integer("max_tokens", options.max_tokens, 1))
 
         def tokens_of(kept: Messages) -> int:
             least = least_tokens(self.tokenizer, kept, trust_special_tokens=trust)
-            return least if least >= context else len(self.render(kept, options))  # by how much it is too long is idle
+            return (
+                least if least >= context else len(self.render(kept, options))
+            )  # the exact length of a prompt that is too long does not matter
 
         if cache.max_kv_size is not None and cache.max_kv_size <= context:
             return list(messages)
@@ -171,11 +173,11 @@ class Responder:
         )
 
     def cache_of(self, options: ChatOptions) -> KVCache | CacheKind:
-        """The caller's cache, or the kind of a new one. Raises `OptionError` for options that cannot be."""
+        """The caller's cache, or the kind of a new one. Raises `OptionError` for values out of range."""
         kind = CacheKind(options.max_kv_size, options.keep, options.kv_bits)
         if options.cache is None:
             if kind != CacheKind():
-                kind.make(self.model)  # complains of what cannot be
+                kind.make(self.model)  # raises for values that this model's cache cannot have
             return kind
         if not isinstance(options.cache, KVCache):
             found = type(options.cache).__name__
@@ -205,7 +207,7 @@ class Responder:
         return asks_for_thought(self.tokenizer, prompt, messages, thinking=options.thinking, tools=bool(options.tools))
 
     def _refuse_if_too_long(self, messages: Messages, options: ChatOptions, cache: KVCache | CacheKind) -> None:
-        """Refuse what no tokens could make short enough: to encode millions of characters takes minutes."""
+        """Check a lower bound of the tokens before encoding, as millions of characters take minutes to encode."""
         trust = options.trust_special_tokens
         least = least_tokens(self.tokenizer, messages, trust_special_tokens=trust)
         turns = count_turns(messages, trust_special_tokens=trust)
@@ -214,7 +216,7 @@ class Responder:
     def _refuse_without_room(
         self, prompt_tokens: int, cache: KVCache | CacheKind, *, turns: int, is_bound: bool = False
     ) -> None:
-        """Raises `ContextLengthError`; `is_bound` if the prompt has that many tokens or more."""
+        """Raise `ContextLengthError` if the prompt leaves no room; with `is_bound` its tokens are a lower bound."""
         try:
             room_for_answer(self.model.config, _held(cache) + prompt_tokens, cache.max_kv_size)
         except ContextLengthError as error:

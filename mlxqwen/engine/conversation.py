@@ -1,4 +1,4 @@
-"""A conversation that goes on: its messages, and a hold on what the model has read of them."""
+"""A conversation that continues: its messages, and a pin on what the model has read of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WAYS_OUT = (
 
 
 class Conversation:
-    """Messages of a conversation with an engine, of which each turn reads only what is new.
+    """Messages of a conversation with an engine; each turn reads only what is new.
 
     A turn counts when its reply is complete: then the user's and the assistant's messages are added. One that fails,
     or is abandoned (by closing the iterator, by Ctrl-C, by an error), leaves the messages as they were before;
@@ -105,7 +105,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The text of the system message, None without one; set it to change it, or to None to remove it."""
+        """The text of the system message, None without one. Setting it changes the message; None removes it."""
         first = prepare_messages(self.messages[:1])[0] if self.messages else {}
         return str(first["content"]) if first.get("role") == "system" else None
 
@@ -125,7 +125,7 @@ class Conversation:
     def stream(
         self, message: str | Message | Sequence[Message], *, keep_partial: bool = False, **options: Any
     ) -> Generator[Event]:
-        """Say something, and have it answered piece by piece: deltas, and `Done` at the end.
+        """Send a message, and stream the answer: deltas, and `Done` at the end.
 
         Nothing runs before the first event is asked for. A stream that is not at its end when the conversation is next
         used is abandoned, and says so when it is asked for more.
@@ -146,7 +146,7 @@ class Conversation:
         return self._begin([*self.messages, *self._said(message)], keep_partial, options)
 
     def chat(self, message: str | Message | Sequence[Message], **options: Any) -> Reply:
-        """Say something, and have it answered; see `stream`."""
+        """Send a message, and return the whole answer; see `stream`."""
         return next(event.reply for event in self.stream(message, **options) if isinstance(event, Done))
 
     def stream_tools(
@@ -157,7 +157,7 @@ class Conversation:
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,
     ) -> Generator[ToolEvent]:
-        """Say something, and have it answered with the help of functions, as `Engine.stream_tools` does.
+        """Send a message, and stream the answer with the help of functions, as `Engine.stream_tools` does.
 
         Each reply reads only what is new: the results of the tools before it. All that was said is added to `messages`
         when the run is over; a run that fails, or is abandoned, adds nothing.
@@ -186,28 +186,28 @@ class Conversation:
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,
     ) -> ToolRun:
-        """Say something, and have it answered with the help of functions: the last event of `stream_tools`."""
+        """Send a message, and answer with the help of functions: the last event of `stream_tools`."""
         events = self.stream_tools(message, tools, max_rounds=max_rounds, **options)
         return next(event for event in events if isinstance(event, ToolRun))
 
     def next_sampling(self) -> SamplingParams:
-        """What the answer to a message without a switch of its own will be drawn with."""
+        """The `SamplingParams` for the answer to a message without a soft switch."""
         return self._responder.sampling([*self.messages, _OPENING], self._merged({}))
 
     def retry(self, *, keep_partial: bool = False, **options: Any) -> Generator[Event]:
-        """Answer the last user's message anew; what followed it is replaced when the reply is there. See `stream`."""
+        """Answer the user's last message anew; once the reply is there, it replaces what followed. See `stream`."""
         self._abandon()
         return self._begin(self.messages[: self._last_question() + 1], keep_partial, options)
 
     def undo(self) -> None:
-        """Take back the last user's message and what followed it. Raises `MessagesError` if there is none."""
+        """Remove the user's last message and what followed it. Raises `MessagesError` if there is none."""
         self._abandon()
         del self.messages[self._last_question() :]
 
     def drop_oldest(self) -> None:
-        """Forget the oldest turn: a question, its answer, and what tools had to do with it. A system message stays.
+        """Remove the oldest turn: a question, its answer, and the calls and results between. A system message stays.
 
-        Raises `MessagesError` if there is no turn but the last.
+        Raises `MessagesError` if there is only one turn.
         """
         self._abandon()
         if not self.messages or count_turns(self.messages) < 2:
@@ -215,7 +215,7 @@ class Conversation:
         self.messages[:] = map(dict, without_oldest_turns(self.messages, 1))
 
     def clear(self) -> None:
-        """Forget all that was said; a system message stays."""
+        """Remove all messages except the system message."""
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
         self._held = self._left = ()
@@ -223,25 +223,26 @@ class Conversation:
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
 
-        Left out are `trust_special_tokens`, `prefill_chunk` and `on_prefill`, which are not for a file to say.
+        The options `trust_special_tokens`, `prefill_chunk` and `on_prefill` are left out: a file must not set them.
 
         Raises:
-            MessagesError: messages that no conversation can hold.
+            MessagesError: messages that are no conversation.
             OptionError: the file cannot be written.
         """
         write_conversation(Path(path), _plain(self.messages) if self.messages else [], self.options)
 
     @classmethod
     def load(cls, path: str | PathLike[str], engine: Engine, **arguments: Any) -> Conversation:
-        """The conversation that `save` wrote.
+        """Read the conversation that `save` wrote.
 
         Args:
-            engine: any.
-            **arguments: those of the constructor, such as `max_kv_size`, and options over those of the file.
+            path: the file.
+            engine: any engine.
+            **arguments: those of the constructor, such as `max_kv_size`, and options, which replace those of the file.
 
         Raises:
-            MessagesError: the file cannot be read, or is no sound conversation.
-            OptionError: arguments that cannot be.
+            MessagesError: the file cannot be read, or is no valid conversation.
+            OptionError: an argument out of range.
         """
         messages, options = read_conversation(Path(path))
         try:
@@ -253,7 +254,7 @@ class Conversation:
     # One turn
 
     def _said(self, message: str | Message | Sequence[Message]) -> list[dict[str, Any]]:
-        """What is said, as messages that can be answered. Raises `MessagesError`."""
+        """The new message or messages, as a list that can be answered. Raises `MessagesError`."""
         if isinstance(message, str):
             said = [{"role": "user", "content": message}]
         else:
@@ -282,7 +283,7 @@ class Conversation:
     def _answer(
         self, said: Messages | None, messages: Messages, given: Mapping[str, Any], *, keep_partial: bool
     ) -> Generator[Event]:
-        """Answer `messages`, once all that can be wrong was raised; the reply is added to `said`, if that is given."""
+        """Answer `messages`, after all checks; the reply is added to `said`, if that is given."""
         options = self._merged(given)
         return self._events(said, self._request(messages, options), options, keep_partial=keep_partial)
 
@@ -325,7 +326,7 @@ class Conversation:
         return Responder(engine.model, engine.tokenizer, engine.speculative, engine.draft_tokens)
 
     def _request(self, messages: Messages, options: ChatOptions) -> Request:
-        """What is asked; all that can be wrong with messages or options is raised."""
+        """The request for a turn, after all checks of messages and options."""
         self.engine.check_open()
         try:
             request, sent = self._responder.request(messages, options, holds_cache=True)
@@ -336,7 +337,7 @@ class Conversation:
         return replace(request, returns_to=self._shared_with_next(request, sent, options))
 
     def _shared_with_next(self, request: Request, sent: Messages, options: ChatOptions) -> int:
-        """How many tokens the prompt of the next turn is expected to share: a window that slides is kept there."""
+        """How many tokens the prompt of the next turn is expected to share; a window that slides is kept there."""
         try:
             following = self._responder.render([*sent, _ANSWER, _OPENING], options)
         except MlxqwenError:
@@ -353,7 +354,7 @@ class Conversation:
         return ChatOptions(**merged, **self._cache)
 
     def _abandon(self) -> None:
-        """End a stream that is still open."""
+        """End the stream that is still open."""
         turn = None if self._running is None else self._running()
         if turn is None:
             return
@@ -383,7 +384,7 @@ def _with_pins(before: _Pins, handle: Handle) -> _Pins:
 
 
 def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
-    """The events, up to one of the type `last`. Raises `OptionError` if they were ended from elsewhere before it."""
+    """Yield events up to one of the type `last`. Raises `OptionError` if they end before it."""
     event: _E | None = None
     try:
         for event in events:
@@ -398,6 +399,6 @@ def _until_superseded(events: Generator[_E], last: type) -> Generator[_E]:
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A copy out of plain JSON values. Raises `MessagesError`."""
+    """A copy made of plain JSON values. Raises `MessagesError`."""
     prepare_messages(messages)
     return [to_plain_json(message, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -1,4 +1,4 @@
-"""A conversation as a JSON file: messages and options, read as strictly as anything from strangers."""
+"""A conversation as a JSON file: its messages and options, checked when it is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlxqwen.text.messages import to_plain_json
 __all__ = ["read_conversation", "write_conversation"]
 
 _MAX_BYTES = 256 * 2**20
-# Neither what would let a file forge tokens, nor what is of this machine or call.
+# The options that a file may hold: none that lets it forge special tokens, none of this machine or call.
 _OPTIONS = (
     "thinking",
     "thinking_budget",
@@ -36,10 +36,10 @@ _HINT = "Give a file that Conversation.save, or /save in the chat, has written, 
 
 
 def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
-    """Write messages, and those of the options that a file may hold, whole or not at all.
+    """Write the messages and the options that a file may hold, whole or not at all.
 
     Raises:
-        MessagesError: what no file could hold, such as NaN, or no conversation.
+        MessagesError: no conversation, or a value that JSON cannot hold, such as NaN.
         OptionError: the file cannot be written.
     """
     if messages:
@@ -63,9 +63,9 @@ def write_conversation(path: Path, messages: Sequence[Mapping[str, Any]], option
 
 
 def read_conversation(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages and options of a file. That the options' values can be is for their user to check.
+    """Read messages and options from a file. The values of options are checked by whoever uses them.
 
-    Besides what `write_conversation` wrote, it may be a list of messages, or an object with `messages` and perhaps
+    The file is one that `write_conversation` wrote, a list of messages, or an object with `messages` and optional
     `tools`.
 
     Raises:
@@ -107,7 +107,7 @@ def _parse(path: Path, text: str) -> Any:
 
 
 def _with_format(path: Path, value: Any) -> dict[str, Any]:
-    """A list of messages, or an object of messages and tools, as it would have been saved."""
+    """A list of messages, or an object of messages and tools, in the form that `write_conversation` writes."""
     if isinstance(value, list):
         value = {"messages": value}
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Who takes the steps of a scheduler: the first thread that waits, or a thread of its own once another one does.
+"""Which thread takes the steps of a scheduler: the first that waits, or a daemon thread from the second thread on.
 
-MLX's streams belong to threads, and each thread that evaluates leaves one of the operating system's behind. So one
-thread evaluates: the first that asks, while it is alone; from then on a daemon thread, until the engine is closed.
+MLX's streams belong to threads, and each thread that evaluates leaves an operating-system thread behind. So one thread
+evaluates: the first that waits, while it is the only one; from then on a daemon thread, until the engine is closed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _stop_daemons() -> None:
 
 
 class Driver:
-    """Takes steps of one scheduler while anybody waits for a token. The daemon refers to the scheduler weakly."""
+    """Takes the steps of one scheduler while a thread waits for a token. The daemon refers to the scheduler weakly."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -44,7 +44,7 @@ class Driver:
         self._stopped = threading.Event()
 
     def check_process(self) -> None:
-        """Raise `OptionError` in a process that was forked: MLX's threads are not there."""
+        """Raise `OptionError` in a forked process, which lacks MLX's threads."""
         if os.getpid() != self._process:
             raise OptionError(
                 "engine: found in a forked process, expected the one that loaded the model: MLX's threads do not "
@@ -53,7 +53,7 @@ class Driver:
             )
 
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
-        """Return once `generation` may have something to tell; take a step, or wait for who takes them."""
+        """Take a step, or wait for the thread that takes it; return once `generation` may have something new."""
         self.check_process()
         if scheduler.is_closed and not generation.is_over:
             scheduler.close()  # it was submitted meanwhile
@@ -75,7 +75,7 @@ class Driver:
                 self._changed.wait(timeout=1.0)
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Wake the threads that wait, as there is work."""
         _notify(self._changed)
 
     def stop(self) -> None:
@@ -86,12 +86,12 @@ class Driver:
             self._daemon.join(timeout=10.0)
 
     def wait_for_work(self, scheduler: Scheduler, timeout: float | None) -> bool:
-        """Wait until `scheduler` has something to do, at most `timeout` seconds → whether it has."""
+        """Wait until `scheduler` has work, at most `timeout` seconds → whether it has."""
         with self._changed:
             return self._changed.wait_for(lambda: scheduler.has_work or scheduler.is_closed, timeout)
 
     def is_mine(self) -> bool:
-        """Whether this thread takes the steps, be it from now on."""
+        """Whether the calling thread takes the steps, perhaps from now on."""
         me = threading.current_thread()
         with self._changed:
             if self._owner is None:
@@ -113,7 +113,7 @@ def _notify(changed: threading.Condition) -> None:
 
 
 def _run(reference: weakref.ref[Scheduler], changed: threading.Condition, stopped: threading.Event) -> None:
-    """Take steps while there is something to do, and wait for it otherwise; end with the scheduler."""
+    """Take steps while there is work, else wait for it; end when the scheduler is gone or closed."""
     while True:
         scheduler = reference()
         if scheduler is None or scheduler.is_closed or stopped.is_set():

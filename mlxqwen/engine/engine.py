@@ -1,4 +1,4 @@
-"""Load, tokenize, generate, split: one object for the command line, for Python and for servers to hold."""
+"""`Engine`: a model with its tokenizer, for the command line, for Python and for servers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(
 
 
 def _check_speculative(speculative: Speculative, draft_tokens: int | None, draft: object = None) -> None:
-    """Refuse what cannot guess. Raises `OptionError`."""
+    """Check the options of speculative decoding. Raises `OptionError`."""
     if draft_tokens is not None:
         check_draft_tokens(draft_tokens)
         if speculative is None and draft is None:
@@ -444,7 +444,7 @@ class Engine:
         cache: KVCache | None = None,
         max_kv_size: int | None = None,
     ) -> list[Mapping[str, Any]]:
-        """What is left of a conversation when the fewest oldest turns are dropped for the reply to have room.
+        """The messages without the fewest oldest turns that have to go for the reply to have room.
 
         The system message and the last turn always stay; a call of a tool and its result go together.
 
@@ -470,7 +470,7 @@ class Engine:
         return self._responder.fit(messages, options)
 
     def sampling_for(self, messages: Messages, **options: Any) -> SamplingParams:
-        """What `stream` draws its reply to `messages` with: the card's profile for the mode, single options over it.
+        """The `SamplingParams` that `stream` would use for `messages`.
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
         A model whose thinking budget is 0 does not think.

@@ -1,4 +1,4 @@
-"""A reply as events: its pieces as they become certain, and at the end the whole of it and how it came about."""
+"""The events of a reply: its pieces as they become certain, and `Done` with the whole reply at the end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds until the first token and from there to the last, and tokens per second of both, cached ones left out."""
+    """Seconds to the first token and from there to the last, and tokens per second of both, without cached tokens."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -50,11 +50,15 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The last event: the whole reply and how it came about.
+    """The last event: the whole reply, why it ended, and what it took.
 
-    `finish_reason` is "stop" for an end token or a stop string, "tool_calls" for an end token behind a reply that calls
-    tools, "length" where tokens or context ran out, "loop" where the reply went round in circles. `tokens` are the ids
-    of the reply, its tags and end token included.
+    Args:
+        reply: reasoning, content and tool calls.
+        finish_reason: "stop" for an end token or a stop string, "tool_calls" for an end token after a reply that calls
+            tools, "length" where `max_tokens` or the context is used up, "loop" where the reply repeats itself.
+        usage: tokens counted.
+        timings: seconds and speeds.
+        tokens: ids of the reply, with its tags and end token.
     """
 
     reply: Reply
@@ -68,14 +72,14 @@ Event = Delta | Done
 
 
 def events_of(scheduler: Scheduler, request: Request, on_prefill: Callable[[int, int], None] | None) -> Iterator[Event]:
-    """Submit a request when its first event is asked for, and give its events; left early, the request ends."""
+    """Submit a request when its first event is asked for, and yield its events; closing the iterator cancels it."""
     handle = scheduler.submit(request)
     handle.on_prefill = on_prefill
     yield from handle
 
 
 def assistant_message(reply: Reply) -> dict[str, Any]:
-    """A reply as a message of the conversation, in OpenAI's form with `reasoning_content`."""
+    """A reply as an assistant's message in OpenAI's form, with `reasoning_content`."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.content}
     if reply.reasoning is not None:
         message["reasoning_content"] = reply.reasoning

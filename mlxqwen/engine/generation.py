@@ -1,4 +1,4 @@
-"""One request on its way: its tokens so far, what reads them, and what it has told but nobody has taken."""
+"""The state of one request: its tokens, sampler and constraints, and the tokens that nobody has taken yet."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class GeneratedToken:
         token: its id.
         deltas: the pieces of the reply that are certain now.
         finish_reason: on the last token, "stop" (an end token or a stop string), "length" or "loop".
-        is_forced: whether another token stands here than the one drawn.
+        is_forced: whether a constraint put it in the place of the token drawn.
         reasoning_tokens, budget_exhausted, drafted_tokens, accepted_tokens: see `mlxqwen.Usage`; so far.
-        time: when it was told, in seconds of `time.perf_counter`.
+        time: when it was recorded, in seconds of `time.perf_counter`.
     """
 
     token: int
@@ -62,27 +62,28 @@ class GeneratedToken:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many of the prompt's tokens that have to be read have been read."""
+    """How many tokens of the prompt have been read (`done`), of those that have to be (`total`)."""
 
     done: int
     total: int
 
 
 class Generation:
-    """What the scheduler knows of one request. Its handle holds the only lasting reference to it.
+    """The scheduler's state of one request. Only its handle keeps it alive.
 
     Attributes:
-        request, number: what it is made from, and its place among all that were submitted.
-        text: prompt and reply.
-        count, limit: tokens of the reply, and the most that it may have.
-        sampler: its own, while it is in no batch.
-        records: what was told and not yet taken.
-        finish_reason, error: how it ended; both None while it goes on.
-        is_cancelled: nobody waits for it any more.
-        cached_tokens: those of the prompt that were not read.
-        prefill, batch: where it is; both None while it waits.
-        match: what the store has of its text, from when it is admitted until that is copied.
-        pins: what the store keeps for it: of its prompt, and of all that it has read and said.
+        request: what was submitted.
+        number: its place in the order of submission.
+        text: ids of the prompt and the reply.
+        count, limit: tokens of the reply so far, and at most.
+        sampler: the request's own, while it is in no batch.
+        records: tokens and progress that the handle has not taken yet.
+        finish_reason, error: how it ended; both None while it runs or waits.
+        is_cancelled: whether its handle is gone or has cancelled it.
+        cached_tokens: tokens of the prompt that were copied from the store or the caller's cache.
+        prefill, batch: where it runs; both None while it waits.
+        match: the blocks of the store for its text, from admission until they are copied.
+        pin: what the store keeps for it.
     """
 
     __slots__ = (
@@ -147,17 +148,17 @@ class Generation:
 
     @property
     def is_over(self) -> bool:
-        """Whether no further token of it is wanted."""
+        """Whether it needs no further token."""
         return self.is_cancelled or self.finish_reason is not None or self.error is not None
 
     @property
     def urgency(self) -> tuple[int, int]:
-        """What comes first is smaller: by priority, then by when it was submitted."""
+        """The sort key of requests, the most urgent first: by priority, then by the order of submission."""
         return self.request.priority, self.number
 
     @property
     def reader(self) -> Generation | None:
-        """Who reads what this one will share; None where nobody does."""
+        """The generation that is reading blocks which this one will share; None if there is none."""
         return None if self._reader is None else self._reader()
 
     @reader.setter
@@ -171,40 +172,41 @@ class Generation:
 
     @property
     def is_forcing(self) -> bool:
-        """Whether the next token is known to be another than the one drawn."""
+        """Whether a constraint is known to replace the next token drawn."""
         return self.budget is not None and self.budget.is_forcing
 
     def make_sampler(self) -> Sampler:
-        """Its sampler; made in the thread that evaluates."""
+        """Make the request's sampler; called by the thread that evaluates."""
         if self.sampler is None:
             request = self.request
             self.sampler = Sampler([request.sampling], [request.prompt], self.model.config.vocab_size)
         return self.sampler
 
     def mask(self) -> mx.array | None:
-        """What may be drawn next, as all constraints together say; None for everything."""
+        """The mask of all constraints together for the next token; None allows every token."""
         return self.mask_of(self.constraints)
 
     @staticmethod
     def mask_of(constraints: Sequence[Constraint]) -> mx.array | None:
-        """What all of these allow; None for everything."""
+        """The mask of these constraints together; None allows every token."""
         masks = [mask for constraint in constraints if (mask := constraint.mask()) is not None]
         return reduce(operator.and_, masks) if masks else None
 
     def settle(self, drawn: int) -> int:
-        """The token to use where `drawn` was drawn."""
+        """The token that the constraints use where `drawn` was drawn."""
         for constraint in self.constraints:
             drawn = constraint.settle(drawn)
         return drawn
 
     def tell(self, drawn: int, guess: int | None = None) -> int:
-        """Take the draw of the next token → the token that stands there. The generation may be over afterwards.
+        """Record the next token, given the draw → the token that is used. The reply may be over afterwards.
 
         Args:
-            guess: the token that was guessed there, if one was.
+            drawn: the token that the sampler drew.
+            guess: the token that was guessed at this place, if there was a guess.
 
         Raises:
-            GenerationError: there was nothing to draw from.
+            GenerationError: the logits were no distribution.
         """
         token = self.settle(drawn)
         if token == BAD_TOKEN:
@@ -249,14 +251,14 @@ class Generation:
         return token
 
     def progress(self, done: int, total: int) -> None:
-        """Tell how much of the prompt was read; what was told before is not repeated."""
+        """Record how much of the prompt was read, if it is more than was recorded before."""
         if self.request.reports_progress and self.count == 0 and done > self.read:
             self.read = done
             self.records.append(Progress(done, total))
 
     @property
     def mark(self) -> int:
-        """How many of the prompt's tokens a later prompt is expected to share."""
+        """How many tokens of the prompt a later prompt is expected to share."""
         most = len(self.request.prompt) - 1
         return most if self.request.returns_to is None else min(self.request.returns_to, most)
 
@@ -267,7 +269,7 @@ class Generation:
         return window is not None and len(self.text) > window
 
     def fail(self, error: BaseException) -> None:
-        """End here, with an error for who waits."""
+        """End with an error, which the handle raises."""
         if not self.is_over:
             if (frames := traceback.extract_tb(error.__traceback__)) and not isinstance(error, MlxqwenError):
                 error.add_note(f"raised in {frames[-1].filename}, line {frames[-1].lineno}")
@@ -275,9 +277,9 @@ class Generation:
         self.let_go()
 
     def park_if_ahead(self) -> None:
-        """Let it wait while it is far ahead of its reader, and go on once half of that is read."""
+        """Park it once `MAX_UNREAD` records are unread; let it go on once half of them are taken."""
         self.is_parked = len(self.records) >= (MAX_UNREAD // 2 if self.is_parked else MAX_UNREAD)
 
     def let_go(self) -> None:
-        """Hold nothing of caches any more."""
+        """Drop all references to caches."""
         self.prefill = self.batch = self.match = self.sampler = None

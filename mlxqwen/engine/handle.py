@@ -1,4 +1,4 @@
-"""What a caller holds of a request: its tokens and events as they come, its result, and the way to cancel it."""
+"""What `submit` returns: the tokens and events of a request as they come, its result, and the way to cancel it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger("mlxqwen")
 
 
 class Handle:
-    """One request that was submitted. Iterating it gives its events; when it goes, the request is cancelled.
+    """A request that was submitted. Iterating gives its events; when the handle is garbage, the request is cancelled.
 
-    Any thread may take the next event, one at a time.
+    Any thread may take the next event, one thread at a time.
 
     Attributes:
         on_prefill: called with (tokens read, tokens to read) by the thread that takes the next token, outside any step.
@@ -45,27 +45,27 @@ class Handle:
 
     @property
     def request(self) -> Request:
-        """What was asked."""
+        """The request that was submitted."""
         return self._generation.request
 
     @property
     def pins(self) -> dict[str, Pin]:
-        """What the store keeps of it, if the request `holds_cache`: of its "prompt", and of prompt and "reply"."""
+        """What the store keeps of the request, if it `holds_cache`: of its "prompt", and of prompt and "reply"."""
         return self._generation.pins
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not read."""
+        """Tokens of the prompt that were copied rather than read."""
         return self._generation.cached_tokens
 
     def generation_of(self, scheduler: Scheduler) -> Generation:
-        """What `scheduler` knows of it. Raises `OptionError` for another scheduler's."""
+        """The scheduler's state of this request. Raises `OptionError` if it was submitted to another scheduler."""
         if scheduler is not self._scheduler:
             raise OptionError("handle: found one of another scheduler, expected one that this scheduler gave")
         return self._generation
 
     def cancel(self) -> None:
-        """End the request; nothing more of it is told. It may be over already."""
+        """End the request, with no further events. Does nothing if it is over."""
         self._scheduler.cancel(self)
 
     def keep(self) -> None:
@@ -73,7 +73,7 @@ class Handle:
         self._scheduler.keep(self)
 
     def next_token(self) -> GeneratedToken:
-        """The next token; whoever waits drives the scheduler.
+        """The next token. A thread that waits for it takes steps of the scheduler.
 
         Raises:
             StopIteration: the reply is over.
@@ -91,7 +91,7 @@ class Handle:
             self.wait()
 
     def poll(self) -> GeneratedToken | None:
-        """The next token if it is there already."""
+        """The next token if it is there, else None."""
         records = self._generation.records
         while records:
             record = records.popleft()
@@ -107,7 +107,7 @@ class Handle:
         return None
 
     def _log_warnings(self) -> None:
-        """Tell why calls of the reply were kept as text, once each."""
+        """Log why calls of the reply were kept as text, once each."""
         pipeline = self._generation.pipeline
         if pipeline is None or len(pipeline.warnings) == self._warned:
             return
@@ -116,43 +116,43 @@ class Handle:
         self._warned = len(pipeline.warnings)
 
     def wait(self) -> None:
-        """Return once there may be something new: drive the scheduler, or wait for who does."""
+        """Wait until there may be something new; the thread may take steps of the scheduler meanwhile."""
         self._scheduler.driver.drive(self._scheduler, self._generation)
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is something to take."""
+        """Whether a token, or the end, can be taken without waiting."""
         return bool(self._generation.records) or self._generation.is_over
 
     @property
     def token_count(self) -> int:
-        """Tokens that were taken."""
+        """How many tokens were taken."""
         return len(self._tokens)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will be told."""
+        """Whether there are no further tokens."""
         return self._generation.is_over and not self._generation.records
 
     @property
     def error(self) -> BaseException | None:
-        """What it failed with."""
+        """The error that ended the request; None if there is none."""
         return self._generation.error
 
     def __iter__(self) -> Iterator[Event]:
-        """The events: `Delta`s as text becomes certain, and `Done` at the end."""
+        """Yield a `Delta` as each piece becomes certain, and `Done` at the end."""
         while True:
             try:
-                told = self.next_token()
+                token = self.next_token()
             except StopIteration:
                 return
-            yield from told.deltas
-            if told.finish_reason is not None:
-                yield self._done(told)
+            yield from token.deltas
+            if token.finish_reason is not None:
+                yield self._done(token)
                 return
 
     def poll_done(self) -> Done | None:
-        """Take all that is there → the end, if it is among it. Raises what went wrong."""
+        """Take the tokens that are there → `Done` if they end the reply, else None. Raises the error of the request."""
         while (token := self.poll()) is not None:
             if token.finish_reason is not None:
                 return self._done(token)
@@ -161,7 +161,7 @@ class Handle:
         return None
 
     def result(self) -> Done:
-        """The whole reply, once it is over. Raises what went wrong."""
+        """Wait for the end of the reply. Raises the error of the request."""
         for event in self:
             if isinstance(event, Done):
                 return event
@@ -194,10 +194,10 @@ class Handle:
         return Done(reply, finish_reason, usage, timings, tuple(self._tokens))
 
     def prompt_speed(self) -> float:
-        """Tokens of the prompt that were read, a second until the first token."""
+        """Tokens of the prompt read per second, until the first token."""
         read = len(self._generation.request.prompt) - self._generation.cached_tokens
         return read / max(self._first - self._started, 1e-9)
 
     def decode_speed(self) -> float:
-        """Tokens a second since the first."""
+        """Tokens per second since the first."""
         return (len(self._tokens) - 1) / max(self._last - self._first, 1e-9)

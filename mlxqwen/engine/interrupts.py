@@ -1,4 +1,4 @@
-"""Ctrl-C that waits: a few lines that have to be run together are, and the interrupt is heard behind them."""
+"""Ctrl-C that waits until some lines, which have to run together, are done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["interrupts_deferred"]
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Hear SIGINT only at the end of the block. Other threads than the main one never hear it."""
+    """Handle SIGINT at the end of the block. Only the main thread gets it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""From a folder or hub id to a model with its tokenizer: resolved, checked, converted, read, in this order."""
+"""From a folder or hub id to a model with its tokenizer: resolve, check, convert, read, in this order."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OnConvert = Callable[[str, int, int], None]
 
 
 class Conversion(Protocol):
-    """What becomes of a folder in a form that is not run: its MLX form is there already, or planned and not written."""
+    """The MLX form of a folder whose format does not run: converted already, or planned and not written."""
 
     @property
     def size(self) -> tuple[mx.Dtype, int, int] | None:
-        """The dtype of the numbers, the bytes of packed codes, how many numbers; None if the MLX form is there."""
+        """The dtype of the floats, the bytes of packed codes, the number of floats; None if the MLX form exists."""
 
     def run(self, progress: OnConvert | None = None) -> Path:
-        """The folder of the MLX form, which is made if need be. Raises `MlxqwenError`."""
+        """The folder of the MLX form, converted now if it does not exist. Raises `MlxqwenError`."""
 
 
 Converter = Callable[[Path, ExitStack], Conversion]
@@ -56,7 +56,7 @@ def load_models(
     converter: Converter | None = None,
     **options: Unpack[LoadOptions],
 ) -> tuple[Qwen3ForCausalLM, Tokenizer, Qwen3ForCausalLM | None]:
-    """Load a model with its tokenizer, and perhaps a draft model. What can be wrong is found before weights are read.
+    """Load a model with its tokenizer, and perhaps a draft model. All checks come before weights are read.
 
     Args:
         path_or_id: a folder, a hub id, or None for the demo model.
@@ -114,19 +114,19 @@ class _Checked:
     found: PreparedModel | Conversion
 
     def check_memory(self, held_bytes: int = 0) -> None:
-        """Raise `InsufficientMemoryError` unless the weights fit beside so many bytes of a draft model."""
+        """Raise `InsufficientMemoryError` unless the weights fit beside `held_bytes` of a draft model."""
         if not self.options.get("force", False):
             check_memory(self.folder, self.weight_bytes, self.dtype, held_bytes, self.options.get("device"))
 
     def prepare(self, on_convert: OnConvert | None) -> PreparedModel:
-        """What reads the model, which is converted if need be."""
+        """Prepare the model for reading, converted first if its format does not run."""
         if isinstance(self.found, PreparedModel):
             return self.found
         return prepare_model(self.found.run(on_convert), **self.options)
 
 
 def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptions) -> _Checked:
-    """Check all of a folder that can be checked before a weight is read or converted. Raises `MlxqwenError`."""
+    """Check all of a folder that can be checked before weights are read or converted. Raises `MlxqwenError`."""
     dtype, device = options.get("dtype"), options.get("device")
     config = read_config(
         folder, dtype=dtype, rope_scaling=options.get("rope_scaling"), yarn_factor=options.get("yarn_factor")
@@ -145,7 +145,7 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
 
 
 def _options_of_draft(options: LoadOptions) -> LoadOptions:
-    """Those of a model that its draft model is loaded with too."""
+    """The options that a draft model is loaded with too."""
     shared = options.copy()
     shared.pop("rope_scaling", None)
     shared.pop("yarn_factor", None)
@@ -153,7 +153,7 @@ def _options_of_draft(options: LoadOptions) -> LoadOptions:
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder. Raises `TokenizerError` for that of another model, as far as ids tell."""
+    """The tokenizer of a model's folder. Raises `TokenizerError` if its ids do not fit the model."""
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_fits(ModelConfig.from_folder(folder).vocab_size)
     return tokenizer
@@ -161,7 +161,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 @contextmanager
 def _naming_the_draft() -> Iterator[None]:
-    """Of two models, errors tell which one is meant."""
+    """Let errors say that they are about the draft model."""
     try:
         yield
     except MlxqwenError as error:
@@ -169,7 +169,7 @@ def _naming_the_draft() -> Iterator[None]:
 
 
 def _check_vocabulary(draft_folder: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a draft model whose ids mean something else. Raises `OptionError`."""
+    """Check that the draft model has the same token ids. Raises `OptionError`."""
     from mlxqwen.engine.speculation.drafter import check_vocabulary
 
     check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
@@ -184,7 +184,7 @@ def _check_vocabulary(draft_folder: Path, folder: Path, tokenizer: Tokenizer) ->
 
 
 def _are_same_files(first: Path, second: Path) -> bool:
-    """Whether both can be read and have the same SHA-256."""
+    """Whether both files can be read and have the same SHA-256."""
     try:
         with first.open("rb") as one, second.open("rb") as other:
             return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()

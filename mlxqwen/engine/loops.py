@@ -1,8 +1,8 @@
-"""Replies that go round in circles: a detector of long cycles, over token ids alone.
+"""Replies that repeat themselves: a detector of long cycles, over token ids alone.
 
 **The rule.** A reply loops as soon as its last `n` tokens are a cycle of `p` tokens, `1 <= p <= max_period`, repeated:
-each of them but the first `p` equals the one `p` before it, with `n >= min_tokens` and `n >= repeats * p`. The defaults
-ask for 512 tokens and four rounds of at most 1,024.
+each of them except the first `p` equals the one `p` before it, with `n >= min_tokens` and `n >= repeats * p`. The
+defaults ask for 512 tokens and four rounds of at most 1,024.
 """
 
 from __future__ import annotations

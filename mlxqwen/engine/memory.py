@@ -1,4 +1,4 @@
-"""What takes memory beside the weights, and what is left: one account for all models of a process."""
+"""The memory that models, caches and stores take, and what is left: one account for all models of a process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def slot_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache) -> int:
 
 
 def buffer_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache, tokens: int, rows: int = 1) -> int:
-    """Bytes of buffers for so many tokens in each of `rows` rows, as they are allocated."""
+    """Bytes of the buffers for `tokens` tokens in each of `rows` rows, as they are allocated."""
     return rows * slots_to_allocate(tokens, cache.max_kv_size) * slot_bytes(model, cache)
 
 
@@ -46,10 +46,10 @@ def weight_bytes(model: Qwen3ForCausalLM) -> int:
 
 
 class MemoryAccount:
-    """Bytes that weights, running caches and stores take, of all that share this machine.
+    """Bytes that weights, caches in use and stores take, of all schedulers that share this machine.
 
     Args:
-        device: says what may be used in all.
+        device: says how much may be used in all.
     """
 
     def __init__(self, device: Device) -> None:
@@ -57,21 +57,21 @@ class MemoryAccount:
         self._schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
     def add(self, scheduler: Scheduler) -> None:
-        """Count what `scheduler` holds, while it lives."""
+        """Count what `scheduler` holds, as long as it lives."""
         self._schedulers.add(scheduler)
 
     @property
     def schedulers(self) -> Iterable[Scheduler]:
-        """All whose memory counts."""
+        """The schedulers whose memory counts."""
         return list(self._schedulers)
 
     def left(self) -> int:
-        """Bytes that nothing takes."""
+        """Bytes that are free."""
         taken = sum(one.weight_bytes + one.cache_bytes + one.store.held_nbytes for one in self.schedulers)
         return self.device.usable_memory - taken - _WORK_SPACE
 
     def make_room(self, nbytes: int, first: Scheduler) -> bool:
-        """Let stores give way until `nbytes` are left, beginning with that of `first` → whether they are."""
+        """Let stores evict blocks until `nbytes` are free, beginning with the store of `first` → whether they are."""
         for one in [first, *(other for other in self.schedulers if other is not first)]:
             missing = nbytes - self.left()
             if missing <= 0:
@@ -80,12 +80,12 @@ class MemoryAccount:
         return nbytes <= self.left()
 
     def most(self) -> int:
-        """Bytes that caches may take where nothing else runs: all but the weights."""
+        """Bytes that caches may take if nothing else runs: all except the weights."""
         weights = sum(one.weight_bytes for one in self.schedulers)
         return self.device.usable_memory - weights - _WORK_SPACE
 
     def refuse_if_never(self, nbytes: int, what: str) -> None:
-        """Raise `InsufficientMemoryError` for what could not fit if nothing else ran."""
+        """Raise `InsufficientMemoryError` if `nbytes` would not fit even if nothing else ran."""
         most = self.most()
         if nbytes > most:
             raise InsufficientMemoryError(
@@ -104,7 +104,7 @@ _account: MemoryAccount | None = None
 
 
 def account() -> MemoryAccount:
-    """The one of this process."""
+    """The account of this process."""
     global _account
     if _account is None or _account.device is not current_device():
         fresh = MemoryAccount(current_device())

@@ -1,4 +1,4 @@
-"""Prompts that are being read: a chunk of tokens at a time, each behind what the store already had of it."""
+"""Prompts that are being read: one chunk a step, from where the blocks of the store end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PADDING = 16  # tokens a row: reading so many more costs less than one step mor
 
 
 class Prefill:
-    """Prompts of one kind of cache that go through the model together: one, or several whole ones in a single chunk.
+    """Prompts of one kind of cache that are read together: one prompt, or several whole ones in a single chunk.
 
     Args:
         generations: one a row; their `text` is read.
         cache: of these rows; holds the first tokens of each.
-        owner: the caller's cache that the rows belong in, if there is one.
+        owner: the caller's cache that the rows belong to, if there is one.
     """
 
     def __init__(self, generations: Sequence[Generation], cache: KVCache, owner: KVCache | None = None) -> None:
@@ -48,28 +48,28 @@ class Prefill:
 
     @property
     def generations(self) -> list[Generation]:
-        """Those that are still waited for."""
+        """The generations that are not over."""
         alive = [row() for row in self.rows]
         return [one for one in alive if one is not None and not one.is_over]
 
     @property
     def urgency(self) -> tuple[int, int]:
-        """That of its most urgent prompt."""
+        """The urgency of its most urgent generation."""
         return min((one.urgency for one in self.generations), default=(0, 0))
 
     def done(self, row: int = 0) -> int:
-        """How many tokens of a row's text are read."""
+        """How many tokens of a row's text have been read."""
         return self.cache.offsets[row] - self._before[row]
 
     @property
     def left(self) -> int:
-        """Tokens that are not read, of all rows with their padding."""
+        """Tokens that remain to be read in all rows, with their padding."""
         unread = [len(one.text) - self.done(row) for row, one in enumerate(map(_alive, self.rows)) if one is not None]
         return max(unread, default=0) * len(unread)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffers, as large as they will be once all is read."""
+        """Bytes of its buffers at the size that they will have once all is read."""
         texts = [
             len(one.text) + before for one, before in zip(map(_alive, self.rows), self._before, strict=True) if one
         ]
@@ -79,7 +79,7 @@ class Prefill:
         return max(cache.nbytes, buffer_bytes(model, cache, max(texts) + 1, len(self.rows)))
 
     def drop_ended(self) -> list[Generation]:
-        """Let rows leave that nobody waits for → one generation for each row that stays."""
+        """Drop the rows whose generations are over → the generations of the rows that stay."""
         generations = [row() for row in self.rows]
         places = [place for place, one in enumerate(generations) if one is not None and not one.is_over]
         for one in generations:
@@ -93,12 +93,14 @@ class Prefill:
         return [one for place in places if (one := generations[place]) is not None]
 
     def read(self, generations: Sequence[Generation], chunk: int, begin: Callable[[RunningBatch], None]) -> None:
-        """Read at most `chunk` tokens of each row; once all is read, hand the batch that decodes to `begin`.
+        """Read at most `chunk` tokens of each row; once all is read, call `begin` with the batch that decodes.
 
-        What is interrupted is as if it had not begun. An exception ends these generations.
+        An interrupt leaves everything as before. An exception ends these generations.
 
         Args:
-            generations: what `drop_ended` gave.
+            generations: what `drop_ended` returned.
+            chunk: tokens.
+            begin: takes the batch.
         """
         self.cache.reserve(max(self._before[row] + len(one.text) for row, one in enumerate(generations)) + 1)
         pieces = [one.text[self.done(row) : self.done(row) + chunk] for row, one in enumerate(generations)]
@@ -127,7 +129,7 @@ class Prefill:
             one.progress(self.done(row) - self._begins[row], len(one.text) - self._begins[row])
 
     def _draw(self, generations: Sequence[Generation], logits: mx.array) -> tuple[Sampler, mx.array]:
-        """The sampler of all rows, and their first tokens, on their way."""
+        """The sampler of all rows, and their first tokens, which are being computed."""
         sampler, *others = [one.make_sampler().extract([0]) for one in generations]
         sampler.join(others)
         drawn = sampler(apply_masks(logits, masks_of(generations)))
@@ -140,7 +142,7 @@ def _alive(row: weakref.ref[Generation]) -> Generation | None:
 
 
 class _Checkpoint:
-    """Where a cache stood before a chunk. A ring replaces its buffers where a chunk pushes tokens out."""
+    """The state of a cache before a chunk. A ring replaces its buffers where a chunk pushes tokens out."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -157,10 +159,10 @@ class _Checkpoint:
 
 
 def read_together(unread: Sequence[int], chunk: int) -> list[list[int]]:
-    """Which prompts of so many unread tokens go through the model together → groups of places.
+    """Group prompts with `unread` tokens each into those that go through the model together → groups of indices.
 
-    Those of a group are about equally long, and no more than a chunk with their padding, which stays below a quarter of
-    them or 16 tokens a row.
+    The prompts of a group are about equally long. With padding they are no more than a chunk, and padding stays below a
+    quarter of them or 16 tokens a row.
     """
     groups: list[list[int]] = []
     for place in sorted(range(len(unread)), key=lambda place: unread[place]):

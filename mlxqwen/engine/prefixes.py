@@ -1,4 +1,4 @@
-"""What a scheduler's replies share: the store of prefixes, as requests see it."""
+"""The prefix store as the scheduler uses it: blocks by generation rather than by tokens and cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["SharedPrefixes", "common_prefix"]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the longest beginning that both have."""
+    """The length of the longest common beginning."""
     shorter = min(len(first), len(second))
     if list(first[:shorter]) == list(second[:shorter]):  # one may be a tuple
         return shorter
@@ -29,14 +29,14 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 class SharedPrefixes:
-    """The store of one model, filled and asked by its generations. The model is referred to weakly.
+    """The prefix store of one model, which is referred to weakly.
 
     Args:
-        model: whose keys and values are stored. When its weights are replaced, nothing of the store is true any more.
+        model: whose keys and values are stored. Replaced weights make the stored ones invalid.
         capacity: bytes of the store.
 
     Attributes:
-        store: the store of now.
+        store: the `PrefixStore` in use.
     """
 
     def __init__(self, model: Qwen3ForCausalLM, capacity: int) -> None:
@@ -45,12 +45,12 @@ class SharedPrefixes:
         self.store = self._make_store(capacity, None)
 
     def use_store(self, capacity: int, disk: DiskTier | None) -> None:
-        """Begin an empty store of so many bytes, with a second tier; what the old one had not written is written."""
+        """Replace the store by an empty one of `capacity` bytes, with a disk tier; write the old one's new blocks."""
         self.store.flush()
         self.store = self._make_store(capacity, disk)
 
     def look_at_weights(self) -> bool:
-        """Begin anew if weights were replaced → whether they were. Changes within an array are not seen."""
+        """Replace the store if weights were replaced → whether they were. Changes within an array are not seen."""
         model = self._model()
         if model is None or (weights := _identities(model)) == self._weights:
             return False
@@ -68,7 +68,7 @@ class SharedPrefixes:
         return PrefixStore(fingerprint, capacity, disk)
 
     def match(self, one: Generation) -> Match:
-        """What the store has of a generation's text; nothing for one with a cache of its caller's."""
+        """The blocks that the store has for a generation's text; none for a generation with its caller's cache."""
         kind = one.request.cache
         if not isinstance(kind, CacheKind):
             return Match(())
@@ -76,7 +76,7 @@ class SharedPrefixes:
         return self.store.match(_space(one, kind.make(one.model)), one.text, ring=ring)
 
     def reader_of(self, one: Generation, known: int, others: Iterable[Generation]) -> Generation | None:
-        """Which of the `others` is reading a block of this text that the store has not, beyond `known` tokens."""
+        """Which of `others` is reading a block of this text, beyond `known` tokens, that the store lacks."""
         if not self.store.keeps:
             return None
         for other in others:
@@ -86,10 +86,12 @@ class SharedPrefixes:
         return None
 
     def keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
-        """Put what a row holds of a generation's text into the store; pin it if the request asks for that.
+        """Put the row of a generation into the store, and pin it if the request asks for that.
 
         Args:
-            what: that is: of the "prompt", or of it and the "reply".
+            one: the generation.
+            cache, row: what holds its text.
+            what: the name of the pin, "prompt" or "reply".
             at_mark: whether a window that has slid is to be kept as it is now.
         """
         holds = one.request.holds_cache
@@ -106,7 +108,7 @@ class SharedPrefixes:
             one.pins[what] = pin
 
     def demote(self, generations: Iterable[Generation]) -> None:
-        """Let go first of what these hold in their own buffers anyway."""
+        """Evict the blocks of these generations first: their own buffers hold the same."""
         for one in generations:
             if isinstance(kind := one.request.cache, CacheKind):
                 self.store.demote(_space(one, kind.make(one.model)), one.text)
@@ -123,6 +125,6 @@ def _may_share(one: Request, other: Request) -> bool:
 
 
 def _identities(model: Qwen3ForCausalLM) -> tuple[int, ...]:
-    """Tells weights that were replaced from those that were there: the new ones were made while the old ones lived."""
+    """The identity of each weight. New weights were made while the old ones lived, so they differ."""
     parameters: Any = tree_flatten(cast(Any, model).parameters())
     return tuple(id(array) for _, array in parameters)

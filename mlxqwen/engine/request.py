@@ -1,4 +1,4 @@
-"""A request: one frozen value that says all about a reply before it is made, checked once, where it is made."""
+"""A request: one frozen value that holds all that a reply depends on, checked where it is made."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ConstraintFactory: TypeAlias = Callable[[ReplyPipeline | None], Constraint]
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
-    """Which cache a reply is made with; see `mlxqwen.make_cache`. Replies of one kind run together."""
+    """The options of a cache; see `mlxqwen.make_cache`. Replies of one kind may run in one batch."""
 
     max_kv_size: int | None = None
     keep: int = 4
@@ -68,7 +68,7 @@ class CacheKind:
             object.__setattr__(self, name, value)
 
     def make(self, model: Qwen3ForCausalLM, batch_size: int = 1) -> KVCache:
-        """An empty cache of this kind. Raises `OptionError` for options that this model's cache cannot have."""
+        """An empty cache of this kind. Raises `OptionError` if the model's cache cannot have these options."""
         return make_cache(
             model,
             max_kv_size=self.max_kv_size,
@@ -87,7 +87,7 @@ class Request:
         prompt: token ids.
         sampling: how tokens are drawn.
         max_tokens: the most tokens of the reply; it never has more than the context has room for.
-        end_token_ids: a reply ends behind the first of these.
+        end_token_ids: a reply ends after the first of these.
         tokenizer: makes text of the reply. Without one a reply is token ids alone, and options of text are not used.
         begins_in_thought: True if the prompt has opened a think block, False if it has closed one, None if the model
             decides.
@@ -101,11 +101,11 @@ class Request:
         cache: the kind of cache, or a `KVCache` of the caller's. Such a request shares nothing with others, is never
             preempted, and the cache holds the reply afterwards.
         cache_row: the row of the caller's cache that the prompt follows; None for a new row behind those.
-        cached_tokens: that the caller's cache holds the prompt's first so many tokens; what is behind them is
-            forgotten. By default the prompt follows all that the cache holds.
+        cached_tokens: how many of the prompt's first tokens the caller's cache holds; it forgets what follows them.
+            By default the prompt follows all that the cache holds.
         returns_to: how many of the prompt's tokens a later prompt is expected to share; a window that slides is kept
             there. By default all but the last.
-        holds_cache: whether what the reply has read stays in the store while its pin lives, whatever the store's cap.
+        holds_cache: whether the reply's blocks stay in the store while its pin lives, whatever the store's capacity.
         priority: -100 to 100, lower first; 0 by default.
         salt: only requests of the same salt share what was read.
         adapter: the name of the adapter that the weights are used with.
@@ -168,16 +168,16 @@ class Request:
         if self.early_stop_text is not None:
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
         if self.tokenizer is not None:
-            self.make_budget(self.make_pipeline(self.tokenizer))  # complains of what cannot be
+            self.make_budget(self.make_pipeline(self.tokenizer))  # raises for options that contradict each other
 
     def make_pipeline(self, tokenizer: Tokenizer) -> ReplyPipeline:
-        """What the reply's tokens go through. Raises `OptionError` for stop strings that cannot be."""
+        """The pipeline for the reply's tokens. Raises `OptionError` for stop strings that are empty or no text."""
         return ReplyPipeline(
             tokenizer, begins=self.begins_in_thought, tools=self.tools, stop=self.stop, split=self.split
         )
 
     def make_budget(self, pipeline: ReplyPipeline) -> ThinkingBudget | None:
-        """What ends the thought; None without a budget. Raises `OptionError` for one that cannot be."""
+        """The constraint that ends the thought; None without a budget. Raises `OptionError`."""
         if self.thinking_budget is None or self.tokenizer is None:
             return None
         sentence = EARLY_STOP_TEXT if self.early_stop_text is None else self.early_stop_text
@@ -187,7 +187,7 @@ class Request:
 
 
 def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
-    """Refuse what this model cannot answer.
+    """Check a request against the model that is to answer it.
 
     Raises:
         OptionError: ids outside the vocabulary, or a value that does not go with this model's cache.
@@ -203,7 +203,7 @@ def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
     cache = request.cache
     if isinstance(cache, CacheKind):
         if cache != CacheKind():
-            cache.make(model)  # complains of what this model's cache cannot be
+            cache.make(model)  # raises for values that this model's cache cannot have
         if request.cached_tokens:
             raise OptionError(
                 f"cached_tokens: found {request.cached_tokens!r} without a cache, expected both",
@@ -219,7 +219,7 @@ def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
 
 
 def held_tokens(request: Request) -> int:
-    """Tokens before the prompt in the caller's cache."""
+    """Tokens in the caller's cache before the prompt."""
     cache = request.cache
     if isinstance(cache, CacheKind) or request.cache_row is None or request.cached_tokens is not None:
         return 0
@@ -237,14 +237,14 @@ def _check_cached_tokens(value: object, cache: KVCache, prompt: Sequence[int]) -
 
 
 def check_draft_tokens(value: object) -> int:
-    """How many tokens to guess at once, 1 to 64. Raises `OptionError`."""
+    """The most tokens to guess at once, 1 to 64. Raises `OptionError`."""
     hint = "Longer drafts gain nothing: few of them are right to the end, and all their logits take memory."
     is_long = isinstance(value, SupportsIndex) and is_integer(value) and operator.index(value) > MAX_DRAFT_TOKENS
     return int(check_integer("draft_tokens", value, 1, MAX_DRAFT_TOKENS, hint=hint if is_long else ""))
 
 
 def room_for_answer(config: ModelConfig, prompt_tokens: int, max_kv_size: int | None) -> int:
-    """Tokens that fit behind the prompt; without end in a window within the context.
+    """Tokens that fit after the prompt; `UNBOUNDED` in a window that fits the context.
 
     Raises `ContextLengthError` if there are none.
     """

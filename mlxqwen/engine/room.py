@@ -1,4 +1,4 @@
-"""Whether there is memory for what a scheduler's replies need next; the store gives way first."""
+"""Whether memory allows what the replies of a scheduler need next; the store evicts blocks first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["grows", "may_grow", "may_guess", "may_merge", "may_start", "out_of_m
 
 
 def refuse_if_never(scheduler: Scheduler, cache: object, tokens: int) -> None:
-    """Raise `InsufficientMemoryError` for a prompt whose cache would not fit if nothing else ran."""
+    """Raise `InsufficientMemoryError` for a prompt whose cache would not fit even if nothing else ran."""
     if scheduler.checks_memory and isinstance(cache, CacheKind):
         needed = buffer_bytes(scheduler.model, cache, tokens + 1)
         account().refuse_if_never(needed, f"prompt: its cache of {tokens:,} tokens")
@@ -28,7 +28,7 @@ def refuse_if_never(scheduler: Scheduler, cache: object, tokens: int) -> None:
 def may_start(
     scheduler: Scheduler, one: Generation, admitted: Sequence[Generation], batches: Sequence[RunningBatch]
 ) -> bool:
-    """Whether a prompt and one step of growth fit, beside those that were admitted and one layer of rows that join."""
+    """Whether a prompt and one step of growth fit, beside the admitted ones and one layer of rows that join."""
     if not scheduler.checks_memory:
         return True
     needed = sum(buffer_bytes(scheduler.model, other.request.cache, len(other.text) + 1) for other in (*admitted, one))
@@ -40,7 +40,7 @@ def may_start(
 
 
 def may_merge(scheduler: Scheduler, batches: Sequence[RunningBatch]) -> bool:
-    """Whether buffers of all rows of these batches, one layer of them twice, may take the place of theirs."""
+    """Whether memory allows buffers for all rows of these batches, with one layer held twice."""
     if not scheduler.checks_memory:
         return True
     cache, rows = batches[0].cache, sum(len(batch.rows) for batch in batches)
@@ -55,7 +55,7 @@ def grows(batch: RunningBatch, tokens: int = 1) -> bool:
 
 
 def may_grow(scheduler: Scheduler, batch: RunningBatch, tokens: int = 1) -> bool:
-    """Whether there is memory for buffers with so many tokens more in each row, one layer of them twice."""
+    """Whether memory allows buffers for `tokens` more tokens in each row, with one layer held twice."""
     if not scheduler.checks_memory or not grows(batch, tokens):
         return True
     cache = batch.cache
@@ -64,12 +64,12 @@ def may_grow(scheduler: Scheduler, batch: RunningBatch, tokens: int = 1) -> bool
 
 
 def may_guess(scheduler: Scheduler, batch: RunningBatch, most: int) -> bool:
-    """Whether there is memory for so many guesses, which may have to be forgotten again."""
+    """Whether memory allows `most` guesses, which may have to be taken back."""
     return may_grow(scheduler, batch, 1 + most)
 
 
 def out_of_memory(one: Generation) -> InsufficientMemoryError:
-    """What a reply ends in that takes all the memory there is."""
+    """The error of a reply that takes all the memory there is."""
     return InsufficientMemoryError(
         f"reply: {one.count:,} tokens behind a prompt of {len(one.request.prompt):,} take all the memory there is",
         hint="Ask for fewer (max_tokens), hold fewer of them (--max-kv-size) or fewer bits of them (--kv-bits 8).",

@@ -61,22 +61,22 @@ class RunningBatch:
 
     @property
     def generations(self) -> list[Generation | None]:
-        """One a row; None where nobody waits for it any more."""
+        """One generation a row; None where it is over or gone."""
         return [row() for row in self.rows]
 
     @property
     def going(self) -> list[Generation]:
-        """Those that go on."""
+        """The generations that are not over."""
         return [one for one in self.generations if one is not None and not one.is_over]
 
     @property
     def is_parked(self) -> bool:
-        """Whether every row is so far ahead of its reader that it waits."""
+        """Whether all rows are parked."""
         return all(one.is_parked for one in self.going)
 
     @property
     def may_change(self) -> bool:
-        """Whether rows may leave for other batches: of the scheduler's own cache, and with nothing begun."""
+        """Whether rows may move to other batches: not in a caller's cache, and not with a queued pass."""
         return self.owner is None and self.logits is None and self.guesses is None
 
     @property
@@ -85,7 +85,7 @@ class RunningBatch:
         return self.logits is None and self.guesses is None and not self.is_parked
 
     def queue_ahead(self) -> None:
-        """Start the forward pass behind the tokens that are still on their way, unless others will stand there."""
+        """Start the forward pass after the tokens being drawn, unless a constraint will replace one of them."""
         going = self.going
         if self.drawn is None or any(one.is_forcing for one in going):
             return
@@ -103,7 +103,7 @@ class RunningBatch:
             self._before_ahead, self.logits = before, logits
 
     def tell(self) -> None:
-        """Tell the drawn tokens to their generations. Those that end are still there, until `drop_ended`."""
+        """Record the drawn tokens with their generations. Those that end stay until `drop_ended`."""
         if self.guesses is not None:
             self._tell_guesses(self.guesses)
         elif self.drawn is not None:
@@ -111,7 +111,7 @@ class RunningBatch:
 
     def _tell_drawn(self, drawn: list[int]) -> None:
         generations = self.generations
-        tokens = [self._told(one, token) for one, token in zip(generations, drawn, strict=True)]
+        tokens = [self._token_used(one, token) for one, token in zip(generations, drawn, strict=True)]
         if tokens != drawn:
             if self._before_ahead is not None:
                 self._before_ahead.restore(self)  # what was queued followed other tokens
@@ -121,8 +121,8 @@ class RunningBatch:
         self.drawn, self.tokens, self._before_ahead = None, tokens, None
 
     @staticmethod
-    def _told(generation: Generation | None, drawn: int) -> int:
-        """The token that stands where `drawn` was drawn; any for a row that does not go on."""
+    def _token_used(generation: Generation | None, drawn: int) -> int:
+        """The token that is used where `drawn` was drawn; any token for a row that is over."""
         if generation is None or generation.is_over:
             return max(drawn, 0)
         try:
@@ -143,7 +143,7 @@ class RunningBatch:
         mx.async_eval(self.cache.state, self.sampler.arrays)
 
     def drop_ended(self) -> None:
-        """Let rows that are over leave, so that nobody pays for them; a caller's own cache keeps the last ones."""
+        """Drop the rows that are over; a caller's cache keeps the last one."""
         generations = self.generations
         places = [place for place, one in enumerate(generations) if one is not None and not one.is_over]
         for one in generations:
@@ -155,7 +155,7 @@ class RunningBatch:
             self.rows = []
 
     def keep(self, places: Sequence[int]) -> None:
-        """Go on with the rows at these places, in this order."""
+        """Keep the rows at these places, in this order."""
         if list(places) == list(range(len(self.rows))):
             return
         self.cache.keep_rows(places)
@@ -169,7 +169,7 @@ class RunningBatch:
         self.rows = [self.rows[place] for place in places]
 
     def take(self, places: Sequence[int]) -> RunningBatch:
-        """The rows at these places as a batch of their own; they leave this one. Nothing may be queued ahead."""
+        """Take out the rows at these places, as a batch of their own. No pass may be queued."""
         generations = [one for place in places if (one := self.generations[place]) is not None]
         places = [place for place in places if self.generations[place] in generations]
         cache = self.cache.like(len(places))
@@ -182,13 +182,13 @@ class RunningBatch:
         return taken
 
     def adopt(self) -> None:
-        """Move the rows into the caller's own cache, if they belong there and are not there yet."""
+        """Move the rows into the caller's cache, if they belong there and are elsewhere."""
         if self.owner is not None and self.cache is not self.owner:
             self.owner.assemble([(self.cache, range(len(self.rows)))])
             self.cache = self.owner
 
     def guess(self, guesser: Guesser) -> bool:
-        """Take a step of guesses for the only row → False where nothing is worth guessing."""
+        """Take a step with guesses for the only row → False if nothing is worth guessing."""
         (generation,) = self.generations
         if generation is None:
             return False
@@ -207,7 +207,7 @@ class RunningBatch:
         return True
 
     def merge(self, others: Sequence[RunningBatch]) -> None:
-        """Take in the rows of batches that stand where this one does; all stay in the order of their requests."""
+        """Take in the rows of other batches in the same state; all rows are in the order of their requests."""
         batches = [self, *others]
         rows = [(batch, place, row) for batch in batches for place, row in enumerate(batch.rows)]
         numbers = [-1 if (one := row()) is None else one.number for _, _, row in rows]
@@ -231,7 +231,7 @@ class RunningBatch:
             other.rows = []
 
     def advance(self) -> None:
-        """Compute what comes behind the tokens that were told, and draw: the next tokens are on their way."""
+        """Feed the tokens that were recorded, and begin to draw the next ones."""
         before = _Checkpoint(self)
         try:
             logits = self.logits
@@ -251,23 +251,23 @@ class RunningBatch:
         return self.model.logits(self.model.model(tokens[:, None], self.cache))[:, -1]
 
     def _draw(self, logits: mx.array) -> mx.array:
-        """The next tokens, int32 `[B]`, on their way; nothing is left for another thread to begin."""
+        """Begin to draw the next tokens, int32 `[B]`; nothing lazy is left for another thread."""
         drawn = self.sampler(apply_masks(logits, masks_of(self.generations)))
         mx.async_eval(drawn, self.sampler.arrays, self.cache.state)
         return drawn
 
     def fail(self, error: Exception) -> None:
-        """End all rows."""
+        """End all rows with an error."""
         for one in self.going:
             one.fail(error)
         self.rows = []
 
 
 class _Checkpoint:
-    """Where a batch stood before a step, to go back to when that is interrupted or has to be made again.
+    """The state of a batch before a step, to return to after an interrupt, or to compute the step again.
 
-    Slots behind the rows' offsets are written to before anyone looks at them, and the slot of a full ring is written to
-    once more by the same position. So only the offsets have to be remembered, and no buffer.
+    Only offsets are remembered, no buffers: slots beyond the offsets are written before anyone reads them, and the slot
+    of a full ring is written again by the same position.
     """
 
     def __init__(self, batch: RunningBatch) -> None:
@@ -281,7 +281,7 @@ class _Checkpoint:
 
 
 def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
-    """What each may draw next; a constraint that raises ends its own reply."""
+    """The mask of each row for the next draw; a constraint that raises ends its own reply."""
     masks: list[mx.array | None] = []
     for one in generations:
         masks.append(None)

@@ -90,28 +90,28 @@ class Scheduler:
 
     @property
     def store(self) -> PrefixStore:
-        """What was read before."""
+        """The prefix store."""
         return self._prefixes.store
 
     def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
-        """Begin an empty store of so many bytes, with a second tier."""
+        """Replace the store by an empty one of `capacity` bytes, with a disk tier."""
         with EVALUATION:
             self._prefixes.use_store(capacity, disk)
 
     @property
     def model(self) -> Qwen3ForCausalLM:
-        """The model. Raises `OptionError` once it is gone."""
+        """The model. Raises `OptionError` if it is gone."""
         model = self._model()
         if model is None:
             raise OptionError("model: found none, as it is not in use any more", hint="Hold the model or its Engine.")
         return model
 
     def submit(self, request: Request) -> Handle:
-        """Take a request → what tells its tokens. Any thread may call this; nothing is computed here.
+        """Take a request → its handle. Any thread may call this; nothing is computed here.
 
         Raises:
-            OptionError, ContextLengthError, CacheError: it cannot be answered.
-            InsufficientMemoryError: its prompt would not fit an empty machine.
+            OptionError, ContextLengthError, CacheError: the model cannot answer it.
+            InsufficientMemoryError: its prompt would not fit even if nothing else ran.
         """
         self.check_open()
         model = self.model
@@ -124,7 +124,7 @@ class Scheduler:
         return handle
 
     def cancel(self, handle: Handle) -> None:
-        """End a request here. Any thread may call this; it holds from the next step on.
+        """End a request. Any thread may call this; its row leaves in the next step.
 
         Raises `OptionError` for a handle of another scheduler.
         """
@@ -135,7 +135,7 @@ class Scheduler:
             generation.let_go()
 
     def keep(self, handle: Handle) -> None:
-        """Put what a reply has read and said so far into the store, before it is cancelled.
+        """Put what a reply has read and generated so far into the store, before it is cancelled.
 
         Nothing happens unless the calling thread takes the steps, and none is under way: a finalizer may run in one.
         """
@@ -147,7 +147,7 @@ class Scheduler:
             self._keep_said(generation, batch, batch.generations.index(generation))
 
     def check_open(self) -> None:
-        """Raise `OptionError` once the scheduler is closed, or in a process that was forked."""
+        """Raise `OptionError` if the scheduler is closed, or in a forked process."""
         self.driver.check_process()
         if self.is_closed:
             raise OptionError(
@@ -156,7 +156,7 @@ class Scheduler:
             )
 
     def close(self) -> None:
-        """End all requests with an error, and write what the store's disk tier has not written."""
+        """End all requests with an error, and write new blocks to the disk tier."""
         self.is_closed = True
         with EVALUATION:
             for one in self._all():
@@ -170,13 +170,13 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step may have something to do, or find that memory was given back."""
+        """Whether a step may have something to do."""
         for one in (begun := [*self.waiting, *self.running]):
             one.park_if_ahead()
         return bool(self._submitted or self.reading or any(not one.is_parked for one in begun))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until there is something to do, at most `timeout` seconds → whether there is. For who steps by hand."""
+        """Wait until there is work, at most `timeout` seconds → whether there is. For callers of `step`."""
         return self.driver.wait_for_work(self, timeout)
 
     def fail_all(self, error: BaseException) -> None:
@@ -186,23 +186,23 @@ class Scheduler:
 
     @property
     def running(self) -> list[Generation]:
-        """Those that decode."""
+        """The generations that decode."""
         return [one for batch in self._alive_batches() for one in batch.going]
 
     @property
     def reading(self) -> list[Generation]:
-        """Those whose prompts are being read."""
+        """The generations whose prompts are being read."""
         return [one for prefill in self._alive_prefills() for one in prefill.generations]
 
     @property
     def waiting(self) -> list[Generation]:
-        """Those whose turn has not come, the first one first."""
+        """The generations that have not begun, the next one first."""
         alive = [one for reference in [*self._waiting, *self._submitted] if (one := reference()) is not None]
         return sorted((one for one in alive if not one.is_over), key=lambda one: one.urgency)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches that are in use, or will be once prompts are read; draft models with theirs."""
+        """Bytes of all caches in use, as large as once prompts are read, and of draft models with their caches."""
         caches = {id(one.cache): one.cache.nbytes for one in self._alive_batches()}
         caches |= {id(one.cache): one.nbytes for one in self._alive_prefills()}
         drafters = {
@@ -213,7 +213,7 @@ class Scheduler:
         return sum(caches.values()) + sum(drafters.values())
 
     def give_way(self, nbytes: int) -> None:
-        """Let the store go of so many bytes, first of what running replies hold in their own buffers anyway."""
+        """Let the store evict `nbytes`, beginning with blocks that running replies have in their own buffers too."""
         self._prefixes.demote(self.running)
         self.store.shrink(nbytes)
 
@@ -227,9 +227,9 @@ class Scheduler:
         return [one for reference in self._reading if (one := reference()) is not None and one.rows]
 
     def step(self) -> bool:
-        """One step → whether anything was done; False where nothing is left to do.
+        """Take one step → whether anything was done; False if nothing is left to do.
 
-        An exception in a forward pass ends the replies of that pass. An interrupt leaves all as it was before.
+        An exception in a forward pass ends the replies of that pass. An interrupt leaves everything as before.
         """
         with EVALUATION:
             self._is_stepping = True
@@ -275,7 +275,7 @@ class Scheduler:
         self._batches = [weakref.ref(one) for one in self._alive_batches()]
 
     def _admit(self) -> None:
-        """Let those that wait begin, in order, as far as rows and memory allow."""
+        """Let waiting requests begin, in order, as far as rows and memory allow."""
         if not self._waiting:
             return
         if self._prefixes.look_at_weights():
@@ -313,7 +313,7 @@ class Scheduler:
     # Memory
 
     def _give_up_parked(self) -> bool:
-        """While others wait, let replies that are far ahead of their readers give up their rows → whether any did."""
+        """While others wait, take the rows of parked replies → whether there were any."""
         if all(one.is_parked for one in self.waiting):
             return False
         parked = [batch for batch in self._alive_batches() if batch.may_change and batch.is_parked]
@@ -322,7 +322,7 @@ class Scheduler:
         return bool(parked)
 
     def _make_room_to_grow(self, batch: RunningBatch) -> None:
-        """Before buffers grow: the store gives way, then the least urgent replies, and the last one ends."""
+        """Free memory for larger buffers: evict blocks, preempt the least urgent replies, and end the last one."""
         while batch.rows and not may_grow(self, batch):
             running = self.running
             victim = max((one for one in running if one.own_cache is None), key=lambda one: one.urgency, default=None)
@@ -334,7 +334,7 @@ class Scheduler:
             batch.drop_ended()
 
     def _preempt(self, one: Generation) -> None:
-        """Take a reply's row, to be read again later; it goes on with the same tokens."""
+        """Take the row of a reply; it is read again later and continues with the same tokens."""
         batch = one.batch
         if batch is not None and batch.drawn is not None:  # as it is parked; what is on its way counts
             batch.tell()
@@ -355,7 +355,7 @@ class Scheduler:
     # Reading
 
     def _read(self) -> bool:
-        """Read at most one chunk of prompts: of the first one, and of those behind it that are done with the rest."""
+        """Read at most one chunk: of the first prefill, then of the next ones if they end within the chunk."""
         left = 0
         worked = False
         for prefill in sorted(self._alive_prefills(), key=lambda one: one.urgency):
@@ -376,12 +376,12 @@ class Scheduler:
         return worked
 
     def _up_to_mark(self, prefill: Prefill, first: Generation) -> int:
-        """Tokens to where a window that slides is to be kept, if the next chunk reaches beyond that."""
+        """Tokens up to where a window that slides is to be kept, if the next chunk would pass that place."""
         missing = first.mark - prefill.done() if first.fills_window else 0
         return missing if missing > 0 else 1 << 62
 
     def _keep_read(self, prefill: Prefill, generations: list[Generation]) -> None:
-        """Put what was read of prompts into the store, and let a draft model read along."""
+        """Put what was read into the store, and let a draft model read it too."""
         for row, one in enumerate(generations):
             if not one.is_over:
                 self._keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
@@ -392,7 +392,7 @@ class Scheduler:
                     one.fail(error)
 
     def _keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
-        """Put what a row has read into the store, which gives way where memory ends."""
+        """Put a row's text into the store, which evicts blocks where memory ends."""
         self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
         if self.checks_memory:
             account().make_room(0, self)
@@ -400,7 +400,7 @@ class Scheduler:
     # Decoding
 
     def _decode(self) -> bool:
-        """Tell what was drawn in the last step, and draw what comes next."""
+        """Record the tokens drawn in the last step, and begin to draw the next ones."""
         if all(batch.is_parked for batch in self._alive_batches()):
             return False
         if self._device.overlaps_steps:
@@ -431,7 +431,7 @@ class Scheduler:
                     batch.queue_ahead()
 
     def _finish(self, batch: RunningBatch) -> None:
-        """Keep what ended replies have read, and let them leave."""
+        """Put ended replies into the store, and drop their rows."""
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
                 self._keep_said(one, batch, place)
@@ -439,17 +439,17 @@ class Scheduler:
         batch.drop_ended()
 
     def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
-        """Put what a reply has read and said into the store."""
+        """Put what a reply has read and generated into the store."""
         self._keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
 
     def _arrange(self) -> list[RunningBatch]:
-        """Let rows share batches, as far as there is memory for longer buffers."""
+        """Let rows share batches, as far as memory allows longer buffers."""
         arranged = arrange(self._alive_batches(), partial(may_merge, self))
         self._batches = [weakref.ref(batch) for batch in arranged]
         return arranged
 
     def _lone(self, batches: list[RunningBatch]) -> Guesser | None:
-        """What guesses for the only reply that runs, if there is such."""
+        """The guesser of the only running reply, if it has a drafter; None if others run."""
         if len(batches) != 1 or len(batches[0].rows) != 1:
             return None
         one = batches[0].generations[0]

@@ -1,4 +1,4 @@
-"""The scheduler of each model of this process: whoever answers with a model shares it."""
+"""The scheduler of each model of this process: all callers of a model share it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _schedulers: dict[int, tuple[weakref.ref[Qwen3ForCausalLM], Scheduler]] = {}
 
 
 def scheduler_of(model: Qwen3ForCausalLM) -> Scheduler:
-    """The one scheduler of `model`, which lives as long as the model does."""
+    """The one scheduler of `model`, which lives as long as the model."""
     key = id(model)
     with _lock:
         reference, scheduler = _schedulers.get(key, (None, None))
@@ -26,7 +26,7 @@ def scheduler_of(model: Qwen3ForCausalLM) -> Scheduler:
 
 
 def close_scheduler(model: Qwen3ForCausalLM) -> None:
-    """End what runs on `model`; whoever asks for its scheduler next gets a new one."""
+    """Close the scheduler of `model`; the next call of `scheduler_of` makes a new one."""
     with _lock:
         _, scheduler = _schedulers.pop(id(model), (None, None))
     if scheduler is not None:

@@ -1,4 +1,4 @@
-"""The store of prefixes that an engine asks for: how much memory, and which folder."""
+"""The options of an engine's prefix store: how much memory it takes, and its folder on disk."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ _DISK_SHARE = 10  # the same of a disk's size
 
 
 def prefix_cache_bytes(size: int | str | None, device: Device) -> int:
-    """Bytes of the store in memory: a number, text such as "2GB" or "off", or None for a share of the device's.
+    """The capacity of the store in bytes.
 
-    Raises `OptionError` for what is no size.
+    Args:
+        size: bytes, text such as "2GB" or "off", or None for a share of the device's memory.
+
+    Raises:
+        OptionError: no size, or more than the machine has for models.
     """
     if size is None:
         return device.usable_memory // STORE_SHARE
@@ -38,7 +42,7 @@ def prefix_cache_bytes(size: int | str | None, device: Device) -> int:
 
 
 def open_prompt_cache(folder: str | PathLike[str]) -> DiskTier:
-    """The second tier in a folder, of at most a tenth of its disk. Raises `CacheError`."""
+    """Open the disk tier in `folder`, of at most a tenth of its disk. Raises `CacheError`."""
     parent = Path(os.path.abspath(folder)).parent
     total = shutil.disk_usage(parent).total if parent.is_dir() else 1 << 30  # what is wrong is told below
     return DiskTier(folder, max(total // _DISK_SHARE, 1))
@@ -50,7 +54,7 @@ def use_store(
     prompt_cache: str | PathLike[str] | DiskTier | None,
     device: Device,
 ) -> None:
-    """Let a model's replies share a store of this size and folder; what is given as None stays as it is."""
+    """Give a model's scheduler a store of this size and folder; None leaves either as it is."""
     if size is None and prompt_cache is None:
         return
     capacity = scheduler.store.capacity if size is None else prefix_cache_bytes(size, device)

@@ -96,7 +96,7 @@ def text_request(
     noted: set[str] | None = None,
     **options: Any,
 ) -> Request:
-    """The request to continue a text or token ids, checked.
+    """A checked request to continue a text or token ids.
 
     Args:
         sampling: `SamplingParams`, or single options over the profile that the prompt's mode has.
@@ -271,7 +271,7 @@ _OF_A_ROW = ("max_tokens", "sampling", "thinking_budget", "expect_thought", "too
 
 
 class ResponseStream:
-    """What `batch_stream` returns: iterate it, `add` prompts while others run, and `stop` rows early."""
+    """The iterator that `batch_stream` returns: `add` prompts while others run, and `stop` rows early."""
 
     def __init__(
         self, model: Qwen3ForCausalLM, tokenizer: Tokenizer, on_prefill: OnPrefill, options: Mapping[str, Any]
@@ -306,7 +306,7 @@ class ResponseStream:
         )
 
     def append(self, prompt: Prompt, cache_row: int | None, own: Mapping[str, Any]) -> int:
-        """Add a prompt that follows a row of the cache, or, with None, begins anew → the number of its row."""
+        """Add a prompt that follows a row of the cache, or with None a new row → the number of its row."""
         request = text_request(
             self._model,
             self._tokenizer,
@@ -329,7 +329,7 @@ class ResponseStream:
         expect_thought: bool = False,
         tools: bool = False,
     ) -> int:
-        """Take in one more prompt → the number of its row, which gets the text that it would get alone.
+        """Add a prompt → the number of its row, which gets the text that it would get alone.
 
         For the options see `stream_generate`; the others are those that the stream began with.
 
@@ -347,7 +347,7 @@ class ResponseStream:
         return self.append(prompt, None, own)
 
     def stop(self, row: int) -> None:
-        """End `row` here: no further token of it is computed. Raises `OptionError` for no such row."""
+        """End `row` now. Raises `OptionError` if there is no such row."""
         self._stream.stop(row)
 
     def close(self) -> None:
@@ -384,7 +384,7 @@ def generate(
 
 
 def drafts_line(title: str, drafted: int, accepted: int) -> str:
-    """How many guesses were right, on a line of its own; nothing where none were made."""
+    """A line that tells how many guesses were right; empty if there were none."""
     if not drafted:
         return ""
     return f"{title}: {drafted:,} tokens, {accepted:,} of them accepted ({accepted / drafted:.0%})\n"
@@ -414,7 +414,7 @@ def end_token_ids(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Collection[i
 def resolve_params(
     model: Qwen3ForCausalLM, sampling: Sampling, *, thinking: bool, noted: set[str] | None = None
 ) -> SamplingParams:
-    """`sampling` as it is if complete, else single options over `generation_config.json` and the card's profile.
+    """`sampling` if it is `SamplingParams`, else single options over `generation_config.json` and the profile.
 
     What is ignored of that file is noted in the log, but for what is in `noted`, which it is added to.
     """

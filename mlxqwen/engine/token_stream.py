@@ -43,7 +43,7 @@ class TokenStream:
         return self.next_row()[:2]
 
     def submit(self, request: Request) -> int:
-        """Add a row → its number. Raises `OptionError` once the stream is over."""
+        """Add a row → its number. Raises `OptionError` if the stream is over."""
         if self._is_over:
             raise OptionError("add: found a stream that is over", hint="Add rows while others run, or start anew.")
         self._requests[self._count] = request
@@ -51,7 +51,7 @@ class TokenStream:
         return self._count - 1
 
     def stop(self, row: int) -> None:
-        """End `row` here: no further token of it is computed. Raises `OptionError` for no such row."""
+        """End `row` now. Raises `OptionError` if there is no such row."""
         if not 0 <= row < self._count:
             raise OptionError(f"stop: found row {row}, expected a row from 0 to {self._count - 1}")
         self._requests.pop(row, None)
@@ -157,13 +157,13 @@ def _is_id(value: object) -> bool:
 
 
 def check_rows(cache: object, rows: int) -> None:
-    """Refuse a cache of another number of rows. Raises `CacheError`."""
+    """Check that a cache has `rows` rows. Raises `CacheError`."""
     if isinstance(cache, KVCache) and cache.batch_size != rows:
         raise CacheError(f"cache: made for {cache.batch_size} rows, found {rows} prompts")
 
 
 def by_row(name: str, value: Any, rows: int) -> list[Any]:
-    """A value for each row, from one for all or from a list of them."""
+    """One value a row: `value` itself for all rows, or the items of a list. Raises `OptionError`."""
     values = list(value) if isinstance(value, list | tuple) else [value] * rows
     if len(values) != rows:
         raise OptionError(f"{name}: found {len(values)} for {rows} prompts")

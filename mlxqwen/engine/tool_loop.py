@@ -1,4 +1,4 @@
-"""The model calls tools, reads their results, and answers: over anything that answers a conversation with events."""
+"""The loop of tools: the model calls functions, reads their results and answers, until it calls no more."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_CALLED = "Error: the reply was cut off, so the tool was not called"
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What the model is told about one of its calls."""
+    """A call of the model, and the text that the model reads as its result."""
 
     call: ToolCall
     content: str
@@ -57,7 +57,7 @@ def stream_tool_loop(
     *,
     max_rounds: int = DEFAULT_MAX_ROUNDS,
 ) -> Generator[ToolEvent]:
-    """Let the model answer, make its calls in order, tell it the results, and so on until it calls no more.
+    """Let the model answer, make its calls in order, tell it the results, and repeat until it calls none.
 
     Args:
         answer: messages and schemas of tools → the events of a reply.

@@ -15,7 +15,7 @@ __all__ = ["Attention", "LayerCache"]
 
 
 class LayerCache(Protocol):
-    """What attention asks of one layer's key/value cache."""
+    """One layer's key/value cache, as attention uses it."""
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """Rotate and store the new keys and values, and attend to all that each query may see.
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         return self["q_norm"](queries), self["k_norm"](keys), values
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None = None) -> mx.array:
-        """What each query sees, mixed → the shape of `queries`."""
+        """The mix of values that each query sees → the shape of `queries`."""
         if cache is not None:
             return cache.attend(queries, keys, values, rope=self.rope, scale=self.scale)
         return mx.fast.scaled_dot_product_attention(
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self["o_proj"](_merge_heads(attended))
 
     def fuse(self) -> None:
-        """Lay the projections of the input together, if they are quantized alike."""
+        """Fuse the projections of the input, if they are quantized alike."""
         fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear)
         fuse_children(self, ("o_proj",), "o_proj", FusedLinear)
 

@@ -1,4 +1,4 @@
-"""How much disk and memory a model takes, read from its headers alone."""
+"""The disk and memory that a model takes, read from its headers alone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Footprint:
 
     Args:
         config: its shape.
-        format: "BF16", "MLX 4-bit, groups of 64", or a format that is not run as it is, such as "FP8".
-        runs: whether this version runs that format as it is.
-        parameters: weights of the model, however they are stored.
-        active_parameters: those that one token passes through; fewer in a mixture of experts.
+        format: "BF16", "MLX 4-bit, groups of 64", or a format that has to be converted first, such as "FP8".
+        runs: whether this format runs without conversion.
+        parameters: weights of the model, in whatever form they are stored.
+        active_parameters: those that one token uses; fewer in a mixture of experts.
         numbers: how many values are stored as floats (weights, or scales and biases).
-        float_bytes, packed_bytes: what those and everything else of the model take on disk.
-        disk_bytes: what all tensors take on disk, those included that loading leaves aside.
+        float_bytes, packed_bytes: bytes on disk of these floats, and of everything else of the model.
+        disk_bytes: bytes on disk of all tensors, with those that loading ignores.
         dtype: what a GPU would compute in.
     """
 
@@ -46,23 +46,23 @@ class Footprint:
 
     @property
     def bits_per_weight(self) -> float:
-        """On disk, scales and biases included."""
+        """Bits on disk per weight, with scales and biases."""
         return 8 * (self.float_bytes + self.packed_bytes) / self.parameters
 
     def weight_bytes(self, compute_dtype: mx.Dtype) -> int:
-        """Memory for the weights: packed codes as they are, floats in `compute_dtype`."""
+        """Bytes of the weights in memory: packed codes as they are, floats in `compute_dtype`."""
         return self.packed_bytes + self.numbers * compute_dtype.size
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What running a checkpoint takes of a machine's memory, in bytes.
+    """The memory that running a checkpoint takes, in bytes.
 
     Args:
         device: the machine.
         dtype: what would be computed in.
         tokens: how many the cache is to hold.
-        weight_bytes, cache_bytes: what either takes.
+        weight_bytes, cache_bytes: of the weights and of the cache.
     """
 
     device: Device
@@ -73,7 +73,7 @@ class Requirement:
 
     @property
     def total_bytes(self) -> int:
-        """Weights and cache."""
+        """Bytes of weights and cache."""
         return self.weight_bytes + self.cache_bytes
 
     @property
@@ -90,7 +90,7 @@ def size_up(
     kv_bits: int | None = None,
     dtype: str | mx.Dtype | None = None,
 ) -> Requirement:
-    """What `footprint` takes of `device`.
+    """The memory that `footprint` takes on `device`.
 
     Args:
         tokens: size of the cache; the model's whole context by default.
@@ -150,7 +150,7 @@ def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | 
 
 
 def _parameters(config: ModelConfig) -> tuple[int, int]:
-    """Weights by the shape alone: in all, and those that one token passes through."""
+    """Weights by the shape alone: all, and those that one token uses."""
     c = config
     attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
     norms = 2 * c.hidden_size + 2 * c.head_dim

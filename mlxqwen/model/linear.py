@@ -1,4 +1,4 @@
-"""Linear maps that read the same input, laid together: one product is quicker than three."""
+"""Fused linear maps: those of the same input as one product, which is quicker than several."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["FusedLinear", "JoinedRows", "fuse_children"]
 
 
 class JoinedRows(nn.Module):
-    """The weights of several linear maps, or of several stacks of them, one behind the other: plain ones as
-    `[..., in, out]`, quantized ones as MLX packs them.
+    """The weights of several linear maps, or of several stacks of them, joined.
+
+    Plain weights are `[..., in, out]`, quantized ones as MLX packs them.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -27,7 +28,7 @@ class JoinedRows(nn.Module):
 
 
 class FusedLinear(JoinedRows):
-    """Linear maps of the same input as one: `[..., in]` → `[..., out]`, their outputs one behind the other.
+    """Linear maps of the same input as one: `[..., in]` → `[..., out]`, with their outputs joined.
 
     Plain weights are held as `[in, out]`, turned once here and not in every step; affine-quantized ones as MLX packs
     them, `[out, in * bits / 32]` with `scales` and `biases`.
@@ -42,7 +43,7 @@ class FusedLinear(JoinedRows):
 
 
 def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
-    """`weight`, and `scales` and `biases` if there are any, of all parts one behind the other; not evaluated yet."""
+    """`weight`, and `scales` and `biases` if there are any, of all parts, joined; not evaluated yet."""
     names = [name for name in ("weight", "scales", "biases") if name in parts[0]]
     return [mx.concatenate([part[name] for part in parts], axis=-2) for name in names]
 
@@ -50,9 +51,9 @@ def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
 def fuse_children(
     module: nn.Module, names: Sequence[str], fused_name: str, fuse: Callable[[Sequence[nn.Module]], nn.Module]
 ) -> None:
-    """Replace children of `module` by one of them all; those that are not of one form stay as they are.
+    """Replace children of `module` by one fused child; children of different forms stay as they are.
 
-    While this runs, the weights of these children are held twice.
+    Meanwhile, the weights of these children are held twice.
     """
     parts = [module[name] for name in names]
     if len({_form(part) for part in parts}) > 1:
@@ -65,5 +66,5 @@ def fuse_children(
 
 
 def _form(module: nn.Module) -> tuple[Any, ...]:
-    """What has to be the same for weights to be laid together: whether and how they are quantized."""
+    """What must be equal for weights to be joined: whether and how they are quantized."""
     return ("scales" in module, getattr(module, "group_size", None), getattr(module, "bits", None))

@@ -1,4 +1,4 @@
-"""Where files meet the model: names, shapes, quantization, dtypes and memory are checked here.
+"""Loading: the files of a checkpoint become a model; names, shapes, quantization, dtypes and memory are checked here.
 
 A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in
 MLX's (affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
@@ -84,11 +84,11 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A model that has been checked.
+    """A model that has been checked and not read yet.
 
     Args:
-        weight_bytes: that its weights take in memory.
-        dtype: that it computes in.
+        weight_bytes: bytes that its weights take in memory.
+        dtype: what it computes in.
         read: reads the weights; each call makes another model.
     """
 
@@ -109,7 +109,7 @@ def read_config(
     rope_scaling: Mapping[str, Any] | None = None,
     yarn_factor: float | None = None,
 ) -> ModelConfig:
-    """The config of a model's folder, with a scaling of RoPE if one is asked for. Arguments: see `prepare_model`.
+    """The config of a model's folder, with the RoPE scaling that is asked for. Arguments: see `prepare_model`.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedFormatError: the folder is not a checkpoint.
@@ -130,7 +130,7 @@ def read_config(
 
 
 def compute_dtype(stored: mx.Dtype, dtype: str | mx.Dtype | None, device: Device | None) -> mx.Dtype:
-    """What a model computes in: `dtype`, or what `device` (by default this one) has for numbers stored as they are."""
+    """The dtype that a model computes in: `dtype` if given, else what `device` chooses for the stored one."""
     return parse_dtype(dtype) or (device or current_device()).compute_dtype(stored)
 
 
@@ -144,7 +144,7 @@ def prepare_model(
     fused: bool = True,
     device: Device | None = None,
 ) -> PreparedModel:
-    """Check all that can be checked before a weight is read → what reads them.
+    """Check all that can be checked before a weight is read → a `PreparedModel`, which reads them.
 
     Args:
         folder: holds `config.json` and safetensors files.
@@ -209,7 +209,7 @@ def prepare_model(
 
 
 def check_memory(folder: Path, nbytes: int, dtype: mx.Dtype, held_bytes: int = 0, device: Device | None = None) -> None:
-    """Raise `InsufficientMemoryError` unless weights fit into what a device has for them.
+    """Raise `InsufficientMemoryError` unless weights fit into the memory that a device has for them.
 
     Args:
         folder: of the model, for the message.
@@ -231,7 +231,7 @@ def check_memory(folder: Path, nbytes: int, dtype: mx.Dtype, held_bytes: int = 0
 def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors that the model is made of, by name.
 
-    Left out are buffers that follow from the config, and a head that `config.json` ties to the embeddings.
+    Buffers that follow from the config are left out, and a head that `config.json` ties to the embeddings.
     """
     return {
         name: info
@@ -241,9 +241,9 @@ def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Tens
 
 
 def checkpoint_dtype(tensors: Mapping[str, TensorInfo]) -> mx.Dtype:
-    """The dtype that a GPU computes in: that of the embeddings' numbers, but never bfloat16 beside float16 scales.
+    """The dtype that a GPU computes in: that of the embeddings' floats, but never bfloat16 beside float16 scales.
 
-    Those are of eleven bits, of which bfloat16 keeps eight: a weight would be off by up to a tenth of a step.
+    Those scales have eleven bits, of which bfloat16 keeps eight: a weight would be off by up to a tenth of a step.
     """
     first = [tensors[name] for name in (f"{_EMBEDDINGS}.scales", f"{_EMBEDDINGS}.weight") if name in tensors]
     names = (info.dtype for info in (*first, *tensors.values()) if info.dtype in FLOAT_DTYPES)
@@ -253,7 +253,7 @@ def checkpoint_dtype(tensors: Mapping[str, TensorInfo]) -> mx.Dtype:
 
 
 def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
-    """The name of a format that is not run as it is, by the config's word or the tensors' own; None if it is run."""
+    """The name of a format that has to be converted first, by the config or the tensors; None if it runs."""
     method = config.foreign_quantization
     if method is None and config.quantization is None:
         suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
@@ -280,7 +280,7 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The tensors of the checkpoint that make up one parameter: one, several to be stacked, or rows of a fused one."""
+    """The tensors that make up one parameter: a single one, several to be stacked, or rows of a fused one."""
 
     tensors: tuple[TensorInfo, ...]
     rows: slice | None = None
@@ -296,7 +296,7 @@ class _Source:
 
 
 def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, _Source]:
-    """Checkpoint names → the model's: separate or fused experts become the stacked `switch_mlp`."""
+    """The tensors for each parameter: separate or fused experts become the stacked `switch_mlp`."""
     sources: dict[str, _Source] = {}
     experts: dict[str, dict[int, TensorInfo]] = {}
     for name, info in tensors.items():
@@ -320,7 +320,7 @@ def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_expe
 
 
 def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int], num_experts: int) -> CheckpointError:
-    """Separate experts that are not exactly those of the config, or that are there a second time in another form."""
+    """The error for experts that are not exactly those of the config, or are there in two forms."""
     missing = [str(expert) for expert in range(num_experts) if expert not in found]
     extra = [str(expert) for expert in sorted(found) if expert >= num_experts]
     problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
@@ -408,7 +408,7 @@ def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
 
 
 def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
-    """Warn of a head that is not the embeddings to which config.json ties it; a copy of them, as Qwen's, is fine."""
+    """Warn of a head that differs from the embeddings that config.json ties it to; a copy, as Qwen has it, is fine."""
     head = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in tensors]
     if not head:
         return
@@ -422,7 +422,7 @@ def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]
 
 
 def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors are the same to the bit; a few MiB are held at once."""
+    """Whether two tensors are equal to the bit; at most a few MiB are held at once."""
     if second not in checkpoint.tensors:
         return False
     one, other = checkpoint[first], checkpoint[second]
@@ -438,9 +438,9 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
 def _weights_by_layer(
     checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
 ) -> Iterator[tuple[int | None, list[tuple[str, mx.array]]]]:
-    """Read the weights, in `dtype` but for packed codes → (number of a layer or None, its weights by name).
+    """Read the weights, in `dtype` except packed codes → (number of a layer or None, its weights by name).
 
-    They are the caller's: who lets go of one layer's before asking for the next holds no more than that.
+    A caller that drops the weights of one layer before asking for the next holds one layer at a time.
     """
     arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
     by_group: dict[str, list[tuple[str, mx.array]]] = {}
@@ -457,7 +457,7 @@ def _weights_by_layer(
 
 
 def _assemble(source: _Source, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-    """One parameter, of the tensors that it is made of; not read yet."""
+    """One parameter, made of its tensors; not read yet."""
     parts = [arrays[info.name] for info in source.tensors]
     array = mx.stack(parts) if source.stacked else parts[0]
     if source.rows is not None:

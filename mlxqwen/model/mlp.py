@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward."""
+"""The feed-forward layer, SwiGLU."""
 
 from __future__ import annotations
 

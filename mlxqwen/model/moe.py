@@ -107,7 +107,7 @@ class SwitchGLU(nn.Module):
         return self["down_proj"](self.swiglu(gate, up), experts, sorted_experts=sorted_experts)
 
     def fuse(self, *, compile_kernels: bool) -> None:
-        """Lay the projections of the input together, if they are quantized alike."""
+        """Fuse the projections of the input, if they are quantized alike."""
         self.swiglu = compiled_swiglu if compile_kernels else swiglu
         fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear)
         fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear)
@@ -130,6 +130,6 @@ class SparseMoeBlock(nn.Module):
         return (weights[:, None, :] @ outputs).squeeze(1)
 
     def fuse(self, *, compile_kernels: bool) -> None:
-        """Lay the projections of the input together, if they are quantized alike."""
+        """Fuse the projections of the input, if they are quantized alike."""
         fuse_children(self, ("gate",), "gate", FusedLinear)
         self.switch_mlp.fuse(compile_kernels=compile_kernels)

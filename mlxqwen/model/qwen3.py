@@ -1,9 +1,8 @@
-"""Qwen3, dense or mixture of experts layer by layer.
+"""The Qwen3 model, dense or with a mixture of experts.
 
-Shapes: `B` rows, `L` tokens a row; within the layers the tokens of all rows stand one behind the other,
-`[B * L, hidden_size]`. Modules are named as their tensors are in the checkpoints, so that a weight's name is the path
-to it, until `fuse` lays some together. What runs in every layer of every step reads children as `self["name"]`: a
-module's attributes are slow.
+Shapes: `B` rows, `L` tokens a row; within the layers the tokens of all rows are in one axis, `[B * L, hidden_size]`.
+Modules are named as their tensors are in the checkpoints, so that a weight's name is the path to it, until `fuse` joins
+some of them. What runs in every layer of every step reads children as `self["name"]`: attributes of modules are slow.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 
 
 class ModelCache(Protocol):
-    """What the model asks of a key/value cache."""
+    """A key/value cache, as the model uses it."""
 
     def fits(self, config: ModelConfig) -> bool:
         """Whether it was made for a model of this shape."""
@@ -69,20 +68,20 @@ class DecoderLayer(nn.Module):
         return self["self_attn"].project(self["input_layernorm"](x), batch_size)
 
     def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
-        """Add what was attended to, then the feed-forward's word."""
+        """Add the output of attention, then that of the feed-forward layer."""
         x = x + self["self_attn"].output(attended)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
     def fuse(self, *, compile_kernels: bool) -> None:
-        """Lay projections of the same input together, one module after the other; see `Device.compiles_kernels`."""
+        """Fuse projections of the same input, one module after the other; see `Device.compiles_kernels`."""
         self.self_attn.fuse()
         self.mlp.fuse(compile_kernels=compile_kernels)
 
 
 class CompiledDecoder:
-    """All layers for one token a row, where what lies between two attentions is compiled into one call.
+    """All layers for one token a row; what lies between two attentions is compiled into one call.
 
-    The layers' weights are looked up in every step: what is changed later, in whatever way, counts from then on.
+    The layers' weights are passed in every step, so that weights that were changed count from then on.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
@@ -113,8 +112,8 @@ def _between(layer: DecoderLayer, following: DecoderLayer) -> Callable[[mx.array
 class Qwen3Model(nn.Module):
     """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised.
 
-    With `last_only` those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's feed-forward is
-    not computed for the others, as nothing would read it.
+    With `last_only` it returns those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's
+    feed-forward is not computed for the others, as nothing would read it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -183,10 +182,10 @@ class Qwen3ForCausalLM(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: ModelCache | None = None, *, lengths: Sequence[int] | None = None
     ) -> mx.array:
-        """Feed tokens, after those that `cache` holds.
+        """Feed tokens after those that `cache` holds.
 
-        The ids are read to check them, which waits for the device if it is still computing them. A loop that must not
-        wait calls `self.model` and `self.logits` with ids that it can vouch for, as `generate_tokens` does.
+        The ids are checked, which waits for the device if it is still computing them. A loop that must not wait calls
+        `self.model` and `self.logits` with ids that are known to be valid, as the engine does.
 
         Args:
             tokens: integers `[B, L]`.

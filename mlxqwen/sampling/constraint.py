@@ -1,4 +1,4 @@
-"""Constraints: what a reply's next token may be, and which token is used in place of the one drawn."""
+"""Constraints: which tokens may come next in a reply, and which token replaces the one drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BITS = 32
 
 
 class Constraint(Protocol):
-    """The state of one reply's constraint. For each token: `mask`, draw, `settle`, then `advance`."""
+    """The constraint of one reply, with its state. For each token: `mask`, draw, `settle`, then `advance`."""
 
     def mask(self) -> mx.array | None:
         """The tokens that may come next: uint32 words `[ceil(V / 32)]`, token t is bit t % 32 of word t // 32.
@@ -37,17 +37,17 @@ class Unconstrained:
     """The constraint that allows everything and changes nothing."""
 
     def mask(self) -> None:
-        """Every token."""
+        """None: every token is allowed."""
 
     def settle(self, drawn: int) -> int:
-        """The one drawn."""
+        """`drawn` itself."""
         return drawn
 
     def advance(self, token: int) -> None:
-        """Nothing depends on it."""
+        """Do nothing: there is no state."""
 
     def fork(self) -> Unconstrained:
-        """Itself: it has no state."""
+        """The same object: there is no state."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""The parameters of sampling: what each may be, the model cards' profiles, and whose word counts.
+"""The parameters of sampling: their ranges, the model cards' profiles, and which source of a value wins.
 
 Qwen's cards advise: temperature 0.6 and top-p 0.95 for thinking, 0.7 and 0.8 without, top-k 20 and min-p 0 for both;
 against endless repetition a presence penalty, for quantized weights of 1.5.
@@ -113,13 +113,12 @@ def resolve_sampling(
 ) -> tuple[SamplingParams, tuple[str, ...]]:
     """The parameters to use, and one line for each value of the file that had to be ignored.
 
-    Three layers, each over the one before: the checkpoint's file, the model card's profile of the mode
-    (temperature, top-p, top-k and min-p, so that greedy is never a default), the user's options.
-    Weights of 4 bits or fewer repeat themselves more: theirs is a presence penalty of 1.5 unless the file or the user
-    gives another.
+    A later source replaces an earlier one: the checkpoint's file, the model card's profile for the mode (temperature,
+    top-p, top-k and min-p, so that greedy is never a default), the user's options. Weights of 4 bits or fewer repeat
+    themselves more: they get a presence penalty of 1.5 unless the file or the user gives another.
 
     Args:
-        generation_config: the parsed `generation_config.json`, whatever it holds; other keys play no part.
+        generation_config: the parsed `generation_config.json`, whatever it holds; other keys are ignored.
         thinking: which profile.
         overrides: the user's options by the names of `SamplingParams`; None means not given.
         bits: of the quantized weights; None if they are not.

@@ -1,7 +1,7 @@
-"""What a token is drawn from, and the draw.
+"""The sampler: the truncated distribution of the next token, and the draw from it.
 
-The order is that of Hugging Face transformers and vLLM: logit bias, penalties, temperature, top-k, top-p,
-min-p. Arrays in, arrays out; the only thing taken from outside is a random seed where none was given.
+The order is that of Hugging Face transformers and vLLM: logit bias, penalties, temperature, top-k, top-p, min-p.
+Arrays in, arrays out; only the random seed comes from outside, where none was given.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _logprobs(logits: mx.array, params: SamplingParams, prompts: _Rows, replies:
 class Sampler:
     """Draws one token for each row of a batch, lazily, and remembers what it drew.
 
-    Every row has its own parameters, penalties and random stream, and draws the tokens that it would draw alone.
-    Rows that differ in nothing but the seed are computed together.
+    Every row has its own parameters, penalties and random stream, and draws the tokens that it would draw alone. Rows
+    that differ only in the seed are computed together.
 
     Args:
         params: one for each row.
@@ -120,10 +120,11 @@ class Sampler:
     def __call__(self, logits: mx.array, *, remember: mx.array | None = None) -> mx.array:
         """Draw from logits `[B, V]` of any float dtype; int32 `[B]`, not evaluated.
 
-        A row of NaN, +inf or nothing but -inf gives a token that `check_token` refuses.
+        A row of NaN, +inf or nothing but -inf gives BAD_TOKEN, which `check_token` refuses.
 
         Args:
-            remember: the tokens that the replies are taken to go on with, int32 `[B]`; by default those drawn.
+            logits: of the next token.
+            remember: the tokens that the replies continue with, int32 `[B]`; by default those drawn.
         """
         if logits.shape != self._shape:
             raise OptionError(f"logits: found shape {logits.shape}, expected {self._shape}")
@@ -137,19 +138,19 @@ class Sampler:
 
     @property
     def state(self) -> SamplerState:
-        """What has been drawn until now, to come back to with `restore`; nothing is copied."""
+        """The state after all draws so far, for `restore`; nothing is copied."""
         return SamplerState(tuple(group.state for group in self._groups))
 
     def restore(self, state: SamplerState) -> None:
-        """Go back, or on, to a `state` of this sampler with the rows that it has now."""
+        """Return to a `state` of this sampler with the same rows."""
         for group, one in zip(self._groups, state.groups, strict=True):
             group.restore(one)
 
     def replace(self, drawn: mx.array, tokens: mx.array) -> None:
-        """Remember that the replies go on with `tokens` instead of `drawn`; both int32 `[B]`.
+        """Let the replies continue with `tokens` instead of `drawn`; both int32 `[B]`.
 
-        `drawn` is what was remembered of the last draw. Penalties then know nothing of it; the random streams go on as
-        if it had been used.
+        `drawn` is what was remembered of the last draw. Penalties forget it; the random streams continue as if it had
+        been used.
         """
         for group in self._groups:
             rows = mx.array(group.rows)
@@ -157,11 +158,11 @@ class Sampler:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that changes with a draw, to evaluate it."""
+        """All arrays that change with a draw, for `mx.eval`."""
         return [array for group in self._groups for array in group.arrays]
 
     def extract(self, rows: Sequence[int]) -> Sampler:
-        """A sampler of these rows, in this order; this one keeps them, too."""
+        """A sampler of these rows, in this order; this sampler keeps them too."""
         taken = copy.copy(self)
         taken._groups = [group.copy() for group in self._groups]
         taken.keep_rows(rows)
@@ -175,7 +176,7 @@ class Sampler:
         self._groups = [group for group in self._groups if group.rows]
 
     def join(self, others: Sequence[Sampler]) -> None:
-        """Take in the rows of `others`, behind its own, with all that they remember; `others` are used up.
+        """Append the rows of `others`, with their state; `others` must not be used any more.
 
         Raises `OptionError` for samplers of another vocabulary.
         """
@@ -196,7 +197,7 @@ class Sampler:
 
 
 def check_token(token: int, row: int | None = None) -> int:
-    """The token, unless it says that its row of logits was no distribution; `row` is told if given.
+    """The token, unless it is BAD_TOKEN; `row` is named in the error if given.
 
     Raises:
         GenerationError: the logits were NaN, +inf or nothing but -inf.
@@ -212,7 +213,7 @@ def check_token(token: int, row: int | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplerState:
-    """Where a `Sampler` stands: the random keys and the history of each of its groups."""
+    """The state of a `Sampler`: the random keys and the history of each of its groups."""
 
     groups: tuple[_GroupState, ...]
 
@@ -233,7 +234,7 @@ class _Group:
 
     @property
     def state(self) -> _GroupState:
-        """What later draws leave as it is."""
+        """The random keys and the history; later draws do not change it."""
         return self._keys, self._history.state
 
     @property
@@ -248,7 +249,7 @@ class _Group:
         return twin
 
     def restore(self, state: _GroupState) -> None:
-        """Stand where `state` was taken."""
+        """Return to a state."""
         self._keys, self._history.state = state
 
     def draw(self, logits: mx.array, remember: mx.array | None = None) -> mx.array:
@@ -271,11 +272,11 @@ class _Group:
         return _pick(weights * (weights >= self.params.min_p) if self.params.min_p else weights, uniform)
 
     def replace(self, drawn: mx.array, tokens: mx.array) -> None:
-        """The last draw was `drawn`, but the rows go on with `tokens`; both int32 `[B]`."""
+        """Let the rows continue with `tokens` instead of `drawn`, the last draw; both int32 `[B]`."""
         self._history.replace(drawn, tokens)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep those of `rows`, which give the new order of the whole batch."""
+        """Keep only the rows of the batch that `rows` lists, in the order that it gives."""
         places = {row: place for place, row in enumerate(self.rows)}
         kept = [(new, places[old]) for new, old in enumerate(rows) if old in places]
         if [place for _, place in kept] != list(range(len(self.rows))):
@@ -285,14 +286,14 @@ class _Group:
         self.rows = [new for new, _ in kept]
 
     def join(self, others: Sequence[_Group]) -> None:
-        """Take in the rows of groups with the same parameters."""
+        """Append the rows of groups with the same parameters."""
         self.rows = [*self.rows, *(row for other in others for row in other.rows)]
         self._keys = mx.concatenate([self._keys, *(other._keys for other in others)])
         self._history.join([other._history for other in others])
 
 
 class _History:
-    """What bias and penalties need to know of rows with the same parameters; holds nothing while they are off."""
+    """The counts of tokens for bias and penalties, of rows with the same parameters; empty if they are off."""
 
     def __init__(self, params: SamplingParams, prompts: _Rows, replies: _Rows, vocab_size: int) -> None:
         self._params = params
@@ -328,7 +329,7 @@ class _History:
         self._reply, self._touched, self._widths = state
 
     def add(self, tokens: mx.array) -> None:
-        """Take note of a drawn token of each row, int32 `[B]`."""
+        """Count the token of each row, int32 `[B]`."""
         if self._penalised:
             rows, vocab_size = self._reply.shape
             self._reply = self._reply.at[mx.arange(rows), tokens].add(1.0)
@@ -338,7 +339,7 @@ class _History:
                 self._touch_all()
 
     def replace(self, old: mx.array, new: mx.array) -> None:
-        """The tokens last added were `old`, and are to be `new`: int32 `[B]` both."""
+        """Count `new` instead of `old`, the tokens added last; both int32 `[B]`."""
         if self._penalised:
             rows, vocab_size = self._reply.shape
             places = mx.arange(rows)
@@ -356,7 +357,7 @@ class _History:
             self._prompt = self._prompt[rows]
 
     def join(self, others: Sequence[_History]) -> None:
-        """Take in the rows of histories with the same parameters."""
+        """Append the rows of histories with the same parameters."""
         if not self._penalised:
             return
         both = [self, *others]
@@ -451,7 +452,7 @@ class _Scores:
 
     @property
     def usable(self) -> mx.array:
-        """Whether there is something to draw from; NaN and infinities show in the peak."""
+        """Whether a token can be drawn from each row; NaN and infinities show in the peak."""
         return mx.abs(self.peak) < mx.inf
 
     @property

@@ -1,4 +1,8 @@
-"""Text and token ids: the tokenizer, chat templates run in bounds, stop strings, forged special tokens kept text.
+"""Text and token ids: the tokenizer, chat templates, stop strings.
 
-Messages and text go in, ids come out, and back. What a conversation means is for `mlxqwen.chat`.
+`Tokenizer` reads a checkpoint's tokenizer files, and maps text to ids and back; `render_chat` runs a chat template in a
+bounded sandbox; `SafeChatEncoder` lets only the template say special tokens; `StopStrings` finds the end of a reply.
+
+Messages and text go in, ids come out, and back. What a conversation means is for `mlxqwen.chat`. Nothing here has a
+model or arrays, and nothing of a tokenizer file or template is executed outside of the sandbox.
 """

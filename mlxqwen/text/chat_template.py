@@ -1,4 +1,4 @@
-"""A conversation → the text that a chat template makes of it, as Hugging Face transformers does."""
+"""Chat templates: a conversation → the text that a template makes of it, as Hugging Face transformers does."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def render_chat(
 
 @lru_cache(maxsize=16)
 def _needs_objects(source: str, literals: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template needs a call's arguments as an object rather than as JSON text.
+    """Whether a template needs the arguments of a call as an object rather than as JSON text.
 
-    So it is if it renders an object, and not to what it renders the object's JSON text to: it walks through the
-    object, or writes JSON itself. A template that prints an object as Python spells it was written for text.
+    It does if it renders an object, and not as it renders the object's JSON text: it walks through the object, or
+    writes JSON itself. A template that prints an object as Python spells it was written for text.
     """
 
     def rendered(arguments: object) -> str | None:
@@ -97,7 +97,7 @@ def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """A call, or its function, whose arguments are an object if they were the JSON text of one."""
+    """A call, or its function, with arguments that are the JSON text of an object as that object."""
     if not isinstance(call, dict):
         return call
     if "function" in call:
@@ -111,7 +111,7 @@ def _with_object(call: Any) -> Any:
 
 
 def _cut_at(text: str, marker: str, final_content: str) -> str:
-    """`text` up to `marker`; without white space before it if the template stripped the blank after it."""
+    """`text` up to `marker`, without white space before it if the template stripped the blank after it."""
     cut = text.rfind(marker.strip())
     if cut < 0 or final_content.strip() not in text:
         raise MessagesError(

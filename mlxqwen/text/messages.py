@@ -1,6 +1,6 @@
-"""Conversations as callers write them → plain JSON values that any chat template can be trusted with.
+"""Messages as callers write them → plain JSON values that are safe for any chat template.
 
-The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. What comes out are `Message`s:
+The form is OpenAI's: dicts with `role`, `content`, `tool_calls`, `reasoning_content`. The results are `Message`s:
 checked once, never changed. `dict(message)` is a copy made of exact `str`, `int`, `float`, `bool`, `None`, `list` and
 `dict`, so that a template meets no object with methods of its own.
 """
@@ -34,10 +34,10 @@ _RESULT = "Give a tool's result as text: json.dumps(result) writes an object, a 
 
 
 class Message(Mapping[str, Any]):
-    """A checked message: `prepare_messages` takes it as it is. It cannot change: lists and dicts in it come as copies.
+    """A checked message, which `prepare_messages` takes as it is. It cannot change: its lists and dicts come as copies.
 
     Args:
-        plain: what a message made by `prepare_messages` holds, or such a message with other texts in it; copied.
+        plain: the content of a message made by `prepare_messages`, perhaps with other texts; copied.
     """
 
     __slots__ = ("_plain",)
@@ -65,7 +65,7 @@ def _copied(value: Any) -> Any:
 
 
 def check_unicode(text: str, where: str, *, error: type[OptionError] = OptionError) -> None:
-    """Raise `error`, naming `where`, if `text` holds half of a surrogate pair."""
+    """Check that `text` holds no half of a surrogate pair. Raises `error`, which names `where`."""
     position = find_lone_surrogate(text)
     if position is not None:
         raise error(
@@ -75,7 +75,7 @@ def check_unicode(text: str, where: str, *, error: type[OptionError] = OptionErr
 
 
 def to_plain_json(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy of `value` out of plain JSON types; tuples become lists.
+    """A copy of `value` made of plain JSON types; tuples become lists.
 
     Raises:
         MessagesError: something else than JSON, nested deeper than 64 levels, or text that is not Unicode.
@@ -142,7 +142,7 @@ def prepare_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
 
 
 def split_reasoning(message: Message) -> Message:
-    """A raw reply of an assistant → its reasoning and its content, as Qwen3's chat template would part them.
+    """Split an assistant's raw reply into reasoning and content, as Qwen3's chat template does.
 
     Only closed think blocks that open the content count, and only where no reasoning is given beside it; tags further
     on are what the reply speaks of.
@@ -161,7 +161,7 @@ def split_reasoning(message: Message) -> Message:
 
 
 def without_reasoning(message: Message) -> Message:
-    """The message as the template renders it behind an answered question: without its reasoning, named or in tags."""
+    """The message without its reasoning, in a field or in tags, as templates render it before the last question."""
     split = split_reasoning(message)
     if not any(name in split for name in REASONING_NAMES):
         return message

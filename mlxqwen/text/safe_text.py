@@ -167,13 +167,13 @@ class SafeChatEncoder:
         return finder
 
     def _restore_escaped(self, problem: str) -> str:
-        """An error's text, in which what a template says about its own tokens is escaped as not printable."""
+        """The text of an error, with escaped placeholders as the tokens that they stand for."""
         for spelling, placeholder in self._placeholders.items():
             problem = problem.replace(placeholder.encode("unicode_escape").decode(), spelling)
         return problem
 
     def _check_template(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Refuse a template whose special tokens are not all spelled out in it."""
+        """Check that the template spells out all its special tokens. Raises `TemplateError`."""
         for probe in _PROBES:
             arguments = {"variables": {}, **probe, "add_generation_prompt": True}
             variables = {**special_tokens, **arguments["variables"]}

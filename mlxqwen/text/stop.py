@@ -1,4 +1,4 @@
-"""Stop strings: the end of a reply named by its text."""
+"""Stop strings: texts that end a reply."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ MAX_STOP_LENGTH = 1024  # characters
 
 
 class StopStrings:
-    """Watches a stream of text for the first of several stop strings.
+    """Finds the first of several stop strings in a stream of text.
 
-    Matching knows no token boundaries: a stop may begin in one piece of text and end in another. Only text
-    that could still become a stop is held back. The stop that begins first wins;
-    it and what follows are not shown.
+    A stop string may begin in one piece of text and end in another. Only text that may still become a stop string is
+    held back. The one that begins first wins; it and what follows are not shown.
 
     Args:
-        stops: the strings to stop at, or one such string; none means that all text passes.
+        stops: the strings to stop at, or one such string; none lets all text pass.
 
     Raises:
         OptionError: a stop is empty, longer than 1,024 characters or not a string, or there are more than 64.
@@ -70,7 +69,7 @@ class StopStrings:
         return buffer[:shown], self.found
 
     def finish(self) -> str:
-        """The text still held back, now that no more will come; `found` tells whether a stop was in it."""
+        """End the text → what was held back; `found` tells whether it contained a stop."""
         held, self._held = self._held, ""
         match = self._first_match(held)
         if match is None:
@@ -82,7 +81,7 @@ class StopStrings:
         return min((start for stop in self._stops if (start := text.find(stop)) >= 0), default=None)
 
     def _first_unfinished(self, text: str) -> int:
-        """Where the longest end of `text` that begins a stop starts; the length of `text` if none does."""
+        """Where the longest end of `text` begins that is the beginning of a stop; the length of `text` if none is."""
         first = len(text)
         for stop in self._stops:
             start = text.find(stop[0], max(0, len(text) - len(stop) + 1))

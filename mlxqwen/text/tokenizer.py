@@ -1,8 +1,8 @@
-"""Text to token ids and back: `tokenizer.json`, streaming UTF-8, and the chat template of a checkpoint.
+"""The tokenizer: text to token ids and back, streaming UTF-8, and the chat templates of a checkpoint.
 
 The byte-level BPE that Qwen3 uses works on UTF-8 bytes, spelled as printable characters by GPT-2's table
-(https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so
-decoding maps tokens to bytes and decodes those.
+(https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so decoding maps
+tokens to bytes and decodes those.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Tokenizer:
         return self._encode(self._backend, text, add_special_tokens=True)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The token ids of text that nobody vouches for: no added token is recognised in it.
+        """The token ids of untrusted text: no added token is recognised in it.
 
         Raises:
             OptionError: `text` is not a string, or holds half of a surrogate pair.
@@ -204,16 +204,16 @@ class Tokenizer:
         return self._encode(self._plain_backend, text)
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of the number of tokens of `text`, which is not encoded.
+        """A lower bound of the number of tokens of `text`, without encoding it.
 
-        Its bytes by those of the longest token; of a short text only that it has any, for to look through a large
-        vocabulary takes longer than to encode 8 KiB.
+        Its bytes divided by those of the longest token; for a short text only 1, as searching a large vocabulary takes
+        longer than encoding 8 KiB.
         """
         size = len(unicodedata.normalize("NFC", text).encode())
         return -(-size // self._longest_token) if size > _SHORT_TEXT_BYTES else min(size, 1)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; not UTF-8 on their own where a character spans tokens.
+        """The bytes of one token; they are no UTF-8 alone where a character spans tokens.
 
         Nothing for an id that no token has: models' vocabularies are padded, so that they can draw ids without a token.
 
@@ -451,7 +451,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Token ids in, whole characters out, at a constant cost per token; from `Tokenizer.detokenizer`.
+    """Turns token ids into whole characters, at a constant cost per token; from `Tokenizer.detokenizer`.
 
     Args:
         token_bytes: gives the bytes of a token.
@@ -479,7 +479,7 @@ class Detokenizer:
         return bool(self._decoder.getstate()[0])
 
     def finish(self) -> str:
-        """U+FFFD for an unfinished character at the end, or "" if there is none. Starts anew then."""
+        """End the text → U+FFFD for an unfinished character, or "". The next id begins a new text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -499,7 +499,7 @@ def _token_string(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that may be missing: {} then."""
+    """The object in a JSON file; {} if there is no file."""
     return read_json_object(path, error=TokenizerError, max_bytes=MAX_TEXT_FILE_BYTES) if path.is_file() else {}
 
 

@@ -1,9 +1,9 @@
-"""`tokenizer.json` → a tokenizer of the `tokenizers` library, which sees only what was checked here.
+"""`tokenizer.json` → a tokenizer of the `tokenizers` library, which gets only what was checked here.
 
-The library runs what the file says: a normalizer that makes a character 300,000 ends the process, a regular expression
-may take minutes for a page of text. So the JSON is parsed here, each part is compared with a short list of kinds, and
-the library builds a byte-level BPE from Python values. For Qwen3's file that takes as long as the library's own
-parser does (0.38 s beside 0.40 s of one core).
+The library runs what the file says: a normalizer that replaces a character by 300,000 ends the process, a regular
+expression may take minutes for a page of text. So the JSON is parsed here, each part is compared with a short list of
+kinds, and the library builds a byte-level BPE from Python values. For Qwen3's file that takes as long as the library's
+own parser does (0.38 s beside 0.40 s of one core).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def build_tokenizer(description: Mapping[str, Any], source: str) -> tokenizers.T
 
 
 def guard(call: Callable[[], _T], problem: str, hint: str) -> _T:
-    """Run code of the `tokenizers` library: its errors are bare, its panics pass by `except Exception`."""
+    """Run code of the `tokenizers` library, whose errors say little and whose panics are no `Exception`s."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, MemoryError, MlxqwenError):
@@ -137,7 +137,7 @@ def _parse(text: str) -> Any:
 
 
 def _check_part(value: object, part: str, source: str) -> None:
-    """Refuse what could make a text longer than a small factor does, or take long for it."""
+    """Refuse a part that could lengthen text by more than a small factor, or take long."""
     steps = list(_steps(value, part, source))
     for kind in ("ByteLevel", "TemplateProcessing"):
         count = sum(step["type"] == kind for step in steps)
@@ -151,7 +151,7 @@ def _check_part(value: object, part: str, source: str) -> None:
 
 
 def _steps(value: object, part: str, source: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part, those of its sequences one by one."""
+    """The steps of a part; those of a sequence one by one."""
     name, kinds = _KINDS[part]
     waiting, count = [] if value is None else [value], 0
     while waiting:
@@ -181,7 +181,7 @@ def _check_pattern(pattern: object, where: str) -> None:
 
 
 def _check_template(step: Mapping[str, Any], where: str) -> None:
-    """A template that adds a few tokens to the one text that it is given."""
+    """Check that a template only adds a few tokens to the one text that it gets."""
     pieces, tokens = step.get("single"), step.get("special_tokens")
     if not isinstance(pieces, list) or not isinstance(tokens, dict) or max(len(pieces), len(tokens)) > MAX_STEPS:
         raise _unfit(where, "no short lists", f"single and special_tokens, of at most {MAX_STEPS} each")
@@ -250,7 +250,7 @@ def _pairs(merges: list[Any], where: str) -> list[tuple[str, ...]]:
 
 
 def _shown(value: object) -> str:
-    """A value of the file in an error."""
+    """A value of the file, for an error."""
     return repr(value[:60]) if isinstance(value, str) else json_kind(value)
 
 

@@ -1,4 +1,6 @@
-"""What is asked and answered in files: one conversation, or many requests in JSON Lines and the answers to them.
+"""Conversations and batches as files: one conversation, or requests in JSON Lines and the answers to them.
 
-Modules are imported one by one: a command that reads one conversation has no use for the others.
+Text of a file goes in, checked messages, tools and options come out; answers are appended to a file that a later run
+can continue. Nothing here asks a model. Modules are imported one by one: a command that reads one conversation does not
+need the others.
 """

@@ -1,7 +1,7 @@
-"""The file that answers to a batch are written to, one JSON line each, in the order in which they are finished.
+"""The file of a batch's answers: one JSON line each, in the order in which they are finished.
 
-Each line tells which input line and which options it belongs to. So a run that has ended in any way, be it by a power
-cut in the midst of a line, is taken up where it stopped, and what belongs to something else is left alone.
+Each line names its input line and the options that it was made with. So a run that ended in any way, even by a power
+cut in the middle of a line, continues where it stopped, and lines of other runs are left alone.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _ELSEWHERE = "Choose another --output, or move this file away."
 
 
 class AnswerFile:
-    """An output file, open and locked, its owner's alone where it is made here (mode 0600); `with` closes it.
+    """An output file, open and locked, with mode 0600 if it is made here; `with` closes it.
 
     Attributes:
         answered: indices of the requests that have a line.
-        failed: how many of these lines say "error".
+        failed: how many of these lines have an "error".
     """
 
     def __init__(self, path: Path, requests: Sequence[BatchRequest], options_digest: str) -> None:
-        """Make the file, or take it up: a last line that was cut off is removed.
+        """Make the file, or continue it: a last line that was cut off is removed.
 
         Args:
             path: the file; its folder must exist.
             requests: those that the file may hold answers to.
-            options_digest: stands for the options that shape all answers.
+            options_digest: identifies the options that answers depend on.
 
         Raises:
-            OptionError: it cannot be written, another run is writing it, or it holds anything else; then it is as it
-                was before.
+            OptionError: it cannot be written, another run is writing it, or it holds anything else; then it stays as
+                it is.
         """
         self.path = path
         self.answered: set[int] = set()
@@ -64,7 +64,7 @@ class AnswerFile:
             raise
 
     def append(self, request: BatchRequest, fields: Mapping[str, Any]) -> None:
-        """Write the line of a request; what cannot be written whole is not written. Raises `OptionError`."""
+        """Write the line of a request, whole or not at all. Raises `OptionError`."""
         known = {"index": request.index, "id": request.id}
         digests = {"request": f"{request.digest}-{self._options_digest}"}
         line = json.dumps({**known, **fields, **digests}, ensure_ascii=False).encode() + b"\n"
@@ -79,7 +79,7 @@ class AnswerFile:
         self._count(request.index, "error" in fields)
 
     def close(self) -> None:
-        """Make sure that all is on disk. A file without answers that was not there before is removed again."""
+        """Sync the file to disk; remove it if it is new and has no answers."""
         if self._file < 0:
             return
         file, self._file = self._file, -1
@@ -120,7 +120,7 @@ class AnswerFile:
                 self._end += len(line) + (not whole)
 
     def _is_cut_off(self, line: bytes) -> bool:
-        """Whether this is the beginning of an answer, and no more."""
+        """Whether a line is the beginning of an answer, cut off."""
         if not line.startswith(_HEAD):
             return _HEAD.startswith(line)
         try:

@@ -29,7 +29,7 @@ _MOST = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """One line.
+    """One line of a batch.
 
     Attributes:
         index: the line's number, from 0; empty lines count.
@@ -106,7 +106,7 @@ def _parse_line(line: str, index: int, system: str | None, thinking: bool | None
 
 
 def digest(text: str) -> str:
-    """16 hexadecimal digits that another text does not have."""
+    """16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -36,7 +36,7 @@ class MessagesWithTools:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def with_system(self, text: str | None) -> MessagesWithTools:
-        """With a system message in front; as it is for None. Raises `OptionError` if it has one of its own."""
+        """The same with a system message in front, if `text` is not None. Raises `OptionError` if it has one."""
         if text is None:
             return self
         if self.messages and self.messages[0]["role"] == "system":
@@ -47,7 +47,7 @@ class MessagesWithTools:
         return replace(self, messages=({"role": "system", "content": text}, *self.messages))
 
     def with_tools(self, tools: tuple[Mapping[str, Any], ...]) -> MessagesWithTools:
-        """With `tools`. Raises `OptionError` if it has tools of its own."""
+        """The same with `tools`. Raises `OptionError` if it has tools."""
         if self.tools is not None:
             raise OptionError(
                 "tools: found beside the messages and in a file of their own, expected one of them",
@@ -56,7 +56,7 @@ class MessagesWithTools:
         return replace(self, tools=tools)
 
     def with_user(self, text: str | None) -> MessagesWithTools:
-        """With a user's message at the end; as it is for None."""
+        """The same with a user's message at the end, if `text` is not None."""
         return self if text is None else replace(self, messages=(*self.messages, {"role": "user", "content": text}))
 
 
@@ -125,7 +125,7 @@ def parse_json_text(text: str, *, hint: str) -> Any:
 
 
 def check_keys(value: Mapping[str, Any], known: Collection[str], *, hint: str) -> None:
-    """Refuse keys that would do nothing. Raises `OptionError`."""
+    """Check that all keys are known. Raises `OptionError`."""
     for key in value:
         if key not in known:
             raise OptionError(f"found {key!r}, expected {', '.join(sorted(known))}", hint=hint)
@@ -133,7 +133,7 @@ def check_keys(value: Mapping[str, Any], known: Collection[str], *, hint: str) -
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Say in any `OptionError` where it was found."""
+    """Let an `OptionError` say where its value is."""
     try:
         yield
     except OptionError as error:

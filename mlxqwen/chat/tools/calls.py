@@ -1,4 +1,4 @@
-"""A model's call of a tool → the text that goes back to the model, whatever happens."""
+"""Calls of tools: a model's call → the text of its result, or of what went wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def call_tool(
     *,
     limit: int = DEFAULT_RESULT_LIMIT,
 ) -> str:
-    """Make a call and tell how it went.
+    """Make a call, and return its result as text for the model.
 
     Only what stands in both `functions` and `schemas` is ever called, and only with arguments that fit the schema.
 

@@ -1,4 +1,4 @@
-"""What a docstring says of a function and of its parameters, in Google's or Sphinx's style."""
+"""Docstrings of tools: the description of a function and of its parameters, in Google's or Sphinx's style."""
 
 from __future__ import annotations
 

@@ -53,14 +53,14 @@ def tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a function takes by name: the JSON schema of the object, and how one that fits becomes keyword arguments."""
+    """The arguments of a function by name: their JSON schema, and how JSON values become keyword arguments."""
 
     schema: dict[str, Any]
     _adapter: TypeAdapter[dict[str, Any]]
     _bound: frozenset[str]
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments that plain JSON values stand for.
+        """The keyword arguments for plain JSON values.
 
         Nothing is converted from one JSON type to another: "3" is no integer. 3.0 is one, as in JSON Schema.
 
@@ -79,7 +79,7 @@ class Arguments:
                 values = self._adapter.validate_json(json.dumps(_whole(arguments)))
             except ValidationError as error:
                 errors = error.errors(include_url=False, include_context=False)
-                raise MessagesError(_told(errors, arguments, tuple(self.schema["properties"]))) from None
+                raise MessagesError(_problem_of(errors, arguments, tuple(self.schema["properties"]))) from None
         return {name: value for name, value in values.items() if not isinstance(value, _Default)}
 
 
@@ -91,7 +91,7 @@ class _Default:
 
 
 def read_arguments(name: str, function: Callable[..., Any]) -> Arguments:
-    """What a function takes by name. Raises `OptionError` as `tool_schema` does."""
+    """The arguments of a function. Raises `OptionError` as `tool_schema` does."""
     where = f"tool {name}"
     target = _annotated(function)
     _check_callable(function, target, where)
@@ -132,7 +132,7 @@ def read_arguments(name: str, function: Callable[..., Any]) -> Arguments:
 
 
 def _by_name(parameter: Parameter, hint: Any, description: str | None, where: str) -> Parameter:
-    """The parameter as one that is given by name, with its description and its default as pydantic takes them."""
+    """The parameter as a keyword, with its description and its default, for pydantic."""
     from pydantic import Field
     from pydantic.fields import FieldInfo
 
@@ -206,7 +206,7 @@ def _schema_generator() -> Any:
 
 
 def _inlined(node: Any, definitions: Mapping[str, Any], around: tuple[str, ...]) -> Any:
-    """A schema with each definition in the place of its references: templates that list types read no references.
+    """A schema with each reference replaced by its definition: templates that list types read no references.
 
     Raises:
         RecursionError: a definition that holds itself.
@@ -225,30 +225,30 @@ def _inlined(node: Any, definitions: Mapping[str, Any], around: tuple[str, ...])
     return {**_inlined(definitions[name], definitions, (*around, name)), **own}
 
 
-def _told(errors: Sequence[Any], arguments: Mapping[str, Any], names: Sequence[str]) -> str:
-    """What is wrong with arguments, of which `names` are known, in words for the model that wrote them."""
-    told: dict[str, list[str]] = {}
+def _problem_of(errors: Sequence[Any], arguments: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What is wrong with arguments, in words for the model that wrote them; `names` are the known ones."""
+    problems: dict[str, list[str]] = {}
     for error in errors:
         path, found, rest = _follow(error["loc"], arguments)
         kind, message = error["type"], error["msg"]
         if kind.startswith("missing") and rest:
-            told.setdefault(f"{path}: {rest[-1]} is missing", [])
+            problems.setdefault(f"{path}: {rest[-1]} is missing", [])
         elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
             above, _, _ = _follow(error["loc"][:-1], arguments)
             expected = f", expected {' or '.join(names) or 'none'}" if above == "arguments" else ""
-            told.setdefault(f"{above}: found the unknown name {_shown(error['loc'][-1])}{expected}", [])
+            problems.setdefault(f"{above}: found the unknown name {_shown(error['loc'][-1])}{expected}", [])
         elif message.startswith("Input should be "):
-            told.setdefault(f"{path}: found {_shown(found)}", []).append(message.removeprefix("Input should be "))
+            problems.setdefault(f"{path}: found {_shown(found)}", []).append(message.removeprefix("Input should be "))
         else:
-            told.setdefault(f"{path}: found {_shown(found)}: {message}", [])
-    problems = [
-        f"{head}{', expected ' if tails else ''}{' or '.join(dict.fromkeys(tails))}" for head, tails in told.items()
+            problems.setdefault(f"{path}: found {_shown(found)}: {message}", [])
+    lines = [
+        f"{head}{', expected ' if tails else ''}{' or '.join(dict.fromkeys(tails))}" for head, tails in problems.items()
     ]
-    return "; ".join(problems[:MAX_TOLD])
+    return "; ".join(lines[:MAX_TOLD])
 
 
 def _follow(place: Sequence[str | int], value: Any) -> tuple[str, Any, list[str | int]]:
-    """Where `place` leads within the arguments, what stands there, and its steps with no value: options of a union."""
+    """Where `place` leads within the arguments, what is there, and its steps without a value: options of a union."""
     path, rest = "arguments", []
     for step in place:
         if isinstance(value, dict) and step in value:
@@ -261,7 +261,7 @@ def _follow(place: Sequence[str | int], value: Any) -> tuple[str, Any, list[str 
 
 
 def _whole(value: Any) -> Any:
-    """The same with integers in the place of floats without a fraction."""
+    """The same value with floats that have no fraction as integers."""
     if isinstance(value, dict):
         return {key: _whole(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -306,7 +306,7 @@ def _docstring(function: Any, target: Any) -> str:
 
 
 def _bound_names(function: Any) -> frozenset[str]:
-    """Names that `partial` has given a value: a model shall neither see nor change it."""
+    """Names that `partial` has bound: the model must neither see nor change them."""
     names: set[str] = set()
     while isinstance(function, functools.partial):
         names |= function.keywords.keys()

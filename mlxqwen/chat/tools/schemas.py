@@ -1,7 +1,7 @@
-"""Tools as callers give them, and arguments checked against their JSON schemas: jsonschema's rules, within bounds.
+"""Schemas of tools, and arguments checked against them by jsonschema, within bounds.
 
 A schema may come from a stranger's server. A chat shows it as it is; arguments are checked against it in a bounded
-number of steps. No reference is fetched, and no pattern is matched, as Python's `re` may take for ever over one.
+number of steps. No reference is fetched, and no pattern is matched, as Python's `re` may not end on one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TURNING = {"not", "disallow", "oneOf", "if", "contains", "minContains", "maxCon
 
 
 def is_tool_name(name: object) -> bool:
-    """Whether a model can call a tool by this name in any form of a call, and the name ends neither tag nor string."""
+    """Whether a model can call a tool by this name: the name must not end a tag or a string."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name != name.strip():
         return False
     return name.isprintable() and not set(name) & set("<>\"'`\\{}")
@@ -65,7 +65,7 @@ def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def find_problem(arguments: Mapping[str, Any], schema: Any, name: str) -> str | None:
-    """What keeps a call's arguments from a schema, in words for the model that wrote them; None if nothing does.
+    """Why a call's arguments do not fit a schema, in words for the model that wrote them; None if they fit.
 
     `pattern`, `patternProperties`, `unevaluatedItems`, `unevaluatedProperties` and `format` are left to the function;
     where a `not`, `oneOf`, `if` or `contains` depends on them, that is too.
@@ -98,7 +98,7 @@ def find_problem(arguments: Mapping[str, Any], schema: Any, name: str) -> str | 
 
 @lru_cache(maxsize=256)
 def schema_problem(text: str) -> str | None:
-    """Where the JSON text of a schema breaks its draft's rules, and which, behind the schema's name; None if nowhere.
+    """Where the JSON text of a schema breaks the rules of its draft, and which rule; None if nowhere.
 
     The draft is that of `$schema`, else 2020-12.
     """
@@ -114,7 +114,7 @@ def schema_problem(text: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _note_problem(name: str, text: str) -> None:
-    """Say once what is wrong with a tool's parameters."""
+    """Log once what is wrong with a tool's parameters."""
     if problem := schema_problem(text):
         logger.warning("%s", one_line(f"tool {name!r}: parameters{problem}; shown as given"))
 
@@ -184,7 +184,7 @@ def _size(value: Any) -> int:
 
 
 def _best(draft: Any, schema: Any, value: Any, steps: _Steps) -> str | None:
-    """The most telling problem of a value, behind its name; None if the schema fits."""
+    """The most helpful problem of a value, after its name; None if the schema fits."""
     from jsonschema.exceptions import best_match
     from referencing import Registry
 
@@ -198,12 +198,12 @@ def _best(draft: Any, schema: Any, value: Any, steps: _Steps) -> str | None:
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
     # Of several forms none of which fits, each says what it would take.
     forms = [form for form in error.context or () if not form.path] or [error]
-    told = dict.fromkeys(_message(form) for form in forms[:MAX_FORMS])
-    return one_line(f"{path}: {'; '.join(told)}", MAX_TOLD)
+    messages = dict.fromkeys(_message(form) for form in forms[:MAX_FORMS])
+    return one_line(f"{path}: {'; '.join(messages)}", MAX_TOLD)
 
 
 def _message(error: Any) -> str:
-    """An error's text, in which a long value is cut."""
+    """The text of an error, with long values cut."""
     found, text = repr(error.instance), str(error.message)
     return (
         f"{found[: MAX_FOUND - 1]}…{text[len(found) :]}" if len(found) > MAX_FOUND and text.startswith(found) else text

@@ -1,4 +1,4 @@
-"""Guesses of a smaller model of the same family."""
+"""A drafter that is a smaller model of the same family."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["DraftModel"]
 
 
 class DraftModel:
-    """A model that draws what another one may draw, with that one's parameters, penalties and random numbers.
+    """A model that guesses what another one draws, with that one's parameters, penalties and random numbers.
 
-    Two models that mostly agree then mostly draw the same token, however hot the temperature. Its cache follows
-    the text: what the text has not gone on with is forgotten, what is new is read with the next guess. A text that is
-    longer than the cache is read anew from its latest half, now and then.
+    Two models that mostly agree then mostly draw the same token, however high the temperature. Its cache follows the
+    text: what the text did not continue with is forgotten, and what is new is read with the next guess. A text longer
+    than the cache is read anew from its latest half when the cache is full.
 
     Args:
         model: has the vocabulary of the model that it guesses for.
@@ -63,9 +63,9 @@ class DraftModel:
         return self._cache.nbytes
 
     def read(self, text: Sequence[int], stop: int) -> None:
-        """Read the first `stop` tokens of a text that is going to be guessed on.
+        """Read the first `stop` tokens of a text that will be guessed on.
 
-        Of a text that the cache has no room for the latest half is read, as `stop` reaches its end.
+        If the text is longer than the cache, its latest half is read once `stop` reaches its end.
         """
         fits = len(text) < self._room
         if self._room > 1 and (fits or stop == len(text)):
@@ -73,7 +73,7 @@ class DraftModel:
             mx.eval(self._cache.state)
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
-        """See `Drafter`; nothing for a text that leaves no room in the cache."""
+        """See `Drafter`; no guess for a text that leaves no room in the cache."""
         count = min(count, self._room - 1)
         if count < 1:
             return []
@@ -91,7 +91,7 @@ class DraftModel:
         return drafts[: drafts.index(BAD_TOKEN)] if BAD_TOKEN in drafts else drafts
 
     def _read(self, text: Sequence[int], count: int) -> mx.array:
-        """Bring the cache up to date, with room for `count` more → the logits `[1, V]` behind the text."""
+        """Bring the cache up to date, with room for `count` more → the logits `[1, V]` after the text."""
         if text is not self._text:
             self._text, self._agreed = text, 0
         known = self._start + self._agreed

@@ -1,4 +1,4 @@
-"""What guesses the tokens to come, and how many guesses are worth a pass of the model."""
+"""Drafters: what guesses the next tokens, and how many guesses are worth a pass of the model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["DraftLength", "Drafter", "Speculative", "as_drafter", "check_vocabul
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Guesses how a text goes on. A bad guess costs time and changes nothing else."""
+    """Guesses how a text continues. A wrong guess costs time and changes nothing else."""
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
-        """At most `count` tokens that may follow `text`; fewer, or none, if there is little hope.
+        """Guess at most `count` tokens that may follow `text`; fewer, or none, if they are unlikely to be right.
 
         Args:
-            text: ids of prompt and reply. One reply passes the same list each time, which only grows.
+            text: ids of prompt and reply. One reply passes the same list each time, and the list only grows.
             count: at least 1.
-            sampler: what draws the reply, as it will be at the first of these tokens; left as it was found.
+            sampler: the reply's sampler, in its state at the first of these tokens; it must be left in that state.
         """
         ...
 
@@ -32,7 +32,7 @@ Speculative: TypeAlias = Literal["lookup"] | Drafter | None
 
 
 def as_drafter(speculative: object, config: ModelConfig | None = None) -> Drafter:
-    """What guesses. Raises `OptionError` for what is no `Speculative`, or is of another vocabulary than `config`."""
+    """The drafter that `speculative` means. Raises `OptionError` for no drafter, or one of another vocabulary."""
     if isinstance(speculative, Drafter) and not isinstance(speculative, type):  # a class has the method, too
         draft = getattr(speculative, "model", None)
         if config is not None and draft is not None:
@@ -49,7 +49,7 @@ def as_drafter(speculative: object, config: ModelConfig | None = None) -> Drafte
 
 
 def check_vocabulary(draft: ModelConfig, model: ModelConfig) -> None:
-    """Refuse a draft model of another vocabulary. Raises `OptionError`."""
+    """Check that a draft model has the vocabulary of the model. Raises `OptionError`."""
     found, expected = draft.vocab_size, model.vocab_size
     if found != expected:
         raise OptionError(
@@ -59,12 +59,12 @@ def check_vocabulary(draft: ModelConfig, model: ModelConfig) -> None:
 
 
 class DraftLength:
-    """How long the next draft is to be: twice the last one if that was right, else one more than what was right of it.
+    """The length of the next draft: twice the last one if it was right, else one more than its tokens that were right.
 
-    Behind drafts of one token that was wrong there are pauses, each twice as long as the one before.
+    After a wrong draft of one token there is a pause, twice as long as the pause before.
 
     Args:
-        most: tokens.
+        most: tokens of the longest draft.
     """
 
     _FIRST, _LONGEST_PAUSE = 4, 16
@@ -75,14 +75,14 @@ class DraftLength:
         self._pause = self._left = 0
 
     def next(self) -> int:
-        """Tokens to draft now; 0 during a pause, of which each call ends a step."""
+        """Tokens to draft now. 0 during a pause; each call takes one step of the pause."""
         if self._left:
             self._left -= 1
             return 0
         return self._length
 
     def record(self, drafted: int, accepted: int) -> None:
-        """Take note of how many tokens of a draft were right."""
+        """Record how many tokens of a draft were right."""
         if accepted == drafted:
             self._length = min(self._most, max(self._length, 2 * drafted))
         else:

@@ -1,4 +1,4 @@
-"""A step of one reply that takes several tokens: they are guessed, and one pass of the model checks the guesses."""
+"""One step of a reply with guesses: they are fed in one pass, and those that are right count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Guesser", "Guesses"]
 
 
 class Guesser:
-    """Guesses for one reply; how many are worth a pass follows from how many were right lately.
+    """Makes guesses for one reply, as many as were right lately.
 
     Args:
         drafter: proposes tokens.
@@ -32,9 +32,9 @@ class Guesser:
         self._length = DraftLength(most)
 
     def guess(self, generation: Generation, cache: KVCache, sampler: Sampler) -> Guesses | None:
-        """Feed the last token told with guesses behind it, and draw behind each; None where nothing is guessed.
+        """Feed the last token with guesses after it, and draw after each; None if nothing is guessed.
 
-        Raises `OptionError` for guesses that are no tokens.
+        Raises `OptionError` if the drafter proposes ids outside the vocabulary.
         """
         room = generation.limit - generation.count - 1  # one token more is drawn than is fed behind the last
         count = min(room, self._length.next())
@@ -67,7 +67,7 @@ class Guesser:
 
 
 class Guesses:
-    """What one pass has come to: guesses, what the sampler draws behind the last token and behind each guess."""
+    """The result of one pass: the guesses, and the draws after the last token and after each guess."""
 
     def __init__(
         self, length: DraftLength, drafts: list[int], drawn: list[int], states: list[SamplerState], step: TentativeStep
@@ -79,9 +79,9 @@ class Guesses:
         self._step = step
 
     def tell(self, generation: Generation, sampler: Sampler) -> int:
-        """Tell draws while they are what was guessed, and the first that is not → the last token told.
+        """Record the draws up to the first that differs from its guess, that one included → the last token recorded.
 
-        The cache then holds all that comes before that token, and the sampler stands behind its draw.
+        Afterwards the cache holds all tokens before it, and the sampler is in its state after that draw.
         """
         place = 0
         while True:

@@ -1,7 +1,7 @@
-"""Guesses from the text itself: what followed the last time that it read as it does now.
+"""A drafter that copies from the text: what followed the last occurrence of its latest tokens.
 
-Prompt lookup decoding (Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding). No model is asked, so a
-guess costs next to nothing; it is right where a reply repeats its prompt or itself: quotes, code, tables, corrections.
+Prompt lookup decoding (Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding). No model runs, so a guess
+costs next to nothing. It is right where a reply repeats its prompt or itself: quotes, code, tables, corrections.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MOST_INDEXED = 1 << 17  # tokens
 
 
 class PromptLookup:
-    """Goes on as the text did behind the longest match of its latest tokens; among equals the latest.
+    """Continues as the text did after the longest match of its latest tokens; among equal matches the latest.
 
-    Each new token adds one entry to an index of all runs of `shortest` tokens, so that neither time per token nor the
-    number of places looked at grows with the text. Of a very long text only the latest part is known.
+    Each new token adds one entry to an index of all runs of `shortest` tokens, so that neither the time per token nor
+    the number of places compared grows with the text. Of a very long text only the latest part is indexed.
 
     Args:
         shortest: tokens that have to match.
@@ -52,7 +52,7 @@ class PromptLookup:
         return _copied(text, best, count) if best else []
 
     def _forget(self, start: int) -> None:
-        """Begin an empty index at the place `start`."""
+        """Begin an empty index at position `start`."""
         self._start = start
         self._latest: dict[tuple[int, ...], int] = {}  # a run of tokens → the latest place behind it
         self._earlier: list[int] = []  # of each place from `start` on the place before it behind the same run, or 0
@@ -62,7 +62,7 @@ class PromptLookup:
         return self._start + len(self._earlier) - 1
 
     def _add(self, text: Sequence[int]) -> None:
-        """Bring the index up to the text's end."""
+        """Add the tokens up to the end of the text to the index."""
         for place in range(self._start + len(self._earlier), len(text) + 1):
             if place - self._start < self._shortest:
                 self._earlier.append(0)
@@ -72,12 +72,12 @@ class PromptLookup:
             self._latest[run] = place
 
     def _match(self, text: Sequence[int], place: int) -> int:
-        """How many tokens before `place` are those at the text's end."""
+        """How many tokens before `place` equal those at the end of the text."""
         most = min(_LONGEST_MATCH, place)
         return next((n for n in range(most) if text[place - 1 - n] != text[-1 - n]), most)
 
 
 def _copied(text: Sequence[int], place: int, count: int) -> list[int]:
-    """`count` tokens from `place` on; where the text ends its copy goes on, as in a text that repeats itself."""
+    """`count` tokens from `place` on; at the end of the text the copy continues with itself."""
     period = len(text) - place
     return [text[place + n % period] for n in range(count)]

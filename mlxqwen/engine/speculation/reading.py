@@ -1,4 +1,4 @@
-"""One text through a draft model, a chunk at a time."""
+"""Reading a text with a draft model, one chunk at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FEW = 32  # tokens that need no work space to speak of
 
 
 def read_tokens(model: Qwen3ForCausalLM, cache: KVCache, tokens: Sequence[int], chunk: int) -> mx.array:
-    """Feed at least one token, behind what `cache` holds → the hidden state `[1, hidden_size]` of the last one.
+    """Feed at least one token, after what `cache` holds → the hidden state `[1, hidden_size]` of the last one.
 
     Args:
         chunk: tokens a step; memory grows with it.
