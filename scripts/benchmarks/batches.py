@@ -68,8 +68,8 @@ def _prompts(rows: int) -> list[list[int]]:
 def _our_steps(model: Any, rows: int) -> Iterator[None]:
     greedy = SamplingParams(temperature=0.0)
     stream = generate_tokens(model, _prompts(rows), sampling=greedy, max_tokens=_MOST_TOKENS, eos_token_ids=())
-    for token in stream:
-        if token.row == rows - 1:
+    for row, _ in stream:
+        if row == rows - 1:
             mx.synchronize()
             yield
 
