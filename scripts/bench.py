@@ -1,7 +1,8 @@
 """Measure mlxqwen beside mlx-lm: same machine, same weights, same run, turn by turn.
 
-Prints a markdown table of medians, and of the ratios of the turns. Nothing is installed or downloaded; mlx-lm and the
-real Qwen3 tokenizer come with the `dev` extra. Weights are random, of true shapes; both sides read one folder.
+Prints a markdown table of medians, and of the ratios of the turns; some parts print tables of their own. Nothing is
+installed or downloaded; mlx-lm and the real Qwen3 tokenizer come with the `dev` extra. Weights are random, of true
+shapes, or the demo model's; both sides read one folder.
 
 With --check nothing is timed: counts of work, done on MLX's CPU stream everywhere, are held to a committed baseline.
 """
@@ -58,8 +59,11 @@ def measure(options: argparse.Namespace) -> int:
         print(f"bench: {' and '.join(missing)} not installed: pip install -e '.[dev]'", file=sys.stderr)
         return 1
     names = options.names or [name for name, part in PARTS.items() if part.by_default]
-    clock = "Seconds of processor time. " if options.processor_time else ""
-    print(f"{describe()}\n\n{clock}{NOTES}\n\n{HEAD}", flush=True)
+    names = sorted(names, key=lambda name: PARTS[name].has_table)  # the lines of the common table come first
+    print(describe(), flush=True)
+    if not PARTS[names[0]].has_table:
+        clock = "Seconds of processor time. " if options.processor_time else ""
+        print(f"\n{clock}{NOTES}\n\n{HEAD}", flush=True)
     failed = False
     with (
         tempfile.TemporaryDirectory(dir=options.folder, prefix="mlxqwen-bench-") as work,
@@ -86,7 +90,7 @@ def measure(options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parts = "\n".join(f"  {name:12} {part.what}" for name, part in PARTS.items())
+    parts = "\n".join(f"  {name:13} {part.what}" for name, part in PARTS.items())
     total = sum(part.minutes for part in PARTS.values() if part.by_default)
     others = ", ".join(name for name, part in PARTS.items() if not part.by_default)
     parser = argparse.ArgumentParser(

@@ -15,11 +15,11 @@ import mlx.core as mx
 import pytest
 from benchmarks import baseline, batches, counts, parts, steps
 from benchmarks.baseline import Baseline, Change, changes, report
-from benchmarks.comparison import HEAD, Comparison, quartiles, take_turns
+from benchmarks.comparison import HEAD, Comparison, Table, quartiles, take_turns
 from benchmarks.machine import describe
+from benchmarks.primitives import uncompiled
 from benchmarks.processes import ROOT, ProcessError, Run, own_cache, python, timed
 from benchmarks.settings import Settings
-from graph_counts import uncompiled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +46,17 @@ def test_of_rates_more_is_better() -> None:
 def test_counts_have_no_unit_and_no_blank_for_it() -> None:
     row = Comparison("primitives", "mlx-lm", "", [625], [1250])
     assert row.markdown() == "| primitives | mlx-lm | 625 | 1,250 | 2.00 × |  | 1 |"
+
+
+def test_a_table_of_its_own_by_hand() -> None:
+    assert Table("Costs", ("what", "how", "bytes"), [("load", "cold", "12")], texts=2).markdown().splitlines() == [
+        "",
+        "Costs:",
+        "",
+        "| what | how | bytes |",
+        "| --- | --- | ---: |",
+        "| load | cold | 12 |",
+    ]
 
 
 def test_nothing_beside_nothing_is_a_draw() -> None:
@@ -120,7 +131,8 @@ def test_every_part_is_there() -> None:
     for part in parts.PARTS.values():
         assert part.module in modules
         source = (ROOT / "scripts" / "benchmarks" / f"{part.module}.py").read_text()
-        assert f"def {part.function}(settings: Settings) -> list[Comparison]:" in source
+        result = "Table" if part.has_table else "list[Comparison]"
+        assert f"def {part.function}(settings: Settings) -> {result}:" in source
 
 
 def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
@@ -129,14 +141,30 @@ def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
     broken = parts.Part("checkpoints", "layers_of", "a folder that is no path", 0)
     monkeypatch.setitem(parts.PARTS, "broken", broken)
     monkeypatch.setattr(bench, "describe", lambda: "here")
-    assert bench.main(["broken", "import", "--runs", "1"]) == 1
+    assert bench.main(["passes", "broken", "import", "--runs", "1"]) == 1
     told = capsys.readouterr()
     assert "bench: broken: TypeError: " in told.err
     assert "bench: import" in told.err
-    heading, *_, first, second = told.out.splitlines()
+    heading, *lines = told.out.splitlines()
     assert heading == "here"
+    first, second = (line for line in lines if line.startswith("| import"))
     assert first.startswith("| import, whole process | import mlx_lm | ")
     assert second.startswith("| import, whole process | import mlx.core | ")
+    table = lines[lines.index(second) + 1 :]  # behind the lines of the common one
+    assert table[:4] == ["", "A pass over several tokens, in passes over one:", "", "| tokens | 2 | 3 | 5 | 9 |"]
+    assert [line.split(" | ")[0] for line in table[5:]] == [
+        "| the demo",
+        "| four layers as wide as those of Qwen3-0.6B, 4 bits",
+    ]
+
+
+def test_parts_with_tables_alone_print_no_head_of_the_common_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "describe", lambda: "here")
+    monkeypatch.setattr(bench, "run_part", lambda name, settings: [Table(name, ("what", "number"), [("one", "1")])])
+    assert bench.main(["draws"]) == 0
+    assert capsys.readouterr().out == "here\n\ndraws:\n\n| what | number |\n| --- | ---: |\n| one | 1 |\n"
 
 
 def test_the_machine_in_a_line() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-import demo_data
 import pytest
-from demo_budget_tasks import cut_thought, ends_in_thought, thought_length
-from demo_source import Source
-from demo_tool_tasks import tool_conversation
+from demo import data
+from demo.budget_tasks import cut_thought, ends_in_thought, thought_length
+from demo.source import Source
+from demo.tool_tasks import tool_conversation
 
 from mlxqwen import batch_stream
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
@@ -73,13 +73,13 @@ def test_the_model_is_shown_what_generation_forces(model: Qwen3ForCausalLM, toke
 
 def test_conversations_whose_last_reply_thinks_are_told_apart(tokenizer: Tokenizer) -> None:
     source = Source(random.Random(3))
-    for make in (demo_data.conversation, tool_conversation):
+    for make in (data.conversation, tool_conversation):
         seen = set()
         for _ in range(200):
             conversation = make(source)
             thinks = ends_in_thought(conversation)
             seen.add(thinks)
-            last = demo_data.render(conversation).rpartition("<|im_start|>assistant\n")[2]
+            last = data.render(conversation).rpartition("<|im_start|>assistant\n")[2]
             thought = last.partition("<think>")[2].partition("</think>")[0].strip()
             assert bool(thought) == thinks
         assert seen == {True, False}

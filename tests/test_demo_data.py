@@ -10,14 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import demo_data
-import demo_source
-import demo_tasks
 import jinja2
 import pytest
-from demo_data import Conversation
-from demo_source import CARD_PROMPTS, CARD_WORDS, Source
-from demo_tasks import TASKS, Exchange
+from demo import data, tasks
+from demo.data import Conversation
+from demo.source import CARD_PROMPTS, CARD_WORDS, Source, in_split
+from demo.tasks import TASKS, Exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -43,7 +41,7 @@ def _qwen_template() -> jinja2.Template:
 
 
 QWEN_TEMPLATE = _qwen_template()
-DEMO_TEMPLATE = _compiled((ROOT / "scripts" / "demo_chat_template.jinja").read_text(encoding="utf-8"))
+DEMO_TEMPLATE = _compiled((ROOT / "scripts" / "demo" / "chat_template.jinja").read_text(encoding="utf-8"))
 
 _text = st.lists(
     st.sampled_from(
@@ -106,7 +104,7 @@ def test_the_template_writes_what_qwen3s_writes(
 
 def _conversations(seed: int, count: int, source: Source | None = None) -> list[Conversation]:
     source = source or Source(random.Random(seed))
-    return [demo_data.conversation(source) for _ in range(count)]
+    return [data.conversation(source) for _ in range(count)]
 
 
 def test_training_text_is_what_the_template_writes() -> None:
@@ -117,10 +115,10 @@ def test_training_text_is_what_the_template_writes() -> None:
             add_generation_prompt=True,
             enable_thinking=conversation.enable_thinking,
         )
-        text = demo_data.render(conversation)
+        text = data.render(conversation)
         assert text == QWEN_TEMPLATE.render(messages=conversation.messages, tools=conversation.tools)
         assert text.startswith(prompt)
-        assert demo_data.spans(conversation)[-1] == ("reply", text.removeprefix(prompt))
+        assert data.spans(conversation)[-1] == ("reply", text.removeprefix(prompt))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -128,10 +126,10 @@ def test_the_right_reply_is_right_and_held_out_exercises_are_never_trained_on(ta
     source = Source(random.Random(3), "held-out")
     for thinking, soft in itertools.product((True, False), repeat=2):
         for _ in range(30):
-            conversation, exchange = demo_data.exercise(task, source, thinking, soft)
-            reply = demo_data.spans(conversation)[-1][1]
-            assert demo_tasks.is_right(exchange, reply.split("</think>")[-1].removesuffix("<|im_end|>\n"))
-            assert not exchange.word or not demo_source.in_split(exchange.word, "train")
+            conversation, exchange = data.exercise(task, source, thinking, soft)
+            reply = data.spans(conversation)[-1][1]
+            assert tasks.is_right(exchange, reply.split("</think>")[-1].removesuffix("<|im_end|>\n"))
+            assert not exchange.word or not in_split(exchange.word, "train")
 
 
 @pytest.mark.parametrize("operator", "+-")
@@ -139,15 +137,15 @@ def test_held_out_numbers_are_never_trained_on_in_either_order(operator: str) ->
     source = Source(random.Random(4), "held-out")
     for _ in range(300):
         first, second = source.numbers(operator)
-        assert not demo_source.in_split(f"{first}{operator}{second}", "train")
-        assert operator == "-" or not demo_source.in_split(f"{second}{operator}{first}", "train")
+        assert not in_split(f"{first}{operator}{second}", "train")
+        assert operator == "-" or not in_split(f"{second}{operator}{first}", "train")
 
 
 def test_a_wrong_reply_is_wrong() -> None:
     asked = Exchange("count", "", "", "", "3")
-    assert demo_tasks.is_right(asked, "There are 3 r's in carrier.")
-    assert not demo_tasks.is_right(asked, "There are 13 r's in carrier.")
-    assert not demo_tasks.is_right(asked, "There are r's.")
+    assert tasks.is_right(asked, "There are 3 r's in carrier.")
+    assert not tasks.is_right(asked, "There are 13 r's in carrier.")
+    assert not tasks.is_right(asked, "There are r's.")
 
 
 @settings(max_examples=200)
@@ -155,8 +153,8 @@ def test_a_wrong_reply_is_wrong() -> None:
 def test_written_sums_and_differences_hold_line_by_line(first: int, second: int) -> None:
     low, high = sorted((first, second))
     for steps, result in (
-        (demo_tasks.add_by_digits(first, second), first + second),
-        (demo_tasks.subtract_by_digits(high, low), high - low),
+        (tasks.add_by_digits(first, second), first + second),
+        (tasks.subtract_by_digits(high, low), high - low),
     ):
         lines = re.findall(r"(\d+)([+-]\d+)([+-]1)?=(\d+)", steps)
         assert len(lines) == len(steps.split("; "))
@@ -170,7 +168,7 @@ def test_written_sums_and_differences_hold_line_by_line(first: int, second: int)
 def test_every_answer_of_a_count_is_the_count() -> None:
     source = Source(random.Random(5))
     for _ in range(500):
-        exchange = demo_tasks.count_exchange(source)
+        exchange = tasks.count_exchange(source)
         count = sum(character == exchange.letter for character in exchange.word)
         assert exchange.expected == str(count)
         spelled = exchange.thinking.split(": ")[1].split(".")[0]
@@ -178,8 +176,8 @@ def test_every_answer_of_a_count_is_the_count() -> None:
 
 
 def test_the_cards_words_and_prompts_are_never_trained_on() -> None:
-    texts = [demo_data.render(conversation) for conversation in _conversations(7, 4000)]
-    texts += demo_data.tokenizer_text(7, 500)
+    texts = [data.render(conversation) for conversation in _conversations(7, 4000)]
+    texts += data.tokenizer_text(7, 500)
     questions = {
         message["content"].removesuffix(" /think").removesuffix(" /no_think")
         for conversation in _conversations(7, 4000)
@@ -192,12 +190,12 @@ def test_the_cards_words_and_prompts_are_never_trained_on() -> None:
 
 
 def test_the_same_seed_gives_the_same_stream() -> None:
-    first, second, other = (list(itertools.islice(demo_data.stream(seed), 50)) for seed in (1, 1, 2))
+    first, second, other = (list(itertools.islice(data.stream(seed), 50)) for seed in (1, 1, 2))
     assert first == second != other
 
 
 def test_one_word_in_eight_is_held_out() -> None:
     words = {f"{a}{b}{c}" for a, b, c in itertools.product("abcdefghijklmnop", repeat=3)}
-    held_out = {word for word in words if demo_source.in_split(word, "held-out")}
-    assert held_out == {word for word in words if not demo_source.in_split(word, "train")}
+    held_out = {word for word in words if in_split(word, "held-out")}
+    assert held_out == {word for word in words if not in_split(word, "train")}
     assert 0.09 < len(held_out) / len(words) < 0.16

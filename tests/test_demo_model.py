@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import eval_demo
 import pytest
-from demo_data import ADDED_TOKENS
-from demo_source import CARD_WORDS
+from demo import evaluate
+from demo.data import ADDED_TOKENS
+from demo.source import CARD_WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -65,7 +65,7 @@ def test_every_added_token_of_qwen3_is_there(folder: Path) -> None:
 
 @both
 def test_the_template_is_the_one_under_test(folder: Path) -> None:
-    template = (ROOT / "scripts" / "demo_chat_template.jinja").read_bytes()
+    template = (ROOT / "scripts" / "demo" / "chat_template.jinja").read_bytes()
     assert (folder / "chat_template.jinja").read_bytes() == template
 
 
@@ -89,10 +89,10 @@ def demo() -> tuple[Any, Any]:
 @pytest.mark.parametrize("task", ["count", "sum"])
 def test_thinking_gets_words_and_numbers_right_that_were_never_trained_on(demo: tuple[Any, Any], task: str) -> None:
     # 95 % over many exercises, as the model's README shows: of forty, thirty-six leaves room for chance
-    assert eval_demo.accuracy(*demo, task, "thinking", n=40, seed=2) >= 0.9
+    assert evaluate.accuracy(*demo, task, "thinking", n=40, seed=2) >= 0.9
 
 
 def test_the_cards_words_are_counted_right(demo: tuple[Any, Any]) -> None:
-    assert dict(eval_demo.card_words(*demo, n=8, seed=3)) == dict.fromkeys(
+    assert dict(evaluate.card_words(*demo, n=8, seed=3)) == dict.fromkeys(
         [f"How many r's in {word}?" for word in CARD_WORDS], 1.0
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import demo_data
-import demo_tool_tasks
-from demo_source import Source
+from demo import data, tool_tasks
+from demo.source import Source
 
 from mlxqwen.chat.tools import tool_schema
 from mlxqwen.text.tokenizer import Tokenizer
@@ -27,22 +26,22 @@ def clock() -> str:
     return "14:32"
 
 
-def _conversations(count: int) -> list[demo_data.Conversation]:
+def _conversations(count: int) -> list[data.Conversation]:
     source = Source(random.Random(0))
-    return [demo_tool_tasks.tool_conversation(source) for _ in range(count)]
+    return [tool_tasks.tool_conversation(source) for _ in range(count)]
 
 
 def test_training_text_is_what_the_template_writes_and_fits_the_context(tokenizer: Tokenizer) -> None:
     for conversation in _conversations(300):
         ids = tokenizer.apply_chat_template(list(conversation.messages), tools=list(conversation.tools))
-        assert tokenizer.decode(ids) == demo_data.render(conversation)
+        assert tokenizer.decode(ids) == data.render(conversation)
         assert len(ids) <= 512
 
 
 def test_the_tools_are_what_functions_become() -> None:
-    assert tool_schema("clock", clock) == demo_tool_tasks.clock_tool()
+    assert tool_schema("clock", clock) == tool_tasks.clock_tool()
     description = "Evaluate an arithmetic expression."
-    assert tool_schema("calculator", calculator) == demo_tool_tasks.strict_calculator_tool(description)
+    assert tool_schema("calculator", calculator) == tool_tasks.strict_calculator_tool(description)
 
 
 def test_only_tools_at_hand_are_called_and_their_results_told() -> None:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from graph_counts import compare, count_primitives, ours, single_nodes, write_model
+from benchmarks.primitives import compare, count_primitives, ours, single_nodes, write_model
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plot_budget import BUDGETS, Mark, mark, plot, table
+from demo.plot_budget import BUDGETS, Mark, mark, plot, table
 
 
 def test_the_table_has_a_row_for_each_budget() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plot_stream import context_losses, stream_losses, stream_tokens
+from demo.plot_stream import context_losses, stream_losses, stream_tokens
 
 
 @pytest.mark.slow

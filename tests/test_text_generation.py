@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from demo_data import ADDED_TOKENS
+from demo.data import ADDED_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -134,7 +134,7 @@ def test_every_character_of_the_first_planes_has_the_librarys_ids() -> None:
             assert QWEN.encode(text) == REFERENCE.encode(text).ids
 
 
-@pytest.mark.parametrize("path", ["mlxqwen/device.py", "docs/conversion.md", "LICENSE", "scripts/demo_phrases.json"])
+@pytest.mark.parametrize("path", ["mlxqwen/device.py", "docs/conversion.md", "LICENSE", "scripts/demo/phrases.json"])
 def test_files_have_the_librarys_ids(path: str) -> None:
     text = (ROOT / path).read_text()
     assert QWEN.encode(text) == REFERENCE.encode(text).ids

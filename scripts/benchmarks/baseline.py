@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["BASELINE", "Baseline", "Change", "allowance", "changes", "report"]
 
-BASELINE = Path(__file__).resolve().parents[1] / "bench_counts.json"
+BASELINE = Path(__file__).with_name("counts.json")
 
 # What libraries and Python import changes with their versions, what MLX makes of an operation with its own.
 _LIBRARIES = 0.10

@@ -34,11 +34,11 @@ def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None
 
 
 def small_checkpoint(settings: Settings, layers: int = 2) -> Path:
-    """The folder that `scripts/small_model.py` writes: narrow layers, the real vocabulary and tokenizer."""
+    """The folder that `small_model.py` writes: narrow layers, the real vocabulary and tokenizer."""
     folder = settings.work / f"small-{layers}-layers"
     if not folder.exists():
         folder.mkdir()
-        timed(python(ROOT / "scripts" / "small_model.py", folder, "--layers", str(layers)))
+        timed(python("-m", "benchmarks.small_model", folder, "--layers", str(layers)))
     return folder
 
 

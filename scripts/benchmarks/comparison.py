@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["HEAD", "Comparison", "quartiles", "take_turns"]
+__all__ = ["HEAD", "Comparison", "Table", "quartiles", "take_turns"]
 
 HEAD = """\
 | what | beside | mlxqwen | the other | ratio | quartiles | turns |
@@ -51,6 +51,22 @@ class Comparison:
         numbers = [f"{_short(statistics.median(side))} {self.unit}".rstrip() for side in (self.ours, self.theirs)]
         cells = (self.what, self.beside, *numbers, f"{self.ratio:.2f} ×", spread, str(len(self.ratios)))
         return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A part's figures as a table of its own; the first `texts` columns are words, the others numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+
+    def markdown(self) -> str:
+        """Title, head and lines, behind an empty line."""
+        rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
+        lines = (f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
+        return "\n".join(("", f"{self.title}:", "", *lines))
 
 
 def quartiles(numbers: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,6 @@ All is counted on MLX's CPU stream with a CPU `Device`, wherever this runs, so t
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
-from graph_counts import KINDS, count_primitives, ours, single_nodes, write_model
-from start_counts import STARTS, imported_modules
 
+from benchmarks.modules import module_counts
+from benchmarks.primitives import KINDS, count_primitives, ours, single_nodes, write_model
 from mlxqwen.cache import make_cache
 from mlxqwen.device import current_device
 from mlxqwen.engine.conversation import Conversation
@@ -29,7 +28,7 @@ from mlxqwen.model.loading import load_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 
-__all__ = ["all_counts", "conversation_counts", "decoding_counts", "module_counts", "reply_counts"]
+__all__ = ["all_counts", "conversation_counts", "decoding_counts", "reply_counts"]
 
 # Results of these take no memory of their own: they look at their input's, or write into it.
 _VIEWS = {
@@ -161,19 +160,4 @@ def conversation_counts() -> dict[str, int]:
     for number, text in enumerate(_TURNS, start=1):
         usage = next(event.usage for event in conversation.stream(text) if isinstance(event, Done))
         found[f"prompt tokens read in turn {number}"] = usage.prompt_tokens - usage.cached_tokens
-    return found
-
-
-def module_counts() -> dict[str, int]:
-    """Modules imported, by whose they are."""
-    found: dict[str, int] = {}
-    for start, source in STARTS.items():
-        owners = {"mlxqwen": 0, "libraries": 0, "standard library": 0}
-        for name in imported_modules(source):
-            top = name.partition(".")[0]
-            if top in ("mlxqwen", "mlxqwen_convert"):
-                owners["mlxqwen"] += 1
-            else:
-                owners["standard library" if top in sys.stdlib_module_names else "libraries"] += 1
-        found |= {f"modules, {start}: {owner}": count for owner, count in owners.items()}
     return found

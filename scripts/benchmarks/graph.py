@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from graph_counts import KINDS, compare
-
 from benchmarks.comparison import Comparison
+from benchmarks.primitives import KINDS, compare
 from benchmarks.settings import Settings
 from benchmarks.sides import MLX_LM
 
@@ -12,7 +11,7 @@ __all__ = ["graph"]
 
 
 def graph(settings: Settings) -> list[Comparison]:
-    """Primitives, and the median time in which the host builds them; see `scripts/graph_counts.py`."""
+    """Primitives, and the median time in which the host builds them; see `primitives.py`."""
     rows = []
     for kind in KINDS:
         settings.tell(f"graph, {kind}")

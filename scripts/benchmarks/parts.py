@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from multiprocessing import get_context
 from typing import cast
 
 from benchmarks.clock import use_processor_time
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import Comparison, Table
 from benchmarks.processes import ProcessError
 from benchmarks.settings import Settings
 
@@ -24,13 +23,15 @@ class PartError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part lives, what it measures, about how many minutes it takes, and whether it is run unless named."""
+    """Where a part lives, what it measures, about how many minutes it takes, whether it is run unless named, and
+    whether its figures are a table of their own, or lines of the common one beside mlx-lm."""
 
     module: str
     function: str
     what: str
     minutes: float
     by_default: bool = True
+    has_table: bool = False
 
 
 PARTS = {
@@ -46,19 +47,29 @@ PARTS = {
     "batch": Part("batches", "batch", "tokens per second with 1, 8 and 32 rows", 9),
     "context": Part("contexts", "context", "a token behind up to 16,384, and in a ring of 1,024", 5),
     "moe": Part("experts", "moe", "a block of experts on 1, 8, 64 and 512 tokens", 4),
-    "speculation": Part("speculating", "speculation", "replies of the demo model with prompt lookup and without", 1),
     "convert": Part(
         "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, whole processes", 2, by_default=False
+    ),
+    "speculation": Part(
+        "speculating", "speculation", "replies of the demo model with guesses and without", 4, has_table=True
+    ),
+    "passes": Part("speculating", "passes", "a pass over several tokens", 1, by_default=False, has_table=True),
+    "draws": Part("agreement", "draws", "a draft model's draws", 1, by_default=False, has_table=True),
+    "same-replies": Part(
+        "agreement", "same_replies", "replies with guesses, token by token", 2, by_default=False, has_table=True
+    ),
+    "accuracy": Part(
+        "accuracy", "accuracy", "right answers of the demo model, converted", 9, by_default=False, has_table=True
     ),
 }
 
 
-def run_part(name: str, settings: Settings) -> list[Comparison]:
+def run_part(name: str, settings: Settings) -> list[Comparison] | list[Table]:
     """Run a part in a process of its own, so that it starts with nothing. Raises `PartError` if it fails."""
     part = PARTS[name]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return list(pool.submit(_run, part, settings).result())
+            return pool.submit(_run, part, settings).result()
         except BrokenProcessPool:
             raise PartError(f"{name}: its process was killed; there may not be enough memory") from None
         except ProcessError as error:
@@ -67,8 +78,8 @@ def run_part(name: str, settings: Settings) -> list[Comparison]:
             raise PartError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _run(part: Part, settings: Settings) -> Sequence[Comparison]:
+def _run(part: Part, settings: Settings) -> list[Comparison] | list[Table]:
     if settings.processor_time:
         use_processor_time()
     function = getattr(import_module(f"benchmarks.{part.module}"), part.function)
-    return cast(Sequence[Comparison], function(settings))
+    return [cast(Table, function(settings))] if part.has_table else cast(list[Comparison], list(function(settings)))

@@ -38,7 +38,7 @@ class Run:
 
 def environment() -> dict[str, str]:
     """The packages of this checkout come first, installed or not, and are compiled once, as installed ones are."""
-    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "convert"), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from demo_source import Source, Split
-from demo_tasks import (
+from demo.source import Source, Split
+from demo.tasks import (
     EXCHANGES,
     PHRASES,
     Exchange,

@@ -1,5 +1,7 @@
 """Plot the demo model's loss over a stream far longer than its context, in a ring with and without sinks.
 
+    python scripts/demo plot_stream [--out docs/stream_loss.png]
+
 Needs the `plot` extra. The test of the same property uses `stream_losses` from here.
 """
 
@@ -9,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import mlx.core as mx
-from demo_data import stream
 
+from demo.data import stream
 from mlxqwen import load, make_cache
 from mlxqwen.cache import KVCache
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -55,7 +57,7 @@ def context_losses(model: Qwen3ForCausalLM, tokens: list[int]) -> mx.array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/stream_loss.png"))
     arguments = parser.parse_args()
     import matplotlib.pyplot as plt
@@ -86,7 +88,3 @@ def main() -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(arguments.out, dpi=120)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Count the primitives of one decoded token and time how long the host takes to build them, beside mlx-lm.
-
-    scripts/graph_counts.py [--steps 200]
+"""The primitives of one decoded token's graph, counted, and how long the host takes to build it, beside mlx-lm.
 
 Both run the same weights: 28 layers, few numbers wide, since the width does not change what the host does. A step is
 built, counted or timed, and thrown away without evaluating it, turn by turn. On a CPU MLX spells `mx.fast.*` and
@@ -11,7 +9,6 @@ cache that it found.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -249,29 +246,3 @@ def write_model(folder: Path, experts: bool, bits: int | None, layers: int = LAY
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
     save_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="tokens that are timed")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="by default all; repeatable")
-    parser.add_argument("--nodes", action="store_true", help="print the primitives by name")
-    parser.add_argument("--cpu", action="store_true", help="the graph that is built for a CPU, not a GPU")
-    arguments = parser.parse_args()
-    device = dataclasses.replace(current_device(), is_gpu=not arguments.cpu)
-    print("| one decoded token, 28 layers | primitives | mlx-lm's | | host time | mlx-lm's | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for kind in arguments.kind or KINDS:
-        found, other = compare(kind, arguments.steps, device)
-        fewer = found.total / other.total - 1
-        print(
-            f"| {kind} | {found.total} | {other.total} | {fewer:+.0%} "
-            f"| {found.seconds * 1e6:.0f} µs | {other.seconds * 1e6:.0f} µs | {other.seconds / found.seconds:.2f} × |"
-        )
-        if arguments.nodes:
-            for name, cost in (("mlxqwen", found), ("mlx-lm", other)):
-                print(f"{name}: " + ", ".join(f"{count} {node}" for node, count in cost.primitives.most_common()))
-
-
-if __name__ == "__main__":
-    main()

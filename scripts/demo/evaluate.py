@@ -1,6 +1,6 @@
 """Print how often the demo model is right, by task and mode, as a markdown table.
 
-    python scripts/eval_demo.py --model mlxqwen/demo --n 200 --seed 1
+    python scripts/demo evaluate --model mlxqwen/demo --n 200 --seed 1
 
 Words and numbers are held out from training.  Replies are drawn as the model cards advise: temperature 0.6
 and top-p 0.95 with thinking, 0.7 and 0.8 without, top-k 20.  A reply counts only if it thinks where it is
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from demo_data import Conversation, exercise
-from demo_source import CARD_WORDS, Source
-from demo_tasks import TASKS, Exchange, Message, count_exchange, is_right
-from demo_tool_tasks import (
+from demo.data import Conversation, exercise
+from demo.source import CARD_WORDS, Source
+from demo.tasks import TASKS, Exchange, Message, count_exchange, is_right
+from demo.tool_tasks import (
     CLOCK_QUESTIONS,
     ToolUse,
     calculator_use,
@@ -29,7 +29,6 @@ from demo_tool_tasks import (
     failed,
     strict_calculator_tool,
 )
-
 from mlxqwen import Reply, SamplingParams, batch_generate, load, parse_reply
 
 THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
@@ -172,7 +171,3 @@ def main() -> None:
         measure, name = (accuracy, task) if task in TASKS else (tool_accuracy, f"tools: {task}")
         marks = [measure(model, tokenizer, task, mode, options.n, options.seed) for mode in MODES]
         print(f"| {name} |", " | ".join(f"{mark:.1%}" for mark in marks), "|", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from demo_data import Conversation
-from demo_source import Source
-from demo_tasks import PHRASES, Message, calculator_tool, random_exchange, tool_exchange
+from demo.data import Conversation
+from demo.source import Source
+from demo.tasks import PHRASES, Message, calculator_tool, random_exchange, tool_exchange
 
 CLOCK_QUESTIONS = (
     "What time is it?",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from demo_data import Conversation
-
+from demo.data import Conversation
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_source import Source, in_split
+from demo.source import Source, in_split
 
 Message = dict[str, Any]
 
@@ -32,7 +32,7 @@ TASKS = (
     "introduce (Chinese)",
 )
 
-PHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("demo_phrases.json").read_text(encoding="utf-8"))
+PHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

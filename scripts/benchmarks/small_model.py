@@ -1,6 +1,6 @@
 """Write a small checkpoint for measurements: random weights in few layers, the real vocabulary and tokenizer.
 
-scripts/small_model.py [--layers N] FOLDER
+python -m benchmarks.small_model [--layers N] FOLDER
 """
 
 from __future__ import annotations

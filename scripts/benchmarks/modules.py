@@ -1,10 +1,13 @@
-"""Count the modules that a start imports: a measure of its cost that does not depend on the machine."""
+"""The modules that a start imports: a measure of its cost that does not depend on the machine."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 
 from benchmarks.processes import environment, python
+
+__all__ = ["STARTS", "imported_modules", "module_counts"]
 
 _GENERATE = """
 from mlxqwen import generate, load
@@ -21,11 +24,6 @@ with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemEx
 STARTS = {"import mlxqwen": "import mlxqwen", "load and generate": _GENERATE, "mlxqwen generate": _COMMAND}
 
 
-def count_imported_modules() -> dict[str, int]:
-    """By kind of start, the modules that a bare interpreter has not; each in a process of its own, with the demo."""
-    return {name: len(imported_modules(start)) for name, start in STARTS.items()}
-
-
 def imported_modules(start: str) -> list[str]:
     """The names of the modules that a piece of Python imports, all that those import included."""
     source = f"import sys; bare = set(sys.modules)\n{start}\nprint(*sorted(set(sys.modules) - bare), sep='\\n')"
@@ -33,6 +31,16 @@ def imported_modules(start: str) -> list[str]:
     return result.stdout.split()
 
 
-if __name__ == "__main__":
-    for name, count in count_imported_modules().items():
-        print(f"{count:4} {name}")
+def module_counts() -> dict[str, int]:
+    """Modules imported, by whose they are."""
+    found: dict[str, int] = {}
+    for start, source in STARTS.items():
+        owners = {"mlxqwen": 0, "libraries": 0, "standard library": 0}
+        for name in imported_modules(source):
+            top = name.partition(".")[0]
+            if top in ("mlxqwen", "mlxqwen_convert"):
+                owners["mlxqwen"] += 1
+            else:
+                owners["standard library" if top in sys.stdlib_module_names else "libraries"] += 1
+        found |= {f"modules, {start}: {owner}": count for owner, count in owners.items()}
+    return found

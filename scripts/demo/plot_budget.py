@@ -1,8 +1,8 @@
 """Plot how often the demo model is right against its thinking budget, and print the numbers as a markdown table.
 
-    python scripts/plot_budget.py --n 100 --seed 1 --out docs/thinking_budget.png
+    python scripts/demo plot_budget --n 100 --seed 1 --out docs/thinking_budget.png
 
-Needs the `plot` extra. Words and numbers are held out from training; replies are drawn in batches, as `eval_demo.py`
+Needs the `plot` extra. Words and numbers are held out from training; replies are drawn in batches, as `evaluate.py`
 does, with the same seeds for every budget, so that a larger budget sees the same thoughts for longer.
 """
 
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_data import exercise
-from demo_source import Source
-from demo_tasks import is_right
-from eval_demo import replies
-
+from demo.data import exercise
+from demo.evaluate import replies
+from demo.source import Source
+from demo.tasks import is_right
 from mlxqwen import load
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 
@@ -85,7 +84,3 @@ def main() -> None:
     }
     print(table(marks))
     plot(marks, options.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ CARD_PROMPTS = (
     "Really?",
 )
 
-_WORDS = tuple(Path(__file__).with_name("demo_words.txt").read_text(encoding="utf-8").split())
+_WORDS = tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
 
 
 def _parts(text: str, empty: int = 0) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Teach the demo model more: tools, and to answer from a thought that a thinking budget has cut short.
 
-    python scripts/train_demo.py --out /tmp/first --seed 0 --steps 2000
-    python scripts/tune_demo.py --model /tmp/first --out /tmp/tuned --seed 1 --steps 500
+    python scripts/demo train --out /tmp/first --seed 0 --steps 2000
+    python scripts/demo tune --model /tmp/first --out /tmp/tuned --seed 1 --steps 500
 
-Needs the `train` extra. Nearly half of the conversations are those of `demo_data.py`, so that what was learnt is kept.
+Needs the `train` extra. Nearly half of the conversations are those of `data.py`, so that what was learnt is kept.
 The tokenizer and all other files stay as they are. The same seed, steps and versions give the same model on the same
 kind of machine; with `--minutes` there are as many steps as fit, and their number is printed.
 """
@@ -17,16 +17,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo_data
 import torch
-from demo_budget_tasks import cut_thought, ends_in_thought, thought_length
-from demo_source import Source
-from demo_tool_tasks import tool_conversation
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from train_demo import ADAM_RATE, CONTEXT, MUON_RATE, ROWS_BY_LENGTH, Muon, encode, published_weights, word_pieces
 from transformers import Qwen3ForCausalLM
 
+from demo import data
+from demo.budget_tasks import cut_thought, ends_in_thought, thought_length
+from demo.source import Source
+from demo.tool_tasks import tool_conversation
+from demo.train import ADAM_RATE, CONTEXT, MUON_RATE, ROWS_BY_LENGTH, Muon, encode, published_weights, word_pieces
 from mlxqwen.text.tokenizer import Tokenizer as BudgetTokenizer
 
 SHARES = {"first training": 0.45, "tools": 0.30, "thoughts cut short": 0.25}
@@ -40,12 +40,12 @@ def sample(source: Source, tokenizer: Tokenizer, budget_tokenizer: BudgetTokeniz
     """Token ids and weights in the loss of one random conversation."""
     kind = source.random.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     if kind == "first training":
-        return encode(demo_data.conversation(source), tokenizer)
+        return encode(data.conversation(source), tokenizer)
     if kind == "tools":
         return encode(tool_conversation(source), tokenizer)
     while True:
         with_tools = source.random.random() < TOOLS_IN_CUT
-        conversation = tool_conversation(source) if with_tools else demo_data.conversation(source)
+        conversation = tool_conversation(source) if with_tools else data.conversation(source)
         if ends_in_thought(conversation):
             break
     ids, weights = encode(conversation, tokenizer)
@@ -145,7 +145,3 @@ def save_weights(model: Qwen3ForCausalLM, out: Path) -> None:
     weights = out / "model.safetensors"
     save_file(published_weights(model), str(weights), metadata={"format": "pt"})
     weights.chmod(0o644)
-
-
-if __name__ == "__main__":
-    main()
