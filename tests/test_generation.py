@@ -113,9 +113,7 @@ def test_every_row_gets_what_it_would_get_alone(
 ) -> None:
     params = params[: len(prompts)]
     with own_scheduler(tiny, is_gpu=is_gpu):
-        stream = generate_tokens(
-            tiny, prompts, sampling=params, max_tokens=6, eos_token_ids=ends, prefill_chunk=chunk
-        )
+        stream = generate_tokens(tiny, prompts, sampling=params, max_tokens=6, eos_token_ids=ends, prefill_chunk=chunk)
         found = rows_of(stream)
     assert found == [by_the_book(tiny, prompt, one, 6, ends) for prompt, one in zip(prompts, params, strict=True)]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.request import Request
 from mlxqwen.engine.scheduler import Scheduler

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from typing import Any
 
 import mlx.core as mx
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -95,9 +95,7 @@ def counts_of(last: GeneratedToken) -> tuple[int, int]:
     return last.drafted_tokens, last.accepted_tokens
 
 
-def speculate_tokens(
-    model: Qwen3ForCausalLM, prompt: Sequence[int], drafter: Drafter, **options: Any
-) -> TokenStream:
+def speculate_tokens(model: Qwen3ForCausalLM, prompt: Sequence[int], drafter: Drafter, **options: Any) -> TokenStream:
     return generate_tokens(model, prompt, drafter=drafter, **options)
 
 
@@ -283,7 +281,8 @@ def test_forced_tokens_are_no_right_guesses(tiny: Qwen3ForCausalLM) -> None:
     constraints = constrained(lambda: ForcedUnless(1, forced, []))
     drafter = KnowsTheReply([1, 2], [plain[0], *forced], set())
     found = [
-        one for _, one in speculate_tokens(tiny, [1, 2], drafter, sampling=GREEDY, max_tokens=6, constraints=constraints)
+        one
+        for _, one in speculate_tokens(tiny, [1, 2], drafter, sampling=GREEDY, max_tokens=6, constraints=constraints)
     ]
     assert [one.token for one in found] == [plain[0], *forced]
     assert found[-1].drafted_tokens > 0

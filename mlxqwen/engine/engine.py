@@ -15,9 +15,10 @@ from mlxqwen.checks import check_integer
 from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
 from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
-from mlxqwen.engine.events import Done, Event, Timings, Usage, events_of
+from mlxqwen.engine.events import Done, Event, Timings, Usage
+from mlxqwen.engine.handle import Handle, events_of
 from mlxqwen.engine.loading import Converter, load_models
-from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, check_draft_tokens
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, Request, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
@@ -309,7 +310,7 @@ class Engine:
             constraints=constraints,
         )
         request, _ = self._responder.request(messages, options)
-        return events_of(scheduler_of(self.model), request, on_prefill)
+        return events_of(lambda: self._submit(request, on_prefill))
 
     def reply(
         self,
@@ -335,7 +336,12 @@ class Engine:
         own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
         reports = on_prefill is not None
         request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)
-        return events_of(scheduler_of(self.model), request, on_prefill)
+        return events_of(lambda: self._submit(request, on_prefill))
+
+    def _submit(self, request: Request, on_prefill: OnPrefill) -> Handle:
+        handle = scheduler_of(self.model).submit(request)
+        handle.on_prefill = on_prefill
+        return handle
 
     def run_tools(
         self,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxqwen.chat.reply import Delta, Reply
 from mlxqwen.engine.generation import FinishReason
 
-if TYPE_CHECKING:
-    from mlxqwen.engine.request import Request
-    from mlxqwen.engine.scheduler import Scheduler
-
-__all__ = ["Done", "Event", "Timings", "Usage", "assistant_message", "events_of"]
+__all__ = ["Done", "Event", "Timings", "Usage", "assistant_message"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +64,6 @@ class Done:
 
 
 Event = Delta | Done
-
-
-def events_of(scheduler: Scheduler, request: Request, on_prefill: Callable[[int, int], None] | None) -> Iterator[Event]:
-    """Submit a request when its first event is asked for, and yield its events; closing the iterator cancels it."""
-    handle = scheduler.submit(request)
-    handle.on_prefill = on_prefill
-    yield from handle
 
 
 def assistant_message(reply: Reply) -> dict[str, Any]:

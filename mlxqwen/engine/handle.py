@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlxqwen.chat.reply import Reply
@@ -13,15 +13,31 @@ from mlxqwen.engine.generation import FinishReason, GeneratedToken, Generation, 
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mlxqwen.cache.prefix_store import Pin
     from mlxqwen.engine.request import Request
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "events_of"]
 
 logger = logging.getLogger("mlxqwen")
+
+
+def events_of(begin: Callable[[], Handle]) -> Iterator[Event]:
+    """The events of a request: a `Delta` as each piece becomes certain, and `Done` at the end.
+
+    Args:
+        begin: gives its handle; called when the first event is asked for. Left early, the request ends.
+    """
+    handle = begin()
+    while True:
+        try:
+            token = handle.next_token()
+        except StopIteration:
+            return
+        yield from token.deltas
+        if token.finish_reason is not None:
+            yield handle.done(token)
+            return
 
 
 class Handle:
@@ -79,7 +95,7 @@ class Handle:
             StopIteration: the reply is over.
             MlxqwenError: it failed.
         """
-        generation = self._generation
+        generation, scheduler = self._generation, self._scheduler
         while True:
             token = self.poll()
             if token is not None:
@@ -88,7 +104,7 @@ class Handle:
                 raise generation.error
             if generation.is_over:
                 raise StopIteration
-            self.wait()
+            scheduler.driver.drive(scheduler, generation)
 
     def poll(self) -> GeneratedToken | None:
         """The next token if it is there, else None."""
@@ -141,21 +157,13 @@ class Handle:
 
     def __iter__(self) -> Iterator[Event]:
         """Yield a `Delta` as each piece becomes certain, and `Done` at the end."""
-        while True:
-            try:
-                token = self.next_token()
-            except StopIteration:
-                return
-            yield from token.deltas
-            if token.finish_reason is not None:
-                yield self._done(token)
-                return
+        return events_of(lambda: self)
 
     def poll_done(self) -> Done | None:
         """Take the tokens that are there → `Done` if they end the reply, else None. Raises the error of the request."""
         while (token := self.poll()) is not None:
             if token.finish_reason is not None:
-                return self._done(token)
+                return self.done(token)
         if self.error is not None:
             raise self.error
         return None
@@ -167,7 +175,7 @@ class Handle:
                 return event
         raise OptionError("handle: found a request that was cancelled, expected its end")
 
-    def _done(self, last: GeneratedToken) -> Done:
+    def done(self, last: GeneratedToken) -> Done:
         generation = self._generation
         pipeline = generation.pipeline
         reply = Reply(None, "") if pipeline is None else pipeline.reply

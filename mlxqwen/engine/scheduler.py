@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 
@@ -231,26 +233,34 @@ class Scheduler:
 
         An exception in a forward pass ends the replies of that pass. An interrupt leaves everything as before.
         """
-        with EVALUATION:
-            self._is_stepping = True
-            try:
-                return self._step()
-            finally:
-                self._is_stepping = False
-
-    def _step(self) -> bool:
-        with interrupts_deferred():
-            self._take_submitted()
-            self._drop_cancelled()
-            self._admit()
-            if self._give_up_parked():
+        with EVALUATION, self._stepping():
+            with interrupts_deferred():
+                self._take_submitted()
+                self._drop_cancelled()
                 self._admit()
-        worked = self._read()
-        worked |= self._decode()
+                if self._give_up_parked():
+                    self._admit()
+            has_read = self._read()
+            if self._device.overlaps_steps:
+                self._queue_ahead()
+            with interrupts_deferred():
+                batches = self._tell()
+            guesser = self._lone(batches or [])
+            for batch in batches or ():
+                if guesser is None or not batch.guess(guesser):
+                    batch.advance()
+            return has_read or batches is not None
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
         self._steps += 1
+        self._is_stepping = True
+        try:
+            yield
+        finally:
+            self._is_stepping = False
         if self._steps % _CLEAR_EVERY == 0:
             mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
-        return worked
 
     # Waiting
 
@@ -399,27 +409,19 @@ class Scheduler:
 
     # Decoding
 
-    def _decode(self) -> bool:
-        """Record the tokens drawn in the last step, and begin to draw the next ones."""
-        if all(batch.is_parked for batch in self._alive_batches()):
-            return False
-        if self._device.overlaps_steps:
-            self._queue_ahead()
-        with interrupts_deferred():
-            if any(batch.owner not in (None, batch.cache) for batch in self._alive_batches()):
-                self._arrange()  # rows of a caller's own cache are there before any of them ends
-            for batch in self._alive_batches():
-                if not batch.is_parked:
-                    batch.tell()
-                    self._finish(batch)
-            for batch in self._arrange():
-                self._make_room_to_grow(batch)
-        batches = [batch for batch in self._alive_batches() if not batch.is_parked]
-        guesser = self._lone(batches)
-        for batch in batches:
-            if guesser is None or not batch.guess(guesser):
-                batch.advance()
-        return True
+    def _tell(self) -> list[RunningBatch] | None:
+        """Give the tokens drawn in the last step to their replies → the batches that go on; None if there were none."""
+        if any(batch.owner not in (None, batch.cache) for batch in self._alive_batches()):
+            self._arrange()  # rows of a caller's own cache are there before any of them ends
+        told = [batch for batch in self._alive_batches() if not batch.is_parked]
+        for batch in told:
+            batch.tell()
+            self._finish(batch)
+        if not told:
+            return None
+        for batch in self._arrange():
+            self._make_room_to_grow(batch)
+        return [batch for batch in self._alive_batches() if not batch.is_parked]
 
     def _queue_ahead(self) -> None:
         """On a GPU, start the next forward passes before the last tokens are read: this hides the host's work."""
