@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def command(*arguments: str, unbuffered: bool = False, cwd: str | None = None, *
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     if unbuffered:
         environment["PYTHONUNBUFFERED"] = "1"
-    given: dict[str, int] = {
+    given: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -102,8 +103,8 @@ def test_named_streams_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None
     assert [sys.stdin.readline() for _ in range(3)] == ["one\n", "two\udcff\n", "\\xfc\n"]
     sys.stdout.flush()
     assert os.read(reading, 10) == b"\xe9"
-    for stream in (sys.stdin, sys.stdout, sys.stderr, *streams.values()):
-        stream.close()
+    for opened in (sys.stdin, sys.stdout, sys.stderr, *streams.values()):
+        opened.close()
 
 
 def test_streams_in_memory_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

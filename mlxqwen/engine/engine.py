@@ -270,8 +270,8 @@ class Engine:
             sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
             max_tokens: by default 32,768, and never more than the context has room for.
             seed: the same seed gives the same reply.
-            stop: end before the first of these texts in the content; reasoning and calls may hold them. At most 64 texts
-                of 1,024 characters.
+            stop: end before the first of these texts in the content; reasoning and calls may hold them. At most 64,
+                of 1,024 characters each.
             stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
