@@ -1,11 +1,11 @@
-"""What tests of the scheduler share: requests, what each of them gets alone, constraints, and machines of any memory."""
+"""What tests of the scheduler share: requests, what each gets alone, constraints, and machines of any memory."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -46,6 +46,11 @@ def new_scheduler(model: Qwen3ForCausalLM, *, store: int = 0, **options: Any) ->
     scheduler = Scheduler(model, **options)
     scheduler.use_store(store)
     return scheduler
+
+
+def has_work(scheduler: Scheduler) -> bool:
+    """What the scheduler says; a call, as type checkers take a property for what it was."""
+    return scheduler.has_work
 
 
 def taken(handle: Handle) -> list[GeneratedToken]:
@@ -174,11 +179,11 @@ def _machine(model: Qwen3ForCausalLM, cache_bytes: int, is_gpu: bool) -> Device:
 
 @contextmanager
 def watched(before: Callable[[tuple[int, ...]], None]) -> Iterator[None]:
-    """Call `before` with the shape `(rows, tokens)` of each step that a model takes; what it raises the model raises."""
+    """Call `before` with the shape `(rows, tokens)` of each step of a model; what it raises the model raises."""
     step = Qwen3Model.__call__
 
     def recorded(self: Qwen3Model, tokens: mx.array, *args: Any, **options: Any) -> mx.array:
-        before(cast(tuple[int, ...], tokens.shape))
+        before(tokens.shape)
         return step(self, tokens, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -188,7 +193,7 @@ def watched(before: Callable[[tuple[int, ...]], None]) -> Iterator[None]:
 
 @contextmanager
 def own_scheduler(model: Qwen3ForCausalLM, *, is_gpu: bool = False, **options: Any) -> Iterator[Scheduler]:
-    """Let what is generated within have a scheduler of its own, which shares nothing, on a machine that is a GPU or not."""
+    """Let what is generated within have a scheduler of its own, which shares nothing."""
     with machine(model, 1 << 32, is_gpu=is_gpu), pytest.MonkeyPatch.context() as patch:
         scheduler = new_scheduler(model, **options)
         patch.setattr("mlxqwen.engine.token_stream.scheduler_of", lambda _: scheduler)

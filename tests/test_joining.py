@@ -378,7 +378,8 @@ def test_rows_that_are_stopped_before_they_join_leave_nothing(
     assert stream.submit(asked([1] * 9, 1)) == 401
     assert [row for row, _ in stream] == [0, 401, 0, 0]
     assert calls == [(1, 2), *[(1, 1)] * 9, (1, 9), (1, 1), (1, 1)]
-    assert not (stream._requests or stream._handles)
+    assert not stream._requests
+    assert not stream._handles
 
 
 @pytest.mark.parametrize("row", [-1, 1])

@@ -15,7 +15,7 @@ from mlxqwen.engine.scheduler import Scheduler
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from tests.conftest import VOCAB_SIZE, random_model
-from tests.scheduling import KINDS, alone, asked, ids, machine, new_scheduler, run, taken, watched
+from tests.scheduling import KINDS, alone, asked, has_work, ids, machine, new_scheduler, run, taken, watched
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +158,15 @@ def test_a_thousand_requests_at_once(model: Qwen3ForCausalLM) -> None:
     for place in range(0, 1000, 97):
         assert found[place] == alone(model, requests[place])
     assert scheduler.cache_bytes == 0
-    assert not (scheduler.waiting or scheduler.reading or scheduler.running)
+    assert [*scheduler.waiting, *scheduler.reading, *scheduler.running] == []
 
 
 def test_nothing_is_done_where_nothing_waits(model: Qwen3ForCausalLM) -> None:
     scheduler = new_scheduler(model)
     assert not scheduler.step()
-    assert not scheduler.has_work
+    assert has_work(scheduler) is False
     handle = scheduler.submit(asked([1], 1))
-    assert scheduler.has_work
+    assert has_work(scheduler)
     run(scheduler, [handle])
     assert not scheduler.step()
 

@@ -67,7 +67,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
 
 
 def finish(scheduler: Scheduler, handles: Sequence[Handle], error: type[BaseException]) -> tuple[list[list[int]], int]:
-    """Steps until nothing is left to do, on and on where `error` comes out of one → the tokens of each, and how often."""
+    """Steps until nothing is left to do, on where `error` comes out of one → the tokens of each, and how often."""
     found: list[list[int]] = [[] for _ in handles]
     raised = 0
     worked = True
@@ -200,7 +200,7 @@ def test_a_constraint_that_raises_ends_its_own_reply_alone(
     def explode(self: Breaks, *_: int) -> None:
         if len(self.seen) == 2:
             raise RuntimeError("a constraint's own")
-        return getattr(Only, name)(self, *_)  # type: ignore[no-any-return]
+        return getattr(Only, name)(self, *_)
 
     setattr(Breaks, name, explode)
     with machine(model, 1 << 30, is_gpu=is_gpu):

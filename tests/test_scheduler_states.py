@@ -76,8 +76,7 @@ def assert_as_alone(reply: Reply, *, whole: bool) -> None:
         place = next(n for n, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other)
         request = reply.handle.request
         text = mx.array([[*request.prompt, *expected[:place]]])
-        assert not isinstance(request.cache, type(None))
-        logits = shared_model()(text, request.cache.make(shared_model()))[0, -1]  # type: ignore[union-attr]
+        logits = shared_model()(text, KINDS[reply.kind].make(shared_model()))[0, -1]
         gap = abs((logits[found[place]] - logits[expected[place]]).item())
         assert gap <= RING_BOUND[reply.kind], (reply.kind, place, gap)
         return
@@ -203,3 +202,8 @@ class SchedulerStates(RuleBasedStateMachine):
 
 TestSchedulerStates = SchedulerStates.TestCase
 TestSchedulerStates.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.slow
+class TestMoreSchedulerStates(SchedulerStates.TestCase):
+    settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

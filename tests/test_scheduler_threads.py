@@ -163,11 +163,11 @@ def test_a_plain_iterator_starts_no_thread() -> None:
 
 def test_the_loops_thread_ends_with_the_model() -> None:
     before = set(threading.enumerate())
-    model = random_model()
-    list(generate_tokens(model, [1], max_tokens=2))
-    in_threads(1, lambda _: list(generate_tokens(model, [1], max_tokens=2)))
+    models = [random_model()]
+    list(generate_tokens(models[0], [1], max_tokens=2))
+    in_threads(1, lambda _: list(generate_tokens(models[0], [1], max_tokens=2)))
     (own,) = set(threading.enumerate()) - before
-    del model
+    models.clear()
     own.join(timeout=20)
     assert not own.is_alive()
 

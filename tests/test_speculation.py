@@ -350,8 +350,8 @@ def test_replies_follow_the_distribution(params: SamplingParams, drafter: Drafte
     found = []
     for seed in range(800):
         seeded = dataclasses.replace(params, seed=seed)
-        reply = tokens_of(speculate_tokens(small, prompt, drafter, sampling=seeded, max_tokens=3))
-        found.append(int(np.ravel_multi_index(tuple(reply), (5, 5, 5))))
+        drawn = tokens_of(speculate_tokens(small, prompt, drafter, sampling=seeded, max_tokens=3))
+        found.append(int(np.ravel_multi_index(tuple(drawn), (5, 5, 5))))
     assert_drawn_from(expected, found)
 
 
