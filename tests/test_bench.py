@@ -13,7 +13,7 @@ from pathlib import Path
 import bench
 import mlx.core as mx
 import pytest
-from benchmarks import baseline, batches, counts, parts, steps
+from benchmarks import baseline, batches, counts, parts, starting, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, Table, quartiles, take_turns
 from benchmarks.machine import describe
@@ -141,20 +141,29 @@ def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
     broken = parts.Part("checkpoints", "layers_of", "a folder that is no path", 0)
     monkeypatch.setitem(parts.PARTS, "broken", broken)
     monkeypatch.setattr(bench, "describe", lambda: "here")
-    assert bench.main(["passes", "broken", "import", "--runs", "1"]) == 1
+
+    figures: dict[str, list[Comparison] | list[Table]] = {
+        "draws": [Table("Draws", ("what", "number"), [("one", "1")])],
+        "import": [Comparison("import", "import mlx_lm", "s", [1.0], [2.0])],
+    }
+    monkeypatch.setattr(bench, "run_part", lambda name, settings: figures.get(name) or parts.run_part(name, settings))
+    assert bench.main(["draws", "broken", "import"]) == 1
     told = capsys.readouterr()
     assert "bench: broken: TypeError: " in told.err
     assert "bench: import" in told.err
     heading, *lines = told.out.splitlines()
     assert heading == "here"
-    first, second = (line for line in lines if line.startswith("| import"))
-    assert first.startswith("| import, whole process | import mlx_lm | ")
-    assert second.startswith("| import, whole process | import mlx.core | ")
-    table = lines[lines.index(second) + 1 :]  # behind the lines of the common one
-    assert table[:4] == ["", "A pass over several tokens, in passes over one:", "", "| tokens | 2 | 3 | 5 | 9 |"]
-    assert [line.split(" | ")[0] for line in table[5:]] == [
-        "| the demo",
-        "| four layers as wide as those of Qwen3-0.6B, 4 bits",
+    assert lines[-7].startswith("| import | import mlx_lm | 1.00 s |")
+    assert lines[-6:] == ["", "Draws:", "", "| what | number |", "| --- | ---: |", "| one | 1 |"]  # tables come last
+
+
+def test_imports_are_lines_beside_mlx_lm_and_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"import mlxqwen": 1.0, "import mlx_lm": 3.0, "import mlx.core": 2.0}
+    monkeypatch.setattr(starting, "timed", lambda command: Run(seconds[command[-1]], 0.0, 0))
+    rows = starting.imports(Settings(Path(), runs=2))
+    assert [(row.beside, row.ours, row.theirs) for row in rows] == [
+        ("import mlx_lm", [1.0, 1.0], [3.0, 3.0]),
+        ("import mlx.core", [1.0, 1.0], [2.0, 2.0]),
     ]
 
 
@@ -276,28 +285,34 @@ def test_check_fails_for_a_doctored_baseline(
     assert "| model calls | 9 | 10 | worse |" in capsys.readouterr().out
 
 
-def test_the_committed_baseline_counts_what_is_counted_now() -> None:
+@pytest.fixture(scope="module")
+def reply_counts() -> dict[str, int]:
+    """Counted once; the same every time, as the last test of them holds."""
+    return counts.reply_counts()
+
+
+def test_the_committed_baseline_counts_what_is_counted_now(reply_counts: dict[str, int]) -> None:
     committed = Baseline.read(baseline.BASELINE)
-    for count in (*counts.reply_counts(), *counts.decoding_counts()):
+    for count in (*reply_counts, *counts.decoding_counts()):
         assert count in committed.counts
     assert committed.counts["modules, import mlxqwen: libraries"] == 0
 
 
-def test_a_reply_takes_one_call_a_token_and_one_for_each_chunk() -> None:
-    found = counts.reply_counts()
-    assert found["model calls per reply of 300 tokens to 700"] == 2 + 299
-    assert found["positions with logits per reply of 300 tokens to 700"] == 300
-    assert found == counts.reply_counts()
+def test_a_reply_takes_one_call_a_token_and_one_for_each_chunk(reply_counts: dict[str, int]) -> None:
+    assert reply_counts["model calls per reply of 300 tokens to 700"] == 2 + 299
+    assert reply_counts["positions with logits per reply of 300 tokens to 700"] == 300
 
 
-def test_a_machine_with_a_gpu_counts_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, default = counts.reply_counts(), [mx.Device(mx.gpu)]
+def test_a_machine_with_a_gpu_counts_the_same_on_its_cpu(
+    reply_counts: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = [mx.Device(mx.gpu)]
     monkeypatch.setattr(mx, "default_device", lambda: default[-1])
     monkeypatch.setattr(mx, "set_default_device", default.append)
     current_device.cache_clear()
     try:
         assert current_device().is_gpu
-        assert counts.reply_counts() == expected
+        assert counts.reply_counts() == reply_counts
         assert [device.type for device in default[1:]] == [mx.DeviceType.cpu, mx.DeviceType.gpu]
         assert current_device().is_gpu
     finally:

@@ -207,7 +207,7 @@ def sink_logits(cache: KVCache, row: Row, at: int, keep: int, chunk: int, *, rot
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_far_into_a_stream_sinks_are_seen_as_from_the_windows_end(chunk: int, kv_bits: int | None) -> None:
     window, keep = 16, 3
-    near, far = window + 5, 50 * window
+    near, far = window + 5, 20 * window
     row = random_tokens(far + 1, seed=3)
     for part in row:
         part[:, near] = part[:, far]

@@ -322,15 +322,17 @@ def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     (out / "chat_template.jinja").write_bytes(template.read_bytes())
 
 
-def train(model: Any, tokenizer: Tokenizer, steps: int, seed: int, out: Path) -> float:
-    """Train `model` in place, saving it at times; returns the mean loss of the last tenth of the steps."""
+def make_optimizers(model: Any) -> list[Muon | torch.optim.AdamW]:
+    """Muon for the matrices of the layers, AdamW for embeddings and vectors."""
     named = list(model.named_parameters())
     matrices = [weight for name, weight in named if weight.ndim > 1 and "embed" not in name]
     others = [weight for name, weight in named if weight.ndim == 1 or "embed" in name]
-    optimizers = [
-        Muon(matrices, MUON_RATE),
-        torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return [Muon(matrices, MUON_RATE), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def train(model: Any, tokenizer: Tokenizer, steps: int, seed: int, out: Path) -> float:
+    """Train `model` in place, saving it at times; returns the mean loss of the last tenth of the steps."""
+    optimizers = make_optimizers(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
     def weighted_loss(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from demo import data
 from demo.budget_tasks import cut_thought, ends_in_thought, thought_length
 from demo.source import Source
 from demo.tool_tasks import tool_conversation
-from demo.train import ADAM_RATE, CONTEXT, MUON_RATE, ROWS_BY_LENGTH, Muon, encode, published_weights, word_pieces
+from demo.train import CONTEXT, ROWS_BY_LENGTH, encode, make_optimizers, published_weights, word_pieces
 from mlxqwen.text.tokenizer import Tokenizer as BudgetTokenizer
 
 SHARES = {"first training": 0.45, "tools": 0.30, "thoughts cut short": 0.25}
@@ -101,13 +101,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     budget_tokenizer = BudgetTokenizer.from_folder(options.model)
     model = Qwen3ForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    named = list(model.named_parameters())
-    matrices = [weight for name, weight in named if weight.ndim > 1 and "embed" not in name]
-    others = [weight for name, weight in named if weight.ndim == 1 or "embed" in name]
-    optimizers = [
-        Muon(matrices, MUON_RATE),
-        torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    optimizers = make_optimizers(model)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if options.out.resolve() != options.model.resolve():
         shutil.copytree(options.model, options.out, dirs_exist_ok=True)

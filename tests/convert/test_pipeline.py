@@ -421,9 +421,9 @@ def _peak_of(source: Path, output: Path, *options: str) -> int:
 @pytest.mark.parametrize(
     ("shape", "sizes", "form"),
     [
-        ("Qwen3-0.6B", {}, "bf16"),
+        ("Qwen3-0.6B", {"num_hidden_layers": 4}, "bf16"),
         ("Qwen3-4B", {"num_hidden_layers": 2, "vocab_size": 16_384}, "gptq"),
-        ("Qwen3-30B-A3B", {"num_hidden_layers": 1, "vocab_size": 16_384}, "fp8"),
+        ("Qwen3-30B-A3B", {"num_hidden_layers": 1, "num_experts": 32, "vocab_size": 16_384}, "fp8"),
     ],
 )
 def test_memory_does_not_depend_on_the_model(
@@ -431,10 +431,11 @@ def test_memory_does_not_depend_on_the_model(
 ) -> None:
     monkeypatch.setitem(SHAPES, shape, {**SHAPES[shape], **sizes})
     make_checkpoint(tmp_path / "in", shape, form=form, holes=True)  # drawing numbers takes several times the conversion
+    weights = sum(path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors"))
     peak = _peak_of(tmp_path / "in", tmp_path / "out")
     shutil.rmtree(tmp_path / "in")
     shutil.rmtree(tmp_path / "out")
-    assert peak <= 96 << 20
+    assert peak <= 96 << 20 < weights
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
     Numbers that are slow to draw repeat.
     """
-    small = {"hidden_size": 1024, "num_hidden_layers": 1}
+    small = {"hidden_size": 512, "num_hidden_layers": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "wide", {**SHAPES["Qwen3-32B"], **small, "vocab_size": 2048})
         patch.setitem(SHAPES, "tall", {**SHAPES["Qwen3-8B"], **small, "vocab_size": 30_000})
