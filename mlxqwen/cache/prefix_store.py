@@ -117,7 +117,7 @@ class PrefixStore:
 
     Args:
         fingerprint: of the model's weights, see `model_fingerprint`; a function is called at the first use.
-        capacity: bytes. 0 keeps only what is pinned. It may be more than the memory: whoever runs short of memory calls
+        capacity: bytes. 0 keeps only what is pinned. It may be more than the memory: a caller short of memory calls
             `shrink`.
         disk: the disk tier.
 

@@ -44,7 +44,7 @@ def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], *, expect_tho
     Where the tokenizer has tokens for the tags, text that spells them is no tag.
 
     Args:
-        expect_thought: whether a model that is free begins in thought, be it without a tag of its own: True then.
+        expect_thought: True if a model that decides begins in thought, even without a tag; the result is True then.
     """
     end = prompt[-8:]
     last = next((int(token) for token in reversed(end) if tokenizer.token_bytes(token).strip()), None)

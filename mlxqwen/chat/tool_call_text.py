@@ -21,7 +21,7 @@ _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 def parse_tool_calls(text: str) -> list[tuple[str, str]]:
     """The calls in the JSON of one call or of a list → the name of each function and the JSON text of its arguments.
 
-    The arguments are the text that stands there, be it an object or a string that holds one; line breaks and tabs in
+    The arguments are the text as written, an object or a string that holds one; line breaks and tabs in
     its strings are escaped. `parameters` is read where there are no `arguments`. Missing or null arguments are "{}".
     A code fence around the JSON is taken off.
 

@@ -119,7 +119,7 @@ class PlainView:
     Args:
         answers: for content alone.
         others: for reasoning and for all that is said besides.
-        folds_reasoning: leave the reasoning out, but for its line.
+        folds_reasoning: show one line instead of the reasoning.
         count_tokens: of a text of reasoning.
     """
 

@@ -62,10 +62,10 @@ class Conversation:
         messages: what was said before, as in OpenAI's API; copied.
         max_kv_size, keep, kv_bits: of the cache; see `mlxqwen.make_cache`. A window that has slid on cannot go back: it
             is kept where the next turn is expected to go on.
-        **options: those of `Engine.stream`, but for `cache`, for every turn that gives no others.
+        **options: those of `Engine.stream`, except `cache`, for every turn that gives no others.
 
     Raises:
-        MessagesError, OptionError: messages or options that cannot be.
+        MessagesError, OptionError: messages that are no conversation, options out of range.
 
     Attributes:
         engine: as given.
@@ -135,7 +135,8 @@ class Conversation:
                 called. The last one must be there to be answered: of a user or a tool.
             keep_partial: if the stream is abandoned after its first delta, keep what was said until then as the
                 assistant's message.
-            **options: those of `Engine.stream`, but for `cache`, over those of the conversation. What `drop_oldest`
+            **options: those of `Engine.stream`, except `cache`, which replace those of the conversation. What
+            `drop_oldest`
                 leaves out of the prompt stays in `messages`.
 
         Raises:

@@ -70,7 +70,7 @@ def load(
         rope_scaling: replaces that of `config.json`, for example
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
         revision: a branch, tag or commit of a hub id.
-        yarn_factor: shorter for YaRN over the trained context.
+        yarn_factor: extends the trained context this many times by YaRN.
         force: load even what does not fit this machine's memory.
         fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
             in an MLX checkpoint, to change, train, save or quantize.
@@ -120,7 +120,7 @@ class Engine:
     Attributes:
         model, tokenizer: as given.
         speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
-            that it guesses; see `mlxqwen.stream_generate`. Replies are the same as without, but for rounding.
+            that it guesses; see `mlxqwen.stream_generate`. Replies are the same as without, except for rounding.
     """
 
     def __init__(
@@ -257,14 +257,15 @@ class Engine:
 
         Args:
             messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
-            thinking: the hard switch; None leaves it to the template, whose default is to think. Where thinking is
-                allowed, `/think` and `/no_think` in the latest user or system message steer it. With True and no
-                `/no_think`, all up to `</think>` is reasoning, and a reply without one is nothing else, as the model
-                need not open its thought; else a reply is content unless it opens with `<think>`. A chat template may
-                have no such switch: a value that the model does not follow is then noted once, and read as None.
+            thinking: the hard switch: True allows thinking, False does not, None leaves it to the chat template, whose
+                default is to think. Where thinking is allowed, `/think` and `/no_think` in the latest user or system
+                message steer it. With True and no `/no_think`, everything up to `</think>` is reasoning, even if the
+                model does not open its thought, and a reply without `</think>` is reasoning alone. Otherwise a reply
+                is content unless it opens with `<think>`. If the template has no such switch, a value that the model
+                does not follow is logged once, and read as None.
             thinking_budget: at most about this many tokens of thought, then an answer. 0 is `thinking=False`, and
-                refused with True, as any other is with False; one that is not reached, be it larger than the context,
-                changes nothing.
+                refused with True, as any other budget is with False. A budget that is not reached changes nothing, even
+                one larger than the context.
             early_stop_text: the sentence that ends a thought over its budget; by default Qwen's. Only with a budget.
             tools: JSON schemas of functions that the model may call.
             sampling: `SamplingParams`, or single options by name over the model card's profile for the mode.
@@ -276,7 +277,7 @@ class Engine:
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
             drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
-            cache: a `KVCache`, which the prompt comes behind, see `mlxqwen.stream_generate`.
+            cache: a `KVCache` that the prompt follows; see `mlxqwen.stream_generate`.
             max_kv_size, keep, kv_bits: of a new cache; see `mlxqwen.make_cache`.
             prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
             constraints: what restricts the draws; see `mlxqwen.engine.request.Request`.
@@ -369,7 +370,7 @@ class Engine:
             messages: the conversation; never modified.
             tools: functions by name; their schemas come from their signatures and docstrings.
             max_rounds: the most replies.
-            **options: those of `stream`, for each reply, but for `tools` and `cache`.
+            **options: those of `stream`, for each reply, except `tools` and `cache`.
         """
         _refuse_cache(options)
         option_names("a run with tools", options, "tools", "cache")
@@ -393,13 +394,13 @@ class Engine:
             conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
             batch_size: how many run at once; memory grows with it. Where one ends, the next begins.
             on_error: told of a conversation that cannot be answered, which is then left out.
-            **options: those of `stream`, for all, but for `cache`.
+            **options: those of `stream`, for all, except `cache`.
 
         Returns:
             `(index, done)` in the order in which replies end.
 
         Raises:
-            OptionError: at once, for a batch size or options for all that cannot be.
+            OptionError: at once, for a batch size or options for all that are out of range.
             MlxqwenError: while iterating, for a conversation that cannot be answered, if there is no `on_error`.
         """
         self.check_open()
@@ -427,12 +428,12 @@ class Engine:
         Reasoning before the last question is left out, whatever the template does; what follows it, such as that of
         the current tool loop, stays.
 
-        A last message of the assistant is gone on with, and the reply is what comes behind it. So one that holds an
-        empty think block alone, `<think>\n\n</think>\n\n`, keeps the model from thinking, for this reply only; one
-        that holds text is the beginning of the answer, which Qwen3's template puts behind a closed think block.
+        If the last message is the assistant's, the reply continues it. So a message with only an empty think block,
+        `<think>\n\n</think>\n\n`, keeps the model from thinking in this reply; a message with text is the beginning
+        of the answer, which Qwen3's template puts after a closed think block.
 
         Raises:
-            MessagesError: a conversation, or schemas of tools, that no model could make sense of.
+            MessagesError: messages, or schemas of tools, that are not valid.
             OptionError: `thinking` is no switch.
             TemplateError: see `Tokenizer.apply_chat_template`.
         """
@@ -450,13 +451,13 @@ class Engine:
         cache: KVCache | None = None,
         max_kv_size: int | None = None,
     ) -> list[Mapping[str, Any]]:
-        """The messages without the fewest oldest turns that have to go for the reply to have room.
+        """The messages without as few of the oldest turns as needed for the reply to have room.
 
         The system message and the last turn always stay; a call of a tool and its result go together.
 
         Args:
             messages: never modified; what comes back holds the same dicts.
-            max_tokens: the most that the reply may have. Room is left for it, but for no more than a quarter of the
+            max_tokens: the most that the reply may have. Room is left for it, at most a quarter of the
                 context, which is the default, too.
             thinking, tools, trust_special_tokens: as for `prompt`.
             cache: what it holds already takes room too. In one that slides within the context everything fits.

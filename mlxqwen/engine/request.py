@@ -162,7 +162,7 @@ class Request:
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
-        StopStrings(self.stop)  # complains of what is none
+        StopStrings(self.stop)  # raises for what is no stop string
         put("drafter", None if self.drafter is None else as_drafter(self.drafter))
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.early_stop_text is not None:

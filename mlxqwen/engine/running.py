@@ -277,7 +277,7 @@ class _Checkpoint:
     def restore(self, batch: RunningBatch) -> None:
         batch.cache.placement.offsets = list(self._offsets)
         batch.sampler.restore(self._sampler)
-        mx.async_eval(batch.cache.state)  # whoever comes next may be another thread
+        mx.async_eval(batch.cache.state)  # the next step may be another thread's
 
 
 def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:

@@ -181,17 +181,17 @@ def stream_generate(
         cache: a `KVCache` of one row that holds what came before the prompt, and at the end everything but the last
             token (a device that overlaps steps may have added that too: `offsets` tell). Or a `CacheKind`. By default
             what was read of other prompts is shared.
-        cached_tokens: that the cache's first so many tokens are the first of the prompt: these are not read again, and
-            what the cache holds behind them is forgotten as generation starts. By default the prompt follows all it
+        cached_tokens: how many of the cache's first tokens are those of the prompt: these are not read again, and what
+            the cache holds after them is forgotten as generation starts. By default the prompt follows all it
             holds.
         prefill_chunk: prompt tokens a step; memory grows with it, and by default it is kept small.
         on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; tokens that were
             known are not counted.
         speculative: guess several tokens at once, and let one pass of the model check them: "lookup" guesses that the
             text goes on as it did before, a `mlxqwen.DraftModel` guesses what a smaller model would say. The reply is
-            the same but for rounding: logits of several positions are computed by other kernels than those of one, and
-            two tokens that are all but equally likely may change places. On a CPU, where a pass over several tokens
-            costs nearly as much as so many passes, all but tiny models get slower. Nothing is guessed while other
+            the same except for rounding: logits of several positions are computed by other kernels than those of one,
+            and two tokens that are all but equally likely may change places. On a CPU, where a pass over several tokens
+            costs nearly as much as one pass for each, all but tiny models get slower. Nothing is guessed while other
             replies of the model run.
         draft_tokens: the most that are guessed at once, up to 64.
         priority: -100 to 100; where replies wait for each other, lower goes first.
@@ -416,7 +416,7 @@ def resolve_params(
 ) -> SamplingParams:
     """`sampling` if it is `SamplingParams`, else single options over `generation_config.json` and the profile.
 
-    What is ignored of that file is noted in the log, but for what is in `noted`, which it is added to.
+    Values of that file that are ignored are logged, except those in `noted`; they are added to it.
     """
     if isinstance(sampling, SamplingParams):
         return sampling

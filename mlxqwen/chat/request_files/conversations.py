@@ -63,7 +63,7 @@ class MessagesWithTools:
 def parse_conversation(text: str, source: str) -> MessagesWithTools:
     """The conversation that a JSON text holds: a list of messages, or an object with `messages` and perhaps `tools`.
 
-    Of a conversation that was saved, the options play no part, but for its tools.
+    Of the options of a saved conversation, only the tools are used.
 
     Args:
         source: where the text is from, for errors.

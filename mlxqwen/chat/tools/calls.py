@@ -44,7 +44,7 @@ def call_tool(
 
     Raises:
         OptionError: a limit below 1, a function that is no tool, or the called tool's schema is none: names the tool.
-        KeyboardInterrupt and its like pass through. A tool may take as long as it takes: nothing but Ctrl-C ends it, so
+        KeyboardInterrupt and its like pass through. A tool has no time limit: only Ctrl-C ends it, so
             one that may hang has to bound itself.
     """
     limit = check_integer("limit", limit, 1)
