@@ -176,6 +176,7 @@ class Handle:
         raise OptionError("handle: found a request that was cancelled, expected its end")
 
     def done(self, last: GeneratedToken) -> Done:
+        """The `Done` of the reply, given its last token."""
         generation = self._generation
         pipeline = generation.pipeline
         reply = Reply(None, "") if pipeline is None else pipeline.reply

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlxqwen.checks import check_integer
 from mlxqwen.device import Device
-from mlxqwen.errors import OptionError
 from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
@@ -100,9 +100,7 @@ def size_up(
     Raises:
         OptionError: less than one token, or another dtype.
     """
-    tokens = footprint.config.context_length if tokens is None else tokens
-    if tokens < 1:
-        raise OptionError(f"context: found {tokens}, expected at least 1 token")
+    tokens = footprint.config.context_length if tokens is None else int(check_integer("context", tokens, 1))
     compute = parse_dtype(dtype) or device.compute_dtype(footprint.dtype)
     return Requirement(
         device=device,
