@@ -62,8 +62,11 @@ def test_others_go_on_beside_one_that_waits_for_its_reader(model: Qwen3ForCausal
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "4 bits"])
 @pytest.mark.parametrize("store", [0, 1 << 30])
-def test_a_row_is_given_up_while_others_wait(model: Qwen3ForCausalLM, kind: str, store: int, is_gpu: bool) -> None:
-    requests = [asked([n] * 20, 280, sampling=SEEDED, cache=KINDS[kind]) for n in (1, 2)]
+def test_a_row_is_given_up_while_others_wait(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, kind: str, store: int, is_gpu: bool
+) -> None:
+    monkeypatch.setattr("mlxqwen.engine.generation.MAX_UNREAD", 16)
+    requests = [asked([n] * 20, 50, sampling=SEEDED, cache=KINDS[kind]) for n in (1, 2)]
     expected = [alone(model, request) for request in requests]
     with machine(model, 1 << 30, is_gpu=is_gpu):
         scheduler = new_scheduler(model, store=store, max_running=1)

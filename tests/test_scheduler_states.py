@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -204,6 +205,10 @@ TestSchedulerStates = SchedulerStates.TestCase
 TestSchedulerStates.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
 
 
-@pytest.mark.slow
-class TestMoreSchedulerStates(SchedulerStates.TestCase):
-    settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+class MoreSchedulerStates(SchedulerStates):
+    """The same, longer and more often."""
+
+
+TestMoreSchedulerStates = MoreSchedulerStates.TestCase
+TestMoreSchedulerStates.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+pytest.mark.slow(TestMoreSchedulerStates)
