@@ -76,10 +76,16 @@ def core(answer: Mapping[str, Any]) -> dict[str, Any]:
 # Answers
 
 
+@pytest.fixture(scope="module")
+def answers_alone() -> list[dict[str, Any]]:
+    """Each question answered alone."""
+    return [alone(question, "--seed", "5") for question in QUESTIONS]
+
+
 @pytest.mark.parametrize("size", ["1", "2", "8"])
-def test_each_line_gets_what_it_would_get_alone(files: Files, size: str) -> None:
+def test_each_line_gets_what_it_would_get_alone(files: Files, answers_alone: list[dict[str, Any]], size: str) -> None:
     assert files.run("--seed", "5", "--batch-size", size) == Result(0, "", "")
-    assert [core(answer) for answer in files.answers] == [alone(question, "--seed", "5") for question in QUESTIONS]
+    assert [core(answer) for answer in files.answers] == answers_alone
     assert [answer["index"] for answer in files.answers] == list(range(len(QUESTIONS)))
 
 
@@ -248,7 +254,7 @@ def lines_of(path: Path) -> list[bytes]:
 
 
 _SUMS = [{"prompt": f"What is {number} + 39?", "id": number} for number in range(24)]
-_SUMS_OPTIONS = ("--seed", "1", "--batch-size", "3")
+_SUMS_OPTIONS = ("--seed", "1", "--batch-size", "3", "--max-tokens", "30")
 
 
 @pytest.fixture(scope="module")
