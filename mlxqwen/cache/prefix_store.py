@@ -49,30 +49,53 @@ def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str =
     return repr((cache_identity(cache.config), storage, str(dtype), adapter, salt))
 
 
-class _Block:
+class _Counter:
+    """Bytes of all entries of a store that are alive."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
+class _Entry:
+    """What is stored, counted while it is alive."""
+
+    __slots__ = ("__weakref__", "_counter", "nbytes", "parts", "tokens")
+
+    def __init__(self, counter: _Counter, tokens: bytes, parts: Stored) -> None:
+        self.tokens = tokens
+        self.parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+        self._counter = counter
+        counter.nbytes += self.nbytes
+
+    def __del__(self) -> None:
+        self._counter.nbytes -= self.nbytes
+
+
+class _Block(_Entry):
     """Keys and values of `BLOCK` tokens; `parent` is the block before, or the namespace."""
 
-    __slots__ = ("__weakref__", "nbytes", "parent", "parts", "tokens")
+    __slots__ = ("parent",)
 
-    def __init__(self, parent: _Block | str, tokens: bytes, parts: Stored) -> None:
+    def __init__(self, counter: _Counter, parent: _Block | str, tokens: bytes, parts: Stored) -> None:
+        super().__init__(counter, tokens, parts)
         self.parent = parent
-        self.tokens = tokens
-        self.parts = parts
-        self.nbytes = _nbytes(parts)
 
 
-class _Window:
+class _Window(_Entry):
     """The slots of a ring that has dropped tokens; `tokens` are all that it has seen."""
 
-    __slots__ = ("__weakref__", "length", "nbytes", "parts", "ring", "space", "tokens")
+    __slots__ = ("length", "ring", "space")
 
-    def __init__(self, space: str, ring: tuple[int, int], tokens: bytes, length: int, parts: Stored) -> None:
+    def __init__(
+        self, counter: _Counter, space: str, ring: tuple[int, int], tokens: bytes, length: int, parts: Stored
+    ) -> None:
+        super().__init__(counter, tokens, parts)
         self.space = space
         self.ring = ring
-        self.tokens = tokens
         self.length = length
-        self.parts = parts
-        self.nbytes = _nbytes(parts)
 
 
 class Match:
@@ -147,6 +170,7 @@ class PrefixStore:
         )  # used last stands last, a parent after its children
         self._unwritten: list[tuple[TokenChain, list[_Block]]] = []
         self._unwritten_nbytes = 0
+        self._counter = _Counter()
 
     @property
     def keeps(self) -> bool:
@@ -155,9 +179,8 @@ class PrefixStore:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all blocks that are alive: kept, pinned or held by a match. Counted anew at each call."""
-        alive: list[_Block | _Window] = [*self._blocks.values(), *self._windows]
-        return sum(entry.nbytes for entry in alive)
+        """Bytes of all blocks that are alive: kept, pinned or held by a match."""
+        return self._counter.nbytes
 
     def match(self, space: str, tokens: Sequence[int], *, ring: tuple[int, int] | None = None) -> Match:
         """Find the longest known prefix of a prompt, at most all except its last token, which has to be read.
@@ -224,7 +247,7 @@ class PrefixStore:
         chain = TokenChain(self._seed(space), tokens[:offset])
         window = self._find_window(space, chain, ring)
         if window is None or window.length != offset:
-            window = _Window(space, ring, chain.coded, offset, take_window(cache, row))
+            window = _Window(self._counter, space, ring, chain.coded, offset, take_window(cache, row))
             self._windows.add(window)
         self._keep([window])
         return Pin(window, offset)
@@ -298,7 +321,7 @@ class PrefixStore:
         key = chain.keys[len(blocks)]
         if key in self._blocks:
             return False
-        block = _Block(blocks[-1] if blocks else space, chain.block(len(blocks)), parts)
+        block = _Block(self._counter, blocks[-1] if blocks else space, chain.block(len(blocks)), parts)
         self._blocks[key] = block
         blocks.append(block)
         return True
@@ -330,10 +353,6 @@ class PrefixStore:
         self._unwritten_nbytes += nbytes
         if self._unwritten_nbytes > _MOST_UNWRITTEN:
             self.flush()
-
-
-def _nbytes(parts: Stored) -> int:
-    return sum(part.nbytes for part in parts)
 
 
 def _same(one: _Block | str, other: _Block | str) -> bool:

@@ -34,7 +34,7 @@ from mlxqwen.engine.room import grows, may_grow, may_guess, may_merge, may_start
 from mlxqwen.engine.running import RunningBatch
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.guesses import Guesser
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["EVALUATION", "STORE_SHARE", "Scheduler"]
@@ -84,6 +84,7 @@ class Scheduler:
         self._reading: list[weakref.ref[Prefill]] = []
         self._batches: list[weakref.ref[RunningBatch]] = []
         self._drafters: weakref.WeakKeyDictionary[Generation, Guesser] = weakref.WeakKeyDictionary()
+        self._owners: weakref.WeakValueDictionary[tuple[int, int], Generation] = weakref.WeakValueDictionary()
         self._steps = 0
         self._is_stepping = False
         self.is_closed = False
@@ -118,12 +119,27 @@ class Scheduler:
         self.check_open()
         model = self.model
         check_request(request, model)
+        self._refuse_cache_in_use(request)
         refuse_if_never(self, request.cache, len(request.prompt))
         generation = Generation(request, model, next(self._numbers))
+        if isinstance(request.cache, KVCache) and request.cache_row is not None:
+            self._owners[id(request.cache), request.cache_row] = generation
         self._submitted.append(weakref.ref(generation))
         handle = Handle(generation, self)
         self.driver.wake()
         return handle
+
+    def _refuse_cache_in_use(self, request: Request) -> None:
+        """Raise `CacheError` for a caller's cache that another reply is made with."""
+        if not isinstance(request.cache, KVCache) or request.cache_row is None:
+            return
+        for (cache, row), other in list(self._owners.items()):
+            has_begun = other.prefill is not None or other.batch is not None
+            if cache == id(request.cache) and not other.is_over and (has_begun or row == request.cache_row):
+                raise CacheError(
+                    "cache: found in use by a reply that is not over, expected one that no other reply is made with",
+                    hint="Take that reply to its end, or close its iterator; or make another cache.",
+                )
 
     def cancel(self, handle: Handle) -> None:
         """End a request. Any thread may call this; its row leaves in the next step.
@@ -207,12 +223,12 @@ class Scheduler:
         """Bytes of all caches in use, as large as once prompts are read, and of draft models with their caches."""
         caches = {id(one.cache): one.cache.nbytes for one in self._alive_batches()}
         caches |= {id(one.cache): one.nbytes for one in self._alive_prefills()}
-        drafters = {
-            id(guesser.drafter): guesser.drafter.nbytes + weight_bytes(guesser.drafter.model)
-            for guesser in self._drafters.values()
-            if isinstance(guesser.drafter, DraftModel)
-        }
-        return sum(caches.values()) + sum(drafters.values())
+        drafters = {id(guesser.drafter): guesser.drafter for guesser in self._drafters.values()}
+        return sum(caches.values()) + sum(map(_bytes_of_draft_model, drafters.values()))
+
+    def is_of(self, model: Qwen3ForCausalLM) -> bool:
+        """Whether this is the scheduler of `model`."""
+        return self._model() is model
 
     def give_way(self, nbytes: int) -> None:
         """Let the store evict `nbytes`, beginning with blocks that running replies have in their own buffers too."""
@@ -237,10 +253,10 @@ class Scheduler:
             with interrupts_deferred():
                 self._take_submitted()
                 self._drop_cancelled()
-                self._admit()
+                tells_progress = self._admit()
                 if self._give_up_parked():
-                    self._admit()
-            has_read = self._read()
+                    tells_progress |= self._admit()
+            has_read = tells_progress or self._read()  # that a prompt begins is told before its first chunk is read
             if self._device.overlaps_steps:
                 self._queue_ahead()
             with interrupts_deferred():
@@ -284,13 +300,10 @@ class Scheduler:
                     one.park_if_ahead()
         self._batches = [weakref.ref(one) for one in self._alive_batches()]
 
-    def _admit(self) -> None:
-        """Let waiting requests begin, in order, as far as rows and memory allow."""
-        if not self._waiting:
-            return
-        if self._prefixes.look_at_weights():
-            self.weight_bytes = weight_bytes(self.model)
+    def _admit(self) -> bool:
+        """Let waiting requests begin, in order, as far as rows and memory allow → whether one of them tells progress."""
         admitted: list[Generation] = []
+        has_looked = False
         running = len(self.running) + len(self.reading)
         for one in self.waiting:
             if one.own_cache is not None:  # its rows begin together
@@ -302,6 +315,9 @@ class Scheduler:
                 break
             if one.waits_for_reader():  # what it will share is not there yet
                 continue
+            if not has_looked:
+                self._look_at_weights()
+                has_looked = True
             one.match = self._prefixes.match(one)
             one.reader = self._prefixes.reader_of(one, one.match.length, (*admitted, *self.reading))
             if one.waits_for_reader():
@@ -319,6 +335,11 @@ class Scheduler:
             except Exception as error:  # memory ends, or a caller's cache is not as it was
                 for one in group:
                     one.fail(error)
+        return any(one.request.reports_progress and one.count == 0 for one in admitted)
+
+    def _look_at_weights(self) -> None:
+        if self._prefixes.look_at_weights():
+            self.weight_bytes = weight_bytes(self.model)
 
     # Memory
 
@@ -462,3 +483,11 @@ class Scheduler:
         if one not in self._drafters:
             self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
         return self._drafters[one]
+
+
+def _bytes_of_draft_model(drafter: object) -> int:
+    """Bytes of a draft model's cache, and of its weights if no scheduler of its own counts them."""
+    if not isinstance(drafter, DraftModel):
+        return 0
+    is_counted = any(one.is_of(drafter.model) for one in account().schedulers)
+    return drafter.nbytes + (0 if is_counted else weight_bytes(drafter.model))
