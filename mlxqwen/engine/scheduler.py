@@ -301,7 +301,7 @@ class Scheduler:
         self._batches = [weakref.ref(one) for one in self._alive_batches()]
 
     def _admit(self) -> bool:
-        """Let waiting requests begin, in order, as far as rows and memory allow → whether one of them tells progress."""
+        """Let waiting requests begin, in order, as far as rows and memory allow → whether one tells progress."""
         admitted: list[Generation] = []
         has_looked = False
         running = len(self.running) + len(self.reading)
