@@ -163,6 +163,8 @@ def _parse(file: io.FileIO, size: int) -> BlockRun:
         header = json.loads(coded)
         tokens, digests = bytes.fromhex(header["tokens"]), bytes.fromhex(header["digests"])
         parts = [_Part(_DTYPES[name], tuple(shape)) for name, shape in header["parts"]]
+        if not all(type(n) is int and 0 < n < 1 << 40 for part in parts for n in part.shape):
+            raise ValueError("a shape that is none")
         run = BlockRun(
             before=bytes.fromhex(header["before"]),
             tokens=[tokens[n : n + _BLOCK_TOKEN_BYTES] for n in range(0, len(tokens), _BLOCK_TOKEN_BYTES)],

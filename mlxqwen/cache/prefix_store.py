@@ -162,7 +162,6 @@ class PrefixStore:
         self.nbytes = 0
         self._fingerprint = fingerprint
         self.disk = disk
-        self._seeds: dict[str, bytes] = {}
         self._blocks: WeakValueDictionary[bytes, _Block] = WeakValueDictionary()  # by key, all that are alive
         self._windows: WeakSet[_Window] = WeakSet()
         self._kept: OrderedDict[_Block | _Window, None] = (
@@ -288,11 +287,9 @@ class PrefixStore:
                 self.disk.write(chain, [block.parts for block in blocks])
 
     def _seed(self, space: str) -> bytes:
-        if space not in self._seeds:
-            if callable(self._fingerprint):
-                self._fingerprint = self._fingerprint()
-            self._seeds[space] = seed(self._fingerprint, space)
-        return self._seeds[space]
+        if callable(self._fingerprint):
+            self._fingerprint = self._fingerprint()
+        return seed(self._fingerprint, space)
 
     def _find(self, space: str, chain: TokenChain, most: int) -> list[_Block]:
         """The first blocks of a chain that are alive."""
@@ -333,7 +330,7 @@ class PrefixStore:
                 self._kept[entry] = None
                 self.nbytes += entry.nbytes
             self._kept.move_to_end(entry)
-        while self.nbytes > self.capacity:
+        while self.nbytes > self.capacity and self._kept:
             self._drop_oldest()
 
     def _drop_oldest(self) -> int:

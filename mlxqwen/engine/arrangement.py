@@ -36,6 +36,8 @@ def arrange(batches: Iterable[RunningBatch], has_room: Callable[[Sequence[Runnin
 def _split(batch: RunningBatch) -> list[RunningBatch]:
     """Take out the parked rows, and the shortest rows while padding is large → the new batches."""
     taken = []
+    if any(one is None for one in batch.generations):
+        return []  # its handle has gone since the step began; the next one drops the row
     parked = [place for place, one in enumerate(batch.generations) if one is not None and one.is_parked]
     if 0 < len(parked) < len(batch.rows):
         taken.append(batch.take(parked))

@@ -10,7 +10,7 @@ from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Resp
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.scheduler import Scheduler
-from mlxqwen.errors import MessagesError, MlxqwenError
+from mlxqwen.errors import GenerationError, MessagesError, MlxqwenError
 from mlxqwen.files.json_file import json_kind
 from mlxqwen.text.stop import StopStrings
 
@@ -67,6 +67,7 @@ def _answers(
 ) -> Iterator[tuple[int, Done]]:
     running: dict[int, Handle] = {}
     ended: list[tuple[int, Done]] = []
+    failed: list[tuple[int, Exception]] = []
     while True:
         while len(running) < batch_size:
             submitted = _submit_next(responder, scheduler, conversations, options, on_error)
@@ -83,11 +84,14 @@ def _answers(
                 if (done := handle.poll_done()) is not None:
                     del running[index]
                     ended.append((index, done))
-            except MlxqwenError as error:
+            except Exception as error:
+                handle.cancel()
                 del running[index]
-                _refuse(index, error, on_error)
+                failed.append((index, error))
         yield from ended
         ended.clear()
+        while failed:
+            _refuse(*failed.pop(0), on_error)
 
 
 def _submit_next(
@@ -112,7 +116,13 @@ def _submit_next(
     return None
 
 
-def _refuse(index: int, error: MlxqwenError, on_error: Callable[[int, MlxqwenError], None] | None) -> None:
-    if on_error is None:
+def _refuse(index: int, error: Exception, on_error: Callable[[int, MlxqwenError], None] | None) -> None:
+    """Tell that a conversation is not answered: to `on_error`, else by raising. What is not ours is raised as it is."""
+    if not isinstance(error, MlxqwenError):
+        if on_error is None:
+            raise error
+        on_error(index, GenerationError(f"{type(error).__name__}: {error}"))
+    elif on_error is None:
         raise type(error)(f"conversations[{index}]: {error.problem}", hint=error.hint) from error
-    on_error(index, error)
+    else:
+        on_error(index, error)

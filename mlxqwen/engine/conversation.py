@@ -20,7 +20,6 @@ from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import Request
-from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, stream_tool_loop
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
@@ -299,7 +298,7 @@ class Conversation:
                 self._held, self._left = _with_pins(self._held, handle), ()
                 self.messages[:] = [*map(dict, said), assistant_message(reply)]
 
-        handle: Handle = scheduler_of(self.engine.model).submit(request)
+        handle: Handle = self.engine.scheduler.submit(request)
         handle.on_prefill = options.on_prefill
         deltas: list[Delta] = []
         is_over = False

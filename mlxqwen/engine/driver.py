@@ -43,9 +43,14 @@ class Driver:
         self._daemon: threading.Thread | None = None
         self._stopped = threading.Event()
 
+    @property
+    def is_of_another_process(self) -> bool:
+        """Whether this process was forked from the one that the driver belongs to."""
+        return os.getpid() != self._process
+
     def check_process(self) -> None:
         """Raise `OptionError` in a forked process, which lacks MLX's threads."""
-        if os.getpid() != self._process:
+        if self.is_of_another_process:
             raise OptionError(
                 "engine: found in a forked process, expected the one that loaded the model: MLX's threads do not "
                 "survive a fork",
@@ -55,6 +60,7 @@ class Driver:
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
         """Take a step, or wait for the thread that takes it; return once `generation` may have something new."""
         self.check_process()
+        scheduler.check_outside_step()
         if scheduler.is_closed and not generation.is_over:
             scheduler.close()  # it was submitted meanwhile
             return
@@ -80,9 +86,11 @@ class Driver:
 
     def stop(self) -> None:
         """End the daemon thread behind the step that it takes."""
+        if self.is_of_another_process:
+            return
         self._stopped.set()
         self.wake()
-        if self._daemon is not None and self._process == os.getpid():
+        if self._daemon is not None:
             self._daemon.join(timeout=10.0)
 
     def wait_for_work(self, scheduler: Scheduler, timeout: float | None) -> bool:
@@ -120,7 +128,7 @@ def _run(reference: weakref.ref[Scheduler], changed: threading.Condition, stoppe
             return
         try:
             worked = scheduler.step()
-        except Exception as error:
+        except BaseException as error:
             scheduler.fail_all(error)
             worked = False
         with changed:

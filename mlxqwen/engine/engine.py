@@ -119,6 +119,7 @@ class Engine:
 
     Attributes:
         model, tokenizer: as given.
+        scheduler: what computes the replies of the model, shared by all engines of it.
         speculative, draft_tokens: what guesses several tokens at once, for one pass of the model to check, and the most
             that it guesses; see `mlxqwen.stream_generate`. Replies are the same as without, except for rounding.
     """
@@ -140,13 +141,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.speculative = speculative
         self.draft_tokens = DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens
-        self._is_closed = False
+        self.scheduler = scheduler_of(model)
         if prefix_cache is not None or prompt_cache is not None:
-            use_store(scheduler_of(model), prefix_cache, prompt_cache, current_device())
+            use_store(self.scheduler, prefix_cache, prompt_cache, current_device())
         if max_running is not None:
-            scheduler_of(model).max_running = check_integer("max_running", max_running, 1)
+            self.scheduler.max_running = check_integer("max_running", max_running, 1)
         if not checks_memory:
-            scheduler_of(model).checks_memory = False
+            self.scheduler.checks_memory = False
 
     @classmethod
     def load(
@@ -202,9 +203,7 @@ class Engine:
 
         Other engines of the same model are closed with it.
         """
-        if not self._is_closed:
-            self._is_closed = True
-            close_scheduler(self.model)
+        close_scheduler(self.scheduler)
 
     def __enter__(self) -> Engine:
         return self
@@ -214,7 +213,7 @@ class Engine:
 
     def check_open(self) -> None:
         """Raise `OptionError` once it is closed."""
-        if self._is_closed:
+        if self.scheduler.is_closed:
             raise OptionError(
                 "engine: found in use after close(), expected an open one",
                 hint="Make a new Engine, or close this one behind its last reply.",
@@ -340,7 +339,7 @@ class Engine:
         return events_of(lambda: self._submit(request, on_prefill))
 
     def _submit(self, request: Request, on_prefill: OnPrefill) -> Handle:
-        handle = scheduler_of(self.model).submit(request)
+        handle = self.scheduler.submit(request)
         handle.on_prefill = on_prefill
         return handle
 
@@ -408,7 +407,7 @@ class Engine:
         option_names("a batch", options, "cache")
         return answer_batch(
             self._responder,
-            scheduler_of(self.model),
+            self.scheduler,
             conversations,
             options,
             batch_size=batch_size,

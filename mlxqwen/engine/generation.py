@@ -19,7 +19,7 @@ from mlxqwen.engine.loops import LoopDetector
 from mlxqwen.engine.request import CacheKind, Request, held_tokens, room_for_answer
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.sampling.constraint import Constraint, check_mask
+from mlxqwen.sampling.constraint import Constraint, check_mask, check_mask_shape
 from mlxqwen.sampling.sampler import BAD_TOKEN, Sampler, check_token
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class Generation:
         "constraints",
         "count",
         "drafted_tokens",
+        "epoch",
         "error",
         "finish_reason",
         "is_cancelled",
@@ -136,6 +137,7 @@ class Generation:
         self.error: BaseException | None = None
         self.is_cancelled = False
         self.is_parked = False
+        self.epoch = 0  # of the weights that it began with
         self.cached_tokens = 0
         self.drafted_tokens = self.accepted_tokens = 0
         self.read = -1  # the most of the prompt that was told as read
@@ -168,7 +170,14 @@ class Generation:
     def waits_for_reader(self) -> bool:
         """Whether what it will share is still being read."""
         reader = self.reader
+        if reader is not None and reader.request.priority > self.request.priority:
+            return False  # the less urgent one may wait long
         return reader is not None and not reader.is_over and reader.batch is None and reader.count == 0
+
+    @property
+    def may_begin_anew(self) -> bool:
+        """Whether its row can be taken: of no cache of its caller's, and read by itself or decoding."""
+        return self.own_cache is None and (self.prefill is None or len(self.prefill.rows) == 1)
 
     @property
     def is_forcing(self) -> bool:
@@ -180,11 +189,15 @@ class Generation:
         if self.sampler is None:
             request = self.request
             self.sampler = Sampler([request.sampling], [request.prompt], self.model.config.vocab_size)
+            mx.eval(self.sampler.arrays)  # another thread may go on with it
         return self.sampler
 
     def mask(self) -> mx.array | None:
         """The mask of all constraints together for the next token; None allows every token."""
-        return self.mask_of(self.constraints)
+        mask = self.mask_of(self.constraints)
+        if mask is not None:
+            check_mask_shape(mask, self.model.config.vocab_size)
+        return mask
 
     @staticmethod
     def mask_of(constraints: Sequence[Constraint]) -> mx.array | None:
@@ -275,6 +288,13 @@ class Generation:
                 error.add_note(f"raised in {frames[-1].filename}, line {frames[-1].lineno}")
             self.error = error.with_traceback(None)  # whose frames would keep the caches of a whole batch
         self.let_go()
+
+    def take_error(self) -> BaseException | None:
+        """The error that it failed with, once: an error that was raised refers to the frames that it went through."""
+        error = self.error
+        if error is not None:
+            self.error, self.is_cancelled = None, True
+        return error
 
     def park_if_ahead(self) -> None:
         """Park it once `MAX_UNREAD` records are unread; let it go on once half of them are taken."""

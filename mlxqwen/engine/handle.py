@@ -100,8 +100,11 @@ class Handle:
             token = self.poll()
             if token is not None:
                 return token
-            if generation.error is not None:
-                raise generation.error
+            if (error := generation.take_error()) is not None:
+                try:
+                    raise error
+                finally:  # its traceback refers to this frame
+                    del error, generation, scheduler, self
             if generation.is_over:
                 raise StopIteration
             scheduler.driver.drive(scheduler, generation)
@@ -109,6 +112,8 @@ class Handle:
     def poll(self) -> GeneratedToken | None:
         """The next token if it is there, else None."""
         records = self._generation.records
+        if self._generation.is_cancelled:
+            records.clear()
         while records:
             record = records.popleft()
             if isinstance(record, Progress):
@@ -152,8 +157,12 @@ class Handle:
 
     @property
     def error(self) -> BaseException | None:
-        """The error that ended the request; None if there is none."""
+        """The error that ended the request and was not raised yet; None if there is none."""
         return self._generation.error
+
+    def take_error(self) -> BaseException | None:
+        """The error that ended the request, once; None if there is none."""
+        return self._generation.take_error()
 
     def __iter__(self) -> Iterator[Event]:
         """Yield a `Delta` as each piece becomes certain, and `Done` at the end."""
@@ -164,8 +173,8 @@ class Handle:
         while (token := self.poll()) is not None:
             if token.finish_reason is not None:
                 return self.done(token)
-        if self.error is not None:
-            raise self.error
+        if (error := self._generation.take_error()) is not None:
+            raise error
         return None
 
     def result(self) -> Done:

@@ -60,6 +60,10 @@ class MemoryAccount:
         """Count what `scheduler` holds, as long as it lives."""
         self._schedulers.add(scheduler)
 
+    def remove(self, scheduler: Scheduler) -> None:
+        """Count it no more."""
+        self._schedulers.discard(scheduler)
+
     @property
     def schedulers(self) -> Iterable[Scheduler]:
         """The schedulers whose memory counts."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import KVCache
@@ -18,6 +20,8 @@ from mlxqwen.engine.request import CacheKind, Request
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["SharedPrefixes", "common_prefix"]
+
+_SAMPLED = 8  # numbers of each weight
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -41,7 +45,9 @@ class SharedPrefixes:
 
     def __init__(self, model: Qwen3ForCausalLM, capacity: int) -> None:
         self._model = weakref.ref(model)
-        self._weights = _identities(model)
+        self._weights = _Weights(model)
+        self._looked = 0.0
+        self._epoch = 0
         self.store = self._make_store(capacity, None)
 
     def use_store(self, capacity: int, disk: DiskTier | None) -> None:
@@ -49,12 +55,20 @@ class SharedPrefixes:
         self.store.flush()
         self.store = self._make_store(capacity, disk)
 
-    def look_at_weights(self) -> bool:
-        """Replace the store if weights were replaced → whether they were. Changes within an array are not seen."""
-        model = self._model()
-        if model is None or (weights := _identities(model)) == self._weights:
+    def look_at_weights(self, *, within: float = 0.0) -> bool:
+        """Replace the store if weights were changed → whether they were; see `_Weights` for what is seen.
+
+        Args:
+            within: seconds; nothing is done if they were looked at so lately.
+        """
+        model, now = self._model(), time.monotonic()
+        if model is None or now - self._looked < within:
             return False
-        self._weights = weights
+        self._looked = now
+        if not self._weights.differ(model):
+            return False
+        self._weights = _Weights(model)
+        self._epoch += 1
         self.use_store(self.store.capacity, self.store.disk)
         return True
 
@@ -70,6 +84,7 @@ class SharedPrefixes:
     def match(self, one: Generation) -> Match:
         """The blocks that the store has for a generation's text; none for a generation with its caller's cache."""
         kind = one.request.cache
+        one.epoch = self._epoch
         if not isinstance(kind, CacheKind):
             return Match(())
         ring = None if kind.max_kv_size is None else (kind.max_kv_size, kind.keep)
@@ -96,6 +111,9 @@ class SharedPrefixes:
         """
         holds = one.request.holds_cache
         if one.own_cache is not None or not (self.store.keeps or holds):
+            return
+        self.look_at_weights()
+        if one.epoch != self._epoch:  # part of it was read with other weights
             return
         window = cache.max_kv_size
         if window is None or cache.offsets[row] <= window:
@@ -124,7 +142,40 @@ def _may_share(one: Request, other: Request) -> bool:
     return same_storage and (one.salt, one.adapter) == (other.salt, other.adapter)
 
 
-def _identities(model: Qwen3ForCausalLM) -> tuple[int, ...]:
-    """The identity of each weight. New weights were made while the old ones lived, so they differ."""
-    parameters: Any = tree_flatten(cast(Any, model).parameters())
-    return tuple(id(array) for _, array in parameters)
+class _Weights:
+    """The weights of a model as they were, to see that they were changed.
+
+    Seen are arrays that were replaced, and changes of an array in place that touch the middle of it, as training or
+    merging an adapter does: a few numbers of the middle row of each array are compared.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        arrays = _parameters(model)
+        self._arrays = [weakref.ref(array) for array in arrays]
+        self._sample = _sample(arrays)
+
+    def differ(self, model: Qwen3ForCausalLM) -> bool:
+        """Whether the model has other weights now."""
+        arrays = _parameters(model)
+        if len(arrays) != len(self._arrays):
+            return True
+        if any(array is not reference() for array, reference in zip(arrays, self._arrays, strict=True)):
+            return True
+        return _sample(arrays) != self._sample
+
+
+def _parameters(model: Qwen3ForCausalLM) -> list[mx.array]:
+    flat: Any = tree_flatten(cast(Any, model).parameters())
+    return [array for _, array in flat]
+
+
+def _sample(arrays: Sequence[mx.array]) -> bytes:
+    """The first numbers of the middle row of each array, as bytes."""
+    parts = []
+    for array in arrays:
+        while array.ndim > 1:
+            array = array[array.shape[0] // 2]
+        parts.append(mx.contiguous(array[:_SAMPLED]).view(mx.uint8))
+    sample = mx.concatenate(parts) if parts else mx.zeros(0, dtype=mx.uint8)
+    mx.eval(sample)
+    return bytes(memoryview(cast(Any, sample)))

@@ -42,6 +42,7 @@ DEFAULT_DRAFT_TOKENS = 8
 MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
 MOST_URGENT, LEAST_URGENT = -100, 100
 UNBOUNDED = 1 << 62
+_LONGEST_SALT = 1024  # characters
 _LONGEST_PREFILL_CHUNK = 512
 _SHORTEST_PREFILL_CHUNK = 32
 _WORK_SPACE = 44 * 2**20  # bytes; the rest of 64 MiB is scores and slack
@@ -155,8 +156,9 @@ class Request:
             raise OptionError(f"sampling: found {type(self.sampling).__name__}, expected SamplingParams")
         put("max_tokens", check_integer("max_tokens", self.max_tokens, 1))
         put("priority", check_integer("priority", self.priority, MOST_URGENT, LEAST_URGENT))
-        if not isinstance(self.salt, str):
-            raise OptionError(f"salt: found {type(self.salt).__name__}, expected text")
+        if not isinstance(self.salt, str) or len(self.salt) > _LONGEST_SALT:
+            found = f"{len(self.salt):,} characters" if isinstance(self.salt, str) else type(self.salt).__name__
+            raise OptionError(f"salt: found {found}, expected text of at most {_LONGEST_SALT:,} characters")
         if not isinstance(self.cache, CacheKind | KVCache):
             raise OptionError(f"cache: found {type(self.cache).__name__}, expected what make_cache(model) returns")
         if self.prefill_chunk is not None:

@@ -127,7 +127,9 @@ class RunningBatch:
             return max(drawn, 0)
         try:
             return generation.tell(drawn)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a constraint's, be it SystemExit
             generation.fail(error)
             return max(drawn, 0)
 
@@ -138,7 +140,9 @@ class RunningBatch:
             return
         try:
             self.tokens = [guesses.tell(generation, self.sampler)]
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             generation.fail(error)
         mx.async_eval(self.cache.state, self.sampler.arrays)
 
@@ -181,6 +185,11 @@ class RunningBatch:
         self.keep([place for place in range(len(self.rows)) if place not in places])
         return taken
 
+    def settle(self) -> None:
+        """Leave nothing lazy: another thread may take the next step."""
+        begun = [one for one in (self.drawn, self.logits) if one is not None]
+        mx.async_eval(self.cache.state, self.sampler.arrays, begun)
+
     def adopt(self) -> None:
         """Move the rows into the caller's cache, if they belong there and are elsewhere."""
         if self.owner is not None and self.cache is not self.owner:
@@ -197,7 +206,7 @@ class RunningBatch:
             self.guesses = guesser.guess(generation, self.cache, self.sampler)
         except BaseException as error:
             before.restore(self)
-            if not isinstance(error, Exception):
+            if isinstance(error, KeyboardInterrupt):
                 raise
             self.fail(error)
             return True
@@ -256,7 +265,7 @@ class RunningBatch:
         mx.async_eval(drawn, self.sampler.arrays, self.cache.state)
         return drawn
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End all rows with an error."""
         for one in self.going:
             one.fail(error)
@@ -277,7 +286,7 @@ class _Checkpoint:
     def restore(self, batch: RunningBatch) -> None:
         batch.cache.placement.offsets = list(self._offsets)
         batch.sampler.restore(self._sampler)
-        mx.async_eval(batch.cache.state)  # the next step may be another thread's
+        batch.settle()
 
 
 def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
@@ -288,6 +297,8 @@ def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
         if one is not None and not one.is_over:
             try:
                 masks[-1] = one.mask()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 one.fail(error)
     return masks

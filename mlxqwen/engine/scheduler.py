@@ -6,6 +6,7 @@ that wait. What a request gets does not depend on who runs beside it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
@@ -37,6 +38,8 @@ from mlxqwen.engine.speculation.guesses import Guesser
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
+logger = logging.getLogger("mlxqwen")
+
 __all__ = ["EVALUATION", "STORE_SHARE", "Scheduler"]
 
 EVALUATION = threading.RLock()
@@ -47,6 +50,8 @@ STORE_SHARE = 8
 """The store takes at most one part in so many of what the device may use, unless another size is asked for."""
 
 _CLEAR_EVERY = 256  # steps
+_LOOK_EVERY = 0.25  # seconds between looks at weights while replies run
+_MOST_FILLED = 8  # chunks of tokens that are copied from the store in one step
 
 
 class Scheduler:
@@ -87,6 +92,7 @@ class Scheduler:
         self._owners: weakref.WeakValueDictionary[tuple[int, int], Generation] = weakref.WeakValueDictionary()
         self._steps = 0
         self._is_stepping = False
+        self._stepping_thread: threading.Thread | None = None
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -98,8 +104,17 @@ class Scheduler:
 
     def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
         """Replace the store by an empty one of `capacity` bytes, with a disk tier."""
+        self.check_outside_step()
         with EVALUATION:
             self._prefixes.use_store(capacity, disk)
+
+    def check_outside_step(self) -> None:
+        """Raise `OptionError` if the calling thread is in the middle of a step, as constraints and drafters are."""
+        if self._stepping_thread is threading.current_thread():
+            raise OptionError(
+                "engine: found in use by a constraint or drafter of a reply that it computes",
+                hint="Ask it before or after the step, such as in on_prefill, or use another model.",
+            )
 
     @property
     def model(self) -> Qwen3ForCausalLM:
@@ -174,8 +189,12 @@ class Scheduler:
             )
 
     def close(self) -> None:
-        """End all requests with an error, and write new blocks to the disk tier."""
+        """End all requests with an error, and write new blocks to the disk tier. A forked process does nothing."""
         self.is_closed = True
+        if self.driver.is_of_another_process:
+            return
+        self.check_outside_step()
+        account().remove(self)
         with EVALUATION:
             for one in self._all():
                 one.fail(
@@ -270,11 +289,16 @@ class Scheduler:
     @contextmanager
     def _stepping(self) -> Iterator[None]:
         self._steps += 1
-        self._is_stepping = True
+        self._is_stepping, self._stepping_thread = True, threading.current_thread()
+        is_whole = False
         try:
             yield
+            is_whole = True
         finally:
-            self._is_stepping = False
+            self._is_stepping, self._stepping_thread = False, None
+            for batch in self._alive_batches():  # whoever takes the next step may be another thread
+                if batch.is_parked or not is_whole:
+                    batch.settle()
         if self._steps % _CLEAR_EVERY == 0:
             mx.clear_cache()  # buffers that the cache has outgrown, and that nothing else is large enough for
 
@@ -303,8 +327,9 @@ class Scheduler:
     def _admit(self) -> bool:
         """Let waiting requests begin, in order, as far as rows and memory allow → whether one tells progress."""
         admitted: list[Generation] = []
-        has_looked = False
-        running = len(self.running) + len(self.reading)
+        has_looked, filled = False, 0
+        # A reply with its caller's cache that is far ahead of its reader keeps no other from running.
+        running = len(self.reading) + sum(not (one.is_parked and one.own_cache is not None) for one in self.running)
         for one in self.waiting:
             if one.own_cache is not None:  # its rows begin together
                 admitted.append(one)
@@ -316,14 +341,21 @@ class Scheduler:
             if one.waits_for_reader():  # what it will share is not there yet
                 continue
             if not has_looked:
-                self._look_at_weights()
+                self._look_at_weights(within=_LOOK_EVERY if running else 0.0)
                 has_looked = True
-            one.match = self._prefixes.match(one)
+            try:
+                one.match = self._prefixes.match(one)
+            except Exception as error:
+                one.fail(error)
+                continue
+            filled += one.match.length
             one.reader = self._prefixes.reader_of(one, one.match.length, (*admitted, *self.reading))
             if one.waits_for_reader():
                 one.match = None
                 continue
-            if not may_start(self, one, admitted, self._alive_batches()):
+            if (filled > _MOST_FILLED * self._chunk and admitted) or not may_start(
+                self, one, admitted, self._alive_batches()
+            ):
                 one.match = None
                 break
             admitted.append(one)
@@ -337,8 +369,8 @@ class Scheduler:
                     one.fail(error)
         return any(one.request.reports_progress and one.count == 0 for one in admitted)
 
-    def _look_at_weights(self) -> None:
-        if self._prefixes.look_at_weights():
+    def _look_at_weights(self, *, within: float) -> None:
+        if self._prefixes.look_at_weights(within=within):
             self.weight_bytes = weight_bytes(self.model)
 
     # Memory
@@ -355,9 +387,9 @@ class Scheduler:
     def _make_room_to_grow(self, batch: RunningBatch) -> None:
         """Free memory for larger buffers: evict blocks, preempt the least urgent replies, and end the last one."""
         while batch.rows and not may_grow(self, batch):
-            running = self.running
-            victim = max((one for one in running if one.own_cache is None), key=lambda one: one.urgency, default=None)
-            if victim is not None and len(running) + len(self.reading) > 1:
+            begun = [*self.running, *self.reading]
+            victim = max((one for one in begun if one.may_begin_anew), key=lambda one: one.urgency, default=None)
+            if victim is not None and len(begun) > 1:
                 self._preempt(victim)
                 continue
             for one in batch.going:
@@ -366,7 +398,11 @@ class Scheduler:
 
     def _preempt(self, one: Generation) -> None:
         """Take the row of a reply; it is read again later and continues with the same tokens."""
-        batch = one.batch
+        batch, prefill = one.batch, one.prefill
+        if prefill is not None:  # what it has read is in the store
+            one.prefill, prefill.rows = None, []
+            self._waiting.append(weakref.ref(one))
+            return
         if batch is not None and batch.drawn is not None:  # as it is parked; what is on its way counts
             batch.tell()
             self._finish(batch)
@@ -402,7 +438,8 @@ class Scheduler:
             left -= min(prefill.left, chunk * len(generations))
             prefill.read(generations, chunk, lambda batch: self._batches.append(weakref.ref(batch)))
             worked = True
-            self._keep_read(prefill, generations)
+            with interrupts_deferred():
+                self._keep_read(prefill, generations)
         self._reading = [weakref.ref(one) for one in self._alive_prefills()]
         return worked
 
@@ -416,7 +453,8 @@ class Scheduler:
         for row, one in enumerate(generations):
             if not one.is_over:
                 self._keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
-            if len(generations) == 1 and isinstance(drafter := one.request.drafter, DraftModel):
+            is_lone = len(generations) == 1 and not self.running
+            if is_lone and isinstance(drafter := one.request.drafter, DraftModel):
                 try:
                     drafter.read(one.text, prefill.done())
                 except Exception as error:
@@ -424,7 +462,10 @@ class Scheduler:
 
     def _keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
         """Put a row's text into the store, which evicts blocks where memory ends."""
-        self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
+        try:
+            self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
+        except Exception as error:  # nobody's reply ends because it cannot be stored
+            logger.warning("prefix cache: a prompt is not kept: %s", error)
         if self.checks_memory:
             account().make_room(0, self)
 
@@ -458,8 +499,9 @@ class Scheduler:
         for place, one in enumerate(batch.generations):
             if one is not None and one.finish_reason is not None:
                 self._keep_said(one, batch, place)
-                self.store.flush()
         batch.drop_ended()
+        if not (self.running or self.reading):  # writing makes nobody wait
+            self.store.flush()
 
     def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
         """Put what a reply has read and generated into the store."""

@@ -25,11 +25,13 @@ def scheduler_of(model: Qwen3ForCausalLM) -> Scheduler:
         return scheduler
 
 
-def close_scheduler(model: Qwen3ForCausalLM) -> None:
-    """Close the scheduler of `model`; the next call of `scheduler_of` makes a new one."""
+def close_scheduler(scheduler: Scheduler) -> None:
+    """Close a scheduler, once; the next call of `scheduler_of` makes a new one."""
     with _lock:
-        _, scheduler = _schedulers.pop(id(model), (None, None))
-    if scheduler is not None:
+        for key, (_, other) in list(_schedulers.items()):
+            if other is scheduler:
+                del _schedulers[key]
+    if not scheduler.is_closed:
         scheduler.close()
 
 

@@ -75,16 +75,20 @@ class TokenStream:
             while self._ready:
                 row = self._ready.popleft()
                 handle = self._handles.get(row)
-                token = None if handle is None else handle.poll()
+                try:
+                    token = None if handle is None else handle.poll()
+                except BaseException:  # of `on_prefill`: it ends this row alone
+                    self.stop(row)
+                    raise
                 if handle is not None and token is not None:
                     if token.finish_reason is not None:
                         del self._handles[row]
                     return row, token, handle
                 if handle is not None and handle.is_over:
                     del self._handles[row]
-                    if handle.error is not None:
+                    if (error := handle.take_error()) is not None:
                         self._is_over = not (self._handles or self._requests)
-                        raise handle.error
+                        raise error
             self._submit_requests()
             if not self._handles:
                 self._is_over = True

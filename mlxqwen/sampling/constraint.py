@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxqwen.errors import GenerationError
 
-__all__ = ["Constraint", "Unconstrained", "apply_masks", "check_mask", "pack_mask"]
+__all__ = ["Constraint", "Unconstrained", "apply_masks", "check_mask", "check_mask_shape", "pack_mask"]
 
 _BITS = 32
 
@@ -75,6 +75,17 @@ def apply_masks(logits: mx.array, masks: Sequence[mx.array | None]) -> mx.array:
     bits = mx.right_shift(packed[:, :, None], mx.arange(_BITS, dtype=mx.uint32)) & 1
     allowed = bits.reshape(len(masks), -1)[:, : logits.shape[-1]] == 1
     return mx.where(allowed, logits, mx.array(-mx.inf, dtype=logits.dtype))
+
+
+def check_mask_shape(mask: object, vocab_size: int) -> None:
+    """Raise `GenerationError` for what is no packed mask of so many tokens."""
+    words = -(-vocab_size // _BITS)
+    if not isinstance(mask, mx.array) or mask.shape != (words,) or mask.dtype != mx.uint32:
+        found = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, mx.array) else type(mask).__name__
+        raise GenerationError(
+            f"constraint: found a mask that is {found}, expected uint32 of shape ({words},)",
+            hint="pack_mask(tokens, vocab_size) makes one.",
+        )
 
 
 def check_mask(mask: mx.array, vocab_size: int) -> None:
