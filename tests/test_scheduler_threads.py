@@ -178,7 +178,7 @@ def test_the_loops_thread_ends_as_the_engine_is_closed() -> None:
     list(generate_tokens(model, [1], max_tokens=2))
     in_threads(1, lambda _: list(generate_tokens(model, [1], max_tokens=2)))
     (own,) = set(threading.enumerate()) - before
-    close_scheduler(model)
+    close_scheduler(scheduler_of(model))
     own.join(timeout=20)
     assert not own.is_alive()
     assert len(list(generate_tokens(model, [1], max_tokens=2))) == 2  # a new scheduler

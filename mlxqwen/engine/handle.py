@@ -174,7 +174,10 @@ class Handle:
             if token.finish_reason is not None:
                 return self.done(token)
         if (error := self._generation.take_error()) is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame
         return None
 
     def result(self) -> Done:

@@ -179,8 +179,8 @@ def stream_generate(
         expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
         tools: whether the model may call tools: a call ends its thought.
         cache: a `KVCache` of one row that holds what came before the prompt, and at the end everything but the last
-            token (a device that overlaps steps may have added that too: `offsets` tell). Or a `CacheKind`. By default
-            what was read of other prompts is shared.
+            token (a device that overlaps steps may have added that too: `offsets` tell). By default what
+            was read of other prompts is shared.
         cached_tokens: how many of the cache's first tokens are those of the prompt: these are not read again, and what
             the cache holds after them is forgotten as generation starts. By default the prompt follows all it
             holds.

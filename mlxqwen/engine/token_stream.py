@@ -88,7 +88,10 @@ class TokenStream:
                     del self._handles[row]
                     if (error := handle.take_error()) is not None:
                         self._is_over = not (self._handles or self._requests)
-                        raise error
+                        try:
+                            raise error
+                        finally:
+                            del error  # its traceback refers to this frame
             self._submit_requests()
             if not self._handles:
                 self._is_over = True
