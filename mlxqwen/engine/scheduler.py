@@ -276,15 +276,16 @@ class Scheduler:
                 if self._give_up_parked():
                     tells_progress |= self._admit()
             has_read = tells_progress or self._read()  # that a prompt begins is told before its first chunk is read
+            decodes = any(not batch.is_parked for batch in self._alive_batches())
             if self._device.overlaps_steps:
                 self._queue_ahead()
             with interrupts_deferred():
                 batches = self._tell()
-            guesser = self._lone(batches or [])
-            for batch in batches or ():
+            guesser = self._lone(batches)
+            for batch in batches:
                 if guesser is None or not batch.guess(guesser):
                     batch.advance()
-            return has_read or batches is not None
+            return has_read or decodes
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
@@ -471,8 +472,8 @@ class Scheduler:
 
     # Decoding
 
-    def _tell(self) -> list[RunningBatch] | None:
-        """Give the tokens drawn in the last step to their replies → the batches that go on; None if there were none."""
+    def _tell(self) -> list[RunningBatch]:
+        """Give the tokens drawn in the last step to their replies → the batches that go on."""
         if any(batch.owner not in (None, batch.cache) for batch in self._alive_batches()):
             self._arrange()  # rows of a caller's own cache are there before any of them ends
         told = [batch for batch in self._alive_batches() if not batch.is_parked]
@@ -480,7 +481,7 @@ class Scheduler:
             batch.tell()
             self._finish(batch)
         if not told:
-            return None
+            return []
         for batch in self._arrange():
             self._make_room_to_grow(batch)
         return [batch for batch in self._alive_batches() if not batch.is_parked]
