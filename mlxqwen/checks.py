@@ -136,4 +136,4 @@ def parse_size(name: str, value: object) -> int:
             return nbytes
     elif not isinstance(value, str):
         return int(check_integer(name, value, 1, hint=_SIZES))
-    raise OptionError(f"{name}: found {_shown(value)}, expected a size above 0", hint=_SIZES)
+    raise OptionError(f"{name}: found {_shown(value)}, expected a size above 0 in B, KB, MB, GB or TB", hint=_SIZES)

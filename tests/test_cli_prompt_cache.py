@@ -193,7 +193,11 @@ def test_what_is_no_size_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Engine, "load", None)
     refused = run(*command, "--prefix-cache", size)
-    assert_error(refused, f"--prefix-cache: found {size!r}, expected a size above 0", '"512MB", "2GB" or "off"')
+    assert_error(
+        refused,
+        f"--prefix-cache: found {size!r}, expected a size above 0 in B, KB, MB, GB or TB",
+        '"512MB", "2GB" or "off"',
+    )
 
 
 def test_a_size_beyond_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

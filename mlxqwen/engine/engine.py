@@ -251,7 +251,7 @@ class Engine:
     ) -> Iterator[Event]:
         """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
 
-        Nothing runs before the first event is asked for. Any thread may ask for the next one. A stream that is closed,
+        Nothing runs before the first event is asked for. Any thread may ask for the next one, one thread at a time. A stream that is closed,
         or that nobody refers to any more, ends its reply.
 
         Args:

@@ -454,7 +454,7 @@ class Scheduler:
         for row, one in enumerate(generations):
             if not one.is_over:
                 self._keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
-            is_lone = len(generations) == 1 and not self.running
+            is_lone = len(generations) == 1 and all(other is one for other in self.running)
             if is_lone and isinstance(drafter := one.request.drafter, DraftModel):
                 try:
                     drafter.read(one.text, prefill.done())

@@ -29,7 +29,7 @@ def prefix_cache_bytes(size: int | str | None, device: Device) -> int:
     """
     if size is None:
         return device.usable_memory // STORE_SHARE
-    if size == "off":
+    if isinstance(size, str) and size.strip().lower() == "off":
         return 0
     nbytes = parse_size("prefix_cache", size)
     if nbytes > device.usable_memory:
@@ -43,7 +43,9 @@ def prefix_cache_bytes(size: int | str | None, device: Device) -> int:
 
 def open_prompt_cache(folder: str | PathLike[str]) -> DiskTier:
     """Open the disk tier in `folder`, of at most a tenth of its disk. Raises `CacheError`."""
-    parent = Path(os.path.abspath(folder)).parent
+    if not isinstance(folder, str | PathLike):
+        raise OptionError(f"prompt_cache: found {type(folder).__name__}, expected the path of a folder")
+    parent = Path(os.path.abspath(os.fspath(folder))).parent
     total = shutil.disk_usage(parent).total if parent.is_dir() else 1 << 30  # what is wrong is told below
     return DiskTier(folder, max(total // _DISK_SHARE, 1))
 

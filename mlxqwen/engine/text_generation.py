@@ -6,7 +6,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -230,7 +230,9 @@ def check_keywords(name: str, given: Iterable[str], function: Callable[..., Any]
     known = {*(function.__kwdefaults__ or ()), *more}
     for keyword in given:
         if keyword not in known:
-            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+            is_sampling = any(one.name == keyword for one in fields(SamplingParams))
+            way_out = f'; say how to sample in sampling={{"{keyword}": …}}' if is_sampling else ""
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{way_out}")
 
 
 def batch_stream(
@@ -364,6 +366,7 @@ def generate(
         verbose: also write the text as it comes, and the speed at the end, to standard output.
         **options: those of `stream_generate`.
     """
+    check_keywords("generate", options, stream_generate)
     pieces = []
     last = None
     output = Output(sys.stdout)
@@ -399,6 +402,7 @@ def batch_generate(
         prompts: texts or lists of ids.
         **options: those of `batch_stream`.
     """
+    check_keywords("batch_generate", options, stream_generate)
     pieces: defaultdict[int, list[str]] = defaultdict(list)
     for row, response in batch_stream(model, tokenizer, prompts, **options):
         pieces[row].append(response.text)
