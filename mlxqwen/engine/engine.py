@@ -251,8 +251,8 @@ class Engine:
     ) -> Iterator[Event]:
         """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
 
-        Nothing runs before the first event is asked for. Any thread may ask for the next one, one thread at a time. A stream that is closed,
-        or that nobody refers to any more, ends its reply.
+        Nothing runs before the first event is asked for. Any thread may ask for the next one, one at a time. A stream
+        that is closed, or that nobody refers to any more, ends its reply.
 
         Args:
             messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
