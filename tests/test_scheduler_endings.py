@@ -45,8 +45,8 @@ def test_a_row_leaves_within_one_step(model: Qwen3ForCausalLM, how: str, is_gpu:
         for _ in range(4):
             scheduler.step()
         if how == "cancel":
-            scheduler.cancel(handles[1])
             before = len(ids(taken(handles[1])))
+            scheduler.cancel(handles[1])
         gone = handles.pop(1)
         if how == "let go":
             before = 4

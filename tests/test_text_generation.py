@@ -305,7 +305,7 @@ def test_bad_requests_touch_no_cache(
 def test_keywords_that_do_not_exist_are_type_errors(
     model: Qwen3ForCausalLM, tokenizer: Tokenizer, function: Any
 ) -> None:
-    name = "batch_stream" if function in (batch_stream, batch_generate) else "stream_generate"
+    name = function.__name__
     for keyword in ("temperature", "holds_cache", "prompt_cache"):
         with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{keyword}'"):
             function(model, tokenizer, ["a"], **{keyword: 0})
