@@ -171,6 +171,28 @@ def test_nothing_is_done_where_nothing_waits(model: Qwen3ForCausalLM) -> None:
     assert not scheduler.step()
 
 
+def test_a_step_in_which_one_is_let_go_is_not_the_last(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = new_scheduler(model, max_running=1)
+    handles = [scheduler.submit(asked([1] * 64, 4, prefill_chunk=16)), scheduler.submit(asked([2] * 8, 4))]
+    expected = alone(model, asked([2] * 8, 4))
+    assert scheduler.step()
+    admit = Scheduler._admit
+
+    def admit_then_let_go(self: Scheduler) -> bool:
+        told = admit(self)
+        del handles[:-1]  # as the garbage collector may at any moment
+        return told
+
+    monkeypatch.setattr(Scheduler, "_admit", admit_then_let_go)
+    found = []
+    while scheduler.step():
+        found += ids(taken(handles[0]))
+    assert found + ids(taken(handles[0])) == expected
+    assert handles[0].is_over
+
+
 # Padding
 
 

@@ -272,6 +272,7 @@ class Scheduler:
             with interrupts_deferred():
                 self._take_submitted()
                 self._drop_cancelled()
+                before = len(self._all())
                 tells_progress = self._admit()
                 if self._give_up_parked():
                     tells_progress |= self._admit()
@@ -285,7 +286,8 @@ class Scheduler:
             for batch in batches:
                 if guesser is None or not batch.guess(guesser):
                     batch.advance()
-            return has_read or decodes
+            # One that was let go in the midst of this step has kept others from beginning in it.
+            return has_read or decodes or len(self._all()) < before
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
