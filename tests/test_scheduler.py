@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -169,6 +170,24 @@ def test_nothing_is_done_where_nothing_waits(model: Qwen3ForCausalLM) -> None:
     assert has_work(scheduler)
     run(scheduler, [handle])
     assert not scheduler.step()
+
+
+def test_waiting_for_work_ends_with_a_request_of_another_thread_or_with_its_time(model: Qwen3ForCausalLM) -> None:
+    scheduler = new_scheduler(model)
+    assert not scheduler.wait(timeout=0.01)
+    handles: list[Handle] = []
+    caller = threading.Timer(0.05, lambda: handles.append(scheduler.submit(asked([1, 2], 3))))
+    caller.start()
+    assert scheduler.wait(timeout=60.0)
+    caller.join()
+    while scheduler.step():
+        pass
+    assert ids(taken(handles[0])) == alone(model, asked([1, 2], 3))
+    closing = threading.Timer(0.05, scheduler.close)
+    closing.start()
+    scheduler.wait(timeout=60.0)
+    assert scheduler.is_closed
+    closing.join()
 
 
 def test_a_step_in_which_one_is_let_go_is_not_the_last(
