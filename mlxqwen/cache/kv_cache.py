@@ -1,4 +1,7 @@
-"""The cache of a whole model: one placement for all layers, and the keys and values of each layer."""
+"""The cache of a whole model: one placement for all layers, and the keys and values of each layer.
+
+Long by what it says of its methods, most of which hand on to all layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The options of `mlxqwen generate`: their definitions, their checks, and the values made of them."""
+"""The options of `mlxqwen generate`: their definitions, their checks, and the values made of them.
+
+One file, so that what an option is, what it may be and what it becomes stand together.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A conversation that continues: its messages, and a pin on what the model has read of them."""
+"""A conversation that continues: its messages, and a pin on what the model has read of them.
+
+Asking, going back, saving and loading stand in one file, as each has to leave the messages whole when it fails.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`Engine`: a model with its tokenizer, for the command line, for Python and for servers."""
+"""`Engine`: a model with its tokenizer, for the command line, for Python and for servers.
+
+Long by what it says of its arguments: each method is a view of a few lines.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The loop that owns a model: requests wait, are read, decode together, and end; one step after the other.
 
 A step takes one token for every running reply, or several where one guesses, and reads at most a chunk of the prompts
-that wait. What a request gets does not depend on who runs beside it.
+that wait. What a request gets does not depend on who runs beside it. All parts of a step change the same lists of
+replies, so they stand in one file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Text in, text out: one prompt as a stream, or many at once."""
+"""Text in, text out: one prompt as a stream, or many at once.
+
+Both stand in one file, as they take the same options and make the same requests of them.
+"""
 
 from __future__ import annotations
 

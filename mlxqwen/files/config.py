@@ -2,7 +2,7 @@
 
 Strict and bounded: every number is checked before anything is allocated by its word. Both spellings are read, the one
 Qwen publishes (`rope_theta`, `rope_scaling`, `num_experts`) and the one of transformers 5 (`rope_parameters`,
-`num_local_experts`).
+`num_local_experts`). One file, as each number is a line and its message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Loading: the files of a checkpoint become a model; names, shapes, quantization, dtypes and memory are checked here.
 
 A folder in Hugging Face's layout (BF16, F16 or F32; one tensor per expert, or transformers 5's fused experts) or in
-MLX's (affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready.
+MLX's (affine-quantized, stacked experts) becomes a model whose weights are evaluated and ready. The checks stand in one
+file, as they follow one tensor from its name to its place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The sampler: the truncated distribution of the next token, and the draw from it.
 
 The order is that of Hugging Face transformers and vLLM: logit bias, penalties, temperature, top-k, top-p, min-p.
-Arrays in, arrays out; only the random seed comes from outside, where none was given.
+Arrays in, arrays out; only the random seed comes from outside, where none was given. The steps stand in one file, as
+their order and the rows that they share are what has to be right.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The byte-level BPE that Qwen3 uses works on UTF-8 bytes, spelled as printable characters by GPT-2's table
 (https://github.com/openai/gpt-2, `bytes_to_unicode`). A token may end in the middle of a character, so decoding maps
-tokens to bytes and decodes those.
+tokens to bytes and decodes those. Both ways stand in one file, as they share these tables.
 """
 
 from __future__ import annotations
