@@ -273,7 +273,7 @@ class Scheduler:
             with interrupts_deferred():
                 self._take_submitted()
                 self._drop_cancelled()
-                before = len(self._all())
+                before = len(self._waiting) + len(self.reading) + len(self.running)
                 tells_progress = self._admit()
                 if self._give_up_parked():
                     tells_progress |= self._admit()
