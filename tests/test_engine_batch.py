@@ -104,8 +104,28 @@ def test_errors_name_the_conversation(engine: Engine) -> None:
         list(engine.batch(QUESTIONS[0], max_tokens=1))  # type: ignore[arg-type]
     with pytest.raises(MessagesError, match="conversations: found null, expected a list"):
         engine.batch(None)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"conversations\[0\]: option of one conversation: found 'stop'"):
-        list(engine.batch([ChatRequest(QUESTIONS[0], {"stop": "a"})]))
+    with pytest.raises(OptionError, match=r"conversations\[0\]: option of one conversation: found 'cache'"):
+        list(engine.batch([ChatRequest(QUESTIONS[0], {"cache": None})]))
+
+
+def test_a_conversation_may_have_every_option_of_its_own(engine: Engine) -> None:
+    shared: dict[str, Any] = {"max_tokens": 24, "seed": 5, "sampling": {"temperature": 1.0}, "thinking": False}
+    told: list[tuple[int, int]] = []
+    own: list[dict[str, Any]] = [
+        {"stop": ["e", "a"]},
+        {"kv_bits": 8},
+        {"max_kv_size": 40},
+        {"prefill_chunk": 3, "on_prefill": lambda done, total: told.append((done, total))},
+        {"thinking": None, "thinking_budget": 3, "early_stop_text": "Enough."},
+        {"stop_on_loop": True},
+    ]
+    alone = [engine.chat(QUESTIONS[0], **{**shared, **options}) for options in own]
+    told.clear()
+    engine.scheduler._prefixes.store.clear()  # so that the prompt is read, and told, again
+    together = dict(engine.batch([ChatRequest(QUESTIONS[0], options) for options in own], batch_size=8, **shared))
+    assert [together[row].reply for row in range(len(own))] == alone
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1]
 
 
 def test_conversations_that_cannot_be_answered_may_be_left_out(engine: Engine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mlxqwen.checks import check_integer
-from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, known_names
+from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.scheduler import Scheduler
@@ -17,19 +17,6 @@ from mlxqwen.text.stop import StopStrings
 __all__ = ["DEFAULT_BATCH_SIZE", "answer_batch"]
 
 DEFAULT_BATCH_SIZE = 8
-
-_OF_A_CONVERSATION = (
-    "thinking",
-    "thinking_budget",
-    "sampling",
-    "max_tokens",
-    "seed",
-    "trust_special_tokens",
-    "drop_oldest",
-    "tools",
-    "priority",
-    "salt",
-)
 
 
 def answer_batch(
@@ -105,7 +92,7 @@ def _submit_next(
     for index, one in conversations:
         request = one if isinstance(one, ChatRequest) else ChatRequest(one)
         try:
-            known_names("one conversation", request.options, _OF_A_CONVERSATION)
+            option_names("one conversation", request.options, "cache")
             chosen = ChatOptions(**{**options, **request.options})
             made, _ = responder.request(request.messages, chosen)
             handle = scheduler.submit(made)

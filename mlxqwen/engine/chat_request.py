@@ -11,7 +11,8 @@ from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switc
 from mlxqwen.chat.thinking_modes import note_switch
 from mlxqwen.chat.turns import count_turns, without_oldest_turns
 from mlxqwen.checks import check_integer
-from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, ConstraintFactory, Request, room_for_answer
+from mlxqwen.engine.options import ReplyOptions
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, room_for_answer
 from mlxqwen.engine.text_generation import Sampling, resolve_params, text_request
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -22,35 +23,27 @@ from mlxqwen.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.drafter import Speculative
 
-__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "known_names", "option_names"]
+__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "option_names"]
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatOptions:
+class ChatOptions(ReplyOptions):
     """The options of `Engine.stream`, whose docstring explains them."""
 
     thinking: bool | None = None
-    thinking_budget: int | None = None
-    early_stop_text: str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     sampling: Sampling = None
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_on_loop: bool = False
     trust_special_tokens: bool = False
     drop_oldest: bool = False
     cache: object = None
     max_kv_size: int | None = None
     keep: int = 4
     kv_bits: int | None = None
-    prefill_chunk: int | None = None
     on_prefill: Callable[[int, int], None] | None = None
-    priority: int = 0
-    salt: str = ""
-    constraints: Sequence[ConstraintFactory] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +56,7 @@ class ChatRequest:
 
 def option_names(what: str, given: Iterable[str], *without: str) -> None:
     """Check that all names in `given` are options of a chat and none is in `without`. Raises `OptionError`."""
-    known_names(what, given, [one.name for one in fields(ChatOptions) if one.name not in without])
-
-
-def known_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Check that all names in `given` are in `known`. Raises `OptionError`."""
+    known = [one.name for one in fields(ChatOptions) if one.name not in without]
     for name in given:
         if name not in known:
             is_sampling = any(one.name == name for one in fields(SamplingParams))
@@ -120,16 +109,9 @@ class Responder:
             cache=cache,
             speculative=self.speculative,
             draft_tokens=self.draft_tokens,
-            thinking_budget=options.thinking_budget,
-            early_stop_text=options.early_stop_text,
-            stop=options.stop,
-            stop_on_loop=options.stop_on_loop,
             tools=bool(options.tools),
-            prefill_chunk=options.prefill_chunk,
             reports_progress=options.on_prefill is not None,
-            priority=options.priority,
-            salt=options.salt,
-            constraints=tuple(options.constraints),
+            **options.passed_on(),
             **more,
         )
         return request, messages

@@ -21,7 +21,8 @@ from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Resp
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.handle import Handle, events_of
 from mlxqwen.engine.loading import Converter, load_models
-from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, ConstraintFactory, Request, check_draft_tokens
+from mlxqwen.engine.options import ConstraintFactory
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, Request, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
@@ -282,7 +283,7 @@ class Engine:
             cache: a `KVCache` that the prompt follows; see `mlxqwen.stream_generate`.
             max_kv_size, keep, kv_bits: of a new cache; see `mlxqwen.make_cache`.
             prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
-            constraints: what restricts the draws; see `mlxqwen.engine.request.Request`.
+            constraints: what restricts the draws; see `mlxqwen.engine.options`.
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
@@ -327,15 +328,15 @@ class Engine:
         Args:
             prompt: ids, or text. Their end tells whether the reply begins in thought.
             on_prefill: see `mlxqwen.stream_generate`.
-            **options: those of `mlxqwen.stream_generate`, but that `stop` ends the content alone, and `constraints`.
-                With `split=False` all of the reply is content, its tags included.
+            **options: those of `mlxqwen.stream_generate`, but that `stop` ends the content alone. With `split=False`
+                all of the reply is content, its tags included.
 
         Raises:
             OptionError, ContextLengthError: at once, before the first event is asked for.
             GenerationError: while iterating.
         """
         self.check_open()
-        check_keywords("Engine.reply", options, stream_generate, "split", "constraints")
+        check_keywords("Engine.reply", options, stream_generate, "split")
         own = {"speculative": self.speculative, "draft_tokens": self.draft_tokens, **options}
         reports = on_prefill is not None
         request = text_request(self.model, self.tokenizer, prompt, reports_progress=reports, **own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
@@ -13,11 +13,11 @@ from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
+from mlxqwen.engine.options import ReplyOptions
 from mlxqwen.engine.speculation.drafter import Drafter, as_drafter
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.sampling.constraint import Constraint
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.stop import StopStrings
 
@@ -50,9 +50,6 @@ _WORK_SPACE = 44 * 2**20  # bytes; the rest of 64 MiB is scores and slack
 Tokens: TypeAlias = Sequence[int] | Any
 """Token ids: a sequence of integers, or an integer array of any library."""
 
-ConstraintFactory: TypeAlias = Callable[[ReplyPipeline | None], Constraint]
-"""Makes the constraint of one reply, given the pipeline that its tokens go through."""
-
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
@@ -81,8 +78,8 @@ class CacheKind:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """What a reply is made from and how.
+class Request(ReplyOptions):
+    """What a reply is made from and how: its own fields, and those of `ReplyOptions`.
 
     Args:
         prompt: token ids.
@@ -94,11 +91,6 @@ class Request:
             decides.
         split: whether text is split into reasoning, content and tool calls; else all of it is content, tags included.
         tools: whether the prompt offers tools.
-        stop: strings; the reply ends before the first of them in its content.
-        stop_on_loop: whether a reply that repeats itself without end is ended; see `mlxqwen.engine.loops`.
-        thinking_budget: the most tokens of thought, None without a limit.
-        early_stop_text: the sentence that ends a thought over its budget; None for Qwen's.
-        constraints: what else restricts the draws, applied in order, behind the budget.
         cache: the kind of cache, or a `KVCache` of the caller's. Such a request shares nothing with others, is never
             preempted, and the cache holds the reply afterwards.
         cache_row: the row of the caller's cache that the prompt follows; None for a new row behind those.
@@ -107,12 +99,9 @@ class Request:
         returns_to: how many of the prompt's tokens a later prompt is expected to share; a window that slides is kept
             there. By default all but the last.
         holds_cache: whether the reply's blocks stay in the store while its pin lives, whatever the store's capacity.
-        priority: -100 to 100, lower first; 0 by default.
-        salt: only requests of the same salt share what was read.
         adapter: the name of the adapter that the weights are used with.
         drafter: guesses tokens for one pass of the model to check.
         draft_tokens: the most that are guessed at once, up to 64.
-        prefill_chunk: prompt tokens a step; None for what fits the model and the machine.
         reports_progress: whether the handle tells how much of the prompt was read.
 
     Raises:
@@ -127,22 +116,14 @@ class Request:
     begins_in_thought: bool | None = None
     split: bool = True
     tools: bool = False
-    stop: str | Sequence[str] = ()
-    stop_on_loop: bool = False
-    thinking_budget: int | None = None
-    early_stop_text: str | None = None
-    constraints: tuple[ConstraintFactory, ...] = ()
     cache: CacheKind | KVCache = field(default_factory=CacheKind)
     cache_row: int | None = 0
     cached_tokens: int | None = None
     returns_to: int | None = None
     holds_cache: bool = False
-    priority: int = 0
-    salt: str = ""
     adapter: str | None = None
     drafter: Drafter | None = None
     draft_tokens: int = DEFAULT_DRAFT_TOKENS
-    prefill_chunk: int | None = None
     reports_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -167,6 +148,7 @@ class Request:
         StopStrings(self.stop)  # raises for what is no stop string
         put("drafter", None if self.drafter is None else as_drafter(self.drafter))
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        put("constraints", tuple(self.constraints))
         if self.early_stop_text is not None:
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
         if self.tokenizer is not None:

@@ -20,6 +20,7 @@ from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.options import ConstraintFactory
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
 from mlxqwen.engine.token_stream import OnPrefill, TokenStream, by_row, check_rows
 from mlxqwen.errors import OptionError
@@ -166,6 +167,7 @@ def stream_generate(
     draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     priority: int = 0,
     salt: str = "",
+    constraints: Sequence[ConstraintFactory] = (),
 ) -> Iterator[GenerationResponse]:
     """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
@@ -199,6 +201,7 @@ def stream_generate(
         draft_tokens: the most that are guessed at once, up to 64.
         priority: -100 to 100; where replies wait for each other, lower goes first.
         salt: only requests of the same salt share what was read of their prompts.
+        constraints: what restricts the draws; see `mlxqwen.engine.options`.
 
     Raises:
         OptionError, ContextLengthError, CacheError: at once.
@@ -224,6 +227,7 @@ def stream_generate(
         draft_tokens=draft_tokens,
         priority=priority,
         salt=salt,
+        constraints=constraints,
     )
     return (response for _, response in responses)
 
