@@ -20,6 +20,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import VOCAB_SIZE
+from tests.scheduling import asked, new_scheduler, taken
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -170,6 +171,46 @@ def test_a_draft_model_reads_a_prompt_along_with_the_model(tiny: Qwen3ForCausalL
     read.clear()
     draft.propose([*prompt, first.token], 1, sampler(prompt=prompt))
     assert read in ([], [[first.token]])  # of the prompt nothing is read again
+
+
+def test_a_draft_model_that_has_read_nothing_catches_up_a_chunk_a_step(
+    tiny: Qwen3ForCausalLM, read: list[list[int]]
+) -> None:
+    """As where others ran beside the prompt; what it guesses then is what it would have guessed before."""
+    draft, text = DraftModel(tiny, prefill_chunk=4), list(range(1, 11))
+    assert [draft.catch_up(text) for _ in range(3)] == [False, False, True]
+    assert read == [text[:4], text[4:8]]
+    guessed = draft.propose(text, 2, sampler(prompt=text))
+    assert read == [text[:4], text[4:8], text[8:], guessed[:1]]
+    assert guessed == DraftModel(tiny).propose(text, 2, sampler(prompt=text))
+    text += [*guessed, *range(20, 25)]
+    read.clear()
+    assert [draft.catch_up(text) for _ in range(2)] == [False, True]
+    assert read == [text[11:15]]
+    assert DraftModel(tiny, max_kv_size=8, prefill_chunk=4).catch_up(text)  # read from its latest half, when it guesses
+
+
+def test_a_running_reply_gets_a_token_for_each_chunk_that_its_draft_model_catches_up(
+    tiny: Qwen3ForCausalLM, read: list[list[int]]
+) -> None:
+    draft, prompt = DraftModel(tiny, prefill_chunk=4), list(range(1, 19))
+    scheduler = new_scheduler(tiny)
+    other = scheduler.submit(asked([3], 3))  # while it runs, the draft model reads nothing
+    one = scheduler.submit(asked(prompt, 12, drafter=draft, draft_tokens=3))
+    while not other.is_over:
+        scheduler.step()
+        taken(other)
+    read.clear()
+    before = one.token_count + len(taken(one))
+    chunks = 0
+    while True:
+        scheduler.step()
+        if [len(piece) for piece in read] != [4, 1]:
+            break
+        chunks += 1
+        read.clear()
+    assert chunks >= 4
+    assert before + chunks <= one.token_count + len(taken(one)) <= before + chunks + 4
 
 
 def test_a_draft_model_reads_a_prompt_that_is_too_long_for_it_at_its_end(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from mlxqwen.cache import make_cache
+from mlxqwen.engine import driver
 from mlxqwen.engine.generation import MAX_UNREAD
+from mlxqwen.engine.memory import slot_bytes
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.engine.token_stream import generate_tokens
+from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from tests.conftest import random_model
@@ -127,3 +133,26 @@ def test_rings_and_guesses_go_on_where_they_waited(model: Qwen3ForCausalLM) -> N
         found = ids(taken(handle))
         assert MAX_UNREAD <= len(found) <= MAX_UNREAD + 9
         assert found + run(scheduler, [handle])[0] == alone(model, asked([1, 2, 1, 2], 500, cache=kind))
+
+
+def test_a_thread_that_waits_for_memory_that_nobody_gives_back_is_told(
+    model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as where the waiting thread takes the steps itself, but others may still come to read."""
+    monkeypatch.setattr(driver, "PATIENCE", 0.2)
+    row = slot_bytes(model, CacheKind()) * 512
+    with machine(model, row + row // 2):
+        scheduler = new_scheduler(model)
+        unread = scheduler.submit(asked([1] * 200, 300, cache=make_cache(model)))
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(unread.next_token).result().finish_reason
+        while scheduler.step():
+            pass
+        waits = scheduler.submit(asked([2] * 300, 4))
+        with pytest.raises(OptionError, match="cannot go on, as nobody gives back the memory"):
+            waits.next_token()
+        assert not waits.is_over
+        unread.cancel()
+        del unread
+        assert len(ids([waits.next_token() for _ in range(4)])) == 4
+        scheduler.close()

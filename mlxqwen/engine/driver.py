@@ -20,7 +20,10 @@ from mlxqwen.errors import OptionError
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["Driver"]
+__all__ = ["PATIENCE", "Driver"]
+
+PATIENCE = 60.0
+"""Seconds that a reply waits for another thread to read or close the replies that hold the memory it needs."""
 
 _POLL = 0.02  # seconds between looks for memory that others give back
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
@@ -70,15 +73,14 @@ class Driver:
             if any(other.running or other.reading for other in account().schedulers if other is not scheduler):
                 time.sleep(_POLL)  # another model's replies may give memory back
                 return
-            raise OptionError(
-                "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
-                hint="Read or close the other replies of this process, or hold fewer tokens (--max-kv-size).",
-            )
+            raise _cannot_go_on()
         with self._changed:
             while not (generation.records or generation.is_over or scheduler.is_closed):
                 self._start(scheduler)
                 self._changed.notify_all()  # a reply that was far ahead may go on
-                self._changed.wait(timeout=1.0)
+                self._changed.wait(timeout=min(1.0, PATIENCE))
+                if all(one.idle_seconds > PATIENCE for one in account().schedulers):
+                    raise _cannot_go_on()
 
     def wake(self) -> None:
         """Wake the threads that wait, as there is work."""
@@ -113,6 +115,13 @@ class Driver:
             arguments = (weakref.ref(scheduler), self._changed, self._stopped)
             self._daemon = threading.Thread(target=_run, args=arguments, name="mlxqwen scheduler", daemon=True)
             self._daemon.start()
+
+
+def _cannot_go_on() -> OptionError:
+    return OptionError(
+        "engine: found a reply that cannot go on, as nobody gives back the memory that it waits for",
+        hint="Read or close the other replies of this process, or hold fewer tokens (--max-kv-size).",
+    )
 
 
 def _notify(changed: threading.Condition) -> None:

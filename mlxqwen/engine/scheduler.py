@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ class Scheduler:
         self._steps = 0
         self._is_stepping = False
         self._stepping_thread: threading.Thread | None = None
+        self._moved = time.monotonic()  # when a request came, or a step did something
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -141,6 +143,7 @@ class Scheduler:
         if isinstance(request.cache, KVCache) and request.cache_row is not None:
             self._owners[id(request.cache), request.cache_row] = generation
         self._submitted.append(weakref.ref(generation))
+        self._moved = time.monotonic()
         handle = Handle(generation, self)
         self.driver.wake()
         return handle
@@ -212,6 +215,11 @@ class Scheduler:
         for one in (begun := [*self.waiting, *self.running]):
             one.park_if_ahead()
         return bool(self._submitted or self.reading or any(not one.is_parked for one in begun))
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing was done; 0 in a step."""
+        return 0.0 if self._is_stepping else time.monotonic() - self._moved
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is work, at most `timeout` seconds → whether there is. For callers of `step`."""
@@ -288,7 +296,10 @@ class Scheduler:
                 if guesser is None or not batch.guess(guesser):
                     batch.advance()
             # One that was let go in the midst of this step has kept others from beginning in it.
-            return has_read or decodes or len(self._all()) < before
+            has_moved = has_read or decodes or len(self._all()) < before
+        if has_moved:
+            self._moved = time.monotonic()
+        return has_moved
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

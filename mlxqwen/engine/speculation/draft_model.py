@@ -72,6 +72,16 @@ class DraftModel:
             self._read(text[:stop], 1)
             mx.eval(self._cache.state)
 
+    def catch_up(self, text: Sequence[int]) -> bool:
+        """Read at most one chunk of a text → whether guessing on reads no more than another."""
+        shared = self._shared(text)
+        new = text[self._start + shared :]
+        if len(new) <= self._prefill_chunk or len(text) >= self._room or self._start:
+            return True
+        self._extend(shared, new[: self._prefill_chunk])
+        mx.eval(self._cache.state)
+        return False
+
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> list[int]:
         """See `Drafter`; no guess for a text that leaves no room in the cache."""
         count = min(count, self._room - 1)
@@ -92,18 +102,25 @@ class DraftModel:
 
     def _read(self, text: Sequence[int], count: int) -> mx.array:
         """Bring the cache up to date, with room for `count` more → the logits `[1, V]` after the text."""
-        if text is not self._text:
-            self._text, self._agreed = text, 0
-        known = self._start + self._agreed
-        shared = self._agreed + common_prefix(self._held[self._agreed :], text[known:])
+        shared = self._shared(text)
         if not shared or len(text) - self._start + count > self._room:
             fits = len(text) + count <= self._room
             self._start, shared = 0 if fits else len(text) - max(1, (self._room - count) // 2), 0
         shared = min(shared, len(text) - self._start - 1)  # the last token leads to the logits
+        return self.model.logits(self._extend(shared, text[self._start + shared :]))
+
+    def _shared(self, text: Sequence[int]) -> int:
+        """How many tokens of the cache are those of the text, from where it begins."""
+        if text is not self._text:
+            self._text, self._agreed = text, 0
+        known = self._start + self._agreed
+        return self._agreed + common_prefix(self._held[self._agreed :], text[known:])
+
+    def _extend(self, shared: int, new: Sequence[int]) -> mx.array:
+        """Keep the first `shared` tokens of the cache and read new ones → the last hidden state `[1, hidden_size]`."""
         self._cache.trim(shared)
         del self._held[shared:]
-        new = text[self._start + shared :]
         hidden = read_tokens(self.model, self._cache, new, self._prefill_chunk)
         self._held += new
         self._agreed = len(self._held)
-        return self.model.logits(hidden)
+        return hidden

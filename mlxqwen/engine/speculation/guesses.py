@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlxqwen.cache.tentative import TentativeStep
 from mlxqwen.checks import check_token_ids
+from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.drafter import Drafter, DraftLength
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler, SamplerState
@@ -40,6 +41,8 @@ class Guesser:
         count = min(room, self._length.next())
         if count < 1:
             return None
+        if isinstance(self.drafter, DraftModel) and not self.drafter.catch_up(generation.text):
+            return None  # a text that others kept it from reading is read a chunk a step
         drafts = self.drafter.propose(generation.text, count, sampler)[:count]
         drafts = check_token_ids("draft", drafts, generation.model.config.vocab_size)
         masks = [generation.mask()]
