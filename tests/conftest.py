@@ -38,14 +38,15 @@ def random_model(
     *,
     vocab_size: int = VOCAB_SIZE,
     context: int = CONTEXT,
+    layers: int = 2,
     eos_token_ids: Sequence[int] = (),
 ) -> Qwen3ForCausalLM:
-    """Two layers of random float32 weights, large enough that the likeliest token changes from step to step."""
+    """Layers of random float32 weights, large enough that the likeliest token changes from step to step."""
     config = ModelConfig.from_dict(
         {
             "model_type": "qwen3",
             "hidden_size": 32,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,

@@ -50,9 +50,10 @@ PLAIN_TEMPLATE = (
 
 
 @pytest.fixture(params=[None, "off"], ids=["store", "pins"])
-def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer], request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
+def scripted(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
     """With a store for all, and with nothing kept but what open conversations pin."""
-    return scripted_engine(*demo, prefix_cache=request.param)
+    small = random_model(vocab_size=tokenizer.vocab_size, context=512, layers=1)
+    return scripted_engine(small, tokenizer, prefix_cache=request.param)
 
 
 def done_of(events: Iterator[Event]) -> Done:
@@ -126,7 +127,7 @@ def test_every_turn_is_that_of_a_fresh_run_and_reads_what_is_new(
     scripted: tuple[Engine, ScriptedModel], cache: dict[str, Any], options: dict[str, Any]
 ) -> None:
     engine, model = scripted
-    options = {"seed": 5, "max_tokens": 30, **options}
+    options = {"seed": 5, "max_tokens": 18, **options}
     conversation = Conversation(engine, system="Be brief.", **cache, **options)
     turns = Turns(conversation, model)
     for turn, question in enumerate(QUESTIONS):
