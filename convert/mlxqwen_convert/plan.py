@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mlxqwen.errors import ConfigError, OptionError
-from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import AffineQuantization, ModelConfig
 from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen_convert.affine import BITS, GROUP_SIZES
 from mlxqwen_convert.companion_files import check_companions
 from mlxqwen_convert.errors import ConversionError, SourceError
@@ -32,7 +33,6 @@ Method = str  # "copy", "cast", "dequantize", "quantize", "repack"
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ROUTER_BITS = 8
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +211,26 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     elif config.rope_scaling is not None and not config.rope_scaling.truncate:
         notes.append("config.json has YaRN with truncate false, which mlx-lm (0.32) leaves aside")
     dtype = _dtype(options, source, checkpoint)
-    by_prefix = PartsByPrefix(checkpoint.tensors.values())
+    spare = spare_tensors(checkpoint)
+    notes += spare.notes
+    by_prefix = PartsByPrefix(info for name, info in checkpoint.tensors.items() if name not in spare.names)
+    lost = [module.path for module in modules(config) if module.kind != "experts" and module.path not in by_prefix]
+    incomplete = checkpoint.lacks([f"{path}.weight" for path in lost]) if lost or checkpoint.absent else None
+    if lost and incomplete is not None:
+        raise incomplete if checkpoint.absent else SourceError(incomplete.problem, hint=incomplete.hint)
+    unnamed = checkpoint.unnamed
     del checkpoint  # of the tens of thousands of tensors that there can be, only what is needed is kept
     files = SourceFiles([])
     try:
         found = [(module, *_parts(module, by_prefix, source, files)) for module in modules(config)]
+    except SourceError:
+        if incomplete is not None:
+            raise incomplete from None
+        raise
     finally:
         files.close()
     head = by_prefix.pop("lm_head", {}) if config.tie_word_embeddings else {}
-    _refuse_unexpected(folder, by_prefix)
+    _refuse_unexpected(folder, by_prefix, unnamed)
     if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
         raise SourceError(
             f"{path}: says that the weights are {source.label}, found none that are quantized",
@@ -250,8 +261,9 @@ def _parts(
     return Parts(parts), tuple(readers.setdefault(reader, reader) for reader in found)
 
 
-def _refuse_unexpected(folder: Path, left: Mapping[str, Part]) -> None:
-    extra = [info.name for part in left.values() for info in part.values() if not info.name.endswith(_IGNORED_SUFFIX)]
+def _refuse_unexpected(folder: Path, left: Mapping[str, Part], unnamed: Collection[str]) -> None:
+    names = [info.name for part in left.values() for info in part.values()]
+    extra = [name for name in names if not is_rotary_buffer(name) and name not in unnamed]
     if extra:
         shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         raise SourceError(
@@ -402,6 +414,7 @@ def _refuse_same(
         )
     experts = [part for entry in planned if entry.module.kind == "experts" for part in entry.parts]
     is_mlx = all("switch_mlp" in info.name for part in experts for info in part.values())
+    is_mlx &= not any(info.stored_as for entry in planned for info in entry.parts[0].values())
     if source.name == "float" and options.bits == 16 and is_mlx and all(entry.method == "copy" for entry in planned):
         raise ConversionError(
             f"{folder}: is already unquantized in this dtype, nothing to convert",

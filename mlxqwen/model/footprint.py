@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxqwen.checks import check_integer
 from mlxqwen.device import Device
-from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
 
@@ -115,7 +115,8 @@ def measure(folder: Path) -> Footprint:
     """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
-    tensors = model_tensors(config, checkpoint)
+    spare = spare_tensors(checkpoint)
+    tensors = model_tensors(config, checkpoint, spare)
     floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]
     float_bytes = sum(info.nbytes for info in floats)
     dtype = checkpoint_dtype(tensors)

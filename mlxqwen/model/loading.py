@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
-from mlxqwen.files.checkpoint import Checkpoint, TensorInfo
+from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
+from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 
@@ -55,7 +56,6 @@ _FOREIGN = {
 _EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
 _EMBEDDINGS = "model.embed_tokens"
 _COMPARED_BYTES = 1 << 24
-_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
@@ -167,12 +167,13 @@ def prepare_model(
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)
     generation_config = GenerationConfig.from_folder(folder)
-    for note in (*checkpoint.notes, *generation_config.notes):
-        logger.warning(note)
 
     model = Qwen3ForCausalLM(config, generation_config)
-    tensors = model_tensors(config, checkpoint)
+    spare = spare_tensors(checkpoint)
+    tensors = model_tensors(config, checkpoint, spare)
     sources = _match(checkpoint, tensors, model, config)
+    for note in (*checkpoint.notes, *spare.notes, *generation_config.notes):
+        logger.warning(note)
     _note_ignored_head(checkpoint, tensors)
     compute = compute_dtype(checkpoint_dtype(tensors), dtype, device)
     if compute != mx.float32 and not device.is_gpu and any(isinstance(m, SwitchLinear) for m in model.modules()):
@@ -229,15 +230,17 @@ def check_memory(folder: Path, nbytes: int, dtype: mx.Dtype, held_bytes: int = 0
         )
 
 
-def model_tensors(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def model_tensors(config: ModelConfig, checkpoint: Checkpoint, spare: SpareTensors) -> dict[str, TensorInfo]:
     """The tensors that the model is made of, by name.
 
-    Buffers that follow from the config are left out, and a head that `config.json` ties to the embeddings.
+    `spare` ones are left out, buffers that follow from the config, and a head that it ties to the embeddings.
     """
     return {
         name: info
         for name, info in checkpoint.tensors.items()
-        if not _ROTARY_BUFFER.fullmatch(name) and not (config.tie_word_embeddings and name.startswith("lm_head."))
+        if name not in spare.names
+        and not is_rotary_buffer(name)
+        and not (config.tie_word_embeddings and name.startswith("lm_head."))
     }
 
 
@@ -323,6 +326,8 @@ def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_expe
 def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int], num_experts: int) -> CheckpointError:
     """The error for experts that are not exactly those of the config, or are there in two forms."""
     missing = [str(expert) for expert in range(num_experts) if expert not in found]
+    if missing and checkpoint.absent:
+        return checkpoint.lacks(missing)
     extra = [str(expert) for expert in sorted(found) if expert >= num_experts]
     problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
     return CheckpointError(
@@ -340,11 +345,8 @@ def _match(
     expected = dict(tree_flatten(model.parameters()))
     missing = [name for name in expected if name not in sources]
     if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensors are missing: {_some(missing)}",
-            hint="Fetch the model again, or check that config.json belongs to these weights.",
-        )
-    unexpected = [name for name in sources if name not in expected]
+        raise checkpoint.lacks(missing)
+    unexpected = [name for name in sources if name not in expected and name not in checkpoint.unnamed]
     if unexpected:
         raise CheckpointError(
             f"{checkpoint.folder}: tensors that config.json has no place for: {_some(unexpected)}",
@@ -352,7 +354,7 @@ def _match(
         )
     for name, array in expected.items():
         _check(array, sources[name])
-    return sources
+    return {name: source for name, source in sources.items() if name in expected}
 
 
 def _quantize(

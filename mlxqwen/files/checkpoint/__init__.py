@@ -11,6 +11,7 @@ from mlxqwen.files.checkpoint.safetensors_file import (
     load_safetensors,
     read_header,
 )
+from mlxqwen.files.checkpoint.spare import SpareTensors, spare_tensors
 from mlxqwen.files.checkpoint.writing import save_safetensors, write_checkpoint
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "ITEM_BYTES",
     "MLX_DTYPES",
     "Checkpoint",
+    "SpareTensors",
     "TensorInfo",
     "load_safetensors",
     "read_header",
     "save_safetensors",
+    "spare_tensors",
     "write_checkpoint",
 ]

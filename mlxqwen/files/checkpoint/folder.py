@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from mlxqwen.files.checkpoint.safetensors_file import (
     read_header,
 )
 from mlxqwen.files.json_file import read_json_object, shown
+from mlxqwen.files.tensor_names import foreign_prefix, without_wrappers
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -37,25 +39,39 @@ class Checkpoint:
 
     Attributes:
         folder: where it was opened.
-        tensors: name → `TensorInfo`, shard by shard in the order of their bytes.
+        tensors: name → `TensorInfo`, shard by shard in the order of their bytes; names are without the prefixes that
+            wrappers add.
         metadata: the files' own key → value strings; the first shard wins.
-        notes: one line for each thing that was left aside, such as a stray file.
+        notes: one line for each thing that was left aside or is otherwise than the index says.
+        absent: the files that the index names and the folder lacks.
+        unnamed: the tensors that the index does not name.
     """
 
     def __init__(
-        self, folder: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str], notes: list[str]
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        metadata: dict[str, str],
+        notes: list[str],
+        *,
+        absent: Collection[str] = (),
+        unnamed: Collection[str] = (),
     ) -> None:
+        tensors, note = unwrapped(folder, tensors)
         self.folder = folder
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(metadata)
-        self.notes = tuple(notes)
+        self.notes = (*notes, *note)
+        self.absent = tuple(absent)
+        self.unnamed = frozenset(map(without_wrappers, unnamed))
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Finds the weight files of a folder and validates their headers.
 
-        The files are those that `model.safetensors.index.json` names; without an index
-        `model.safetensors`, else all of `model*.safetensors` (or `weights*.safetensors`).
+        The files are `model.safetensors`, else all of `model*.safetensors` (or `weights*.safetensors`), unless
+        `model.safetensors.index.json` names others that are there. What the files hold counts: an index decides which
+        files, and where a tensor is in two of them.
 
         Raises:
             CheckpointError: files missing, damaged, incomplete, or outside the folder.
@@ -69,8 +85,25 @@ class Checkpoint:
         else:
             checkpoint = open_unindexed(folder, weight_files(folder))
         if not checkpoint.tensors:
-            raise CheckpointError(f"{folder}: the weight files hold no tensors", hint=DOWNLOAD_AGAIN)
+            raise CheckpointError(f"{folder}: the weight files hold no tensors, expected those of a model")
         return checkpoint
+
+    def lacks(self, names: Collection[str]) -> CheckpointError:
+        """The error for tensors that a model needs and no file holds: it says where they should have been."""
+        if self.absent:
+            return absent_files(self.folder, self.absent)
+        shown = some_of(list(names))
+        prefix = foreign_prefix(self.tensors, names)
+        if prefix is None:
+            return CheckpointError(
+                f"{self.folder}: tensors are missing: {shown}",
+                hint="Check that config.json belongs to these weights, and that all files of the model are here.",
+            )
+        found = f"under the prefix {prefix!r}" if prefix else "without 'model.' before them, as an embedding model's"
+        return CheckpointError(
+            f"{self.folder}: tensors are missing: {shown}; found {found}",
+            hint="Save the language model itself, or rename its tensors.",
+        )
 
     @property
     def nbytes(self) -> int:
@@ -122,37 +155,131 @@ class Checkpoint:
             return read_exactly(tensor.path, descriptor, tensor.start + start, stop - start)
 
 
+def unwrapped(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors under the names that they have without wrappers, and a note if these are others.
+
+    Raises:
+        CheckpointError: a tensor is there with a prefix and without.
+    """
+    if all(name == without_wrappers(name) for name in tensors):
+        return tensors, []
+    bare: dict[str, TensorInfo] = {}
+    prefixed: list[str] = []
+    for name, info in tensors.items():
+        short = without_wrappers(name)
+        if short in bare:
+            raise CheckpointError(
+                f"{folder}: found {bare[short].stored_as or short} and {name}, which are one tensor of the model",
+                hint="Keep only the tensors of one model in the folder.",
+            )
+        if short != name:
+            prefixed.append(name)
+            info = replace(info, name=short, stored_as=name)
+        bare[short] = info
+    of_all = f"{len(prefixed):,} of {len(bare):,} tensors" if len(prefixed) < len(bare) else "all tensors"
+    first = prefixed[0]
+    return bare, [f"{of_all} have a wrapper's prefix, which is taken off: {first} is {without_wrappers(first)}"]
+
+
 def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
-    """The checkpoint of the shards that `weight_map` names. Raises `CheckpointError` where they disagree with it."""
-    shards = list(dict.fromkeys(weight_map.values()))
-    absent = [shard for shard in shards if not os.path.isfile(folder / shard)]
-    if absent:
-        raise CheckpointError(
-            f"{folder / INDEX_NAME}: names {counted(absent, 'file')} not in the folder: {some_of(absent)}",
-            hint="Download the missing files; an interrupted download can be resumed.",
-        )
+    """The checkpoint of the files that `weight_map` names or, if they are not all there, of others that are whole.
+
+    Raises:
+        CheckpointError: none of the files is there, or a tensor is in two and the index does not say in which.
+    """
+    named = list(dict.fromkeys(weight_map.values()))
+    absent = [shard for shard in named if not os.path.isfile(folder / shard)]
+    present = [shard for shard in named if shard not in set(absent)]
+    files = whole_set(folder, present) if absent else with_siblings(folder, present)
+    if not files:
+        raise absent_files(folder, absent)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    unlisted: list[str] = []
-    for shard in shards:
-        table, shard_metadata = read_header(folder / shard)
-        metadata = {**shard_metadata, **metadata}
+    unnamed: dict[str, None] = {}
+    for file in files:
+        table, file_metadata = read_header(folder / file)
+        metadata = {**file_metadata, **metadata}
         for name, tensor in table.items():
-            if weight_map.get(name) == shard:
+            place = weight_map.get(name)
+            if place == file:
                 tensors[name] = tensor
                 del weight_map[name]  # a name is in memory once, be there a hundred thousand
-            else:
-                unlisted.append(name)
-    if missing := list(weight_map):
-        raise CheckpointError(
-            f"{folder / INDEX_NAME}: {counted(missing, 'tensor')} not in the files it gives for them: "
-            f"{some_of(missing, spell=lambda name: f'{name} ({weight_map[name]})')}",
-            hint="Index and weight files come from different versions: download both again.",
-        )
-    notes = stray_files(folder, set(shards), "not named by the index")
-    if unlisted:
-        notes.append(f"ignored {counted(unlisted, 'tensor')} not named by the index: {some_of(unlisted)}")
-    return Checkpoint(folder, tensors, metadata, notes)
+            elif name not in tensors:
+                tensors[name] = tensor
+                unnamed |= {} if place else {name: None}
+            elif name in unnamed or (place is not None and place not in files):
+                raise in_two_files(folder, tensors[name], tensor)
+    moved = [name for name in weight_map if name in tensors]
+    lost = [name for name in weight_map if name not in tensors]
+    others = [file for file in files if file not in named]
+    notes = stray_files(folder, set(files), "not named by the index")
+    if absent:
+        notes.append(f"{INDEX_NAME} names {counted(absent, 'file')} not in the folder: {some_of(absent)}")
+    if others:
+        notes.append(f"{INDEX_NAME} does not name {some_of(others)}: read all the same")
+    if moved and not (absent and others):
+        notes.append(f"{INDEX_NAME} gives another file for {counted(moved, 'tensor')}: {some_of(moved)}")
+    if unnamed:
+        notes.append(f"{INDEX_NAME} does not name {counted(unnamed, 'tensor')}: {some_of(list(unnamed))}")
+    if lost:
+        notes.append(f"{INDEX_NAME} names {counted(lost, 'tensor')} that no file holds: {some_of(lost)}")
+    return Checkpoint(folder, tensors, metadata, notes, absent=absent, unnamed=unnamed)
+
+
+def whole_set(folder: Path, present: list[str]) -> list[str]:
+    """The weight files to read where an index names some that are absent.
+
+    These are `model.safetensors`, else shards that are all there by their own numbers, else those files of the index
+    that are `present`.
+    """
+    if not present:
+        try:
+            return [path.name for path in weight_files(folder)]
+        except MlxqwenError:
+            return []
+    names = [path.name for path in listed(folder)]
+    if SINGLE_NAME in names and SINGLE_NAME not in present:
+        return [SINGLE_NAME] if holds_all_of(folder, [SINGLE_NAME], present) else present
+    sets: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        if is_weight_name(name) and (match := SHARD_OF.search(name)):
+            sets.setdefault((name[: match.start()], match[2]), []).append(name)
+    whole = [shards for (_, count), shards in sets.items() if len(shards) == int(count)]
+    if len(whole) == 1 and holds_all_of(folder, whole[0], present):
+        return whole[0]
+    return present
+
+
+def holds_all_of(folder: Path, files: list[str], others: list[str]) -> bool:
+    """Whether `files` together hold every tensor of the `others`."""
+    held = {name for file in files for name in read_header(folder / file)[0]}
+    return all(held.issuperset(read_header(folder / file)[0]) for file in others if file not in files)
+
+
+def with_siblings(folder: Path, files: list[str]) -> list[str]:
+    """The files, and those shards beside them that are of the same set by their numbers."""
+    sets = {file[: match.start()] + match[0][6:] for file in files if (match := SHARD_OF.search(file))}
+    if not sets:
+        return files
+    names = [path.name for path in listed(folder)]
+    siblings = [n for n in names if (m := SHARD_OF.search(n)) and n[: m.start()] + m[0][6:] in sets and n not in files]
+    return files + siblings
+
+
+def absent_files(folder: Path, absent: Sequence[str]) -> CheckpointError:
+    """The error for files that the index names and the folder lacks."""
+    return CheckpointError(
+        f"{folder / INDEX_NAME}: names {counted(absent, 'file')} not in the folder: {some_of(absent)}",
+        hint="Download the missing files; an interrupted download can be resumed.",
+    )
+
+
+def in_two_files(folder: Path, first: TensorInfo, second: TensorInfo) -> CheckpointError:
+    """The error for a tensor that two files hold."""
+    return CheckpointError(
+        f"{folder}: {first.name} is both in {first.path.name} and in {second.path.name}",
+        hint=f"Remove the files of the other checkpoint, or have {INDEX_NAME} name one of them.",
+    )
 
 
 def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
@@ -164,10 +291,7 @@ def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
         metadata = {**file_metadata, **metadata}
         for name, tensor in table.items():
             if name in tensors:
-                raise CheckpointError(
-                    f"{folder}: {name} is both in {tensors[name].path.name} and in {path.name}",
-                    hint=f"Remove the files of the other checkpoint, or add {INDEX_NAME}.",
-                )
+                raise in_two_files(folder, tensors[name], tensor)
             tensors[name] = tensor
     return Checkpoint(folder, tensors, metadata, stray_files(folder, {path.name for path in files}, "not used"))
 
@@ -199,20 +323,25 @@ def read_weight_map(index: Path) -> dict[str, str]:
                 f"{index}: weight_map: {name}: found {shown(shard)}, expected a file name",
                 hint=DOWNLOAD_AGAIN,
             )
-    for shard in dict.fromkeys(weight_map.values()):
-        check_shard_name(index, shard)
-    return {name: sys.intern(shard) for name, shard in weight_map.items()}
+    files = {shard: checked_shard_name(index, shard) for shard in dict.fromkeys(weight_map.values())}
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
-def check_shard_name(index: Path, shard: str) -> None:
-    """Lexically, since a folder of the hub's cache is made of links that lead out of it."""
+def checked_shard_name(index: Path, shard: str) -> str:
+    """The name without `./`. It is checked as text, since a folder of the hub's cache is made of links that lead out.
+
+    Raises:
+        CheckpointError: it leads out of the folder, or is no name of a safetensors file.
+    """
     parts = shard.split("/")
-    escapes = any(part in ("", ".", "..") for part in parts) or any(c in shard for c in "\\:\0")
-    if escapes or not shard.endswith(".safetensors") or len(shard) > MAX_NAME_LENGTH:
+    escapes = any(part in ("", "..") for part in parts) or any(c in shard for c in "\\:\0")
+    plain = "/".join(part for part in parts if part != ".")
+    if escapes or not plain.endswith(".safetensors") or len(shard) > MAX_NAME_LENGTH:
         raise CheckpointError(
             f"{index}: weight_map: found the file name {shard[:120]!r}, expected a .safetensors file in the folder",
-            hint="The index is damaged or was tampered with: do not use this checkpoint.",
+            hint="An index names files beside it: do not use one that leads elsewhere.",
         )
+    return sys.intern(plain)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -276,12 +405,12 @@ def listed(folder: Path) -> list[Path]:
         ) from None
 
 
-def counted(things: list[str], noun: str) -> str:
+def counted(things: Collection[str], noun: str) -> str:
     """ "1 file", "2 files"."""
     return f"{len(things):,} {noun}{'' if len(things) == 1 else 's'}"
 
 
-def some_of(names: list[str], most: int = 5, spell: Callable[[str], str] = str) -> str:
+def some_of(names: Sequence[str], most: int = 5, spell: Callable[[str], str] = str) -> str:
     """The first few names, and how many more there are."""
     first = ", ".join(spell(name)[:120] for name in names[:most])
     return first if len(names) <= most else f"{first} and {len(names) - most:,} more"

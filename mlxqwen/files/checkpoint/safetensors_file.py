@@ -56,11 +56,12 @@ class TensorInfo:
     """Where one tensor lies and what it is.
 
     Attributes:
-        name: as written in the file.
+        name: as written in the file, or as `Checkpoint` found it under a wrapper's prefix: without that.
         dtype: safetensors' name: "BF16", "F32", "F8_E4M3", "U32", …
         shape: sizes in elements; `()` for a scalar.
         path: the file that holds it.
         start, stop: its bytes, counted from the beginning of that file.
+        stored_as: the name in the file where `name` is another; None where it is the same.
     """
 
     name: str
@@ -69,6 +70,7 @@ class TensorInfo:
     path: Path
     start: int
     stop: int
+    stored_as: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -292,7 +294,7 @@ def checked_array(tensor: TensorInfo, arrays: dict[str, mx.array]) -> mx.array:
     """The array of `tensor`. Raises `CheckpointError` if it is not as the header said."""
     import mlx.core as mx
 
-    array = arrays.get(tensor.name)
+    array = arrays.get(tensor.stored_as or tensor.name)
     if array is None or array.shape != tensor.shape or array.dtype != getattr(mx, MLX_DTYPES[tensor.dtype]):
         raise CheckpointError(
             f"{tensor.path}: {tensor.name}: found {array_kind(array)}, expected {tensor.dtype} {list(tensor.shape)}",
