@@ -14,14 +14,20 @@ from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.chat.tools import tool_schema
 from mlxqwen.engine.engine import Done, ToolResult
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
-from tests.scripted_model import ScriptedModel
-from tests.test_conversation_cache import CACHES, Turns, fresh, scripted
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.scripted_model import ScriptedModel, scripted_engine
+from tests.test_conversation_cache import CACHES, Turns, fresh
 from tests.test_engine_tools import GREEDY, Calculator
-
-__all__ = ["scripted"]  # a fixture
 
 QUESTION = "What is 1234 * 567?"
 USER = {"role": "user", "content": QUESTION}
+
+
+@pytest.fixture(params=[None, "off"], ids=["store", "pins"])
+def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer], request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
+    """The demo, which calls functions: with a store for all, and with nothing kept but what open conversations pin."""
+    return scripted_engine(*demo, prefix_cache=request.param)
 
 
 def plain(messages: Any) -> list[Any]:
