@@ -8,6 +8,8 @@ a `Pin` holds is still found after the store has evicted it. Which caches share 
 - Other bits, group sizes, dtypes, RoPE scalings, adapters and salts share nothing.
 - A ring that has dropped tokens is kept as a whole, by `put_ring`, in memory alone, for prompts that continue exactly
   there.
+
+Finding, keeping and evicting change the same lists of blocks and windows, so they stand in one file.
 """
 
 from __future__ import annotations

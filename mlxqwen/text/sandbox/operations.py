@@ -1,4 +1,7 @@
-"""Operators, string methods, filters and tests: bounded before they run, measured after."""
+"""Operators, string methods, filters and tests: bounded before they run, measured after.
+
+All share the bounds on what they may make, so they stand in one file.
+"""
 
 from __future__ import annotations
 
