@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +16,12 @@ from demo.data import ADDED_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mlxqwen
 from mlxqwen import Engine, batch_generate, generate, load, make_cache, stream_generate
+from mlxqwen.chat.reply import Delta
 from mlxqwen.chat.reply_parser import parse_reply
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, begins_in_thought
+from mlxqwen.engine import text_generation
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.engine.text_generation import GenerationResponse, batch_stream, end_token_ids, resolve_params
 from mlxqwen.errors import ContextLengthError, OptionError
@@ -306,11 +310,40 @@ def test_keywords_that_do_not_exist_are_type_errors(
     model: Qwen3ForCausalLM, tokenizer: Tokenizer, function: Any
 ) -> None:
     name = function.__name__
-    for keyword in ("temperature", "holds_cache", "prompt_cache"):
-        with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{keyword}'"):
+    for keyword, way_out in {"temp": "temperature=", "holds_cache": "", "prompt_cache": "cache=make_cache"}.items():
+        expected = rf"{name}\(\) got an unexpected keyword argument '{keyword}'"
+        with pytest.raises(TypeError, match=expected + (f"; here it is {way_out}" if way_out else "$")):
             function(model, tokenizer, ["a"], **{keyword: 0})
-    with pytest.raises(TypeError, match=r"Engine\.reply\(\) got an unexpected keyword argument 'temperature'"):
-        Engine(model, tokenizer).reply([1], temperature=0)
+    with pytest.raises(TypeError, match=r"Engine\.reply\(\) got an unexpected keyword argument 'temp'; here it is"):
+        Engine(model, tokenizer).reply([1], temp=0)
+
+
+def test_ways_out_of_foreign_keywords_name_what_there_is() -> None:
+    """The first word of each is a keyword of ours, or a sampling option."""
+    ours = {*(stream_generate.__kwdefaults__ or ()), *(one.name for one in fields(SamplingParams))}
+    for keyword, way_out in text_generation._ELSEWHERE.items():
+        assert keyword not in ours
+        first = re.split(r"[=(, ]", way_out)[0]
+        assert first in ours or hasattr(mlxqwen, first) or first in ("for", "tokenizer.apply_chat_template")
+
+
+def test_sampling_options_may_be_given_by_themselves(model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    single: dict[str, Any] = {"temperature": 1.5, "seed": 7, "logit_bias": {5: 3.0}}
+    for function in (generate, batch_generate):
+        prompt: Any = "Once" if function is generate else ["Once", "A"]
+        expected = function(model, tokenizer, prompt, max_tokens=12, sampling=single)
+        assert function(model, tokenizer, prompt, max_tokens=12, **single) == expected
+        mixed: dict[str, Any] = {"sampling": {"temperature": 1.5, "logit_bias": {5: 3.0}}, "seed": 7}
+        assert function(model, tokenizer, prompt, max_tokens=12, **mixed) == expected
+    events = [*Engine(model, tokenizer).reply("Once", max_tokens=12, split=False, **single)]
+    assert "".join(one.content or "" for one in events if isinstance(one, Delta)) == generate(
+        model, tokenizer, "Once", max_tokens=12, **single
+    )
+    for sampling in (SamplingParams(), {"seed": 1}):
+        with pytest.raises(OptionError, match=r"^seed: found beside sampling"):
+            generate(model, tokenizer, "Once", seed=2, sampling=sampling)
+    with pytest.raises(OptionError, match=r"^temperature: found -1"):
+        stream_generate(model, tokenizer, "Once", temperature=-1)
 
 
 @pytest.mark.parametrize("prompts", ["text", [], None, 3, [1, 2]], ids=repr)

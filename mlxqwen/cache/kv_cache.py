@@ -49,6 +49,11 @@ class KVCache:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def __repr__(self) -> str:
+        kind = "" if self.max_kv_size is None else f", max_kv_size={self.max_kv_size}, keep={self.keep}"
+        bits = "" if self.kv_bits is None else f", kv_bits={self.kv_bits}"
+        return f"KVCache({len(self)} layers, offsets={self.offsets}{kind}{bits}, {self.nbytes:,} bytes)"
+
     def __iter__(self) -> Iterator[KVLayer]:
         return iter(self.layers)
 

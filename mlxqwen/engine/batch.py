@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mlxqwen.checks import check_integer
-from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
+from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, as_messages, option_names
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.scheduler import Scheduler
@@ -22,7 +22,7 @@ DEFAULT_BATCH_SIZE = 8
 def answer_batch(
     responder: Responder,
     scheduler: Scheduler,
-    conversations: Iterable[Messages | ChatRequest],
+    conversations: Iterable[Messages | str | ChatRequest],
     options: Mapping[str, Any],
     *,
     batch_size: int,
@@ -47,7 +47,7 @@ def answer_batch(
 def _answers(
     responder: Responder,
     scheduler: Scheduler,
-    conversations: Iterator[tuple[int, Messages | ChatRequest]],
+    conversations: Iterator[tuple[int, Messages | str | ChatRequest]],
     options: Mapping[str, Any],
     batch_size: int,
     on_error: Callable[[int, MlxqwenError], None] | None,
@@ -84,7 +84,7 @@ def _answers(
 def _submit_next(
     responder: Responder,
     scheduler: Scheduler,
-    conversations: Iterator[tuple[int, Messages | ChatRequest]],
+    conversations: Iterator[tuple[int, Messages | str | ChatRequest]],
     options: Mapping[str, Any],
     on_error: Callable[[int, MlxqwenError], None] | None,
 ) -> tuple[int, Handle] | None:
@@ -94,7 +94,7 @@ def _submit_next(
         try:
             option_names("one conversation", request.options, "cache")
             chosen = ChatOptions(**{**options, **request.options})
-            made, _ = responder.request(request.messages, chosen)
+            made, _ = responder.request(as_messages(request.messages), chosen)
             handle = scheduler.submit(made)
             handle.on_prefill = chosen.on_prefill
             return index, handle

@@ -23,7 +23,7 @@ from mlxqwen.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlxqwen.engine.speculation.drafter import Speculative
 
-__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "option_names"]
+__all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "as_messages", "option_names"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -48,10 +48,15 @@ class ChatOptions(ReplyOptions):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation of a batch, with its own options, which replace those of the batch."""
+    """A conversation of a batch, or what a user says, with its own options, which replace those of the batch."""
 
-    messages: Messages
+    messages: Messages | str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_messages(given: Messages | str) -> Messages:
+    """A conversation, or what a user says as one."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
 def option_names(what: str, given: Iterable[str], *without: str) -> None:

@@ -6,7 +6,7 @@ Asking, going back, saving and loading stand in one file, as each has to leave t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import GEN_RUNNING, getgeneratorstate
 from os import PathLike
@@ -23,7 +23,7 @@ from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import Request
-from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, stream_tool_loop
+from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, Tools, stream_tool_loop
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json
@@ -105,6 +105,10 @@ class Conversation:
             self.system = system
         self._request([_OPENING], self._merged({}))
 
+    def __repr__(self) -> str:
+        count = len(self.messages)
+        return f"<Conversation: {count:,} message{'s' * (count != 1)}>"
+
     @property
     def system(self) -> str | None:
         """The text of the system message, None without one. Setting it changes the message; None removes it."""
@@ -155,7 +159,7 @@ class Conversation:
     def stream_tools(
         self,
         message: str | Message | Sequence[Message],
-        tools: Mapping[str, Callable[..., Any]],
+        tools: Tools,
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,
@@ -167,7 +171,7 @@ class Conversation:
 
         Args:
             message: as for `stream`.
-            tools: functions by name, instead of the conversation's own schemas.
+            tools: functions by name, or a list of functions, instead of the conversation's own schemas.
             max_rounds: the most replies.
             **options: as for `stream`, for each reply.
         """
@@ -184,7 +188,7 @@ class Conversation:
     def run_tools(
         self,
         message: str | Message | Sequence[Message],
-        tools: Mapping[str, Callable[..., Any]],
+        tools: Tools,
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,

@@ -17,7 +17,7 @@ from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.checks import check_integer
 from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
-from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, option_names
+from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, as_messages, option_names
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.handle import Handle, events_of
 from mlxqwen.engine.loading import Converter, load_models
@@ -27,7 +27,7 @@ from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
 from mlxqwen.engine.token_stream import OnPrefill
-from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, stream_tool_loop
+from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, Tools, stream_tool_loop
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.model.loading import LoadOptions
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -57,6 +57,7 @@ __all__ = [
 def load(
     path_or_id: str | PathLike[str] | None = None,
     *,
+    model: str | PathLike[str] | None = None,
     dtype: str | mx.Dtype | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -70,6 +71,7 @@ def load(
     Args:
         path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
             FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
+        model: another name for `path_or_id`.
         dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.
         rope_scaling: replaces that of `config.json`, for example
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
@@ -85,6 +87,7 @@ def load(
     """
     engine = Engine.load(
         path_or_id,
+        model=model,
         dtype=dtype,
         rope_scaling=rope_scaling,
         revision=revision,
@@ -158,6 +161,7 @@ class Engine:
         cls,
         path_or_id: str | PathLike[str] | None = None,
         *,
+        model: str | PathLike[str] | None = None,
         revision: str | None = None,
         on_convert: Callable[[str, int, int], None] | None = None,
         draft: str | PathLike[str] | None = None,
@@ -178,6 +182,10 @@ class Engine:
             prefix_cache, prompt_cache, max_running: see `Engine`.
             converter: what to do with weights in a form that is not run; by default `mlxqwen_convert` converts them.
         """
+        if model is not None:
+            if path_or_id is not None:
+                raise OptionError("model: found beside path_or_id, expected one of them, as they mean the same")
+            path_or_id = model
         _check_speculative(speculative, draft_tokens, draft)
         prefix_cache_bytes(prefix_cache, options.get("device") or current_device())
         shared: dict[str, Any] = {
@@ -189,14 +197,26 @@ class Engine:
         }
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
-        model, tokenizer, draft_model = load_models(
+        loaded, tokenizer, draft_model = load_models(
             path_or_id, draft=draft, revision=revision, on_convert=on_convert, converter=converter, **options
         )
         if draft_model is not None:
             from mlxqwen.engine.speculation.draft_model import DraftModel
 
             speculative = DraftModel(draft_model)
-        return cls(model, tokenizer, speculative=speculative, **shared)
+        return cls(loaded, tokenizer, speculative=speculative, **shared)
+
+    def __repr__(self) -> str:
+        config, quantization = self.model.config, self.model.config.quantization
+        weights = (
+            str(self.model.dtype).removeprefix("mlx.core.")
+            if quantization is None
+            else f"{quantization.default.bits}-bit weights"
+        )
+        return (
+            f"<Engine: {config.model_type}, {config.num_hidden_layers} layers, {weights}, context of "
+            f"{config.context_length:,} tokens{', closed' if self.scheduler.is_closed else ''}>"
+        )
 
     @property
     def _responder(self) -> Responder:
@@ -223,14 +243,14 @@ class Engine:
                 hint="Make a new Engine, or close this one behind its last reply.",
             )
 
-    def chat(self, messages: Messages, **options: Any) -> Reply:
+    def chat(self, messages: Messages | str, **options: Any) -> Reply:
         """Answer a conversation; the options are those of `stream`."""
         option_names("a chat", options)
         return next(event.reply for event in self.stream(messages, **options) if isinstance(event, Done))
 
     def stream(
         self,
-        messages: Messages,
+        messages: Messages | str,
         *,
         thinking: bool | None = None,
         thinking_budget: int | None = None,
@@ -259,7 +279,8 @@ class Engine:
         that is closed, or that nobody refers to any more, ends its reply.
 
         Args:
-            messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified.
+            messages: dicts with `role` and `content`, as in OpenAI's API; see `prompt`. Never modified. Text is what a
+                user says.
             thinking: the hard switch: True allows thinking, False does not, None leaves it to the chat template, whose
                 default is to think. Where thinking is allowed, `/think` and `/no_think` in the latest user or system
                 message steer it. With True and no `/no_think`, everything up to `</think>` is reasoning, even if the
@@ -313,7 +334,7 @@ class Engine:
             salt=salt,
             constraints=constraints,
         )
-        request, _ = self._responder.request(messages, options)
+        request, _ = self._responder.request(as_messages(messages), options)
         return events_of(lambda: self._submit(request, on_prefill))
 
     def reply(
@@ -349,8 +370,8 @@ class Engine:
 
     def run_tools(
         self,
-        messages: Messages,
-        tools: Mapping[str, Callable[..., Any]],
+        messages: Messages | str,
+        tools: Tools,
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,
@@ -361,8 +382,8 @@ class Engine:
 
     def stream_tools(
         self,
-        messages: Messages,
-        tools: Mapping[str, Callable[..., Any]],
+        messages: Messages | str,
+        tools: Tools,
         *,
         max_rounds: int = DEFAULT_MAX_ROUNDS,
         **options: Any,
@@ -371,7 +392,7 @@ class Engine:
 
         Args:
             messages: the conversation; never modified.
-            tools: functions by name; their schemas come from their signatures and docstrings.
+            tools: functions by name, or a list of functions; their schemas come from their signatures and docstrings.
             max_rounds: the most replies.
             **options: those of `stream`, for each reply, except `tools` and `cache`.
         """
@@ -381,11 +402,11 @@ class Engine:
         def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
             return self.stream(messages, tools=schemas, **options)
 
-        return stream_tool_loop(answer, messages, tools, max_rounds=max_rounds)
+        return stream_tool_loop(answer, as_messages(messages), tools, max_rounds=max_rounds)
 
     def batch(
         self,
-        conversations: Iterable[Messages | ChatRequest],
+        conversations: Iterable[Messages | str | ChatRequest],
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         on_error: Callable[[int, MlxqwenError], None] | None = None,
@@ -394,7 +415,8 @@ class Engine:
         """Answer many conversations, many at once, each as it would be alone.
 
         Args:
-            conversations: lists of messages, or `ChatRequest` for options of their own. Taken as they are needed.
+            conversations: lists of messages, texts of a user, or `ChatRequest` for options of their own. Taken as they
+                are needed.
             batch_size: how many run at once; memory grows with it. Where one ends, the next begins.
             on_error: told of a conversation that cannot be answered, which is then left out.
             **options: those of `stream`, for all, except `cache`.
@@ -420,7 +442,7 @@ class Engine:
 
     def prompt(
         self,
-        messages: Messages,
+        messages: Messages | str,
         *,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -441,11 +463,11 @@ class Engine:
             TemplateError: see `Tokenizer.apply_chat_template`.
         """
         options = ChatOptions(thinking=thinking, tools=tools, trust_special_tokens=trust_special_tokens)
-        return self._responder.render(messages, options)
+        return self._responder.render(as_messages(messages), options)
 
     def fit(
         self,
-        messages: Messages,
+        messages: Messages | str,
         *,
         max_tokens: int | None = None,
         thinking: bool | None = None,
@@ -477,9 +499,9 @@ class Engine:
             cache=cache,
             max_kv_size=max_kv_size,
         )
-        return self._responder.fit(messages, options)
+        return self._responder.fit(as_messages(messages), options)
 
-    def sampling_for(self, messages: Messages, **options: Any) -> SamplingParams:
+    def sampling_for(self, messages: Messages | str, **options: Any) -> SamplingParams:
         """The `SamplingParams` that `stream` would use for `messages`.
 
         The mode is what the template makes of the hard switch; where it leaves the model free, the soft switches tell.
@@ -490,7 +512,7 @@ class Engine:
             **options: those of `stream`.
         """
         option_names("a chat", options)
-        return self._responder.sampling(messages, ChatOptions(**options))
+        return self._responder.sampling(as_messages(messages), ChatOptions(**options))
 
 
 def _refuse_cache(options: Mapping[str, Any]) -> None:

@@ -108,11 +108,12 @@ def text_request(
         expect_thought: whether a reply that the prompt leaves free begins in thought without a tag of its own.
         speculative: what guesses.
         noted: what was noted of `generation_config.json` already, and is not noted again; added to.
-        **options: further fields of `Request`.
+        **options: further fields of `Request`, and single options of `SamplingParams`.
 
     Raises:
         OptionError, ContextLengthError, CacheError: it cannot be answered.
     """
+    sampling = _with_single(sampling, {name: options.pop(name) for name in _SAMPLING_NAMES & options.keys()})
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else as_token_ids(prompt)
     if ids and isinstance(ids[0], Mapping):
         raise OptionError(
@@ -168,6 +169,7 @@ def stream_generate(
     priority: int = 0,
     salt: str = "",
     constraints: Sequence[ConstraintFactory] = (),
+    **single: Any,
 ) -> Iterator[GenerationResponse]:
     """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
@@ -202,11 +204,13 @@ def stream_generate(
         priority: -100 to 100; where replies wait for each other, lower goes first.
         salt: only requests of the same salt share what was read of their prompts.
         constraints: what restricts the draws; see `mlxqwen.engine.options`.
+        **single: options of `SamplingParams` by name, in place of `sampling`: `temperature=0.7, seed=1`.
 
     Raises:
         OptionError, ContextLengthError, CacheError: at once.
         GenerationError: while iterating, if the model's logits are NaN.
     """
+    check_keywords("stream_generate", single, stream_generate)
     responses = batch_stream(
         model,
         tokenizer,
@@ -228,18 +232,58 @@ def stream_generate(
         priority=priority,
         salt=salt,
         constraints=constraints,
+        **single,
     )
     return (response for _, response in responses)
 
 
+_ELSEWHERE = {
+    "temp": "temperature=…",
+    "max_new_tokens": "max_tokens=…",
+    "max_length": "max_tokens=…, which does not count the prompt",
+    "do_sample": "temperature=0 for the most likely tokens",
+    "sampler": "sampling=SamplingParams(…), or temperature=…, top_p=… and so on",
+    "logits_processors": "constraints=…, or presence_penalty=…, repetition_penalty=…, logit_bias=…",
+    "prompt_cache": "cache=make_cache(model)",
+    "past_key_values": "cache=make_cache(model)",
+    "max_kv_size": "cache=make_cache(model, max_kv_size=…)",
+    "kv_bits": "cache=make_cache(model, kv_bits=…)",
+    "kv_group_size": "cache=make_cache(model, kv_bits=…, kv_group_size=…)",
+    "prefill_step_size": "prefill_chunk=…",
+    "prompt_progress_callback": "on_prefill=…",
+    "draft_model": "speculative=DraftModel(model)",
+    "num_draft_tokens": "draft_tokens=…",
+    "stop_strings": "stop=…",
+    "streamer": "for piece in stream_generate(…)",
+    "enable_thinking": "tokenizer.apply_chat_template(…, enable_thinking=…), or Engine.chat(…, thinking=…)",
+}
+"""What keywords of other libraries are here."""
+
+_SAMPLING_NAMES = frozenset(one.name for one in fields(SamplingParams))
+
+
 def check_keywords(name: str, given: Iterable[str], function: Callable[..., Any], *more: str) -> None:
-    """Raise `TypeError` for what is no keyword of `function` nor among `more`, as Python does for `name`."""
-    known = {*(function.__kwdefaults__ or ()), *more}
+    """Raise `TypeError` for what is no keyword of `function`, no sampling option and not among `more`."""
+    known = {*(function.__kwdefaults__ or ()), *_SAMPLING_NAMES, *more}
     for keyword in given:
         if keyword not in known:
-            is_sampling = any(one.name == keyword for one in fields(SamplingParams))
-            way_out = f'; say how to sample in sampling={{"{keyword}": …}}' if is_sampling else ""
+            way_out = f"; here it is {_ELSEWHERE[keyword]}" if keyword in _ELSEWHERE else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{way_out}")
+
+
+def _with_single(sampling: Sampling, single: Mapping[str, Any]) -> Sampling:
+    """Add sampling options that were given by themselves. Raises `OptionError` for one that is given twice."""
+    if not single:
+        return sampling
+    if isinstance(sampling, SamplingParams):
+        raise OptionError(
+            f"{next(iter(single))}: found beside sampling=SamplingParams(…), expected one of them",
+            hint=f"Give sampling=dataclasses.replace(params, {next(iter(single))}=…), or no SamplingParams.",
+        )
+    for name in sampling or ():
+        if name in single:
+            raise OptionError(f"{name}: found beside sampling and in it, expected one of them")
+    return {**(sampling or {}), **single}
 
 
 def batch_stream(

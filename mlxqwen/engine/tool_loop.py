@@ -13,7 +13,7 @@ from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.errors import ContextLengthError, OptionError
 
-__all__ = ["DEFAULT_MAX_ROUNDS", "ToolEvent", "ToolResult", "ToolRun", "stream_tool_loop"]
+__all__ = ["DEFAULT_MAX_ROUNDS", "ToolEvent", "ToolResult", "ToolRun", "Tools", "stream_tool_loop"]
 
 DEFAULT_MAX_ROUNDS = 8
 
@@ -48,12 +48,13 @@ class ToolRun:
 
 
 ToolEvent = Event | ToolResult | ToolRun
+Tools = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
 
 def stream_tool_loop(
     answer: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Iterator[Event]],
     messages: Sequence[Mapping[str, Any]],
-    tools: Mapping[str, Callable[..., Any]],
+    tools: Tools,
     *,
     max_rounds: int = DEFAULT_MAX_ROUNDS,
 ) -> Generator[ToolEvent]:
@@ -62,9 +63,9 @@ def stream_tool_loop(
     Args:
         answer: messages and schemas of tools → the events of a reply.
         messages: the conversation; never modified.
-        tools: functions by the names that the model calls them by; no others are ever called. What goes wrong with a
-            call, exceptions and `sys.exit` included, is told to the model as text. A call has no time limit: the run
-            waits for it, and Ctrl-C ends both.
+        tools: functions by the names that the model calls them by, or a list of functions with names of their own; no
+            others are ever called. What goes wrong with a call, exceptions and `sys.exit` included, is told to the
+            model as text. A call has no time limit: the run waits for it, and Ctrl-C ends both.
         max_rounds: the most replies. The calls of the last one are still made, so that the messages can be run on.
 
     Returns:
@@ -75,12 +76,31 @@ def stream_tool_loop(
         OptionError: tools that are no functions by name, functions that cannot be tools, or `max_rounds` below 1.
         All that `answer` raises, but for a `ContextLengthError` behind the first reply: the run ends there.
     """
-    if not isinstance(tools, Mapping):
-        raise OptionError(f"tools: found {type(tools).__name__}, expected functions by name: {{name: function}}")
+    functions = _by_name(tools)
     max_rounds = check_integer("max_rounds", max_rounds, 1)
-    functions = dict(tools)
     schemas = [tool_schema(name, function) for name, function in functions.items()]
     return _rounds(answer, answer(messages, schemas), list(messages), functions, schemas, max_rounds)
+
+
+def _by_name(tools: object) -> dict[str, Callable[..., Any]]:
+    if isinstance(tools, Mapping):
+        return dict(tools)
+    if not isinstance(tools, list | tuple):
+        found = type(tools).__name__
+        raise OptionError(
+            f"tools: found {found}, expected functions by name, {{name: function}}, or a list of functions"
+        )
+    functions: dict[str, Callable[..., Any]] = {}
+    for place, function in enumerate(tools):
+        name = getattr(function, "__name__", None)
+        if not callable(function) or not isinstance(name, str) or name in functions:
+            found = f"a second {name}" if name in functions else f"{type(function).__name__} without a name"
+            raise OptionError(
+                f"tools[{place}]: found {found}, expected functions of different names",
+                hint="Give them by name: {name: function}.",
+            )
+        functions[name] = function
+    return functions
 
 
 def _rounds(

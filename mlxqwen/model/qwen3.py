@@ -212,3 +212,13 @@ class Qwen3ForCausalLM(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype that activations are computed in."""
         return self.model.norm.weight.dtype
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, first to last."""
+        return list(self.model.layers)
+
+    @property
+    def args(self) -> ModelConfig:
+        """`config`, by the name that mlx-lm has for it."""
+        return self.config

@@ -128,6 +128,24 @@ class Tokenizer:
         """The number of token ids, added tokens included: one more than the largest id."""
         return max(self._backend.get_vocab_size(), max(self._added_tokens, default=-1) + 1)
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._source!r}, {self.vocab_size:,} tokens)"
+
+    def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
+        """The ids of a text, or of each in a list, as `{"input_ids": …, "attention_mask": …}`; see `encode`."""
+        if isinstance(text, str):
+            ids = self.encode(text)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        rows = [self.encode(one) for one in text]
+        return {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token as `tokenizer.json` spells it, added tokens included, with its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def has_tokens_of(self, other: Tokenizer) -> bool:
         """Whether each id stands for the same token in both."""
         ids = range(max(self.vocab_size, other.vocab_size))
@@ -176,6 +194,11 @@ class Tokenizer:
         return self._id_or_none(self.eos_token)
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """`eos_token_id` as a set; a model's configuration may name further tokens that end a reply."""
+        return frozenset() if self.eos_token_id is None else frozenset((self.eos_token_id,))
+
+    @property
     def pad_token_id(self) -> int | None:
         """The id of `pad_token`."""
         return self._id_or_none(self.pad_token)
@@ -186,6 +209,10 @@ class Tokenizer:
             return None
         found: int | None = self._backend.token_to_id(token)
         return found
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
+        """`token_to_id` of a token, or of each in a list."""
+        return self.token_to_id(tokens) if isinstance(tokens, str) else [self.token_to_id(token) for token in tokens]
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; added tokens such as `<|im_end|>` or `<think>` in it become their one id.
@@ -239,6 +266,10 @@ class Tokenizer:
         skipped = self._special_ids if skip_special_tokens else frozenset()
         pieces = (self.token_bytes(token_id) for token_id in ids if int(token_id) not in skipped)
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of each row of ids."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in rows]
 
     def detokenizer(self, *, skip_special_tokens: bool = False) -> Detokenizer:
         """A streaming decoder: what it returns, joined, is exactly what `decode` gives for all the ids."""

@@ -1,0 +1,85 @@
+"""Names and forms that users of other libraries expect in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxqwen import Conversation, Engine, load, make_cache
+from mlxqwen.engine.chat_request import ChatRequest
+from mlxqwen.errors import OptionError
+
+GREEDY: dict[str, Any] = {"max_tokens": 8, "sampling": {"temperature": 0}, "thinking": False}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load()
+
+
+def test_text_is_what_a_user_says(engine: Engine) -> None:
+    expected = engine.chat(MESSAGES, **GREEDY)
+    assert engine.chat("Hello", **GREEDY) == expected
+    assert list(engine.stream("Hello", **GREEDY))[-1].reply == expected  # type: ignore[union-attr]
+    assert engine.prompt("Hello") == engine.prompt(MESSAGES)
+    assert engine.fit("Hello") == MESSAGES
+    assert engine.sampling_for("Hello", thinking=True) == engine.sampling_for(MESSAGES, thinking=True)
+    found = dict(engine.batch(["Hello", ChatRequest("Hello"), MESSAGES], **GREEDY))
+    assert [found[place].reply for place in range(3)] == [expected] * 3
+
+
+def test_a_list_of_functions_are_tools_by_their_names(engine: Engine) -> None:
+    def count_letters(text: str) -> int:
+        """Count the letters of a text."""
+        return len(text)
+
+    by_name = engine.run_tools("Hello", {"count_letters": count_letters}, **GREEDY)
+    assert engine.run_tools("Hello", [count_letters], **GREEDY).reply == by_name.reply
+    assert Conversation(engine).run_tools("Hello", [count_letters], **GREEDY).reply == by_name.reply
+    for tools in ([count_letters, count_letters], [3], [object()]):
+        with pytest.raises(OptionError, match=r"^tools\[\d\]: found"):
+            engine.run_tools("Hello", tools, **GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^tools: found function, expected functions by name"):
+        engine.run_tools("Hello", count_letters, **GREEDY)  # type: ignore[arg-type]
+
+
+def test_a_model_is_named_by_model_too(engine: Engine) -> None:
+    folder = engine.tokenizer._folder
+    assert load(model=folder)[0].config == engine.model.config
+    assert Engine.load(model=folder).model.config == engine.model.config
+    with pytest.raises(OptionError, match=r"^model: found beside path_or_id"):
+        load(folder, model=folder)
+
+
+def test_the_tokenizer_answers_to_the_names_of_transformers(engine: Engine) -> None:
+    tokenizer = engine.tokenizer
+    ids = tokenizer.encode("Hello, 世界")
+    assert tokenizer("Hello, 世界") == {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    assert tokenizer(["Hello, 世界", ""]) == {"input_ids": [ids, []], "attention_mask": [[1] * len(ids), []]}
+    assert tokenizer.batch_decode([ids, []]) == ["Hello, 世界", ""]
+    vocabulary = tokenizer.get_vocab()
+    assert len(tokenizer) == len(vocabulary) == tokenizer.vocab_size
+    assert all(tokenizer.token_to_id(token) == token_id for token, token_id in vocabulary.items())
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "no such token"]) == [tokenizer.eos_token_id, None]
+    assert tokenizer.eos_token_ids == {tokenizer.eos_token_id}
+
+
+def test_a_model_has_its_layers_and_arguments(engine: Engine) -> None:
+    assert len(engine.model.layers) == engine.model.config.num_hidden_layers
+    assert engine.model.layers[0] is engine.model.model.layers[0]
+    assert engine.model.args is engine.model.config
+
+
+def test_what_is_printed_says_what_it_is(engine: Engine) -> None:
+    config = engine.model.config
+    assert repr(engine) == (
+        f"<Engine: qwen3, {config.num_hidden_layers} layers, float32, context of {config.context_length:,} tokens>"
+    )
+    assert repr(engine.tokenizer).endswith(f"tokenizer.json', {len(engine.tokenizer):,} tokens)")
+    assert repr(make_cache(engine.model, max_kv_size=32, kv_bits=8)) == (
+        f"KVCache({config.num_hidden_layers} layers, offsets=(0,), max_kv_size=32, keep=4, kv_bits=8, 0 bytes)"
+    )
+    assert repr(Conversation(engine, messages=MESSAGES)) == "<Conversation: 1 message>"
