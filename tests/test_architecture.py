@@ -18,6 +18,7 @@ LAYERS = [
     "errors",
     "checks",
     "console",
+    "blas",
     "device",
     "files",
     "model",
