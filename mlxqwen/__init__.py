@@ -113,14 +113,14 @@ class _BeforeMLX:
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Load OpenBLAS before `mlx.core`; finds nothing itself."""
         if name == "mlx.core":
-            sys.meta_path.remove(_BeforeMLX)  # type: ignore[arg-type]
+            sys.meta_path.remove(_BeforeMLX)
             from mlxqwen.blas import load_openblas
 
             load_openblas()
 
 
 if sys.platform == "linux" and "mlx.core" not in sys.modules:
-    sys.meta_path.insert(0, _BeforeMLX)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _BeforeMLX)
 
 
 def __getattr__(name: str) -> Any:
