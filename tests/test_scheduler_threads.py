@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from mlxqwen import Engine
 from mlxqwen.engine.engine import Done
+from mlxqwen.engine.request import Request
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import OptionError
@@ -295,3 +297,24 @@ def test_requests_that_race_with_a_close_all_end() -> None:
             scheduler.close()
             for one in asking:
                 assert one.result(timeout=60) == "over" or "close" in one.result()
+
+
+def test_listeners_are_told_of_each_step_of_the_daemon(tiny: Qwen3ForCausalLM) -> None:
+    scheduler = new_scheduler(tiny)
+    told: list[int] = []
+    stop = scheduler.driver.listen(lambda: told.append(scheduler.steps))
+    scheduler.driver.start(scheduler)
+    handle = scheduler.submit(Request(prompt=(1, 2, 3), max_tokens=5))
+    until = time.monotonic() + 30
+    while not handle.is_over and time.monotonic() < until:
+        while handle.poll() is not None:  # nobody waits in `next_token`
+            pass
+        time.sleep(0.001)
+    assert handle.is_over
+    assert handle.token_count == len(handle.tokens) == 5
+    assert len({*told}) >= 5
+    stop()
+    count = len(told)
+    scheduler.driver.wake()
+    assert len(told) == count
+    scheduler.close()

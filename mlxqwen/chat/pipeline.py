@@ -21,11 +21,12 @@ class ReplyPipeline:
     told by their spelling. A character that the last token leaves unfinished is never shown.
 
     Args:
-        tokenizer: decodes the tokens; special tokens leave no text.
+        tokenizer: decodes the tokens.
         begins: whether the reply begins in thought; see `mlxqwen.chat.thinking.begins_in_thought`.
         tools: whether the reply may call tools.
         stop: the reply ends before the first of these texts in its content; reasoning and calls may hold them.
         split: False for the reply's raw text, with its tags, as content; then `stop` ends that text.
+        skip_special_tokens: whether special tokens leave no text.
         new_id: makes the ids of the calls.
 
     Raises:
@@ -44,6 +45,7 @@ class ReplyPipeline:
         tools: bool = False,
         stop: str | Sequence[str] = (),
         split: bool = True,
+        skip_special_tokens: bool = True,
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
         ids = {tag: tokenizer.token_to_id(tag.value) for tag in Tag}
@@ -51,7 +53,7 @@ class ReplyPipeline:
         self.tools = tools
         self.tokens = 0
         self._tags = {token: tag for tag, token in ids.items() if token is not None}
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=True)
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
         self._splitter = Splitter(thinking=begins, tools=tools, new_id=new_id, spelled=spelled)
         self._lexer = TagLexer(self._splitter, spelled) if spelled else None
         self._starts: list[int] = []  # where in the lexer's text each token begins

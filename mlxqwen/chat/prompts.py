@@ -14,6 +14,7 @@ from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
 from mlxqwen.checks import check_flag
 from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
+from mlxqwen.files.json_file import json_kind, shown
 from mlxqwen.text.messages import split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
@@ -21,6 +22,13 @@ __all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens
 
 # The content of an assistant's message that leaves its think block open.
 _BEGUN_THOUGHT = re.compile(r"\s*<think>((?:(?!</think>).)*)\Z", re.DOTALL)
+
+# Arguments of `Tokenizer.apply_chat_template`, and what every template is given.
+_NO_VARIABLES = {
+    *("self", "messages", "tools", "add_generation_prompt", "tokenize", "enable_thinking", "continue_final_message"),
+    *("chat_template", "trust_special_tokens"),
+}
+_LONGEST_NAME = 64
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -49,14 +57,22 @@ def render_prompt(
     thinking: bool | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     trust_special_tokens: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool | None = None,
 ) -> list[int]:
-    """The ids of a conversation up to the beginning of the answer; see `Engine.prompt`."""
+    """The ids of a conversation up to the beginning of the answer; see `Engine.prompt` and `Engine.stream`.
+
+    Args:
+        variables: further variables of the template; those that are arguments here, or the tokenizer's, are none.
+    """
     thinking = hard_switch(thinking)
     check_conversation(messages)
+    more = _check_variables(variables)
     schemas = check_tool_schemas(tools) if tools is not None else None
     prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
     prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
-    goes_on = prepared[-1]["role"] == "assistant"
+    goes_on = _goes_on(prepared, continue_final_message)
     if goes_on and prepared[-1].get("tool_calls"):
         raise MessagesError(
             f"messages[{len(prepared) - 1}]: found calls of tools at the end, expected their results behind them",
@@ -70,16 +86,46 @@ def render_prompt(
             add_generation_prompt=True,
             enable_thinking=thinking or None,
             trust_special_tokens=trust_special_tokens,
+            **more,
         )
         return [*before, *_thought_ids(tokenizer, before, begun[1], trust_special_tokens)]
-    return tokenizer.apply_chat_template(
+    ids: list[int] = tokenizer.apply_chat_template(
         prepared,
         tools=schemas or None,
-        add_generation_prompt=not goes_on,
+        add_generation_prompt=add_generation_prompt and not goes_on,
         continue_final_message=goes_on,
         enable_thinking=thinking,
         trust_special_tokens=trust_special_tokens,
+        **more,
     )
+    return ids
+
+
+def _goes_on(messages: Messages, continue_final_message: bool | None) -> bool:
+    """Whether the reply goes on with the last message. Raises `OptionError` if it should and is not the assistant's."""
+    check_flag("continue_final_message", continue_final_message, optional=True)
+    is_assistants = messages[-1]["role"] == "assistant"
+    if continue_final_message and not is_assistants:
+        raise OptionError(
+            f"continue_final_message: found True behind a message of role {messages[-1]['role']!r}, expected one of "
+            "the assistant's",
+            hint="Leave it out, or add the beginning of the answer as the assistant's message.",
+        )
+    return is_assistants and continue_final_message is not False
+
+
+def _check_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The variables by name. Raises `OptionError` for what is none, or has another way in."""
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping):
+        raise OptionError(f"template_variables: found {json_kind(variables)}, expected an object")
+    for name in variables:
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_NAME or name in _NO_VARIABLES:
+            raise OptionError(
+                f"template_variables: found {shown(name)}, expected names of variables that the template alone reads"
+            )
+    return dict(variables)
 
 
 def _thought_ids(tokenizer: Tokenizer, before: Sequence[int], thought: str, trust_special_tokens: bool) -> list[int]:
@@ -103,6 +149,7 @@ def asks_for_thought(
     *,
     thinking: bool | None = None,
     tools: bool = False,
+    continue_final_message: bool | None = None,
 ) -> bool:
     """Whether the reply to `prompt`, the ids of `messages`, is expected to think.
 
@@ -112,11 +159,12 @@ def asks_for_thought(
     Args:
         thinking: the hard switch.
         tools: whether tools are given.
+        continue_final_message: False if the reply does not go on with the assistant's last message.
     """
     begins = begins_in_thought(tokenizer, prompt)
     if begins is not None:
         return begins
-    if messages[-1]["role"] == "assistant" or not thinking_modes(tokenizer, tools=tools).thinks(thinking):
+    if _goes_on(messages, continue_final_message) or not thinking_modes(tokenizer, tools=tools).thinks(thinking):
         return False
     return soft_switch(messages) is not False
 

@@ -341,6 +341,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             speculative=options.get("speculative"),
             prefix_cache=options.get("prefix_cache"),
             prompt_cache=options.get("prompt_cache"),
+            max_running=options.get("max_running"),
             **({} if options.get("draft_tokens") is None else {"draft_tokens": options["draft_tokens"]}),
         )
     if options.get("draft") is not None:

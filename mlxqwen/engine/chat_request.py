@@ -39,6 +39,9 @@ class ChatOptions(ReplyOptions):
     seed: int | None = None
     trust_special_tokens: bool = False
     drop_oldest: bool = False
+    template_variables: Mapping[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
     cache: object = None
     max_kv_size: int | None = None
     keep: int = 4
@@ -157,6 +160,9 @@ class Responder:
             thinking=hard_switch(options.thinking, options.thinking_budget),
             tools=options.tools,
             trust_special_tokens=options.trust_special_tokens,
+            variables=options.template_variables,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
         )
 
     def cache_of(self, options: ChatOptions) -> KVCache | CacheKind:
@@ -191,7 +197,14 @@ class Responder:
         return sampling if options.seed is None else replace(sampling, seed=options.seed)
 
     def _asks_for_thought(self, prompt: Sequence[int], messages: Messages, options: ChatOptions) -> bool:
-        return asks_for_thought(self.tokenizer, prompt, messages, thinking=options.thinking, tools=bool(options.tools))
+        return asks_for_thought(
+            self.tokenizer,
+            prompt,
+            messages,
+            thinking=options.thinking,
+            tools=bool(options.tools),
+            continue_final_message=options.continue_final_message,
+        )
 
     def _refuse_if_too_long(self, messages: Messages, options: ChatOptions, cache: KVCache | CacheKind) -> None:
         """Check a lower bound of the tokens before encoding, as millions of characters take minutes to encode."""

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlxqwen.engine.generation import Generation
@@ -45,6 +46,7 @@ class Driver:
         self._changed = threading.Condition()
         self._daemon: threading.Thread | None = None
         self._stopped = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def is_of_another_process(self) -> bool:
@@ -82,9 +84,24 @@ class Driver:
                 if all(one.idle_seconds > PATIENCE for one in account().schedulers):
                     raise _cannot_go_on()
 
+    def start(self, scheduler: Scheduler) -> None:
+        """Let the daemon thread take the steps from now on: for callers that wait in no thread."""
+        self.check_process()
+        with self._changed:
+            self._start(scheduler)
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` after each step of the daemon thread, and when work comes or ends → what ends that.
+
+        It is called by several threads, and has to return at once.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
     def wake(self) -> None:
         """Wake the threads that wait, as there is work."""
         _notify(self._changed)
+        _tell(self._listeners)
 
     def stop(self) -> None:
         """End the daemon thread behind the step that it takes."""
@@ -112,7 +129,7 @@ class Driver:
         if self._daemon is None or not self._daemon.is_alive():
             weakref.finalize(scheduler, _notify, self._changed).atexit = False
             _drivers.add(self)
-            arguments = (weakref.ref(scheduler), self._changed, self._stopped)
+            arguments = (weakref.ref(scheduler), self._changed, self._stopped, self._listeners)
             self._daemon = threading.Thread(target=_run, args=arguments, name="mlxqwen scheduler", daemon=True)
             self._daemon.start()
 
@@ -129,7 +146,17 @@ def _notify(changed: threading.Condition) -> None:
         changed.notify_all()
 
 
-def _run(reference: weakref.ref[Scheduler], changed: threading.Condition, stopped: threading.Event) -> None:
+def _tell(listeners: list[Callable[[], None]]) -> None:
+    for listener in tuple(listeners):
+        listener()
+
+
+def _run(
+    reference: weakref.ref[Scheduler],
+    changed: threading.Condition,
+    stopped: threading.Event,
+    listeners: list[Callable[[], None]],
+) -> None:
     """Take steps while there is work, else wait for it; end when the scheduler is gone or closed."""
     while True:
         scheduler = reference()
@@ -140,6 +167,7 @@ def _run(reference: weakref.ref[Scheduler], changed: threading.Condition, stoppe
         except BaseException as error:
             scheduler.fail_all(error)
             worked = False
+        _tell(listeners)
         with changed:
             changed.notify_all()
             if not worked:

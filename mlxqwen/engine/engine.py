@@ -260,9 +260,13 @@ class Engine:
         max_tokens: int | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        skip_special_tokens: bool = True,
         stop_on_loop: bool = False,
         trust_special_tokens: bool = False,
         drop_oldest: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | None = None,
         cache: KVCache | None = None,
         max_kv_size: int | None = None,
         keep: int = 4,
@@ -297,10 +301,15 @@ class Engine:
             seed: the same seed gives the same reply.
             stop: end before the first of these texts in the content; reasoning and calls may hold them. At most 64,
                 of 1,024 characters each.
+            skip_special_tokens: whether special tokens leave no text in the reply; end tokens never do.
             stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
             trust_special_tokens: whether tokens spelled in the conversation, such as `<|im_end|>`, become those
                 tokens. By default they are text, so that nobody can forge a turn, a thought or a call.
             drop_oldest: answer what `fit` leaves of a conversation that is too long, rather than raise.
+            template_variables: further variables of the chat template, by name.
+            add_generation_prompt: whether the header of the answer follows the messages.
+            continue_final_message: whether the reply goes on with the last message, which is the assistant's then; by
+                default wherever it is.
             cache: a `KVCache` that the prompt follows; see `mlxqwen.stream_generate`.
             max_kv_size, keep, kv_bits: of a new cache; see `mlxqwen.make_cache`.
             prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
@@ -321,9 +330,13 @@ class Engine:
             max_tokens=max_tokens,
             seed=seed,
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
             stop_on_loop=stop_on_loop,
             trust_special_tokens=trust_special_tokens,
             drop_oldest=drop_oldest,
+            template_variables=template_variables,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             cache=cache,
             max_kv_size=max_kv_size,
             keep=keep,

@@ -151,6 +151,11 @@ class Handle:
         return len(self._tokens)
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that were taken."""
+        return tuple(self._tokens)
+
+    @property
     def is_over(self) -> bool:
         """Whether there are no further tokens."""
         return self._generation.is_over and not self._generation.records

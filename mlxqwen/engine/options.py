@@ -24,6 +24,7 @@ class ReplyOptions:
 
     Args:
         stop: strings; the reply ends before the first of them in its content.
+        skip_special_tokens: whether special tokens leave no text. End tokens never do.
         stop_on_loop: whether a reply that repeats itself without end is ended; see `mlxqwen.engine.loops`.
         thinking_budget: the most tokens of thought, None without a limit.
         early_stop_text: the sentence that ends a thought over its budget; None for Qwen's.
@@ -34,6 +35,7 @@ class ReplyOptions:
     """
 
     stop: str | Sequence[str] = ()
+    skip_special_tokens: bool = True
     stop_on_loop: bool = False
     thinking_budget: int | None = None
     early_stop_text: str | None = None

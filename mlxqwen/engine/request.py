@@ -157,7 +157,12 @@ class Request(ReplyOptions):
     def make_pipeline(self, tokenizer: Tokenizer) -> ReplyPipeline:
         """The pipeline for the reply's tokens. Raises `OptionError` for stop strings that are empty or no text."""
         return ReplyPipeline(
-            tokenizer, begins=self.begins_in_thought, tools=self.tools, stop=self.stop, split=self.split
+            tokenizer,
+            begins=self.begins_in_thought,
+            tools=self.tools,
+            stop=self.stop,
+            split=self.split,
+            skip_special_tokens=self.skip_special_tokens,
         )
 
     def make_budget(self, pipeline: ReplyPipeline) -> ThinkingBudget | None:

@@ -105,6 +105,11 @@ class Scheduler:
         """The prefix store."""
         return self._prefixes.store
 
+    @property
+    def steps(self) -> int:
+        """How many steps were begun: where it stands still while there is work, the machine is stuck."""
+        return self._steps
+
     def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
         """Replace the store by an empty one of `capacity` bytes, with a disk tier."""
         self.check_outside_step()

@@ -157,6 +157,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     thinking_budget: int | None = None,
     early_stop_text: str | None = None,
+    skip_special_tokens: bool = True,
     stop_on_loop: bool = False,
     expect_thought: bool = False,
     tools: bool = False,
@@ -182,6 +183,7 @@ def stream_generate(
         thinking_budget: at most about this many tokens of thought, then an answer; see
             `mlxqwen.chat.budget.ThinkingBudget`. Up to there the reply is that of the same seed without a budget.
         early_stop_text: the sentence that ends a thought over its budget; by default Qwen's.
+        skip_special_tokens: whether special tokens leave no text; end tokens never do.
         stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
         expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
         tools: whether the model may call tools: a call ends its thought.
@@ -220,6 +222,7 @@ def stream_generate(
         stop=stop,
         thinking_budget=[thinking_budget],
         early_stop_text=early_stop_text,
+        skip_special_tokens=skip_special_tokens,
         stop_on_loop=stop_on_loop,
         expect_thought=[expect_thought],
         tools=tools,
