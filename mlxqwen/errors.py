@@ -12,6 +12,7 @@ MlxqwenError
 ├── CacheError           a key/value cache used or restored where it does not fit
 ├── HubError             a model that could not be found or downloaded
 ├── InsufficientMemoryError  a model that does not fit this machine
+├── ServerError          an address that no server can listen at
 └── GenerationError      logits that no token can be drawn from
 
 Every error names the thing, what was found and what was expected in its first line, and the way out in its second.
@@ -30,6 +31,7 @@ __all__ = [
     "MessagesError",
     "MlxqwenError",
     "OptionError",
+    "ServerError",
     "TemplateError",
     "TokenizerError",
     "UnsupportedFormatError",
@@ -102,6 +104,10 @@ class HubError(MlxqwenError):
 
 class InsufficientMemoryError(MlxqwenError):
     """A model whose weights and cache do not fit this machine's memory."""
+
+
+class ServerError(MlxqwenError):
+    """An address that no server can listen at."""
 
 
 class GenerationError(MlxqwenError):

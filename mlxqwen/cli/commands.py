@@ -23,6 +23,7 @@ _COMMANDS = {
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",
     "info": "mlxqwen.cli.info",
+    "serve": "mlxqwen.cli.serve",
 }
 
 

@@ -1,0 +1,212 @@
+"""`mlxqwen serve`: a server in OpenAI's form."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxqwen.cli.completion import complete_folder
+from mlxqwen.cli.generate import generate
+from mlxqwen.cli.generate_options import check_model_options, load_engine, options_named
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.console import Output
+from mlxqwen.errors import OptionError, ServerError, one_line
+
+if TYPE_CHECKING:
+    from mlxqwen.server.settings import ServerSettings
+
+__all__ = ["serve"]
+
+_OF_GENERATE = (
+    "revision",
+    "max_kv_size",
+    "kv_keep",
+    "kv_bits",
+    "prompt_cache",
+    "prefix_cache",
+    "prefill_chunk",
+    "yarn_factor",
+    "rope_scaling",
+    "dtype",
+    "force",
+    "speculative",
+    "draft",
+    "draft_tokens",
+)
+_LIBRARIES = ("starlette", "uvicorn", "httptools", "prometheus_client")
+# What cards of other servers show, and what needs no asking for here.
+_NEEDLESS: dict[str, Any] = {
+    "reasoning_parser": str,
+    "tool_call_parser": str,
+    "enable_reasoning": None,
+    "enable_auto_tool_choice": None,
+}
+
+
+def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, kind in _NEEDLESS.items():
+        flag = f"--{name.replace('_', '-')}"
+        option = (
+            click.option(flag, is_flag=True, hidden=True)
+            if kind is None
+            else click.option(flag, type=kind, hidden=True)
+        )
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model", required=False, shell_complete=complete_folder)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=int, default=8000, show_default=True, help="Port to listen at; 0 takes a free one.")
+@click.option(
+    "--api-key",
+    multiple=True,
+    metavar="KEY",
+    envvar="MLXQWEN_API_KEY",
+    help="Answer only who brings this key; may be repeated. MLXQWEN_API_KEY is read too, and not shown in lists of "
+    "processes.",
+)
+@click.option("--allow-open", is_flag=True, help="Listen at other addresses than this machine's own without a key.")
+@click.option(
+    "--allowed-host", multiple=True, metavar="NAME", help="A further name that clients reach the server by; repeatable."
+)
+@click.option(
+    "--cors-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin call, such as https://example.org; may be repeated, * is every one.",
+)
+@click.option("--served-model-name", metavar="NAME", help="What clients call the model; by default as given here.")
+@click.option("--single", is_flag=True, help="Answer whatever model a client names.")
+@click.option("--max-running", type=int, default=256, show_default=True, help="Replies that decode at once.")
+@click.option("--max-queue", type=int, default=1024, show_default=True, help="Replies that wait; more get 429.")
+@click.option(
+    "--max-model-len",
+    "--context-length",
+    type=int,
+    help="Most tokens of a prompt and its reply; by default the model's context.",
+)
+@click.option("--timeout", type=float, metavar="SECONDS", help="End requests that take longer; by default none.")
+@click.option(
+    "--drain",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long running replies may go on after Ctrl-C or SIGTERM.",
+)
+@click.option(
+    "--reasoning-field",
+    type=click.Choice(["reasoning_content", "reasoning", "both"]),
+    default="reasoning_content",
+    show_default=True,
+    help="What the thought is called in chat completions.",
+)
+@click.option("--log-content", is_flag=True, help="Log what is asked and answered, too.")
+@_needless
+def serve(**options: Any) -> int:
+    """Answer over HTTP, as OpenAI's API does: /v1/chat/completions and others.
+
+    MODEL is a folder, a hub id, or by default the demo model. Ctrl-C and SIGTERM end it: no new requests, running
+    replies go on for --drain seconds; a second one does not wait.
+    """
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise ServerError(
+            f"serve: found no {', '.join(missing)}, which it is made with", hint='pip install "mlxqwen[server]"'
+        )
+    check_model_options(options)
+    settings = _settings(options)
+    with leave_at_once():
+        from mlxqwen.server.models import ServedModel
+        from mlxqwen.server.run import open_socket
+        from mlxqwen.server.run import serve as run
+        from mlxqwen.server.service import Service
+
+    listener = open_socket(settings.host, settings.port)
+    try:
+        _note_needless(options)
+        with load_engine(options) as engine:
+            with options_named():
+                model = ServedModel(_name(options), engine, settings)
+            _log_requests()
+            service = Service([model], settings)
+            signal = run(service, listener, lambda port: _tell(settings, port, model.name))
+    finally:
+        listener.close()
+    return INTERRUPTED if signal == 2 else 0
+
+
+serve.params += [option for option in generate.params if option.name in _OF_GENERATE]
+
+
+def _settings(options: Mapping[str, Any]) -> ServerSettings:
+    with leave_at_once():
+        from mlxqwen.server.settings import ServerSettings
+
+    names = (
+        *("host", "port", "allow_open", "max_running", "max_queue", "max_kv_size", "max_model_len", "prefill_chunk"),
+        *("timeout", "drain", "single", "reasoning_field"),
+    )
+    given = {name: options[name] for name in names}
+    kept = {} if options["kv_keep"] is None else {"keep": options["kv_keep"]}
+    with options_named():
+        return ServerSettings(
+            api_keys=options["api_key"],
+            allowed_hosts=options["allowed_host"],
+            cors_origins=options["cors_origin"],
+            kv_bits=None if options["kv_bits"] is None else int(options["kv_bits"]),
+            log_content=options["log_content"],
+            **given,
+            **kept,
+        )
+
+
+def _name(options: Mapping[str, Any]) -> str:
+    """What clients call the model: the name given for it, a hub id, or the last part of a folder's path."""
+    given = options["served_model_name"]
+    if given is not None:
+        if not given or not given.isprintable() or len(given) > 256:
+            raise OptionError(f"--served-model-name: found {given[:80]!r}, expected 1 to 256 printable characters")
+        return str(given)
+    model = options["model"]
+    if model is None:
+        return "demo"
+    from pathlib import Path
+
+    path = Path(model)
+    return path.resolve().name or "model" if path.is_dir() else str(model)
+
+
+def _note_needless(options: Mapping[str, Any]) -> None:
+    for name in _NEEDLESS:
+        if options[name]:
+            sys.stderr.write(f"note: --{name.replace('_', '-')} is not needed here: thought and calls are told apart\n")
+
+
+def _log_requests() -> None:
+    """Write a line a request on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("mlxqwen.server")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def _tell(settings: ServerSettings, port: int, model: str) -> None:
+    """Say where the server listens, and a line that works."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    url = f"http://{host}:{port}"
+    key = ' -H "Authorization: Bearer $MLXQWEN_API_KEY"' if settings.api_keys else ""
+    question = '{"messages": [{"role": "user", "content": "How many r are in strawberry?"}]}'
+    output = Output(sys.stdout)
+    output.write(f"{one_line(model)} is served at {url}/v1\n")
+    output.write(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{question}'\n")
+    sys.stdout.flush()

@@ -1,0 +1,128 @@
+"""The ASGI application: which path leads where, and what stands before them all."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mlxqwen import __version__
+from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
+from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.chat_reply import ChatReply
+from mlxqwen.server.chat_request import Prepared, prepare_chat
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.journal import Journal
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.openapi import document
+from mlxqwen.server.service import Service, endpoint
+from mlxqwen.server.texts import detokenize, tokenize
+
+__all__ = ["make_app"]
+
+_Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
+
+
+async def chat_completions(service: Service, http: HttpRequest) -> Response:
+    """`POST /v1/chat/completions`."""
+
+    def prepare(fields: ChatFields, model: ServedModel) -> Prepared:
+        return prepare_chat(fields, model, service.settings)
+
+    def present(fields: ChatFields, prepared: Prepared) -> ChatReply:
+        return ChatReply(fields, prepared.model, service.settings.reasoning_field)
+
+    return await service.answer(http, ChatFields, prepare, present)
+
+
+async def list_models(service: Service, http: HttpRequest) -> Response:
+    """`GET /v1/models`."""
+    return JSONResponse({"object": "list", "data": [model.described() for model in service.models.all]})
+
+
+async def show_model(service: Service, http: HttpRequest) -> Response:
+    """`GET /v1/models/{id}`."""
+    return JSONResponse(service.models.find(http.path_params["name"]).described())
+
+
+async def health(service: Service, http: HttpRequest) -> Response:
+    """`GET /health`: 200 while requests are answered."""
+    service.load.check_open()
+    if any(model.engine.scheduler.is_closed for model in service.models.all):
+        raise ApiError(503, "engine: closed, expected an open one", code="engine_closed")
+    return JSONResponse({"status": "ok"})
+
+
+async def version(service: Service, http: HttpRequest) -> Response:
+    """`GET /version`."""
+    return JSONResponse({"version": __version__})
+
+
+async def metrics(service: Service, http: HttpRequest) -> Response:
+    """`GET /metrics`."""
+    return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
+
+
+async def openapi(service: Service, http: HttpRequest) -> Response:
+    """`GET /openapi.json`."""
+    return JSONResponse(document())
+
+
+_GET: dict[str, _Handler] = {
+    "/v1/models": list_models,
+    "/health": health,
+    "/version": version,
+    "/metrics": metrics,
+    "/openapi.json": openapi,
+}
+_POST: dict[str, _Handler] = {
+    "/v1/chat/completions": chat_completions,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+}
+
+
+def make_app(service: Service) -> Starlette:
+    """The application of a service."""
+    settings = service.settings
+
+    def route(path: str, handler: _Handler, method: str) -> Route:
+        return Route(path, endpoint(partial(handler, service)), methods=[method])
+
+    routes = [
+        *(route(path, handler, "GET") for path, handler in _GET.items()),
+        *(route(path, handler, "POST") for path, handler in _POST.items()),
+        route("/v1/models/{name:path}", show_model, "GET"),
+    ]
+    stack = [
+        Middleware(Journal, service.load, service.metrics, {*_GET, *_POST}, settings.log_content),
+        Middleware(OriginCheck, settings),
+        Middleware(KeyCheck, settings),
+    ]
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-mlxqwen-ignored", "retry-after"],
+        )
+        stack.insert(2, cors)
+    return Starlette(routes=routes, middleware=stack, exception_handlers={HTTPException: _http_error})
+
+
+async def _http_error(http: HttpRequest, error: Exception) -> Response:
+    """404 and 405 in the form of the path's API."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    problem = {404: "path: found none such, expected one of /openapi.json", 405: "method: not one of this path's"}
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return error_response(
+        http.url.path, ApiError(status, problem.get(status, "request: not understood"), headers=headers)
+    )

@@ -1,0 +1,83 @@
+"""Bodies of requests: read within bounds of size and time, parsed strictly, and checked against a form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request as HttpRequest
+
+from mlxqwen.files.json_file import json_kind, parse_json
+from mlxqwen.server.errors import ApiError, validation_error
+
+__all__ = ["Form", "parse_body", "read_body", "unknown_fields"]
+
+_MOST_VALUES = 1_000_000
+_FormT = TypeVar("_FormT", bound="Form")
+
+
+class Form(BaseModel):
+    """A request's fields. Null means not given; what is unknown is kept apart, to be told of."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=(), arbitrary_types_allowed=False)
+
+
+async def read_body(request: HttpRequest, *, most: int, seconds: float) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: 413 for more than `most` bytes, 408 if it takes longer than `seconds`.
+        ClientDisconnect: the client has gone.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise _too_large(most)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > most:
+                    raise _too_large(most)
+                pieces.append(piece)
+    except TimeoutError:
+        raise ApiError(
+            408, f"body: found {size:,} bytes after {seconds:g} seconds, expected all of it", code="body_timeout"
+        ) from None
+    return b"".join(pieces)
+
+
+def _too_large(most: int) -> ApiError:
+    headers = {"connection": "close"}
+    return ApiError(
+        413, f"body: found more than {most:,} bytes, expected fewer", code="body_too_large", headers=headers
+    )
+
+
+def parse_body(body: bytes, form: type[_FormT]) -> _FormT:
+    """The fields that a JSON body holds. Raises `ApiError` for what is no JSON, or not of that form."""
+    try:
+        value = parse_json(body.decode("utf-8"), max_items=_MOST_VALUES)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"body: not UTF-8 at byte {error.start}, expected JSON", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"body: not valid JSON: {str(error)[:200]}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"body: found {json_kind(value)}, expected a JSON object", code="invalid_json")
+    return form_of(value, form)
+
+
+def form_of(value: Mapping[str, Any], form: type[_FormT]) -> _FormT:
+    """The fields of a JSON object. Raises `ApiError` for what is not of that form."""
+    try:
+        return form.model_validate({name: item for name, item in value.items() if item is not None})
+    except ValidationError as error:
+        raise validation_error(error) from None
+
+
+def unknown_fields(form: Form) -> list[str]:
+    """The names of the fields that nobody knows here."""
+    return sorted(name if name.isidentifier() and len(name) <= 64 else "…" for name in form.model_extra or {})

@@ -1,0 +1,217 @@
+"""A chat completion's fields → the engine's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlxqwen.chat.splitter import Tag
+from mlxqwen.checks import check_integer
+from mlxqwen.engine.chat_request import ChatOptions
+from mlxqwen.engine.options import ConstraintFactory
+from mlxqwen.engine.request import Request
+from mlxqwen.engine.text_generation import end_token_ids
+from mlxqwen.errors import ContextLengthError, OptionError
+from mlxqwen.files.json_file import shown
+from mlxqwen.sampling.forbidden import ForbiddenTokens
+from mlxqwen.server.bodies import unknown_fields
+from mlxqwen.server.chat_fields import ChatFields, ReplyFields
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.settings import ServerSettings
+from mlxqwen.server.structured import output_options, tool_choice
+
+__all__ = ["EFFORT_BUDGETS", "Prepared", "bounded", "ending", "prepare_chat", "rows", "sampling_of"]
+
+EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 16_384, "xhigh": 32_768, "max": None}
+"""Tokens of thought by `reasoning_effort`; "none" switches thinking off."""
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a request comes to.
+
+    Args:
+        model: answers.
+        requests: one for each choice.
+        notes: what was left out of it, for the header and the log.
+    """
+
+    model: ServedModel
+    requests: Sequence[Request]
+    notes: Sequence[str]
+
+
+def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSettings) -> Prepared:
+    """Check and render a chat completion. Called by a thread of its own: prompts may be long.
+
+    Raises:
+        ApiError, MlxqwenError: it cannot be answered.
+    """
+    refuse_what_is_not_done(fields)
+    notes = unknown_fields(fields)
+    thinking, budget = _thinking(fields)
+    tools, choice = _tools(fields, notes), tool_choice(fields)
+    constraints = list(ending(fields, model))
+    if choice == "none" and fields.tools:
+        call = model.engine.tokenizer.token_to_id(Tag.CALL.value)
+        constraints += [] if call is None else [forbidding([call], model.vocab_size)]
+    variables = dict(fields.chat_template_kwargs or {})
+    variables.pop("enable_thinking", None)
+    options = ChatOptions(
+        thinking=thinking,
+        thinking_budget=budget,
+        tools=tools if choice != "none" and tools else None,
+        sampling=sampling_of(fields),
+        max_tokens=_most_tokens(fields),
+        stop=fields.stop or (),
+        skip_special_tokens=fields.skip_special_tokens is not False,
+        priority=fields.priority or 0,
+        salt=fields.cache_salt or "",
+        constraints=constraints,
+        template_variables=variables,
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        continue_final_message=fields.continue_final_message,
+        **cache_options(settings),
+        **output_options(fields),
+    )
+    request, _ = model.responder.request(_messages(fields.messages), options)
+    request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
+    return Prepared(model, rows(request, fields), notes)
+
+
+def refuse_what_is_not_done(fields: ReplyFields) -> None:
+    """Raise `ApiError` for fields that ask for what this server does not do."""
+    given = {
+        "audio": getattr(fields, "audio", None) is not None,
+        "modalities": any(one != "text" for one in getattr(fields, "modalities", None) or ()),
+        "functions": bool(getattr(fields, "functions", None)),
+        "function_call": getattr(fields, "function_call", None) not in (None, "none", "auto"),
+        "web_search_options": getattr(fields, "web_search_options", None) is not None,
+        "store": getattr(fields, "store", None) is True,
+        "use_beam_search": fields.use_beam_search is True,
+        "best_of": fields.best_of not in (None, 1),
+        "prompt_logprobs": fields.prompt_logprobs is not None,
+    }
+    ways_out = {
+        "functions": "Give tools.",
+        "function_call": "Give tool_choice.",
+        "store": "Chat completions are not kept; /v1/responses keeps them.",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            way_out = f" {ways_out[name]}" if name in ways_out else ""
+            raise ApiError(
+                400,
+                f"{name}: found {shown(getattr(fields, name))}, expected none: it is not done here.{way_out}",
+                code="unsupported_parameter",
+                param=name,
+            )
+
+
+def sampling_of(fields: ReplyFields) -> dict[str, Any]:
+    """How tokens are drawn, as far as the request says; the card's profile says the rest."""
+    return {name: value for name in _SAMPLING if (value := getattr(fields, name)) is not None}
+
+
+def cache_options(settings: ServerSettings) -> dict[str, Any]:
+    """The options of every reply's cache."""
+    names = ("max_kv_size", "keep", "kv_bits", "prefill_chunk")
+    return {name: getattr(settings, name) for name in names}
+
+
+def end_tokens(fields: ReplyFields, request: Request, model: ServedModel) -> frozenset[int]:
+    """The tokens that end the reply."""
+    given = frozenset(fields.stop_token_ids or ())
+    for token in given:
+        if not 0 <= token < model.vocab_size:
+            raise OptionError(f"stop_token_ids: found {token}, expected token ids from 0 to {model.vocab_size - 1}")
+    return given if fields.ignore_eos else request.end_token_ids | given
+
+
+def ending(fields: ReplyFields, model: ServedModel) -> Sequence[ConstraintFactory]:
+    """What keeps a reply from ending too early."""
+    if not fields.min_tokens:
+        return ()
+    ends = {*end_token_ids(model.engine.model, model.engine.tokenizer), *(fields.stop_token_ids or ())}
+    return (forbidding(ends, model.vocab_size, until=fields.min_tokens),)
+
+
+def forbidding(tokens: Sequence[int] | set[int], vocab_size: int, until: int | None = None) -> ConstraintFactory:
+    """Makes the constraint that forbids some tokens."""
+    return lambda pipeline: ForbiddenTokens(tokens, vocab_size, until=until)
+
+
+def bounded(request: Request, model: ServedModel) -> Request:
+    """The request, with no more tokens than the server's context has room for. Raises `ContextLengthError`."""
+    if model.context is None:
+        return request
+    room = model.context - len(request.prompt)
+    if room < 1 and request.cache.max_kv_size is None:
+        raise ContextLengthError(
+            f"prompt: {len(request.prompt):,} tokens, but the {model.context:,} of this server have to hold prompt and "
+            "answer",
+            hint="Shorten it.",
+        )
+    return request if request.max_tokens <= room else replace(request, max_tokens=max(room, 1))
+
+
+def rows(request: Request, fields: ReplyFields) -> list[Request]:
+    """One request for each choice: choice i draws with the seed + i."""
+    seeds: list[int | None] = [None] * (fields.n or 1)
+    if fields.seed is not None:
+        seeds = [(fields.seed + i) % 2**64 for i in range(len(seeds))]
+    return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+
+def _thinking(fields: ChatFields) -> tuple[bool | None, int | None]:
+    """The hard switch and the budget that the request's fields make together."""
+    switch = (fields.chat_template_kwargs or {}).get("enable_thinking")
+    budgets = [one for one in (fields.thinking_budget, fields.thinking_token_budget) if one is not None]
+    if len(set(budgets)) > 1:
+        raise OptionError(
+            f"thinking_budget: found {budgets[0]} beside thinking_token_budget {budgets[1]}, expected one"
+        )
+    budget = budgets[0] if budgets else None
+    effort = fields.reasoning_effort
+    if effort == "none" and switch is None and budget is None:
+        return False, None
+    if effort is not None and effort != "none" and switch is not False and budget is None:
+        budget = EFFORT_BUDGETS[effort]
+    return switch, budget
+
+
+def _most_tokens(fields: ChatFields) -> int | None:
+    """The most tokens of a reply, by OpenAI's newer name if both are given."""
+    if fields.max_completion_tokens is None:
+        return fields.max_tokens
+    return int(check_integer("max_completion_tokens", fields.max_completion_tokens, 1))
+
+
+def _tools(fields: ChatFields, notes: list[str]) -> list[dict[str, Any]]:
+    """The functions among the tools; of what is none a note is taken."""
+    functions = []
+    for place, tool in enumerate(fields.tools or ()):
+        kind = tool.get("type", "function")
+        if kind == "function":
+            functions.append(tool)
+        else:
+            notes.append(f"tools[{place}]")
+    return functions
+
+
+def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the roles that Qwen3 has: it calls the developer's system."""
+    return [{**one, "role": "system"} if one.get("role") == "developer" else dict(one) for one in messages]

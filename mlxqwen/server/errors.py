@@ -1,0 +1,171 @@
+"""Errors as clients get them: a status, and OpenAI's or Anthropic's error object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mlxqwen.errors import (
+    ContextLengthError,
+    InsufficientMemoryError,
+    MlxqwenError,
+    OptionError,
+    TemplateError,
+    one_line,
+)
+from mlxqwen.files.json_file import shown
+
+__all__ = ["ApiError", "anthropic_error", "api_error", "openai_error", "validation_error"]
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "overloaded_error"}
+_PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z ]+)?: ")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_KINDS = {"str", "int", "float", "bool", "dict", "list"}
+_PARAMS = {"salt": "cache_salt", "thinking": "chat_template_kwargs.enable_thinking"}
+
+
+class ApiError(Exception):
+    """What a request is refused or ended with.
+
+    Args:
+        status: of HTTP.
+        message: names the thing, what was found and what was expected.
+        code: a word for programs.
+        param: the field that is wrong.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Anthropic's error object."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of `error`. Of what is not ours nothing is told but that it happened."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        return validation_error(error)
+    if isinstance(error, MlxqwenError):
+        return _own_error(error)
+    if isinstance(error, MemoryError):
+        return ApiError(503, "memory: found none left for this request", code="out_of_memory")
+    return ApiError(500, "server: an error of its own, which its log tells", code="internal_error")
+
+
+def _own_error(error: MlxqwenError) -> ApiError:
+    message = error.problem if not error.hint else f"{error.problem.rstrip('.')}. {error.hint}"
+    found = _PARAM.match(f"{error.problem} ")
+    param = None if found is None else _PARAMS.get(found[1], found[1])
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, message, code="context_length_exceeded", param="messages")
+    if isinstance(error, OptionError) and error.problem.startswith("engine: "):
+        return ApiError(503, message, code="engine_closed")
+    if isinstance(error, OptionError):
+        return ApiError(400, message, code="invalid_value", param=param)
+    if isinstance(error, TemplateError):
+        return ApiError(400, message, code="invalid_value", param="messages")
+    if isinstance(error, InsufficientMemoryError):
+        return ApiError(503, message, code="out_of_memory", headers={"retry-after": "10"})
+    return ApiError(500, message, code="internal_error")
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body, as one line."""
+    details = error.errors(include_url=False)
+    if not details:
+        return ApiError(400, "body: not as expected", code="invalid_value")
+    field = details[0]["loc"][:1]
+    # Of a field that may be of several kinds, the kind that came closest is spoken of.
+    ranked = sorted((one for one in details if one["loc"][:1] == field), key=_closeness, reverse=True)
+    closest = [one for one in ranked if _closeness(one) == _closeness(ranked[0])]
+    first = closest[0]
+    path = _path(first["loc"])
+    if first["type"] == "missing":
+        return ApiError(400, f"{path}: found none, expected one", code="missing_required_parameter", param=path)
+    wanted = " or ".join(dict.fromkeys(_wanted(one) for one in closest))
+    found = _found(first["input"], counted=first["type"] in ("too_long", "too_short", "string_too_long"))
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return ApiError(400, one_line(f"{path or 'body'}: found {found}, expected {wanted}"), code=code, param=path or None)
+
+
+def _closeness(detail: ErrorDetails) -> tuple[int, bool]:
+    return len(detail["loc"]), not detail["type"].endswith("_type")
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """Where in the body, without the kinds that a field may be of."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif _NAME.fullmatch(part) and part not in _KINDS:
+            path += f".{part}" if path else part
+    return path
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    """What was expected."""
+    bounds = detail.get("ctx", {})
+    forms = {
+        "greater_than_equal": ("at least {ge}", "ge"),
+        "less_than_equal": ("at most {le}", "le"),
+        "too_long": ("at most {max_length:,} of them", "max_length"),
+        "too_short": ("at least {min_length:,} of them", "min_length"),
+        "string_too_long": ("at most {max_length:,} characters", "max_length"),
+    }
+    form, name = forms.get(detail["type"], ("", ""))
+    if name in bounds:
+        return form.format(**bounds)
+    wanted = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input should ")
+    return one_line(wanted, 300)
+
+
+def _found(value: object, *, counted: bool) -> str:
+    if counted and isinstance(value, Sized):
+        return f"{len(value):,}"
+    try:
+        return shown(value)
+    except (TypeError, ValueError):  # not from JSON
+        return type(value).__name__

@@ -1,0 +1,99 @@
+"""Server-sent events: pieces of a reply as they come, with comments while nothing does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+__all__ = ["COMMENT", "EventStream", "KeepAlive", "event", "to_json"]
+
+COMMENT = b": waiting\n\n"
+_STUCK_SECONDS = 60.0
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def to_json(value: object) -> str:
+    """A value as JSON on one line."""
+    return _ENCODER.encode(value)
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event: JSON, with its name where the form gives it one."""
+    text = f"data: {to_json(data)}\n\n"
+    return (text if name is None else f"event: {name}\n{text}").encode()
+
+
+class KeepAlive:
+    """When a comment is due: nothing was sent for a while, and the engine still takes steps.
+
+    Args:
+        seconds: how long a stream is silent.
+        steps: how many steps the engine has begun.
+    """
+
+    def __init__(self, seconds: float, steps: Callable[[], int]) -> None:
+        self._seconds = seconds
+        self._steps = steps
+        self._sent = self._moved = time.monotonic()
+        self._seen = steps()
+
+    def sent(self) -> None:
+        """Something was sent."""
+        self._sent = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether to send a comment now; from then on it counts as sent."""
+        now, steps = time.monotonic(), self._steps()
+        if steps != self._seen:
+            self._seen, self._moved = steps, now
+        if now - self._sent < self._seconds or now - self._moved > _STUCK_SECONDS:
+            return False
+        self._sent = now
+        return True
+
+
+class EventStream(StreamingResponse):
+    """Sends events until they end, the client leaves, or it does not read for too long.
+
+    Args:
+        events: encoded; closed in every case.
+        close: called at the end in every case, even if nothing was sent.
+        stall_seconds: how long the client may leave the buffer full.
+        headers: further ones.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        close: Callable[[], None],
+        stall_seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        own = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers={**own, **(headers or {})}, media_type="text/event-stream")
+        self._events = events
+        self._close = close
+        self._stall_seconds = stall_seconds
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events, each within the time that the client has to read."""
+
+        async def send_in_time(message: Any) -> None:
+            async with asyncio.timeout(self._stall_seconds):
+                await send(message)
+
+        await super().stream_response(send_in_time)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+            await self._events.aclose()

@@ -1,0 +1,79 @@
+"""One line of log for each request, the count of those under way, and the metrics of their ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlxqwen.errors import one_line
+from mlxqwen.server.load import Load
+from mlxqwen.server.metrics import Metrics
+
+__all__ = ["Journal"]
+
+logger = logging.getLogger("mlxqwen.server")
+
+_MOST_LOGGED = 10_000  # characters
+_QUIET = {"/health", "/metrics"}
+
+
+class Journal:
+    """Counts and logs requests.
+
+    Args:
+        app: what answers them.
+        load: counts those under way.
+        metrics: count them by path and status.
+        paths: that are counted under their own names; others are together, so that nobody can make many.
+        log_content: whether what was answered is logged, too.
+    """
+
+    def __init__(self, app: ASGIApp, load: Load, metrics: Metrics, paths: set[str], log_content: bool) -> None:
+        self._app = app
+        self._load = load
+        self._metrics = metrics
+        self._paths = paths
+        self._log_content = log_content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, began = 0, time.perf_counter()
+        details: dict[str, Any] = scope.setdefault("mlxqwen", {})
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._load.requests += 1
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            self._load.requests -= 1
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            if path not in _QUIET:
+                _log(scope, status, time.perf_counter() - began, details)
+                if self._log_content and "replies" in details:
+                    for text in details["replies"].texts():
+                        logger.info("said: %s", one_line(text, _MOST_LOGGED))
+
+
+def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> None:
+    parts = [f"{(scope.get('client') or ('-',))[0]} {scope['method'][:16]} {scope['path'][:100]!a} {status}"]
+    replies = details.get("replies")
+    if replies is not None:
+        said = sum(handle.token_count for handle in replies.handles)
+        parts.append(f"{replies.prompt_tokens} tokens ({replies.cached_tokens} known), {said} said")
+        if replies.seconds_to_first is not None:
+            parts.append(f"first after {replies.seconds_to_first:.2f} s")
+    if ignored := details.get("ignored"):
+        parts.append(f"ignored: {ignored}")
+    parts.append(f"{seconds:.2f} s")
+    logger.info("%s", ", ".join(parts))

@@ -1,0 +1,65 @@
+"""What `GET /metrics` tells, in Prometheus's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["Metrics"]
+
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Attributes:
+        requests: by path and status.
+        first_token, between_tokens: histograms of seconds.
+        prompt_tokens, cached_tokens, generated_tokens, aborted: counters.
+    """
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter("mlxqwen_requests", "HTTP requests", ["path", "status"], registry=registry)
+        self.first_token = Histogram(
+            "mlxqwen_first_token_seconds", "Seconds until a reply's first token", buckets=_FIRST, registry=registry
+        )
+        self.between_tokens = Histogram(
+            "mlxqwen_between_tokens_seconds", "Seconds between tokens of a reply", buckets=_BETWEEN, registry=registry
+        )
+        self.prompt_tokens = Counter("mlxqwen_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.cached_tokens = Counter(
+            "mlxqwen_cached_tokens", "Tokens of prompts that were known and not read", registry=registry
+        )
+        self.generated_tokens = Counter("mlxqwen_generated_tokens", "Tokens of replies", registry=registry)
+        self.aborted = Counter(
+            "mlxqwen_aborted_replies", "Replies that ended early: clients gone, deadlines, errors", registry=registry
+        )
+
+    def watch(self, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
+        """Add gauges that are looked at when asked for: name → what it says, and its value."""
+        self._registry.register(_Gauges(gauges))
+
+    def read(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Count a prompt that was read."""
+        self.prompt_tokens.inc(prompt_tokens)
+        self.cached_tokens.inc(cached_tokens)
+
+    def page(self) -> bytes:
+        """The text of the page."""
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (text, value) in self._gauges().items():
+            yield GaugeMetricFamily(f"mlxqwen_{name}", text, value=value)

@@ -1,0 +1,72 @@
+"""The OpenAPI document of the server, made from the forms that requests are checked against."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from mlxqwen import __version__
+from mlxqwen.server.bodies import Form
+from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
+
+__all__ = ["document"]
+
+_FORMS: dict[str, tuple[type[Form], str]] = {
+    "/v1/chat/completions": (ChatFields, "Answer a conversation."),
+    "/tokenize": (TokenizeFields, "The token ids of a text or a conversation."),
+    "/detokenize": (DetokenizeFields, "The text of token ids."),
+}
+_PAGES = {
+    "/v1/models": "The models that are served.",
+    "/health": "Whether requests are answered.",
+    "/version": "The version of the server.",
+    "/metrics": "Counters in Prometheus's form.",
+    "/openapi.json": "This document.",
+}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document."""
+    forms = [form for form, _ in _FORMS.values()]
+    _, definitions = models_json_schema(
+        [(form, "validation") for form in forms], ref_template="#/components/schemas/{model}"
+    )
+    failed = {"description": "An error.", "content": {"application/json": {"schema": _ERROR}}}
+    done = {"description": "As asked.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    paths: dict[str, Any] = {
+        path: {"get": {"summary": summary, "responses": {"200": {"description": "As asked."}, "default": failed}}}
+        for path, summary in _PAGES.items()
+    }
+    for path, (form, summary) in _FORMS.items():
+        schema = {"$ref": f"#/components/schemas/{form.__name__}"}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": {"200": done, "default": failed}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mlxqwen", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }

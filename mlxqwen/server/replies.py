@@ -1,0 +1,160 @@
+"""The replies that one HTTP request waits for: rows of the engine, their tokens as they come, and their end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from mlxqwen.engine.events import Done
+from mlxqwen.engine.generation import GeneratedToken
+from mlxqwen.engine.request import Request
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.load import Load
+from mlxqwen.server.metrics import Metrics
+from mlxqwen.server.models import ServedModel
+
+__all__ = ["Replies"]
+
+
+class Replies:
+    """Replies to one HTTP request, one for each of its choices. Closing them frees their rows within a step.
+
+    Args:
+        model: answers.
+        requests: one for each reply.
+        load: counts them; room for them has been taken there.
+        metrics: are told of their tokens.
+        deadline: when to give up, in seconds of `time.monotonic`; None for never.
+
+    Attributes:
+        done: the end of each reply, by its number, as far as they have ended.
+
+    Raises:
+        MlxqwenError: the model cannot answer one of them.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        requests: Sequence[Request],
+        load: Load,
+        metrics: Metrics,
+        deadline: float | None = None,
+    ) -> None:
+        self._model = model
+        self._load = load
+        self._metrics = metrics
+        self._deadline = deadline
+        self._began = time.perf_counter()
+        self._last: dict[int, GeneratedToken] = {}
+        self._first: float | None = None
+        self.done: dict[int, Done] = {}
+        scheduler = model.engine.scheduler
+        try:
+            self.handles = [scheduler.submit(request) for request in requests]
+        except BaseException:
+            load.leave(len(requests))
+            raise
+        self._running = dict(enumerate(self.handles))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt that all replies share."""
+        return len(self.handles[0].request.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not read, as they were known."""
+        return self.handles[0].cached_tokens
+
+    @property
+    def seconds_to_first(self) -> float | None:
+        """Seconds until the first token; None while there is none."""
+        return self._first
+
+    def texts(self) -> list[str]:
+        """What was said, thought and tags included, for the log."""
+        tokenizer = self._model.engine.tokenizer
+        return [tokenizer.decode(handle.tokens) for handle in self.handles]
+
+    async def tokens(self) -> AsyncIterator[list[tuple[int, GeneratedToken]]]:
+        """Yield what has come, as numbers of replies and tokens; about every second without any, nothing.
+
+        Raises:
+            ApiError: the deadline has passed, or the server ends.
+            MlxqwenError: one of the replies failed.
+        """
+        running = self._running
+        while running:
+            come = self._poll()
+            if come:
+                yield come
+                continue
+            if not running:
+                return
+            is_ready = await self._model.wakeups.wait(list(running.values()))
+            self._check_time()
+            if not is_ready:
+                yield []
+
+    def _poll(self) -> list[tuple[int, GeneratedToken]]:
+        come: list[tuple[int, GeneratedToken]] = []
+        for row, handle in list(self._running.items()):
+            while (token := handle.poll()) is not None:
+                come.append((row, token))
+                self._note(row, token)
+                if token.finish_reason is not None:
+                    self.done[row] = handle.done(token)
+                    self._leave(row)
+                    break
+            else:
+                if (error := handle.take_error()) is not None:
+                    raise error
+                if handle.is_over:
+                    self._leave(row)
+        return come
+
+    def _note(self, row: int, token: GeneratedToken) -> None:
+        before = self._last.get(row)
+        if before is None:
+            seconds = token.time - self._began
+            if self._first is None:
+                self._first = seconds
+                self._metrics.read(self.prompt_tokens, self.cached_tokens)
+            self._metrics.first_token.observe(seconds)
+        else:
+            self._metrics.between_tokens.observe(token.time - before.time)
+        self._metrics.generated_tokens.inc()
+        self._last[row] = token
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise ApiError(504, "request: not over when its time was, expected it to be", code="deadline_exceeded")
+        if self._load.has_ended:
+            raise ApiError(503, "server: ends, expected this reply to be over", code="server_shutdown")
+
+    def end(self, row: int) -> None:
+        """End one reply where it is: what it has counts as its whole."""
+        handle = self._running.get(row)
+        if handle is None:
+            return
+        if row in self._last:
+            self.done[row] = handle.done(self._last[row])
+        handle.cancel()
+        self._leave(row)
+
+    def close(self) -> None:
+        """End the replies that are not over."""
+        if self._running:
+            self._metrics.aborted.inc(len(self._running))
+        for row in list(self._running):
+            self.end(row)
+        self._model.engine.scheduler.driver.wake()
+
+    def _leave(self, row: int) -> None:
+        del self._running[row]
+        self._load.leave(1)
+
+    def steps(self) -> int:
+        """How many steps the engine has begun."""
+        return self._model.engine.scheduler.steps

@@ -1,0 +1,157 @@
+"""Running a server: sockets, silent connections, and the way it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mlxqwen.errors import ServerError
+from mlxqwen.server.app import make_app
+from mlxqwen.server.service import Service
+
+__all__ = ["open_socket", "serve"]
+
+logger = logging.getLogger("mlxqwen.server")
+
+_SILENT_SECONDS = 30.0
+_OPEN_FILES = 8192
+_BACKLOG = 2048
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, which hangs up on connections that have sent no whole request for a while."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._silence = self.loop.call_later(_SILENT_SECONDS, self._hang_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        self._silence.cancel()
+        super().on_headers_complete()
+
+    def on_message_begin(self) -> None:
+        self._silence.cancel()
+        self._silence = self.loop.call_later(_SILENT_SECONDS, self._hang_up)
+        super().on_message_begin()
+
+    def _hang_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which ends in peace: no new requests, those under way are waited for, then told that it ends."""
+
+    should_exit: bool
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_ready = on_ready
+        self._is_forced = asyncio.Event()
+        self.signal: int | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets and self.started:
+            self._on_ready(sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.load.drain(self._service.settings.drain, is_forced=self._is_forced)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the server; a second one does not wait for replies."""
+        loop = asyncio.get_running_loop()
+
+        def ask_to_end(number: int) -> None:
+            if self.should_exit:
+                self._is_forced.set()
+            self.should_exit, self.signal = True, number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ask_to_end, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `ServerError` if it cannot."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ServerError(
+            f"{host}:{port}: cannot listen there: {reason}",
+            hint="Another server may be using the port: give another one with --port, or 0 for a free one.",
+        ) from None
+    return listener
+
+
+def serve(service: Service, listener: socket.socket, on_ready: Callable[[int], None]) -> int | None:
+    """Serve until Ctrl-C or SIGTERM → the number of the signal.
+
+    Args:
+        service: what answers.
+        listener: from `open_socket`; closed at the end.
+        on_ready: told the port once requests are answered.
+    """
+    _allow_open_files()
+    config = uvicorn.Config(
+        make_app(service),
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+    )
+
+    async def run() -> int | None:
+        server = _Server(config, service, on_ready)
+        await server.serve(sockets=[listener])
+        return server.signal
+
+    try:
+        return asyncio.run(run())
+    finally:
+        listener.close()
+        service.close()
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files, 256 on Macs, as far as the system lets us: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

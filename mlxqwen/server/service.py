@@ -1,0 +1,203 @@
+"""What all endpoints share: the models, the load, and one way from a body to its reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from mlxqwen.cache.prefix_store import PrefixStore
+from mlxqwen.errors import one_line
+from mlxqwen.server.access import error_response
+from mlxqwen.server.bodies import Form, parse_body, read_body
+from mlxqwen.server.chat_request import Prepared
+from mlxqwen.server.errors import ApiError, api_error
+from mlxqwen.server.event_stream import COMMENT, EventStream, KeepAlive
+from mlxqwen.server.load import Load
+from mlxqwen.server.metrics import Metrics
+from mlxqwen.server.models import Models, ServedModel
+from mlxqwen.server.replies import Replies
+from mlxqwen.server.settings import ServerSettings
+
+__all__ = ["IGNORED_HEADER", "Presenter", "Service", "endpoint", "until_gone"]
+
+logger = logging.getLogger("mlxqwen.server")
+
+IGNORED_HEADER = "x-mlxqwen-ignored"
+_THREADS = 4
+_MOST_LOGGED = 10_000  # characters
+_FormT = TypeVar("_FormT", bound=Form)
+_T = TypeVar("_T")
+
+
+class Presenter(Protocol):
+    """Gives the replies to one request the form of its API."""
+
+    async def whole(self, replies: Replies) -> dict[str, Any]:
+        """The reply that is not streamed."""
+
+    def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
+        """The events of the reply that is streamed; empty bytes about every second without any."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """The events that end a stream with an error."""
+
+
+class Service:
+    """The state of one server.
+
+    Args:
+        models: that it answers with.
+        settings: how.
+    """
+
+    def __init__(self, models: list[ServedModel], settings: ServerSettings) -> None:
+        self.settings = settings
+        self.models = Models(models, single=settings.single)
+        self.load = Load(settings.max_running, settings.max_queue)
+        self.metrics = Metrics()
+        self.metrics.watch(self._gauges)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mlxqwen request")
+
+    def close(self) -> None:
+        """Let the threads and the models go; engines stay open."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for model in self.models.all:
+            model.close()
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Do `work` in one of a few threads, so that the loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def form(self, http: HttpRequest, form: type[_FormT]) -> _FormT:
+        """The fields of a request's body."""
+        settings = self.settings
+        body = await read_body(http, most=settings.max_body, seconds=settings.body_seconds)
+        if settings.log_content:
+            logger.info("asked: %s", one_line(body.decode("utf-8", "replace"), _MOST_LOGGED))
+        return await self.in_thread(lambda: parse_body(body, form))
+
+    async def answer(
+        self,
+        http: HttpRequest,
+        form: type[_FormT],
+        prepare: Callable[[_FormT, ServedModel], Prepared],
+        present: Callable[[_FormT, Prepared], Presenter],
+    ) -> Response:
+        """Read, check and render a request; let the engine answer; send it whole or streamed.
+
+        Args:
+            http: the request.
+            form: of its body; has `model` and `stream`.
+            prepare: called in a thread; makes the engine's requests.
+            present: makes what gives the replies their form.
+        """
+        load, settings = self.load, self.settings
+        deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
+        load.take(1)
+        taken = 1
+        try:
+            fields = await self.form(http, form)
+            model = self.models.find(getattr(fields, "model", None))
+            prepared = await self.in_thread(lambda: prepare(fields, model))
+            load.take(len(prepared.requests) - 1, held=1)
+            taken = 0  # from here on the replies give it back
+            replies = Replies(model, prepared.requests, load, self.metrics, deadline)
+        except BaseException:
+            load.leave(taken)
+            raise
+        headers = self._told(http, prepared)
+        presenter = present(fields, prepared)
+        http.scope.setdefault("mlxqwen", {})["replies"] = replies
+        if getattr(fields, "stream", None):
+            events = self._events(presenter, replies)
+            return EventStream(events, close=replies.close, stall_seconds=settings.stall_seconds, headers=headers)
+        try:
+            return JSONResponse(await until_gone(http, presenter.whole(replies)), headers=headers)
+        finally:
+            replies.close()
+
+    async def _events(self, presenter: Presenter, replies: Replies) -> AsyncGenerator[bytes]:
+        alive = KeepAlive(self.settings.keepalive_seconds, replies.steps)
+        chunks = presenter.chunks(replies)
+        try:
+            async for piece in chunks:
+                if piece:
+                    alive.sent()
+                    yield piece
+                elif alive.is_due():
+                    yield COMMENT
+        except Exception as error:
+            log_failure(error)
+            replies.close()
+            yield presenter.failure(api_error(error))
+        finally:
+            await chunks.aclose()
+
+    def _told(self, http: HttpRequest, prepared: Prepared) -> dict[str, str]:
+        """The header that says what was left out of the request."""
+        if not prepared.notes:
+            return {}
+        notes = ", ".join(prepared.notes[:20])
+        http.scope.setdefault("mlxqwen", {})["ignored"] = notes
+        return {IGNORED_HEADER: notes.encode("ascii", "replace").decode()}
+
+    def _gauges(self) -> dict[str, tuple[str, float]]:
+        schedulers = [model.engine.scheduler for model in self.models.all]
+        stores: list[PrefixStore] = [one.store for one in schedulers]
+        return {
+            "running_replies": ("Replies that decode", float(sum(len(one.running) for one in schedulers))),
+            "reading_replies": ("Replies whose prompts are read", float(sum(len(one.reading) for one in schedulers))),
+            "waiting_replies": ("Replies that have not begun", float(sum(len(one.waiting) for one in schedulers))),
+            "cache_bytes": ("Bytes of caches in use", float(sum(one.cache_bytes for one in schedulers))),
+            "prefix_cache_bytes": ("Bytes of what was read and is kept", float(sum(one.held_nbytes for one in stores))),
+        }
+
+
+def log_failure(error: BaseException) -> None:
+    """Log an error that is not the client's; what a client did wrong it is told itself."""
+    told = api_error(error)
+    if told.status == 500:
+        logger.error("request failed: %s: %s", type(error).__name__, error, exc_info=error)
+
+
+async def until_gone(http: HttpRequest, work: Awaitable[_T]) -> _T:
+    """The result of `work`, which is cancelled when the client leaves. Raises `ClientDisconnect` then."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _gone(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def endpoint(handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """A handler whose errors are told in the form of its API."""
+
+    async def told(http: HttpRequest) -> Response:
+        try:
+            return await handler(http)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except Exception as error:
+            log_failure(error)
+            return error_response(http.url.path, api_error(error))
+
+    return told

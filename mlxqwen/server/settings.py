@@ -1,0 +1,98 @@
+"""The settings of a server: what it listens to, whom it answers, and how much at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Literal
+
+from mlxqwen.checks import check_integer, check_number
+from mlxqwen.errors import OptionError
+
+__all__ = ["MOST_CHOICES", "ReasoningField", "ServerSettings", "is_loopback"]
+
+MOST_CHOICES = 128
+"""The most replies that one request may ask for (`n`)."""
+
+ReasoningField = Literal["reasoning_content", "reasoning", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How a server behaves.
+
+    Args:
+        host, port: where it listens; port 0 takes a free one.
+        api_keys: keys of which a request has to bring one; none lets everyone in.
+        allow_open: whether a host other than loopback is served without a key.
+        allowed_hosts: further names that the `Host` header may have.
+        cors_origins: origins whose pages may call it; "*" is every one.
+        max_running: the most replies that decode at once.
+        max_queue: the most replies that wait for that.
+        max_kv_size, keep, kv_bits: of every reply's cache; see `mlxqwen.make_cache`.
+        prefill_chunk: prompt tokens a step; None for what fits the model and the machine.
+        max_model_len: the most tokens of a prompt and its reply; None for what the model has room for.
+        timeout: the longest that a request may take, in seconds; None for no limit.
+        drain: how long running replies may go on once the server is told to end, in seconds.
+        single: whether any model's name means the one that is served.
+        reasoning_field: the name that a reply's thought has in chat completions.
+        log_content: whether what is asked and said is logged.
+        max_body: bytes of a request's body.
+        body_seconds: how long a client may take to send one.
+        stall_seconds: how long a client may read nothing of a stream that waits for it.
+        keepalive_seconds: how long a stream is silent before a comment is sent.
+
+    Raises:
+        OptionError: a value out of range, or an open host without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    allow_open: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_running: int = 256
+    max_queue: int = 1024
+    max_kv_size: int | None = None
+    keep: int = 4
+    kv_bits: int | None = None
+    prefill_chunk: int | None = None
+    max_model_len: int | None = None
+    timeout: float | None = None
+    drain: float = 30.0
+    single: bool = False
+    reasoning_field: ReasoningField = "reasoning_content"
+    log_content: bool = False
+    max_body: int = 32 * 2**20
+    body_seconds: float = 60.0
+    stall_seconds: float = 120.0
+    keepalive_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_integer("port", self.port, 0, 65_535)
+        check_integer("max_running", self.max_running, 1)
+        check_integer("max_queue", self.max_queue, 0)
+        check_number("drain", self.drain, 0.0, 86_400.0)
+        if self.timeout is not None:
+            check_number("timeout", self.timeout, 0.0, 1e9, low_is_open=True)
+        if self.max_model_len is not None:
+            check_integer("max_model_len", self.max_model_len, 1)
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+                raise OptionError("api_key: found one with other than visible ASCII characters, expected a plain word")
+        if not (self.api_keys or self.allow_open or is_loopback(self.host)):
+            raise OptionError(
+                f"host: found {self.host} without a key, expected 127.0.0.1, localhost or ::1",
+                hint="Others could use the model: give --api-key KEY, or --allow-open if that is meant.",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, a name or an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,74 @@
+"""`/tokenize` and `/detokenize`: texts and conversations as token ids, and back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from mlxqwen.checks import check_token_ids
+from mlxqwen.errors import OptionError
+from mlxqwen.server.bodies import Form
+from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.chat_request import prepare_chat
+from mlxqwen.server.service import Service
+
+__all__ = ["DetokenizeFields", "TokenizeFields", "detokenize", "tokenize"]
+
+_LONGEST_TEXT = 4_000_000  # characters
+_MOST_TOKENS = 1_000_000
+
+
+class TokenizeFields(Form):
+    """A text (`prompt`), or a conversation with the fields of a chat completion that make its prompt."""
+
+    model: str | None = None
+    prompt: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class DetokenizeFields(Form):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], Field(max_length=_MOST_TOKENS)]
+
+
+async def tokenize(service: Service, http: HttpRequest) -> Response:
+    """`POST /tokenize`."""
+    fields = await service.form(http, TokenizeFields)
+    model = service.models.find(fields.model)
+
+    def ids() -> list[int]:
+        if (fields.prompt is None) == (fields.messages is None):
+            raise OptionError("prompt: found both prompt and messages, or none, expected one of them")
+        if fields.prompt is not None:
+            return model.engine.tokenizer.encode(fields.prompt)
+        chat = ChatFields(
+            messages=fields.messages or [],
+            tools=fields.tools,
+            chat_template_kwargs=fields.chat_template_kwargs,
+            add_generation_prompt=fields.add_generation_prompt,
+            continue_final_message=fields.continue_final_message,
+        )
+        return list(prepare_chat(chat, model, service.settings).requests[0].prompt)
+
+    tokens = await service.in_thread(ids)
+    return JSONResponse({"count": len(tokens), "max_model_len": model.context, "tokens": tokens})
+
+
+async def detokenize(service: Service, http: HttpRequest) -> Response:
+    """`POST /detokenize`."""
+    fields = await service.form(http, DetokenizeFields)
+    model = service.models.find(fields.model)
+
+    def text() -> str:
+        return model.engine.tokenizer.decode(check_token_ids("tokens", fields.tokens, model.vocab_size))
+
+    return JSONResponse({"prompt": await service.in_thread(text)})

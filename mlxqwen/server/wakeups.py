@@ -1,0 +1,90 @@
+"""Waiting for replies on an asyncio loop: the engine's thread wakes it after each step, no thread waits in between."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+from mlxqwen.engine.handle import Handle
+from mlxqwen.engine.scheduler import Scheduler
+
+__all__ = ["TICK", "Wakeups"]
+
+TICK = 1.0
+"""Seconds after which whoever waits is woken though nothing has come, to look at the clock."""
+
+
+class Wakeups:
+    """Wakes the coroutines that wait for replies of one scheduler, whichever loops they run on."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._lock = threading.Lock()
+        self._loops: dict[asyncio.AbstractEventLoop, _Waiting] = {}
+        self._stop = scheduler.driver.listen(self._notify)
+
+    def start(self) -> None:
+        """Let the engine's thread take the steps."""
+        self._scheduler.driver.start(self._scheduler)
+
+    def close(self) -> None:
+        """Wake nobody any more."""
+        self._stop()
+
+    async def wait(self, handles: Sequence[Handle]) -> bool:
+        """Wait until one of `handles` is ready, or about a second → whether one is."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            waiting = self._loops.setdefault(loop, _Waiting())
+        future = loop.create_future()
+        waiting.futures[future] = handles
+        if not waiting.ticks:
+            waiting.ticks = True
+            loop.call_later(TICK, self._tick, loop, waiting)
+        try:
+            # Registered first and looked at then: a step that ends in between is not missed.
+            if not any(handle.is_ready for handle in handles):
+                await future
+        finally:
+            waiting.futures.pop(future, None)
+        return any(handle.is_ready for handle in handles)
+
+    def _notify(self) -> None:
+        """Called by other threads: let each loop look for replies that are ready."""
+        with self._lock:
+            for loop, waiting in list(self._loops.items()):
+                if waiting.futures and not waiting.is_notified:
+                    waiting.is_notified = True
+                    try:
+                        loop.call_soon_threadsafe(_deliver, waiting)
+                    except RuntimeError:  # the loop is closed
+                        del self._loops[loop]
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, waiting: _Waiting) -> None:
+        waiting.ticks = bool(waiting.futures)
+        for future in list(waiting.futures):
+            if not future.done():
+                future.set_result(None)
+        if waiting.ticks:
+            loop.call_later(TICK, self._tick, loop, waiting)
+            return
+        with self._lock:
+            if self._loops.get(loop) is waiting and not waiting.futures:
+                del self._loops[loop]
+
+
+class _Waiting:
+    """Who waits on one loop."""
+
+    def __init__(self) -> None:
+        self.futures: dict[asyncio.Future[None], Sequence[Handle]] = {}
+        self.is_notified = False
+        self.ticks = False
+
+
+def _deliver(waiting: _Waiting) -> None:
+    waiting.is_notified = False
+    for future, handles in list(waiting.futures.items()):
+        if not future.done() and any(handle.is_ready for handle in handles):
+            future.set_result(None)

@@ -1,0 +1,178 @@
+"""What is wrong with a request is told in OpenAI's form, with a 4xx, whatever it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlxqwen.engine.engine import Engine
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.serving import CHAT, Served, ask, serving
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.fixture(scope="module")
+def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
+    with serving(Engine(*demo), max_body=2**20) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"12",
+        b'{"messages": [}',
+        b'{"messages": [], "messages": []}',
+        b'{"messages": NaN}',
+        b'{"temperature": 1e999}',
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b'\xff\xfe{"a": 1}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": ' + DEEP.encode() + b"}",
+        b'{"a": ' * 200 + b"1" + b"}" * 200,
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_broken_json_is_told(served: Served, body: bytes) -> None:
+    response = served.client.post(CHAT, content=body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_json")
+    assert len(error["message"]) < 400
+
+
+def test_too_large_a_body_is_not_read(served: Served) -> None:
+    large = b'{"messages": "' + b"a" * 2**20 + b'"}'
+    for options in ({"content": large}, {"content": iter([large[:600_000], large[600_000:]])}):
+        response = served.client.post(CHAT, **options)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+
+
+WRONG: list[Any] = [True, -1, 2**70, 1.5, "x", [], [1], {}, {"a": 1}, [[]], ""]
+
+
+@pytest.mark.parametrize("name", sorted(ChatFields.model_fields))
+def test_a_wrong_value_of_any_field_is_a_400_that_names_it(served: Served, name: str) -> None:
+    for value in WRONG:
+        response = served.client.post(CHAT, json={**ask(max_tokens=1), name: value})
+        assert response.status_code in (200, 400, 404), (name, value, response.text)
+        if response.status_code != 200:
+            error = response.json()["error"]
+            assert error["message"]
+            assert error["param"] is not None, (name, value, error)
+            assert error["param"].startswith((name, "template_variables")), (name, value, error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"stop": ["a"] * 100_000}, "stop", "found 100,000, expected at most 64"),
+        ({"logit_bias": {"999999999": 1}}, "logit_bias", "found 999999999, expected token ids from 0"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias token id: found 'a'"),
+        ({"n": 1_000_000}, "n", "found 1000000, expected at most 128"),
+        ({"n": 0}, "n", "found 0, expected at least 1"),
+        ({"tools": [{"type": "function"}] * 10_000}, "tools", "found 10,000, expected at most 1,024"),
+        ({"temperature": 101}, "temperature", "found 101.0, expected a number in [0, 100]"),
+        ({"top_p": 0}, "top_p", "expected a number in (0, 1]"),
+        ({"max_tokens": 0}, "max_tokens", "found 0, expected an integer from 1"),
+        ({"stop": 5}, "stop", "found 5, expected a valid string or a valid list"),
+        ({"stop": ["a", 5]}, "stop[1]", "found 5, expected a valid string"),
+        ({"priority": 1000}, "priority", "expected an integer from -100 to 100"),
+        ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_budget", "expected one"),
+        ({"messages": []}, "messages", "found 0, expected at least 1"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "content: found none, expected text"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0]", "found 'wizard'"),
+        ({"tools": [{"type": "function", "function": {"name": "a<b"}}]}, "tools[0]", "expected"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_field_what_was_found_and_what_was_expected(
+    served: Served, fields: dict[str, Any], param: str, words: str
+) -> None:
+    error = served.refused({**ask(), **fields})
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_messages_that_are_missing(served: Served) -> None:
+    assert served.refused({})["code"] == "missing_required_parameter"
+
+
+def test_a_prompt_beyond_the_context_tells_both_numbers(served: Served) -> None:
+    error = served.refused(ask("strawberry " * 3000))
+    context = served.engine.model.config.context_length
+    assert error["code"] == "context_length_exceeded"
+    assert f"{context:,}" in error["message"]
+    assert any(
+        part.replace(",", "").isdecimal() and int(part.replace(",", "")) > context for part in error["message"].split()
+    )
+    with serving(served.engine, max_model_len=30) as small:
+        assert small.refused(ask("strawberry " * 10))["code"] == "context_length_exceeded"
+        assert small.post(ask(seed=1))["usage"]["total_tokens"] == 30
+        assert small.client.get("/v1/models").json()["data"][0]["max_model_len"] == 30
+
+
+def test_models_by_name(served: Served) -> None:
+    error = served.refused(ask(model="gpt-4"), status=404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert served.client.get("/v1/models/gpt-4").status_code == 404
+    assert served.client.get("/v1/models/../../etc/passwd").status_code == 404
+    assert served.client.get("/v1/models/demo").json() == served.client.get("/v1/models").json()["data"][0]
+    with serving(served.engine, single=True) as single:
+        assert single.post(ask(model="gpt-4", max_tokens=1))["model"] == "demo"
+
+
+def test_paths_and_methods_that_are_not_there(served: Served) -> None:
+    assert served.client.get("/v2").json()["error"]["type"] == "not_found_error"
+    assert served.client.get(CHAT).status_code == 405
+    assert served.client.get(CHAT).json()["error"]["message"]
+
+
+def test_an_error_of_our_own_tells_nothing_of_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str | None) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(served.service.models, "find", broken)
+    response = served.client.post(CHAT, json=ask())
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    monkeypatch.undo()
+    assert served.service.load.replies == 0
+    assert served.post(ask(max_tokens=1))
+
+
+def test_pages_of_the_server(served: Served) -> None:
+    assert served.client.get("/health").json() == {"status": "ok"}
+    assert served.client.get("/version").json()["version"]
+    document = served.client.get("/openapi.json").json()
+    schema = document["components"]["schemas"]["ChatFields"]
+    assert set(schema["properties"]) == set(ChatFields.model_fields)
+    assert "/v1/chat/completions" in document["paths"]
+    json.dumps(document)
+    before = _metrics(served)
+    served.post(ask(max_tokens=3, n=2))
+    served.refused(ask(n=0))
+    after = _metrics(served)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["mlxqwen_generated_tokens_total"] == 6
+    assert grown['mlxqwen_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert grown['mlxqwen_requests_total{path="/v1/chat/completions",status="400"}'] == 1
+    assert grown["mlxqwen_first_token_seconds_count"] == 2
+    assert grown["mlxqwen_between_tokens_seconds_count"] == 4
+    assert after["mlxqwen_running_replies"] == after["mlxqwen_waiting_replies"] == 0
+
+
+def _metrics(served: Served) -> dict[str, float]:
+    lines = served.client.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}

@@ -1,0 +1,208 @@
+"""`mlxqwen serve` as a process of its own: official clients, sockets that misbehave, and signals."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.asgi_calls import events_of
+from tests.command_line import run
+
+ROOT = Path(__file__).parents[1]
+QUESTION = [{"role": "user", "content": "How many r's in strawberry?"}]
+
+
+class Process:
+    """A server on a free port."""
+
+    def __init__(self, *options: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "mlxqwen", "serve", "--port", "0", *options]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        )
+        assert self.process.stdout is not None
+        first, self.curl = self.process.stdout.readline(), self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", first)
+        assert found is not None, self.process.communicate()
+        self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def get(self, path: str, method: str = "GET", body: object = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        status, text = response.status, response.read()
+        connection.close()
+        return status, text
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Exit status and log."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=60)
+        return self.process.returncode, log
+
+
+@contextmanager
+def process(*options: str, **environment: str) -> Iterator[Process]:
+    made = Process(*options, **environment)
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    with process() as made:
+        yield made
+        status, log = made.end()
+        assert status == 0, log
+        assert "Traceback" not in log
+
+
+def test_the_line_that_it_prints_works(server: Process) -> None:
+    done = subprocess.run(shlex.split(server.curl), capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_the_openai_client(server: Process) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=server.url, api_key="EMPTY") as client:
+        assert [model.id for model in client.models.list()] == ["demo"]
+        reply = client.chat.completions.create(model="demo", messages=QUESTION, seed=5, max_tokens=200)
+        assert reply.choices[0].finish_reason == "stop"
+        pieces = {"content": "", "reasoning_content": ""}
+        stream = client.chat.completions.create(
+            model="demo", messages=QUESTION, seed=5, max_tokens=200, stream=True, stream_options={"include_usage": True}
+        )
+        for chunk in stream:
+            for choice in chunk.choices:
+                for name in pieces:
+                    pieces[name] += getattr(choice.delta, name, None) or ""
+        assert pieces["content"] == reply.choices[0].message.content
+        assert pieces["reasoning_content"] == reply.choices[0].message.reasoning_content
+        assert chunk.usage == reply.usage.model_copy(
+            update={"prompt_tokens_details": chunk.usage.prompt_tokens_details}
+        )
+        with pytest.raises(openai.NotFoundError, match="gpt-4"):
+            client.chat.completions.create(model="gpt-4", messages=QUESTION)
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="demo", messages=QUESTION, temperature=1000)
+
+
+def test_connections_that_say_nothing_or_half_keep_nobody_out(server: Process) -> None:
+    silent = [server.connect() for _ in range(200)]
+    for half in silent[:20]:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
+    for slow in silent[20:40]:
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n\r\n{")
+    assert server.get("/health")[0] == 200
+    silent[50].sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+    assert silent[50].recv(100).startswith(b"HTTP/1.1 400")
+    for connection in silent:
+        connection.close()
+    assert server.get("/v1/chat/completions", "POST", {"messages": QUESTION, "max_tokens": 1})[0] == 200
+
+
+def test_a_body_in_chunks_is_read(server: Process) -> None:
+    body = json.dumps({"messages": QUESTION, "max_tokens": 1}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", iter([body[:10], body[10:]]), encode_chunked=True)
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_a_client_that_hangs_up_frees_its_row(server: Process) -> None:
+    def metric(name: str) -> float:
+        lines = server.get("/metrics")[1].decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+    before = metric("mlxqwen_aborted_replies_total")
+    body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "n": 8}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    response = connection.getresponse()
+    response.read(20)
+    response.close()
+    connection.close()
+    until = time.monotonic() + 30
+    while metric("mlxqwen_running_replies") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert metric("mlxqwen_running_replies") == 0
+    assert metric("mlxqwen_aborted_replies_total") == before + 8
+
+
+def test_a_second_server_on_the_port_is_refused(server: Process) -> None:
+    result = run("serve", "--port", str(server.port))
+    assert result.status == 1
+    assert result.err.startswith(f"error: 127.0.0.1:{server.port}: cannot listen there: Address already in use")
+
+
+def test_ctrl_c_lets_replies_end_and_keys_are_not_logged() -> None:
+    with process("--drain", "60", MLXQWEN_API_KEY="sesame") as server:
+        assert server.get("/v1/models")[0] == 401
+        body = json.dumps({"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300})
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", body, {"authorization": "Bearer sesame"})
+        response = connection.getresponse()
+        first = response.read(10)
+        ended: list[tuple[int, str]] = []
+        thread = threading.Thread(target=lambda: ended.append(server.end(signal.SIGINT)))
+        thread.start()
+        events = events_of(first + response.read())
+        thread.join()
+        connection.close()
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        status, log = ended[0]
+        assert status == 130
+        assert "sesame" not in log + server.curl
+        assert "strawberry" not in log
+        assert "POST '/v1/chat/completions' 200" in log
+
+
+def test_replies_are_told_of_the_end() -> None:
+    with process("--drain", "0", "--log-content") as server:
+        body = json.dumps({"messages": QUESTION, "stream": True, "ignore_eos": True})
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", body)
+        response = connection.getresponse()
+        first = response.read(10)
+        server.process.send_signal(signal.SIGTERM)
+        events = events_of(first + response.read())
+        connection.close()
+        assert events[-1]["error"]["code"] == "server_shutdown"
+        status, log = server.end()
+        assert status == 0
+        assert "strawberry" in log
+
+
+def test_options_that_cannot_be() -> None:
+    assert "--host: found 0.0.0.0 without a key" in run("serve", "--host", "0.0.0.0").err
+    assert "--max-queue: found -1" in run("serve", "--max-queue", "-1").err
+    too_long = run("serve", "--max-model-len", "100000", "--port", "0")
+    assert "--max-model-len: found 100,000, but the model's context is" in too_long.err
+    assert too_long.status == 1
