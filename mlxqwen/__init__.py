@@ -10,6 +10,8 @@ Names are imported when first used, so that `import mlxqwen` alone costs next to
 
 from __future__ import annotations
 
+import sys
+
 TYPE_CHECKING = False  # as in `typing`, whose import would cost more than all the rest
 if TYPE_CHECKING:
     from typing import Any
@@ -102,6 +104,23 @@ _HOME = {
     "call_tool": "chat.tools",
     "tool_schema": "chat.tools",
 }
+
+
+class _BeforeMLX:
+    """Sees the first import of `mlx.core`, which binds MLX's products to the libraries that are there by then."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Load OpenBLAS before `mlx.core`; finds nothing itself."""
+        if name == "mlx.core":
+            sys.meta_path.remove(_BeforeMLX)
+            from mlxqwen.blas import load_openblas
+
+            load_openblas()
+
+
+if sys.platform == "linux" and "mlx.core" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMLX)
 
 
 def __getattr__(name: str) -> Any:

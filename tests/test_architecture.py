@@ -19,6 +19,7 @@ LAYERS = [
     "errors",
     "checks",
     "console",
+    "blas",
     "device",
     "files",
     "model",

@@ -209,7 +209,7 @@ def test_tools_reach_the_template(engine: Engine) -> None:
     ("messages", "options", "error"),
     [
         ([], {}, MessagesError),
-        ("Hello", {}, MessagesError),
+        (["Hello"], {}, MessagesError),
         ([{"role": "user"}], {}, MessagesError),
         ([{"role": "user", "content": "\ud800"}], {}, MessagesError),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, MessagesError),

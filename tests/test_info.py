@@ -172,4 +172,4 @@ def test_bad_input(arguments: list[str]) -> None:
 
 def test_names_cannot_forge_rows(tmp_path: Path) -> None:
     folder = write_sparse(tmp_path / "model\nfits yes", RELEASES["Qwen3-0.6B"])
-    assert len(run("info", str(folder)).out.splitlines()) == 9
+    assert len(run("info", str(folder)).out.splitlines()) == 10

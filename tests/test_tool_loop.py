@@ -140,7 +140,7 @@ def test_interrupts_pass_through() -> None:
 @pytest.mark.parametrize(
     ("tools", "options", "match"),
     [
-        ([Adder()], {}, "tools: found list"),
+        ([Adder()], {}, r"tools\[0\]: found Adder without a name"),
         (None, {}, "tools: found NoneType"),
         ({"add": 3}, {}, "tool add: found int"),
         ({"<name>": Adder()}, {}, "<name>"),

@@ -46,6 +46,7 @@ def info(
     MODEL is a folder, a hub id (which is downloaded), or by default the demo model. Only config and headers are read.
     """
     with leave_at_once():
+        from mlxqwen.blas import blas_in_use
         from mlxqwen.device import current_device
         from mlxqwen.files.hub import resolve_model
         from mlxqwen.model.footprint import measure, size_up
@@ -72,7 +73,7 @@ def info(
         "cache_tokens": needed.tokens,
         "cache_bytes": needed.cache_bytes,
         "total_bytes": needed.total_bytes,
-        "device": asdict(needed.device),
+        "device": {**asdict(needed.device), "products": None if needed.device.is_gpu else blas_in_use()},
         "fits": needed.fits,
     }
     Output(sys.stdout).write(json.dumps(facts) + "\n" if as_json else _table(facts))
@@ -110,6 +111,7 @@ def _table(facts: dict[str, Any]) -> str:
         "weights in memory": f"{_size(facts['weight_bytes'])} in {facts['dtype']}",
         "cache in memory": f"{_size(facts['cache_bytes'])} for {facts['cache_tokens']:,} tokens",
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
+        **({} if device["is_gpu"] else {"products": device["products"]}),
         "fits": f"{fits}, {_size(facts['total_bytes'])} needed",
     }
     return "".join(_row(name, one_line(value)) for name, value in rows.items())

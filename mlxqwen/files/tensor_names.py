@@ -1,4 +1,4 @@
-"""Names of a Qwen3 model's tensors: without the prefixes that wrappers add, and told from what no forward pass needs."""
+"""Names of a Qwen3 model's tensors: without wrappers' prefixes, and told from what no forward pass needs."""
 
 from __future__ import annotations
 

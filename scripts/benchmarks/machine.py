@@ -33,7 +33,9 @@ def describe() -> str:
 
 
 def _device() -> str:
+    from mlxqwen.blas import blas_in_use
     from mlxqwen.device import current_device
 
     device = current_device()
-    return f"{device.name}, MLX on the {'GPU' if device.is_gpu else 'CPU'}"
+    kind = "GPU" if device.is_gpu else f"CPU, products by {blas_in_use()}"
+    return f"{device.name}, MLX on the {kind}"
