@@ -96,6 +96,12 @@ def tokenizer(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def small(tokenizer: Tokenizer) -> tuple[Qwen3ForCausalLM, Tokenizer]:
+    """One random layer in the demo's place, and its tokenizer: for what depends on no answer. Not to be changed."""
+    return random_model(vocab_size=tokenizer.vocab_size, context=512, layers=1), tokenizer
+
+
+@pytest.fixture(scope="session")
 def babbler(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
     """Says anything, in the demo's tokens and in 200 ids that its tokenizer has no token for. Not to be changed."""
     return random_model(vocab_size=tokenizer.vocab_size + 200, context=512)

@@ -440,10 +440,10 @@ def test_a_conversation_is_not_to_be_used_while_it_answers(conversation: Convers
 # What does not fit
 
 
-def test_the_way_out_of_a_context_that_is_too_short(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
-    engine = Engine(*demo)
+def test_the_way_out_of_a_context_that_is_too_short(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine = Engine(*small)
     context = engine.model.config.context_length
-    turns = [message for n in range(40) for message in (user(f"{n}. {'word ' * 30}"), assistant("Yes."))]
+    turns = [message for n in range(16) for message in (user(f"{n}. {'word ' * 30}"), assistant("Yes."))]
     conversation = Conversation(engine, system="Be brief.", messages=turns, max_tokens=2, thinking=False)
     assert len(engine.prompt(conversation.messages[:-1])) > context
     with pytest.raises(ContextLengthError) as caught:

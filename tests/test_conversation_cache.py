@@ -50,10 +50,9 @@ PLAIN_TEMPLATE = (
 
 
 @pytest.fixture(params=[None, "off"], ids=["store", "pins"])
-def scripted(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
+def scripted(small: tuple[Qwen3ForCausalLM, Tokenizer], request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
     """With a store for all, and with nothing kept but what open conversations pin."""
-    small = random_model(vocab_size=tokenizer.vocab_size, context=512, layers=1)
-    return scripted_engine(small, tokenizer, prefix_cache=request.param)
+    return scripted_engine(*small, prefix_cache=request.param)
 
 
 def done_of(events: Iterator[Event]) -> Done:
@@ -304,10 +303,10 @@ def test_counts_with_the_tokenizer_and_template_of_the_releases(window: int | No
 
 
 def test_what_open_conversations_have_read_stays_and_goes_with_them(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer],
+    small: tuple[Qwen3ForCausalLM, Tokenizer],
 ) -> None:
     """A store of a few blocks has long let go of it."""
-    engine, model = scripted_engine(*demo, prefix_cache="200KB")
+    engine, model = scripted_engine(*small, prefix_cache="25KB")
     store = scheduler_of(engine.model).store
     conversations = [Conversation(engine, system=f"{n}. Be brief. " * 8, thinking=False) for n in range(4)]
     turns = [Turns(conversation, model) for conversation in conversations]
@@ -323,10 +322,10 @@ def test_what_open_conversations_have_read_stays_and_goes_with_them(
 
 
 def test_a_conversation_whose_steps_another_thread_takes(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    small: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reply's end may be told before it is in the store."""
-    engine, model = scripted_engine(*demo, prefix_cache="off")
+    engine, model = scripted_engine(*small, prefix_cache="off")
     first = threading.Thread(target=lambda: engine.chat([{"role": "user", "content": "Hello"}], max_tokens=1))
     first.start()
     first.join()
@@ -340,8 +339,8 @@ def test_a_conversation_whose_steps_another_thread_takes(
             assert (done.usage.cached_tokens > 0) == (question != QUESTIONS[0])
 
 
-def test_a_conversation_that_was_cleared_holds_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
-    engine, _ = scripted_engine(*demo, prefix_cache="off")
+def test_a_conversation_that_was_cleared_holds_nothing(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, _ = scripted_engine(*small, prefix_cache="off")
     for cache in CACHES:
         conversation = Conversation(engine, system="Be brief.", max_tokens=8, **cache)
         for question in QUESTIONS[:2]:
@@ -354,8 +353,8 @@ def test_a_conversation_that_was_cleared_holds_nothing(demo: tuple[Qwen3ForCausa
         assert done_of(conversation.stream(QUESTIONS[0])).usage.cached_tokens == 0
 
 
-def test_conversations_share_what_they_have_in_common(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
-    engine, _ = scripted_engine(*demo)
+def test_conversations_share_what_they_have_in_common(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    engine, _ = scripted_engine(*small)
     system = "You count letters, and answer in one short sentence, whatever else is said to you."
     first, second = (Conversation(engine, system=system, max_tokens=8, seed=1) for _ in range(2))
     assert done_of(first.stream(QUESTIONS[0])).usage.cached_tokens == 0
@@ -386,10 +385,10 @@ def test_a_ring_reads_a_long_conversation_once(scripted: tuple[Engine, ScriptedM
 
 @pytest.mark.parametrize("length", range(40, 90, 7))
 def test_a_ring_that_fills_up_within_a_prompt_can_be_gone_back_to(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], length: int
+    small: tuple[Qwen3ForCausalLM, Tokenizer], length: int
 ) -> None:
     """Wherever the window of 64 ends: within the prompt, in its last tokens, in the reply."""
-    engine, model = scripted_engine(*demo, prefix_cache="off")
+    engine, model = scripted_engine(*small, prefix_cache="off")
     conversation = Conversation(engine, max_kv_size=64, max_tokens=40, seed=3)
     turns = Turns(conversation, model)
     opening = engine.prompt([{"role": "user", "content": ""}])

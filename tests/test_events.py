@@ -27,8 +27,8 @@ PROMPT = "Hello"
 
 
 @pytest.fixture(scope="module")
-def scripted(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
-    return scripted_engine(*demo)
+def scripted(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
+    return scripted_engine(*small)
 
 
 @pytest.fixture

@@ -411,11 +411,11 @@ def test_without_a_seed_rows_differ(tiny: Qwen3ForCausalLM) -> None:
 
 def test_buffers_that_the_cache_outgrew_are_given_back() -> None:
     model = random_model(context=2048)
-    stream = generate_tokens(model, [1], sampling=SamplingParams(temperature=0), max_tokens=1100)
+    stream = generate_tokens(model, [1] * 250, sampling=SamplingParams(temperature=0), max_tokens=800)
     mx.clear_cache()
     for _ in stream:
         pass
-    assert mx.get_cache_memory() <= 2 * buffer_bytes(model, CacheKind(), 1101)
+    assert mx.get_cache_memory() <= 2 * buffer_bytes(model, CacheKind(), 1050)
 
 
 def test_a_window_wider_than_the_context_does_not_lift_it() -> None:

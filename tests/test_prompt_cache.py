@@ -30,7 +30,7 @@ QUESTIONS = ("How many r's in strawberry?", "What is 2 + 2?", "Reverse the word 
 SYSTEM = {"role": "system", "content": "You count letters, add numbers and reverse words, and do nothing else."}
 GREEDY: dict[str, Any] = {"sampling": {"temperature": 0}, "max_tokens": 24, "thinking": False}
 
-Demo = tuple[Qwen3ForCausalLM, Tokenizer]
+Loaded = tuple[Qwen3ForCausalLM, Tokenizer]
 
 
 def ask(text: str, *before: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,9 +48,9 @@ def whole_blocks(tokens: int) -> int:
     return (tokens - 1) // BLOCK * BLOCK
 
 
-def run_of(demo: Demo, folder: Path, **options: Any) -> tuple[Engine, ScriptedModel]:
+def run_of(small: Loaded, folder: Path, **options: Any) -> tuple[Engine, ScriptedModel]:
     """What another process would begin with: the same weights in another model object, and an empty store."""
-    engine, model = scripted_engine(*demo, prompt_cache=folder, **options)
+    engine, model = scripted_engine(*small, prompt_cache=folder, **options)
     assert scheduler_of(engine.model).store.nbytes == 0
     return engine, model
 
@@ -61,11 +61,11 @@ def run_of(demo: Demo, folder: Path, **options: Any) -> tuple[Engine, ScriptedMo
 @pytest.mark.parametrize("options", [{"seed": 3, "max_tokens": 24}, GREEDY], ids=["seeded", "greedy"])
 @pytest.mark.parametrize("cache", CACHES, ids=str)
 def test_replies_are_those_of_fresh_runs(
-    demo: Demo, tmp_path: Path, cache: dict[str, Any], options: dict[str, Any]
+    small: Loaded, tmp_path: Path, cache: dict[str, Any], options: dict[str, Any]
 ) -> None:
     said: list[dict[str, Any]] = []
     for turn, question in enumerate((*QUESTIONS, QUESTIONS[0])):
-        engine, model = run_of(demo, tmp_path / "folder")
+        engine, model = run_of(small, tmp_path / "folder")
         with engine:
             messages = ask(question, *said)
             done = done_of(engine.stream(messages, **cache, **options))
@@ -77,18 +77,18 @@ def test_replies_are_those_of_fresh_runs(
         said += [messages[-1], {"role": "assistant", "content": done.reply.content}]
 
 
-def test_what_one_run_has_read_the_next_does_not(demo: Demo, tmp_path: Path) -> None:
+def test_what_one_run_has_read_the_next_does_not(small: Loaded, tmp_path: Path) -> None:
     counts = []
     for _ in range(2):
-        engine, _ = run_of(demo, tmp_path / "folder")
+        engine, _ = run_of(small, tmp_path / "folder")
         with engine:
             counts.append([done_of(engine.stream(ask(text), **GREEDY)).usage for text in QUESTIONS])
     for first, second in zip(*counts, strict=True):
         assert second.cached_tokens == whole_blocks(first.prompt_tokens) >= first.cached_tokens
 
 
-def test_the_reply_is_kept_for_what_follows_it(demo: Demo, tmp_path: Path) -> None:
-    engine, model = run_of(demo, tmp_path / "folder")
+def test_the_reply_is_kept_for_what_follows_it(small: Loaded, tmp_path: Path) -> None:
+    engine, model = run_of(small, tmp_path / "folder")
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
     model.say(engine.tokenizer.encode('<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>'))
     with engine:
@@ -103,22 +103,22 @@ def test_the_reply_is_kept_for_what_follows_it(demo: Demo, tmp_path: Path) -> No
         },
         {"role": "tool", "tool_call_id": "1", "content": "12:00"},
     ]
-    engine, _ = run_of(demo, tmp_path / "folder")
+    engine, _ = run_of(small, tmp_path / "folder")
     with engine:
         second = done_of(engine.stream(messages, tools=tools, max_tokens=1))
     known = first.usage.prompt_tokens + first.usage.completion_tokens - 1
     assert known - BLOCK < second.usage.cached_tokens <= known
 
 
-def test_conversations_and_batches_go_on_with_it(demo: Demo, tmp_path: Path) -> None:
-    engine, _ = run_of(demo, tmp_path / "folder")
+def test_conversations_and_batches_go_on_with_it(small: Loaded, tmp_path: Path) -> None:
+    engine, _ = run_of(small, tmp_path / "folder")
     with engine:
         done_of(engine.stream(ask(QUESTIONS[0]), **GREEDY))
-    engine, model = run_of(demo, tmp_path / "folder")
+    engine, model = run_of(small, tmp_path / "folder")
     with engine:
         first = done_of(Conversation(engine, messages=[SYSTEM], **GREEDY).stream(QUESTIONS[0]))
         assert first.usage.cached_tokens == whole_blocks(first.usage.prompt_tokens)
-    engine, model = run_of(demo, tmp_path / "folder")
+    engine, model = run_of(small, tmp_path / "folder")
     with engine:
         for _, done in engine.batch([ask(text) for text in QUESTIONS], batch_size=3, **GREEDY):
             assert done.usage.cached_tokens > 0
@@ -126,16 +126,16 @@ def test_conversations_and_batches_go_on_with_it(demo: Demo, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cache", [{}, {"kv_bits": 8}], ids=str)
-def test_it_goes_with_speculation(demo: Demo, tmp_path: Path, cache: dict[str, Any]) -> None:
+def test_it_goes_with_speculation(small: Loaded, tmp_path: Path, cache: dict[str, Any]) -> None:
     """Guesses that were wrong are not in the folder."""
     said: list[dict[str, Any]] = []
     for turn, question in enumerate(QUESTIONS[:2]):
-        engine, _ = run_of(demo, tmp_path / "folder", speculative="lookup")
+        engine, _ = run_of(small, tmp_path / "folder", speculative="lookup")
         with engine:
             messages = ask(question, *said)
             done = done_of(engine.stream(messages, **cache, **GREEDY))
             assert (done.usage.cached_tokens > 0) == (turn > 0)
-            plain = done_of(Engine(*demo).stream(messages, cache=make_cache(demo[0], **cache), **GREEDY))
+            plain = done_of(Engine(*small).stream(messages, cache=make_cache(small[0], **cache), **GREEDY))
             assert done.tokens == plain.tokens
         said += [messages[-1], {"role": "assistant", "content": done.reply.content}]
 
@@ -172,9 +172,9 @@ def test_weights_that_are_replaced_while_it_runs(tokenizer: Tokenizer, tmp_path:
         assert usage() == (again[0], before[1])  # from the folder
 
 
-def test_a_reply_that_fails_or_is_left_leaves_what_was_read(demo: Demo, tmp_path: Path) -> None:
+def test_a_reply_that_fails_or_is_left_leaves_what_was_read(small: Loaded, tmp_path: Path) -> None:
     for way in ("close", "NaN", "interrupt"):
-        engine, model = run_of(demo, tmp_path / way)
+        engine, model = run_of(small, tmp_path / way)
         with engine:
             events: Any = engine.stream(ask(QUESTIONS[0]), **GREEDY)
             if way == "NaN":
@@ -188,7 +188,7 @@ def test_a_reply_that_fails_or_is_left_leaves_what_was_read(demo: Demo, tmp_path
                 else:
                     with pytest.raises(KeyboardInterrupt):
                         events.throw(KeyboardInterrupt)
-        engine, model = run_of(demo, tmp_path / way)
+        engine, model = run_of(small, tmp_path / way)
         with engine:
             done = done_of(engine.stream(ask(QUESTIONS[0]), **GREEDY))
             assert done.usage.cached_tokens == whole_blocks(done.usage.prompt_tokens)
@@ -196,16 +196,16 @@ def test_a_reply_that_fails_or_is_left_leaves_what_was_read(demo: Demo, tmp_path
             assert done.tokens == fresh.tokens
 
 
-def test_nothing_of_a_full_window_is_kept_in_the_folder(demo: Demo, tmp_path: Path) -> None:
+def test_nothing_of_a_full_window_is_kept_in_the_folder(small: Loaded, tmp_path: Path) -> None:
     """In memory it is, for a conversation that goes on from there."""
     cache: dict[str, Any] = {"max_kv_size": 24}
-    engine, _ = run_of(demo, tmp_path / "folder")
+    engine, _ = run_of(small, tmp_path / "folder")
     with engine:
         first = done_of(engine.stream(ask(QUESTIONS[0]), **cache, **GREEDY))
         assert first.usage.prompt_tokens > 24
         again = done_of(engine.stream(ask(QUESTIONS[0]), **cache, **GREEDY))
         assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
-    engine, _ = run_of(demo, tmp_path / "folder")
+    engine, _ = run_of(small, tmp_path / "folder")
     with engine:
         other = done_of(engine.stream(ask(QUESTIONS[0]), **cache, **GREEDY))
         assert other.usage.cached_tokens <= 24
@@ -216,9 +216,9 @@ def test_nothing_of_a_full_window_is_kept_in_the_folder(demo: Demo, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
-@pytest.mark.parametrize("size", [None, "100KB", "off"])
-def test_a_store_of_any_size_changes_no_reply(demo: Demo, cache: dict[str, Any], size: str | None) -> None:
-    engine, model = scripted_engine(*demo, prefix_cache=size)
+@pytest.mark.parametrize("size", [None, "12KB", "off"])
+def test_a_store_of_any_size_changes_no_reply(small: Loaded, cache: dict[str, Any], size: str | None) -> None:
+    engine, model = scripted_engine(*small, prefix_cache=size)
     for question in (*QUESTIONS, *QUESTIONS):
         model.read = 0
         done = done_of(engine.stream(ask(question), **cache, **GREEDY))
@@ -233,8 +233,8 @@ def test_a_store_of_any_size_changes_no_reply(demo: Demo, cache: dict[str, Any],
         assert done.usage.cached_tokens == whole_blocks(done.usage.prompt_tokens)
 
 
-def test_a_salt_keeps_prompts_apart(demo: Demo) -> None:
-    engine, _ = scripted_engine(*demo)
+def test_a_salt_keeps_prompts_apart(small: Loaded) -> None:
+    engine, _ = scripted_engine(*small)
 
     def cached(salt: str) -> int:
         return done_of(engine.stream(ask(QUESTIONS[0]), salt=salt, **GREEDY)).usage.cached_tokens
@@ -246,8 +246,8 @@ def test_a_salt_keeps_prompts_apart(demo: Demo) -> None:
         engine.stream(ask(QUESTIONS[0]), salt=3)  # type: ignore[arg-type]
 
 
-def test_a_cache_of_the_callers_own_shares_nothing(demo: Demo) -> None:
-    engine, model = scripted_engine(*demo)
+def test_a_cache_of_the_callers_own_shares_nothing(small: Loaded) -> None:
+    engine, model = scripted_engine(*small)
     done_of(engine.stream(ask(QUESTIONS[0]), **GREEDY))
     for _ in range(2):
         model.read = 0
@@ -272,9 +272,9 @@ def test_a_cache_of_the_callers_own_shares_nothing(demo: Demo) -> None:
         ("900TB", "prefix_cache: found 900TB, expected at most the "),
     ],
 )
-def test_sizes_that_cannot_be(demo: Demo, size: Any, problem: str) -> None:
+def test_sizes_that_cannot_be(small: Loaded, size: Any, problem: str) -> None:
     makers: Sequence[Callable[[], Engine]] = (
-        lambda: Engine(*demo, prefix_cache=size),
+        lambda: Engine(*small, prefix_cache=size),
         lambda: Engine.load(prefix_cache=size),
     )
     for make in makers:
@@ -286,12 +286,12 @@ def test_sizes_that_cannot_be(demo: Demo, size: Any, problem: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "capacity"), [("2 MB", 2_000_000), ("1.5KiB", 1536), (4096, 4096), ("off", 0)])
-def test_sizes_that_can_be(demo: Demo, size: int | str, capacity: int) -> None:
-    engine, _ = scripted_engine(*demo, prefix_cache=size)
+def test_sizes_that_can_be(small: Loaded, size: int | str, capacity: int) -> None:
+    engine, _ = scripted_engine(*small, prefix_cache=size)
     assert scheduler_of(engine.model).store.capacity == capacity
 
 
-def test_folders_that_cannot_be(demo: Demo, tmp_path: Path) -> None:
+def test_folders_that_cannot_be(small: Loaded, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("Mine.")
     (tmp_path / "link").symlink_to(tmp_path)
     for name, problem in (
@@ -301,7 +301,7 @@ def test_folders_that_cannot_be(demo: Demo, tmp_path: Path) -> None:
         ("a\0b", "cannot be written to"),
     ):
         makers: Sequence[Callable[[], Engine]] = (
-            lambda name=name: Engine(*demo, prompt_cache=tmp_path / name),  # type: ignore[misc]
+            lambda name=name: Engine(*small, prompt_cache=tmp_path / name),  # type: ignore[misc]
             lambda name=name: Engine.load(prompt_cache=str(tmp_path / name)),  # type: ignore[misc]
         )
         for make in makers:
@@ -313,8 +313,8 @@ def test_folders_that_cannot_be(demo: Demo, tmp_path: Path) -> None:
 # The end
 
 
-def test_an_engine_that_is_closed(demo: Demo, tmp_path: Path) -> None:
-    engine, _ = run_of(demo, tmp_path / "folder")
+def test_an_engine_that_is_closed(small: Loaded, tmp_path: Path) -> None:
+    engine, _ = run_of(small, tmp_path / "folder")
     conversation = Conversation(engine, max_tokens=3)
     running = engine.stream(ask(QUESTIONS[0]), **GREEDY)
     next(running)
@@ -336,8 +336,8 @@ def test_an_engine_that_is_closed(demo: Demo, tmp_path: Path) -> None:
             use()
 
 
-def test_threads_share_what_was_read(demo: Demo) -> None:
-    engine, _ = scripted_engine(*demo)
+def test_threads_share_what_was_read(small: Loaded) -> None:
+    engine, _ = scripted_engine(*small)
     expected = [
         done_of(engine.stream(ask(text), cache=make_cache(engine.model), **GREEDY)).tokens for text in QUESTIONS
     ]

@@ -41,6 +41,12 @@ def model() -> Qwen3ForCausalLM:
     return random_model(context=512)
 
 
+@pytest.fixture(scope="module")
+def mixed_alone(model: Qwen3ForCausalLM) -> list[list[int]]:
+    """What `mixed(EXACT_KINDS)` get where nobody else runs."""
+    return [alone(model, request) for request in mixed(EXACT_KINDS)]
+
+
 def mixed(kinds: tuple[str, ...]) -> list[Request]:
     """Requests that share fronts, force tokens, restrict draws and guess, of these kinds of caches."""
     found = []
@@ -73,10 +79,9 @@ def run_late(scheduler: Scheduler, requests: list[Request], between: int) -> lis
 @pytest.mark.parametrize("store", [0, 1 << 30])
 @pytest.mark.parametrize("between", [0, 2])
 def test_replies_of_exact_kinds_are_those_alone(
-    model: Qwen3ForCausalLM, store: int, between: int, is_gpu: bool
+    model: Qwen3ForCausalLM, mixed_alone: list[list[int]], store: int, between: int, is_gpu: bool
 ) -> None:
-    requests = mixed(EXACT_KINDS)
-    expected = [alone(model, request) for request in requests]
+    requests, expected = mixed(EXACT_KINDS), mixed_alone
     with machine(model, 1 << 32, is_gpu=is_gpu):
         assert run_late(new_scheduler(model, store=store), requests, between) == expected
         scheduler = new_scheduler(model, store=store, max_running=3)

@@ -124,7 +124,7 @@ def test_a_ring_and_fewer_bits_fit_where_all_tokens_do_not(model: Qwen3ForCausal
 def test_without_the_check_nothing_is_refused(model: Qwen3ForCausalLM) -> None:
     with machine(model, 0):
         scheduler = new_scheduler(model, checks_memory=False)
-        request = asked(text(300), 300)
+        request = asked(text(250), 20)  # with a step of growth
         assert run(scheduler, [scheduler.submit(request)]) == [alone(model, request)]
 
 
@@ -134,7 +134,7 @@ def test_without_the_check_nothing_is_refused(model: Qwen3ForCausalLM) -> None:
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
     request = asked(text(250), 1000)
-    expected = alone(model, asked(text(250), 600))
+    expected = alone(model, asked(text(250), 512 - 250 + 1))
     with machine(model, 2 * ROW, is_gpu=is_gpu):
         scheduler = new_scheduler(model)
         handle = scheduler.submit(request)

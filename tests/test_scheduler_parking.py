@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mlxqwen.cache import make_cache
-from mlxqwen.engine import driver
-from mlxqwen.engine.generation import MAX_UNREAD
+from mlxqwen.engine import driver, generation
 from mlxqwen.engine.memory import slot_bytes
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.engine.token_stream import generate_tokens
@@ -18,6 +17,7 @@ from mlxqwen.sampling.params import SamplingParams
 from tests.conftest import random_model
 from tests.scheduling import KINDS, alone, asked, has_work, ids, machine, new_scheduler, run, taken, watched
 
+MAX_UNREAD = generation.MAX_UNREAD // 4
 SEEDED = SamplingParams(seed=3, temperature=1.5, presence_penalty=0.5)
 
 
@@ -26,9 +26,15 @@ def model() -> Qwen3ForCausalLM:
     return random_model(context=1024)
 
 
+@pytest.fixture(autouse=True)
+def few_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply waits at a fourth of what it may have unread elsewhere: all is the same, sooner."""
+    monkeypatch.setattr(generation, "MAX_UNREAD", MAX_UNREAD)
+
+
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_a_reply_that_nobody_reads_waits(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
-    request = asked([1], 600, sampling=SEEDED)
+    request = asked([1], 150, sampling=SEEDED)
     expected = alone(model, request)
     with machine(model, 1 << 30, is_gpu=is_gpu):
         scheduler = new_scheduler(model)
@@ -42,12 +48,12 @@ def test_a_reply_that_nobody_reads_waits(model: Qwen3ForCausalLM, is_gpu: bool) 
         assert has_work(scheduler) is False  # half of it is still there
         found += [handle.next_token().token]
         assert has_work(scheduler)
-        assert found + [handle.next_token().token for _ in range(600 - len(found))] == expected
+        assert found + [handle.next_token().token for _ in range(150 - len(found))] == expected
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_others_go_on_beside_one_that_waits_for_its_reader(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
-    unread, read = asked([1], 400, sampling=SEEDED), asked([2], 400, sampling=SEEDED)
+    unread, read = asked([1], 100, sampling=SEEDED), asked([2], 100, sampling=SEEDED)
     expected = [alone(model, request) for request in (unread, read)]
     with machine(model, 1 << 30, is_gpu=is_gpu):
         scheduler = new_scheduler(model)
@@ -59,7 +65,7 @@ def test_others_go_on_beside_one_that_waits_for_its_reader(model: Qwen3ForCausal
                 assert scheduler.step()
                 found += ids(taken(handles[1]))
         assert found == expected[1]
-        assert shapes[-100:] == [(1, 1)] * 100  # nobody computes for the one that waits
+        assert shapes[-25:] == [(1, 1)] * 25  # nobody computes for the one that waits
         first = ids(taken(handles[0]))
         assert MAX_UNREAD <= len(first) <= MAX_UNREAD + 2
         assert first + run(scheduler, handles)[0] == expected[0]
@@ -88,7 +94,7 @@ def test_a_row_is_given_up_while_others_wait(
 
 def test_a_row_that_was_given_up_is_not_read_again_before_anybody_reads_it(model: Qwen3ForCausalLM) -> None:
     scheduler = new_scheduler(model, max_running=1)
-    handles = [scheduler.submit(asked([n] * 20, 400)) for n in (1, 2)]
+    handles = [scheduler.submit(asked([n] * 20, 100)) for n in (1, 2)]
     shapes: list[tuple[int, ...]] = []
     with watched(shapes.append):
         while not handles[1].is_over:
@@ -107,32 +113,32 @@ def test_two_iterators_taken_in_turn_do_not_stand_still(
     with machine(model, 1 << 30, is_gpu=is_gpu):
         scheduler = new_scheduler(model, max_running=rows)
         monkeypatch.setattr("mlxqwen.engine.token_stream.scheduler_of", lambda _: scheduler)
-        streams = [generate_tokens(model, [n], sampling=SEEDED, max_tokens=300) for n in (1, 2)]
+        streams = [generate_tokens(model, [n], sampling=SEEDED, max_tokens=80) for n in (1, 2)]
         pairs = list(zip(*streams, strict=True))
     for place in range(2):
-        assert [pair[place][1].token for pair in pairs] == alone(model, asked([place + 1], 300, sampling=SEEDED))
+        assert [pair[place][1].token for pair in pairs] == alone(model, asked([place + 1], 80, sampling=SEEDED))
 
 
 def test_one_iterator_is_read_to_its_end_while_another_has_only_begun(model: Qwen3ForCausalLM) -> None:
-    first, second = (generate_tokens(model, [n], sampling=SEEDED, max_tokens=400) for n in (1, 2))
+    first, second = (generate_tokens(model, [n], sampling=SEEDED, max_tokens=100) for n in (1, 2))
     begun = [next(first)[1].token]
     whole = [token.token for _, token in second]
-    assert whole == alone(model, asked([2], 400, sampling=SEEDED))
-    assert begun + [token.token for _, token in first] == alone(model, asked([1], 400, sampling=SEEDED))
+    assert whole == alone(model, asked([2], 100, sampling=SEEDED))
+    assert begun + [token.token for _, token in first] == alone(model, asked([1], 100, sampling=SEEDED))
 
 
 def test_rings_and_guesses_go_on_where_they_waited(model: Qwen3ForCausalLM) -> None:
     from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
 
     for kind in (CacheKind(), KINDS["ring"]):
-        request = asked([1, 2, 1, 2], 500, cache=kind, drafter=PromptLookup())
+        request = asked([1, 2, 1, 2], 125, cache=kind, drafter=PromptLookup())
         scheduler = new_scheduler(model)
         handle = scheduler.submit(request)
         while scheduler.step():
             pass
         found = ids(taken(handle))
         assert MAX_UNREAD <= len(found) <= MAX_UNREAD + 9
-        assert found + run(scheduler, [handle])[0] == alone(model, asked([1, 2, 1, 2], 500, cache=kind))
+        assert found + run(scheduler, [handle])[0] == alone(model, asked([1, 2, 1, 2], 125, cache=kind))
 
 
 def test_a_thread_that_waits_for_memory_that_nobody_gives_back_is_told(

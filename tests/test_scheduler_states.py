@@ -210,5 +210,5 @@ class MoreSchedulerStates(SchedulerStates):
 
 
 TestMoreSchedulerStates = MoreSchedulerStates.TestCase
-TestMoreSchedulerStates.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMoreSchedulerStates.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 pytest.mark.slow(TestMoreSchedulerStates)

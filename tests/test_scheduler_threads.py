@@ -36,9 +36,9 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
-def test_replies_of_many_threads_are_as_alone(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+def test_replies_of_many_threads_are_as_alone(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
     """8 threads × 20 replies on one engine, of five questions, each with a seed."""
-    engine = Engine(*demo)
+    engine = Engine(*small)
     questions = [[{"role": "user", "content": text}] for text in ("Hello", "1+1?", "Why?", "Count to 3.", "Who?")]
     expected = {(n, seed): engine.chat(questions[n], max_tokens=12, seed=seed) for n in range(5) for seed in range(2)}
 

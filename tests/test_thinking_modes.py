@@ -72,8 +72,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def scripted(kind: str, demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
-    model, tokenizer = demo
+def scripted(kind: str, small: tuple[Qwen3ForCausalLM, Tokenizer]) -> tuple[Engine, ScriptedModel]:
+    model, tokenizer = small
     return scripted_engine(model, with_template(tokenizer, KINDS[kind]))
 
 
@@ -203,14 +203,14 @@ def test_a_switch_without_effect_is_told_once(
     ],
 )  # fmt: skip
 def test_other_templates(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], source: str, default: bool, can_switch: bool
+    small: tuple[Qwen3ForCausalLM, Tokenizer], source: str, default: bool, can_switch: bool
 ) -> None:
-    assert thinking_modes(with_template(demo[1], source)) == ThinkingModes(default=default, can_switch=can_switch)
+    assert thinking_modes(with_template(small[1], source)) == ThinkingModes(default=default, can_switch=can_switch)
 
 
-def test_a_switch_that_begins_at_off(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+def test_a_switch_that_begins_at_off(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
     source = template(past=PAST, end="{% if enable_thinking %}<think>\n{% endif %}")
-    engine, model = scripted_engine(demo[0], with_template(demo[1], source))
+    engine, model = scripted_engine(small[0], with_template(small[1], source))
     profiles = [engine.sampling_for(USER, thinking=thinking) for thinking in (None, True, False)]
     assert profiles == [NON_THINKING, THINKING, NON_THINKING]
     for thinking, expected in ((None, FREE), (True, THOUGHT), (False, FREE)):
@@ -219,10 +219,10 @@ def test_a_switch_that_begins_at_off(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -
 
 
 def test_a_template_for_tools_has_modes_of_its_own(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], notes: pytest.LogCaptureFixture
+    small: tuple[Qwen3ForCausalLM, Tokenizer], notes: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = with_template(demo[1], KINDS["Qwen3"], tool_use=KINDS["Instruct-2507"])
-    engine, model = scripted_engine(demo[0], tokenizer)
+    tokenizer = with_template(small[1], KINDS["Qwen3"], tool_use=KINDS["Instruct-2507"])
+    engine, model = scripted_engine(small[0], tokenizer)
     assert thinking_modes(tokenizer) == MODES["Qwen3"]
     assert thinking_modes(tokenizer, tools=True) == MODES["Instruct-2507"]
     for done in answers(engine, model, NONE, thinking=True, tools=[TOOL]):
@@ -233,14 +233,14 @@ def test_a_template_for_tools_has_modes_of_its_own(
     assert thinking_modes(tokenizer, tools=True) == MODES["Thinking-2507"]
 
 
-def test_without_a_template_nothing_speaks_against_thinking(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
-    tokenizer = Tokenizer(demo[1]._backend)
+def test_without_a_template_nothing_speaks_against_thinking(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
+    tokenizer = Tokenizer(small[1]._backend)
     assert thinking_modes(tokenizer) == ThinkingModes(default=True, can_switch=False)
-    assert len(list(stream_generate(demo[0], tokenizer, "Once", max_tokens=2))) == 2
+    assert len(list(stream_generate(small[0], tokenizer, "Once", max_tokens=2))) == 2
 
 
 def test_a_template_is_rendered_for_it_once(
-    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    small: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered: list[object] = []
     apply = Tokenizer.apply_chat_template
@@ -250,7 +250,7 @@ def test_a_template_is_rendered_for_it_once(
         return apply(self, messages, *args, **options)
 
     monkeypatch.setattr(Tokenizer, "apply_chat_template", counting)
-    tokenizer = with_template(demo[1], KINDS["Instruct-2507"])
+    tokenizer = with_template(small[1], KINDS["Instruct-2507"])
     for _ in range(3):
         thinking_modes(tokenizer)
     assert len(rendered) == 4  # without the switch, twice with it, and with it off
