@@ -130,7 +130,7 @@ OPTIONS = """
     --model --revision --system --drop-oldest --trust-special-tokens --thinking --no-thinking --thinking-budget
     --early-stop-text --max-tokens --temperature --top-p --top-k --min-p --presence-penalty --frequency-penalty
     --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size
-    --kv-keep --kv-bits --prefill-chunk --yarn-factor --rope-scaling --prompt-cache --prefix-cache
+    --kv-keep --kv-bits --prefill-chunk --yarn-factor --yarn --rope-scaling --prompt-cache --prefix-cache
     --dtype --force --verbose
 """
 

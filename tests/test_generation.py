@@ -355,7 +355,7 @@ def test_what_is_no_prompt(tiny: Qwen3ForCausalLM, calls: list[tuple[int, ...]],
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("max_tokens", [0, -1, 1.5, True, None, "3"]),
+        ("max_tokens", [0, -1, 1.5, True, "3", [None, 0]]),
         ("prefill_chunk", [0, -1, 1.5, False]),
         ("sampling", [{"temperature": 0}, "greedy", [], [GREEDY, GREEDY]]),
     ],

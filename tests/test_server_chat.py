@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.request import Request
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.chat_request import bounded
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.settings import ServerSettings
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import scripted_engine
 from tests.serving import Served, ask, serving
@@ -384,3 +388,13 @@ def test_texts_become_ids_and_back(served: Served) -> None:
     assert served.post({"tokens": ids["tokens"]}, "/detokenize") == {"prompt": "Hello, wörld"}
     assert served.refused({"tokens": [10**9]}, path="/detokenize")["param"] == "tokens"
     assert served.refused({}, path="/tokenize")["param"] == "prompt"
+
+
+@pytest.mark.parametrize(("limit", "bound", "factor"), [(None, 1700, 1), (9000, 700, 2), (9000, 1700, 4)])
+def test_the_limit_of_a_server_decides_no_yarn_factor(limit: int | None, bound: int, factor: float) -> None:
+    engine = Engine.load(yarn="auto")
+    served = ServedModel("a model", engine, ServerSettings(max_model_len=bound))
+    asked = bounded(Request(prompt=tuple(range(100)), max_tokens=limit), served)
+    served.close()
+    assert asked.max_tokens == bound - 100
+    assert engine.scheduler.submit(asked).yarn_factor == factor

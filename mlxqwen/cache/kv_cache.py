@@ -19,6 +19,7 @@ from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.checkpoint import load_safetensors, save_safetensors
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.model.rope import Rope, rope_of
 
 __all__ = ["KVCache", "cache_identity", "load_cache", "make_cache"]
 
@@ -34,17 +35,25 @@ class KVCache:
         config: of the model.
         placement: which slot a token goes to.
         kv_bits, kv_group_size: of quantized keys and values; `kv_bits` None stores them as computed.
+        rope: what keys are rotated by, if that is not the RoPE of the model.
     """
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, kv_bits: int | None = None, kv_group_size: int = 64
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        rope: Rope | None = None,
     ) -> None:
         self.config = config
+        self.rope = rope
+        self._fitting: ModelConfig | None = None  # the last one that was found to fit
         self.placement = placement
         self.kv_bits = kv_bits
         self.kv_group_size = kv_group_size
         storage: Storage = PlainStorage() if kv_bits is None else QuantizedStorage(kv_bits, kv_group_size)
-        self.layers = [KVLayer(storage, placement.keep) for _ in range(config.num_hidden_layers)]
+        self.layers = [KVLayer(storage, placement.keep, rope) for _ in range(config.num_hidden_layers)]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -97,8 +106,13 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def fits(self, config: ModelConfig) -> bool:
-        """Whether this cache was made for a model of this shape, under the same RoPE; see `cache_identity`."""
-        return config is self.config or cache_identity(config) == cache_identity(self.config)
+        """Whether this cache was made for a model of this shape, under a RoPE of its own; see `cache_identity`."""
+        if config is not self.config and config is not self._fitting:
+            own = cache_identity(self.config)
+            if all(cache_identity(one) != own for one in (config, *config.by_yarn_factor.values())):
+                return False
+            self._fitting = config
+        return True
 
     def begin(self, batch_size: int, length: int, lengths: Sequence[int] | None = None) -> Sequence[KVLayer]:
         """Make room for `length` more tokens in every row; of row `b` only the first `lengths[b]` count.
@@ -165,7 +179,8 @@ class KVCache:
 
     def like(self, batch_size: int) -> KVCache:
         """An empty cache of the same kind with `batch_size` rows."""
-        return _make_cache(self.config, self.max_kv_size, self.keep, self.kv_bits, self.kv_group_size, [0] * batch_size)
+        kind = self.max_kv_size, self.keep, self.kv_bits, self.kv_group_size
+        return _make_cache(self.config, *kind, [0] * batch_size, self.rope)
 
     def assemble(self, parts: Sequence[tuple[KVCache, Sequence[int]]]) -> None:
         """Replace the rows by these rows of these caches, in this order; this cache may be among them.
@@ -237,6 +252,7 @@ def make_cache(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     batch_size: int = 1,
+    yarn_factor: float | None = None,
 ) -> KVCache:
     """An empty cache for `model`.
 
@@ -247,12 +263,18 @@ def make_cache(
         kv_group_size: 32, 64 or 128 values share a scale and bias; must divide the model's `head_dim`, but 64, the
             default, means 32 where heads are no multiple of 64.
         batch_size: rows.
+        yarn_factor: of a model loaded with `yarn="auto"`, the factor for what the cache will hold: 1, the default, is
+            unscaled.
 
     Raises:
         OptionError: a value out of range.
     """
     batch_size = check_integer("batch_size", batch_size, 1, _MAX_ROWS)
-    return _make_cache(model.config, max_kv_size, keep, kv_bits, kv_group_size, [0] * batch_size)
+    kind = max_kv_size, keep, kv_bits, kv_group_size
+    if yarn_factor is None and not model.config.yarn_choices:
+        return _make_cache(model.config, *kind, [0] * batch_size)
+    config = model.config.at_yarn_factor(1.0 if yarn_factor is None else yarn_factor)
+    return _make_cache(config, *kind, [0] * batch_size, rope_of(config))
 
 
 def _make_cache(
@@ -262,6 +284,7 @@ def _make_cache(
     kv_bits: int | None,
     kv_group_size: int,
     offsets: list[int],
+    rope: Rope | None = None,
 ) -> KVCache:
     max_kv_size, keep = check_window(max_kv_size, keep)
     kv_bits, kv_group_size = check_quantization(kv_bits, kv_group_size)
@@ -277,7 +300,7 @@ def _make_cache(
     else:
         placement = RingPlacement(len(offsets), max_kv_size, keep)
     placement.offsets = offsets
-    return KVCache(config, placement, kv_bits, group_size)
+    return KVCache(config, placement, kv_bits, group_size, rope)
 
 
 def check_window(max_kv_size: int | None, keep: int) -> tuple[int | None, int]:
@@ -330,10 +353,13 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
         CheckpointError: a damaged file.
         CacheError: not a cache, or one of a model of another shape or dtype.
     """
-    path, config = Path(path), model.config
+    path, config, rope = Path(path), model.config, None
     arrays, metadata = load_safetensors(path)
     if metadata.get("format") != _FILE_FORMAT:
         raise CacheError(f"{path}: not a cache", hint="Give a file that was written by KVCache.save.")
+    for one in config.by_yarn_factor.values():
+        if metadata.get("model") == cache_identity(one):
+            config, rope = one, rope_of(one)
     if metadata.get("model") != cache_identity(config):
         raise CacheError(
             f"{path}: made with a model of another shape",
@@ -349,6 +375,7 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
             numbers["kv_bits"] or None,
             numbers["kv_group_size"],
             offsets,
+            rope,
         )
     except (KeyError, ValueError):  # OptionError is a ValueError
         raise _damaged(path) from None

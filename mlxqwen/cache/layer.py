@@ -21,9 +21,10 @@ _SMALLEST_BLOCK = 16  # queries
 class KVLayer:
     """The cache of one attention layer. `plan` is the step, which all layers share."""
 
-    def __init__(self, storage: Storage, keep: int) -> None:
+    def __init__(self, storage: Storage, keep: int, rope: Rope | None = None) -> None:
         self.storage = storage
         self.keep = keep
+        self.rope = rope
         self._device = current_device()
         self.keys: Stored = ()
         self.values: Stored = ()

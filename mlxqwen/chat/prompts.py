@@ -18,7 +18,10 @@ from mlxqwen.files.json_file import json_kind, shown
 from mlxqwen.text.messages import split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
+__all__ = ["HOW_TO_EXTEND", "asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
+
+HOW_TO_EXTEND = '--yarn auto or --yarn-factor; in Python load(yarn="auto") or load(yarn_factor=…)'
+"""For hints of prompts that are too long."""
 
 # The content of an assistant's message that leaves its think block open.
 _BEGUN_THOUGHT = re.compile(r"\s*<think>((?:(?!</think>).)*)\Z", re.DOTALL)
@@ -204,7 +207,7 @@ def drop_oldest_turns(
         raise ContextLengthError(
             f"messages: {tokens_without(count):,} tokens without the older turns, but the context has room for "
             f"{room:,}, prompt and answer together",
-            hint="Shorten the last turn, extend the context (--yarn-factor; in Python load(yarn_factor=…)), or slide "
-            "over it in a window that fits it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
+            hint=f"Shorten the last turn, extend the context ({HOW_TO_EXTEND}), or slide over it in a window that fits "
+            "it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
         )
     return without_oldest_turns(messages, count, trust_special_tokens=trust_special_tokens)

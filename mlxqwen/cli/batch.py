@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlxqwen.cli.generate_options import (
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
-from mlxqwen.cli.reply_printer import print_request
+from mlxqwen.cli.reply_printer import print_request, yarn_field
 from mlxqwen.cli.terminal import StatusLine, print_error
 from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
@@ -51,6 +52,7 @@ _SHAPING = (
     "kv_keep",
     "kv_bits",
     "yarn_factor",
+    "yarn",
     "rope_scaling",
     "dtype",
 )
@@ -106,6 +108,8 @@ def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None
 
 
 def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: Mapping[str, Any]) -> None:
+    from mlxqwen.engine.text_generation import yarn_line
+
     if not requests:
         return
     engine = load_engine(options)
@@ -113,11 +117,13 @@ def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: 
         _print_options(engine, options)
     progress = BatchProgress(sys.stderr, len(requests))
     tokens, started = 0, time.perf_counter()
+    by_factor: Counter[float] = Counter()
     try:
         for request, fields, count in _answers(engine, requests, options):
             answers.append(request, fields)
             progress.advance(count)
             tokens += count
+            by_factor.update(value for name, value in fields.items() if name == "yarn_factor")
     finally:
         progress.wipe()
     if options["verbose"]:
@@ -126,6 +132,8 @@ def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: 
             f"{_count(len(requests), 'answer')} of {_count(tokens, 'token')} in {seconds:.1f} s, "
             f"{tokens / seconds:.1f} tokens/s\n"
         )
+        for factor in sorted(by_factor):
+            sys.stderr.write(f"{_count(by_factor[factor], 'answer')}, {yarn_line('YaRN', factor)}")
 
 
 def _count(number: int, noun: str) -> str:
@@ -221,6 +229,7 @@ def _fields(done: Done) -> dict[str, Any]:
         "tool_calls": assistant_message(done.reply).get("tool_calls", []),
         "finish_reason": done.finish_reason,
         "usage": asdict(done.usage),
+        **yarn_field(done),
     }
 
 

@@ -17,17 +17,18 @@ from mlxqwen.cli.reply_printer import print_note, print_speed
 from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event
-from mlxqwen.engine.text_generation import drafts_line
+from mlxqwen.engine.text_generation import drafts_line, yarn_line
 from mlxqwen.errors import ContextLengthError, OptionError
 
 __all__ = ["ChatSession"]
 
 _WAYS_OUT = (
     "/drop forgets the oldest turn, /clear all of them. Started with --drop-oldest the chat leaves old turns out by "
-    "itself, with --max-kv-size it slides over them, --yarn-factor extends the context."
+    "itself, with --max-kv-size it slides over them, --yarn auto or --yarn-factor extends the context."
 )
 _WAYS_OUT_ALONE = (
-    "Shorten it. Started with --max-kv-size the chat slides over its beginning, --yarn-factor extends the context."
+    "Shorten it. Started with --max-kv-size the chat slides over its beginning, --yarn auto or --yarn-factor extends "
+    "the context."
 )
 
 
@@ -94,7 +95,7 @@ class ChatSession:
         if answer.done is not None:
             if self._is_verbose:
                 print_speed(answer.done)
-            print_note(answer.done, self._options.get("max_tokens"))
+            print_note(answer.done, self._options.get("max_tokens"), self._engine.model.config)
         elif answer.has_begun:
             self._view.say("Stopped; what is shown stays.")
         else:
@@ -271,5 +272,6 @@ def _last_answer(done: Done, engine: Engine) -> str:
         f"Answer: {usage.completion_tokens:,} tokens, {usage.reasoning_tokens:,} of reasoning{ended}, "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}.\n"
         f"{drafts_line('Drafts', usage.drafted_tokens, usage.accepted_tokens)}"
+        f"{yarn_line('YaRN', done.yarn_factor)}"
         f"Context: {tokens:,} of {engine.model.config.context_length:,} tokens.\n"
     )

@@ -80,7 +80,7 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     if printer.done is not None and options["verbose"]:
         print_speed(printer.done)
     if printer.done is not None and not options["as_json"]:
-        print_note(printer.done, options["max_tokens"])
+        print_note(printer.done, options["max_tokens"], engine.model.config)
     return 0
 
 
@@ -115,7 +115,7 @@ def _events(
     progress: PrefillProgress,
 ) -> Generator[Event]:
     """Ask for the answer, and yield its events."""
-    from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind
+    from mlxqwen.engine.request import CacheKind
 
     overrides, cache = sampling_overrides(options), cache_options(options)
     shared = ("early_stop_text", "stop", "stop_on_loop", "prefill_chunk")
@@ -125,7 +125,7 @@ def _events(
     }
     request: dict[str, Any] = {
         "sampling": overrides,
-        "max_tokens": DEFAULT_MAX_TOKENS if options["max_tokens"] is None else options["max_tokens"],
+        "max_tokens": options["max_tokens"],
         "thinking_budget": options["thinking_budget"],
     }
     if isinstance(asked, str):

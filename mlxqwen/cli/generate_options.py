@@ -173,6 +173,12 @@ _MEMORY = (
         "--prefill-chunk", type=int, help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU."
     ),
     click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
+    click.option(
+        "--yarn",
+        type=click.Choice(["auto"]),
+        help="Scale each prompt by its own length: not at all if it fits the trained context with its --max-tokens (or "
+        "4,096 tokens, at most a quarter of that context), else by YaRN's factor 2 or 4.",
+    ),
     click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
     click.option("--force", is_flag=True, help="Load even what does not fit this machine's memory."),
@@ -288,6 +294,8 @@ def check_model_options(options: Mapping[str, Any]) -> None:
         from mlxqwen.checks import check_integer
 
     _check_window_usage(options)
+    if options.get("yarn") is not None and options["yarn_factor"] is not None:
+        raise click.UsageError("--yarn chooses the factor: leave out --yarn-factor.")
     with options_named():
         check_unicode(model=options["model"], revision=options["revision"])
         if options["prefill_chunk"] is not None:
@@ -335,6 +343,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             dtype=options["dtype"],
             rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
             yarn_factor=options["yarn_factor"],
+            yarn=options.get("yarn"),
             force=options["force"],
             on_convert=on_convert,
             draft=options.get("draft"),

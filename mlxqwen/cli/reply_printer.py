@@ -15,9 +15,10 @@ from mlxqwen.files.json_file import parse_json
 if TYPE_CHECKING:
     from mlxqwen.chat.reply import Delta, Reply, ToolCall
     from mlxqwen.engine.engine import Done, Engine, Event
+    from mlxqwen.files.config import ModelConfig
     from mlxqwen.sampling.params import SamplingParams
 
-__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed"]
+__all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed", "yarn_field"]
 
 
 class ReplyPrinter:
@@ -78,11 +79,17 @@ class ReplyPrinter:
                 "finish_reason": "interrupted" if interrupted or done is None else done.finish_reason,
                 "usage": None if done is None else asdict(done.usage),
                 "timings": None if done is None else asdict(done.timings),
+                **yarn_field(done),
             }
         )
 
     def _dump(self, value: object) -> str:
         return json.dumps(value, ensure_ascii=not self._stdout.is_unicode)
+
+
+def yarn_field(done: Done | None) -> dict[str, float]:
+    """The YaRN factor of a reply as a field of its JSON; none where the model does not scale by request."""
+    return {} if done is None or done.yarn_factor is None else {"yarn_factor": done.yarn_factor}
 
 
 def _printed_call(call: ToolCall) -> dict[str, Any]:
@@ -107,6 +114,8 @@ def print_request(
     context = f"context {config.context_length:,}{window}{bits}"
     if config.rope_scaling is not None:
         context += f", YaRN factor {config.rope_scaling.factor:g}"
+    if config.yarn_choices:
+        context += f", YaRN by request from {config.yarn_choices[0].original_max_position_embeddings:,} tokens on"
     used = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if value is not None)
     sys.stderr.write(f"{context}, dtype {str(engine.model.dtype).rpartition('.')[2]}\n")
     bounded = "" if window else " within the context"
@@ -138,7 +147,7 @@ def _budget_line(budget: int, early_stop_text: str | None) -> str:
     return f"thinking budget: {budget:,} tokens, then {one_line(json.dumps(sentence, ensure_ascii=False))}\n"
 
 
-def print_note(done: Done, max_tokens: int | None) -> None:
+def print_note(done: Done, max_tokens: int | None, config: ModelConfig) -> None:
     """Note that a reply did not end by itself: it looks like any other."""
     tokens = done.usage.completion_tokens
     if done.finish_reason == "loop":
@@ -146,6 +155,8 @@ def print_note(done: Done, max_tokens: int | None) -> None:
     elif done.finish_reason == "length":
         where = "in the middle of the answer" if done.reply.content or done.reply.tool_calls else "before the answer"
         way_out = "raise --max-tokens" if tokens == max_tokens else "the context is full; --max-kv-size slides over it"
+        if tokens != max_tokens and config.yarn_choices and done.yarn_factor != config.yarn_choices[-1].factor:
+            way_out = "its context is full; a larger --max-tokens lets YaRN extend it"
         sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
 
 
@@ -153,7 +164,7 @@ def print_speed(done: Done) -> None:
     """Print tokens, speed and memory."""
     import mlx.core as mx
 
-    from mlxqwen.engine.text_generation import drafts_line
+    from mlxqwen.engine.text_generation import drafts_line, yarn_line
 
     usage, timings = done.usage, done.timings
     ended = ", which the budget ended" if usage.budget_exhausted else ""
@@ -163,5 +174,6 @@ def print_speed(done: Done) -> None:
         f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
         f"{drafts_line('drafts', usage.drafted_tokens, usage.accepted_tokens)}"
+        f"{yarn_line('YaRN', done.yarn_factor)}"
         f"peak memory: {mx.get_peak_memory() / 1e9:.2f} GB\n"
     )

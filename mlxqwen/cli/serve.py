@@ -31,6 +31,7 @@ _OF_GENERATE = (
     "prefix_cache",
     "prefill_chunk",
     "yarn_factor",
+    "yarn",
     "rope_scaling",
     "dtype",
     "force",

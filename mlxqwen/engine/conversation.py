@@ -5,6 +5,7 @@ Asking, going back, saving and loading stand in one file, as each has to leave t
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxqwen.chat.prompts import HOW_TO_EXTEND
 from mlxqwen.chat.reply import Delta, Reply, join_deltas
 from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.chat.turns import check_conversation, count_turns, without_oldest_turns
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation"]
 
+logger = logging.getLogger("mlxqwen")
+
 Message = Mapping[str, Any]
 _E = TypeVar("_E")
 _Pins = tuple[dict[str, "Pin"], ...]
@@ -41,9 +45,11 @@ _OPENING = {"role": "user", "content": "Hello"}
 _ANSWER = {"role": "assistant", "content": "Hello"}
 _WAYS_OUT = (
     "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, extend the context "
-    "(--yarn-factor; in Python load(yarn_factor=…)), or slide over it in a window that fits it (--max-kv-size; "
+    f"({HOW_TO_EXTEND}), or slide over it in a window that fits it (--max-kv-size; "
     "Conversation(engine, max_kv_size=…))."
 )
+_OUTGROWN = "conversation: outgrew its YaRN factor of %g, and goes on with %g, for which all %s tokens are read anew"
+_FITS_AGAIN = "conversation: fits a YaRN factor of %g again, and goes on with it: what was read for %g does not count"
 
 
 class Conversation:
@@ -92,6 +98,7 @@ class Conversation:
         # What was read stays in the store while its pins live: of the turns that count, and of what was left since.
         self._held: _Pins = ()
         self._left: _Pins = ()
+        self._yarn_factor: float | None = None  # of what was read
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
@@ -226,6 +233,7 @@ class Conversation:
         self._abandon()
         del self.messages[0 if self.system is None else 1 :]
         self._held = self._left = ()
+        self._yarn_factor = None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write messages and options to a JSON file, whole or not at all.
@@ -307,6 +315,7 @@ class Conversation:
 
         handle: Handle = self.engine.scheduler.submit(request)
         handle.on_prefill = options.on_prefill
+        self._note_yarn_factor(handle)
         deltas: list[Delta] = []
         is_over = False
         try:
@@ -326,6 +335,16 @@ class Conversation:
                     add(join_deltas(deltas))
                 else:
                     self._left = (handle.pins,) if handle.pins else self._left
+
+    def _note_yarn_factor(self, handle: Handle) -> None:
+        """Log that what was read under another factor does not count any more."""
+        before, factor = self._yarn_factor, handle.yarn_factor
+        if before is not None and factor is not None and factor > before:
+            tokens = f"{len(handle.request.prompt):,}"
+            logger.warning(_OUTGROWN, before, factor, tokens)
+        elif before is not None and factor is not None and factor < before:
+            logger.warning(_FITS_AGAIN, factor, before)
+        self._yarn_factor = factor
 
     @property
     def _responder(self) -> Responder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import mlx.core as mx
 
@@ -62,6 +62,7 @@ def load(
     rope_scaling: Mapping[str, Any] | None = None,
     revision: str | None = None,
     yarn_factor: float | None = None,
+    yarn: Literal["auto"] | None = None,
     force: bool = False,
     fused: bool = True,
     on_convert: Callable[[str, int, int], None] | None = None,
@@ -77,6 +78,10 @@ def load(
             `{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
         revision: a branch, tag or commit of a hub id.
         yarn_factor: extends the trained context this many times by YaRN.
+        yarn: "auto" scales each request by its own length, as the model cards advise: not at all if it fits the trained
+            context, else by the least of the factors 2 and 4 that holds it. What counts is the prompt and a
+            `max_tokens` that is given; without one, the prompt and 4,096 tokens, or a quarter of the trained context
+            if that is less. `Done.yarn_factor` tells it.
         force: load even what does not fit this machine's memory.
         fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
             in an MLX checkpoint, to change, train, save or quantize.
@@ -92,6 +97,7 @@ def load(
         rope_scaling=rope_scaling,
         revision=revision,
         yarn_factor=yarn_factor,
+        yarn=yarn,
         force=force,
         fused=fused,
         on_convert=on_convert,

@@ -54,6 +54,8 @@ class Done:
         usage: tokens counted.
         timings: seconds and speeds.
         tokens: ids of the reply, with its tags and end token.
+        yarn_factor: what YaRN scaled the reply by, 1 for not at all, if the model scales by request
+            (`load(…, yarn="auto")`); else None.
     """
 
     reply: Reply
@@ -61,6 +63,7 @@ class Done:
     usage: Usage
     timings: Timings
     tokens: tuple[int, ...] = ()
+    yarn_factor: float | None = None
 
 
 Event = Delta | Done

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlxqwen.chat.reply import Delta
 from mlxqwen.engine.loops import LoopDetector
-from mlxqwen.engine.request import CacheKind, Request, held_tokens, room_for_answer
+from mlxqwen.engine.request import CacheKind, Request, config_of, held_tokens, room_for_answer
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.constraint import Constraint, check_mask, check_mask_shape
@@ -124,8 +124,8 @@ class Generation:
         self.text = list(request.prompt)
         self.count = 0
         window = request.cache.max_kv_size
-        room = room_for_answer(model.config, held_tokens(request) + len(request.prompt), window)
-        self.limit = min(request.max_tokens, room)
+        room = room_for_answer(config_of(request, model), held_tokens(request) + len(request.prompt), window)
+        self.limit = min(request.most_tokens, room)
         self.pipeline = None if request.tokenizer is None else request.make_pipeline(request.tokenizer)
         self.budget = None if self.pipeline is None else request.make_budget(self.pipeline)
         made = [factory(self.pipeline) for factory in request.constraints]

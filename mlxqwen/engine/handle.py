@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mlxqwen.chat.reply import Reply
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.generation import FinishReason, GeneratedToken, Generation, Progress
+from mlxqwen.engine.request import config_of
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -73,6 +74,15 @@ class Handle:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were copied rather than read."""
         return self._generation.cached_tokens
+
+    @property
+    def yarn_factor(self) -> float | None:
+        """See `mlxqwen.Done`."""
+        model = self._generation.model
+        if not model.config.yarn_choices:
+            return None
+        scaling = config_of(self.request, model).rope_scaling
+        return 1.0 if scaling is None else scaling.factor
 
     def generation_of(self, scheduler: Scheduler) -> Generation:
         """The scheduler's state of this request. Raises `OptionError` if it was submitted to another scheduler."""
@@ -217,7 +227,7 @@ class Handle:
             (prompt_tokens - generation.cached_tokens) / max(prefill, 1e-9),
             (count - 1) / max(decode, 1e-9),
         )
-        return Done(reply, finish_reason, usage, timings, tuple(self._tokens))
+        return Done(reply, finish_reason, usage, timings, tuple(self._tokens), self.yarn_factor)
 
     def prompt_speed(self) -> float:
         """Tokens of the prompt read per second, until the first token."""

@@ -60,7 +60,7 @@ def load_models(
 
     Args:
         path_or_id: a folder, a hub id, or None for the demo model.
-        draft: folder or hub id of the draft model; `revision`, `rope_scaling` and `yarn_factor` are not for it.
+        draft: folder or hub id of the draft model; `revision` and options of RoPE are not for it.
         revision: a branch, tag or commit of a hub id.
         on_convert: see `OnConvert`.
         converter: for FP8, AWQ, GPTQ and the like; by default `mlxqwen_convert` converts into the user's cache.
@@ -129,7 +129,11 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
     """Check all of a folder that can be checked before weights are read or converted. Raises `MlxqwenError`."""
     dtype, device = options.get("dtype"), options.get("device")
     config = read_config(
-        folder, dtype=dtype, rope_scaling=options.get("rope_scaling"), yarn_factor=options.get("yarn_factor")
+        folder,
+        dtype=dtype,
+        rope_scaling=options.get("rope_scaling"),
+        yarn_factor=options.get("yarn_factor"),
+        yarn=options.get("yarn"),
     )
     if config.foreign_quantization is not None:
         conversion = convert(folder, held)
@@ -149,6 +153,7 @@ def _options_of_draft(options: LoadOptions) -> LoadOptions:
     shared = options.copy()
     shared.pop("rope_scaling", None)
     shared.pop("yarn_factor", None)
+    shared.pop("yarn", None)
     return shared
 
 

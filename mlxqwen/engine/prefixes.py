@@ -137,9 +137,14 @@ def _space(one: Generation, cache: KVCache) -> str:
 
 
 def _may_share(one: Request, other: Request) -> bool:
-    first, second = one.cache, other.cache
-    same_storage = (first.kv_bits, first.kv_group_size) == (second.kv_bits, second.kv_group_size)
-    return same_storage and (one.salt, one.adapter) == (other.salt, other.adapter)
+    return _sharing(one) == _sharing(other)
+
+
+def _sharing(request: Request) -> tuple[object, ...]:
+    """What must be equal for two requests to share blocks."""
+    cache = request.cache
+    factor = cache.yarn_factor if isinstance(cache, CacheKind) else None
+    return cache.kv_bits, cache.kv_group_size, factor, request.salt, request.adapter
 
 
 class _Weights:

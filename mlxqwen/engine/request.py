@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from mlxqwen.cache import KVCache, check_quantization, check_window, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
+from mlxqwen.chat.prompts import HOW_TO_EXTEND
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
@@ -33,8 +34,10 @@ __all__ = [
     "Tokens",
     "check_draft_tokens",
     "check_request",
+    "config_of",
     "fitting_prefill_chunk",
     "room_for_answer",
+    "with_yarn_factor",
 ]
 
 DEFAULT_MAX_TOKENS = 32_768  # the model cards' advice
@@ -42,6 +45,7 @@ DEFAULT_DRAFT_TOKENS = 8
 MAX_DRAFT_TOKENS = 64  # logits of so many positions are there at once: 39 MB of 151,936 tokens in float32
 MOST_URGENT, LEAST_URGENT = -100, 100
 UNBOUNDED = 1 << 62
+_USUAL_ROOM = 4096  # tokens behind a prompt that gives no limit
 _LONGEST_SALT = 1024  # characters
 _LONGEST_PREFILL_CHUNK = 512
 _SHORTEST_PREFILL_CHUNK = 32
@@ -53,12 +57,16 @@ Tokens: TypeAlias = Sequence[int] | Any
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
-    """The options of a cache; see `mlxqwen.make_cache`. Replies of one kind may run in one batch."""
+    """The options of a cache; see `mlxqwen.make_cache`. Replies of one kind may run in one batch.
+
+    Where the model scales by request, `yarn_factor` None is the one that the request's length asks for.
+    """
 
     max_kv_size: int | None = None
     keep: int = 4
     kv_bits: int | None = None
     kv_group_size: int = 64
+    yarn_factor: float | None = None
 
     def __post_init__(self) -> None:
         checked = (*check_window(self.max_kv_size, self.keep), *check_quantization(self.kv_bits, self.kv_group_size))
@@ -74,6 +82,7 @@ class CacheKind:
             kv_bits=self.kv_bits,
             kv_group_size=self.kv_group_size,
             batch_size=batch_size,
+            yarn_factor=self.yarn_factor,
         )
 
 
@@ -84,7 +93,7 @@ class Request(ReplyOptions):
     Args:
         prompt: token ids.
         sampling: how tokens are drawn.
-        max_tokens: the most tokens of the reply; it never has more than the context has room for.
+        max_tokens: the most tokens of the reply, by default 32,768; it never has more than the context has room for.
         end_token_ids: a reply ends after the first of these.
         tokenizer: makes text of the reply. Without one a reply is token ids alone, and options of text are not used.
         begins_in_thought: True if the prompt has opened a think block, False if it has closed one, None if the model
@@ -110,7 +119,7 @@ class Request(ReplyOptions):
 
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int | None = None
     end_token_ids: frozenset[int] = frozenset()
     tokenizer: Tokenizer | None = None
     begins_in_thought: bool | None = None
@@ -135,7 +144,8 @@ class Request(ReplyOptions):
             raise OptionError("prompt: found no tokens, expected at least one")
         if not isinstance(self.sampling, SamplingParams):
             raise OptionError(f"sampling: found {type(self.sampling).__name__}, expected SamplingParams")
-        put("max_tokens", check_integer("max_tokens", self.max_tokens, 1))
+        if self.max_tokens is not None:
+            put("max_tokens", check_integer("max_tokens", self.max_tokens, 1))
         put("priority", check_integer("priority", self.priority, MOST_URGENT, LEAST_URGENT))
         if not isinstance(self.salt, str) or len(self.salt) > _LONGEST_SALT:
             found = f"{len(self.salt):,} characters" if isinstance(self.salt, str) else type(self.salt).__name__
@@ -153,6 +163,11 @@ class Request(ReplyOptions):
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
         if self.tokenizer is not None:
             self.make_budget(self.make_pipeline(self.tokenizer))  # raises for options that contradict each other
+
+    @property
+    def most_tokens(self) -> int:
+        """`max_tokens`, or its default."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def make_pipeline(self, tokenizer: Tokenizer) -> ReplyPipeline:
         """The pipeline for the reply's tokens. Raises `OptionError` for stop strings that are empty or no text."""
@@ -204,7 +219,30 @@ def check_request(request: Request, model: Qwen3ForCausalLM) -> None:
         raise CacheError("cache: made for another model", hint="Make it with make_cache and this model.")
     if request.cached_tokens is not None:
         _check_cached_tokens(request.cached_tokens, cache, request.prompt)
-    room_for_answer(model.config, held_tokens(request) + len(request.prompt), cache.max_kv_size)
+    room_for_answer(cache.config, held_tokens(request) + len(request.prompt), cache.max_kv_size)
+
+
+def with_yarn_factor(request: Request, model: Qwen3ForCausalLM) -> Request:
+    """The request with the YaRN factor that its length asks for, if the model scales by request; else as it is.
+
+    What counts is the prompt and the limit that it gives, or without one a little room: the default limit is more than
+    all but few replies need, and would scale short texts, which costs them accuracy.
+    """
+    kind, choices = request.cache, model.config.yarn_choices
+    if not choices or isinstance(kind, KVCache) or kind.yarn_factor is not None:
+        return request
+    room = min(_USUAL_ROOM, choices[0].original_max_position_embeddings // 4)
+    tokens = len(request.prompt) + (room if request.max_tokens is None else request.max_tokens)
+    seen = tokens if kind.max_kv_size is None else min(tokens, kind.max_kv_size)
+    return replace(request, cache=replace(kind, yarn_factor=model.config.yarn_factor_for(seen)))
+
+
+def config_of(request: Request, model: Qwen3ForCausalLM) -> ModelConfig:
+    """The model's config under the RoPE of the request's cache."""
+    cache = request.cache
+    if isinstance(cache, KVCache):
+        return cache.config
+    return model.config if cache.yarn_factor is None else model.config.at_yarn_factor(cache.yarn_factor)
 
 
 def held_tokens(request: Request) -> int:
@@ -241,10 +279,13 @@ def room_for_answer(config: ModelConfig, prompt_tokens: int, max_kv_size: int | 
     if max_kv_size is not None and max_kv_size <= context:
         return UNBOUNDED
     if prompt_tokens >= context:
+        by_yarn = f", by YaRN's factor {config.yarn_choices[-1].factor:g}," if config.yarn_choices else ""
+        extend = "" if by_yarn else f"extend the context ({HOW_TO_EXTEND}), "
         raise ContextLengthError(
-            f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,} has to hold prompt and answer",
-            hint="Shorten it, extend the context (--yarn-factor; in Python load(yarn_factor=…)), or slide over it "
-            "in a window that fits it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
+            f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,}{by_yarn} has to hold prompt and "
+            "answer",
+            hint=f"Shorten it, {extend}or slide over it in a window that fits it (--max-kv-size; "
+            "cache=make_cache(model, max_kv_size=…)).",
         )
     return context - prompt_tokens
 

@@ -32,7 +32,7 @@ from mlxqwen.engine.interrupts import interrupts_deferred
 from mlxqwen.engine.memory import account, weight_bytes
 from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
-from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk
+from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
 from mlxqwen.engine.room import grows, may_grow, may_guess, may_merge, may_start, out_of_memory, refuse_if_never
 from mlxqwen.engine.running import RunningBatch
 from mlxqwen.engine.speculation.draft_model import DraftModel
@@ -142,6 +142,7 @@ class Scheduler:
         self.check_open()
         model = self.model
         check_request(request, model)
+        request = with_yarn_factor(request, model)
         self._refuse_cache_in_use(request)
         refuse_if_never(self, request.cache, len(request.prompt))
         generation = Generation(request, model, next(self._numbers))

@@ -21,7 +21,7 @@ from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.options import ConstraintFactory
-from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
+from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, check_request
 from mlxqwen.engine.token_stream import OnPrefill, TokenStream, by_row, check_rows
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -44,6 +44,7 @@ __all__ = [
     "resolve_params",
     "stream_generate",
     "text_request",
+    "yarn_line",
 ]
 
 logger = logging.getLogger("mlxqwen")
@@ -70,6 +71,7 @@ class GenerationResponse:
         cached_tokens: how many of the prompt's tokens were not read, as they were known.
         drafted_tokens, accepted_tokens: of speculative decoding: tokens guessed so far, and those of them that were
             right.
+        yarn_factor: see `mlxqwen.Done`.
     """
 
     text: str
@@ -85,6 +87,7 @@ class GenerationResponse:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    yarn_factor: float | None = None
 
 
 def text_request(
@@ -135,7 +138,7 @@ def text_request(
     request = Request(
         prompt=tuple(ids),
         sampling=params,
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        max_tokens=max_tokens,
         end_token_ids=frozenset(end_token_ids(model, tokenizer)),
         tokenizer=tokenizer,
         begins_in_thought=True if begins is None and expect_thought else begins,
@@ -152,7 +155,7 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
     sampling: Sampling = None,
     stop: str | Sequence[str] = (),
     thinking_budget: int | None = None,
@@ -175,7 +178,8 @@ def stream_generate(
     """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
 
     Args:
-        max_tokens: at most this many, and no more than the context has room for.
+        max_tokens: at most this many, by default 32,768, and no more than the context has room for. If the model scales
+            by request (`load(…, yarn="auto")`), prompt and a limit that is given decide the factor.
         sampling: `SamplingParams`, or single options by name over the profile of the model card; by default that
             profile. The prompt tells the mode: one that ends in a closed think block is not to be thought about, nor
             does a model think whose chat template has no switch for it and opens no think block.
@@ -359,6 +363,7 @@ class ResponseStream:
             cached_tokens=handle.cached_tokens,
             drafted_tokens=token.drafted_tokens,
             accepted_tokens=token.accepted_tokens,
+            yarn_factor=handle.yarn_factor,
         )
 
     def append(self, prompt: Prompt, cache_row: int | None, own: Mapping[str, Any]) -> int:
@@ -379,7 +384,7 @@ class ResponseStream:
         self,
         prompt: Prompt,
         *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int | None = None,
         sampling: Sampling = None,
         thinking_budget: int | None = None,
         expect_thought: bool = False,
@@ -435,6 +440,7 @@ def generate(
             f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
             f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
             f"{drafts_line('Drafts', last.drafted_tokens, last.accepted_tokens)}"
+            f"{yarn_line('YaRN', last.yarn_factor)}"
             f"Peak memory: {last.peak_memory:.3f} GB\n"
         )
     return "".join(pieces)
@@ -445,6 +451,13 @@ def drafts_line(title: str, drafted: int, accepted: int) -> str:
     if not drafted:
         return ""
     return f"{title}: {drafted:,} tokens, {accepted:,} of them accepted ({accepted / drafted:.0%})\n"
+
+
+def yarn_line(title: str, factor: float | None) -> str:
+    """A line that tells the YaRN factor of a reply; empty where the model does not scale by request."""
+    if factor is None:
+        return ""
+    return f"{title}: {'not scaled' if factor == 1 else f'factor {factor:g}'}\n"
 
 
 def batch_generate(

@@ -10,7 +10,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.checks import as_token_ids, is_integer
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.engine.handle import Handle
-from mlxqwen.engine.request import DEFAULT_MAX_TOKENS, CacheKind, Request, check_request
+from mlxqwen.engine.request import CacheKind, Request, check_request
 from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -114,7 +114,7 @@ def generate_tokens(
     prompts: Sequence[int] | Sequence[Sequence[int]] | Any,
     *,
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
+    max_tokens: int | Sequence[int] | None = None,
     eos_token_ids: Collection[int] | None = None,
     cache: KVCache | CacheKind | None = None,
     on_prefill: OnPrefill = None,

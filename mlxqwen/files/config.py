@@ -33,6 +33,8 @@ _AFFINE_GROUP_SIZES = (32, 64, 128)
 _DECLARED_CONTEXT = 40_960
 _TRAINED_CONTEXT = 32_768
 
+_REQUEST_FACTORS = (2.0, 4.0)  # the model cards: no larger a factor than typical texts need, and 4 was validated
+
 # What an error shows of a value; no more of it is spelled.
 _SHOWN = 80
 _BRIEF = Repr()
@@ -68,6 +70,11 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+
+    @property
+    def context(self) -> int:
+        """Tokens of the extended context."""
+        return int(self.factor * self.original_max_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,11 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of one Qwen3 model, in Hugging Face's names."""
+    """The shape of one Qwen3 model, in Hugging Face's names.
+
+    `yarn_choices` are the scalings that a request may run under if it does not fit the trained context, by ascending
+    factor; empty where one RoPE holds for all requests. See `with_yarn_by_request`.
+    """
 
     model_type: str
     hidden_size: int
@@ -127,14 +138,16 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     quantization: Quantization | None = None
     foreign_quantization: str | None = None
+    yarn_choices: tuple[YarnScaling, ...] = ()
 
     @property
     def context_length(self) -> int:
-        """Positions, in tokens, that the model can tell apart: its declared context, or what YaRN extends it to."""
-        if self.rope_scaling is None:
-            return self.max_position_embeddings
-        extended = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
-        return max(self.max_position_embeddings, extended)
+        """Positions, in tokens, that the model can tell apart: its declared context, or what YaRN extends it to.
+
+        Where requests are scaled by their length, that of the largest factor.
+        """
+        scaling = self.yarn_choices[-1] if self.yarn_choices else self.rope_scaling
+        return self.max_position_embeddings if scaling is None else max(self.max_position_embeddings, scaling.context)
 
     def kv_group_size(self, group_size: int) -> int:
         """How many cached values share a scale: `group_size`, or 32 in place of a 64 that does not divide a head."""
@@ -186,6 +199,47 @@ class ModelConfig:
             scaling["original_max_position_embeddings"] = yarn.original_max_position_embeddings
             scaling |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.truncate}
         return self.with_rope_scaling(scaling)
+
+    def with_yarn_by_request(self) -> ModelConfig:
+        """The same model, unscaled where a request fits its trained context, else under the least of the factors 2 and
+        4 that holds it, and of that of `config.json` if it is larger. Scaling costs short texts accuracy.
+        """
+        own = self.rope_scaling
+        factors = [*_REQUEST_FACTORS, *([own.factor] if own is not None and own.factor > _REQUEST_FACTORS[-1] else [])]
+        scalings = [self.with_yarn(factor).rope_scaling for factor in factors]
+        context = self.max_position_embeddings
+        if own is not None and context >= own.context:  # declared as extended
+            context = own.original_max_position_embeddings
+        choices = tuple(scaling for scaling in scalings if scaling is not None)
+        return replace(self, rope_scaling=None, yarn_choices=choices, max_position_embeddings=context)
+
+    def yarn_factor_for(self, tokens: int) -> float:
+        """The factor for a request of so many tokens: 1, unscaled, or the least of `yarn_choices` that holds them.
+
+        The largest factor where none holds them: a reply ends with the context.
+        """
+        if not self.yarn_choices or tokens <= self.yarn_choices[0].original_max_position_embeddings:
+            return 1.0
+        holding = [scaling.factor for scaling in self.yarn_choices if tokens <= scaling.context]
+        return holding[0] if holding else self.yarn_choices[-1].factor
+
+    @property
+    def by_yarn_factor(self) -> dict[float, ModelConfig]:
+        """The same model as a request of each factor runs it, 1 for unscaled; empty without `yarn_choices`."""
+        scalings = (
+            {1.0: None, **{scaling.factor: scaling for scaling in self.yarn_choices}} if self.yarn_choices else {}
+        )
+        return {factor: replace(self, rope_scaling=one, yarn_choices=()) for factor, one in scalings.items()}
+
+    def at_yarn_factor(self, factor: float) -> ModelConfig:
+        """One of `by_yarn_factor`. Raises `OptionError` for any other factor."""
+        known = self.by_yarn_factor
+        if factor not in known:
+            raise OptionError(
+                f"yarn_factor: found {factor!r}, expected {', '.join(f'{one:g}' for one in known) or 'none'}",
+                hint="" if known else 'Only a model loaded with yarn="auto" has a factor for each request.',
+            )
+        return known[factor]
 
 
 @dataclass(frozen=True, slots=True)

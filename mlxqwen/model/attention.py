@@ -15,7 +15,12 @@ __all__ = ["Attention", "LayerCache"]
 
 
 class LayerCache(Protocol):
-    """One layer's key/value cache, as attention uses it."""
+    """One layer's key/value cache, as attention uses it.
+
+    `rope` is what its keys are rotated by, if that is not the RoPE of the model.
+    """
+
+    rope: Rope | None
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """Rotate and store the new keys and values, and attend to all that each query may see.
@@ -34,7 +39,7 @@ class Attention(nn.Module):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.num_attention_heads, self.num_key_value_heads = heads, kv_heads
         self.rope = rope
-        self.scale = head_dim**-0.5 * rope.score_factor
+        self.head_dim = head_dim
         self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
@@ -58,13 +63,15 @@ class Attention(nn.Module):
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None = None) -> mx.array:
         """The mix of values that each query sees → the shape of `queries`."""
+        rope = self.rope if cache is None or cache.rope is None else cache.rope
+        scale = self.head_dim**-0.5 * rope.score_factor
         if cache is not None:
-            return cache.attend(queries, keys, values, rope=self.rope, scale=self.scale)
+            return cache.attend(queries, keys, values, rope=rope, scale=scale)
         return mx.fast.scaled_dot_product_attention(
-            self.rope(queries, 0),
-            self.rope(keys, 0),
+            rope(queries, 0),
+            rope(keys, 0),
             values,
-            scale=self.scale,
+            scale=scale,
             mask="causal" if queries.shape[2] > 1 else None,
         )
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -78,6 +78,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: str | mx.Dtype | None
     rope_scaling: Mapping[str, Any] | None
     yarn_factor: float | None
+    yarn: Literal["auto"] | None
     force: bool
     fused: bool
     device: Device | None
@@ -109,6 +110,7 @@ def read_config(
     dtype: str | mx.Dtype | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     yarn_factor: float | None = None,
+    yarn: Literal["auto"] | None = None,
 ) -> ModelConfig:
     """The config of a model's folder, with the RoPE scaling that is asked for. Arguments: see `prepare_model`.
 
@@ -125,6 +127,18 @@ def read_config(
     config = ModelConfig.from_folder(folder)
     if rope_scaling is not None and yarn_factor is not None:
         raise OptionError("rope_scaling and yarn_factor: found both, expected one", hint="YaRN is set by either.")
+    if yarn not in (None, "auto"):
+        raise OptionError(
+            f"yarn: found {yarn!r}, expected 'auto' or none",
+            hint="One factor for all requests is yarn_factor (--yarn-factor).",
+        )
+    if yarn is not None:
+        if yarn_factor is not None:
+            raise OptionError(
+                "yarn and yarn_factor: found both, expected one",
+                hint="A factor for all requests, or for each the one that its length asks for.",
+            )
+        return (config if rope_scaling is None else config.with_rope_scaling(rope_scaling)).with_yarn_by_request()
     if rope_scaling is not None:
         return config.with_rope_scaling(rope_scaling)
     return config if yarn_factor is None else config.with_yarn(yarn_factor)
@@ -141,6 +155,7 @@ def prepare_model(
     dtype: str | mx.Dtype | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     yarn_factor: float | None = None,
+    yarn: Literal["auto"] | None = None,
     force: bool = False,
     fused: bool = True,
     device: Device | None = None,
@@ -152,6 +167,7 @@ def prepare_model(
         dtype: what to compute in; by default the checkpoint's on a GPU and float32 on a CPU.
         rope_scaling: replaces the RoPE scaling of `config.json`, in the same form.
         yarn_factor: extends the trained context this many times by YaRN.
+        yarn: "auto" scales each request by its own length: see `ModelConfig.with_yarn_by_request`.
         force: load even what does not fit this machine.
         fused: lay projections of the same input together, which is quicker; without, every weight is found under its
             name in an MLX checkpoint, to change, train, save or quantize.
@@ -162,7 +178,7 @@ def prepare_model(
         OptionError: an argument out of range.
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
-    config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor)
+    config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, yarn=yarn)
     folder, device = Path(folder), device or current_device()
     checkpoint = Checkpoint.open(folder)
     _refuse_foreign(folder, config, checkpoint)

@@ -19,7 +19,7 @@ from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.model.attention import Attention, LayerCache
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
-from mlxqwen.model.rope import Rope
+from mlxqwen.model.rope import Rope, rope_of
 
 __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 
@@ -119,7 +119,7 @@ class Qwen3Model(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+        rope = rope_of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import mlx.core as mx
 
-from mlxqwen.files.config import YarnScaling
+from mlxqwen.files.config import ModelConfig, YarnScaling
 
-__all__ = ["Rope", "rope_wavelengths"]
+__all__ = ["Rope", "rope_of", "rope_wavelengths"]
 
 
 def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -> list[float]:
@@ -56,3 +57,13 @@ class Rope:
         B, heads, L, head_dim = x.shape
         tokens = x.transpose(0, 2, 1, 3).reshape(B * L, heads, 1, head_dim)
         return self(tokens, positions.reshape(B * L)).reshape(B, L, heads, head_dim).transpose(0, 2, 1, 3)
+
+
+def rope_of(config: ModelConfig) -> Rope:
+    """The RoPE of a model under `config.rope_scaling`, made once."""
+    return _rope(config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+@lru_cache(maxsize=64)
+def _rope(head_dim: int, theta: float, scaling: YarnScaling | None) -> Rope:
+    return Rope(head_dim, theta, scaling)

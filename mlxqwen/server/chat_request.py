@@ -10,7 +10,7 @@ from mlxqwen.chat.splitter import Tag
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.chat_request import ChatOptions
 from mlxqwen.engine.options import ConstraintFactory
-from mlxqwen.engine.request import Request
+from mlxqwen.engine.request import Request, with_yarn_factor
 from mlxqwen.engine.text_generation import end_token_ids
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.json_file import shown
@@ -165,7 +165,9 @@ def bounded(request: Request, model: ServedModel) -> Request:
             "answer",
             hint="Shorten it.",
         )
-    return request if request.max_tokens <= room else replace(request, max_tokens=max(room, 1))
+    if request.max_tokens is None:  # the server's limit is none of the request, and decides no YaRN factor
+        request = with_yarn_factor(request, model.engine.model)
+    return request if request.most_tokens <= room else replace(request, max_tokens=max(room, 1))
 
 
 def rows(request: Request, fields: ReplyFields) -> list[Request]:

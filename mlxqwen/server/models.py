@@ -48,7 +48,7 @@ class ServedModel:
         if settings.max_model_len is not None and settings.max_model_len > room and not slides:
             raise OptionError(
                 f"max_model_len: found {settings.max_model_len:,}, but the model's context is {room:,} tokens",
-                hint="Extend it with --yarn-factor, slide over it with --max-kv-size, or ask for less.",
+                hint="Extend it with --yarn auto or --yarn-factor, slide over it with --max-kv-size, or ask for less.",
             )
         self.context = settings.max_model_len if slides else min(room, settings.max_model_len or room)
 
