@@ -398,3 +398,36 @@ def test_the_limit_of_a_server_decides_no_yarn_factor(limit: int | None, bound: 
     served.close()
     assert asked.max_tokens == bound - 100
     assert engine.scheduler.submit(asked).yarn_factor == factor
+
+
+def joined(entries: list[Any]) -> str:
+    """The text of the tokens."""
+    return bytes(byte for entry in entries for byte in entry["bytes"]).decode()
+
+
+@pytest.mark.parametrize("fields", [{}, {"chat_template_kwargs": {"enable_thinking": False}}, {"n": 2}], ids=str)
+def test_logprobs_of_content_and_of_thought_stand_apart(served: Served, fields: dict[str, Any]) -> None:
+    body = ask(seed=2, logprobs=True, top_logprobs=2, **fields)
+    reply = served.post(body)
+    for index, choice in enumerate(reply["choices"]):
+        told = choice["logprobs"]
+        assert joined(told["content"]) == choice["message"]["content"]
+        thought = choice["message"]["reasoning_content"]
+        assert joined(told["reasoning_content"]).replace("<think>", "").replace("</think>", "").strip() == (
+            thought or ""
+        )
+        for entry in told["content"]:
+            assert set(entry) == {"token", "logprob", "bytes", "top_logprobs"}
+            assert entry["logprob"] <= 0
+            assert [one["logprob"] for one in entry["top_logprobs"]] == sorted(
+                (one["logprob"] for one in entry["top_logprobs"]), reverse=True
+            )
+            assert len(entry["top_logprobs"]) == 2
+        chunks = [one for event in served.stream(body) for one in event["choices"] if one["index"] == index]
+        streamed = [entry for chunk in chunks if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
+        assert [one["token"] for one in streamed] == [one["token"] for one in told["content"]]
+        assert [one["logprob"] for one in streamed] == pytest.approx(
+            [one["logprob"] for one in told["content"]], abs=1e-5
+        )
+    assert served.post(ask(seed=2, max_tokens=1, logprobs=False))["choices"][0]["logprobs"] is None
+    assert served.refused(ask(top_logprobs=2))["param"] == "top_logprobs"

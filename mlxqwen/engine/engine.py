@@ -277,6 +277,7 @@ class Engine:
         max_kv_size: int | None = None,
         keep: int = 4,
         kv_bits: int | None = None,
+        logprobs: int | None = None,
         prefill_chunk: int | None = None,
         on_prefill: OnPrefill = None,
         priority: int = 0,
@@ -318,6 +319,8 @@ class Engine:
                 default wherever it is.
             cache: a `KVCache` that the prompt follows; see `mlxqwen.stream_generate`.
             max_kv_size, keep, kv_bits: of a new cache; see `mlxqwen.make_cache`.
+            logprobs: tell with each token, in `Done.logprobs`, how likely it was, and so many of the likeliest; see
+                `mlxqwen.engine.logprobs`.
             prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
             constraints: what restricts the draws; see `mlxqwen.engine.options`.
 
@@ -347,6 +350,7 @@ class Engine:
             max_kv_size=max_kv_size,
             keep=keep,
             kv_bits=kv_bits,
+            logprobs=logprobs,
             prefill_chunk=prefill_chunk,
             on_prefill=on_prefill,
             priority=priority,

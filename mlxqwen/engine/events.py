@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxqwen.chat.reply import Delta, Reply
 from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.logprobs import TokenLogprobs
 
 __all__ = ["Done", "Event", "Timings", "Usage", "assistant_message"]
 
@@ -56,6 +57,7 @@ class Done:
         tokens: ids of the reply, with its tags and end token.
         yarn_factor: what YaRN scaled the reply by, 1 for not at all, if the model scales by request
             (`load(…, yarn="auto")`); else None.
+        logprobs: how likely each of them was, if that was asked for.
     """
 
     reply: Reply
@@ -64,6 +66,7 @@ class Done:
     timings: Timings
     tokens: tuple[int, ...] = ()
     yarn_factor: float | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 Event = Delta | Done

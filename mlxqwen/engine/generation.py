@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import mlx.core as mx
 
 from mlxqwen.chat.reply import Delta
+from mlxqwen.engine.logprobs import BegunLogprobs, TokenLogprobs
 from mlxqwen.engine.loops import LoopDetector
 from mlxqwen.engine.request import CacheKind, Request, config_of, held_tokens, room_for_answer
 from mlxqwen.errors import MlxqwenError
@@ -47,6 +48,7 @@ class GeneratedToken:
         is_forced: whether a constraint put it in the place of the token drawn.
         reasoning_tokens, budget_exhausted, drafted_tokens, accepted_tokens: see `mlxqwen.Usage`; so far.
         time: when it was recorded, in seconds of `time.perf_counter`.
+        logprobs: how likely it was, if the request asks for that.
     """
 
     token: int
@@ -58,6 +60,7 @@ class GeneratedToken:
     drafted_tokens: int
     accepted_tokens: int
     time: float
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Generation:
         is_cancelled: whether its handle is gone or has cancelled it.
         cached_tokens: tokens of the prompt that were copied from the store or the caller's cache.
         prefill, batch: where it runs; both None while it waits.
+        begun_logprobs: of the token that is being drawn, if the request asks for them.
         match: the blocks of the store for its text, from admission until they are copied.
         pin: what the store keeps for it.
     """
@@ -91,6 +95,7 @@ class Generation:
         "_reader",
         "accepted_tokens",
         "batch",
+        "begun_logprobs",
         "budget",
         "cached_tokens",
         "constraints",
@@ -143,6 +148,7 @@ class Generation:
         self.read = -1  # the most of the prompt that was told as read
         self.prefill: Prefill | None = None
         self.batch: RunningBatch | None = None
+        self.begun_logprobs: BegunLogprobs | None = None
         self.match: Match | None = None
         self.own_cache = None if isinstance(request.cache, CacheKind) else request.cache
         self.pins: dict[str, Pin] = {}
@@ -258,8 +264,10 @@ class Generation:
                 self.drafted_tokens,
                 self.accepted_tokens,
                 time.perf_counter(),
+                None if self.begun_logprobs is None else self.begun_logprobs.of(token),
             )
         )
+        self.begun_logprobs = None
         self.finish_reason = reason
         return token
 
@@ -302,4 +310,4 @@ class Generation:
 
     def let_go(self) -> None:
         """Drop all references to caches."""
-        self.prefill = self.batch = self.match = self.sampler = None
+        self.prefill = self.batch = self.match = self.sampler = self.begun_logprobs = None

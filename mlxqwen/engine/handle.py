@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mlxqwen.chat.reply import Reply
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.generation import FinishReason, GeneratedToken, Generation, Progress
+from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.engine.request import config_of
 from mlxqwen.errors import OptionError
 
@@ -57,6 +58,7 @@ class Handle:
         self._first = 0.0
         self._last = 0.0
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._warned = 0
         self.on_prefill: Callable[[int, int], None] | None = None
 
@@ -133,6 +135,8 @@ class Handle:
             self._first = self._first or record.time
             self._last = record.time
             self._tokens.append(record.token)
+            if record.logprobs is not None:
+                self._logprobs.append(record.logprobs)
             self._log_warnings()
             return record
         return None
@@ -227,7 +231,8 @@ class Handle:
             (prompt_tokens - generation.cached_tokens) / max(prefill, 1e-9),
             (count - 1) / max(decode, 1e-9),
         )
-        return Done(reply, finish_reason, usage, timings, tuple(self._tokens), self.yarn_factor)
+        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
+        return Done(reply, finish_reason, usage, timings, tokens, self.yarn_factor, logprobs)
 
     def prompt_speed(self) -> float:
         """Tokens of the prompt read per second, until the first token."""

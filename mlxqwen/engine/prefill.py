@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.logprobs import begin_logprobs
 from mlxqwen.engine.memory import buffer_bytes
 from mlxqwen.engine.running import RunningBatch, masks_of
 from mlxqwen.sampling.constraint import apply_masks
@@ -133,7 +134,7 @@ class Prefill:
         sampler, *others = [one.make_sampler().extract([0]) for one in generations]
         sampler.join(others)
         drawn = sampler(apply_masks(logits, masks_of(generations)))
-        mx.async_eval(drawn, sampler.arrays, self.cache.state)
+        mx.async_eval(drawn, sampler.arrays, self.cache.state, begin_logprobs(generations, logits))
         return sampler, drawn
 
 

@@ -14,6 +14,7 @@ from mlxqwen.chat.prompts import HOW_TO_EXTEND
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
+from mlxqwen.engine.logprobs import MAX_ALTERNATIVES
 from mlxqwen.engine.options import ReplyOptions
 from mlxqwen.engine.speculation.drafter import Drafter, as_drafter
 from mlxqwen.errors import CacheError, ContextLengthError, OptionError
@@ -154,6 +155,8 @@ class Request(ReplyOptions):
             raise OptionError(f"cache: found {type(self.cache).__name__}, expected what make_cache(model) returns")
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
+        if self.logprobs is not None:
+            put("logprobs", check_integer("logprobs", self.logprobs, 0, MAX_ALTERNATIVES))
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
         StopStrings(self.stop)  # raises for what is no stop string
         put("drafter", None if self.drafter is None else as_drafter(self.drafter))

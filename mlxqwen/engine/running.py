@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
+from mlxqwen.engine.logprobs import begin_logprobs
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler, SamplerState
@@ -262,7 +263,7 @@ class RunningBatch:
     def _draw(self, logits: mx.array) -> mx.array:
         """Begin to draw the next tokens, int32 `[B]`; nothing lazy is left for another thread."""
         drawn = self.sampler(apply_masks(logits, masks_of(self.generations)))
-        mx.async_eval(drawn, self.sampler.arrays, self.cache.state)
+        mx.async_eval(drawn, self.sampler.arrays, self.cache.state, begin_logprobs(self.generations, logits))
         return drawn
 
     def fail(self, error: BaseException) -> None:

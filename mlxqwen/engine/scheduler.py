@@ -541,6 +541,8 @@ class Scheduler:
         one = batches[0].generations[0]
         if one is None or one.request.drafter is None or one.is_forcing or batches[0].logits is not None:
             return None
+        if one.request.logprobs is not None:  # those of each token come from a pass of its own
+            return None
         if not may_guess(self, batches[0], one.request.draft_tokens):
             return None
         if one not in self._drafters:

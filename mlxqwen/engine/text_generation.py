@@ -20,6 +20,7 @@ from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
 from mlxqwen.console import Output
 from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.engine.options import ConstraintFactory
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, check_request
 from mlxqwen.engine.token_stream import OnPrefill, TokenStream, by_row, check_rows
@@ -72,6 +73,7 @@ class GenerationResponse:
         drafted_tokens, accepted_tokens: of speculative decoding: tokens guessed so far, and those of them that were
             right.
         yarn_factor: see `mlxqwen.Done`.
+        logprobs: how likely the token was, if that was asked for.
     """
 
     text: str
@@ -88,6 +90,7 @@ class GenerationResponse:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     yarn_factor: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 def text_request(
@@ -166,6 +169,7 @@ def stream_generate(
     tools: bool = False,
     cache: KVCache | CacheKind | None = None,
     cached_tokens: int | None = None,
+    logprobs: int | None = None,
     prefill_chunk: int | None = None,
     on_prefill: OnPrefill = None,
     speculative: Speculative = None,
@@ -197,6 +201,7 @@ def stream_generate(
         cached_tokens: how many of the cache's first tokens are those of the prompt: these are not read again, and what
             the cache holds after them is forgotten as generation starts. By default the prompt follows all it
             holds.
+        logprobs: tell with each token how likely it was, and so many of the likeliest, up to 20.
         prefill_chunk: prompt tokens a step; memory grows with it, and by default it is kept small.
         on_prefill: called with (tokens done, tokens in all) before the first chunk and after each; tokens that were
             known are not counted.
@@ -232,6 +237,7 @@ def stream_generate(
         tools=tools,
         cache=cache,
         cached_tokens=cached_tokens,
+        logprobs=logprobs,
         prefill_chunk=prefill_chunk,
         on_prefill=on_prefill,
         speculative=speculative,
@@ -364,6 +370,7 @@ class ResponseStream:
             drafted_tokens=token.drafted_tokens,
             accepted_tokens=token.accepted_tokens,
             yarn_factor=handle.yarn_factor,
+            logprobs=token.logprobs,
         )
 
     def append(self, prompt: Prompt, cache_row: int | None, own: Mapping[str, Any]) -> int:

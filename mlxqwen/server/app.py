@@ -37,7 +37,7 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
         return prepare_chat(fields, model, service.settings)
 
     def present(fields: ChatFields, prepared: Prepared) -> ChatReply:
-        return ChatReply(fields, prepared.model, service.settings.reasoning_field)
+        return ChatReply(fields, prepared, service.settings.reasoning_field)
 
     return await service.answer(http, ChatFields, prepare, present)
 

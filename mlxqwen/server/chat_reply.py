@@ -10,10 +10,12 @@ from typing import Any
 from mlxqwen import __version__
 from mlxqwen.chat.reply import Delta
 from mlxqwen.engine.events import Done
+from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, openai_error
 from mlxqwen.server.event_stream import event, to_json
-from mlxqwen.server.models import ServedModel
+from mlxqwen.server.logprobs import ChoiceLogprobs
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import ReasoningField
 
@@ -117,15 +119,19 @@ class ChatReply:
 
     Args:
         fields: the request's.
-        model: answers.
+        prepared: what it came to.
         reasoning_field: the name that thought has.
     """
 
-    def __init__(self, fields: ChatFields, model: ServedModel, reasoning_field: ReasoningField) -> None:
+    def __init__(self, fields: ChatFields, prepared: Prepared, reasoning_field: ReasoningField) -> None:
         self.id = f"chatcmpl-{os.urandom(12).hex()}"
         self._created = int(time.time())
-        self._model = model
+        self._model = prepared.model
         self._fields = fields
+        self._logprobs = None
+        if prepared.requests[0].logprobs is not None:
+            ends = prepared.requests[0].end_token_ids
+            self._logprobs = [ChoiceLogprobs(prepared.model.engine.tokenizer, ends) for _ in prepared.requests]
         self._choices = [ChatChoice(fields, reasoning_field) for _ in range(fields.n or 1)]
         options = fields.stream_options
         self._includes_usage = options is not None and options.include_usage is True
@@ -140,6 +146,10 @@ class ChatReply:
             "service_tier": None,
         }
 
+    def _told(self, row: int, token: GeneratedToken) -> dict[str, Any] | None:
+        """The log-probabilities that are certain with a token."""
+        return None if self._logprobs is None else self._logprobs[row].feed(token)
+
     async def whole(self, replies: Replies) -> dict[str, Any]:
         """The reply that is not streamed."""
         async for batch in replies.tokens():
@@ -147,10 +157,16 @@ class ChatReply:
                 choice = self._choices[row]
                 if not choice.is_cut:
                     choice.pieces(token.deltas)
+                    self._told(row, token)
                 if choice.is_cut:
                     replies.end(row)
         choices = [
-            {"index": row, "message": choice.message(), "logprobs": None, **choice.ending(replies.done[row])}
+            {
+                "index": row,
+                "message": choice.message(),
+                "logprobs": None if self._logprobs is None else self._logprobs[row].whole(),
+                **choice.ending(replies.done[row]),
+            }
             for row, choice in enumerate(self._choices)
         ]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage_of(replies)}
@@ -160,10 +176,13 @@ class ChatReply:
         usage = ',"usage":null' if self._includes_usage else ""
         head = f"data: {to_json(self._head('chat.completion.chunk'))[:-1]}"
 
-        def chunk(row: int, delta: dict[str, Any], ended: dict[str, Any] | None = None) -> bytes:
+        def chunk(
+            row: int, delta: dict[str, Any], ended: dict[str, Any] | None = None, told: dict[str, Any] | None = None
+        ) -> bytes:
             rest = '"finish_reason":null' if ended is None else to_json(ended)[1:-1]
-            text = f'{head},"choices":[{{"index":{row},"delta":{to_json(delta)},"logprobs":null,{rest}}}]{usage}}}\n\n'
-            return text.encode()
+            logprobs = "null" if told is None else to_json(told)
+            text = f'{{"index":{row},"delta":{to_json(delta)},"logprobs":{logprobs},{rest}}}'
+            return f'{head},"choices":[{text}]{usage}}}\n\n'.encode()
 
         yield b"".join(chunk(row, {"role": "assistant", "content": ""}) for row in range(len(self._choices)))
         cut: set[int] = set()
@@ -173,7 +192,10 @@ class ChatReply:
                 if row in cut:
                     continue
                 choice = self._choices[row]
-                pieces += [chunk(row, delta) for delta in choice.pieces(token.deltas)]
+                told = self._told(row, token)
+                for delta in choice.pieces(token.deltas) or ([] if told is None else [{}]):
+                    pieces.append(chunk(row, delta, told=told))
+                    told = None
                 if choice.is_cut:
                     cut.add(row)
                     replies.end(row)

@@ -81,6 +81,7 @@ def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSetting
         priority=fields.priority or 0,
         salt=fields.cache_salt or "",
         constraints=constraints,
+        logprobs=_logprobs(fields),
         template_variables=variables,
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=fields.continue_final_message,
@@ -200,6 +201,15 @@ def _most_tokens(fields: ChatFields) -> int | None:
     if fields.max_completion_tokens is None:
         return fields.max_tokens
     return int(check_integer("max_completion_tokens", fields.max_completion_tokens, 1))
+
+
+def _logprobs(fields: ChatFields) -> int | None:
+    """How many of the likeliest tokens are told with each; None without log-probabilities."""
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise OptionError(
+            f"top_logprobs: found {fields.top_logprobs} without logprobs, expected logprobs: true beside it"
+        )
+    return (fields.top_logprobs or 0) if fields.logprobs else None
 
 
 def _tools(fields: ChatFields, notes: list[str]) -> list[dict[str, Any]]:
