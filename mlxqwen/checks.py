@@ -11,7 +11,16 @@ from typing import Any, SupportsIndex, cast
 
 from mlxqwen.errors import MlxqwenError, OptionError
 
-__all__ = ["as_token_ids", "check_flag", "check_integer", "check_number", "check_token_ids", "is_integer", "parse_size"]
+__all__ = [
+    "as_integer",
+    "as_token_ids",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "check_token_ids",
+    "is_integer",
+    "parse_size",
+]
 
 _MOST_SHOWN = 80  # characters
 _SIZES = 'For example "512MB", "2GB" or "off".'
@@ -27,6 +36,11 @@ def is_integer(value: object) -> bool:
     except TypeError:
         return False
     return not isinstance(value, bool)
+
+
+def as_integer(value: Any) -> Any:
+    """`value` as an `int` if it is an integer, as `is_integer` tells; else as it is."""
+    return operator.index(value) if is_integer(value) else value
 
 
 def check_integer(

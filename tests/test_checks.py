@@ -128,10 +128,28 @@ def doors(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Doors:
     return Doors(*demo)
 
 
+class Index:
+    """An integer by `__index__` alone."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
+
+
+@pytest.mark.parametrize("make", [np.int32, Index], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_numpy_integers_are_integers_everywhere(doors: Doors, option: str) -> None:
+def test_what_has_an_index_is_an_integer_everywhere(doors: Doors, option: str, make: Callable[[int], object]) -> None:
     value, use = OPTIONS[option]
-    assert use(doors, np.int32(value)) == use(doors, value)
+    assert use(doors, make(value)) == use(doors, value)
+
+
+def test_a_budget_of_no_token_is_one_by_its_index(doors: Doors) -> None:
+    none: Any = Index(0)
+    assert doors.chat(thinking_budget=none, max_tokens=9) == doors.chat(thinking_budget=0, max_tokens=9)
+    with pytest.raises(OptionError, match="found True with a thinking_budget of 0"):
+        doors.chat(thinking_budget=none, thinking=True)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

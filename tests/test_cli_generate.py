@@ -396,6 +396,6 @@ def test_conversations_that_do_not_fit_the_options(tmp_path: Path) -> None:
     tools = written(tmp_path / "tools.json", [CALCULATOR])
     both = written(tmp_path / "both.json", {"messages": [user], "tools": [CALCULATOR]})
     assert_error(run("generate", "--messages", both, "--tools", tools), "tools: found beside the messages")
-    last = written(tmp_path / "last.json", [user, {"role": "tool", "content": "5"}])
-    assert_error(run("generate", "--messages", last), "last.json: messages[1]: found a tool's result")
+    last = written(tmp_path / "last.json", [user, {"role": "tool", "content": 5}])
+    assert_error(run("generate", "--messages", last), "last.json: messages[1]: content: found a number")
     assert_error(run("generate", "--messages", spoken, " "), "no text")

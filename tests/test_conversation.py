@@ -69,6 +69,21 @@ def answer_with(conversation: Conversation, text: str) -> None:
     say(conversation.engine, scripted_of(conversation), text)
 
 
+def test_system_messages_stand_where_they_are_said(conversation: Conversation) -> None:
+    later = [{"role": "developer", "content": "Be brief."}, user("So?"), {"role": "system", "content": "Answer now."}]
+    answer_with(conversation, "<think>\n\n</think>\n\nYes.")
+    conversation.chat(later)
+    said = [*conversation.messages[:3], *later]
+    assert conversation.messages == [*said, assistant("Yes.")]
+    answer_with(conversation, "<think>\n\n</think>\n\nNo.")
+    assert done_of(conversation.retry()).reply.content == "No."
+    assert conversation.messages == [*said, assistant("No.")]
+    conversation.drop_oldest()
+    assert conversation.messages == [SYSTEM, *later, assistant("No.")]
+    conversation.clear()
+    assert conversation.messages == [SYSTEM, later[0]]
+
+
 def test_messages_are_those_of_the_api(conversation: Conversation) -> None:
     first = {**assistant("Three."), "reasoning_content": "Three r's."}
     assert conversation.messages == [SYSTEM, user("How many?"), first]
@@ -254,7 +269,6 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] =
     ),
     "too long": (ContextLengthError, lambda c: c.stream("word " * 2000)),
     "an unknown role": (MessagesError, lambda c: c.stream({"role": "narrator", "content": "So?"})),
-    "another system message": (MessagesError, lambda c: c.stream([SYSTEM, user("So?")])),
     "no role": (MessagesError, lambda c: c.stream({"content": "So?"})),
     "no content": (MessagesError, lambda c: c.stream({"role": "user"})),
     "null content": (MessagesError, lambda c: c.stream({"role": "user", "content": None})),
@@ -262,7 +276,7 @@ FAILURES: dict[str, tuple[type[BaseException], Callable[[Conversation], Any]]] =
         MessagesError,
         lambda c: c.stream([{"role": "assistant", "content": None}, user("?")]),
     ),
-    "a tool nobody called": (MessagesError, lambda c: c.stream({"role": "tool", "content": "12"})),
+    "a call of a user": (MessagesError, lambda c: c.stream({**user("So?"), "tool_calls": [{"name": "f"}]})),
     "an assistant at the end": (MessagesError, lambda c: c.stream([user("So?"), assistant("<think>\n\n</think>\n\n")])),
     "no messages": (MessagesError, lambda c: c.stream([])),
     "no message": (MessagesError, lambda c: c.stream(7)),  # type: ignore[arg-type]
@@ -483,8 +497,8 @@ def test_what_cannot_be_is_refused_at_the_start(demo: tuple[Qwen3ForCausalLM, To
         {"tools": [{}]},
         {"system": 7},
         {"system": "a", "messages": [SYSTEM]},
-        {"messages": [user("a"), SYSTEM]},
-        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": [user("a"), {"role": "narrator", "content": "a"}]},
+        {"messages": [user("a"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
         {"messages": [{"role": "assistant", "content": None}]},
         {"messages": "Hello"},
         {"messages": None},

@@ -150,8 +150,7 @@ class States(RuleBasedStateMachine):
                 {"role": "narrator", "content": "a"},
                 {"role": "user"},
                 {"role": "assistant", "content": None},
-                {"role": "system", "content": "a"},
-                {"role": "tool", "tool_call_id": "none", "content": "a"},
+                {"role": "user", "content": "a", "tool_calls": [{"name": "f"}]},
                 {"role": "user", "content": "word " * 3000},
             ]
         )

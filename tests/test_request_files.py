@@ -68,7 +68,7 @@ def test_what_is_added_to_a_conversation() -> None:
         ('{"format": "mlxqwen-conversation-1", "messages": [], "options": []}', "options: found a list"),
         ('{"format": "mlxqwen-conversation-1", "messages": [], "tools": []}', "found 'tools'"),
         ('[{"role": "user"}]', "file: messages[0]: content: found none"),
-        ('[{"role": "bot", "content": "a"}]', "messages[0]: role: found 'bot'"),
+        ('[{"role": "a bot", "content": "a"}]', "messages[0]: role: found 'a bot'"),
         ('[{"role": "user", "role": "user", "content": "a"}]', "'role' appears twice"),
         ('[{"role": "user", "content": NaN}]', "NaN is not JSON"),
         ('[{"role": "user", "content": "\\ud800"}]', "surrogate"),

@@ -5,7 +5,6 @@ Long by what it says of its methods, most of which hand on to all layers.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import mlx.core as mx
 from mlxqwen.cache.layer import KVLayer
 from mlxqwen.cache.placement import LinearPlacement, Placement, RingPlacement
 from mlxqwen.cache.storage import PlainStorage, QuantizedStorage, Storage, join_rows
-from mlxqwen.checks import check_integer, is_integer
+from mlxqwen.checks import as_integer, check_integer, is_integer
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.checkpoint import load_safetensors, save_safetensors
 from mlxqwen.files.config import ModelConfig
@@ -322,9 +321,10 @@ def check_quantization(kv_bits: int | None, kv_group_size: int) -> tuple[int | N
     kv_group_size = check_integer("kv_group_size", kv_group_size, 32, 128)
     if kv_bits is None:
         return None, kv_group_size
-    if not is_integer(kv_bits) or kv_bits not in (4, 8):
+    bits = as_integer(kv_bits)
+    if not is_integer(bits) or bits not in (4, 8):
         raise OptionError(f"kv_bits: found {kv_bits!r}, expected 4, 8 or none")
-    return operator.index(kv_bits), kv_group_size
+    return bits, kv_group_size
 
 
 def _let_go(layer: KVLayer) -> None:

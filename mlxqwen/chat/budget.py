@@ -58,7 +58,8 @@ class ThinkingBudget:
         prompt: Sequence[int] = (),
     ) -> None:
         close = tokenizer.token_to_id(Tag.END_THINK.value)
-        if check_budget(budget) is None or close is None:
+        checked = check_budget(budget)
+        if checked is None or close is None:
             raise OptionError(
                 f"thinking_budget: found {budget}, but the tokenizer has no </think> to end a thought with",
                 hint="This model does not think between tags; leave the budget out.",
@@ -67,7 +68,7 @@ class ThinkingBudget:
         self.exhausted = False
         self._tokenizer = tokenizer
         self._pipeline = pipeline
-        self._budget = budget
+        self._budget = checked
         self._sentence = check_early_stop_text(sentence)
         tokenizer.encode_plain(self._sentence)  # raises now rather than in the middle of a reply
         self._block_end = [close, *tokenizer.encode_plain("\n\n")]

@@ -8,17 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from mlxqwen.chat.shown import check_shown
 from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
 from mlxqwen.checks import check_flag
-from mlxqwen.errors import ContextLengthError, MessagesError, OptionError
+from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.json_file import json_kind, shown
-from mlxqwen.text.messages import split_reasoning
+from mlxqwen.text.messages import Message, split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["HOW_TO_EXTEND", "asks_for_thought", "drop_oldest_turns", "hard_switch", "least_tokens", "render_prompt"]
+__all__ = [
+    "HOW_TO_EXTEND",
+    "asks_for_thought",
+    "check_messages",
+    "drop_oldest_turns",
+    "hard_switch",
+    "least_tokens",
+    "render_prompt",
+]
 
 HOW_TO_EXTEND = '--yarn auto or --yarn-factor; in Python load(yarn="auto") or load(yarn_factor=…)'
 """For hints of prompts that are too long."""
@@ -76,45 +85,61 @@ def render_prompt(
     prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
     prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
     goes_on = _goes_on(prepared, continue_final_message)
-    if goes_on and prepared[-1].get("tool_calls"):
-        raise MessagesError(
-            f"messages[{len(prepared) - 1}]: found calls of tools at the end, expected their results behind them",
-            hint="Add a message of role 'tool' for each call.",
-        )
+    values: dict[str, Any] = {"tools": schemas or None, "enable_thinking": thinking, **more}
+    _check_shown(tokenizer, prepared, **values)
+    values["trust_special_tokens"] = trust_special_tokens
     begun = _BEGUN_THOUGHT.match(prepared[-1]["content"]) if goes_on and len(prepared) > 1 else None
-    if begun is not None and knows_think_blocks(tokenizer, tools=bool(tools)):
-        before = tokenizer.apply_chat_template(
-            prepared[:-1],
-            tools=schemas or None,
-            add_generation_prompt=True,
-            enable_thinking=thinking or None,
-            trust_special_tokens=trust_special_tokens,
-            **more,
-        )
+    if begun is not None and knows_think_blocks(tokenizer, tools=bool(schemas)):
+        asked = {**values, "add_generation_prompt": True, "enable_thinking": thinking or None}
+        before: list[int] = tokenizer.apply_chat_template(prepared[:-1], **asked)
         return [*before, *_thought_ids(tokenizer, before, begun[1], trust_special_tokens)]
     ids: list[int] = tokenizer.apply_chat_template(
         prepared,
-        tools=schemas or None,
         add_generation_prompt=add_generation_prompt and not goes_on,
         continue_final_message=goes_on,
-        enable_thinking=thinking,
-        trust_special_tokens=trust_special_tokens,
-        **more,
+        **values,
     )
     return ids
 
 
+def check_messages(tokenizer: Tokenizer, messages: Messages) -> None:
+    """Check a conversation, and that the model's chat template shows all of it.
+
+    Raises:
+        MessagesError: names the message, what a template would do with it, and the way out.
+        TemplateError: the template raises for another reason.
+    """
+    check_conversation(messages)
+    _check_shown(tokenizer, without_old_reasoning(messages))
+
+
+def _check_shown(tokenizer: Tokenizer, prepared: Sequence[Message], **values: Any) -> None:
+    def render(some: Sequence[Message]) -> str:
+        return tokenizer.apply_chat_template(some, add_generation_prompt=True, tokenize=False, **values)
+
+    check_shown(prepared, render)
+
+
 def _goes_on(messages: Messages, continue_final_message: bool | None) -> bool:
-    """Whether the reply goes on with the last message. Raises `OptionError` if it should and is not the assistant's."""
+    """Whether the reply goes on with the last message: by default with an assistant's that calls no tools.
+
+    Raises `OptionError` if it should, and cannot.
+    """
     check_flag("continue_final_message", continue_final_message, optional=True)
-    is_assistants = messages[-1]["role"] == "assistant"
+    is_assistants, calls = messages[-1]["role"] == "assistant", bool(messages[-1].get("tool_calls"))
     if continue_final_message and not is_assistants:
         raise OptionError(
             f"continue_final_message: found True behind a message of role {messages[-1]['role']!r}, expected one of "
             "the assistant's",
             hint="Leave it out, or add the beginning of the answer as the assistant's message.",
         )
-    return is_assistants and continue_final_message is not False
+    if continue_final_message and calls:
+        raise OptionError(
+            "continue_final_message: found True behind calls of tools, which would be dropped in silence, expected a "
+            "message without",
+            hint="Leave it out, or add a message of role 'tool' for each call.",
+        )
+    return is_assistants and not calls and continue_final_message is not False
 
 
 def _check_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -182,8 +207,8 @@ def drop_oldest_turns(
 ) -> list[Mapping[str, Any]]:
     """Drop as few of the oldest turns as needed to leave `reserve` of `room` tokens.
 
-    A turn is a question with all that follows it, with calls of tools and their results, and is dropped as a whole. The
-    system message and the last turn stay, even if they leave less than the reserve.
+    A turn is a question with all that follows it, with calls of tools and their results, and is dropped as a whole.
+    System messages and the last turn stay, even if they leave less than the reserve.
 
     Args:
         messages: never modified; the result holds the same dicts.

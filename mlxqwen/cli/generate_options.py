@@ -91,7 +91,7 @@ _PROMPT = (
     click.option(
         "--drop-oldest",
         is_flag=True,
-        help="Leave out the oldest turns of a conversation that is too long; a system message stays.",
+        help="Leave out the oldest turns of a conversation that is too long; system messages stay.",
     ),
     click.option(
         "--raw",

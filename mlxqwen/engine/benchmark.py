@@ -69,7 +69,7 @@ def choose_contexts(
 
     Raises `OptionError` for a length that leaves no room for `tokens` more.
     """
-    check_integer("tokens", tokens, 1)
+    tokens = check_integer("tokens", tokens, 1)
     most = model.config.context_length - tokens - 1
     if most < 1:
         raise OptionError(f"tokens: found {tokens}, expected fewer than the context of {model.config.context_length:,}")
@@ -77,8 +77,8 @@ def choose_contexts(
         fitting = [context for context in _USUAL_CONTEXTS if context <= most]
         return fitting if len(fitting) == len(_USUAL_CONTEXTS) else sorted({*fitting, most})
     slides = max_kv_size is not None and max_kv_size <= model.config.context_length
+    asked = [check_integer("context", context, 1) for context in asked]
     for context in asked:
-        check_integer("context", context, 1)
         if context > most and not slides:
             raise OptionError(
                 f"context: found {context:,}, expected at most {most:,}, so that a first token and {tokens:,} more "
@@ -118,7 +118,7 @@ def benchmark(
         OptionError: numbers out of range.
         InsufficientMemoryError: weights and cache do not fit.
     """
-    check_integer("repeat", repeat, 1)
+    repeat = check_integer("repeat", repeat, 1)
     if not force:
         _check_memory(model, max(contexts) + tokens, new_cache(), device or current_device())
     return _runs(model, contexts, new_cache, tokens, repeat, prefill_chunk)

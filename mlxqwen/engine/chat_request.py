@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
 from mlxqwen.chat.thinking_modes import note_switch
-from mlxqwen.chat.turns import count_turns, without_oldest_turns
-from mlxqwen.checks import check_integer
+from mlxqwen.chat.turns import count_turns, prepare_conversation, without_oldest_turns
+from mlxqwen.checks import as_integer, check_integer
 from mlxqwen.engine.options import ReplyOptions
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, room_for_answer
 from mlxqwen.engine.text_generation import Sampling, resolve_params, text_request
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
-from mlxqwen.text.messages import prepare_messages
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +46,9 @@ class ChatOptions(ReplyOptions):
     keep: int = 4
     kv_bits: int | None = None
     on_prefill: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thinking_budget", as_integer(self.thinking_budget))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Responder:
         if options.max_tokens is not None:
             check_integer("max_tokens", options.max_tokens, 1)
         cache = self.cache_of(options)
-        messages = prepare_messages(messages)  # once: later checks accept prepared messages as they are
+        messages = prepare_conversation(messages)  # once: later checks accept prepared messages as they are
         if not options.drop_oldest:
             self._refuse_if_too_long(messages, options, cache)
         messages, prompt = self._prompt(messages, options, cache)
@@ -126,7 +128,7 @@ class Responder:
 
     def sampling(self, messages: Messages, options: ChatOptions) -> SamplingParams:
         """See `Engine.sampling_for`."""
-        messages, prompt = self._prompt(prepare_messages(messages), options, self.cache_of(options))
+        messages, prompt = self._prompt(prepare_conversation(messages), options, self.cache_of(options))
         return self._sampling(prompt, messages, options)
 
     def fit(self, messages: Messages, options: ChatOptions) -> list[Mapping[str, Any]]:

@@ -10,14 +10,15 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import GEN_RUNNING, getgeneratorstate
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlxqwen.chat.prompts import HOW_TO_EXTEND
+from mlxqwen.chat.prompts import HOW_TO_EXTEND, check_messages
 from mlxqwen.chat.reply import Delta, Reply, join_deltas
 from mlxqwen.chat.thinking_modes import check_budget_use
-from mlxqwen.chat.turns import check_conversation, count_turns, without_oldest_turns
+from mlxqwen.chat.turns import check_conversation, count_turns, prepare_conversation, without_oldest_turns
 from mlxqwen.engine.chat_request import ChatOptions, Messages, Responder, option_names
 from mlxqwen.engine.conversation_file import read_conversation, write_conversation
 from mlxqwen.engine.engine import Engine
@@ -102,7 +103,7 @@ class Conversation:
         self._running: weakref.ref[Generator[Any]] | None = None
         self.messages: list[dict[str, Any]] = [] if messages in ([], ()) else _plain(messages)
         if self.messages:
-            check_conversation(self.messages)
+            check_messages(engine.tokenizer, self.messages)
         if system is not None:
             if self.system is not None:
                 raise MessagesError(
@@ -119,7 +120,7 @@ class Conversation:
     @property
     def system(self) -> str | None:
         """The text of the system message, None without one. Setting it changes the message; None removes it."""
-        first = prepare_messages(self.messages[:1])[0] if self.messages else {}
+        first = prepare_conversation(self.messages[:1])[0] if self.messages else {}
         return str(first["content"]) if first.get("role") == "system" else None
 
     @system.setter
@@ -145,7 +146,7 @@ class Conversation:
 
         Args:
             message: what a user says; or a message; or several, such as the results of the tools that the last reply
-                called. The last one must be there to be answered: of a user or a tool.
+                called. The last one must be there to be answered, so it is none that the model would go on with.
             keep_partial: if the stream is abandoned after its first delta, keep what was said until then as the
                 assistant's message.
             **options: those of `Engine.stream`, except `cache`, which replace those of the conversation. What
@@ -209,9 +210,14 @@ class Conversation:
         return self._responder.sampling([*self.messages, _OPENING], self._merged({}))
 
     def retry(self, *, keep_partial: bool = False, **options: Any) -> Generator[Event]:
-        """Answer the user's last message anew; once the reply is there, it replaces what followed. See `stream`."""
+        """Answer the user's last message anew; once the reply is there, it replaces what followed. See `stream`.
+
+        System messages directly behind the user's stay with it.
+        """
         self._abandon()
-        return self._begin(self.messages[: self._last_question() + 1], keep_partial, options)
+        asked = self._last_question() + 1
+        asked += self._system_messages(asked)
+        return self._begin(self.messages[:asked], keep_partial, options)
 
     def undo(self) -> None:
         """Remove the user's last message and what followed it. Raises `MessagesError` if there is none."""
@@ -219,7 +225,7 @@ class Conversation:
         del self.messages[self._last_question() :]
 
     def drop_oldest(self) -> None:
-        """Remove the oldest turn: a question, its answer, and the calls and results between. A system message stays.
+        """Remove the oldest turn: a question, its answer, and the calls and results between. System messages stay.
 
         Raises `MessagesError` if there is only one turn.
         """
@@ -229,9 +235,9 @@ class Conversation:
         self.messages[:] = map(dict, without_oldest_turns(self.messages, 1))
 
     def clear(self) -> None:
-        """Remove all messages except the system message."""
+        """Remove all messages except the system messages at the beginning."""
         self._abandon()
-        del self.messages[0 if self.system is None else 1 :]
+        del self.messages[self._system_messages(0) :]
         self._held = self._left = ()
         self._yarn_factor = None
 
@@ -274,11 +280,11 @@ class Conversation:
             said = [{"role": "user", "content": message}]
         else:
             said = _plain([message] if isinstance(message, Mapping) else message)
-        if not said or said[-1].get("role") not in ("user", "tool"):
-            # Roles that do not exist are told by the check of the whole conversation.
-            check_conversation([*self.messages, *said])
+        if not said:
+            raise MessagesError("message: found an empty list, expected at least one message")
+        if said[-1].get("role") == "assistant" and not said[-1].get("tool_calls"):
             raise MessagesError(
-                f"message: found role {said[-1]['role']!r} at the end, expected 'user' or 'tool', to be answered",
+                "message: found role 'assistant' at the end, expected another one, such as 'user', to be answered",
                 hint="Engine.stream goes on with an assistant's message; thinking=False keeps a model from thinking.",
             )
         return said
@@ -390,6 +396,11 @@ class Conversation:
                 hint="Let the reply end, or close its stream, first.",
             )
         turn.close()
+
+    def _system_messages(self, start: int) -> int:
+        """How many system messages stand one behind the other from `start` on."""
+        messages = prepare_conversation(self.messages[start:]) if self.messages[start:] else ()
+        return sum(1 for _ in takewhile(lambda message: message["role"] == "system", messages))
 
     def _last_question(self) -> int:
         messages = prepare_messages(self.messages) if self.messages else []

@@ -32,19 +32,13 @@ class LoopDetector:
     """
 
     def __init__(self, *, min_tokens: int = 512, repeats: int = 4, max_period: int = 1024) -> None:
-        for name, value, least in (
-            ("min_tokens", min_tokens, 1),
-            ("repeats", repeats, 3),
-            ("max_period", max_period, 1),
-        ):
-            check_integer(name, value, least)
-        self._min_tokens = min_tokens
-        self._repeats = repeats
-        self._max_period = max_period
+        self._min_tokens: int = check_integer("min_tokens", min_tokens, 1)
+        self._repeats: int = check_integer("repeats", repeats, 3)
+        self._max_period: int = check_integer("max_period", max_period, 1)
         # So often that whatever fulfils the rule before the next look covers two rounds now:
         # max(min_tokens, repeats * p) - interval >= 2 * p for every p.
-        self._interval = max(1, min_tokens * (repeats - 2) // repeats)
-        self._memory = max(min_tokens, repeats * max_period)
+        self._interval = max(1, self._min_tokens * (self._repeats - 2) // self._repeats)
+        self._memory = max(self._min_tokens, self._repeats * self._max_period)
         self._tokens: list[int] = []
         self._until_look = self._interval
         self._lengths: dict[int, int] = {}  # period → length of the end that has it

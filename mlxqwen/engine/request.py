@@ -12,7 +12,7 @@ from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.prompts import HOW_TO_EXTEND
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
-from mlxqwen.checks import as_token_ids, check_integer, check_token_ids, is_integer
+from mlxqwen.checks import as_integer, as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
 from mlxqwen.engine.logprobs import MAX_ALTERNATIVES
 from mlxqwen.engine.options import ReplyOptions
@@ -153,6 +153,8 @@ class Request(ReplyOptions):
             raise OptionError(f"salt: found {found}, expected text of at most {_LONGEST_SALT:,} characters")
         if not isinstance(self.cache, CacheKind | KVCache):
             raise OptionError(f"cache: found {type(self.cache).__name__}, expected what make_cache(model) returns")
+        for name in ("cached_tokens", "cache_row", "returns_to"):
+            put(name, as_integer(getattr(self, name)))
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
         if self.logprobs is not None:

@@ -29,7 +29,10 @@ MAX_DEPTH = 64
 _THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_OTHER_MEDIA = ("image", "audio", "input_image", "input_audio", "video", "file", "input_file", "document")
 _PARTS = 'Parts are texts such as {"type": "text", "text": "Hello"}.'
+# What chat templates of Qwen3 and of its 2507 releases make of content that is no text.
+_RAISE_OR_DROP = "the chat template would raise an error, or drop it in silence"
 _RESULT = "Give a tool's result as text: json.dumps(result) writes an object, a number, a list or null as such."
 
 
@@ -184,14 +187,18 @@ def _prepare_message(message: object, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         found = f"{role!r}" if "role" in message else "none"
-        raise MessagesError(f"{where}: role: found {found}, expected a string such as user, assistant, system or tool")
+        raise MessagesError(
+            f"{where}: role: found {found}, expected text such as user or assistant: {_RAISE_OR_DROP}",
+            hint='A message is a dict such as {"role": "user", "content": "Hello"}.',
+        )
     plain = {key: value for key, value in to_plain_json(message, where).items() if value is not None}
     reasoning = next((plain[name] for name in REASONING_NAMES if name in plain), None)
     if reasoning is not None:
         if not isinstance(reasoning, str):
             name = next(name for name in REASONING_NAMES if name in plain)
             raise MessagesError(
-                f"{where}: {name}: found {json_kind(reasoning)}, expected text", hint="Leave it out, or None."
+                f"{where}: {name}: found {json_kind(reasoning)}, expected text: {_RAISE_OR_DROP}",
+                hint="Leave it out, or None.",
             )
         plain = _with_reasoning(plain, reasoning)
     may_lack_content = role == "assistant" and (bool(plain.get("tool_calls")) or reasoning is not None)
@@ -206,10 +213,10 @@ def _content_text(content: object, where: str, role: str, may_be_missing: bool) 
         if may_be_missing:
             return ""
         hint = _RESULT if role == "tool" else "Only an assistant that calls tools or thinks may lack content."
-        raise MessagesError(f"{where}: content: found none, expected text", hint=hint)
+        raise MessagesError(f"{where}: content: found none, expected text: {_RAISE_OR_DROP}", hint=hint)
     if not isinstance(content, list):
         raise MessagesError(
-            f"{where}: content: found {json_kind(content)}, expected text or a list of parts",
+            f"{where}: content: found {json_kind(content)}, expected text or a list of parts: {_RAISE_OR_DROP}",
             hint=_RESULT if role == "tool" else _PARTS,
         )
     return "".join(_part_text(part, f"{where}: content[{i}]", role) for i, part in enumerate(content))
@@ -222,8 +229,13 @@ def _part_text(part: object, where: str, role: str) -> str:
         return str(part["text"])
     is_part = isinstance(part, dict) and isinstance(part.get("type"), str)
     found = repr(part["type"]) if isinstance(part, dict) and is_part else json_kind(part)
-    hint = _RESULT if role == "tool" and not is_part else "Qwen3 reads text only: leave images, audio and files out."
-    raise MessagesError(f'{where}: found {found}, expected text or {{"type": "text", "text": …}}', hint=hint)
+    if is_part and found.strip("'").startswith(_OTHER_MEDIA):
+        hint = "Qwen3 reads text only: leave images, audio and files out."
+    else:
+        hint = _RESULT if role == "tool" else _PARTS
+    raise MessagesError(
+        f'{where}: found {found}, expected text or {{"type": "text", "text": …}}: {_RAISE_OR_DROP}', hint=hint
+    )
 
 
 def _plain_string(text: str, where: str) -> str:

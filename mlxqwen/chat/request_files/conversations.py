@@ -39,7 +39,7 @@ class MessagesWithTools:
         """The same with a system message in front, if `text` is not None. Raises `OptionError` if it has one."""
         if text is None:
             return self
-        if self.messages and self.messages[0]["role"] == "system":
+        if self.messages and self.messages[0]["role"] in ("system", "developer"):
             raise OptionError(
                 "messages[0]: found a system message beside the one given apart, expected one of them",
                 hint="Leave out --system, or the message.",

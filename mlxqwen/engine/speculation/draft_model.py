@@ -45,13 +45,13 @@ class DraftModel:
         prefill_chunk: int | None = None,
     ) -> None:
         if max_kv_size is not None:
-            check_integer("max_kv_size", max_kv_size, 1)
+            max_kv_size = check_integer("max_kv_size", max_kv_size, 1)
         self.model = model
         self._cache = make_cache(model, kv_bits=kv_bits)
         context = self._cache.config.context_length
         self._room = min(max_kv_size or context, context)
         if prefill_chunk is not None:
-            check_integer("prefill_chunk", prefill_chunk, 1)
+            prefill_chunk = check_integer("prefill_chunk", prefill_chunk, 1)
         self._prefill_chunk = prefill_chunk or fitting_prefill_chunk(model.config, current_device())
         self._held: list[int] = []  # what the cache holds, at least
         self._start = 0  # where in the text that begins
