@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,7 +88,7 @@ def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSetting
         **cache_options(settings),
         **output_options(fields),
     )
-    request, _ = model.responder.request(_messages(fields.messages), options)
+    request, _ = model.responder.request(fields.messages, options)
     request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
     return Prepared(model, rows(request, fields), notes)
 
@@ -222,8 +222,3 @@ def _tools(fields: ChatFields, notes: list[str]) -> list[dict[str, Any]]:
         else:
             notes.append(f"tools[{place}]")
     return functions
-
-
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the roles that Qwen3 has: it calls the developer's system."""
-    return [{**one, "role": "system"} if one.get("role") == "developer" else dict(one) for one in messages]
