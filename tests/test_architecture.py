@@ -40,6 +40,7 @@ HOMES = {
     "pydantic_core": {"chat", "server"},
     "jsonschema": {"chat"},
     "referencing": {"chat"},
+    "llguidance": {"chat"},
     "attrs": {"chat"},
     "huggingface_hub": {"files"},
     "click": {"cli"},

@@ -283,6 +283,9 @@ class Engine:
         priority: int = 0,
         salt: str = "",
         constraints: Sequence[ConstraintFactory] = (),
+        response_format: object = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
     ) -> Iterator[Event]:
         """Answer a conversation piece by piece: reasoning, content and tool calls, and `Done` at the end.
 
@@ -323,6 +326,12 @@ class Engine:
                 `mlxqwen.engine.logprobs`.
             prefill_chunk, on_prefill, priority, salt: see `mlxqwen.stream_generate`.
             constraints: what restricts the draws; see `mlxqwen.engine.options`.
+            response_format: what the content has to be, behind a free thought: a pydantic model, a JSON Schema,
+                OpenAI's `response_format`, or vLLM's `{"regex": …}`, `{"choice": […]}` and `{"grammar": …}`; see
+                docs/structured_output.md. A reply that ends by `max_tokens`, `stop` or `stop_on_loop` may be cut off.
+            tool_choice: "auto", "none", "required", or one function as in OpenAI's API. Calls that are required, and
+                those of tools with `strict`, fit the tools' schemas.
+            parallel_tool_calls: False for at most one call in a reply.
 
         Raises:
             MessagesError, TemplateError, OptionError, ContextLengthError: at once, before the first event is asked for.
@@ -356,6 +365,9 @@ class Engine:
             priority=priority,
             salt=salt,
             constraints=constraints,
+            response_format=response_format,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
         )
         request, _ = self._responder.request(as_messages(messages), options)
         return events_of(lambda: self._submit(request, on_prefill))

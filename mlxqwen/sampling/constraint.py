@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
 
 from mlxqwen.errors import GenerationError
 
-__all__ = ["Constraint", "Unconstrained", "apply_masks", "check_mask", "check_mask_shape", "pack_mask"]
+__all__ = [
+    "Constraint",
+    "Mask",
+    "Unconstrained",
+    "apply_masks",
+    "check_mask",
+    "check_mask_shape",
+    "mask_of_bytes",
+    "pack_mask",
+]
 
 _BITS = 32
+
+Mask: TypeAlias = mx.array
+"""Packed bits of tokens; see `Constraint.mask`."""
 
 
 class Constraint(Protocol):
     """The constraint of one reply, with its state. For each token: `mask`, draw, `settle`, then `advance`."""
 
-    def mask(self) -> mx.array | None:
+    def mask(self) -> Mask | None:
         """The tokens that may come next: uint32 words `[ceil(V / 32)]`, token t is bit t % 32 of word t // 32.
 
         None allows every token.
@@ -57,6 +69,12 @@ def pack_mask(tokens: Collection[int], vocab_size: int) -> mx.array:
     for token in tokens:
         words[token // _BITS] |= 1 << token % _BITS
     return mx.array(words, dtype=mx.uint32)
+
+
+def mask_of_bytes(packed: bytes | bytearray, vocab_size: int) -> mx.array:
+    """The mask whose words are these bytes, least significant first; bytes behind the last word are left out."""
+    words: Any = memoryview(packed).cast("I")[: -(-vocab_size // _BITS)]
+    return mx.array(words)
 
 
 def apply_masks(logits: mx.array, masks: Sequence[mx.array | None]) -> mx.array:

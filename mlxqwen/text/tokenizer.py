@@ -230,6 +230,16 @@ class Tokenizer:
         """
         return self._encode(self._plain_backend, text)
 
+    @property
+    def added_token_ids(self) -> frozenset[int]:
+        """The ids of the added tokens, such as `<|im_end|>` and `<think>`, which plain text never becomes."""
+        return frozenset(self._added_tokens)
+
+    def plain_encoder(self) -> Callable[[str], list[int]]:
+        """What encodes text that is known to be Unicode as `encode_plain` does, without holding the tokenizer."""
+        backend = self._plain_backend
+        return lambda text: list(backend.encode(text, add_special_tokens=False).ids)
+
     def least_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of `text`, without encoding it.
 

@@ -1,0 +1,253 @@
+"""The constraint that keeps a reply to a grammar: its thought is free, what follows it is not.
+
+The phases of a reply are told by token ids alone, as those are all that a check of guesses has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from mlxqwen.chat.pipeline import ReplyPipeline
+from mlxqwen.chat.splitter import Tag
+from mlxqwen.chat.structured.compiler import CompiledGrammar, problem_of
+from mlxqwen.errors import GenerationError, OptionError
+from mlxqwen.sampling.constraint import Mask, mask_of_bytes
+from mlxqwen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+__all__ = ["GrammarConstraint", "ReplyTokens"]
+
+_LINE_BREAKS = 2
+"""That Qwen3 writes behind `</think>`."""
+
+
+class ReplyTokens:
+    """The tokens that tell the phases of a reply, for one vocabulary.
+
+    Args:
+        tokenizer: spells the tokens.
+        vocab_size: of the model.
+        ends: the tokens that end a reply.
+
+    Attributes:
+        vocab_size, ends: as given.
+        think, end_think, call, end_call: the tokens of the tags; None for one that text spells.
+        added: the tokens of the tokenizer's own, which no text becomes.
+        breaks: how many line breaks a token is, for those that are nothing else, up to what follows a thought.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
+        self.vocab_size = vocab_size
+        self.ends = frozenset(token for token in ends if token < vocab_size)
+        self.think, self.end_think, self.call, self.end_call = (tokenizer.token_to_id(tag.value) for tag in Tag)
+        self.added = frozenset(token for token in tokenizer.added_token_ids if token < vocab_size)
+        pieces = ("\n" * count for count in range(1, _LINE_BREAKS + 1))
+        encoded = ((tokenizer.encode_plain(piece), len(piece)) for piece in pieces)
+        self.breaks = {ids[0]: count for ids, count in encoded if len(ids) == 1}
+
+    def all_but(self, tokens: Collection[int]) -> bytearray:
+        """Packed bits of the whole vocabulary without `tokens`."""
+        packed = bytearray(b"\xff" * (-(-self.vocab_size // 32) * 4))
+        _clear(packed, tokens)
+        return packed
+
+
+class _Phase(Enum):
+    OPEN = auto()  # a thought may begin
+    THOUGHT = auto()
+    BREAKS = auto()  # behind a thought, before anything but line breaks
+    TEXT = auto()  # free
+    GRAMMAR = auto()
+    ENDED = auto()
+
+
+class _NotAllowedError(GenerationError, ValueError):
+    """A token that the grammar does not have here; a guess of it is not checked."""
+
+
+class GrammarConstraint:
+    """A `Constraint` that keeps a reply to a grammar, behind its thought.
+
+    Within the thought no end token and, if there are tools, no `<tool_call>` is drawn, so that the answer is not left
+    out. Behind it stand up to two line breaks, as Qwen3 writes them. At the end of the grammar nothing but an end token
+    is drawn.
+
+    Args:
+        tokens: those of the vocabulary.
+        grammar: what the reply is kept to; None for free text.
+        pipeline: the reply's; says how it begins, and whether its calls could be read.
+        is_free: whether the text is free, and `grammar` that of one call, with its tags. Then a thought may end the
+            reply.
+        calls: the most calls in free text; None without a limit.
+        knows_tags: whether the grammar may have the tags of calls.
+
+    Raises:
+        OptionError: the reply begins in a thought that no token ends.
+    """
+
+    def __init__(
+        self,
+        tokens: ReplyTokens,
+        grammar: CompiledGrammar | None,
+        pipeline: ReplyPipeline | None,
+        *,
+        is_free: bool = False,
+        calls: int | None = None,
+        knows_tags: bool = False,
+    ) -> None:
+        self._tokens = tokens
+        self._grammar = grammar
+        self._pipeline = pipeline
+        self._is_free = is_free
+        self._calls = calls
+        self._matcher: LLMatcher | None = None
+        self._mask: Mask | None = None
+        self._has_mask = False
+        self._breaks = 0  # line breaks behind the thought
+        self._phase = _Phase.TEXT if is_free else _Phase.GRAMMAR
+        if pipeline is not None and pipeline.in_reasoning:
+            if tokens.end_think is None:
+                raise OptionError(
+                    "structured output: the reply begins in thought, but the tokenizer has no </think> to end it with",
+                    hint="Ask for it with thinking=False.",
+                )
+            self._phase = _Phase.THOUGHT
+        elif pipeline is not None and pipeline.may_reason and tokens.think is not None:
+            self._phase = _Phase.OPEN
+        has_calls = is_free or knows_tags
+        self._not_thought = {
+            *(() if is_free else tokens.ends),
+            *((tokens.call,) if has_calls and tokens.call is not None else ()),
+        }
+        tags = {tokens.call, tokens.end_call} if has_calls else set()
+        self._never = tokens.added - tags - tokens.ends
+
+    def mask(self) -> Mask | None:
+        """The tokens that may come next; None for all."""
+        if not self._has_mask:
+            packed = self._packed()
+            self._mask = None if packed is None else mask_of_bytes(packed, self._tokens.vocab_size)
+            self._has_mask = True
+        return self._mask
+
+    def settle(self, drawn: int) -> int:
+        """`drawn` itself."""
+        return drawn
+
+    def advance(self, token: int) -> None:
+        """Continue with `token`.
+
+        Raises:
+            GenerationError: the grammar does not have it here, or a call came to nothing.
+        """
+        self._has_mask = False
+        tokens, phase = self._tokens, self._phase
+        if phase is _Phase.THOUGHT:
+            if token == tokens.end_think:
+                self._phase = _Phase.BREAKS
+            elif token in self._not_thought:
+                raise self._not_allowed(token)
+        elif token in tokens.ends:
+            if phase is not _Phase.ENDED and not self._may_end:
+                raise self._not_allowed(token)
+            self._phase = _Phase.ENDED
+        elif phase is _Phase.ENDED:
+            raise self._not_allowed(token)
+        elif phase is _Phase.OPEN and token == tokens.think:
+            self._phase = _Phase.THOUGHT
+        elif phase is _Phase.BREAKS and (count := tokens.breaks.get(token, 3)) + self._breaks <= _LINE_BREAKS:
+            self._breaks += count
+        elif not (phase is _Phase.OPEN and self._is_free and token in tokens.breaks):
+            self._take(token)
+        if self._pipeline is not None and self._pipeline.warnings and self._grammar is not None:
+            raise GenerationError(
+                f"constraint: {self._pipeline.warnings[0]}, expected a call that can be read",
+                hint="Ask again, or give the tool's parameters a schema that leaves less open.",
+            )
+
+    def fork(self) -> GrammarConstraint:
+        """A copy that goes on by itself."""
+        other = object.__new__(GrammarConstraint)
+        other.__dict__.update(self.__dict__)
+        other._pipeline = None
+        if self._matcher is not None:
+            other._matcher = self._matcher.deep_copy()
+        return other
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether the reply may end here."""
+        if self._is_free:
+            return self._phase is not _Phase.GRAMMAR
+        matcher = self._matcher
+        if matcher is None:
+            return self._grammar is not None and self._grammar.may_be_empty
+        return matcher.is_accepting()
+
+    def _packed(self) -> bytes | bytearray | None:
+        tokens, phase = self._tokens, self._phase
+        if phase is _Phase.THOUGHT:
+            return tokens.all_but(self._not_thought) if self._not_thought else None
+        if phase is _Phase.ENDED:
+            packed = bytearray(-(-tokens.vocab_size // 32) * 4)
+            _set(packed, tokens.ends)
+            return packed
+        if self._is_free and phase is not _Phase.GRAMMAR:
+            return tokens.all_but([tokens.call]) if self._calls == 0 and tokens.call is not None else None
+        packed = bytearray(self._allowed_by_grammar())
+        _clear(packed, self._never)
+        (_set if self._may_end else _clear)(packed, tokens.ends)
+        if phase is _Phase.OPEN and tokens.think is not None:
+            _set(packed, [tokens.think])
+        if phase is _Phase.BREAKS:
+            _set(packed, [token for token, count in tokens.breaks.items() if count + self._breaks <= _LINE_BREAKS])
+        return packed
+
+    def _allowed_by_grammar(self) -> bytes:
+        if self._matcher is None:
+            return b"" if self._grammar is None else self._grammar.first
+        allowed = self._matcher.compute_bitmask()
+        if problem := problem_of(self._matcher):
+            raise GenerationError(
+                f"constraint: the grammar cannot be followed further: {problem}",
+                hint="The schema, expression or grammar is too costly here: make it simpler.",
+            )
+        return allowed
+
+    def _take(self, token: int) -> None:
+        """Take a token behind the thought."""
+        if self._is_free and self._phase is not _Phase.GRAMMAR:
+            self._phase = _Phase.TEXT
+            if token != self._tokens.call:
+                return
+            if self._calls is not None:
+                if self._calls == 0:
+                    raise self._not_allowed(token)
+                self._calls -= 1
+            if self._grammar is None:
+                return
+        self._phase = _Phase.GRAMMAR
+        if self._matcher is None and self._grammar is not None:
+            self._matcher = self._grammar.begin()
+        matcher = self._matcher
+        if matcher is None or token in self._never or not matcher.consume_token(token):
+            raise self._not_allowed(token)
+        if self._is_free and matcher.is_accepting():
+            self._matcher, self._phase = None, _Phase.TEXT
+
+    def _not_allowed(self, token: int) -> _NotAllowedError:
+        return _NotAllowedError(f"constraint: found token {token}, expected one that the grammar has here")
+
+
+def _set(packed: bytearray, tokens: Collection[int]) -> None:
+    for token in tokens:
+        packed[token >> 3] |= 1 << (token & 7)
+
+
+def _clear(packed: bytearray, tokens: Collection[int]) -> None:
+    for token in tokens:
+        packed[token >> 3] &= ~(1 << (token & 7)) & 0xFF

@@ -1,0 +1,88 @@
+"""Which calls of tools a reply may, must or must not make, as callers say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlxqwen.checks import check_flag
+from mlxqwen.errors import OptionError
+from mlxqwen.files.json_file import json_kind
+
+__all__ = ["CallRules", "read_tool_choice"]
+
+_FORMS = '"auto", "none", "required" or {"type": "function", "function": {"name": …}}'
+
+
+@dataclass(frozen=True, slots=True)
+class CallRules:
+    """Which calls a reply makes.
+
+    Args:
+        mode: "none"; "auto", as the model decides; or "required".
+        tools: those that may be called, in OpenAI's form `{"type": "function", "function": {…}}`.
+        most_one: whether there is at most one call.
+    """
+
+    mode: Literal["none", "auto", "required"]
+    tools: tuple[Mapping[str, Any], ...]
+    most_one: bool
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing restricts the calls."""
+        return self.mode == "auto" and not self.most_one and not any(is_strict(tool) for tool in self.tools)
+
+
+def read_tool_choice(
+    tools: Sequence[Mapping[str, Any]] | None, tool_choice: object, parallel_tool_calls: object
+) -> CallRules:
+    """What `tool_choice` and `parallel_tool_calls` ask for.
+
+    Args:
+        tools: as `Engine.stream` takes them.
+        tool_choice: OpenAI's: None or "auto", "none", "required", or one function, by
+            `{"type": "function", "function": {"name": …}}` or `{"type": "function", "name": …}`.
+        parallel_tool_calls: whether a reply may make several calls.
+
+    Raises:
+        OptionError: no such choice, a choice without tools, or a tool that is not there.
+    """
+    parallel = check_flag("parallel_tool_calls", parallel_tool_calls)
+    known = tuple(_with_function(tool) for tool in tools or ())
+    if tool_choice is None or tool_choice == "auto":
+        return CallRules("auto", known, not parallel)
+    if tool_choice == "none":
+        return CallRules("none", known, not parallel)
+    if tool_choice == "required":
+        if not known:
+            raise OptionError('tool_choice: found "required" without tools, expected tools to choose from')
+        return CallRules("required", known, not parallel)
+    name = _chosen_name(tool_choice)
+    chosen = tuple(tool for tool in known if tool["function"].get("name") == name)
+    if not chosen:
+        names = ", ".join(str(tool["function"].get("name")) for tool in known)
+        raise OptionError(f"tool_choice: found {name!r:.80}, expected one of the tools: {names or 'there are none'}")
+    return CallRules("required", chosen[:1], True)
+
+
+def is_strict(tool: Mapping[str, Any]) -> bool:
+    """Whether calls of a tool have to fit its schema, whatever the model would write."""
+    return tool["function"].get("strict") is True
+
+
+def _chosen_name(choice: object) -> str:
+    if isinstance(choice, Mapping) and choice.get("type") == "function":
+        inner = choice.get("function", choice)
+        name = inner.get("name") if isinstance(inner, Mapping) else None
+        if isinstance(name, str):
+            return name
+    found = f"{choice!r:.80}" if isinstance(choice, str | Mapping) else json_kind(choice)
+    raise OptionError(f"tool_choice: found {found}, expected {_FORMS}")
+
+
+def _with_function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tool in OpenAI's form; a bare function is wrapped."""
+    function = tool.get("function", tool)
+    return {"type": "function", "function": function if isinstance(function, Mapping) else {}}

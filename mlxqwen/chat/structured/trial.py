@@ -1,0 +1,104 @@
+"""A grammar compiled on trial, in a process of its own that has little time and memory.
+
+Schemas and expressions of strangers may take minutes and gigabytes to compile (patterns that are intersected, divisors
+of many digits), and a thread that compiles cannot be ended.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+__all__ = ["compile_in_bounds", "parser_limits", "readable"]
+
+MAX_LEXER_STATES = 50_000  # of up to 2 kB
+MAX_GRAMMAR_SIZE = 200_000
+
+MAX_SECONDS = 3
+"""Of one processor."""
+MAX_WAIT = 20
+"""Seconds until an answer is given up, on a machine that has other things to do."""
+MAX_MEMORY = 2 * 2**30
+
+_PROGRAM = """
+import json, resource, sys
+def bound(kind, most):
+    try:
+        resource.setrlimit(kind, (most, most))
+    except (OSError, ValueError):
+        pass  # macOS bounds no memory
+bound(resource.RLIMIT_CPU, int(sys.argv[2]))
+bound(resource.RLIMIT_AS, int(sys.argv[3]))
+bound(resource.RLIMIT_CORE, 0)
+sys.path.append(sys.argv[1])
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+class Bytes:
+    is_tokenizer_wrapper, bos_token_id, eos_token_id, special_token_ids = True, None, 256, [256]
+    tokens = [bytes([n]) for n in range(256)] + [b"end"]
+    def __call__(self, text):
+        return list(text.encode())
+vocabulary = LLTokenizer(Bytes(), n_vocab=257, eos_token=[256])
+states, size = map(int, sys.argv[4:])
+limits = LLParserLimits(max_lexer_states=states, max_grammar_size=size, verbose_errors=False)
+for grammar in json.load(sys.stdin):
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    print(json.dumps(matcher.get_error() if matcher.is_error() else None), flush=True)
+"""
+
+_TOO_LONG = f"it takes more than {MAX_SECONDS} seconds or {MAX_MEMORY // 2**30} GB to compile"
+_trials = threading.BoundedSemaphore(2)
+
+
+def parser_limits() -> LLParserLimits:
+    """The limits of llguidance's own."""
+    import llguidance
+
+    return llguidance.LLParserLimits(
+        max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False
+    )
+
+
+def readable(error: str) -> str:
+    """The first line of an error of llguidance's."""
+    line = error.strip().partition("\n")[0][:300]
+    return "no text fits it" if not line or line.startswith("NoExtension") else line
+
+
+def compile_in_bounds(grammars: Sequence[str]) -> list[str | None]:
+    """Why each grammar in llguidance's JSON form cannot be compiled; None if it can.
+
+    They are compiled for a vocabulary of single bytes, so they may name no tokens. All of them share the bounds.
+    """
+    import llguidance
+
+    folder = str(Path(llguidance.__file__).parent.parent)
+    bounds = map(str, (MAX_SECONDS, MAX_MEMORY, MAX_LEXER_STATES, MAX_GRAMMAR_SIZE))
+    with _trials:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM, folder, *bounds],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            output, _ = process.communicate(json.dumps(list(grammars)), timeout=MAX_WAIT)
+        except BaseException as cause:
+            process.kill()
+            output, _ = process.communicate()
+            if not isinstance(cause, subprocess.TimeoutExpired):
+                raise
+    answers = [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith("\n")]
+    found = [None if one is None else readable(one) for one in answers]
+    return found + [_TOO_LONG] * (len(grammars) - len(found))

@@ -1,0 +1,180 @@
+"""Calls kept to their tools' schemas: required, named, strict, one at most, or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from mlxqwen import ChatRequest, Done, Engine
+from mlxqwen.errors import OptionError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.structured_schemas import record
+
+pytest.importorskip("llguidance")
+
+QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
+ADD = {"name": "add", "parameters": record(a={"type": "integer"}, b={"type": "integer"})}
+FIND = {
+    "name": "find",
+    "parameters": {
+        "$defs": {"kind": {"enum": ["dog", "Katze"]}},
+        "type": "object",
+        "properties": {"kind": {"$ref": "#/$defs/kind"}, "old": {"type": "boolean"}},
+        "required": ["kind"],
+    },
+}
+NOW = {"name": "now"}
+TOOLS = [{"type": "function", "function": one} for one in (ADD, FIND, NOW)]
+SCHEMAS: dict[str, Any] = {"add": ADD["parameters"], "find": FIND["parameters"], "now": {"maxProperties": 0}}
+WILD = {"temperature": 2, "top_p": 1, "top_k": 0}
+
+
+@pytest.fixture(scope="module")
+def engine(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Engine:
+    return Engine(*demo)
+
+
+@pytest.fixture(scope="module")
+def babble(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Engine:
+    return Engine(babbler, tokenizer)
+
+
+def answers(engine: Engine, asked: Sequence[dict[str, Any]], **options: Any) -> list[Done]:
+    """The replies to the question with these options, all at once."""
+    options = {"tools": TOOLS, "thinking": False, "max_tokens": 80, **options}
+    found = dict(engine.batch([ChatRequest(QUESTION, one) for one in asked], batch_size=len(asked), **options))
+    return [found[place] for place in range(len(asked))]
+
+
+def answer(engine: Engine, **options: Any) -> Done:
+    return answers(engine, [options])[0]
+
+
+def check_calls(done: Done) -> None:
+    for call in done.reply.tool_calls:
+        Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
+
+
+def biased(engine: Engine, **tags: float) -> dict[str, Any]:
+    """Draws that like or loathe the tags of calls."""
+    names = {"call": "<tool_call>", "end": "<|im_end|>"}
+    bias = {engine.tokenizer.token_to_id(names[name]): value for name, value in tags.items()}
+    return {**WILD, "logit_bias": bias}
+
+
+def test_required_calls_fit_their_schemas(babble: Engine) -> None:
+    seeds = [{"seed": seed} for seed in range(16)]
+    done = answers(babble, seeds, tool_choice="required", sampling=biased(babble, end=20))
+    for one in done:
+        assert one.finish_reason == "tool_calls"
+        assert one.reply.content == ""
+        check_calls(one)
+    assert {call.name for one in done for call in one.reply.tool_calls} == {"add", "find", "now"}
+
+
+def test_a_required_call_follows_the_thought(engine: Engine) -> None:
+    done = answer(engine, tool_choice="required", thinking=True, seed=1)
+    assert done.finish_reason == "tool_calls"
+    assert done.reply.reasoning
+    check_calls(done)
+
+
+def test_a_named_function_is_called_once(babble: Engine) -> None:
+    forms = ({"type": "function", "function": {"name": "find"}}, {"type": "function", "name": "find"})
+    asked = [{"tool_choice": form, "seed": seed} for form in forms for seed in range(3)]
+    for done in answers(babble, asked, sampling=biased(babble, call=20)):
+        assert [call.name for call in done.reply.tool_calls] == ["find"]
+        check_calls(done)
+
+
+def test_several_calls_unless_told_not_to(babble: Engine) -> None:
+    """A model that would rather call than end."""
+    sampling = biased(babble, end=-30)
+    counts = {}
+    for parallel in (True, False):
+        done = answer(
+            babble, tool_choice="required", parallel_tool_calls=parallel, sampling=sampling, seed=1, max_tokens=150
+        )
+        counts[parallel] = len(done.reply.tool_calls)
+        check_calls(done)
+    assert counts[True] > 1
+    assert counts[False] == 1
+
+
+def test_none_leaves_no_call(babble: Engine) -> None:
+    call = babble.tokenizer.token_to_id("<tool_call>")
+    done = answer(babble, sampling=biased(babble, call=50), seed=0)
+    assert call in done.tokens
+    done = answer(babble, tool_choice="none", sampling=biased(babble, call=50), seed=0)
+    assert call not in done.tokens
+    assert done.reply.tool_calls == ()
+
+
+def test_the_choice_is_no_part_of_the_prompt(engine: Engine) -> None:
+    """So what was read of tools is shared."""
+    free, none = (answer(engine, tool_choice=choice, max_tokens=1) for choice in ("auto", "none"))
+    assert free.usage.prompt_tokens == none.usage.prompt_tokens
+
+
+def test_strict_tools_are_called_as_their_schemas_say_and_text_stays_free(babble: Engine) -> None:
+    strict = [{"type": "function", "function": {**one, "strict": True}} for one in (ADD, FIND, NOW)]
+    opening = babble.tokenizer.token_to_id("<tool_call>")
+    asked = [{"seed": seed, "parallel_tool_calls": parallel} for parallel in (True, False) for seed in range(6)]
+    called = 0
+    for options, done in zip(
+        asked, answers(babble, asked, tools=strict, sampling=biased(babble, call=9, end=-30)), strict=True
+    ):
+        called += len(done.reply.tool_calls)
+        begun = done.tokens.count(opening)
+        assert begun - 1 <= len(done.reply.tool_calls) <= begun
+        assert done.tokens[0] == opening or done.reply.content
+        assert options["parallel_tool_calls"] or begun <= 1
+        check_calls(done)
+    assert called > 2
+
+
+def test_an_answer_in_its_format_or_calls(babble: Engine) -> None:
+    form = record(sure={"type": "boolean"})
+    for bias, calls in ((30.0, True), (-30.0, False)):
+        done = answer(babble, response_format=form, sampling=biased(babble, call=bias, end=30), seed=3)
+        assert bool(done.reply.tool_calls) == calls
+        check_calls(done)
+        if not calls:
+            Draft202012Validator(form).validate(json.loads(done.reply.content))
+
+
+def test_a_schema_that_cannot_be_compiled(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """A note and any arguments; for a strict tool an error."""
+    odd = {"name": "odd", "parameters": {"type": "object", "not": {"required": ["x"]}}}
+    tools = [{"type": "function", "function": one} for one in (ADD, odd)]
+    named = {"type": "function", "function": {"name": "odd"}}
+    assert engine.stream(QUESTION, tools=tools, tool_choice="required")
+    assert "tool 'odd': calls are not kept to its parameters" in caplog.text
+    tools[1]["function"] = {**odd, "strict": True}
+    for choice in ("auto", "required", named):
+        with pytest.raises(OptionError, match=r"tool 'odd': parameters|\"not\""):
+            engine.stream(QUESTION, tools=tools, tool_choice=choice)
+    assert engine.stream(QUESTION, tools=tools, tool_choice="none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tool_choice": "always"}, "tool_choice: found 'always'"),
+        ({"tool_choice": 3}, "tool_choice: found a number"),
+        (
+            {"tool_choice": {"type": "function", "name": "other"}},
+            "tool_choice: found 'other', expected one of the tools: add",
+        ),
+        ({"tool_choice": "required", "tools": None}, "without tools"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls: found 1"),
+    ],
+)
+def test_bad_choices(engine: Engine, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        engine.stream(QUESTION, **{"tools": TOOLS, **options})
