@@ -775,12 +775,12 @@ def test_a_tentative_step_grows_a_cache_a_layer_at_a_time(window: int | None, gu
     """A line where guesses are read, a ring where those that fill its window stay."""
     model = Qwen3ForCausalLM(ModelConfig.from_dict({**DENSE, "num_hidden_layers": 8}))
     mx.eval(model.parameters())
-    cache = make_cache(model, batch_size=16, max_kv_size=window)
-    mx.eval(model.model(mx.ones((16, 250), dtype=mx.int32), cache), cache.state)
+    cache = make_cache(model, batch_size=4, max_kv_size=window)
+    mx.eval(model.model(mx.ones((4, 250), dtype=mx.int32), cache), cache.state)
     before, step = cache.nbytes, TentativeStep(cache)
 
     def read() -> None:
-        mx.eval(model.model(mx.ones((16, guesses), dtype=mx.int32), step))
+        mx.eval(model.model(mx.ones((4, guesses), dtype=mx.int32), step))
 
     def settle() -> None:
         step.settle(guesses)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path).ask(*({"prompt": question} for question in QUESTIONS))
 
 
+@cache
 def alone(*arguments: str) -> dict[str, Any]:
-    """What `generate` says of one prompt, without what no two runs share."""
+    """What `generate` says of one prompt, without what no two runs share; said once of the same arguments."""
     result = run("generate", *arguments, "--json")
     assert result.status == 0, result
     return core(json.loads(result.out))
@@ -76,16 +78,10 @@ def core(answer: Mapping[str, Any]) -> dict[str, Any]:
 # Answers
 
 
-@pytest.fixture(scope="module")
-def answers_alone() -> list[dict[str, Any]]:
-    """Each question answered alone."""
-    return [alone(question, "--seed", "5") for question in QUESTIONS]
-
-
 @pytest.mark.parametrize("size", ["1", "2", "8"])
-def test_each_line_gets_what_it_would_get_alone(files: Files, answers_alone: list[dict[str, Any]], size: str) -> None:
+def test_each_line_gets_what_it_would_get_alone(files: Files, size: str) -> None:
     assert files.run("--seed", "5", "--batch-size", size) == Result(0, "", "")
-    assert [core(answer) for answer in files.answers] == answers_alone
+    assert [core(answer) for answer in files.answers] == [alone(question, "--seed", "5") for question in QUESTIONS]
     assert [answer["index"] for answer in files.answers] == list(range(len(QUESTIONS)))
 
 
@@ -159,8 +155,10 @@ def test_tools_for_all_lines_and_for_one(files: Files, tmp_path: Path) -> None:
     assert (call["type"], call["function"]["name"], first["finish_reason"]) == ("function", "calculator", "tool_calls")
     assert json.loads(call["function"]["arguments"]) == {"expression": "1234 * 5678"}
     assert core(first) == alone(PRODUCT, *options)
-    tools.write_text(json.dumps([clock]))
-    assert core(second) == alone(PRODUCT, *options)
+    other = tmp_path / "clock.json"
+    other.write_text(json.dumps([clock]))
+    assert core(second) == alone(PRODUCT, "--tools", str(other), "--temperature", "0")
+    tools.write_text(other.read_text())
     assert_error(files.run(*options), "made with other options")
 
 
@@ -196,7 +194,7 @@ def test_lines_that_fail_are_answers_and_counted(files: Files) -> None:
     assert "context of 512" in failed["error"]
     assert "--max-kv-size" in failed["hint"]
     assert failed["hint"] not in failed["error"]
-    assert [core(first), core(last)] == [alone(question, "--seed", "1") for question in QUESTIONS[:2]]
+    assert [core(first), core(last)] == [alone(question, "--seed", "5") for question in QUESTIONS[:2]]
     before = files.output.read_bytes()
     again = files.run("--seed", "1")
     assert (again.status, files.output.read_bytes()) == (1, before)
@@ -361,15 +359,15 @@ def test_a_full_disk_is_one_message(files: Files) -> None:
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, "-m", "mlxqwen", *files.arguments, "--seed", "1"]
+    command = [sys.executable, "-m", "mlxqwen", *files.arguments, "--seed", "5"]
     result = subprocess.run(command, preexec_fn=bounded, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     first, second = result.stderr.splitlines()
     assert first == f"error: {files.output}: cannot be written: File too large"
     assert second == "       The answers in it are kept, and the same command goes on from there."
     assert 0 < len(files.answers) < len(QUESTIONS)
-    assert files.run("--seed", "1").status == 0
-    assert [core(answer) for answer in files.answers] == [alone(question, "--seed", "1") for question in QUESTIONS]
+    assert files.run("--seed", "5").status == 0
+    assert [core(answer) for answer in files.answers] == [alone(question, "--seed", "5") for question in QUESTIONS]
 
 
 # Bad input, before anything is loaded

@@ -441,7 +441,7 @@ def test_writers_that_are_killed_leave_a_folder_that_opens_and_is_right(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chooser, blocks = random.Random(1), 0
-    for number in range(12):
+    for number in range(8):
         process = writer(folder, number, 1_000_000)
         time.sleep(chooser.random() * 0.1)
         process.send_signal(signal.SIGKILL)
@@ -450,7 +450,7 @@ def test_writers_that_are_killed_leave_a_folder_that_opens_and_is_right(
         process.stdout.close()
         assert nbytes(folder) <= CAPACITY
         blocks += found(store_on(folder, CAPACITY), SOME)
-    assert blocks > 100
+    assert blocks > 50
     assert caplog.records == []  # nothing was damaged
 
 

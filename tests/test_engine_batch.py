@@ -39,20 +39,19 @@ def alone(engine: Engine, messages: Any, **options: Any) -> Done:
     return done
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("thinking", [None, False])
-def test_each_is_answered_as_alone(engine: Engine, thinking: bool | None, batch_size: int) -> None:
+def test_each_is_answered_as_alone(engine: Engine, thinking: bool | None) -> None:
     options: dict[str, Any] = {"thinking": thinking, "seed": 7, "max_tokens": 40}
     before = copy.deepcopy(QUESTIONS)
-    found = dict(engine.batch(QUESTIONS, batch_size=batch_size, **options))
-    assert sorted(found) == list(range(len(QUESTIONS)))
-    for index, done in found.items():
-        assert facts(done) == facts(alone(engine, QUESTIONS[index], **options))
+    expected = [facts(alone(engine, question, **options)) for question in QUESTIONS]
+    for batch_size in (1, 2, 8):
+        found = dict(engine.batch(QUESTIONS, batch_size=batch_size, **options))
+        assert [facts(found[index]) for index in range(len(QUESTIONS))] == expected, batch_size
+        assert len(found) == len(QUESTIONS)
     assert before == QUESTIONS
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
-def test_options_of_their_own(engine: Engine, batch_size: int) -> None:
+def test_options_of_their_own(engine: Engine) -> None:
     own: list[dict[str, Any]] = [
         {"seed": 1},
         {"thinking": False, "max_tokens": 3},
@@ -60,10 +59,15 @@ def test_options_of_their_own(engine: Engine, batch_size: int) -> None:
         {"tools": TOOLS, "sampling": {"temperature": 0}},
         {"sampling": {"temperature": 2.0}, "seed": 3},
     ]
-    shared: dict[str, Any] = {"seed": 9, "max_tokens": 60}
+    shared: dict[str, Any] = {"seed": 9, "max_tokens": 40}
     requests = [ChatRequest(messages, options) for messages, options in zip(QUESTIONS, own, strict=True)]
-    for index, done in engine.batch(requests, batch_size=batch_size, **shared):
-        assert facts(done) == facts(alone(engine, QUESTIONS[index], **{**shared, **own[index]}))
+    expected = [
+        facts(alone(engine, messages, **{**shared, **options}))
+        for messages, options in zip(QUESTIONS, own, strict=True)
+    ]
+    for batch_size in (2, 8):
+        found = dict(engine.batch(requests, batch_size=batch_size, **shared))
+        assert [facts(found[index]) for index in range(len(own))] == expected, batch_size
 
 
 def test_rows_come_as_they_end_and_the_next_takes_the_place(engine: Engine) -> None:
@@ -170,10 +174,10 @@ def test_a_budget_for_one_where_no_thought_can_be_ended(demo: Any) -> None:
 
 @pytest.mark.parametrize("cache", [{"max_kv_size": 128}, {"kv_bits": 8}, {"max_kv_size": 64, "keep": 2, "kv_bits": 4}])
 def test_options_of_the_caches(engine: Engine, cache: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"seed": 7, "max_tokens": 40, **cache}
+    options: dict[str, Any] = {"seed": 7, "max_tokens": 20, **cache}
     conversations = list(QUESTIONS[:2])
     if "max_kv_size" in cache:  # longer than the context, over which the window slides
-        conversations.append([{"role": "user", "content": "word " * 600}])
+        conversations.append([{"role": "user", "content": "word " * 520}])
     found = dict(engine.batch(conversations, batch_size=2, **options))
     if "max_kv_size" in cache:
         assert found[2].usage.prompt_tokens > engine.model.config.context_length

@@ -80,7 +80,7 @@ def test_without_a_split_all_is_content(events_of: Any) -> None:
     [
         ("Hello", True, {}, "stop"),
         ("Hello", False, {}, "length"),
-        (" x" * 600, True, {"stop_on_loop": True, "cache": CacheKind(max_kv_size=64)}, "loop"),
+        (" x" * 520, True, {"stop_on_loop": True, "cache": CacheKind(max_kv_size=64)}, "loop"),
         (CALL, True, {"tools": True}, "tool_calls"),
         (CALL, False, {"tools": True}, "length"),
         (f"{CALL} and stop here", True, {"tools": True, "stop": "stop"}, "stop"),

@@ -466,7 +466,7 @@ def forced_by_the_book(
     return reply
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     prompts=st.lists(PROMPT, min_size=1, max_size=4),
     params=st.lists(DETERMINED | UNPENALISED, min_size=4, max_size=4),

@@ -59,7 +59,7 @@ def test_a_conversation_is_the_one_without_speculation(
     demo: tuple[Qwen3ForCausalLM, Tokenizer], drafted: DraftModel, cache: dict[str, Any], options: dict[str, Any]
 ) -> None:
     def talk(speculative: Speculative) -> tuple[list[Done], Conversation]:
-        chat = Conversation(Engine(*demo, speculative=speculative), **cache, **options, seed=4, max_tokens=60)
+        chat = Conversation(Engine(*demo, speculative=speculative), **cache, **options, seed=4, max_tokens=36)
         return [done_of(chat.stream(question)) for question in QUESTIONS], chat
 
     expected, plain = talk(None)

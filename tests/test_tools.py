@@ -539,7 +539,7 @@ def _fitting_type(name: str, schema: Schema) -> st.SearchStrategy[Any]:
     }[name]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data(), annotation=_annotations)
 def test_values_are_judged_as_jsonschema_judges_them(data: st.DataObject, annotation: Any) -> None:
     """`parameters` checks each schema against the meta-schema."""
@@ -551,7 +551,7 @@ def test_values_are_judged_as_jsonschema_judges_them(data: st.DataObject, annota
         assert (problem is None) == validator.is_valid(value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), annotation=_annotations)
 def test_every_value_that_fits_reaches_the_function(data: st.DataObject, annotation: Any) -> None:
     value = data.draw(_fitting(value_schema(annotation)))
@@ -1044,7 +1044,7 @@ _schemas = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(schema=_schemas.filter(lambda schema: isinstance(schema, dict)))
 def test_a_schema_is_judged_as_jsonschema_judges_it(schema: Any) -> None:
     is_valid = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA).is_valid(schema)
