@@ -33,6 +33,7 @@ if find_spec("starlette") is None:
 # No test leaves anything in the cache of whoever runs it.
 _CACHE = tempfile.TemporaryDirectory(prefix="mlxqwen-tests-")
 os.environ["MLXQWEN_CACHE"] = _CACHE.name
+os.environ["XDG_STATE_HOME"] = f"{_CACHE.name}/state"  # where chats keep their history
 
 VOCAB_SIZE = 97
 CONTEXT = 64

@@ -46,6 +46,7 @@ HOMES = {
     "click": {"cli"},
     "markdown_it": {"cli"},
     "prompt_toolkit": {"cli"},
+    "wcwidth": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"cli"},
     "xxhash": {"cache"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -44,6 +45,7 @@ class Chat:
                 "TERM": "xterm",
                 "LANG": "C.UTF-8",
                 "PROMPT_TOOLKIT_NO_CPR": "1",
+                "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
                 **env,
             },
             encoding="utf-8",
@@ -131,7 +133,7 @@ OPTIONS = """
     --early-stop-text --max-tokens --temperature --top-p --top-k --min-p --presence-penalty --frequency-penalty
     --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size
     --kv-keep --kv-bits --prefill-chunk --yarn-factor --yarn --rope-scaling --prompt-cache --prefix-cache
-    --dtype --force --verbose
+    --dtype --force --verbose --messages --tools --history --no-history
 """
 
 
@@ -214,23 +216,24 @@ def test_retry_answers_anew(chat: Start, tmp_path: Path) -> None:
 
 def test_switches_and_budgets(chat: Start) -> None:
     talk = chat("--seed", "1")
-    assert talk.say("/no_think") == ["Thinking: off."]
+    assert talk.say("/no_think") == ["The model does not think before it answers."]
     assert "temperature 0.7" in "\n".join(talk.say("/stats"))
     assert not any(map(THOUGHT.match, talk.say("How many r's in strawberry?")))
-    assert talk.say("/think")[0].startswith("Thinking: on, no budget")
+    assert talk.say("/think") == ["The model thinks as long as it likes before it answers."]
     assert any(map(THOUGHT.match, talk.say("How many r's in strawberry?")))
     assert not any(map(THOUGHT.match, talk.say("/no_think How many r's in strawberry?")))
     talk.say("/clear")
-    assert talk.say("/budget 5")[0].endswith("at most 5 tokens.")
+    assert talk.say("/budget 5") == ["The model thinks for at most 5 tokens before it answers."]
     cut_off = talk.say("How many r's in strawberry?")
-    assert cut_off[0].endswith(", its whole budget")
-    assert talk.say("/budget")[0].endswith("at most 5 tokens.")
-    assert talk.say("/budget 0") == ["Thinking: off."]
+    assert cut_off[0].endswith(" s, 5 tokens, its whole budget")
+    assert "5 of reasoning, all that its budget allows" in " ".join(talk.say("/stats"))
+    assert talk.say("/budget") == ["The model thinks for at most 5 tokens before it answers."]
+    assert talk.say("/budget 0") == ["The model does not think before it answers."]
     assert not any(map(THOUGHT.match, talk.say("What is 2 + 3?")))
-    assert talk.say("/think")[0].startswith("Thinking: on, no budget")
-    assert talk.say("/budget off")[0] == "Thinking: on, no budget."
+    assert talk.say("/think") == ["The model thinks as long as it likes before it answers."]
+    assert "as long as it likes" in talk.say("/budget off")[0]
     talk.say("/no_think")
-    assert talk.say("/budget off")[0].endswith("have it, no budget.")
+    assert "as long as it likes" in talk.say("/budget off")[0]
     assert any(map(THOUGHT.match, talk.say("What is 2 + 3?")))
     assert "expected at most 999,999,999 tokens" in " ".join(talk.say("/budget 99999999999999999"))
     for wrong in ("-1", "many", "1e3", "²"):
@@ -362,6 +365,18 @@ def test_ctrl_c_right_behind_a_message_is_not_for_the_next_prompt(chat: Start) -
     assert LEAVES not in talk.answer()
     assert "Conversation: 2 messages." in talk.say("")
     assert talk.end() == 0
+
+
+def test_what_is_typed_during_a_reply_is_there_once(chat: Start, endless: str) -> None:
+    talk = chat("--no-thinking", "--max-tokens", "60", "--max-kv-size", "64", "--model", endless)
+    talk.begin("Hello")
+    talk.child.logfile_read = seen = io.StringIO()
+    talk.send(f"typed ahead\r{END}")
+    talk.rest()
+    talk.answer()
+    assert talk.end("") == 0
+    shown_at_all = seen.getvalue().count("typed ahead")
+    assert shown_at_all == seen.getvalue().count("\x1b[0m> typed ahead") > 0  # by the prompt alone
 
 
 def test_ctrl_d_leaves(chat: Start) -> None:
@@ -533,7 +548,8 @@ def test_plain_messages_are_loaded(tmp_path: Path) -> None:
     file = tmp_path / "messages.json"
     for content in ([{"role": "user", "content": "a"}], {"messages": [{"role": "user", "content": "a"}]}):
         file.write_text(json.dumps(content))
-        assert piped(f"/load {file}").err == f"Loaded 1 message from {file}.\n"
+        said = piped(f"/load {file}").err
+        assert said == f"Loaded 1 message from {file}. The last message has no answer yet: /retry answers it.\n"
 
 
 def test_each_line_is_answered() -> None:
@@ -547,7 +563,10 @@ def test_each_line_is_answered() -> None:
 def test_commands_work_in_pipes_too(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     result = piped("/no_think", "Hello", f"/save {file}", "/quit", "never read")
-    assert (result.status, result.err) == (0, f"Thinking: off.\nSaved 2 messages to {file}.\n")
+    assert (result.status, result.err) == (
+        0,
+        f"The model does not think before it answers.\nSaved 2 messages to {file}.\n",
+    )
     assert [message["content"] for message in messages_of(file)] == ["Hello", result.out.removesuffix("\n")]
 
 
@@ -580,13 +599,16 @@ def test_a_cut_off_answer_is_told() -> None:
 def test_options_are_those_of_generate() -> None:
     from mlxqwen.cli.chat import chat as command
 
-    assert {name for option in command.params for name in (*option.opts, *option.secondary_opts)} == {*OPTIONS.split()}
+    options = [param for param in command.params if param.param_type_name == "option"]
+    assert {name for option in options for name in (*option.opts, *option.secondary_opts)} == {*OPTIONS.split()}
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["Hello"],
+        ["one", "two", "three"],
+        ["--model", "one", "two", "three"],
+        ["--messages", "-"],
         ["--raw"],
         ["--kv-keep", "2"],
         ["--no-thinking", "--thinking-budget", "3"],

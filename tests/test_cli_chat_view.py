@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxqwen.chat.reply import Delta, Reply
 from mlxqwen.cli import chat_screen
-from mlxqwen.cli.chat_commands import COMMANDS, HELP, ChatCommand, Message, parse_line
+from mlxqwen.cli.chat_commands import ALIASES, COMMANDS, HELP, HELP_INDENT, ChatCommand, Message, parse_line
 from mlxqwen.cli.chat_markdown import StreamedMarkdown, wrap
 from mlxqwen.cli.chat_screen import LiveLines
 from mlxqwen.cli.chat_thought import Thought, thought_line
+from mlxqwen.cli.chat_view import PlainView, TerminalView
+from mlxqwen.engine.events import Done, Timings, Usage
 from mlxqwen.errors import OptionError
 from tests.command_line import Terminal
 from tests.terminal_screen import Screen
@@ -75,6 +78,9 @@ Setext
         ("/budget 20", ChatCommand("/budget", "20")),
         ("/budget", ChatCommand("/budget")),
         ("/system You are\nbrief.", ChatCommand("/system", "You are\nbrief.")),
+        ("/exit", ChatCommand("/quit")),
+        ("/bye", ChatCommand("/quit")),
+        ("/?", ChatCommand("/help")),
         ("/save my chat.json", ChatCommand("/save", "my chat.json")),
         ("", None),
         (" \n\t", None),
@@ -107,7 +113,18 @@ def test_mistyped_commands_are_named(typed: str, words: list[str]) -> None:
 
 def test_help_lists_every_command() -> None:
     assert [line.split()[0] for line in HELP.splitlines()[: len(COMMANDS)]] == list(COMMANDS)
-    assert max(map(len, HELP.splitlines()[: len(COMMANDS)])) <= 110
+    assert {name for name in ALIASES if name in HELP} == {*ALIASES}
+
+
+@pytest.mark.parametrize(("columns", "most"), [(80, 23), (60, 40)])
+def test_help_is_seen_at_a_glance(columns: int, most: int) -> None:
+    lines = wrap(HELP, columns, hanging=HELP_INDENT)
+    assert len(lines) <= most  # and the next prompt
+    of_commands = lines[: lines.index("")]
+    begun = [line for line in of_commands if line.startswith("/")]
+    assert len(begun) == len(COMMANDS)
+    assert all(line.startswith(" " * HELP_INDENT) for line in of_commands if line not in begun)
+    assert " ".join(" ".join(of_commands).split()) == " ".join(HELP.partition("\n\n")[0].split())
 
 
 # Markdown
@@ -126,6 +143,16 @@ def test_markdown_is_rendered() -> None:
     lines = rendered("Some **bold**\nlines\n\n- one\n- two\n\n```python\nx = 1\n\ny = 2\n```\n")
     assert lines == ["Some bold", "lines", "", " • one", " • two", "", "```python", "x = 1", "", "y = 2", "```"]
     assert "\x1b[1mbold\x1b[0m" in rendered("Some **bold**", styled=True)[0]
+
+
+def test_lists_keep_their_numbers_and_headings_stay_left() -> None:
+    assert rendered("# One\n\n## Two\n\n### Three") == ["One", "", "Two", "", "Three"]
+    assert rendered("1. a\n1. b\n\n```\nx\n```\n\n2) c\n\npara\n\n7. d") == [
+        *(" 1. a", " 1. b", "", "```", "x", "```", "", " 2) c", "", "para", "", " 7. d")
+    ]
+    assert rendered("9. some words\n10. and others\n    - deep\n11.", 14) == [
+        *("  9. some", "     words", " 10. and", "     others", "      • deep", " 11.")
+    ]
 
 
 @settings(deadline=None, max_examples=30)
@@ -242,6 +269,26 @@ def test_a_shown_thought_stays() -> None:
     thought.end()
     assert thought.lines(10, 5)[:-1] == expected
     assert thought.lines(10, 5)[-1].startswith("Thought for ")
+
+
+def test_a_thought_that_was_stopped_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    text = "\n".join(f"step {i}" for i in range(40))
+    for done in (None, Done(Reply(text, ""), "stop", Usage(1, 2, 3), Timings(1, 1, 1, 1))):
+        for view in (TerminalView, plain_view):
+            stream = io.StringIO()
+            reply = view(stream, count_words).reply()
+            reply.show(Delta(reasoning=text))
+            reply.end(done)
+            screen = Screen(80, 24)
+            screen.write(stream.getvalue())
+            shown = [line for line in screen.lines if line]
+            assert shown[-1].startswith("Thought for ")
+            assert shown[:-1] == ([] if done else text.split("\n"))
+
+
+def plain_view(stream: io.StringIO, count_tokens: Callable[[str], int]) -> PlainView:
+    return PlainView(stream, stream, folds_reasoning=True, count_tokens=count_tokens)
 
 
 def test_thought_line() -> None:

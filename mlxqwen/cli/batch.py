@@ -94,7 +94,8 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     if failed:
         print_error(
             f"{output}: {failed:,} of {len(requests):,} lines have failed",
-            'Their "error" tells why. Once these lines are removed from it, the same command tries them again.',
+            'Their "error" tells why. They are not tried again unless they are removed from it: the same command then '
+            "answers them alone.",
         )
     return 1 if failed else 0
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlxqwen import __version__
 from mlxqwen.cli import is_out_of_memory
+from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.terminal import print_error
+from mlxqwen.cli.text_input import check_unicode, read_text
+from mlxqwen.cli.typed_ahead import typing_unseen
 from mlxqwen.errors import MlxqwenError, OptionError
 
 if TYPE_CHECKING:
@@ -26,37 +31,96 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 _NOT_IN_A_CHAT = {"prompt", "prompt_file", "messages", "tools", "raw", "batch", "output", "batch_size", "as_json"}
+_FILE = click.Path(exists=True, dir_okay=False)
+_OWN = [
+    click.Argument(["model_argument"], required=False, metavar="[MODEL]", shell_complete=complete_folder),
+    click.Argument(["message"], required=False, metavar="[MESSAGE]"),
+    click.Option(["--messages"], type=_FILE, metavar="FILE.json", help="Go on with a conversation, as /load does."),
+    click.Option(
+        ["--tools"],
+        type=_FILE,
+        metavar="FILE.json",
+        help="Functions that the model may call: a list of their schemas. You type what they return.",
+    ),
+    click.Option(
+        ["--history/--no-history"],
+        default=True,
+        help="Keep the lines that are typed for the next chat, in a file that is yours alone; on by default.",
+    ),
+]
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
-@click.command(params=[option for option in generate.params if option.name not in _NOT_IN_A_CHAT])
-def chat(**options: Any) -> int:
-    """Talk with a model in the terminal; /help lists what can be typed besides messages.
+@click.command(params=[*_OWN, *(option for option in generate.params if option.name not in _NOT_IN_A_CHAT)])
+@click.pass_context
+def chat(context: click.Context, /, **options: Any) -> int:
+    """Talk with MODEL, beginning with MESSAGE; /help lists what can be typed besides messages.
+
+    MODEL may also be given by --model. A single argument with blanks in it is the message.
 
     If standard input is no terminal, each of its lines is a message or a command: answers go to standard output, all
     else to standard error.
     """
-    options = {**dict.fromkeys(_NOT_IN_A_CHAT), **options}
+    options = _with_arguments(context, {**dict.fromkeys(_NOT_IN_A_CHAT), **options})
     check_usage(options)
     check_values(options)
-    engine = load_engine(options)
+    options = _with_files(options)
+    with typing_unseen():
+        return _run(load_engine(options), options)
+
+
+def _with_arguments(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the model and the first message from the arguments."""
+    words = [word for name in ("model_argument", "message") if (word := options[name]) is not None]
+    if context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
+        if len(words) > 1:
+            raise click.UsageError(f"Give MODEL or --model, not both: found {words[0]!r} before the message.")
+        model = options["model"]
+    elif words and (len(words) > 1 or not any(map(str.isspace, words[0])) or os.path.isdir(words[0])):
+        model = words.pop(0)
+    else:
+        model = options["model"]
+    message = words[0] if words else None
+    check_unicode(message=message)
+    if message is not None and not message.strip():
+        raise OptionError("message: found no text, expected the first words of the chat", hint="Leave it out.")
+    return {**options, "model": model, "message": message}
+
+
+def _with_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the schemas of --tools; both files are checked before a model is loaded."""
     with leave_at_once():
+        from mlxqwen.chat.request_files.conversations import parse_tools
+        from mlxqwen.engine.conversation_file import read_conversation
+
+    if options["messages"] is not None:
+        read_conversation(Path(options["messages"]))
+    tools = options["tools"]
+    return {**options, "tools": None if tools is None else list(parse_tools(read_text(tools), tools))}
+
+
+def _run(engine: Engine, options: Mapping[str, Any]) -> int:
+    """The whole chat → the exit status."""
+    with leave_at_once():
+        from mlxqwen.cli.chat_history import history_path, open_history
         from mlxqwen.cli.chat_input import Keyboard, Lines
         from mlxqwen.cli.chat_session import ChatSession
 
     if options["verbose"]:
         _print_request(engine, options)
-    status = 0
+    message = options["message"]
     with engine:
-        if sys.stdin.isatty():
-            view = _view(engine)
-            session = ChatSession(engine, view, options, is_interactive=True)
-            _greet(view, options)
-            _talk(session, view, Keyboard())
-        else:
+        if not sys.stdin.isatty():
             session = ChatSession(engine, _plain_view(engine, folds=False), options, is_interactive=False)
-            status = _answer_lines(session, Lines(_stdin_lines()))
-    return status
+            return _answer_lines(session, Lines(_stdin_lines()), message)
+        view = _view(engine)
+        _greet(view, options)
+        session = ChatSession(engine, view, options, is_interactive=True)
+        keyboard = Keyboard(open_history(history_path() if options["history"] else None))
+        if message is not None:
+            view.say(f"> {message}")
+        _talk(session, view, keyboard, message)
+    return 0
 
 
 def _view(engine: Engine) -> ChatView:
@@ -84,11 +148,19 @@ def _greet(view: ChatView, options: Mapping[str, Any]) -> None:
     view.say(f"mlxqwen {__version__}, {model}. /help lists what can be typed besides messages, Ctrl-D leaves.")
 
 
-def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
-    """Answer until the user leaves; an error in a turn is printed, and the chat continues."""
+def _talk(session: ChatSession, view: ChatView, source: Source, message: str | None) -> None:
+    """Answer until the user leaves; an error in a turn is printed, and the chat continues.
+
+    Args:
+        message: to the model, before anything is read.
+    """
     while True:
-        reads = True
+        reads = message is None
         try:
+            if message is not None:
+                first, message = message, None
+                session.say(first)
+                continue
             text = source.read()
             reads = False
             if not session.handle(text):
@@ -105,11 +177,14 @@ def _talk(session: ChatSession, view: ChatView, source: Source) -> None:
             print_error("out of memory", "/drop or /clear make room; so do --kv-bits 8 and --max-kv-size.")
 
 
-def _answer_lines(session: ChatSession, source: Source) -> int:
-    """Answer one line after the other → 1 if one of them failed, else 0."""
+def _answer_lines(session: ChatSession, source: Source, message: str | None) -> int:
+    """Answer `message`, if there is one, and one line after the other → 1 if one of them failed, else 0."""
     status = 0
     while True:
         try:
+            if message is not None:
+                first, message = message, None
+                session.say(first)
             if not session.handle(source.read()):
                 return status
         except EOFError:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from mlxqwen.errors import OptionError
 
-__all__ = ["COMMANDS", "HELP", "ChatCommand", "Message", "parse_line"]
+__all__ = ["ALIASES", "COMMANDS", "HELP", "HELP_INDENT", "ChatCommand", "Message", "parse_line"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +32,34 @@ class _Usage:
 
 
 COMMANDS = {
-    "/think": _Usage("", "Let the model think before each answer that follows."),
+    "/think": _Usage("", "Let the model think before each answer."),
     "/no_think": _Usage("", "Let it answer without thinking, until /think or /budget."),
-    "/budget": _Usage("[N|off]", "Let it think for at most N tokens, 0 for none; off is no limit; alone it tells."),
-    "/reasoning": _Usage("[show|hide]", "Keep reasoning on the screen or fold it into a line; alone shows the last."),
+    "/budget": _Usage("[N|off]", "Let it think for at most N tokens, 0 for none; alone it tells."),
+    "/reasoning": _Usage("[show|hide]", "Show reasoning or fold it; alone: that of the last answer."),
     "/system": _Usage("[TEXT|-]", "Set the system message; - removes it; alone it tells."),
-    "/save": _Usage("FILE", "Write the conversation to a file; a name with blanks stands in quotes."),
+    "/save": _Usage("FILE", "Write the conversation to a file."),
     "/load": _Usage("FILE", "Go on with a conversation from a file."),
     "/undo": _Usage("", "Forget the last message and its answer."),
     "/drop": _Usage("", "Forget the oldest message and its answer, for want of room."),
     "/retry": _Usage("", "Let the model answer the last message anew."),
-    "/stats": _Usage("", "Tokens and speed of the last answer, and what following ones are drawn with."),
+    "/stats": _Usage("", "Tokens and speed of the last answer, and sampling."),
     "/clear": _Usage("", "Forget all messages but the system's."),
-    "/help": _Usage("", "This list."),
-    "/quit": _Usage("", "Leave; so does Ctrl-D."),
+    "/help": _Usage("", "This list; so does /?."),
+    "/quit": _Usage("", "Leave; so do /exit, /bye, exit, quit and Ctrl-D."),
 }
+ALIASES = {"/?": "/help", "/exit": "/quit", "/bye": "/quit"}
 
 _NOTES = (
-    "/think and /no_think alone on a line are switches for all that follows. As words in a message, at its beginning "
-    "too, they go to the model, which follows the latest of them; while /no_think is set it does not think, whatever "
-    "they say.",
-    "A message that begins with // is sent with one / less.",
-    "Alt-Enter, or a \\ at the end of a line, begins another line; pasted lines stay one message. The up arrow brings "
-    "earlier messages back, Tab completes commands.",
-    "Ctrl-C stops an answer, and what was shown of it stays; at the prompt it clears the line, and "
-    "twice on an empty one leaves.",
+    "/no_think in a message is for that answer; // at its beginning sends one /.",
+    "Alt-Enter or \\ before Enter begins another line; pasted lines stay together.",
+    "Up and Ctrl-R bring earlier lines back; Tab completes commands and files.",
+    "Ctrl-C stops an answer or clears the line; twice on an empty line it leaves.",
 )
 
-HELP = "".join(f"{f'{name} {usage.argument}':<26}{usage.help}\n" for name, usage in COMMANDS.items())
-HELP += "".join(f"\n{note}\n" for note in _NOTES)
+HELP_INDENT = 24
+"""Columns before what a command does."""
+HELP = "".join(f"{f'{name} {usage.argument}':<{HELP_INDENT}}{usage.help}\n" for name, usage in COMMANDS.items())
+HELP += "\n" + "".join(f"{note}\n" for note in _NOTES)
 
 
 def parse_line(text: str) -> Message | ChatCommand | None:
@@ -77,7 +76,7 @@ def parse_line(text: str) -> Message | ChatCommand | None:
     if stripped.startswith("//"):
         return Message(text.rstrip("\n").lstrip()[1:])
     name, *rest = stripped.split(maxsplit=1)
-    argument = rest[0] if rest else ""
+    name, argument = ALIASES.get(name, name), rest[0] if rest else ""
     if name not in COMMANDS:
         raise OptionError(f"{name}: found no such command", hint=_way_out(name))
     if argument and name in ("/think", "/no_think"):
@@ -91,6 +90,6 @@ def parse_line(text: str) -> Message | ChatCommand | None:
 
 
 def _way_out(name: str) -> str:
-    close = get_close_matches(name, COMMANDS, n=1)
+    close = get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
     guess = f"Did you mean {close[0]}? " if close else "/help lists all. "
     return f"{guess}To send it to the model, begin with //."

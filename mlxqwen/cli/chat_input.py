@@ -8,15 +8,13 @@ from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
-from prompt_toolkit.document import Document
-from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.history import History
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
-from mlxqwen.cli.chat_commands import COMMANDS
+from mlxqwen.cli.chat_completion import ChatCompleter
+from mlxqwen.cli.chat_keys import chat_keys
 
 __all__ = ["Keyboard", "Lines", "Source"]
 
@@ -40,17 +38,20 @@ class Keyboard:
 
     Ctrl-C clears a line that has text. On an empty one it is a KeyboardInterrupt, and the end at the second time in a
     row.
+
+    Args:
+        history: of the lines typed before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, history: History) -> None:
         shown_on = sys.stdout if sys.stdout.isatty() else sys.stderr
         self._session: PromptSession[str] = PromptSession(
             message=_PROMPT,
             multiline=True,
             prompt_continuation=_MORE,
-            key_bindings=_keys(),
-            history=InMemoryHistory(),
-            completer=_Commands(),
+            key_bindings=chat_keys(),
+            history=history,
+            completer=ChatCompleter(),
             complete_while_typing=False,
             reserve_space_for_menu=0,
             enable_suspend=True,
@@ -97,39 +98,3 @@ class Lines:
         for line in self._lines:
             return line.removesuffix("\n")
         raise EOFError
-
-
-class _Commands(Completer):
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        typed = document.text_before_cursor
-        if typed.startswith("/") and not any(map(str.isspace, typed)):
-            for name in COMMANDS:
-                if name.startswith(typed):
-                    yield Completion(name, start_position=-len(typed))
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def end_or_continue(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("c-c")
-    @keys.add("<sigint>")
-    def clear_or_interrupt(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
-
-    @keys.add("escape", "enter")
-    def begin_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys

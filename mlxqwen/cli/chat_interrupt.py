@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 __all__ = ["stop_on_interrupt"]
 
@@ -15,8 +13,6 @@ __all__ = ["stop_on_interrupt"]
 @contextmanager
 def stop_on_interrupt(active: bool = True) -> Iterator[Callable[[], bool]]:
     """Around a reply: gives a function that tells whether Ctrl-C was pressed. The second one raises KeyboardInterrupt.
-
-    What is typed meanwhile is not shown, so as not to get between the lines of the reply; the next prompt has it.
 
     Args:
         active: False leaves everything as it is.
@@ -33,28 +29,9 @@ def stop_on_interrupt(active: bool = True) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    with _without_echo():
-        if handler is signal.default_int_handler:
-            signal.signal(signal.SIGINT, press)
-        try:
-            yield lambda: pressed
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _without_echo() -> Iterator[None]:
-    if not sys.stdin.isatty():
-        yield
-        return
-    import termios
-
-    descriptor = sys.stdin.fileno()
-    before: list[Any] = termios.tcgetattr(descriptor)
-    silent = before.copy()
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(descriptor, termios.TCSANOW, silent)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield lambda: pressed
     finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        signal.signal(signal.SIGINT, handler)

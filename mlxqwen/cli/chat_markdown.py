@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Markdown, MarkdownElement, TableElement
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.markdown import CodeBlock, Heading, ListElement, ListItem, Markdown, MarkdownElement, TableElement
+from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -95,11 +96,23 @@ class StreamedMarkdown:
         return lines
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Plain text → lines of at most `width` columns, control characters spelled out."""
+def wrap(text: str, width: int, *, hanging: int = 0) -> list[str]:
+    """Plain text → lines of at most `width` columns, control characters spelled out.
+
+    Args:
+        hanging: columns by which the rest of a line is indented, where the window has room for that.
+    """
+    width = max(width, _NARROWEST)
     console = Console(file=StringIO(), width=width, color_system=None)
-    lines = Text(spell_out_controls(text)).wrap(console, max(width, _NARROWEST), tab_size=4)
-    return [line.plain.rstrip() for line in lines]
+    spelled = spell_out_controls(text)
+    if not 0 < hanging <= width - _NARROWEST:
+        return [line.plain.rstrip() for line in Text(spelled).wrap(console, width, tab_size=4)]
+    lines: list[str] = []
+    for line in spelled.split("\n"):
+        first, *rest = wrap(line, width)
+        more = wrap(" ".join(rest), width - hanging) if rest else []
+        lines += [first, *(" " * hanging + part for part in more)]
+    return lines
 
 
 def _apart(above: list[str], below: list[str]) -> list[str]:
@@ -146,12 +159,53 @@ class _Table(TableElement):
             yield table
 
 
+class _Heading(Heading):
+    """A heading at the left edge, as text on a terminal has it."""
+
+    LEVEL_ALIGN: ClassVar[dict[str, JustifyMethod]] = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
+
+
+class _Item(ListItem):
+    """An item with the number that the model wrote; rich counts by itself."""
+
+    def __init__(self, number: str) -> None:
+        super().__init__()
+        self.number = number
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> _Item:
+        return cls(f"{token.info}{token.markup}" if token.info else "")
+
+
+class _List(ListElement):
+    """A list; bullets as rich draws them, numbers as they were written."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        numbers = [item.number if isinstance(item, _Item) else "" for item in self.items]
+        if not all(numbers):
+            yield from super().__rich_console__(console, options)
+            return
+        width = max(map(len, numbers)) + 2
+        style = console.get_style("markdown.item.number", default="none")
+        for number, item in zip(numbers, self.items, strict=True):
+            inner = options.update(width=max(options.max_width - width, 1))
+            lines = console.render_lines(item.elements, inner, style=item.style) or [[]]
+            for i, line in enumerate(lines):
+                yield Segment(("" if i else number).rjust(width - 1) + " ", style)
+                yield from line
+                yield Segment("\n")
+
+
 class _Markdown(Markdown):
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "fence": _Code,
         "code_block": _Code,
         "table_open": _Table,
+        "heading_open": _Heading,
+        "bullet_list_open": _List,
+        "ordered_list_open": _List,
+        "list_item_open": _Item,
     }
 
     def __init__(self, markup: str) -> None:

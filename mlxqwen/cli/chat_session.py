@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlxqwen.cli.chat_answer import show_answer
-from mlxqwen.cli.chat_commands import HELP, ChatCommand, Message, parse_line
+from mlxqwen.cli.chat_calls import OpenCalls
+from mlxqwen.cli.chat_commands import HELP, HELP_INDENT, ChatCommand, Message, parse_line
+from mlxqwen.cli.chat_thinking import describe_thinking, without_sentence
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
@@ -32,6 +35,7 @@ _WAYS_OUT_ALONE = (
 )
 
 
+_WORDS_TO_LEAVE = ("exit", "quit")  # of users of llm, Python and mlx-lm
 _MOST_BUDGET = 999_999_999
 
 
@@ -39,7 +43,7 @@ class ChatSession:
     """A conversation, the options of its turns, and its view.
 
     Args:
-        options: those of the command line, as click gives them.
+        options: those of the command line, as click gives them, but for `tools`, which are checked schemas or None.
         is_interactive: whether somebody is there to stop an answer by Ctrl-C and go on.
     """
 
@@ -56,10 +60,14 @@ class ChatSession:
         self._is_interactive = is_interactive
         self._is_verbose = bool(options["verbose"])
         self._given = {**_cache_options(options), **_turn_options(options)}
-        self._conversation = Conversation(engine, system=options["system"], **self._given)
+        self._conversation = _conversation(engine, options, self._given)
+        self._calls = OpenCalls()
         self._answers = 0
         self._last: Done | None = None
         self._file: Path | None = None  # that the conversation was last saved to or loaded from
+        if options["messages"] is not None:
+            self._file = Path(options["messages"])
+            self._tell_loaded(options["messages"])
 
     def handle(self, text: str) -> bool:
         """Do what was typed → whether the chat continues.
@@ -67,10 +75,11 @@ class ChatSession:
         Raises:
             MlxqwenError: it could not be done, and nothing has changed.
         """
+        if self._is_interactive and text.strip() in _WORDS_TO_LEAVE:
+            return False
         said = parse_line(text)
         if isinstance(said, Message):
-            message = said.text
-            self._answer(lambda options: self._conversation.stream(message, keep_partial=True, **options))
+            self.say(said.text)
         elif isinstance(said, ChatCommand):
             if said.name == "/quit":
                 return False
@@ -79,12 +88,36 @@ class ChatSession:
 
     # Answers
 
+    def say(self, text: str) -> None:
+        """Send a message, or the result of a call that waits for one, and show the answer."""
+        said: str | list[dict[str, Any]] | None = text
+        if self._calls.are_open(self._conversation.messages):
+            said = self._calls.take(self._conversation.messages, text)
+        if said is None:
+            self._ask_for_result()
+        else:
+            message = said
+            self._answer(lambda options: self._conversation.stream(message, keep_partial=True, **options))
+
+    def _ask_for_result(self) -> None:
+        question = self._calls.next_question(self._conversation.messages)
+        if question is not None:
+            self._view.say(question)
+
+    def _counted(self, events: Generator[Event]) -> Generator[Event]:
+        """The events, at their end without the sentence of a budget among the tokens of the thought."""
+        with closing(events):
+            for event in events:
+                if isinstance(event, Done):
+                    event = without_sentence(event, self._engine.tokenizer, self._options)
+                yield event
+
     def _answer(self, begin: Callable[[dict[str, Any]], Generator[Event]]) -> None:
         seed = self._options.get("seed")
         options: dict[str, Any] = {} if seed is None else {"seed": seed + self._answers}
         try:
             answer = show_answer(
-                lambda on_prefill: begin({**options, "on_prefill": on_prefill}),
+                lambda on_prefill: self._counted(begin({**options, "on_prefill": on_prefill})),
                 self._view,
                 stoppable=self._is_interactive,
             )
@@ -96,7 +129,9 @@ class ChatSession:
             if self._is_verbose:
                 print_speed(answer.done)
             print_note(answer.done, self._options.get("max_tokens"), self._engine.model.config)
+            self._ask_for_result()
         elif answer.has_begun:
+            self._conversation.messages[-1].pop("tool_calls", None)  # the last may be half a call
             self._view.say("Stopped; what is shown stays.")
         else:
             self._view.say("Stopped before the first word: nothing has changed.")
@@ -130,7 +165,7 @@ class ChatSession:
             "/retry": lambda _: self._retry(),
             "/stats": lambda _: self._view.say(self._stats()),
             "/clear": lambda _: self._clear(),
-            "/help": lambda _: self._view.say(HELP),
+            "/help": lambda _: self._view.say(HELP, hanging=HELP_INDENT),
         }
         actions[command.name](command.argument)
 
@@ -138,7 +173,7 @@ class ChatSession:
         self._options["thinking"] = thinks
         if self._options.get("thinking_budget") == 0:
             self._options["thinking_budget"] = None
-        self._view.say(f"Thinking: {self._describe_mode()}.")
+        self._view.say(self._describe_thinking())
 
     def _set_budget(self, argument: str) -> None:
         is_number = argument.isascii() and argument.isdecimal() and len(argument) < 1_000
@@ -151,14 +186,10 @@ class ChatSession:
                 self._options["thinking"] = None
         elif argument:
             raise OptionError(f"/budget: found {argument!r}, expected a number of tokens, or off")
-        self._view.say(f"Thinking: {self._describe_mode()}.")
+        self._view.say(self._describe_thinking())
 
-    def _describe_mode(self) -> str:
-        thinks, budget = self._options.get("thinking"), self._options.get("thinking_budget")
-        if thinks is False or budget == 0:
-            return "off"
-        mode = "on" if thinks else "as the chat template and the words /think and /no_think have it"
-        return f"{mode}, no budget" if budget is None else f"{mode}, at most {budget:,} tokens"
+    def _describe_thinking(self) -> str:
+        return describe_thinking(self._engine.tokenizer, self._options)
 
     def _fold(self, argument: str) -> None:
         if argument in ("show", "hide"):
@@ -192,10 +223,15 @@ class ChatSession:
     def _load(self, argument: str) -> None:
         path = _path("/load", argument)
         conversation = Conversation.load(path, self._engine, **self._given)
-        had_tools = conversation.options.pop("tools", None)
         self._conversation, self._file, self._last = conversation, path, None
-        left_out = " Its tools are left out: there is nothing here to run them." if had_tools else ""
-        self._view.say(f"Loaded {self._count()} from {path}.{left_out}")
+        self._tell_loaded(path)
+
+    def _tell_loaded(self, path: Path | str) -> None:
+        messages = self._conversation.messages
+        is_open = bool(messages) and messages[-1]["role"] in ("user", "tool")
+        unanswered = " The last message has no answer yet: /retry answers it." if is_open else ""
+        self._view.say(f"Loaded {self._count()} from {path}.{unanswered}")
+        self._ask_for_result()
 
     def _undo(self) -> None:
         self._conversation.undo()
@@ -220,13 +256,21 @@ class ChatSession:
         return (
             (_last_answer(self._last, self._engine) if self._last is not None else "There is no last answer.\n")
             + f"Conversation: {self._count()}.\n"
-            + f"Thinking: {self._describe_mode()}.\n"
+            + f"{self._describe_thinking()}\n"
             + f"Answers are drawn with {self._sampling()}.\n"
         )
 
     def _sampling(self) -> str:
         params = self._conversation.next_sampling()
         return ", ".join(f"{name} {value}" for name, value in asdict(params).items() if value is not None)
+
+
+def _conversation(engine: Engine, options: Mapping[str, Any], given: Mapping[str, Any]) -> Conversation:
+    """A new conversation, or that of --messages."""
+    system = {} if options["system"] is None else {"system": options["system"]}
+    if options["messages"] is None:
+        return Conversation(engine, **system, **given)
+    return Conversation.load(options["messages"], engine, **system, **given)
 
 
 def _path(command: str, argument: str) -> Path:
@@ -253,7 +297,7 @@ def _cache_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _turn_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given; a conversation's file or the model decides the others."""
     names = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "seed", "prefill_chunk")
-    switches = ("drop_oldest", "stop", "stop_on_loop", "trust_special_tokens")
+    switches = ("tools", "drop_oldest", "stop", "stop_on_loop", "trust_special_tokens")
     sampling = {name: value for name, value in sampling_overrides(options).items() if name != "seed"}
     return {
         **{name: options[name] for name in names if options[name] is not None},

@@ -53,6 +53,10 @@ class Thought:
             tokens = self._count_tokens("\n".join(self._paragraphs))
         self._line = thought_line(self._seconds, tokens, cut_off=cut_off)
 
+    def unfold(self) -> None:
+        """Show all of it from now on."""
+        self._folds = False
+
     def lines(self, width: int, height: int) -> list[str]:
         """The lines to show, at most `width` columns wide; at most `height` lines of a folded thought."""
         if not self._began:

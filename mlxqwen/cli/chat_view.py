@@ -28,7 +28,7 @@ class ReplyView(Protocol):
         """Show the next piece."""
 
     def end(self, done: Done | None = None) -> None:
-        """Finish the last line; `done` is None for a reply that was stopped or failed."""
+        """Finish the last line; `done` is None for a reply that was stopped or failed, whose thought is shown whole."""
 
 
 class ChatView(Protocol):
@@ -43,8 +43,12 @@ class ChatView(Protocol):
     def reply(self) -> ReplyView:
         """Begin a new reply."""
 
-    def say(self, text: str) -> None:
-        """Show lines that are no reply: the program's own, or what a user or a file has said."""
+    def say(self, text: str, *, hanging: int = 0) -> None:
+        """Show lines that are no reply: the program's own, or what a user or a file has said.
+
+        Args:
+            hanging: columns by which the rest of a line that is too long for a terminal is indented.
+        """
 
 
 class TerminalView:
@@ -64,9 +68,9 @@ class TerminalView:
         """Begin a new reply."""
         return _TerminalReply(self._stream, Thought(folds=self.folds_reasoning, count_tokens=self._count_tokens))
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, hanging: int = 0) -> None:
         """Show lines, wrapped between words."""
-        lines = wrap(text.rstrip("\n"), terminal_size(self._stream).columns)
+        lines = wrap(text.rstrip("\n"), terminal_size(self._stream).columns, hanging=hanging)
         Output(self._stream).write("\n".join(lines) + "\n")
 
 
@@ -98,6 +102,7 @@ class _TerminalReply:
         if done is not None:
             self._thought.end(done.usage.reasoning_tokens, cut_off=done.usage.budget_exhausted)
         elif not self._has_content:
+            self._thought.unfold()
             self._thought.end()
         self._draw()
         self._screen.close()
@@ -136,7 +141,7 @@ class PlainView:
         thought = Thought(folds=True, count_tokens=self._count_tokens) if self.folds_reasoning else None
         return _PlainReply(self._answers, self._thoughts, thought)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, hanging: int = 0) -> None:
         """Show lines."""
         self._others.write(text.rstrip("\n") + "\n")
 
@@ -158,6 +163,8 @@ class _PlainReply:
             self._answers.write(delta.content)
 
     def end(self, done: Done | None = None) -> None:
+        if done is None and self._folded is not None:
+            self._folded.unfold()
         self._end_thought()
         self._answers.end_line()
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["BROKEN_PIPE", "INTERRUPTED", "leave_at_once"]
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "before_leaving", "leave_at_once"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_restoring: list[Callable[[], None]] = []
+
+
+@contextmanager
+def before_leaving(restore: Callable[[], None]) -> Iterator[None]:
+    """Call `restore` at the end, and also if Ctrl-C ends the process at once."""
+    _restoring.append(restore)
+    try:
+        yield
+    finally:
+        _restoring.remove(restore)
+        restore()
 
 
 @contextmanager
@@ -34,4 +47,6 @@ def leave_at_once() -> Iterator[None]:
 def _leave(signal_number: int, frame: FrameType | None) -> None:
     if os.isatty(2):
         os.write(2, b"\n")  # behind the terminal's ^C
+    for restore in _restoring:
+        restore()
     os._exit(INTERRUPTED)
