@@ -20,9 +20,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import CONTEXT, VOCAB_SIZE
-from tests.reference_attention import Floats
-from tests.scheduling import asked, own_scheduler
-from tests.test_cache import (
+from tests.one_layer_cache import (
     ATTENTION_TOLERANCE,
     KV_BITS,
     attend,
@@ -31,6 +29,8 @@ from tests.test_cache import (
     placements,
     random_tokens,
 )
+from tests.reference_attention import Floats
+from tests.scheduling import asked, own_scheduler
 from tests.test_generation import GREEDY, IDS, PROMPT, SEEDED, by_the_book, calls
 from tests.tolerance import worst
 

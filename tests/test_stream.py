@@ -1,6 +1,6 @@
 """Far past its context the demo model stays as good as inside it: a ring with sinks, over a stream of 3 contexts.
 
-The demo model hardly looks at its sinks; that they are seen as they should be is held in `test_cache.py`.
+The demo model hardly looks at its sinks; that they are seen as they should be is held in `test_cache_attention.py`.
 """
 
 from __future__ import annotations
