@@ -12,7 +12,7 @@ import ctypes
 import os
 import sys
 
-__all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas"]
+__all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas", "uses_openblas"]
 
 VARIABLE = "MLXQWEN_BLAS"
 _LIBRARY = "libopenblas.so.0"  # of Debian, Ubuntu, Fedora and Arch
@@ -20,17 +20,22 @@ _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 _CHECKED = ((3, 33, 64), (17, 20, 40), (64, 48, 96))  # rows, columns, inner: small, odd and in whole blocks
 _SAMPLED = 40  # numbers of each product that are computed again
 
-_in_use = "MLX's own"
+_openblas = ""
+
+
+def uses_openblas() -> bool:
+    """Whether OpenBLAS computes MLX's float32 products on the CPU."""
+    return bool(_openblas)
 
 
 def blas_in_use() -> str:
-    """The library that computes float32 products on a CPU, for people to read."""
-    return _in_use
+    """The library that computes float32 products on the CPU, for people to read."""
+    return _openblas or "MLX's own"
 
 
 def load_openblas() -> bool:
     """Load OpenBLAS for MLX, which must not be imported yet → whether MLX will use it. Never raises."""
-    global _in_use
+    global _openblas
     if sys.platform != "linux" or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
         return False
     try:
@@ -42,7 +47,7 @@ def load_openblas() -> bool:
     except (OSError, AttributeError):  # not installed, or without what it should have
         return False
     describe.restype = ctypes.c_char_p
-    _in_use = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
+    _openblas = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
     return True
 
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["Device", "container_limit", "current_device", "device_from_info"]
+from mlxqwen.blas import uses_openblas
+
+__all__ = ["NEVER", "Device", "container_limit", "current_device", "device_from_info"]
+
+NEVER = 1 << 62
+"""More rows than there are."""
 
 _NO_LIMIT = 1 << 62  # version 1 spells "none" as a number close to 2**63
 
@@ -30,12 +35,14 @@ class Device:
         memory: the physical memory, or what a container leaves of it.
         usable_memory: what weights and caches together may take. On Metal the working set that the system recommends,
             elsewhere the memory less a tenth for everything else.
+        has_openblas: whether float32 products on the CPU are OpenBLAS's.
     """
 
     name: str
     is_gpu: bool
     memory: int
     usable_memory: int
+    has_openblas: bool = False
 
     def compute_dtype(self, checkpoint_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype to compute in: the checkpoint's on a GPU, float32 on a CPU.
@@ -55,6 +62,15 @@ class Device:
         return self.is_gpu
 
     @property
+    def dense_from(self) -> int:
+        """From how many rows on a quantized product is quicker as a float32 one of the dequantized weights.
+
+        MLX's CPU backend unpacks the weights anew for every row. With OpenBLAS, both ways took the same time at 4 to 8
+        rows, for matrices of 1024 × 3072 to 16,384 × 2048 in 4 and 8 bits; at 64 rows the dense one took a tenth.
+        """
+        return 8 if self.has_openblas and not self.is_gpu else NEVER
+
+    @property
     def overlaps_steps(self) -> bool:
         """Whether the next decode step is queued before the last token is read.
 
@@ -72,7 +88,9 @@ class Device:
         return self.is_gpu
 
 
-def device_from_info(info: Mapping[str, Any], *, is_gpu: bool, physical: int, limit: int | None = None) -> Device:
+def device_from_info(
+    info: Mapping[str, Any], *, is_gpu: bool, physical: int, limit: int | None = None, has_openblas: bool = False
+) -> Device:
     """The machine that MLX describes.
 
     Args:
@@ -80,12 +98,13 @@ def device_from_info(info: Mapping[str, Any], *, is_gpu: bool, physical: int, li
         is_gpu: whether MLX computes on a GPU by default.
         physical: memory of the machine in bytes, in case MLX does not say.
         limit: the most that this process may take, in bytes, if something confines it.
+        has_openblas: whether float32 products on the CPU are OpenBLAS's.
     """
     memory = int(info.get("memory_size") or physical)
     memory = memory if limit is None else min(memory, limit)
     working_set = info.get("max_recommended_working_set_size") if is_gpu else None
     usable = min(int(working_set or memory * 9 // 10), memory)
-    return Device(str(info.get("device_name", "unknown")), is_gpu, memory, usable)
+    return Device(str(info.get("device_name", "unknown")), is_gpu, memory, usable, has_openblas)
 
 
 def container_limit(root: Path = Path("/")) -> int | None:
@@ -125,4 +144,6 @@ def current_device() -> Device:
     """The machine this process runs on."""
     is_gpu = mx.default_device().type == mx.DeviceType.gpu
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return device_from_info(mx.device_info(), is_gpu=is_gpu, physical=physical, limit=container_limit())
+    return device_from_info(
+        mx.device_info(), is_gpu=is_gpu, physical=physical, limit=container_limit(), has_openblas=uses_openblas()
+    )

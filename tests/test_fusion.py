@@ -267,13 +267,13 @@ def test_a_prepared_model_is_read_as_often_as_is_asked(tmp_path: Path, section: 
 def test_children_of_several_forms_stay() -> None:
     mlp = MLP(64, 64)
     mlp.up_proj = nn.QuantizedLinear.from_linear(mlp.up_proj)
-    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear)
+    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear, CPU)
     assert set(mlp.children()) == {"gate_proj", "up_proj", "down_proj"}
     mlp.gate_proj = nn.QuantizedLinear.from_linear(mlp.gate_proj, bits=8)
-    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear)
+    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear, CPU)
     assert set(mlp.children()) == {"gate_proj", "up_proj", "down_proj"}
     mlp.gate_proj = nn.QuantizedLinear.from_linear(nn.Linear(64, 64, bias=False))
-    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear)
+    fuse_children(mlp, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear, CPU)
     assert set(mlp.children()) == {"gate_up_proj", "down_proj"}
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxqwen.device import Device
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.linear import FusedLinear, fuse_children
 from mlxqwen.model.rope import Rope
@@ -79,10 +80,10 @@ class Attention(nn.Module):
         """`[B, num_attention_heads, L, head_dim]` → `[B * L, hidden_size]`."""
         return self["o_proj"](_merge_heads(attended))
 
-    def fuse(self) -> None:
+    def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike."""
-        fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear)
-        fuse_children(self, ("o_proj",), "o_proj", FusedLinear)
+        fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear, device)
+        fuse_children(self, ("o_proj",), "o_proj", FusedLinear, device)
 
 
 def _split_heads(x: mx.array, batch_size: int, heads: int) -> mx.array:

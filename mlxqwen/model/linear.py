@@ -1,24 +1,30 @@
-"""Fused linear maps: those of the same input as one product, which is quicker than several."""
+"""Linear maps: those of the same input as one product, and quantized ones the way that is quickest for their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-__all__ = ["FusedLinear", "JoinedRows", "fuse_children"]
+from mlxqwen.device import NEVER, Device
+
+__all__ = ["FusedLinear", "JoinedRows", "fuse_children", "quantized_product"]
+
+_DENSE_BLOCK = 1 << 21
+"""Numbers of a matrix that are dequantized at once: 8 MiB."""
 
 
 class JoinedRows(nn.Module):
     """The weights of several linear maps, or of several stacks of them, joined.
 
-    Plain weights are `[..., in, out]`, quantized ones as MLX packs them.
+    Plain weights are `[..., in, out]`, quantized ones as MLX packs them. For `dense_from` see `Device`.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], dense_from: int = NEVER) -> None:
         super().__init__()
+        self.dense_from = dense_from
         self.weight, *quantization = _joined_rows(parts)
         if quantization:
             self.scales, self.biases = quantization
@@ -36,10 +42,37 @@ class FusedLinear(JoinedRows):
 
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
-            return mx.quantized_matmul(
-                x, self["weight"], self["scales"], self["biases"], True, self.group_size, self.bits
-            )
+            packed = self["weight"], self["scales"], self["biases"]
+            return quantized_product(x, packed, self.group_size, self.bits, self.dense_from)
         return x @ self["weight"]
+
+
+def quantized_product(
+    x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int, dense_from: int = NEVER
+) -> mx.array:
+    """`[..., in]` through affine-quantized weights → `[..., out]`.
+
+    From `dense_from` rows `[N, in]` on, a float32 product is computed block by block of dequantized weights. Each block
+    is evaluated before the next one is begun: MLX's CPU backend runs ahead, and would hold the dequantized weights of
+    many layers at once.
+
+    Args:
+        x: activations.
+        packed: `weight`, `[out, in * bits / 32]`, `scales` and `biases`, `[out, in / group_size]`.
+        group_size, bits: of the weights.
+        dense_from: see `Device`.
+    """
+    weight, scales, biases = packed
+    if x.shape[0] < dense_from or x.ndim != 2 or scales.dtype != mx.float32:
+        return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)
+    rows, step = len(weight), max(1, _DENSE_BLOCK // x.shape[1])
+    blocks = []
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        dense = mx.dequantize(weight[some], scales[some], biases[some], group_size, bits)
+        blocks.append(x @ dense.T)
+        mx.eval(blocks[-1])
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
 
 
 def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
@@ -49,7 +82,7 @@ def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:
 
 
 def fuse_children(
-    module: nn.Module, names: Sequence[str], fused_name: str, fuse: Callable[[Sequence[nn.Module]], nn.Module]
+    module: nn.Module, names: Sequence[str], fused_name: str, kind: type[JoinedRows], device: Device
 ) -> None:
     """Replace children of `module` by one fused child; children of different forms stay as they are.
 
@@ -58,7 +91,7 @@ def fuse_children(
     parts = [module[name] for name in names]
     if len({_form(part) for part in parts}) > 1:
         return
-    fused = fuse(parts)
+    fused = kind(parts, device.dense_from)
     mx.eval(fused.parameters())
     for name in names:
         del module[name]

@@ -217,8 +217,10 @@ def prepare_model(
             model.update(tree_unflatten(weights))
             weights.clear()
             if fused and layer is not None:
-                model.model.layers[layer].fuse(compile_kernels=device.compiles_kernels)
+                model.model.layers[layer].fuse(device)
         mx.clear_cache()  # the parts: each layer is read into those of the one before it
+        if fused:
+            model.dense_from = device.dense_from
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxqwen.device import Device
 from mlxqwen.model.linear import FusedLinear, fuse_children
 
 __all__ = ["MLP", "compiled_swiglu", "swiglu"]
@@ -36,8 +37,8 @@ class MLP(nn.Module):
             gate, up = self["gate_proj"](x), self["up_proj"](x)
         return self["down_proj"](self.swiglu(gate, up))
 
-    def fuse(self, *, compile_kernels: bool) -> None:
+    def fuse(self, device: Device) -> None:
         """Lay the projections of the input together, if they are quantized alike."""
-        self.swiglu = compiled_swiglu if compile_kernels else swiglu
-        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear)
-        fuse_children(self, ("down_proj",), "down_proj", FusedLinear)
+        self.swiglu = compiled_swiglu if device.compiles_kernels else swiglu
+        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedLinear, device)
+        fuse_children(self, ("down_proj",), "down_proj", FusedLinear, device)

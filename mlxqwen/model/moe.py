@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxqwen.device import NEVER, Device
 from mlxqwen.files.config import AffineQuantization, MoeConfig
-from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children
+from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children, quantized_product
 from mlxqwen.model.mlp import compiled_swiglu, swiglu
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
@@ -64,6 +68,13 @@ class FusedSwitchLinear(JoinedRows):
             return mx.gather_mm(x, self["weight"], rhs_indices=experts, sorted_indices=sorted_experts)
         return _quantized_product(self, x, experts, sorted_experts)
 
+    def of_expert(self, x: mx.array, expert: int) -> mx.array:
+        """`[N, in]` through one expert → `[N, out]`."""
+        if "scales" not in self:
+            return x @ self["weight"][expert]
+        packed = self["weight"][expert], self["scales"][expert], self["biases"][expert]
+        return quantized_product(x, packed, self.group_size, self.bits, self.dense_from)
+
 
 def _quantized_product(module: nn.Module, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
     return mx.gather_qmm(
@@ -87,6 +98,7 @@ class SwitchGLU(nn.Module):
         self.up_proj = SwitchLinear(hidden_size, moe_intermediate_size, num_experts)
         self.down_proj = SwitchLinear(moe_intermediate_size, hidden_size, num_experts)
         self.swiglu = swiglu
+        self.dense_from = NEVER  # rows an expert; see `Device`
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         N, k = experts.shape
@@ -94,9 +106,21 @@ class SwitchGLU(nn.Module):
             return self._experts(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         chosen = experts.reshape(N * k)
         by_expert = mx.argsort(chosen)
-        rows = x[by_expert // k][:, None, :]
-        outputs = self._experts(rows, chosen[by_expert], sorted_experts=True).squeeze(-2)
+        if N * k >= self.dense_from * len(self["down_proj"]["weight"]):
+            outputs = self._expert_by_expert(x[by_expert // k], chosen[by_expert])
+        else:
+            rows = x[by_expert // k][:, None, :]
+            outputs = self._experts(rows, chosen[by_expert], sorted_experts=True).squeeze(-2)
         return outputs[mx.argsort(by_expert)].reshape(N, k, -1)
+
+    def _expert_by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
+        """Sorted rows `[N, hidden_size]` through their experts, one product an expert → `[N, hidden_size]`."""
+        outputs, start = [], 0
+        for expert, count in Counter(cast(list[int], experts.tolist())).items():
+            gate, up = self["gate_up_proj"].of_expert(x[start : start + count], expert).split(2, axis=-1)
+            outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
+            start += count
+        return mx.concatenate(outputs)
 
     def _experts(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
         if "gate_up_proj" in self:
@@ -106,11 +130,13 @@ class SwitchGLU(nn.Module):
             up = self["up_proj"](x, experts, sorted_experts=sorted_experts)
         return self["down_proj"](self.swiglu(gate, up), experts, sorted_experts=sorted_experts)
 
-    def fuse(self, *, compile_kernels: bool) -> None:
+    def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike."""
-        self.swiglu = compiled_swiglu if compile_kernels else swiglu
-        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear)
-        fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear)
+        self.swiglu = compiled_swiglu if device.compiles_kernels else swiglu
+        fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear, device)
+        fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear, device)
+        if "gate_up_proj" in self:
+            self.dense_from = device.dense_from
 
 
 class SparseMoeBlock(nn.Module):
@@ -129,7 +155,7 @@ class SparseMoeBlock(nn.Module):
         outputs = self["switch_mlp"](x, experts)
         return (weights[:, None, :] @ outputs).squeeze(1)
 
-    def fuse(self, *, compile_kernels: bool) -> None:
+    def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike."""
-        fuse_children(self, ("gate",), "gate", FusedLinear)
-        self.switch_mlp.fuse(compile_kernels=compile_kernels)
+        fuse_children(self, ("gate",), "gate", FusedLinear, device)
+        self.switch_mlp.fuse(device)

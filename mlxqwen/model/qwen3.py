@@ -14,9 +14,11 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxqwen.device import NEVER, Device
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.model.attention import Attention, LayerCache
+from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
 from mlxqwen.model.rope import Rope, rope_of
@@ -72,10 +74,10 @@ class DecoderLayer(nn.Module):
         x = x + self["self_attn"].output(attended)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
-    def fuse(self, *, compile_kernels: bool) -> None:
-        """Fuse projections of the same input, one module after the other; see `Device.compiles_kernels`."""
-        self.self_attn.fuse()
-        self.mlp.fuse(compile_kernels=compile_kernels)
+    def fuse(self, device: Device) -> None:
+        """Fuse projections of the same input, one module after the other."""
+        self.self_attn.fuse(device)
+        self.mlp.fuse(device)
 
 
 class CompiledDecoder:
@@ -176,6 +178,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.config = config
         self.generation_config = generation_config or GenerationConfig()
         self.model = Qwen3Model(config)
+        self.dense_from = NEVER  # of the head; see `Device`
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -204,9 +207,12 @@ class Qwen3ForCausalLM(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states `[..., hidden_size]` → logits `[..., vocab_size]`."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if "scales" in head and hidden.size // hidden.shape[-1] >= self.dense_from:
+            packed, rows = (head["weight"], head["scales"], head["biases"]), hidden.reshape(-1, hidden.shape[-1])
+            logits = quantized_product(rows, packed, head.group_size, head.bits, self.dense_from)
+            return logits.reshape(*hidden.shape[:-1], -1)
+        return head.as_linear(hidden) if self.config.tie_word_embeddings else head(hidden)
 
     @property
     def dtype(self) -> mx.Dtype:

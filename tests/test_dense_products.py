@@ -1,0 +1,115 @@
+"""Products of many rows with dequantized weights: the same numbers as with packed ones, in little memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxqwen.cache import make_cache
+from mlxqwen.device import NEVER, Device
+from mlxqwen.model import linear
+from mlxqwen.model.linear import quantized_product
+from mlxqwen.model.loading import load_model
+from mlxqwen.model.moe import FusedSwitchLinear
+from tests.test_fusion import CPU, MODELS, folder_of
+from tests.tiny_checkpoints import prompt
+from tests.tolerance import assert_close
+
+FAST = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34, has_openblas=True)
+FROM = FAST.dense_from
+
+
+@pytest.fixture
+def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of weights that are dequantized from here on; embeddings name their arguments."""
+    shapes: list[tuple[int, ...]] = []
+    dequantize = mx.dequantize
+
+    def recorded(*arguments: Any, **named: Any) -> mx.array:
+        dense = dequantize(*arguments, **named)
+        if not named:
+            shapes.append(dense.shape)
+        return dense
+
+    monkeypatch.setattr(mx, "dequantize", recorded)
+    return shapes
+
+
+def packed(rows: int, columns: int, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    weight, scales, biases = mx.quantize(mx.random.normal((rows, columns), key=mx.random.key(1)), group_size, bits)
+    return weight, scales, biases
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_both_ways_give_the_same_numbers(
+    bits: int, group_size: int, dequantized: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_DENSE_BLOCK", 20 * 256)
+    weights = packed(70, 256, group_size, bits)
+    for rows in (1, FROM - 1, FROM, 3 * FROM + 1):
+        x = mx.random.normal((rows, 256), key=mx.random.key(2))
+        expected = mx.quantized_matmul(x, *weights, True, group_size, bits)
+        dequantized.clear()
+        assert_close(quantized_product(x, weights, group_size, bits, FROM), expected)
+        assert dequantized == ([] if rows < FROM else [(20, 256)] * 3 + [(10, 256)])
+    assert_close(quantized_product(x, weights, group_size, bits), expected)  # without OpenBLAS
+
+
+def test_other_dtypes_and_axes_stay_packed(dequantized: list[tuple[int, ...]]) -> None:
+    weights = packed(64, 64, 32, 4)
+    quantized_product(mx.zeros((2, FROM, 64)), weights, 32, 4, 1)
+    half = (weights[0], weights[1].astype(mx.float16), weights[2].astype(mx.float16))
+    quantized_product(mx.zeros((FROM, 64), dtype=mx.float16), half, 32, 4, 1)
+    assert dequantized == []
+
+
+def test_only_openblas_on_a_cpu_makes_it_worth_while() -> None:
+    assert FAST.dense_from == 8
+    assert CPU.dense_from == NEVER
+    assert Device("a GPU", is_gpu=True, memory=1, usable_memory=1, has_openblas=True).dense_from == NEVER
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_give_the_same_logits(
+    tmp_path: Path, name: str, dequantized: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in chunks, long enough for eight rows an expert, and a batch of ten rows that decodes."""
+    by_expert: list[int] = []
+    of_expert = FusedSwitchLinear.of_expert
+
+    def recorded(self: FusedSwitchLinear, x: mx.array, expert: int) -> mx.array:
+        by_expert.append(expert)
+        return of_expert(self, x, expert)
+
+    monkeypatch.setattr(FusedSwitchLinear, "of_expert", recorded)
+    folder = folder_of(tmp_path, *MODELS[name])
+    ids = mx.array([prompt(20, 96, seed) for seed in range(10)])
+    found, expected = [
+        [model(ids[:, :19], cache), model(ids[:, 19:], cache)]
+        for model in (load_model(folder, device=FAST), load_model(folder, device=CPU))
+        for cache in [make_cache(model, batch_size=10)]
+    ]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+    assert bool(dequantized) == (MODELS[name][1] is not None)
+    assert bool(by_expert) == name.startswith("MoE")
+
+
+def test_dequantized_weights_are_held_a_block_at_a_time() -> None:
+    """However many products are asked for at once: without care, all 24 matrices of 2 MiB would be there."""
+    weights = [packed(512, 1024, 64, 4) for _ in range(24)]
+    back = [packed(1024, 512, 64, 4) for _ in range(24)]
+    mx.eval(weights, back)
+    x = mx.random.normal((64, 1024))
+    mx.eval(x)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for down, up in zip(weights, back, strict=True):
+        x = quantized_product(quantized_product(x, down, 64, 4, FROM), up, 64, 4, FROM)
+    mx.eval(x)
+    assert mx.get_peak_memory() - before <= 3 * 2**21 + 2**20
