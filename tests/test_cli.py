@@ -245,10 +245,6 @@ def test_all_ways_to_say_a_prompt_are_one(tmp_path: Path) -> None:
     assert prompt_tokens("--raw", "-", stdin=b"ab\n") == prompt_tokens("--raw", "ab\n") != prompt_tokens("--raw", "ab")
 
 
-def test_argument_leaves_stdin_alone() -> None:
-    assert prompt_tokens("Hello", stdin=b"something much longer than that") == prompt_tokens("Hello")
-
-
 def test_prompt_longer_than_the_context_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxqwen.engine.prefill.Prefill.read", lambda *arguments: pytest.fail("prefilled"))
     tokens = prompt_tokens_of(LONG)

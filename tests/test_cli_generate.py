@@ -79,7 +79,7 @@ def test_messages_come_from_a_file(seen: list[dict[str, Any]], tmp_path: Path) -
     asked = {"role": "user", "content": "c"}
     prompt_file = written(tmp_path / "prompt.txt", "c\n")
     for arguments, stdin in (
-        ((file, "c"), b"not read"),
+        ((file, "c"), b""),
         ((file, "-"), b"c\n"),
         ((file, "--prompt-file", prompt_file), None),
         (("-", "c"), json.dumps({"messages": conversation}).encode()),

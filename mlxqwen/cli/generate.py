@@ -20,6 +20,7 @@ from mlxqwen.cli.generate_options import (
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.piped_input import PromptWords, read_context, with_context
 from mlxqwen.cli.reply_printer import (
     ReplyPrinter,
     print_note,
@@ -28,10 +29,11 @@ from mlxqwen.cli.reply_printer import (
 )
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
+from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.conversations import MessagesWithTools
-    from mlxqwen.engine.engine import Engine, Event
+    from mlxqwen.engine.engine import Done, Engine, Event
 
 __all__ = ["generate"]
 
@@ -39,7 +41,10 @@ __all__ = ["generate"]
 @click.command()
 @generate_options
 def generate(**options: Any) -> int:
-    """Answer PROMPT ('-' reads standard input), a conversation, or a file of prompts.
+    """Answer PROMPT, a conversation, or a file of prompts.
+
+    What is piped in beside PROMPT is its context: git diff | mlxqwen generate "Review this". It stands before PROMPT,
+    or where '-' is: mlxqwen generate "Review this:" - "Be brief.". Alone, '-' or a pipe is the whole prompt.
 
     The answer goes to standard output, the model's reasoning to standard error. A terminal is shown control characters,
     bidirectional overrides and soft hyphens spelled out, such as \\u202e; pipes and files get what the model wrote.
@@ -48,6 +53,8 @@ def generate(**options: Any) -> int:
     "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" and perhaps "hint" if the
     line could not be answered. After any end of a run the same command goes on with the lines that have no answer.
     """
+    words = PromptWords.parse(options["prompt"])
+    options["prompt"] = words.prompt
     check_usage(options)
     if options["drop_oldest"] and options["messages"] is None and options["batch"] is None:
         raise click.UsageError("--drop-oldest needs --messages or --batch: a prompt alone has no older turns.")
@@ -55,12 +62,12 @@ def generate(**options: Any) -> int:
         with leave_at_once():
             from mlxqwen.cli.batch import generate_batch
         return generate_batch(options)
-    return _generate_one(options)
+    return _generate_one(options, words)
 
 
-def _generate_one(options: Mapping[str, Any]) -> int:
+def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     asked: str | MessagesWithTools
-    asked = _read_text(options) if options["raw"] else _read_conversation(options)
+    asked = _read_text(options, words) if options["raw"] else _read_conversation(options, words)
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
     try:
@@ -79,20 +86,39 @@ def _generate_one(options: Mapping[str, Any]) -> int:
     printer.end()
     if printer.done is not None and options["verbose"]:
         print_speed(printer.done)
+    _check_answered(asked, printer.done, options)
     if printer.done is not None and not options["as_json"]:
         print_note(printer.done, options["max_tokens"], engine.model.config)
     return 0
 
 
-def _read_text(options: Mapping[str, Any]) -> str:
-    """The user's text."""
-    file = options["prompt_file"]
-    text = read_prompt(options["prompt"], None if file is None else Path(file), raw=options["raw"])
+def _check_answered(asked: str | MessagesWithTools, done: Done | None, options: Mapping[str, Any]) -> None:
+    """Raise `OptionError` if nothing was added to a conversation that ends with an answer."""
+    from mlxqwen.chat.reply import Reply
+
+    if isinstance(asked, str) or done is None or asked.messages[-1]["role"] != "assistant":
+        return
+    if done.reply == Reply(None, ""):
+        raise OptionError(
+            f"{source_name(options['messages'])}: ends with an answer, to which the model has added nothing, "
+            "expected a question at the end",
+            hint='Ask one: mlxqwen generate --messages FILE "And then?"',
+        )
+
+
+def _read_text(options: Mapping[str, Any], words: PromptWords) -> str:
+    """The user's text: the prompt, with what was piped in beside it."""
+    file, raw = options["prompt_file"], options["raw"]
+    text = words.around(read_prompt(options["prompt"], None if file is None else Path(file), raw=raw), raw=raw)
+    stdin_is_free = "-" not in (options["prompt"], options["messages"], options["tools"])
+    if stdin_is_free and not raw and (options["prompt"] is not None or file is not None):
+        context = read_context()
+        text = with_context(text, context) if context else text
     check_unicode(prompt=text)
     return text
 
 
-def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
+def _read_conversation(options: Mapping[str, Any], words: PromptWords) -> MessagesWithTools:
     """Messages and tools from all options that give them."""
     with leave_at_once():
         from mlxqwen.chat.request_files.conversations import MessagesWithTools, parse_conversation, parse_tools
@@ -102,7 +128,7 @@ def _read_conversation(options: Mapping[str, Any]) -> MessagesWithTools:
     if messages is not None:
         conversation = parse_conversation(read_text(messages), source_name(messages))
     if messages is None or options["prompt"] is not None or options["prompt_file"] is not None:
-        conversation = conversation.with_user(_read_text(options))
+        conversation = conversation.with_user(_read_text(options, words))
     if tools is not None:
         conversation = conversation.with_tools(parse_tools(read_text(tools), source_name(tools)))
     return conversation.with_system(options["system"])

@@ -62,7 +62,7 @@ _SAMPLING_NAMES = (
     "seed",
 )
 _PROMPT = (
-    click.argument("prompt", required=False),
+    click.argument("prompt", nargs=-1, metavar="[PROMPT]"),
     click.option(
         "--model", metavar="MODEL", shell_complete=complete_folder, help="Folder or hub id; the demo model by default."
     ),
