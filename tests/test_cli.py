@@ -25,8 +25,9 @@ LONG = "How many r's in strawberry? " * 45
 OPTIONS = """
     --model --revision --system --prompt-file --thinking --no-thinking --raw --max-tokens --temperature --top-p --top-k
     --min-p --presence-penalty --frequency-penalty --repetition-penalty --seed --stop --max-kv-size --kv-keep --kv-bits
-    --prefill-chunk --yarn-factor --yarn --rope-scaling --dtype --force --json --verbose --messages --tools --batch
-    --output --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop --trust-special-tokens
+    --prefill-chunk --yarn-factor --yarn --rope-scaling --dtype --force --ignore-adapter --json --verbose --messages
+    --tools --batch --output --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop
+    --trust-special-tokens
     --speculative --draft --draft-tokens --prompt-cache --prefix-cache
 """
 

@@ -133,7 +133,7 @@ OPTIONS = """
     --early-stop-text --max-tokens --temperature --top-p --top-k --min-p --presence-penalty --frequency-penalty
     --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size
     --kv-keep --kv-bits --prefill-chunk --yarn-factor --yarn --rope-scaling --prompt-cache --prefix-cache
-    --dtype --force --verbose --messages --tools --history --no-history
+    --dtype --force --ignore-adapter --verbose --messages --tools --history --no-history
 """
 
 

@@ -179,7 +179,7 @@ def test_quantized_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:
     message = refusal(edit_config(folder, quantization={"group_size": 64, "bits": 4, "model.embed_tokens": False}))
     assert "model.embed_tokens is quantized, but config.json does not say how" in message
     assert "does not say how" in refusal(edit_config(folder, quantization=None))
-    assert "bits" in refusal(edit_config(folder, quantization={"group_size": 64}), ConfigError)
+    assert "bits" in refusal(edit_config(folder, quantization={"group_size": 64, "bits": 7}), ConfigError)
 
 
 def test_groups_that_do_not_divide(tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def dequantize(qweight: mx.array, qzeros: mx.array, scales: mx.array) -> mx.arra
 def check(
     qweight: mx.array, qzeros: mx.array, scales: mx.array, *, name: str, origin: tuple[int, int] = (0, 0)
 ) -> None:
-    """Raises `SourceError` for a scale that is NaN, infinite, negative, or zero over codes that are not.
+    """Raises `SourceError` for a scale that is NaN, infinite, or zero over codes that are not. Scales may be negative.
 
     Args:
         name: of the scales' tensor.
         origin: where `scales` begins in it: group and column.
     """
-    if check_scales(scales, name, origin):
+    if check_scales(scales, name, origin, signed=True):
         lost = integer.lost_codes(unpack(_words(qweight), _BITS), _zeros(qzeros), mx.contiguous(scales.T))
         refuse_zero_scales(lost.T, name, origin)
 

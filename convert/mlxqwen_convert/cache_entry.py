@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlxqwen
 from mlxqwen.files.checkpoint import INDEX_NAME
+from mlxqwen.files.model_files import QUANTIZATION_FILES
 from mlxqwen.files.store import Entry, Store, tell_of_others
 from mlxqwen_convert.companions import companion_files
 from mlxqwen_convert.errors import OutputError
@@ -72,7 +73,7 @@ class Source:
         """Raises `SourceError` where a file cannot be read."""
         names = {path.name for path in self.folder.glob("*.safetensors")} | {"config.json"}
         names |= {str(path) for path in companion_files(self.folder)}
-        names |= {INDEX_NAME} if (self.folder / INDEX_NAME).exists() else set()
+        names |= {name for name in (INDEX_NAME, *QUANTIZATION_FILES) if (self.folder / name).exists()}
         states = [[name, *_state(self.folder / name)] for name in sorted(names)]
         parts = [self.name, self.commit, states, mlxqwen.__version__, asdict(OPTIONS)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxqwen.errors import one_line
 from mlxqwen_convert.cache_entry import OPTIONS, CacheEntry, Source, store
 from mlxqwen_convert.conversion import Progress, convert
 from mlxqwen_convert.errors import DiskFullError, OutputError, ResumeError, SourceChangedError
@@ -19,7 +20,7 @@ from mlxqwen_convert.plan import Plan, make_plan
 from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.target_files import unwritable
 
-__all__ = ["Conversion", "ModelSize", "converted", "find_or_plan", "planned_size"]
+__all__ = ["Conversion", "ModelSize", "converted", "find_or_plan", "planned"]
 
 logger = logging.getLogger("mlxqwen")
 
@@ -31,20 +32,22 @@ _MORE_ROOM = "Free some space, for example by mlxqwen cache prune, or set MLXQWE
 _KEPT = " What is written is kept: the next start goes on from it."
 
 
-def planned_size(folder: Path) -> ModelSize:
-    """The size of what `converted` would make.
+def planned(folder: Path) -> tuple[ModelSize, tuple[str, ...]]:
+    """The size of what `converted` would make, and a note for each thing that it would tell of the source.
 
     Raises:
         MlxqwenError: the checkpoint cannot be converted.
     """
-    return _size(make_plan(folder, OPTIONS))
+    plan = make_plan(folder, OPTIONS)
+    return _size(plan), plan.source_notes
 
 
 def converted(folder: Path, *, progress: Progress | None = None, held: ExitStack | None = None) -> Path:
     """The MLX form of a checkpoint, made with default options unless it is in the cache.
 
     Another state of the source or another version of the converter has another place. An interrupted conversion goes
-    on; where another process is at it, it is waited for. One line of the log tells of either.
+    on; where another process is at it, it is waited for. One line of the log tells of either, others of what was left
+    aside or lost.
 
     Args:
         folder: the checkpoint.
@@ -84,6 +87,10 @@ class Conversion:
     def _tell_of_waiting(self) -> None:
         logger.warning("%s: another process is converting it, waiting for that to end", self.source.label)
 
+    def _convert(self, progress: Progress | None) -> None:
+        """An adapter is not asked for here: whoever loads has decided before."""
+        convert(self.source.folder, self.model.folder, resume=True, ignore_adapter=True, progress=progress)
+
     def _make(self, progress: Progress | None) -> None:
         model, entry = self.model, self.model.entry
         try:
@@ -101,10 +108,10 @@ class Conversion:
                 "; this goes on where it was interrupted" if goes_on else "",
             )
             try:
-                convert(self.source.folder, model.folder, resume=True, progress=progress)
+                self._convert(progress)
             except ResumeError:  # of another version of MLX, or damaged
                 entry.clear(model.partial)
-                convert(self.source.folder, model.folder, resume=True, progress=progress)
+                self._convert(progress)
             if self.source.key() != entry.folder.name:
                 entry.clear(model.folder)
                 raise SourceChangedError(
@@ -131,15 +138,24 @@ def find_or_plan(folder: Path, held: ExitStack | None = None) -> Conversion:
     model = CacheEntry(store().entry(source.key()), f"{source.short_name}-mlx")
     if model.entry.hold(model.is_whole, held):
         model.touch(source)
+        _tell((model.entry.read_record() or {}).get("notes"))
         return Conversion(source, model, {}, None, held)
     plan = make_plan(folder, OPTIONS)
+    _tell(plan.source_notes)
     target = plan.target
     facts = {
         "format": plan.source.label,
         "target": "unquantized" if target is None else f"MLX {target.bits}-bit, groups of {target.group_size}",
         "bytes": plan.target_bytes,
+        "notes": plan.source_notes,
     }
     return Conversion(source, model, facts, _size(plan), held)
+
+
+def _tell(notes: object) -> None:
+    """Log notes, which may come from the record of an earlier conversion."""
+    for note in notes if isinstance(notes, list | tuple) else ():
+        logger.warning("%s", one_line(str(note)))
 
 
 def _size(plan: Plan) -> ModelSize:

@@ -69,13 +69,13 @@ def check(
     name: str,
     row_offset: int = 0,
 ) -> None:
-    """Raises `SourceError` for a scale that is NaN, infinite, negative, or zero over codes that are not.
+    """Raises `SourceError` for a scale that is NaN, infinite, or zero over codes that are not. Scales may be negative.
 
     Args:
         name: of the scales' tensor.
         row_offset: the tensor's row that the arrays begin with.
     """
-    if check_scales(scale, name, (row_offset, 0)):
+    if check_scales(scale, name, (row_offset, 0), signed=True):
         codes = unpack(packed, bits)[:, :width]
         lost = integer.lost_codes(codes, _zeros(zero_point, scale, bits), scale, g_idx)
         refuse_zero_scales(lost, name, (row_offset, 0))

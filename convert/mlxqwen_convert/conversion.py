@@ -16,8 +16,10 @@ import mlx.core as mx
 
 import mlxqwen
 from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import TensorInfo
 from mlxqwen.files.hub import resolve_model
+from mlxqwen.files.model_files import QUANTIZATION_FILES
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
 from mlxqwen_convert.errors import (
     DiskFullError,
@@ -65,6 +67,7 @@ def convert(
     keep: Mapping[str, int] | Iterable[tuple[str, int]] = (),
     quality: bool = False,
     strict: bool = False,
+    ignore_adapter: bool = False,
     verify: bool = True,
     resume: bool = False,
     dry_run: bool = False,
@@ -88,6 +91,7 @@ def convert(
             has 8 at least.
         quality: search scale and bias of each group for the least squared error; takes several times as long.
         strict: refuse, rather than leave unquantized, what groups do not divide.
+        ignore_adapter: convert the weights alone where an adapter lies beside them, which is refused otherwise.
         verify: read everything back and compare it with the source.
         resume: go on with an unfinished conversion of the same source and options.
         dry_run: only plan; nothing is written.
@@ -117,6 +121,8 @@ def convert(
     files = SourceFiles(_files_of(folder), strip_bytes=strip_bytes(workers))
     try:
         plan = make_plan(folder, options)
+        if not ignore_adapter:
+            refuse_adapter(folder)
         if dry_run:
             found = (found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
             notes = tuple(note for note in found if note is not None)
@@ -143,7 +149,8 @@ def _path(given: str | os.PathLike[str]) -> Path:
 
 def _files_of(folder: Path) -> list[Path]:
     """What a conversion depends on, as far as it is there: a shard may lie in a folder of its own."""
-    beside = [folder / "config.json", folder / INDEX_NAME, *(folder / name for name in companion_files(folder))]
+    settings = ("config.json", INDEX_NAME, *QUANTIZATION_FILES)
+    beside = [*(folder / name for name in settings), *(folder / name for name in companion_files(folder))]
     return [path for path in (*beside, *folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")) if path.exists()]
 
 

@@ -13,6 +13,7 @@ from mlxqwen.files.checkpoint import TensorInfo
 from mlxqwen.files.config import ModelConfig, Quantization
 from mlxqwen_convert import compressed_tensors, gptq
 from mlxqwen_convert.errors import SourceError
+from mlxqwen_convert.exemptions import Exemptions
 from mlxqwen_convert.names import Module, Part
 from mlxqwen_convert.readers import (
     DAMAGED,
@@ -30,6 +31,7 @@ from mlxqwen_convert.source_files import SourceFiles
 __all__ = ["SUPPORTED", "SourceFormat"]
 
 SUPPORTED = "BF16, F16, F32, FP8, AWQ (GEMM, 4 bit), GPTQ (4, 8 bit), compressed-tensors (int4, int8, FP8), MLX"
+_MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 # Words of packed zero points that are read together.
 _ZERO_POINTS_AT_ONCE = 1 << 18
 
@@ -43,9 +45,13 @@ class SourceFormat:
         label: for people.
         bits: what its quantized modules have; None for floats.
         group_size: of the codes, as the checkpoint says; None where it has no groups or one a row.
+        is_dynamic: whether GPTQModel's `dynamic` gives some modules other bits or groups, which their shapes tell.
         act_order: whether `config.json` says that inputs are not in the order of their groups.
-        unquantized: the modules that FP8's `config.json` says are not quantized; None where it does not say.
-        settings: the rest, by format.
+        block: height and width of FP8's blocks; None where it has a scale a row or for each tensor.
+        symmetric: whether compressed-tensors' zero points are all the middle one.
+        zero_offset: what to add to GPTQ's stored zeros.
+        exemptions: the modules that FP8's config says are not quantized; None where it does not say.
+        mlx: MLX's own quantization, for its own folders.
     """
 
     name: str
@@ -56,7 +62,8 @@ class SourceFormat:
     symmetric: bool = True
     zero_offset: int = 1
     act_order: bool = False
-    unquantized: frozenset[str] | None = None
+    is_dynamic: bool = False
+    exemptions: Exemptions | None = None
     mlx: Quantization | None = None
 
     @property
@@ -83,7 +90,8 @@ class SourceFormat:
             return cls("float", named.upper().replace("BFLOAT", "BF").replace("FLOAT", "F"))
         keys = _Section(section, f"{source}: quantization_config")
         method = str(section.get("quant_method", "none"))
-        readers = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+        readers = {"fp8": _fp8, "fbgemm_fp8": _fp8, "modelopt": _modelopt, "awq": _awq, "gptq": _gptq}
+        readers["compressed-tensors"] = _compressed_tensors
         if method not in readers:
             raise _unsupported(source, method)
         return readers[method](keys)
@@ -95,27 +103,11 @@ class SourceFormat:
             raise SourceError(f"{named.path}: its weights are missing", hint=DAMAGED)
         reader = self._reader(module, part)
         reader.check_part(named, part)
-        if self.unquantized is not None:
-            self._check_listed(module, part, self.unquantized)
+        if self.exemptions is not None:
+            is_float = part["weight"].dtype in FLOATS
+            kinds = ("attention", "mlp", "experts")
+            self.exemptions.compare(part["weight"], is_float=is_float, is_expected_quantized=module.kind in kinds)
         return _settled(reader, named, part, files)
-
-    def _check_listed(self, module: Module, part: Part, listed: frozenset[str]) -> None:
-        """Raise `SourceError` unless a module is stored as `modules_to_not_convert` says."""
-        info = part["weight"]
-        name = info.name.partition("[")[0].removesuffix(".weight")
-        words = name.split(".")
-        spelt = {".".join(words[:n]) for n in range(1, len(words) + 1)} | {
-            ".".join(words[n:]) for n in range(len(words))
-        }
-        is_float, said = info.dtype in FLOATS, not listed.isdisjoint(spelt)
-        if said and not is_float:
-            raise SourceError(f"{name}: is stored as FP8, config.json lists it in modules_to_not_convert", hint=DAMAGED)
-        if is_float and not said and module.kind in ("attention", "mlp", "experts"):
-            raise SourceError(
-                f"{name}: is stored as {info.dtype}, expected FP8: config.json does not list it in "
-                "modules_to_not_convert",
-                hint=DAMAGED,
-            )
 
     def _reader(self, module: Module, part: Part) -> Reader:
         weight = part.get("weight")
@@ -131,13 +123,14 @@ class SourceFormat:
                 raise SourceError(f"{module.path}: is quantized, but config.json does not say how", hint=DAMAGED)
             return MlxReader(affine)
         if self.name == "fp8":
-            return Fp8Reader(self.block, "weight_scale_inv" if "weight_scale_inv" in part else "weight_scale")
+            return Fp8Reader.of(module, part, self.block)
         if self.name == "awq":
             return AwqReader(self.group_size or module.width)
         if self.name == "gptq":
             if self.act_order and "g_idx" not in part:
                 raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=DAMAGED)
-            return GptqReader(self.group_size or module.width, self.bits or 4, self.zero_offset)
+            bits, group_size = self._gptq_form(module, part)
+            return GptqReader(group_size, bits, self.zero_offset)
         if self.name == "int":
             if self.act_order and "weight_g_idx" not in part:
                 raise SourceError(f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=DAMAGED)
@@ -148,6 +141,17 @@ class SourceFormat:
                 hint=DAMAGED,
             )
         return FloatReader("float")
+
+    def _gptq_form(self, module: Module, part: Part) -> tuple[int, int]:
+        """Bits and size of groups of one GPTQ module. Raises `UnsupportedFormatError` for bits that are not read."""
+        bits, group_size = self.bits or 4, self.group_size or module.width
+        codes, scales = part.get("qweight"), part.get("scales")
+        if not self.is_dynamic or codes is None or scales is None or len(codes.shape) != 2 or not scales.shape[0]:
+            return bits, group_size
+        bits = codes.shape[0] * 32 // module.width
+        if bits not in gptq.BITS:
+            raise _unsupported(f"{codes.path.name}: {codes.name}", f"GPTQ {bits}-bit (by GPTQModel's dynamic)")
+        return bits, module.width // scales.shape[0] or module.width
 
 
 def _scale_words(part: Part) -> list[str]:
@@ -235,13 +239,10 @@ class _Section:
 
 def _fp8(keys: _Section) -> SourceFormat:
     keys.supported("fmt", ("e4m3", "float8_e4m3fn"), "e4m3", "FP8")
-    listed = keys.values.get("modules_to_not_convert")
-    if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
-        raise keys.fail("modules_to_not_convert", "a list of modules")
-    unquantized = None if listed is None else frozenset(listed)
+    exemptions = _exemptions(keys, "modules_to_not_convert", "ignored_layers")
     block = keys.values.get("weight_block_size")
     if block is None:
-        return SourceFormat("fp8", "FP8", unquantized=unquantized)
+        return SourceFormat("fp8", "FP8", exemptions=exemptions)
     if (
         not isinstance(block, list)
         or len(block) != 2
@@ -249,7 +250,32 @@ def _fp8(keys: _Section) -> SourceFormat:
     ):
         raise keys.fail("weight_block_size", "two sizes, such as [128, 128]")
     label = f"FP8, blocks of {block[0]}×{block[1]}"
-    return SourceFormat("fp8", label, block=(block[0], block[1]), unquantized=unquantized)
+    return SourceFormat("fp8", label, block=(block[0], block[1]), exemptions=exemptions)
+
+
+def _modelopt(keys: _Section) -> SourceFormat:
+    """NVIDIA ModelOpt's FP8: a scale for each tensor, for each row, or for blocks of 128 × 128."""
+    algorithm = keys.values.get("quant_algo")
+    layers = keys.values.get("quantized_layers")
+    if algorithm == "MIXED_PRECISION" and isinstance(layers, Mapping):
+        found = {layer.get("quant_algo") if isinstance(layer, Mapping) else None for layer in layers.values()}
+        algorithm = found.pop() if len(found) == 1 else algorithm
+    if not isinstance(algorithm, str) or algorithm.upper() not in _MODELOPT_FP8:
+        raise _unsupported(keys.source, f"ModelOpt {str(algorithm)[:40]}")
+    exemptions = _exemptions(keys, "ignore", "exclude_modules")
+    return SourceFormat("fp8", f"ModelOpt {algorithm.upper()}", exemptions=exemptions)
+
+
+def _exemptions(keys: _Section, *names: str) -> Exemptions | None:
+    """The list of modules that are not quantized, under the first of these keys that is there."""
+    for name in names:
+        listed = keys.values.get(name)
+        if listed is None:
+            continue
+        if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+            raise keys.fail(name, "a list of modules")
+        return Exemptions(name, listed)
+    return None
 
 
 def _awq(keys: _Section) -> SourceFormat:
@@ -269,7 +295,8 @@ def _gptq(keys: _Section) -> SourceFormat:
     group_size = keys.group_size()
     label = f"GPTQ {bits}-bit, groups of {group_size or 'a row'}"
     offset, act_order = 0 if packing == "gptq_v2" else 1, keys.values.get("desc_act") is True
-    return SourceFormat("gptq", label, bits, group_size, zero_offset=offset, act_order=act_order)
+    is_dynamic = bool(keys.values.get("dynamic"))
+    return SourceFormat("gptq", label, bits, group_size, zero_offset=offset, act_order=act_order, is_dynamic=is_dynamic)
 
 
 def _compressed_tensors(keys: _Section) -> SourceFormat:

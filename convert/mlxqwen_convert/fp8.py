@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.scales import check_scales, first_true, refuse_zero_scales, shown_index
 
-__all__ = ["check_rows", "dequantize_rows", "scale_rows"]
+__all__ = ["check_rows", "dequantize_rows", "powers_of_two", "scale_rows"]
 
 # float16 has one bit of exponent more than E4M3, so that its bias is larger by 8.
 _HALF_UNIT = 2.0**8
@@ -21,6 +21,18 @@ def scale_rows(start: int, stop: int, block: tuple[int, int] | None) -> slice:
     """The rows of a block-wise scale that the weight's rows from `start` up to `stop` need."""
     height = 1 if block is None else block[0]
     return slice(start // height, (stop - 1) // height + 1)
+
+
+def powers_of_two(exponents: mx.array) -> mx.array:
+    """float32 of F8_E8M0 scales, exact: `2 ** (exponent − 127)`, and NaN for 255.
+
+    Args:
+        exponents: uint8, as they lie in the file.
+    """
+    bits = exponents.astype(mx.uint32)
+    normal = (bits << 23).view(mx.float32)
+    smallest = mx.array(1 << 22, dtype=mx.uint32).view(mx.float32)  # 2 ** −127 has no exponent of its own
+    return mx.where(bits == 255, mx.array(float("nan")), mx.where(bits == 0, smallest, normal))
 
 
 def dequantize_rows(

@@ -91,13 +91,13 @@ def check(
     name: str,
     origin: tuple[int, int] = (0, 0),
 ) -> None:
-    """Raises `SourceError` for a scale that is NaN, infinite, negative, or zero over codes that are not.
+    """Raises `SourceError` for a scale that is NaN, infinite, or zero over codes that are not. Scales may be negative.
 
     Args:
         name: of the scales' tensor.
         origin: where `scales` begins in it: group and column.
     """
-    if not check_scales(scales, name, origin):
+    if not check_scales(scales, name, origin, signed=True):
         return
     codes, zeros, columns = unpack(qweight.T, bits), _zeros(qzeros, bits, zero_offset), mx.contiguous(scales.T)
     lost = integer.lost_codes(codes, zeros, columns, g_idx)

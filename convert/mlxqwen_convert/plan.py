@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.errors import ConfigError, OptionError
+from mlxqwen.errors import OptionError
 from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import AffineQuantization, ModelConfig
-from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.model_files import read_config_file
+from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen_convert.affine import BITS, GROUP_SIZES
 from mlxqwen_convert.companion_files import check_companions
@@ -116,7 +117,7 @@ class Plan:
     Args:
         folder: of the source.
         config: the source's, parsed.
-        raw_config: the source's, as it stands in the file.
+        raw_config: the source's, as `read_config_file` gives it.
         source: the source's format.
         options: as asked for.
         target: the quantization that modules have by default; None if none is quantized.
@@ -124,6 +125,7 @@ class Plan:
         modules: all modules, in the model's order.
         shards: the files of weights that will be written.
         notes: a line for each thing that is worth knowing.
+        source_notes: those of them that whoever loads the source has to know, too: what was left aside or lost.
         ignored_head: an `lm_head` that is there though the config ties it to the embeddings.
     """
 
@@ -137,6 +139,7 @@ class Plan:
     modules: tuple[PlannedModule, ...]
     shards: tuple[Shard, ...]
     notes: tuple[str, ...] = ()
+    source_notes: tuple[str, ...] = ()
     ignored_head: Part = field(default_factory=dict)
 
     @property
@@ -195,22 +198,24 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
         ConversionError: it is already what is asked for; or, with `strict`, a module cannot be quantized.
     """
     path = folder / "config.json"
-    raw = read_json_object(path, error=ConfigError)
+    raw = read_config_file(folder)
     config = ModelConfig.from_dict(raw, source=str(path))
     source = SourceFormat.of(config, raw, str(path))
     check_companions(folder)
     checkpoint = Checkpoint.open(folder)
     notes = [*checkpoint.notes]
+    advice: list[str] = []
     if config.tie_word_embeddings and options.lm_head_bits is not None:
         raise OptionError(
             f"lm_head_bits: {folder} has no head of its own, its embeddings serve as one",
             hint="Use embed_bits (--embed-bits) instead." if options.embed_bits is None else "Leave it out.",
         )
     if config.rope_scaling is not None and config.moe is not None:
-        notes.append("config.json has YaRN, which mlx-lm (0.32) leaves aside in a mixture of experts")
+        advice.append("config.json has YaRN, which mlx-lm (0.32) leaves aside in a mixture of experts")
     elif config.rope_scaling is not None and not config.rope_scaling.truncate:
-        notes.append("config.json has YaRN with truncate false, which mlx-lm (0.32) leaves aside")
+        advice.append("config.json has YaRN with truncate false, which mlx-lm (0.32) leaves aside")
     dtype = _dtype(options, source, checkpoint)
+    refuse_other_purpose(folder, config.architecture, checkpoint.tensors)
     spare = spare_tensors(checkpoint)
     notes += spare.notes
     by_prefix = PartsByPrefix(info for name, info in checkpoint.tensors.items() if name not in spare.names)
@@ -229,6 +234,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
         raise
     finally:
         files.close()
+    notes += source.exemptions.notes() if source.exemptions is not None else []
     head = by_prefix.pop("lm_head", {}) if config.tie_word_embeddings else {}
     _refuse_unexpected(folder, by_prefix, unnamed)
     if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
@@ -240,8 +246,8 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     planned = tuple(_planned(*entry, source, target, dtype, options, notes) for entry in found)
     _refuse_same(folder, source, planned, options)
     _check_globs(options, planned)
-    _note_head(source, planned, options, notes)
-    _note_without_effect(planned, options, notes)
+    _note_head(source, planned, options, advice)
+    _note_without_effect(planned, options, advice)
     shards = lay_out((entry.outputs for entry in planned), max_shard_bytes)
     placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     planned = tuple(
@@ -249,7 +255,9 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
         for p in planned
     )
     default = target if any(entry.target is not None for entry in planned) else None
-    return Plan(folder, config, raw, source, options, default, dtype, planned, shards, tuple(notes), head)
+    return Plan(
+        folder, config, raw, source, options, default, dtype, planned, shards, (*notes, *advice), tuple(notes), head
+    )
 
 
 def _parts(
@@ -344,8 +352,11 @@ def _target(
 ) -> AffineQuantization | None:
     if not module.is_matrix:
         return None
+    own = readers[0].own if all(reader.own == readers[0].own for reader in readers) else None
     bits = None if default is None else default.bits
     asked = False
+    if own is not None and options.bits is None:
+        bits = own.bits
     if module.kind == "embeddings" and options.embed_bits is not None:
         bits, asked = options.embed_bits, True
     if module.kind == "lm_head" and options.lm_head_bits is not None:
@@ -362,8 +373,7 @@ def _target(
     if module.kind == "router":
         bits = max(bits, ROUTER_BITS)
     group_size = options.group_size or (default.group_size if default else 64)
-    own = readers[0].own
-    if own is not None and options.group_size is None and all(reader.own == own for reader in readers):
+    if own is not None and options.group_size is None:
         group_size = own.group_size
     return AffineQuantization(group_size, bits)
 

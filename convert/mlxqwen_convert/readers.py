@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import mlx.core as mx
@@ -143,24 +144,40 @@ class Fp8Reader:
     label: str = "FP8"
     own: None = None
 
+    @classmethod
+    def of(cls, module: Module, part: Part, block: tuple[int, int] | None) -> Fp8Reader:
+        """The reader of a module, by the shape of its scales; `block` is what the config says of them.
+
+        Where the config speaks of no blocks and the scales have some, these are of 128 × 128, as everywhere.
+        """
+        word = "weight_scale_inv" if "weight_scale_inv" in part else "weight_scale"
+        shape = part[word].shape if word in part else ()
+        if shape in _whole_or_row(module):
+            return cls(None, word)
+        return cls(block or (128, 128) if len(shape) in (2, 4) else block, word)
+
     def check_part(self, module: Module, part: Part) -> None:
-        allow(part, ["weight", self.scale_word, "input_scale"])
+        allow(part, ["weight", self.scale_word])
         require(module, part, "weight", ["F8_E4M3"], [(module.rows, module.width)])
-        if self.block is None:
-            shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (module.rows,), (module.rows, 1)]
-        else:
+        shapes = _whole_or_row(module)
+        if self.block is not None:
             height, width = self.block
-            shapes = [(-(-module.rows // height), -(-module.width // width))]
-        require(module, part, self.scale_word, FLOATS, shapes)
+            rows, columns = -(-module.rows // height), -(-module.width // width)
+            shapes = [(rows, columns), (rows, 1, columns, 1)]  # ModelOpt keeps axes for what is within a block
+        require(module, part, self.scale_word, (*FLOATS, "F8_E8M0"), shapes)
 
     def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
         codes = files.rows(part["weight"], start, stop)
         info = part[self.scale_word]
-        if self.block is None and info.nbytes // mx_itemsize(info) == 1:
+        if self.block is None and prod(info.shape) == 1:
             scale = files.whole(info)
         else:
             rows = fp8.scale_rows(start, stop, self.block)
             scale = files.rows(info, rows.start, rows.stop)
+        if info.dtype == "F8_E8M0":
+            scale = fp8.powers_of_two(scale)
+        if self.block is not None:
+            scale = scale.reshape(len(scale), -1)
         if check:
             fp8.check_rows(codes, scale, self.block, start, name=part["weight"].name, scale_name=info.name)
         return fp8.dequantize_rows(codes, scale, self.block, start)
@@ -169,9 +186,9 @@ class Fp8Reader:
         return no_codes(part)
 
 
-def mx_itemsize(info: TensorInfo) -> int:
-    """Bytes of one number of a tensor of floats."""
-    return 4 if info.dtype == "F32" else 2
+def _whole_or_row(module: Module) -> list[tuple[int, ...]]:
+    """The shapes of one scale for the whole tensor, or one a row."""
+    return [(), (1,), (1, 1), (module.rows,), (module.rows, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +221,7 @@ class MlxReader:
         weight, scales, biases = (files.rows(part[word], start, stop) for word in ("weight", "scales", "biases"))
         packed = Packed(weight, scales.astype(dtype), biases.astype(dtype))
         if check:
-            # scales of either sign: lost are those that are small
-            refuse_lost_scales(mx.abs(scales), dtype, part["scales"].name)
+            refuse_lost_scales(scales, dtype, part["scales"].name)
             affine.check(packed, part["weight"].name, start)
         return packed
 

@@ -1,4 +1,4 @@
-"""Scales as they come from a file: finite, not negative, and zero only where nothing is lost."""
+"""Scales as they come from a file: finite, and zero only where nothing is lost; those of FP8 not negative."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ _TOLERATED_LOSS = 0.01
 _HINT = "The file is damaged or was written wrongly. Download the model again, or use another release of it."
 
 
-def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = ()) -> bool:
-    """Raises `SourceError` for a scale that is NaN, infinite or negative; says whether any is zero.
+def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = (), *, signed: bool = False) -> bool:
+    """Raises `SourceError` for a scale that is NaN or infinite, or negative unless `signed`; says whether any is zero.
 
     Args:
         scales: any float dtype and shape.
         name: the tensor's, for the message.
         origin: where `scales` begins in the whole tensor, one index for each dimension; by default at zero.
+        signed: whether scales may be negative, as auto-round's are, which reach to the farther end of each group.
     """
-    fine = mx.isfinite(scales) & (scales >= 0)
+    fine = mx.isfinite(scales) if signed else mx.isfinite(scales) & (scales >= 0)
     if not fine.all().item():
         index = first_true(~fine)
         found = scales[index].item()
-        raise SourceError(
-            f"{name}: scale {shown_index(index, origin)} is {found:g}, expected a finite number that is not negative",
-            hint=_HINT,
-        )
+        expected = "a finite number" if signed else "a finite number that is not negative"
+        raise SourceError(f"{name}: scale {shown_index(index, origin)} is {found:g}, expected {expected}", hint=_HINT)
     return bool((scales == 0).any().item())
 
 
@@ -39,7 +38,7 @@ def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) 
     if lost.any().item():
         raise SourceError(
             f"{name}: scale {shown_index(first_true(lost), origin)} is zero over codes that are not, "
-            "expected a positive number",
+            "expected another number",
             hint=_HINT,
         )
 
@@ -52,7 +51,7 @@ def refuse_lost_scales(scales: mx.array, dtype: mx.Dtype, name: str) -> None:
     if dtype != mx.float16 or scales.dtype == mx.float16:
         return
     exact, stored = scales.astype(mx.float32), scales.astype(dtype).astype(mx.float32)
-    largest = mx.maximum(exact.max(), _SMALLEST_NORMAL)  # the unit, so that no square underflows
+    largest = mx.maximum(mx.abs(exact).max(), _SMALLEST_NORMAL)  # the unit, so that no square underflows
     lost, all_of_it = mx.square((exact - stored) / largest).sum(), mx.square(exact / largest).sum()
     if not (lost <= _TOLERATED_LOSS**2 * all_of_it).item():  # not more, and not infinite
         raise SourceError(

@@ -27,13 +27,13 @@ FileState = tuple[int, int, int]
 # FP8 comes as its bytes.
 _MLX_DTYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
-    "F8_E4M3": mx.uint8, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
+    "F8_E4M3": mx.uint8, "F8_E8M0": mx.uint8, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16,
     "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64,
 }  # fmt: skip
 
 
 def as_array(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """An MLX array of bytes as they lie in a safetensors file; FP8 comes as uint8."""
+    """An MLX array of bytes as they lie in a safetensors file; FP8 comes as uint8, exponents too."""
     buffer: Any = data
     return mx.array(buffer).view(_MLX_DTYPES[dtype]).reshape(shape)
 

@@ -39,6 +39,7 @@ _OF_GENERATE = (
     "rope_scaling",
     "dtype",
     "force",
+    "ignore_adapter",
 )
 _COLUMNS = (
     Column("context", right=True),

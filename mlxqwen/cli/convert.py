@@ -104,6 +104,7 @@ def _hub_id(ctx: click.Context, param: click.Parameter, value: str | None) -> st
 )
 @click.option("--quality", is_flag=True, help="Search for better scales; several times slower.")
 @click.option("--strict", is_flag=True, help="Refuse what groups do not divide, instead of leaving it unquantized.")
+@click.option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

@@ -182,6 +182,7 @@ _MEMORY = (
     click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
     click.option("--force", is_flag=True, help="Load even what does not fit this machine's memory."),
+    click.option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights."),
 )
 _SPECULATION = (
     click.option(
@@ -345,6 +346,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             yarn_factor=options["yarn_factor"],
             yarn=options.get("yarn"),
             force=options["force"],
+            ignore_adapter=options["ignore_adapter"],
             on_convert=on_convert,
             draft=options.get("draft"),
             speculative=options.get("speculative"),

@@ -54,7 +54,7 @@ def info(
     check_unicode(model=model, revision=revision)
     folder = resolve_model(model, revision=revision)
     stored = measure(folder)
-    loaded = stored if stored.runs else _converted(folder, stored)
+    loaded = stored if stored.runs or stored.refusal else _converted(folder, stored)
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {
@@ -62,7 +62,9 @@ def info(
         "type": stored.config.model_type,
         "format": stored.format,
         "runs": stored.runs,
-        "converts": not stored.runs and loaded is not None,
+        "converts": not stored.runs and not stored.refusal and loaded is not None,
+        "refusal": stored.refusal,
+        "notes": [*(loaded or stored).notes],
         "parameters": stored.parameters,
         "active_parameters": stored.active_parameters,
         "bits_per_weight": round(stored.bits_per_weight, 3),
@@ -85,22 +87,24 @@ def _converted(folder: Path, stored: Footprint) -> Footprint | None:
     Raises:
         MlxqwenError: the checkpoint is damaged, so that it cannot be converted.
     """
-    from mlxqwen_convert.cached import planned_size
+    from mlxqwen_convert.cached import planned
 
     try:
-        dtype, packed_bytes, numbers = planned_size(folder)
+        (dtype, packed_bytes, numbers), notes = planned(folder)
     except UnsupportedFormatError:
         return None
-    return replace(stored, dtype=dtype, packed_bytes=packed_bytes, numbers=numbers)
+    return replace(stored, dtype=dtype, packed_bytes=packed_bytes, numbers=numbers, notes=notes)
 
 
 def _table(facts: dict[str, Any]) -> str:
     device, active = facts["device"], facts["active_parameters"]
     per_token = "" if active == facts["parameters"] else f", {count_of(active)} of them for each token"
     kind = "GPU" if device["is_gpu"] else "CPU"
-    loads = facts["runs"] or facts["converts"]
+    refusal = facts["refusal"]
+    loads = refusal is None and (facts["runs"] or facts["converts"])
     converted = " (converted once, when it is first loaded)" if facts["converts"] else ""
-    not_run = converted if loads else " (this version does not run it: use the BF16 release or an MLX one)"
+    way_out = "use the BF16 release or an MLX one" if refusal is None else refusal
+    not_run = converted if loads else f" (this version does not run it: {way_out})"
     fits = "no" if not facts["fits"] else "yes" if loads else "in memory, but is not run"
     rows = {
         "model": facts["model"],
@@ -114,7 +118,8 @@ def _table(facts: dict[str, Any]) -> str:
         **({} if device["is_gpu"] else {"products": device["products"]}),
         "fits": f"{fits}, {_size(facts['total_bytes'])} needed",
     }
-    return "".join(_row(name, one_line(value)) for name, value in rows.items())
+    notes = [("note", note) for note in facts["notes"]]
+    return "".join(_row(name, one_line(value)) for name, value in (*rows.items(), *notes))
 
 
 def _row(name: str, value: str) -> str:

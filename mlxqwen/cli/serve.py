@@ -35,6 +35,7 @@ _OF_GENERATE = (
     "rope_scaling",
     "dtype",
     "force",
+    "ignore_adapter",
     "speculative",
     "draft",
     "draft_tokens",

@@ -64,6 +64,7 @@ def load(
     yarn_factor: float | None = None,
     yarn: Literal["auto"] | None = None,
     force: bool = False,
+    ignore_adapter: bool = False,
     fused: bool = True,
     on_convert: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, Tokenizer]:
@@ -83,6 +84,7 @@ def load(
             `max_tokens` that is given; without one, the prompt and 4,096 tokens, or a quarter of the trained context
             if that is less. `Done.yarn_factor` tells it.
         force: load even what does not fit this machine's memory.
+        ignore_adapter: load the weights alone where an adapter lies beside them, which is refused otherwise.
         fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
             in an MLX checkpoint, to change, train, save or quantize.
         on_convert: called as a conversion goes on: "converting" or "verifying", weights done, weights in all.
@@ -99,6 +101,7 @@ def load(
         yarn_factor=yarn_factor,
         yarn=yarn,
         force=force,
+        ignore_adapter=ignore_adapter,
         fused=fused,
         on_convert=on_convert,
     )

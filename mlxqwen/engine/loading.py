@@ -13,6 +13,7 @@ from typing import Protocol, Unpack
 import mlx.core as mx
 
 from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.model.loading import (
@@ -136,6 +137,8 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
         yarn=options.get("yarn"),
     )
     if config.foreign_quantization is not None:
+        if not options.get("ignore_adapter", False):
+            refuse_adapter(folder)
         conversion = convert(folder, held)
         if conversion.size is not None:
             stored, packed_bytes, numbers = conversion.size

@@ -16,6 +16,8 @@ from typing import Any
 
 from mlxqwen.errors import ConfigError, OptionError
 from mlxqwen.files.json_file import json_kind, read_json_object
+from mlxqwen.files.model_files import read_config_file
+from mlxqwen.files.tensor_names import without_wrappers
 
 __all__ = [
     "AffineQuantization",
@@ -28,6 +30,7 @@ __all__ = [
 
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUP_SIZES = (32, 64, 128)
+_DEFAULT_BITS, _DEFAULT_GROUP_SIZE = 4, 64  # what MLX takes for null, and what mlx-lm's mixed recipes mean by it
 
 # Qwen3 was trained on 32,768 positions; its releases declare 40,960 to leave room for a prompt of 8,192.
 _DECLARED_CONTEXT = 40_960
@@ -139,6 +142,7 @@ class ModelConfig:
     quantization: Quantization | None = None
     foreign_quantization: str | None = None
     yarn_choices: tuple[YarnScaling, ...] = ()
+    architecture: str | None = None
 
     @property
     def context_length(self) -> int:
@@ -155,9 +159,8 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `folder/config.json`. Raises `ConfigError`."""
-        path = folder / "config.json"
-        return cls.from_dict(read_json_object(path, error=ConfigError), source=str(path))
+        """Read `folder/config.json` as `read_config_file` does. Raises `ConfigError`."""
+        return cls.from_dict(read_config_file(folder), source=str(folder / "config.json"))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -356,6 +359,8 @@ def _read_config(keys: _Keys) -> ModelConfig:
     max_position_embeddings = keys.integer("max_position_embeddings", high=1 << 27)
     rope_theta, rope_scaling = _read_rope(keys, max_position_embeddings)
     quantization, foreign = _read_quantization(keys)
+    architectures = keys.values.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
 
     return ModelConfig(
         model_type=model_type,
@@ -375,6 +380,7 @@ def _read_config(keys: _Keys) -> ModelConfig:
         eos_token_ids=keys.token_ids("eos_token_id"),
         quantization=quantization,
         foreign_quantization=foreign,
+        architecture=architecture[:_SHOWN] if isinstance(architecture, str) else None,
     )
 
 
@@ -455,25 +461,26 @@ def _read_quantization(keys: _Keys) -> tuple[Quantization | None, str | None]:
     if mlx is None and "quant_method" in section.values:
         method = section.values["quant_method"]
         return None, (method if isinstance(method, str) else _BRIEF.repr(method))[:40]
-    mode = section.values.get("mode", "affine")
-    if mode != "affine":
+    if section.values.get("mode") not in (None, "affine"):
         raise section.fail("mode", "'affine'", hint="Only MLX's affine quantization is run; convert from the original.")
     overrides: dict[str, AffineQuantization | None] = {}
     for name, value in section.values.items():
         if value is False:
-            overrides[name] = None
+            overrides[without_wrappers(name)] = None
         elif isinstance(value, Mapping):
             module = _Keys(value, f"{section.source}: {name[:_SHOWN]}")
-            if module.values.get("mode", "affine") != "affine":
+            if module.values.get("mode") not in (None, "affine"):
                 raise module.fail("mode", "'affine'")
-            overrides[name] = _read_affine(module)
+            overrides[without_wrappers(name)] = _read_affine(module)
         elif ("." in name or name == "lm_head") and value is not True:  # the rest is said of the whole checkpoint
             raise section.fail(name, "an object, true or false")
     return Quantization(_read_affine(section), overrides), None
 
 
 def _read_affine(keys: _Keys) -> AffineQuantization:
-    bits, group_size = keys.values.get("bits"), keys.values.get("group_size", 64)
+    bits, group_size = (keys.values.get(key) for key in ("bits", "group_size"))
+    bits = _DEFAULT_BITS if bits is None else bits
+    group_size = _DEFAULT_GROUP_SIZE if group_size is None else group_size
     if bits not in _AFFINE_BITS or isinstance(bits, bool):
         raise keys.fail("bits", f"one of {', '.join(map(str, _AFFINE_BITS))}")
     if group_size not in _AFFINE_GROUP_SIZES or isinstance(group_size, bool):

@@ -35,11 +35,21 @@ COMPANION_FILES = (
     "NOTICE",
     "NOTICE.txt",
 )
+# What older tools say of a quantization, and what tells an adapter or an embedding model.
+SETTINGS_FILES = (
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "adapter_config.json",
+    "modules.json",
+)
 WANTED_FILES = [
     "config.json",
     "model*.safetensors",
     "weights*.safetensors",
     "model.safetensors.index.json",
+    *SETTINGS_FILES,
     *COMPANION_FILES,
     "additional_chat_templates/*.jinja",
     "README.md",  # names the licence

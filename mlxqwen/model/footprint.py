@@ -10,9 +10,18 @@ import mlx.core as mx
 
 from mlxqwen.checks import check_integer
 from mlxqwen.device import Device
+from mlxqwen.files.adapters import adapter_files
 from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import ModelConfig
-from mlxqwen.model.loading import FLOAT_DTYPES, checkpoint_dtype, foreign_format, model_tensors, parse_dtype
+from mlxqwen.files.purpose import other_purpose
+from mlxqwen.model.loading import (
+    FLOAT_DTYPES,
+    check_tensors,
+    checkpoint_dtype,
+    foreign_format,
+    model_tensors,
+    parse_dtype,
+)
 
 __all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
 
@@ -25,6 +34,8 @@ class Footprint:
         config: its shape.
         format: "BF16", "MLX 4-bit, groups of 64", or a format that has to be converted first, such as "FP8".
         runs: whether this format runs without conversion.
+        refusal: why loading refuses the folder, in words, though it is sound; None if it does not.
+        notes: a line for each thing that loading leaves out.
         parameters: weights of the model, in whatever form they are stored.
         active_parameters: those that one token uses; fewer in a mixture of experts.
         numbers: how many values are stored as floats (weights, or scales and biases).
@@ -36,6 +47,8 @@ class Footprint:
     config: ModelConfig
     format: str
     runs: bool
+    refusal: str | None
+    notes: tuple[str, ...]
     parameters: int
     active_parameters: int
     numbers: int
@@ -112,7 +125,7 @@ def size_up(
 
 
 def measure(folder: Path) -> Footprint:
-    """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`."""
+    """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`, `UnsupportedFormatError`."""
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
     spare = spare_tensors(checkpoint)
@@ -122,10 +135,17 @@ def measure(folder: Path) -> Footprint:
     dtype = checkpoint_dtype(tensors)
     parameters, active = _parameters(config)
     foreign = foreign_format(config, checkpoint)
+    refusal = other_purpose(folder, config.architecture, checkpoint.tensors)
+    if foreign is None and refusal is None:
+        check_tensors(config, checkpoint, tensors)
+    if refusal is None and (adapter := adapter_files(folder)):
+        refusal = f"an adapter lies beside the weights ({', '.join(adapter[:3])}), which is not applied"
     return Footprint(
         config=config,
         format=foreign or _native_format(config, dtype),
-        runs=foreign is None,
+        runs=foreign is None and refusal is None,
+        refusal=refusal,
+        notes=(*checkpoint.notes, *spare.notes),
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),

@@ -21,8 +21,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
+from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
+from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
@@ -32,6 +34,7 @@ __all__ = [
     "LoadOptions",
     "PreparedModel",
     "check_memory",
+    "check_tensors",
     "checkpoint_dtype",
     "compute_dtype",
     "foreign_format",
@@ -52,6 +55,8 @@ _FOREIGN = {
     "gptq": "GPTQ",
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
+    "fbgemm_fp8": "FP8",
+    "modelopt": "ModelOpt",
 }
 _EXPERT = re.compile(r"(.+\.mlp)\.experts\.(0|[1-9][0-9]{0,3})\.((?:gate|up|down)_proj)\.weight")
 _EMBEDDINGS = "model.embed_tokens"
@@ -80,6 +85,7 @@ class LoadOptions(TypedDict, total=False):
     yarn_factor: float | None
     yarn: Literal["auto"] | None
     force: bool
+    ignore_adapter: bool
     fused: bool
     device: Device | None
 
@@ -157,6 +163,7 @@ def prepare_model(
     yarn_factor: float | None = None,
     yarn: Literal["auto"] | None = None,
     force: bool = False,
+    ignore_adapter: bool = False,
     fused: bool = True,
     device: Device | None = None,
 ) -> PreparedModel:
@@ -169,6 +176,7 @@ def prepare_model(
         yarn_factor: extends the trained context this many times by YaRN.
         yarn: "auto" scales each request by its own length: see `ModelConfig.with_yarn_by_request`.
         force: load even what does not fit this machine.
+        ignore_adapter: load the weights alone where an adapter lies beside them, which is refused otherwise.
         fused: lay projections of the same input together, which is quicker; without, every weight is found under its
             name in an MLX checkpoint, to change, train, save or quantize.
         device: the machine to load for; by default this one.
@@ -181,7 +189,10 @@ def prepare_model(
     config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, yarn=yarn)
     folder, device = Path(folder), device or current_device()
     checkpoint = Checkpoint.open(folder)
+    refuse_other_purpose(folder, config.architecture, checkpoint.tensors)
     _refuse_foreign(folder, config, checkpoint)
+    if not ignore_adapter:
+        refuse_adapter(folder)
     generation_config = GenerationConfig.from_folder(folder)
 
     model = Qwen3ForCausalLM(config, generation_config)
@@ -352,6 +363,11 @@ def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int
         f"{checkpoint.folder}: experts of {parameter}: {problem}, expected 0 to {num_experts - 1}",
         hint="Fetch the model again, or check that config.json belongs to these weights.",
     )
+
+
+def check_tensors(config: ModelConfig, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `CheckpointError` unless `tensors` are those of the model, in names, dtypes and shapes."""
+    _match(checkpoint, tensors, Qwen3ForCausalLM(config), config)
 
 
 def _match(

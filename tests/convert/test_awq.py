@@ -98,7 +98,7 @@ def test_groups_that_mlx_lacks_are_refused() -> None:
         awq.repack(*arrays(encode_awq(grouped)))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, -1e-3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_scales_are_named(value: float) -> None:
     qweight, qzeros, scales = arrays(encode_awq(random_grouped(np.random.default_rng(0), 16, 3, 32)))
     scales[2, 9] = value

@@ -133,7 +133,7 @@ def _set(word: str, index: tuple[int, ...], value: float | int) -> Callable[[Sou
         ("fp8", _set("weight_scale_inv", (1, 0), 0.0), ["weight_scale_inv", "[1, 0]", "zero"]),
         ("fp8", _set("weight", (200, 7), 0x7F), ["weight", "[200, 7]", "NaN"]),
         ("awq", _set("scales", (1, 200), np.nan), ["scales", "[1, 200]", "nan"]),
-        ("awq", _set("scales", (1, 200), -2.0), ["scales", "[1, 200]", "-2"]),
+        ("awq", _set("scales", (1, 200), -np.inf), ["scales", "[1, 200]", "-inf"]),
         ("awq", _set("scales", (1, 200), 0.0), ["scales", "[1, 200]", "zero"]),
         ("gptq", _set("scales", (0, 99), np.inf), ["scales", "[0, 99]", "inf"]),
         ("gptq8", _set("scales", (0, 99), 0.0), ["scales", "[0, 99]", "zero"]),

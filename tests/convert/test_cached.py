@@ -29,7 +29,7 @@ from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen_convert import convert
 from mlxqwen_convert.cache_list import CachedModel, Removal, cache_folder, cached_models, prune
-from mlxqwen_convert.cached import converted, planned_size
+from mlxqwen_convert.cached import converted, planned
 from mlxqwen_convert.errors import DiskFullError, OutputError, SourceChangedError
 from tests.convert.checkpoints import make_demo, make_source
 from tests.convert.test_cli_convert import ENVIRONMENT
@@ -138,7 +138,7 @@ def test_one_line_of_notice(tmp_path: Path) -> None:
 
 
 def test_the_size_is_foretold(fp8: Path) -> None:
-    dtype, packed, numbers = planned_size(fp8)
+    (dtype, packed, numbers), _ = planned(fp8)
     tensors = Checkpoint.open(converted(fp8)).tensors.values()
     assert packed == sum(info.nbytes for info in tensors if info.dtype == "U32")
     assert numbers * dtype.size == sum(info.nbytes for info in tensors if info.dtype != "U32")

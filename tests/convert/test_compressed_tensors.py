@@ -131,7 +131,7 @@ def test_row_chunks_do_not_matter(bits: int, chunks: list[int], ragged: int) -> 
         start = rows.stop
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, -1e-3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_scales_are_named(value: float) -> None:
     packed, scale, zero_point = arrays(random_grouped(np.random.default_rng(0), 4, 16, 3, 32, False), 4, False)
     scale[9, 2] = value

@@ -143,7 +143,7 @@ def test_groups_that_are_not_there_are_named(group: int) -> None:
         gptq.check_groups(g_idx, 3, name="x.g_idx")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, -1e-3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_bad_scales_are_named(value: float) -> None:
     qweight, qzeros, scales = arrays(encode_gptq(random_grouped(np.random.default_rng(0), 4, 16, 3, 32, 1), 4))
     scales[2, 9] = value

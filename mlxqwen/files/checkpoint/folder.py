@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
+from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.checkpoint.safetensors_file import (
     DOWNLOAD_AGAIN,
     MAX_NAME_LENGTH,
@@ -375,6 +376,8 @@ def check_all_shards(folder: Path, files: list[Path]) -> None:
 
 def no_weights(folder: Path) -> MlxqwenError:
     """The error for a folder without safetensors files: it names the format that is there instead."""
+    if adapter := adapter_alone(folder):
+        return adapter
     names = [path.name for path in listed(folder)]
     for suffixes, format_name in (
         ((".gguf", ".ggml"), "GGUF"),

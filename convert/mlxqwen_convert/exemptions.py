@@ -1,0 +1,106 @@
+"""A config's list of modules that are not quantized, compared with how they are stored, which decides.
+
+Entries are matched as transformers does (`should_convert_module`), and further as ModelOpt's globs and
+compressed-tensors' `re:` are meant: from a name's start up to a dot, or at its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mlxqwen.files.checkpoint import TensorInfo
+from mlxqwen.files.tensor_names import without_wrappers
+from mlxqwen_convert.name_patterns import NamePattern, Work
+
+__all__ = ["Exemptions"]
+
+_MOST_EXPRESSIONS = 128
+_MOST_STEPS = 1_000_000
+_PLAIN = re.compile(r"[\w.-]*", re.ASCII)
+_SHOWN = 3
+
+
+class Exemptions:
+    """The list of one config, and the modules that are stored otherwise than it says."""
+
+    def __init__(self, key: str, entries: Iterable[str]) -> None:
+        self._key = key
+        self._work = Work(_MOST_STEPS)
+        self._unread: list[str] = []
+        self._listed_all_the_same: list[str] = []
+        self._not_listed: list[str] = []
+        literals: dict[str, None] = {}
+        self._patterns: list[NamePattern] = []
+        for entry in entries:
+            if _PLAIN.fullmatch(entry):
+                literals |= {entry.rstrip("."): None, without_wrappers(entry.rstrip(".")): None}
+            elif len(self._patterns) < _MOST_EXPRESSIONS:
+                self._read(entry)
+            else:
+                self._unread.append(entry)
+        literals.pop("", None)
+        self._literals = frozenset(literals)
+        self._endings = tuple(literals)
+
+    def _read(self, entry: str) -> None:
+        text, found = entry.removeprefix("re:"), []
+        attempts = [text] if entry.startswith("re:") else [text, _expression_of_glob(text)]
+        for attempt in attempts:
+            try:
+                found.append(NamePattern(attempt, self._work))
+            except ValueError:
+                continue
+        self._patterns += found
+        if not found:
+            self._unread.append(entry)
+
+    def names(self, name: str) -> bool:
+        """Whether the list has a module, by its name in Qwen3 or under the prefix of a model of several modalities."""
+        words = name.split(".")
+        if not self._literals.isdisjoint({".".join(words[:n]) for n in range(1, len(words) + 1)}):
+            return True
+        if name.endswith(self._endings):
+            return True
+        bare = name.removeprefix("model.")
+        spelt = (name, f"model.language_model.{bare}", f"language_model.{name}", bare)
+        try:
+            return any(pattern.matches(spelling) for pattern in self._patterns for spelling in spelt)
+        except ValueError as cause:
+            self._patterns.clear()
+            self._unread.append(str(cause))
+            return False
+
+    def compare(self, info: TensorInfo, *, is_float: bool, is_expected_quantized: bool) -> None:
+        """Note a weight that is stored otherwise than the list says."""
+        name = info.name.partition("[")[0].removesuffix(".weight")
+        if is_float != self.names(name):
+            if not is_float:
+                self._listed_all_the_same.append(name)
+            elif is_expected_quantized:
+                self._not_listed.append(f"{name} ({info.dtype})")
+
+    def notes(self) -> list[str]:
+        """A line for each kind of disagreement; none where an expression could not be read."""
+        if self._unread:
+            return [f"config.json's {self._key} has entries that are not read, such as {self._unread[0][:80]!r}"]
+        notes = []
+        if self._listed_all_the_same:
+            found = _some(self._listed_all_the_same)
+            notes.append(f"stored in FP8 and read as such, though config.json's {self._key} lists them: {found}")
+        if self._not_listed:
+            found = _some(self._not_listed)
+            notes.append(
+                f"stored unquantized and read as such, though config.json's {self._key} does not list them: {found}"
+            )
+        return notes
+
+
+def _expression_of_glob(glob: str) -> str:
+    """ModelOpt's and fnmatch's `*` and `?` as an expression; everything else is meant as it stands."""
+    return "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in glob)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
