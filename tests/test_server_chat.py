@@ -431,3 +431,5 @@ def test_logprobs_of_content_and_of_thought_stand_apart(served: Served, fields: 
         )
     assert served.post(ask(seed=2, max_tokens=1, logprobs=False))["choices"][0]["logprobs"] is None
     assert served.refused(ask(top_logprobs=2))["param"] == "top_logprobs"
+    hidden = served.post({**body, "include_reasoning": False})["choices"][0]["logprobs"]
+    assert hidden["reasoning_content"] == []

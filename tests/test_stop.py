@@ -122,3 +122,20 @@ def test_the_command_line_refuses_more(tmp_path: Path) -> None:
         assert (result.status, result.out) == (1, "")
         assert result.err.startswith("error: --stop: found 65 strings, expected at most 64\n")
         assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "match"),
+    [
+        (["a b", "c d"], ["x", "bc"], "bc"),
+        (["abc"], ["bcd", "b"], "b"),
+        (["ab"], ["ab", "abc"], "ab"),
+        (["a"], ["b"], None),
+    ],
+)
+def test_which_one_was_found_is_told(pieces: list[str], stops: list[str], match: str | None) -> None:
+    found = StopStrings(stops)
+    for piece in pieces:
+        found.feed(piece)
+    found.finish()
+    assert found.match == match

@@ -69,6 +69,11 @@ class ReplyPipeline:
         return self._stops.found
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.match
+
+    @property
     def in_reasoning(self) -> bool:
         """Whether the reply so far ends in reasoning; not while it may be a call that ends it."""
         return self._splitter.in_reasoning

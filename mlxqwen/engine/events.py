@@ -57,6 +57,7 @@ class Done:
         tokens: ids of the reply, with its tags and end token.
         yarn_factor: what YaRN scaled the reply by, 1 for not at all, if the model scales by request
             (`load(…, yarn="auto")`); else None.
+        stop_string: what it ended before, if one of `stop` was found.
         logprobs: how likely each of them was, if that was asked for.
     """
 
@@ -67,6 +68,7 @@ class Done:
     tokens: tuple[int, ...] = ()
     yarn_factor: float | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_string: str | None = None
 
 
 Event = Delta | Done

@@ -232,7 +232,8 @@ class Handle:
             (count - 1) / max(decode, 1e-9),
         )
         tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
-        return Done(reply, finish_reason, usage, timings, tokens, self.yarn_factor, logprobs)
+        stop_string = None if pipeline is None else pipeline.stop_string
+        return Done(reply, finish_reason, usage, timings, tokens, self.yarn_factor, logprobs, stop_string)
 
     def prompt_speed(self) -> float:
         """Tokens of the prompt read per second, until the first token."""

@@ -15,12 +15,19 @@ from starlette.routing import Route
 
 from mlxqwen import __version__
 from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
-from mlxqwen.server.chat_fields import ChatFields
-from mlxqwen.server.chat_reply import ChatReply
-from mlxqwen.server.chat_request import Prepared, prepare_chat
+from mlxqwen.server.endpoints import (
+    cancel_response,
+    chat_completions,
+    completions,
+    count_tokens,
+    delete_response,
+    list_input_items,
+    messages,
+    responses,
+    show_response,
+)
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.journal import Journal
-from mlxqwen.server.models import ServedModel
 from mlxqwen.server.openapi import document
 from mlxqwen.server.service import Service, endpoint
 from mlxqwen.server.texts import detokenize, tokenize
@@ -28,18 +35,6 @@ from mlxqwen.server.texts import detokenize, tokenize
 __all__ = ["make_app"]
 
 _Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
-
-
-async def chat_completions(service: Service, http: HttpRequest) -> Response:
-    """`POST /v1/chat/completions`."""
-
-    def prepare(fields: ChatFields, model: ServedModel) -> Prepared:
-        return prepare_chat(fields, model, service.settings)
-
-    def present(fields: ChatFields, prepared: Prepared) -> ChatReply:
-        return ChatReply(fields, prepared, service.settings.reasoning_field)
-
-    return await service.answer(http, ChatFields, prepare, present)
 
 
 async def list_models(service: Service, http: HttpRequest) -> Response:
@@ -84,6 +79,10 @@ _GET: dict[str, _Handler] = {
 }
 _POST: dict[str, _Handler] = {
     "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/messages": messages,
+    "/v1/messages/count_tokens": count_tokens,
+    "/v1/responses": responses,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
@@ -100,6 +99,10 @@ def make_app(service: Service) -> Starlette:
         *(route(path, handler, "GET") for path, handler in _GET.items()),
         *(route(path, handler, "POST") for path, handler in _POST.items()),
         route("/v1/models/{name:path}", show_model, "GET"),
+        route("/v1/responses/{id}", show_response, "GET"),
+        route("/v1/responses/{id}", delete_response, "DELETE"),
+        route("/v1/responses/{id}/cancel", cancel_response, "POST"),
+        route("/v1/responses/{id}/input_items", list_input_items, "GET"),
     ]
     stack = [
         Middleware(Journal, service.load, service.metrics, {*_GET, *_POST}, settings.log_content),

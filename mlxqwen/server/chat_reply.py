@@ -14,7 +14,7 @@ from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, openai_error
-from mlxqwen.server.event_stream import event, to_json
+from mlxqwen.server.event_stream import COMMENT, event, to_json
 from mlxqwen.server.logprobs import ChoiceLogprobs
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import ReasoningField
@@ -123,6 +123,8 @@ class ChatReply:
         reasoning_field: the name that thought has.
     """
 
+    comment = COMMENT
+
     def __init__(self, fields: ChatFields, prepared: Prepared, reasoning_field: ReasoningField) -> None:
         self.id = f"chatcmpl-{os.urandom(12).hex()}"
         self._created = int(time.time())
@@ -131,7 +133,8 @@ class ChatReply:
         self._logprobs = None
         if prepared.requests[0].logprobs is not None:
             ends = prepared.requests[0].end_token_ids
-            self._logprobs = [ChoiceLogprobs(prepared.model.engine.tokenizer, ends) for _ in prepared.requests]
+            tokenizer, tells = prepared.model.engine.tokenizer, fields.include_reasoning is not False
+            self._logprobs = [ChoiceLogprobs(tokenizer, ends, tells_thought=tells) for _ in prepared.requests]
         self._choices = [ChatChoice(fields, reasoning_field) for _ in range(fields.n or 1)]
         options = fields.stream_options
         self._includes_usage = options is not None and options.include_usage is True

@@ -22,7 +22,7 @@ from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.structured import output_options, tool_choice
 
-__all__ = ["EFFORT_BUDGETS", "Prepared", "bounded", "ending", "prepare_chat", "rows", "sampling_of"]
+__all__ = ["EFFORT_BUDGETS", "Prepared", "bounded", "budget_of", "ending", "prepare_chat", "rows", "sampling_of"]
 
 EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 16_384, "xhigh": 32_768, "max": None}
 """Tokens of thought by `reasoning_effort`; "none" switches thinking off."""
@@ -47,21 +47,34 @@ class Prepared:
         model: answers.
         requests: one for each choice.
         notes: what was left out of it, for the header and the log.
+        choices: how many of them each prompt has.
     """
 
     model: ServedModel
     requests: Sequence[Request]
     notes: Sequence[str]
+    choices: int = 1
 
 
-def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSettings) -> Prepared:
+def prepare_chat(
+    fields: ChatFields,
+    model: ServedModel,
+    settings: ServerSettings,
+    *,
+    notes: Sequence[str] = (),
+    drop_oldest: bool = False,
+) -> Prepared:
     """Check and render a chat completion. Called by a thread of its own: prompts may be long.
+
+    Args:
+        notes: what was left out of it already.
+        drop_oldest: whether the oldest turns of one that is too long are left out.
 
     Raises:
         ApiError, MlxqwenError: it cannot be answered.
     """
     refuse_what_is_not_done(fields)
-    notes = unknown_fields(fields)
+    notes = [*notes, *unknown_fields(fields)]
     thinking, budget = _thinking(fields)
     tools, choice = _tools(fields, notes), tool_choice(fields)
     constraints = list(ending(fields, model))
@@ -82,6 +95,7 @@ def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSetting
         salt=fields.cache_salt or "",
         constraints=constraints,
         logprobs=_logprobs(fields),
+        drop_oldest=drop_oldest,
         template_variables=variables,
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=fields.continue_final_message,
@@ -90,7 +104,7 @@ def prepare_chat(fields: ChatFields, model: ServedModel, settings: ServerSetting
     )
     request, _ = model.responder.request(fields.messages, options)
     request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
-    return Prepared(model, rows(request, fields), notes)
+    return Prepared(model, rows(request, fields), notes, fields.n or 1)
 
 
 def refuse_what_is_not_done(fields: ReplyFields) -> None:
@@ -182,18 +196,23 @@ def rows(request: Request, fields: ReplyFields) -> list[Request]:
 def _thinking(fields: ChatFields) -> tuple[bool | None, int | None]:
     """The hard switch and the budget that the request's fields make together."""
     switch = (fields.chat_template_kwargs or {}).get("enable_thinking")
-    budgets = [one for one in (fields.thinking_budget, fields.thinking_token_budget) if one is not None]
-    if len(set(budgets)) > 1:
-        raise OptionError(
-            f"thinking_budget: found {budgets[0]} beside thinking_token_budget {budgets[1]}, expected one"
-        )
-    budget = budgets[0] if budgets else None
+    budget = budget_of(fields)
     effort = fields.reasoning_effort
     if effort == "none" and switch is None and budget is None:
         return False, None
     if effort is not None and effort != "none" and switch is not False and budget is None:
         budget = EFFORT_BUDGETS[effort]
     return switch, budget
+
+
+def budget_of(fields: ReplyFields) -> int | None:
+    """The most tokens of thought, by whichever of its names it is given."""
+    budgets = [one for one in (fields.thinking_budget, fields.thinking_token_budget) if one is not None]
+    if len(set(budgets)) > 1:
+        raise OptionError(
+            f"thinking_budget: found {budgets[0]} beside thinking_token_budget {budgets[1]}, expected one"
+        )
+    return budgets[0] if budgets else None
 
 
 def _most_tokens(fields: ChatFields) -> int | None:

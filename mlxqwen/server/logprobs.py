@@ -11,7 +11,7 @@ from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["ChoiceLogprobs", "spelled"]
+__all__ = ["ChoiceLogprobs", "spelled_entry"]
 
 _LEAST = -9999.0  # for what JSON has no number for, as OpenAI and vLLM write it
 
@@ -24,10 +24,12 @@ class ChoiceLogprobs:
     Args:
         tokenizer: spells tokens.
         ends: tokens that end the reply, which are no content.
+        tells_thought: whether the thought's tokens are told, too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], *, tells_thought: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._tells_thought = tells_thought
         self._ends = ends
         self._thought_tags = {tokenizer.token_to_id(tag.value) for tag in (Tag.THINK, Tag.END_THINK)}
         self._waiting: list[dict[str, Any]] = []
@@ -47,6 +49,8 @@ class ChoiceLogprobs:
             self._waiting.append(self._entry(token.logprobs))
         for delta in token.deltas:
             self._assign(delta)
+        if not self._tells_thought:
+            self.reasoning.clear()
         return _entries(self.content[content:], self.reasoning[reasoning:])
 
     def _assign(self, delta: Delta) -> None:
@@ -65,8 +69,8 @@ class ChoiceLogprobs:
         return _entries(self.content, self.reasoning) or {"content": [], "refusal": None, "reasoning_content": []}
 
     def _entry(self, told: TokenLogprobs) -> dict[str, Any]:
-        likeliest = [_spelled(self._tokenizer, token, value) for token, value in told.likeliest]
-        return {**_spelled(self._tokenizer, told.token, told.logprob), "top_logprobs": likeliest}
+        likeliest = [spelled_entry(self._tokenizer, token, value) for token, value in told.likeliest]
+        return {**spelled_entry(self._tokenizer, told.token, told.logprob), "top_logprobs": likeliest}
 
 
 def _entries(content: list[dict[str, Any]], reasoning: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -79,14 +83,10 @@ def _text(entry: dict[str, Any]) -> str:
     return str(entry["token"])
 
 
-def _spelled(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    data = spelled(tokenizer, token)
-    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}
-
-
-def spelled(tokenizer: Tokenizer, token: int) -> bytes:
-    """The bytes of a token; none for ids that the tokenizer has no token for."""
+def spelled_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """A token with its text, bytes and log-probability."""
     try:
-        return tokenizer.token_bytes(token)
-    except MlxqwenError:
-        return b""
+        data = tokenizer.token_bytes(token)
+    except MlxqwenError:  # the model has more ids than the tokenizer has tokens
+        data = b""
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}

@@ -8,14 +8,21 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from mlxqwen import __version__
+from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.completions import CompletionFields
+from mlxqwen.server.responses_request import ResponsesFields
 from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
 
 __all__ = ["document"]
 
 _FORMS: dict[str, tuple[type[Form], str]] = {
     "/v1/chat/completions": (ChatFields, "Answer a conversation."),
+    "/v1/completions": (CompletionFields, "Go on with a text or token ids."),
+    "/v1/messages": (MessagesFields, "Answer a conversation in Anthropic's form."),
+    "/v1/messages/count_tokens": (CountFields, "The length of such a conversation in tokens."),
+    "/v1/responses": (ResponsesFields, "Answer in the form of OpenAI's responses."),
     "/tokenize": (TokenizeFields, "The token ids of a text or a conversation."),
     "/detokenize": (DetokenizeFields, "The text of token ids."),
 }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.generation import GeneratedToken
-from mlxqwen.engine.request import Request
+from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Metrics
-from mlxqwen.server.models import ServedModel
 
 __all__ = ["Replies"]
 
@@ -20,8 +19,7 @@ class Replies:
     """Replies to one HTTP request, one for each of its choices. Closing them frees their rows within a step.
 
     Args:
-        model: answers.
-        requests: one for each reply.
+        prepared: the model, and one request for each reply.
         load: counts them; room for them has been taken there.
         metrics: are told of their tokens.
         deadline: when to give up, in seconds of `time.monotonic`; None for never.
@@ -35,13 +33,14 @@ class Replies:
 
     def __init__(
         self,
-        model: ServedModel,
-        requests: Sequence[Request],
+        prepared: Prepared,
         load: Load,
         metrics: Metrics,
         deadline: float | None = None,
     ) -> None:
+        model, requests = prepared.model, prepared.requests
         self._model = model
+        self._choices = prepared.choices
         self._load = load
         self._metrics = metrics
         self._deadline = deadline
@@ -59,13 +58,13 @@ class Replies:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt that all replies share."""
-        return len(self.handles[0].request.prompt)
+        """Tokens of all prompts, each counted once."""
+        return sum(len(handle.request.prompt) for handle in self.handles[:: self._choices])
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not read, as they were known."""
-        return self.handles[0].cached_tokens
+        """Tokens of the prompts that were not read, as they were known before."""
+        return sum(handle.cached_tokens for handle in self.handles[:: self._choices])
 
     @property
     def seconds_to_first(self) -> float | None:
@@ -118,9 +117,9 @@ class Replies:
         before = self._last.get(row)
         if before is None:
             seconds = token.time - self._began
-            if self._first is None:
-                self._first = seconds
-                self._metrics.read(self.prompt_tokens, self.cached_tokens)
+            self._first = seconds if self._first is None else self._first
+            if row % self._choices == 0:
+                self._metrics.read(len(self.handles[row].request.prompt), self.handles[row].cached_tokens)
             self._metrics.first_token.observe(seconds)
         else:
             self._metrics.between_tokens.observe(token.time - before.time)

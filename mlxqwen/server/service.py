@@ -19,11 +19,12 @@ from mlxqwen.server.access import error_response
 from mlxqwen.server.bodies import Form, parse_body, read_body
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
-from mlxqwen.server.event_stream import COMMENT, EventStream, KeepAlive
+from mlxqwen.server.event_stream import EventStream, KeepAlive
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Metrics
 from mlxqwen.server.models import Models, ServedModel
 from mlxqwen.server.replies import Replies
+from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.settings import ServerSettings
 
 __all__ = ["IGNORED_HEADER", "Presenter", "Service", "endpoint", "until_gone"]
@@ -39,6 +40,10 @@ _T = TypeVar("_T")
 
 class Presenter(Protocol):
     """Gives the replies to one request the form of its API."""
+
+    @property
+    def comment(self) -> bytes:
+        """What says that the reply is on its way, while nothing else does."""
 
     async def whole(self, replies: Replies) -> dict[str, Any]:
         """The reply that is not streamed."""
@@ -63,6 +68,7 @@ class Service:
         self.models = Models(models, single=settings.single)
         self.load = Load(settings.max_running, settings.max_queue)
         self.metrics = Metrics()
+        self.responses = ResponseStore()
         self.metrics.watch(self._gauges)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mlxqwen request")
 
@@ -109,7 +115,7 @@ class Service:
             prepared = await self.in_thread(lambda: prepare(fields, model))
             load.take(len(prepared.requests) - 1, held=1)
             taken = 0  # from here on the replies give it back
-            replies = Replies(model, prepared.requests, load, self.metrics, deadline)
+            replies = Replies(prepared, load, self.metrics, deadline)
         except BaseException:
             load.leave(taken)
             raise
@@ -133,7 +139,7 @@ class Service:
                     alive.sent()
                     yield piece
                 elif alive.is_due():
-                    yield COMMENT
+                    yield presenter.comment
         except Exception as error:
             log_failure(error)
             replies.close()

@@ -24,6 +24,10 @@ class StopStrings:
 
     Raises:
         OptionError: a stop is empty, longer than 1,024 characters or not a string, or there are more than 64.
+
+    Attributes:
+        found: whether one of them was found.
+        match: which one.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -50,6 +54,7 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
+        self.match: str | None = None
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Take the next piece of text.
@@ -65,6 +70,8 @@ class StopStrings:
         # A stop that began earlier may still be completed: which of the two came first is not known yet.
         self.found = match is not None and match <= unfinished
         shown = unfinished if match is None or not self.found else match
+        if self.found:
+            self.match = self._at(buffer, shown)
         self._held = "" if self.found else buffer[shown:]
         return buffer[:shown], self.found
 
@@ -75,7 +82,12 @@ class StopStrings:
         if match is None:
             return held
         self.found = True
+        self.match = self._at(held, match)
         return held[:match]
+
+    def _at(self, text: str, start: int) -> str:
+        """The first of the stops that stand in `text` at `start`."""
+        return next(stop for stop in self._stops if text.startswith(stop, start))
 
     def _first_match(self, text: str) -> int | None:
         return min((start for stop in self._stops if (start := text.find(stop)) >= 0), default=None)

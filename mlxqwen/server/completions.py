@@ -1,0 +1,196 @@
+"""`POST /v1/completions`: texts and token ids that are gone on with, without a chat template."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from mlxqwen.engine.events import Done
+from mlxqwen.engine.generation import GeneratedToken
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.engine.text_generation import text_request
+from mlxqwen.errors import OptionError
+from mlxqwen.server.bodies import unknown_fields
+from mlxqwen.server.chat_fields import ReplyFields
+from mlxqwen.server.chat_reply import FINGERPRINT, usage_of
+from mlxqwen.server.chat_request import (
+    Prepared,
+    bounded,
+    budget_of,
+    end_tokens,
+    ending,
+    refuse_what_is_not_done,
+    rows,
+    sampling_of,
+)
+from mlxqwen.server.errors import ApiError, openai_error
+from mlxqwen.server.event_stream import COMMENT, event
+from mlxqwen.server.logprobs import spelled_entry
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.replies import Replies
+from mlxqwen.server.settings import MOST_CHOICES, ServerSettings
+
+__all__ = ["CompletionFields", "CompletionReply", "prepare_completion"]
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class CompletionFields(ReplyFields):
+    """A completion."""
+
+    prompt: _Text | _Ids | Annotated[list[_Text], Field(min_length=1)] | Annotated[list[_Ids], Field(min_length=1)]
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+def prepare_completion(fields: CompletionFields, model: ServedModel, settings: ServerSettings) -> Prepared:
+    """The engine's requests for a completion. Raises `ApiError`, `MlxqwenError`."""
+    refuse_what_is_not_done(fields)
+    if fields.suffix:
+        _refuse("suffix", "Qwen3 does not fill in the middle")
+    if fields.echo and fields.logprobs is not None:
+        _refuse("echo", "log-probabilities of a prompt are not told: leave out echo or logprobs")
+    prompts = prompts_of(fields)
+    choices = fields.n or 1
+    if len(prompts) * choices > MOST_CHOICES:
+        raise OptionError(
+            f"prompt: found {len(prompts):,}, with n {choices}, expected at most {MOST_CHOICES} replies in all"
+        )
+    requests = []
+    for place, prompt in enumerate(prompts):
+        request = text_request(
+            model.engine.model,
+            model.engine.tokenizer,
+            prompt,
+            sampling=sampling_of(fields),
+            max_tokens=_DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
+            cache=CacheKind(settings.max_kv_size, settings.keep, settings.kv_bits),
+            prefill_chunk=settings.prefill_chunk,
+            speculative=model.engine.speculative,
+            draft_tokens=model.engine.draft_tokens,
+            split=False,
+            stop=fields.stop or (),
+            skip_special_tokens=fields.skip_special_tokens is not False,
+            priority=fields.priority or 0,
+            salt=fields.cache_salt or "",
+            thinking_budget=budget_of(fields),
+            logprobs=fields.logprobs,
+            constraints=ending(fields, model),
+        )
+        request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
+        seeded = fields if fields.seed is None else fields.model_copy(update={"seed": fields.seed + place * choices})
+        requests += rows(request, seeded)
+    return Prepared(model, requests, unknown_fields(fields), choices)
+
+
+def prompts_of(fields: CompletionFields) -> Sequence[str | list[int]]:
+    """The prompts, each as text or ids."""
+    prompt = fields.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
+def _refuse(name: str, why: str) -> None:
+    raise ApiError(400, f"{name}: found one, expected none: {why}", code="unsupported_parameter", param=name)
+
+
+class CompletionReply:
+    """The reply to a completion, whole or as chunks; both are made of the same pieces.
+
+    Args:
+        fields: the request's.
+        prepared: what it came to.
+    """
+
+    comment = COMMENT
+
+    def __init__(self, fields: CompletionFields, prepared: Prepared) -> None:
+        self._head = {
+            "id": f"cmpl-{os.urandom(12).hex()}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": prepared.model.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+        tokenizer = prepared.model.engine.tokenizer
+        self._tokenizer = tokenizer
+        self._tells = fields.logprobs is not None
+        self._ends = prepared.requests[0].end_token_ids
+        options = fields.stream_options
+        self._includes_usage = options is not None and options.include_usage is True
+        echoed = [one if isinstance(one, str) else tokenizer.decode(one) for one in prompts_of(fields)]
+        self._begins = [echoed[row // prepared.choices] if fields.echo else "" for row in range(len(prepared.requests))]
+        self._lengths = [len(text) for text in self._begins]
+
+    def _piece(self, row: int, token: GeneratedToken) -> tuple[str, dict[str, Any] | None]:
+        """The text and the log-probabilities that come with a token."""
+        text = "".join(delta.content or "" for delta in token.deltas)
+        offset = self._lengths[row]
+        self._lengths[row] += len(text)
+        if not self._tells or token.logprobs is None or token.token in self._ends:
+            return text, None
+        told = token.logprobs
+        entry = spelled_entry(self._tokenizer, told.token, told.logprob)
+        likeliest = [spelled_entry(self._tokenizer, one, value) for one, value in told.likeliest]
+        return text, {
+            "tokens": [entry["token"]],
+            "token_logprobs": [entry["logprob"]],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in likeliest}],
+            "text_offset": [offset],
+        }
+
+    def _choice(self, row: int, text: str, logprobs: dict[str, Any] | None, done: Done | None) -> dict[str, Any]:
+        reason = None if done is None else "length" if done.finish_reason == "length" else "stop"
+        return {"index": row, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    async def whole(self, replies: Replies) -> dict[str, Any]:
+        """The reply that is not streamed."""
+        texts = [[begin] for begin in self._begins]
+        told: list[dict[str, list[Any]]] = [
+            {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []} for _ in texts
+        ]
+        async for batch in replies.tokens():
+            for row, token in batch:
+                text, logprobs = self._piece(row, token)
+                texts[row].append(text)
+                for name, values in (logprobs or {}).items():
+                    told[row][name] += values
+        choices = [
+            self._choice(row, "".join(pieces), told[row] if self._tells else None, replies.done[row])
+            for row, pieces in enumerate(texts)
+        ]
+        return {**self._head, "choices": choices, "usage": usage_of(replies)}
+
+    async def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
+        """The events of the reply that is streamed."""
+        usage = {"usage": None} if self._includes_usage else {}
+
+        def chunk(*choice: Any) -> bytes:
+            return event({**self._head, "choices": [self._choice(*choice)], **usage})
+
+        yield b"".join(chunk(row, text, None, None) for row, text in enumerate(self._begins) if text)
+        async for batch in replies.tokens():
+            pieces = []
+            for row, token in batch:
+                text, logprobs = self._piece(row, token)
+                ended = replies.done[row] if token.finish_reason is not None else None
+                if text or logprobs or ended:
+                    pieces.append(chunk(row, text, logprobs, ended))
+            yield b"".join(pieces)
+        if self._includes_usage:
+            yield event({**self._head, "choices": [], "usage": usage_of(replies)})
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        """What ends a stream in which something went wrong."""
+        return event(openai_error(error)) + b"data: [DONE]\n\n"

@@ -1,0 +1,268 @@
+"""Replies as OpenAI's responses: items of thought, text and calls, whole or as events in their order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mlxqwen.server.blocks import Block, Blocks, Step
+from mlxqwen.server.chat_request import Prepared
+from mlxqwen.server.errors import ApiError, openai_error
+from mlxqwen.server.event_stream import event
+from mlxqwen.server.logprobs import ChoiceLogprobs
+from mlxqwen.server.replies import Replies
+from mlxqwen.server.responses_request import ResponsesFields, input_items, messages_of, with_ids
+from mlxqwen.server.responses_store import ResponseStore
+
+__all__ = ["ResponseReply"]
+
+_PREFIXES = {"reasoning": "rs", "content": "msg", "call": "fc"}
+_PART_EVENTS = {"reasoning": "response.reasoning_text", "content": "response.output_text"}
+
+
+class ResponseReply:
+    """The reply to one response that was asked for.
+
+    Args:
+        fields: the request's.
+        prepared: what it came to.
+        store: knows of it while it is on its way, and keeps it afterwards if that is wanted.
+        before: messages of the responses that it follows.
+    """
+
+    def __init__(
+        self,
+        fields: ResponsesFields,
+        prepared: Prepared,
+        store: ResponseStore,
+        before: Sequence[dict[str, Any]],
+    ) -> None:
+        self._fields = fields
+        self._prepared = prepared
+        self._store = store
+        self._before = before
+        self._replies: Replies | None = None
+        self._is_cancelled = False
+        self._created = int(time.time())
+        self._id = f"resp_{os.urandom(16).hex()}"
+        self._blocks = Blocks(1 if fields.parallel_tool_calls is False else None)
+        self._ids: list[str] = []
+        self._number = 0
+        request = prepared.requests[0]
+        self._logprobs: ChoiceLogprobs | None = None
+        if request.logprobs is not None:
+            self._logprobs = ChoiceLogprobs(prepared.model.engine.tokenizer, request.end_token_ids)
+
+    @property
+    def comment(self) -> bytes:
+        """An event that says that the response is on its way, while nothing else does."""
+        return self._event("response.in_progress", response=self._response("in_progress"))
+
+    async def whole(self, replies: Replies) -> dict[str, Any]:
+        """The reply that is not streamed."""
+        with self._running(replies):
+            async for batch in replies.tokens():
+                for _, token in batch:
+                    list(self._blocks.feed(token.deltas))
+                    if self._logprobs is not None:
+                        self._logprobs.feed(token)
+                if self._blocks.is_cut:
+                    replies.end(0)
+        return self._over(replies)
+
+    def cancel(self) -> dict[str, Any]:
+        """End the reply where it is → the response, as far as it has come."""
+        self._is_cancelled = True
+        if self._replies is not None:
+            self._replies.end(0)
+        response = self._response("cancelled")
+        response["output"] = self._output("incomplete")
+        return response
+
+    @contextmanager
+    def _running(self, replies: Replies) -> Iterator[None]:
+        self._replies = replies
+        self._store.running[self._id] = self
+        try:
+            yield
+        finally:
+            del self._store.running[self._id]
+
+    async def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
+        """The events of the reply that is streamed."""
+        with self._running(replies):
+            begun = self._response("in_progress")
+            yield self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+            async for batch in replies.tokens():
+                events = []
+                for _, token in batch:
+                    told = None if self._logprobs is None else self._logprobs.feed(token)
+                    logprobs = told["content"] if told else []
+                    events += [self._told(step, logprobs) for step in self._blocks.feed(token.deltas)]
+                yield b"".join(events)
+                if self._blocks.is_cut:
+                    replies.end(0)
+            yield b"".join(self._told(step, []) for step in self._blocks.finish())
+        over = self._over(replies)
+        kind = "completed" if over["status"] == "completed" else "incomplete"
+        yield self._event(f"response.{kind}", response=over) + b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        """What ends a stream in which something went wrong."""
+        told = openai_error(error)["error"]
+        failed = self._response("failed", error={"code": told["code"] or "server_error", "message": told["message"]})
+        failed["output"] = self._output("incomplete")
+        return self._event("response.failed", response=failed) + b"data: [DONE]\n\n"
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return event({"type": kind, "sequence_number": number, **values}, kind)
+
+    def _over(self, replies: Replies) -> dict[str, Any]:
+        """The response that is over; it is kept if that is wanted."""
+        done = replies.done.get(0)
+        details: dict[str, Any] | None = None
+        if self._is_cancelled or done is None:
+            status = "cancelled"
+        elif done.finish_reason == "length" and not self._blocks.is_cut:
+            status, details = "incomplete", {"reason": "max_output_tokens"}
+        else:
+            status = "completed"
+        response = self._response(status, incomplete_details=details)
+        response["output"] = self._output("completed" if status == "completed" else "incomplete")
+        response["completed_at"] = int(time.time()) if status == "completed" else None
+        response["usage"] = _usage(replies)
+        if self._fields.store is not False:
+            items = with_ids(input_items(self._fields))
+            messages = [*self._before, *messages_of([*items, *response["output"]], [])]
+            self._store.keep(response, items, messages)
+        return response
+
+    def _response(self, status: str, **values: Any) -> dict[str, Any]:
+        fields = self._fields
+        sampling = self._prepared.requests[0].sampling
+        reasoning = fields.reasoning
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": None,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": fields.instructions,
+            "max_output_tokens": fields.max_output_tokens,
+            "max_tool_calls": None,
+            "model": self._prepared.model.name,
+            "output": [],
+            "parallel_tool_calls": fields.parallel_tool_calls is not False,
+            "previous_response_id": fields.previous_response_id,
+            "reasoning": {
+                "effort": None if reasoning is None else reasoning.effort,
+                "summary": None if reasoning is None else reasoning.summary,
+            },
+            "store": fields.store is not False,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "text": {"format": (fields.text.format if fields.text is not None else None) or {"type": "text"}},
+            "tool_choice": fields.tool_choice or "auto",
+            "tools": [_shown_tool(tool) for tool in fields.tools or ()],
+            "top_logprobs": fields.top_logprobs or 0,
+            "truncation": fields.truncation or "disabled",
+            "usage": None,
+            "user": fields.user,
+            "metadata": fields.metadata or {},
+            "service_tier": "default",
+            "safety_identifier": None,
+            "prompt_cache_key": None,
+            **values,
+        }
+
+    def _output(self, last: str) -> list[dict[str, Any]]:
+        """All items; the last one has the status `last`."""
+        blocks = self._blocks.blocks
+        return [self._item(block, last if block is blocks[-1] else "completed") for block in blocks]
+
+    def _item_id(self, block: Block) -> str:
+        while len(self._ids) <= block.index:
+            kind = self._blocks.blocks[len(self._ids)].kind
+            self._ids.append(f"{_PREFIXES[kind]}_{os.urandom(12).hex()}")
+        return self._ids[block.index]
+
+    def _item(self, block: Block, status: str, *, empty: bool = False) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self._item_id(block), "status": status}
+        if block.kind == "call":
+            arguments = "" if empty else block.text
+            return {
+                **item,
+                "type": "function_call",
+                "call_id": block.call_id,
+                "name": block.name,
+                "arguments": arguments,
+            }
+        content = [] if empty else [self._part(block, block.text)]
+        if block.kind == "reasoning":
+            return {**item, "type": "reasoning", "summary": [], "content": content}
+        return {**item, "type": "message", "role": "assistant", "content": content}
+
+    def _part(self, block: Block, text: str) -> dict[str, Any]:
+        if block.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._told_logprobs(block, text)}
+
+    def _told_logprobs(self, block: Block, text: str) -> list[dict[str, Any]]:
+        """Of the first text that is shown whole: further ones, behind calls, have none of their own."""
+        if self._logprobs is None or not text:
+            return []
+        first = next(one for one in self._blocks.blocks if one.kind == "content")
+        return self._logprobs.content if first is block else []
+
+    def _told(self, step: Step, logprobs: list[dict[str, Any]]) -> bytes:
+        """The events of one step."""
+        block = step.block
+        place = {"item_id": self._item_id(block), "output_index": block.index}
+        part = {**place, "content_index": 0}
+        own = {"logprobs": logprobs} if block.kind == "content" else {}
+        if step.kind == "open":
+            item = self._item(block, "in_progress", empty=True)
+            added = self._event("response.output_item.added", output_index=block.index, item=item)
+            if block.kind == "call":
+                return added
+            return added + self._event("response.content_part.added", **part, part=self._part(block, ""))
+        if step.kind == "fill":
+            if block.kind == "call":
+                return self._event("response.function_call_arguments.delta", **place, delta=step.text)
+            return self._event(f"{_PART_EVENTS[block.kind]}.delta", **part, delta=step.text, **own)
+        item = self._item(block, "completed")
+        if block.kind == "call":
+            ended = self._event("response.function_call_arguments.done", **place, name=block.name, arguments=block.text)
+        else:
+            whole = {"logprobs": self._told_logprobs(block, block.text)} if block.kind == "content" else {}
+            ended = self._event(f"{_PART_EVENTS[block.kind]}.done", **part, text=block.text, **whole)
+            ended += self._event("response.content_part.done", **part, part=self._part(block, block.text))
+        return ended + self._event("response.output_item.done", output_index=block.index, item=item)
+
+
+def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI gives it back, with all its fields."""
+    if tool.get("type") != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": None, **tool}
+
+
+def _usage(replies: Replies) -> dict[str, Any]:
+    usage = next((done.usage for done in replies.done.values()), None)
+    said = replies.handles[0].token_count
+    return {
+        "input_tokens": replies.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": replies.cached_tokens},
+        "output_tokens": said,
+        "output_tokens_details": {"reasoning_tokens": 0 if usage is None else usage.reasoning_tokens},
+        "total_tokens": replies.prompt_tokens + said,
+    }

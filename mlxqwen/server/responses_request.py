@@ -1,0 +1,237 @@
+"""`POST /v1/responses`: its fields and items → a chat completion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mlxqwen.errors import MessagesError
+from mlxqwen.files.json_file import shown
+from mlxqwen.server.bodies import Form, form_of, unknown_fields
+from mlxqwen.server.chat_fields import BiasField, ChatFields, Effort, Number
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.responses_store import ResponseStore
+
+__all__ = ["ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
+
+_TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
+_NOT_DONE = ("background", "conversation", "prompt")
+
+
+class Reasoning(Form):
+    """`reasoning`."""
+
+    effort: Effort | None = None
+    summary: str | None = None
+
+
+class TextOptions(Form):
+    """`text`."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponsesFields(Form):
+    """A response that is asked for."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=100_000)] | None = None
+    instructions: str | None = None
+    previous_response_id: Annotated[str, Field(max_length=128)] | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: int | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    logit_bias: BiasField | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    max_tool_calls: Any = None
+    # Asked for, these are refused.
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def input_items(fields: ResponsesFields) -> list[dict[str, Any]]:
+    """What was put in, as items."""
+    given = fields.input
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    return list(given)
+
+
+def with_ids(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The items, those without an id with one."""
+    return [{**item, "id": item.get("id") or f"item_{os.urandom(12).hex()}"} for item in items]
+
+
+def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes: list[str]) -> ChatFields:
+    """The chat completion that these fields ask for; what is left out of them is added to `notes`.
+
+    Args:
+        before: messages of the responses that this one follows.
+
+    Raises:
+        ApiError, MessagesError: items that a text model does not read, or what is not done.
+    """
+    for name in _NOT_DONE:
+        if getattr(fields, name):
+            raise ApiError(
+                400,
+                f"{name}: found one, expected none: it is not done here",
+                code="unsupported_parameter",
+                param=name,
+            )
+    notes += unknown_fields(fields)
+    instructions = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
+    messages = [*instructions, *before, *messages_of(input_items(fields), notes)]
+    if len(messages) == len(instructions):
+        raise ApiError(
+            400, "input: found none, expected text or items", code="missing_required_parameter", param="input"
+        )
+    tells = "message.output_text.logprobs" in (fields.include or ())
+    chat: dict[str, Any] = {
+        "messages": messages,
+        "max_completion_tokens": fields.max_output_tokens,
+        "tools": _tools(fields.tools or (), notes) or None,
+        "tool_choice": _choice(fields.tool_choice),
+        "reasoning_effort": None if fields.reasoning is None else fields.reasoning.effort,
+        "response_format": _response_format(fields.text),
+        "logprobs": True if tells or fields.top_logprobs else None,
+        "top_logprobs": fields.top_logprobs,
+    }
+    names = (
+        *("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed", "logit_bias"),
+        *("parallel_tool_calls", "chat_template_kwargs", "cache_salt"),
+    )
+    return form_of({**chat, **{name: getattr(fields, name) for name in names}}, ChatFields)
+
+
+def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
+    """Items as messages: what an assistant thought, said and called in a row is one message."""
+    messages: list[dict[str, Any]] = []
+    for place, item in enumerate(items):
+        kind, where = item.get("type", "message"), f"input[{place}]"
+        if kind == "message":
+            role = item.get("role")
+            text = _text(item.get("content"), where)
+            if role == "assistant":
+                message = _assistants(messages, "tool_calls")
+                message["content"] = (message.get("content") or "") + text
+            else:
+                messages.append({"role": role, "content": text})
+        elif kind == "reasoning":
+            thought = _text(item.get("content") or item.get("summary") or [], where)
+            if thought:
+                message = _assistants(messages, "content", "tool_calls")
+                message["reasoning_content"] = message.get("reasoning_content", "") + thought
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
+            call = {"id": item.get("call_id") or item.get("id"), "type": "function", "function": function}
+            message = _assistants(messages)
+            message.setdefault("content", "")
+            message.setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            output = _text(item.get("output"), where)
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+        else:
+            notes.append(where)
+    return messages
+
+
+def _assistants(messages: list[dict[str, Any]], *without: str) -> dict[str, Any]:
+    """The assistant's message that is going on, unless it has one of these parts already; else a new one."""
+    last = messages[-1] if messages else None
+    if last is None or last["role"] != "assistant" or any(name in last for name in without):
+        messages.append({"role": "assistant"})
+    return messages[-1]
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(_parts(content, where))
+
+
+def _parts(parts: Any, where: str) -> Iterator[str]:
+    if not isinstance(parts, list):
+        raise MessagesError(f"{where}: content: found {shown(parts)}, expected text or a list of parts")
+    for place, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
+        if kind not in _TEXTS or not isinstance(text, str):
+            raise MessagesError(
+                f"{where}: content[{place}]: found {shown(kind)}, expected a part of text such as input_text",
+                hint="Qwen3 reads text only: leave images, audio and files out.",
+            )
+        yield text
+
+
+def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
+    functions = []
+    for place, tool in enumerate(tools):
+        if tool.get("type") != "function":
+            notes.append(f"tools[{place}]")
+            continue
+        names = ("name", "description", "parameters", "strict")
+        own = tool.get("function")
+        function = (
+            own if isinstance(own, Mapping) else {name: tool[name] for name in names if tool.get(name) is not None}
+        )
+        functions.append({"type": "function", "function": dict(function)})
+    return functions
+
+
+def _choice(choice: str | dict[str, Any] | None) -> Any:
+    """A choice of one function in the form of chat completions."""
+    if isinstance(choice, dict) and choice.get("type") == "function" and "function" not in choice:
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+def _response_format(text: TextOptions | None) -> dict[str, Any] | None:
+    """`text.format` in the form of chat completions."""
+    given = None if text is None else text.format
+    if given is None or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
+
+
+def previous_messages(fields: ResponsesFields, store: ResponseStore) -> list[dict[str, Any]]:
+    """The messages of the response that this one follows. Raises `ApiError` if it is not kept."""
+    if fields.previous_response_id is None:
+        return []
+    stored = store.find(fields.previous_response_id)
+    if stored is None:
+        raise ApiError(
+            400,
+            "previous_response_id: found one that is not kept, expected the id of a response",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
+    return stored.messages

@@ -1,0 +1,98 @@
+"""Completions: texts and ids that are gone on with, as the engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import mlxqwen
+from mlxqwen.engine.engine import Engine
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.serving import Served, serving
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def served(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Iterator[Served]:
+    with serving(Engine(babbler, tokenizer)) as made:
+        yield made
+
+
+def texts(reply: Any) -> list[str]:
+    return [choice["text"] for choice in reply["choices"]]
+
+
+def streamed(events: list[Any], count: int = 1) -> list[str]:
+    pieces = [""] * count
+    for event in events:
+        for choice in event["choices"]:
+            pieces[choice["index"]] += choice["text"]
+    return pieces
+
+
+def test_a_text_is_gone_on_with(served: Served) -> None:
+    body = {"prompt": "strawberry", "seed": 4, "max_tokens": 20, "temperature": 1.0}
+    reply = served.post(body, PATH)
+    sampling = {"temperature": 1.0, "seed": 4}
+    expected = mlxqwen.generate(
+        served.engine.model, served.engine.tokenizer, "strawberry", max_tokens=20, sampling=sampling
+    )
+    assert (reply["object"], texts(reply)) == ("text_completion", [expected])
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 20
+    assert streamed(served.stream(body, PATH)) == [expected]
+    ids = served.engine.tokenizer.encode("strawberry")
+    assert texts(served.post({**body, "prompt": ids}, PATH)) == [expected]
+    echoed = {**body, "echo": True}
+    assert texts(served.post(echoed, PATH)) == streamed(served.stream(echoed, PATH)) == ["strawberry" + expected]
+    assert served.post({**body, "max_tokens": None}, PATH)["usage"]["completion_tokens"] == 16
+
+
+def test_several_prompts_with_several_choices(served: Served) -> None:
+    body = {"seed": 4, "max_tokens": 6, "temperature": 1.0}
+    together = {**body, "prompt": ["straw", "berry"], "n": 2}
+    reply = served.post(together, PATH)
+    alone = [
+        texts(served.post({**body, "prompt": prompt, "seed": seed}, PATH))[0]
+        for prompt, seed in (("straw", 4), ("straw", 5), ("berry", 6), ("berry", 7))
+    ]
+    assert texts(reply) == streamed(served.stream(together, PATH), 4) == alone
+    lengths = [len(served.engine.tokenizer.encode(prompt)) for prompt in ("straw", "berry")]
+    assert reply["usage"]["prompt_tokens"] == sum(lengths)
+    assert reply["usage"]["completion_tokens"] == 24
+
+
+def test_logprobs_in_the_old_form(served: Served) -> None:
+    body = {"prompt": "straw", "seed": 4, "max_tokens": 5, "logprobs": 2}
+    reply = served.post(body, PATH)
+    told = reply["choices"][0]["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == 5
+    assert told["text_offset"][0] == 0
+    assert all(len(likeliest) <= 2 for likeliest in told["top_logprobs"])
+    events = served.stream(body, PATH)
+    parts = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
+    assert [token for part in parts for token in part["tokens"]] == told["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": ["a"] * 200}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"best_of": 3}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+    ids=str,
+)
+def test_what_is_not_done_or_wrong(served: Served, fields: dict[str, Any], param: str) -> None:
+    assert str(served.refused({"prompt": "a", **fields}, path=PATH)["param"]).startswith(param)
