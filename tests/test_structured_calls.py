@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from mlxqwen import ChatRequest, Done, Engine
+from mlxqwen import ChatRequest, Conversation, Done, Engine
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
@@ -178,3 +178,23 @@ def test_a_schema_that_cannot_be_compiled(engine: Engine, caplog: pytest.LogCapt
 def test_bad_choices(engine: Engine, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         engine.stream(QUESTION, **{"tools": TOOLS, **options})
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def test_a_run_with_tools_has_to_call_in_its_first_reply_alone(engine: Engine) -> None:
+    conversation = Conversation(engine)
+    for run in (
+        engine.run_tools("Hello", [add], tool_choice="required", max_rounds=3, seed=1, max_tokens=100),
+        conversation.run_tools("Hello", [add], tool_choice="required", max_rounds=3, seed=1, max_tokens=100),
+    ):
+        first, *later = run.rounds
+        assert first.finish_reason == "tool_calls"
+        assert later
+        assert later[-1].finish_reason == "stop"
+        call = first.reply.tool_calls[0]
+        arguments = json.loads(call.arguments)
+        assert run.messages[1]["content"] == str(arguments["a"] + arguments["b"])

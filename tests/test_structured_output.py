@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from pydantic import BaseModel, Field
 
-from mlxqwen import ChatRequest, Done, Engine
+from mlxqwen import ChatRequest, Conversation, Done, Engine, generate
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
@@ -160,3 +160,16 @@ def test_what_cannot_be_compiled_is_an_error_at_once(engine: Engine, form: Any, 
     with pytest.raises(OptionError, match=message) as caught:
         engine.stream(QUESTION, response_format=form)
     assert "response_format" in caught.value.problem
+
+
+def test_text_without_a_conversation(engine: Engine) -> None:
+    text = generate(engine.model, engine.tokenizer, "JSON: ", response_format=SCHEMAS["record"], max_tokens=120, seed=1)
+    check(SCHEMAS["record"], text.rpartition("</think>")[2])
+
+
+def test_a_conversation_keeps_its_form(engine: Engine) -> None:
+    conversation = Conversation(engine, response_format=Cat, thinking=False)
+    for question, seed in (("Describe a cat.", 1), ("Another one.", 2)):
+        assert Cat.model_validate_json(conversation.chat(question, seed=seed, max_tokens=100).content)
+    free = conversation.chat("Hi", response_format=None, max_tokens=5, seed=3).content
+    assert not free.startswith("{")

@@ -15,6 +15,7 @@ from mlxqwen.cli.generate_options import (
     cache_options,
     check_values,
     load_engine,
+    read_form,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
@@ -26,6 +27,7 @@ from mlxqwen.errors import MlxqwenError, OptionError, one_line
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.answers import AnswerFile
     from mlxqwen.chat.request_files.batch import BatchRequest
+    from mlxqwen.chat.structured.response_format import AnswerFormat
     from mlxqwen.engine.chat_request import ChatRequest
     from mlxqwen.engine.engine import Engine
     from mlxqwen.engine.events import Done
@@ -79,13 +81,15 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     if options["tools"] is not None:
         tools = parse_tools(read_text(options["tools"]), source_name(options["tools"]))
         requests = [request.with_default_tools(tools) for request in requests]
-    with AnswerFile(output, requests, _shape(options, tools)) as answers:
+    form = read_form(options)
+    with AnswerFile(output, requests, _shape(options, tools, form)) as answers:
         if answers.answered:
             sys.stderr.write(
                 f"note: {one_line(str(output))} has {len(answers.answered):,} of {len(requests):,} answers\n"
             )
         try:
-            _answer_all([request for request in requests if request.index not in answers.answered], answers, options)
+            missing = [request for request in requests if request.index not in answers.answered]
+            _answer_all(missing, answers, {**options, "response_format": form})
         except KeyboardInterrupt:
             done = f"{len(answers.answered):,} of {len(requests):,}"
             sys.stderr.write(f"interrupted after {done} answers; the same command goes on from here\n")
@@ -100,11 +104,13 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     return 1 if failed else 0
 
 
-def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> str:
+def _shape(options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None, form: AnswerFormat | None) -> str:
     """A digest of the options that an answer depends on."""
     from mlxqwen.chat.request_files.batch import digest
 
     shaping = {**{name: options[name] for name in _SHAPING}, **sampling_overrides(options), "tools": tools}
+    if form is not None:
+        shaping["response_format"] = form.source
     return digest(json.dumps(shaping))
 
 
@@ -194,7 +200,7 @@ def _batch(
     from mlxqwen.engine.engine import DEFAULT_BATCH_SIZE
 
     shared = ("thinking", "thinking_budget", "early_stop_text", "max_tokens", "stop", "stop_on_loop")
-    more = ("trust_special_tokens", "drop_oldest", "prefill_chunk")
+    more = ("trust_special_tokens", "drop_oldest", "prefill_chunk", "response_format")
     return engine.batch(
         conversations,
         batch_size=options["batch_size"] or DEFAULT_BATCH_SIZE,

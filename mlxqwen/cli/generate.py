@@ -17,6 +17,7 @@ from mlxqwen.cli.generate_options import (
     check_values,
     generate_options,
     load_engine,
+    read_form,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
@@ -33,6 +34,7 @@ from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.conversations import MessagesWithTools
+    from mlxqwen.chat.structured.response_format import AnswerFormat
     from mlxqwen.engine.engine import Done, Engine, Event
 
 __all__ = ["generate"]
@@ -68,11 +70,12 @@ def generate(**options: Any) -> int:
 def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     asked: str | MessagesWithTools
     asked = _read_text(options, words) if options["raw"] else _read_conversation(options, words)
+    form = read_form(options)
     check_values(options)
     printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
     try:
         engine = load_engine(options)
-        with closing(engine), closing(_events(engine, asked, options, progress)) as events:
+        with closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
             for event in events:
                 printer.print(event)
     except KeyboardInterrupt:
@@ -110,7 +113,7 @@ def _read_text(options: Mapping[str, Any], words: PromptWords) -> str:
     """The user's text: the prompt, with what was piped in beside it."""
     file, raw = options["prompt_file"], options["raw"]
     text = words.around(read_prompt(options["prompt"], None if file is None else Path(file), raw=raw), raw=raw)
-    stdin_is_free = "-" not in (options["prompt"], options["messages"], options["tools"])
+    stdin_is_free = "-" not in (options["prompt"], options["messages"], options["tools"], options["json_schema"])
     if stdin_is_free and not raw and (options["prompt"] is not None or file is not None):
         context = read_context()
         text = with_context(text, context) if context else text
@@ -137,6 +140,7 @@ def _read_conversation(options: Mapping[str, Any], words: PromptWords) -> Messag
 def _events(
     engine: Engine,
     asked: str | MessagesWithTools,
+    form: AnswerFormat | None,
     options: Mapping[str, Any],
     progress: PrefillProgress,
 ) -> Generator[Event]:
@@ -153,6 +157,7 @@ def _events(
         "sampling": overrides,
         "max_tokens": options["max_tokens"],
         "thinking_budget": options["thinking_budget"],
+        "response_format": form,
     }
     if isinstance(asked, str):
         yield from _continue(engine, asked, {**request, **running, "cache": CacheKind(**cache)}, options)

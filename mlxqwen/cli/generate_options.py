@@ -14,12 +14,13 @@ import click
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.text_input import check_unicode
+from mlxqwen.cli.text_input import check_unicode, read_text, source_name
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
+    from mlxqwen.chat.structured.response_format import AnswerFormat
     from mlxqwen.engine.engine import Engine
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load_engine",
     "new_cache",
     "options_named",
+    "read_form",
     "sampling_overrides",
 ]
 
@@ -89,6 +91,12 @@ _PROMPT = (
         "line each.",
     ),
     click.option(
+        "--json-schema",
+        type=_FILE,
+        metavar="FILE.json",
+        help="Answer with JSON that fits this schema, behind a free thought.",
+    ),
+    click.option(
         "--drop-oldest",
         is_flag=True,
         help="Leave out the oldest turns of a conversation that is too long; system messages stay.",
@@ -111,7 +119,8 @@ _BATCH = (
         type=_FILE,
         metavar="FILE.jsonl",
         help='Answer many prompts: {"prompt": …} or {"messages": […]} a line, if wanted with "id", "tools", '
-        '"max_tokens", "thinking", "thinking_budget", "seed" and "sampling" of its own. Needs --output.',
+        '"max_tokens", "thinking", "thinking_budget", "seed", "sampling" and "response_format" of its own. Needs '
+        "--output.",
     ),
     click.option(
         "--output",
@@ -240,7 +249,7 @@ def check_usage(options: Mapping[str, Any]) -> None:
         raise click.UsageError("--thinking-budget 0 is --no-thinking: leave out --thinking.")
     if options["early_stop_text"] is not None and not budget and "batch" not in given:
         raise click.UsageError("--early-stop-text needs a --thinking-budget above 0, which it is said at the end of.")
-    from_stdin = [name for name in ("prompt", "messages", "tools", "batch") if options[name] == "-"]
+    from_stdin = [name for name in ("prompt", "messages", "tools", "json_schema", "batch") if options[name] == "-"]
     if len(from_stdin) > 1:
         raise click.UsageError(f"{_flag(from_stdin[0])} and {_flag(from_stdin[1])}: only one can be '-'.")
 
@@ -286,6 +295,16 @@ def check_values(options: Mapping[str, Any]) -> None:
         if options["prompt_cache"] is not None:
             open_prompt_cache(options["prompt_cache"])
     check_model_options(options)
+
+
+def read_form(options: Mapping[str, Any]) -> AnswerFormat | None:
+    """What --json-schema says; None without it. Raises `OptionError`."""
+    if options["json_schema"] is None:
+        return None
+    with leave_at_once():
+        from mlxqwen.chat.request_files.schema_file import parse_schema
+
+    return parse_schema(read_text(options["json_schema"]), source_name(options["json_schema"]))
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlxqwen.cache import KVCache
 from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
-from mlxqwen.chat.structured.reply_rules import reply_constraint
-from mlxqwen.chat.structured.response_format import read_response_format
 from mlxqwen.chat.structured.tool_choice import read_tool_choice
 from mlxqwen.chat.thinking_modes import note_switch
 from mlxqwen.chat.turns import count_turns, prepare_conversation, without_oldest_turns
 from mlxqwen.checks import as_integer, check_integer
-from mlxqwen.engine.options import ConstraintFactory, ReplyOptions
+from mlxqwen.engine.options import ReplyOptions
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, room_for_answer
-from mlxqwen.engine.text_generation import Sampling, end_token_ids, resolve_params, text_request
+from mlxqwen.engine.text_generation import Sampling, resolve_params, text_request
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
@@ -49,7 +47,6 @@ class ChatOptions(ReplyOptions):
     keep: int = 4
     kv_bits: int | None = None
     on_prefill: Callable[[int, int], None] | None = None
-    response_format: object = None
     tool_choice: str | Mapping[str, Any] | None = None
     parallel_tool_calls: bool = True
 
@@ -127,18 +124,11 @@ class Responder:
             draft_tokens=self.draft_tokens,
             tools=bool(options.tools) and options.tool_choice != "none",
             reports_progress=options.on_prefill is not None,
-            **{**options.passed_on(), "constraints": (*options.constraints, *self._constraints(options))},
+            calls=read_tool_choice(options.tools, options.tool_choice, options.parallel_tool_calls),
+            **options.passed_on(),
             **more,
         )
         return request, messages
-
-    def _constraints(self, options: ChatOptions) -> tuple[ConstraintFactory, ...]:
-        """What keeps the reply to its format and its calls to the tools' schemas."""
-        answer = read_response_format(options.response_format)
-        calls = read_tool_choice(options.tools, options.tool_choice, options.parallel_tool_calls)
-        ends = end_token_ids(self.model, self.tokenizer)
-        made = reply_constraint(self.tokenizer, self.model.config.vocab_size, ends, answer, calls)
-        return () if made is None else (made,)
 
     def sampling(self, messages: Messages, options: ChatOptions) -> SamplingParams:
         """See `Engine.sampling_for`."""

@@ -26,7 +26,7 @@ from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import Request
-from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, Tools, stream_tool_loop
+from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, Tools, stream_tool_loop, tool_choices
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json
@@ -181,13 +181,15 @@ class Conversation:
             message: as for `stream`.
             tools: functions by name, or a list of functions, instead of the conversation's own schemas.
             max_rounds: the most replies.
-            **options: as for `stream`, for each reply.
+            **options: as for `stream`, for each reply; see `Engine.stream_tools` for `tool_choice`.
         """
         self._abandon()
         messages = [*self.messages, *self._said(message)]
+        choices = tool_choices(options.get("tool_choice", self.options.get("tool_choice")))
 
         def answer(messages: Sequence[Message], schemas: Sequence[Message]) -> Iterator[Event]:
-            return self._answer(None, messages, {**options, "tools": schemas}, keep_partial=False)
+            given = {**options, "tools": schemas, "tool_choice": next(choices)}
+            return self._answer(None, messages, given, keep_partial=False)
 
         run = self._run(messages, stream_tool_loop(answer, messages, tools, max_rounds=max_rounds))
         self._running = weakref.ref(run)
@@ -245,6 +247,7 @@ class Conversation:
         """Write messages and options to a JSON file, whole or not at all.
 
         The options `trust_special_tokens`, `prefill_chunk` and `on_prefill` are left out: a file must not set them.
+        `response_format` is left out too, as it may be a class.
 
         Raises:
             MessagesError: messages that are no conversation.

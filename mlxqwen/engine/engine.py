@@ -27,7 +27,15 @@ from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
 from mlxqwen.engine.token_stream import OnPrefill
-from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolResult, ToolRun, Tools, stream_tool_loop
+from mlxqwen.engine.tool_loop import (
+    DEFAULT_MAX_ROUNDS,
+    ToolEvent,
+    ToolResult,
+    ToolRun,
+    Tools,
+    stream_tool_loop,
+    tool_choices,
+)
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.model.loading import LoadOptions
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -432,13 +440,15 @@ class Engine:
             messages: the conversation; never modified.
             tools: functions by name, or a list of functions; their schemas come from their signatures and docstrings.
             max_rounds: the most replies.
-            **options: those of `stream`, for each reply, except `tools` and `cache`.
+            **options: those of `stream`, for each reply, except `tools` and `cache`. A `tool_choice` that asks for a
+                call asks the first reply alone.
         """
         _refuse_cache(options)
         option_names("a run with tools", options, "tools", "cache")
+        choices = tool_choices(options.get("tool_choice"))
 
         def answer(messages: Messages, schemas: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
-            return self.stream(messages, tools=schemas, **options)
+            return self.stream(messages, **{**options, "tools": schemas, "tool_choice": next(choices)})
 
         return stream_tool_loop(answer, as_messages(messages), tools, max_rounds=max_rounds)
 

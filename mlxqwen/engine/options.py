@@ -29,6 +29,8 @@ class ReplyOptions:
         thinking_budget: the most tokens of thought, None without a limit.
         early_stop_text: the sentence that ends a thought over its budget; None for Qwen's.
         constraints: what else restricts the draws, applied in order, behind the budget.
+        response_format: what the answer has to be, behind the thought; see `mlxqwen.chat.structured.response_format`.
+            `text_request` makes a constraint of it.
         logprobs: None, or how many of the likeliest tokens are told with each token's log-probability, up to 20; see
             `mlxqwen.engine.logprobs`. Nothing is guessed for such a reply.
         prefill_chunk: prompt tokens a step; None for what fits the model and the machine.
@@ -42,6 +44,7 @@ class ReplyOptions:
     thinking_budget: int | None = None
     early_stop_text: str | None = None
     constraints: Sequence[ConstraintFactory] = ()
+    response_format: object = None
     logprobs: int | None = None
     prefill_chunk: int | None = None
     priority: int = 0

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
+from mlxqwen.chat.structured.reply_rules import reply_constraint
+from mlxqwen.chat.structured.response_format import read_response_format
+from mlxqwen.chat.structured.tool_choice import CallRules
 from mlxqwen.chat.thinking import begins_in_thought
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
@@ -104,6 +107,7 @@ def text_request(
     cache: KVCache | CacheKind | None = None,
     speculative: Speculative = None,
     noted: set[str] | None = None,
+    calls: CallRules | None = None,
     **options: Any,
 ) -> Request:
     """A checked request to continue a text or token ids.
@@ -114,6 +118,7 @@ def text_request(
         expect_thought: whether a reply that the prompt leaves free begins in thought without a tag of its own.
         speculative: what guesses.
         noted: what was noted of `generation_config.json` already, and is not noted again; added to.
+        calls: which calls of tools the reply makes; None for what the model likes.
         **options: further fields of `Request`, and single options of `SamplingParams`.
 
     Raises:
@@ -138,11 +143,17 @@ def text_request(
     begins = begins_in_thought(tokenizer, ids) if ids else None
     thinks = thinking_modes(tokenizer).default if begins is None else begins
     params = resolve_params(model, sampling, thinking=thinks, noted=noted)
+    ends = frozenset(end_token_ids(model, tokenizer))
+    answer = read_response_format(options.get("response_format"))
+    if answer is not None or calls is not None:
+        rules = CallRules("auto", (), most_one=False) if calls is None else calls
+        made = reply_constraint(tokenizer, model.config.vocab_size, ends, answer, rules)
+        options["constraints"] = (*options.get("constraints", ()), *(() if made is None else (made,)))
     request = Request(
         prompt=tuple(ids),
         sampling=params,
         max_tokens=max_tokens,
-        end_token_ids=frozenset(end_token_ids(model, tokenizer)),
+        end_token_ids=ends,
         tokenizer=tokenizer,
         begins_in_thought=True if begins is None and expect_thought else begins,
         cache=CacheKind() if cache is None else cache,
@@ -177,6 +188,7 @@ def stream_generate(
     priority: int = 0,
     salt: str = "",
     constraints: Sequence[ConstraintFactory] = (),
+    response_format: object = None,
     **single: Any,
 ) -> Iterator[GenerationResponse]:
     """Continue `prompt`, a text or token ids (a list or an array), yielding text as it becomes certain.
@@ -215,6 +227,7 @@ def stream_generate(
         priority: -100 to 100; where replies wait for each other, lower goes first.
         salt: only requests of the same salt share what was read of their prompts.
         constraints: what restricts the draws; see `mlxqwen.engine.options`.
+        response_format: what the text has to be, behind a thought; see `mlxqwen.Engine.stream`.
         **single: options of `SamplingParams` by name, in place of `sampling`: `temperature=0.7, seed=1`.
 
     Raises:
@@ -245,6 +258,7 @@ def stream_generate(
         priority=priority,
         salt=salt,
         constraints=constraints,
+        response_format=response_format,
         **single,
     )
     return (response for _, response in responses)

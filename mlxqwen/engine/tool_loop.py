@@ -13,7 +13,7 @@ from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.errors import ContextLengthError, OptionError
 
-__all__ = ["DEFAULT_MAX_ROUNDS", "ToolEvent", "ToolResult", "ToolRun", "Tools", "stream_tool_loop"]
+__all__ = ["DEFAULT_MAX_ROUNDS", "ToolEvent", "ToolResult", "ToolRun", "Tools", "stream_tool_loop", "tool_choices"]
 
 DEFAULT_MAX_ROUNDS = 8
 
@@ -80,6 +80,13 @@ def stream_tool_loop(
     max_rounds = check_integer("max_rounds", max_rounds, 1)
     schemas = [tool_schema(name, function) for name, function in functions.items()]
     return _rounds(answer, answer(messages, schemas), list(messages), functions, schemas, max_rounds)
+
+
+def tool_choices(first: object) -> Iterator[object]:
+    """The `tool_choice` of each reply of a run: a call that has to be made is made in the first one."""
+    yield first
+    while True:
+        yield first if first == "none" else None
 
 
 def _by_name(tools: object) -> dict[str, Callable[..., Any]]:

@@ -14,6 +14,7 @@ from mlxqwen.chat.request_files.conversations import (
     located,
     parse_json_text,
 )
+from mlxqwen.chat.structured.response_format import read_response_format
 from mlxqwen.checks import check_integer, is_integer
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import json_kind
@@ -22,7 +23,7 @@ from mlxqwen.sampling.params import resolve_sampling
 __all__ = ["BatchRequest", "parse_requests"]
 
 _HINT = 'A line is {"prompt": "…"} or {"messages": […]}, with "id", "max_tokens", "seed" and so on if wanted.'
-_OPTIONS = ("max_tokens", "thinking", "thinking_budget", "sampling", "seed")
+_OPTIONS = ("max_tokens", "thinking", "thinking_budget", "sampling", "seed", "response_format")
 _KEYS = {"prompt", "messages", "tools", "id", *_OPTIONS}
 _MOST = 1 << 40
 
@@ -36,7 +37,7 @@ class BatchRequest:
         id: the line's own name, if it has one.
         conversation: what is asked.
         options: those of the line alone, by the names of `Engine.stream`: `max_tokens`, `thinking`, `thinking_budget`,
-            `seed`, `sampling` (single options by name).
+            `seed`, `sampling` (single options by name), `response_format`.
         digest: of the line's text.
     """
 
@@ -126,6 +127,7 @@ def _checked_options(value: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionError(f"thinking: found {options['thinking']!r:.80}, expected true or false")
     if "max_tokens" in options:
         check_integer("max_tokens", options["max_tokens"], 1, _MOST)
+    read_response_format(options.get("response_format"))
     return options
 
 

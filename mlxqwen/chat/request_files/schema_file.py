@@ -1,0 +1,23 @@
+"""The JSON schema of answers, in a file."""
+
+from __future__ import annotations
+
+from mlxqwen.chat.request_files.conversations import located, parse_json_text
+from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
+
+__all__ = ["parse_schema"]
+
+_HINT = 'A schema is an object such as {"type": "object", "properties": {"name": {"type": "string"}}}.'
+
+
+def parse_schema(text: str, source: str) -> AnswerFormat | None:
+    """The format of answers that fit the schema of a JSON text.
+
+    Args:
+        source: where the text is from, for errors.
+
+    Raises:
+        OptionError: it is no JSON, or no schema.
+    """
+    with located(source):
+        return read_response_format({"json": parse_json_text(text, hint=_HINT)})
