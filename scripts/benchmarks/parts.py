@@ -47,6 +47,7 @@ PARTS = {
     "batch": Part("batches", "batch", "tokens per second with 1, 8 and 32 rows", 9),
     "context": Part("contexts", "context", "a token behind up to 16,384, and in a ring of 1,024", 5),
     "moe": Part("experts", "moe", "a block of experts on 1, 8, 64 and 512 tokens", 4),
+    "serve": Part("serving", "serve", "the demo over HTTP, 1 to 128 streams", 6, by_default=False),
     "convert": Part(
         "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, whole processes", 2, by_default=False
     ),
