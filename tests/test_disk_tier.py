@@ -413,6 +413,7 @@ print("ready", flush=True)
 for _ in range(int(sys.argv[4])):
     put(store, *(chooser.randint(1, 3) for _ in range(chooser.randint(1, 6))), pin=False)
     store.flush()
+    print("written", flush=True)
 """
 CAPACITY = 40 * SIZE
 
@@ -443,10 +444,12 @@ def test_writers_that_are_killed_leave_a_folder_that_opens_and_is_right(
     chooser, blocks = random.Random(1), 0
     for number in range(8):
         process = writer(folder, number, 1_000_000)
-        time.sleep(chooser.random() * 0.1)
+        assert process.stdout is not None
+        for _ in range(chooser.randint(1, 30)):
+            assert process.stdout.readline() == "written\n"
+        time.sleep(chooser.random() * 0.01)  # anywhere in one of the next
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
         assert nbytes(folder) <= CAPACITY
         blocks += found(store_on(folder, CAPACITY), SOME)

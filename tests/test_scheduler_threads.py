@@ -177,7 +177,7 @@ def test_the_loops_thread_ends_with_the_model() -> None:
     in_threads(1, lambda _: list(generate_tokens(models[0], [1], max_tokens=2)))
     (own,) = set(threading.enumerate()) - before
     models.clear()
-    own.join(timeout=20)
+    own.join(timeout=60)
     assert not own.is_alive()
 
 
@@ -188,7 +188,7 @@ def test_the_loops_thread_ends_as_the_engine_is_closed() -> None:
     in_threads(1, lambda _: list(generate_tokens(model, [1], max_tokens=2)))
     (own,) = set(threading.enumerate()) - before
     close_scheduler(scheduler_of(model))
-    own.join(timeout=20)
+    own.join(timeout=60)
     assert not own.is_alive()
     assert len(list(generate_tokens(model, [1], max_tokens=2))) == 2  # a new scheduler
 

@@ -171,13 +171,13 @@ def test_interrupted(source: Path, reference: Path, tmp_path: Path) -> None:
     process = start(source, output)
     wait_for_tasks(process, output, 20)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert not output.exists()
     process = start(source, output, "--resume", rest=0)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert_same(output, reference)
 
@@ -189,13 +189,13 @@ def test_two_at_once(source: Path, reference: Path, tmp_path: Path) -> None:
     first.send_signal(signal.SIGSTOP)
     for options in ([], ["--resume"]):
         second = start(source, output, *options)
-        _, errors = second.communicate(timeout=20)
+        _, errors = second.communicate(timeout=120)
         assert second.returncode == 1
         assert errors.startswith("error: ")
         assert "another conversion" in errors
         assert errors.count("\n") == 2
     first.send_signal(signal.SIGCONT)
-    _, errors = first.communicate(timeout=30)
+    _, errors = first.communicate(timeout=120)
     assert first.returncode == 0, errors
     assert_same(output, reference)
 
@@ -203,7 +203,7 @@ def test_two_at_once(source: Path, reference: Path, tmp_path: Path) -> None:
 def test_a_file_that_may_not_grow(source: Path, reference: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(source, output, bytes_limit=100_000)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the disk is full" in errors
     assert "--resume" in errors
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_midway(source: Path, reference: Path, small_disk: 
                 file.flush()
     except OSError:
         pass
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the disk is full" in errors
     assert not output.exists()
