@@ -27,7 +27,7 @@ from mlxqwen.errors import (
     UnsupportedFormatError,
 )
 from mlxqwen.files.checkpoint import Checkpoint
-from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.config import AffineQuantization, ModelConfig, Quantization
 from mlxqwen.model import loading
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
 from mlxqwen.model.loading import load_model, parse_dtype
@@ -117,6 +117,37 @@ def test_modules_quantized_each_in_its_own_way(mlx_lm_utils: ModuleType, tmp_pat
     written["quantization"]["model.layers.0.self_attn.v_proj"] = False  # as some converters write
     (folder / "config.json").write_text(json.dumps(written))
     assert_same_logits(mlx_lm_utils, folder)
+
+
+@pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
+def test_mixed_recipes_write_null_for_the_default(mlx_lm_utils: ModuleType, tmp_path: Path, recipe: str) -> None:
+    """As `mlx_lm.convert --quant-predicate RECIPE` does without a size of groups."""
+    from mlx_lm.convert import mixed_quant_predicate_builder
+
+    source = write_folder(tmp_path / "source", WIDE_DENSE, make_weights(WIDE_DENSE), dtype="BF16")
+    model, loaded = mlx_lm_utils.load_model(source)
+    predicate = mixed_quant_predicate_builder(recipe, model, None)
+    model, quantized = mlx_lm_utils.quantize_model(model, loaded, None, int(recipe[6]), quant_predicate=predicate)
+    mlx_lm_utils.save_model(tmp_path / "mlx", model)
+    mlx_lm_utils.save_config(quantized, tmp_path / "mlx" / "config.json")
+    written = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    assert written["model.layers.0.self_attn.v_proj"]["group_size"] is None
+    assert_same_logits(mlx_lm_utils, tmp_path / "mlx")
+    assert {written[f"model.layers.{n}.mlp.down_proj"]["bits"] for n in range(2)} == {int(recipe[6]), int(recipe[8])}
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": None}, {"mode": "affine"}])
+@pytest.mark.parametrize("bits", [{}, {"bits": None}, {"bits": 4}])
+@pytest.mark.parametrize("group_size", [{}, {"group_size": None}, {"group_size": 64}])
+def test_what_is_null_or_left_out_is_the_default(mode: Any, bits: Any, group_size: Any) -> None:
+    """As `mx.quantize` takes it."""
+    packed, scales, _ = mx.quantize(mx.zeros((8, 128)), group_size=None, bits=None)
+    assert (packed.shape, scales.shape) == ((8, 128 * 4 // 32), (8, 128 // 64))
+    section = {**mode, **bits, **group_size}
+    found = ModelConfig.from_dict({**DENSE, "quantization": {"group_size": 32, "bits": 8, "lm_head": section}})
+    assert found.quantization == Quantization(AffineQuantization(32, 8), {"lm_head": AffineQuantization(64, 4)})
+    found = ModelConfig.from_dict({**DENSE, "quantization": section})
+    assert found.quantization == Quantization(AffineQuantization(64, 4))
 
 
 def test_what_no_group_divides_stays_as_it_is(mlx_lm_utils: ModuleType, tmp_path: Path) -> None:

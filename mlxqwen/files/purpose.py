@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from mlxqwen.errors import ConfigError, MlxqwenError, UnsupportedFormatError
+from mlxqwen.files.adapters import MERGE
 from mlxqwen.files.json_file import parse_json, read_text
 
 __all__ = ["other_purpose", "refuse_other_purpose"]
@@ -48,9 +49,8 @@ def refuse_other_purpose(folder: Path, architecture: str | None, names: Collecti
     """Raise `UnsupportedFormatError` for a folder that is for something else. Arguments: see `other_purpose`."""
     purpose = other_purpose(folder, architecture, names)
     if purpose is not None:
-        raise UnsupportedFormatError(
-            f"{folder}: {purpose}, expected a language model", hint="mlxqwen generates text and runs nothing else."
-        )
+        hint = f"{MERGE}." if "adapter" in purpose else "mlxqwen generates text and runs nothing else."
+        raise UnsupportedFormatError(f"{folder}: {purpose}, expected a language model", hint=hint)
 
 
 def pools(folder: Path) -> bool:
