@@ -98,7 +98,7 @@ def check(packed: Packed, name: str, row_offset: int = 0) -> None:
         raise SourceError(
             f"{name}: row {row_offset + row}, group {group} has weights that are not finite or too large for {dtype}, "
             "expected finite numbers",
-            hint="Download the model again, or choose a wider dtype for the scales.",
+            hint="Choose a wider --dtype for the scales, or use another release of the model.",
         )
 
 

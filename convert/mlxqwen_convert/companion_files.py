@@ -54,7 +54,7 @@ def check_companion(folder: Path, relative: Path) -> None:
     except OSError as cause:
         raise SourceUnreadableError(f"{path}: cannot be read: {cause.strerror}", hint="Check the file.") from None
     if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-        raise SourceError(f"{path}: larger than {_MAX_BYTES:,} bytes, which no such file is", hint="Download it again.")
+        raise SourceError(f"{path}: larger than {_MAX_BYTES:,} bytes, which no such file is", hint="Remove it.")
     if start == _POINTER:
         raise SourceError(
             f"{path}: a git-lfs pointer, not the file itself",
@@ -90,7 +90,7 @@ def filtered_text(path: Path) -> str:
     try:
         found = parse_json(text)
     except ValueError as cause:
-        raise SourceError(f"{path}: {cause}", hint=f"Download {path.name} again, repair or remove it.") from None
+        raise SourceError(f"{path}: {cause}", hint=f"Repair or remove {path.name}.") from None
     cleaned = without_code(found)
     return text if cleaned == found else json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n"
 

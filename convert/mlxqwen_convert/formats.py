@@ -16,7 +16,7 @@ from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.exemptions import Exemptions
 from mlxqwen_convert.names import Module, Part
 from mlxqwen_convert.readers import (
-    DAMAGED,
+    CHECK_CONFIG,
     FLOATS,
     AwqReader,
     FloatReader,
@@ -100,7 +100,7 @@ class SourceFormat:
         """The reader for matrix number `index` of a module, checked against it. Raises `SourceError`."""
         named = replace(module, path=f"{module.path}[{index}]") if module.kind == "experts" else module
         if not part:
-            raise SourceError(f"{named.path}: its weights are missing", hint=DAMAGED)
+            raise SourceError(f"{named.path}: its weights are missing", hint=CHECK_CONFIG)
         reader = self._reader(module, part)
         reader.check_part(named, part)
         if self.exemptions is not None:
@@ -116,11 +116,11 @@ class SourceFormat:
         found = _stored_as(part)
         alike = {found, self.name} == {"awq", "gptq"}  # GPTQ without g_idx looks like AWQ until shapes are compared
         if found and found != self.name and not alike:
-            raise SourceError(f"{module.path}: is stored as {found}, config.json says {self.label}", hint=DAMAGED)
+            raise SourceError(f"{module.path}: is stored as {found}, config.json says {self.label}", hint=CHECK_CONFIG)
         if self.name == "mlx" and self.mlx is not None:
             affine = self.mlx.of(module.path)
             if affine is None:
-                raise SourceError(f"{module.path}: is quantized, but config.json does not say how", hint=DAMAGED)
+                raise SourceError(f"{module.path}: is quantized, but config.json does not say how", hint=CHECK_CONFIG)
             return MlxReader(affine)
         if self.name == "fp8":
             return Fp8Reader.of(module, part, self.block)
@@ -128,17 +128,19 @@ class SourceFormat:
             return AwqReader(self.group_size or module.width)
         if self.name == "gptq":
             if self.act_order and "g_idx" not in part:
-                raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=DAMAGED)
+                raise SourceError(f"{module.path}: g_idx is missing, config.json says desc_act", hint=CHECK_CONFIG)
             bits, group_size = self._gptq_form(module, part)
             return GptqReader(group_size, bits, self.zero_offset)
         if self.name == "int":
             if self.act_order and "weight_g_idx" not in part:
-                raise SourceError(f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=DAMAGED)
+                raise SourceError(
+                    f"{module.path}: weight_g_idx is missing, config.json says actorder", hint=CHECK_CONFIG
+                )
             return PackedReader(self.group_size or module.width, self.bits or 4, self.symmetric)
         if weight is not None and weight.dtype not in FLOATS:
             raise SourceError(
                 f"{weight.path.name}: {weight.name} has dtype {weight.dtype}, expected BF16, F16 or F32",
-                hint=DAMAGED,
+                hint=CHECK_CONFIG,
             )
         return FloatReader("float")
 
@@ -179,7 +181,7 @@ def _settled(reader: Reader, module: Module, part: Part, files: SourceFiles) -> 
         said = files.whole(part["weight_shape"]).tolist()
         if said != [module.rows, module.width]:
             name = part["weight_shape"].name
-            raise SourceError(f"{name}: says {said}, expected {[module.rows, module.width]}", hint=DAMAGED)
+            raise SourceError(f"{name}: says {said}, expected {[module.rows, module.width]}", hint=CHECK_CONFIG)
     if reader.symmetric and "weight_zero_point" in part:
         _refuse_zero_points(files, part["weight_zero_point"], module.rows, reader.bits)
     act_order = _is_shuffled(files, part.get("weight_g_idx"), reader.group_size)
@@ -194,7 +196,7 @@ def _refuse_zero_points(files: SourceFiles, info: TensorInfo, rows: int, bits: i
         if not compressed_tensors.are_symmetric(words, bits, rows - start * 32 // bits):
             raise SourceError(
                 f"{info.path.name}: {info.name} has zero points, config.json says that the weights are symmetric",
-                hint=DAMAGED,
+                hint=CHECK_CONFIG,
             )
 
 
@@ -211,7 +213,8 @@ class _Section:
 
     def fail(self, key: str, expected: str) -> ConfigError:
         return ConfigError(
-            f"{self.source}: {key!r} is {str(self.values.get(key))[:80]}, expected {expected}", hint=DAMAGED
+            f"{self.source}: {key!r} is {str(self.values.get(key))[:80]}, expected {expected}",
+            hint="Write there how the weights are stored.",
         )
 
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:

@@ -78,7 +78,7 @@ def check_rows(
     if nan.any().item():
         raise SourceError(
             f"{name}: weight {shown_index(first_true(nan), (row_offset, 0))} is NaN, expected a number",
-            hint="The file is damaged or was written wrongly. Download the model again, or use another release of it.",
+            hint="No quantizer writes such a weight: use another release of the model.",
         )
     first_row = 0 if scale.size == 1 and block is None else row_offset // (1 if block is None else block[0])
     origin = (first_row, *(0,) * (scale.ndim - 1)) if scale.ndim else ()

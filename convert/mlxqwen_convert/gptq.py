@@ -40,7 +40,7 @@ def check_groups(g_idx: mx.array, groups: int, *, name: str) -> None:
         (index,) = first_true(bad)
         raise SourceError(
             f"{name}: input {index} is in group {g_idx[index].item()}, expected 0 to {groups - 1}",
-            hint="The file is damaged or was written wrongly. Download the model again, or use another release of it.",
+            hint="No quantizer writes such a group: use another release of the model.",
         )
 
 

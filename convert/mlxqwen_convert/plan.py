@@ -240,7 +240,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
         raise SourceError(
             f"{path}: says that the weights are {source.label}, found none that are quantized",
-            hint="Download the model again, or check that config.json belongs to these weights.",
+            hint="Remove quantization_config from config.json if the weights are unquantized.",
         )
     target = _default_target(options, source, found)
     planned = tuple(_planned(*entry, source, target, dtype, options, notes) for entry in found)

@@ -19,7 +19,7 @@ from mlxqwen_convert.scales import first_true, refuse_lost_scales
 from mlxqwen_convert.source_files import SourceFiles
 
 __all__ = [
-    "DAMAGED",
+    "CHECK_CONFIG",
     "FLOATS",
     "AwqReader",
     "FloatReader",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FLOATS = ("BF16", "F16", "F32")
-DAMAGED = "Download the model again, or check that config.json belongs to these weights."
+CHECK_CONFIG = "Check that config.json belongs to these weights."
 
 
 class Reader(Protocol):
@@ -71,16 +71,16 @@ def require(module: Module, part: Part, word: str, dtypes: Sequence[str], shapes
     info = part.get(word)
     if info is None:
         found = ", ".join(sorted(part)) or "nothing"
-        raise SourceError(f"{module.path}: {word} is missing, found {found}", hint=DAMAGED)
+        raise SourceError(f"{module.path}: {word} is missing, found {found}", hint=CHECK_CONFIG)
     if info.dtype not in dtypes:
         raise SourceError(
             f"{info.path.name}: {info.name} has dtype {info.dtype}, expected {' or '.join(dtypes)}",
-            hint=DAMAGED,
+            hint=CHECK_CONFIG,
         )
     if info.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise SourceError(
-            f"{info.path.name}: {info.name} has shape {list(info.shape)}, expected {expected}", hint=DAMAGED
+            f"{info.path.name}: {info.name} has shape {list(info.shape)}, expected {expected}", hint=CHECK_CONFIG
         )
 
 
@@ -89,7 +89,7 @@ def allow(part: Part, words: Sequence[str]) -> None:
     for word, info in part.items():
         if word not in words:
             raise SourceError(
-                f"{info.path.name}: {info.name} is a tensor that this format has no place for", hint=DAMAGED
+                f"{info.path.name}: {info.name} is a tensor that this format has no place for", hint=CHECK_CONFIG
             )
 
 
@@ -131,7 +131,7 @@ def _check_finite(rows: mx.array, info: TensorInfo, start: int) -> None:
         where = [column] if len(info.shape) == 1 else [start + row, column]
         raise SourceError(
             f"{info.path.name}: {info.name}: weight {where} is {rows[row, column].item():g}, expected a finite number",
-            hint="The file is damaged. Download the model again, or use another release of it.",
+            hint="No trained model has such a weight: use another release of it.",
         )
 
 
@@ -207,7 +207,7 @@ class MlxReader:
         if remainder:
             raise SourceError(
                 f"{module.path}: is {module.width} wide, which groups of {self.own.group_size} do not divide",
-                hint=DAMAGED,
+                hint=CHECK_CONFIG,
             )
         require(module, part, "weight", ["U32"], [(module.rows, module.width * self.own.bits // 32)])
         for word in ("scales", "biases"):
@@ -393,7 +393,7 @@ def _whole_words(module: Module, per_word: int) -> None:
         if count % per_word:
             raise SourceError(
                 f"{module.path}: has {count} {what}, expected a multiple of {per_word}, which a packed word holds",
-                hint=DAMAGED,
+                hint=CHECK_CONFIG,
             )
 
 
@@ -402,6 +402,6 @@ def _groups(module: Module, group_size: int) -> int:
     if remainder:
         raise SourceError(
             f"{module.path}: is {module.width} wide, which groups of {group_size} do not divide",
-            hint=DAMAGED,
+            hint=CHECK_CONFIG,
         )
     return groups

@@ -12,7 +12,7 @@ __all__ = ["check_scales", "refuse_lost_scales", "refuse_zero_scales"]
 
 _SMALLEST_NORMAL = 2.0**-126
 _TOLERATED_LOSS = 0.01
-_HINT = "The file is damaged or was written wrongly. Download the model again, or use another release of it."
+_HINT = "No quantizer writes such a scale: use another release of the model."
 
 
 def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = (), *, signed: bool = False) -> bool:

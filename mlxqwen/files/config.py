@@ -279,7 +279,9 @@ class _Keys:
         self.values = values
         self.source = source
 
-    def fail(self, key: str, expected: str, hint: str = "Fetch the model's own config.json again.") -> ConfigError:
+    def fail(
+        self, key: str, expected: str, hint: str = "Take the config.json that was written with these weights."
+    ) -> ConfigError:
         name = repr(key[:_SHOWN])
         if key not in self.values:
             return ConfigError(f"{self.source}: key {name} is missing, expected {expected}", hint=hint)

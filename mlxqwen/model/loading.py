@@ -304,7 +304,7 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
     if name is not None:
         hint = "Convert it first: mlxqwen convert SOURCE OUTPUT"
         if config.foreign_quantization is None:
-            hint = "config.json does not say so: download the model again, with the config.json that belongs to it."
+            hint = "config.json does not say so: take the one that was written with these weights."
         raise UnsupportedFormatError(
             f"{folder}: the weights are in {name} form, expected BF16, F16, F32 or MLX-quantized weights",
             hint=hint,
@@ -361,7 +361,7 @@ def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int
     problem = f"missing {_some(missing)}" if missing else f"has no place for {_some(extra)}" if extra else "found twice"
     return CheckpointError(
         f"{checkpoint.folder}: experts of {parameter}: {problem}, expected 0 to {num_experts - 1}",
-        hint="Fetch the model again, or check that config.json belongs to these weights.",
+        hint="Check that config.json belongs to these weights.",
     )
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.checkpoint.safetensors_file import (
-    DOWNLOAD_AGAIN,
     MAX_NAME_LENGTH,
     TensorInfo,
     checked_array,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_PREFIXES = ("model", "weights")
+WITHOUT_INDEX = f"Remove {INDEX_NAME}: files named model*.safetensors are found without it."
 SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -310,19 +310,19 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: found no weight_map, expected an object of tensor names and file names",
-            hint=DOWNLOAD_AGAIN,
+            hint=WITHOUT_INDEX,
         )
     for name, shard in weight_map.items():
         if len(name) > MAX_NAME_LENGTH:
             raise CheckpointError(
                 f"{index}: weight_map: found a name of {len(name):,} characters ({name[:40]}…), expected at most "
                 f"{MAX_NAME_LENGTH:,}",
-                hint=DOWNLOAD_AGAIN,
+                hint=WITHOUT_INDEX,
             )
         if not isinstance(shard, str):
             raise CheckpointError(
                 f"{index}: weight_map: {name}: found {shown(shard)}, expected a file name",
-                hint=DOWNLOAD_AGAIN,
+                hint=WITHOUT_INDEX,
             )
     files = {shard: checked_shard_name(index, shard) for shard in dict.fromkeys(weight_map.values())}
     return {name: files[shard] for name, shard in weight_map.items()}
@@ -394,7 +394,7 @@ def no_weights(folder: Path) -> MlxqwenError:
     found = some_of(others) if others else "no weight files"
     return CheckpointError(
         f"{folder}: found {found}, expected {SINGLE_NAME} or {INDEX_NAME}",
-        hint="Give the folder that holds the model, and download it completely.",
+        hint="Give the folder that holds the model's weights.",
     )
 
 

@@ -35,6 +35,7 @@ MAX_DIMENSIONS = 32
 LENGTH_BYTES = 8
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 DOWNLOAD_AGAIN = "Download the file again, or convert the model again."
+NOT_THE_FORMAT = "Whatever wrote this file does not keep to the safetensors format: write it with its library."
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -116,7 +117,7 @@ def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
     if LENGTH_BYTES + length > size:
         raise CheckpointError(
             f"{path}: the file has {size:,} bytes, its header alone needs {LENGTH_BYTES + length:,}",
-            hint=f"The file is truncated or damaged. {DOWNLOAD_AGAIN}",
+            hint=f"The file is truncated. {DOWNLOAD_AGAIN}",
         )
     return read_exactly(path, descriptor, LENGTH_BYTES, length)
 
@@ -144,26 +145,26 @@ def not_safetensors(path: Path, head: bytes, length: int) -> MlxqwenError:
     return CheckpointError(
         f"{path}: the first 8 bytes announce a header of {length:,} bytes, expected at most "
         f"{MAX_HEADER_BYTES:,}; this is no safetensors file",
-        hint=DOWNLOAD_AGAIN,
+        hint=NOT_THE_FORMAT,
     )
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Any]:
     """The header's entries by name, each still to be checked. Raises `CheckpointError`."""
     if not header.startswith(b"{"):
-        raise damaged(path, f"starts with {header[:8]!r}, expected {{")
+        raise wrong_header(path, f"starts with {header[:8]!r}, expected {{")
     try:
         entries: dict[str, Any] = parse_json(header.decode("utf-8"), parse_int=parse_size, max_items=MAX_HEADER_ITEMS)
     except UnicodeDecodeError:
-        raise damaged(path, "is not UTF-8") from None
+        raise wrong_header(path, "is not UTF-8") from None
     except ValueError as cause:
-        raise damaged(path, f"is not valid: {cause}") from None
+        raise wrong_header(path, f"is not valid: {cause}") from None
     return entries
 
 
-def damaged(path: Path, problem: str) -> CheckpointError:
+def wrong_header(path: Path, problem: str) -> CheckpointError:
     """The error for a header that is wrong as a whole."""
-    return CheckpointError(f"{path}: the safetensors header {problem}", hint=DOWNLOAD_AGAIN)
+    return CheckpointError(f"{path}: the safetensors header {problem}", hint=NOT_THE_FORMAT)
 
 
 def parse_size(digits: str) -> int:
@@ -178,10 +179,10 @@ def parse_metadata(path: Path, found: Any) -> dict[str, str]:
     if found is None:  # MLX writes null where there is none.
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise damaged(path, f"has __metadata__ {shown(found)}, expected an object of strings")
+        raise wrong_header(path, f"has __metadata__ {shown(found)}, expected an object of strings")
     length = sum(len(key) + len(value) for key, value in found.items())
     if len(found) > MAX_METADATA or length > MAX_METADATA_LENGTH:
-        raise damaged(
+        raise wrong_header(
             path,
             f"has __metadata__ of {len(found):,} entries and {length:,} characters, expected at most "
             f"{MAX_METADATA:,} and {MAX_METADATA_LENGTH:,}",
@@ -232,7 +233,7 @@ def is_shape(found: Any) -> bool:
 
 def wrong_tensor(path: Path, name: str, found: str, expected: str) -> NoReturn:
     """Raise `CheckpointError` for one entry of the header."""
-    raise CheckpointError(f"{path}: tensor {name[:120]!r}: found {found}, expected {expected}", hint=DOWNLOAD_AGAIN)
+    raise CheckpointError(f"{path}: tensor {name[:120]!r}: found {found}, expected {expected}", hint=NOT_THE_FORMAT)
 
 
 def check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
@@ -314,12 +315,16 @@ def opened(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file", hint=DOWNLOAD_AGAIN) from None
+        raise CheckpointError(
+            f"{path}: no such file", hint="Check the name, and that a link to it leads anywhere."
+        ) from None
     except (OSError, ValueError) as cause:
         raise unreadable(path, cause) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path}: not a regular file, expected safetensors", hint=DOWNLOAD_AGAIN)
+            raise CheckpointError(
+                f"{path}: not a regular file, expected safetensors", hint="Put the file in its place."
+            )
         yield descriptor
     finally:
         os.close(descriptor)
