@@ -350,7 +350,6 @@ RESULT: Message = {"role": "tool", "content": "3", "tool_call_id": "1"}
         ([{"role": "user", "content": None}], {}, "content: found none"),
         ([USER, {"role": "assistant", "content": None}], {}, "content: found none"),
         ([USER, *calling({}), {**RESULT, "content": {"a": 1}}], {}, "content: found an object"),
-        ([USER], {"tools": [schema("a"), schema("b")]}, "already that of"),
         ([USER], {"tools": [{"function": {}}]}, r"tools\[0\]: function: name"),
     ],
 )

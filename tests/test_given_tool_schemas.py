@@ -27,9 +27,13 @@ def test_given_schemas_come_back_as_they_are_and_bare_ones_wrapped() -> None:
     ]
 
 
-def test_two_tools_of_one_name() -> None:
-    with pytest.raises(MessagesError, match=r"tools\[2\]: name: 'a' is already that of tools\[0\]"):
-        check_tool_schemas([{"name": "a"}, {"name": "b"}, {"name": "a"}])
+def test_two_tools_of_one_name_are_shown_and_noted_once(caplog: pytest.LogCaptureFixture) -> None:
+    tools = [{"name": "twin"}, {"name": "b"}, {"name": "twin", "parameters": {}}]
+    for _ in range(2):
+        assert [tool["function"] for tool in check_tool_schemas(tools)] == tools
+    assert [record.getMessage() for record in caplog.records] == [
+        "tool 'twin': found 2 of this name, whose calls cannot be told apart; shown as given"
+    ]
 
 
 def _deep() -> Schema:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -45,23 +46,19 @@ def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     """A copy of tool schemas, each in the form `{"type": "function", "function": {"name": …}}`.
 
     Bare functions are wrapped, keys of None in a function dropped. `parameters` stay as they are, whatever they are;
-    where they are no JSON schema, one note of the logger `mlxqwen` says so.
+    where they are no JSON schema, or several tools have one name, one note of the logger `mlxqwen` says so.
 
     Raises:
         MessagesError: names the tool, the place in it and what is wrong.
     """
-    first_place: dict[str, int] = {}
-    result = []
-    for i, tool in enumerate(prepare_tools(tools) or []):
-        function = _check_function(tool, f"tools[{i}]")
-        name = function["name"]
-        if name in first_place:
-            raise MessagesError(f"tools[{i}]: name: {name!r} is already that of tools[{first_place[name]}]")
-        first_place[name] = i
+    functions = [_check_function(tool, f"tools[{i}]") for i, tool in enumerate(prepare_tools(tools) or [])]
+    for name, count in Counter(function["name"] for function in functions).items():
+        if count > 1:
+            _note(f"tool {name!r}: found {count} of this name, whose calls cannot be told apart; shown as given")
+    for function in functions:
         if "parameters" in function:
-            _note_problem(name, json.dumps(function["parameters"]))
-        result.append({"type": "function", "function": function})
-    return result
+            _note_problem(function["name"], json.dumps(function["parameters"]))
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def find_problem(arguments: Mapping[str, Any], schema: Any, name: str) -> str | None:
@@ -116,7 +113,13 @@ def schema_problem(text: str) -> str | None:
 def _note_problem(name: str, text: str) -> None:
     """Log once what is wrong with a tool's parameters."""
     if problem := schema_problem(text):
-        logger.warning("%s", one_line(f"tool {name!r}: parameters{problem}; shown as given"))
+        _note(f"tool {name!r}: parameters{problem}; shown as given")
+
+
+@lru_cache(maxsize=256)
+def _note(text: str) -> None:
+    """Log a text once."""
+    logger.warning("%s", one_line(text))
 
 
 @dataclass(slots=True)
