@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
+from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
 
 __all__ = ["DEMO_FOLDER", "resolve_model"]
 
@@ -57,6 +58,7 @@ WANTED_FILES = [
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
+INTERRUPTIONS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "IncompleteRead", "ProtocolError"}
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 
@@ -146,14 +148,16 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
 
 def downloaded(repo_id: str, revision: str | None) -> Path:
     """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`."""
+    if not can_be_imported() and (fault := wrong_setting(repo_id)):
+        raise fault
     try:
         import_module("huggingface_hub.constants")  # reads the environment
+        from huggingface_hub import snapshot_download
     except ValueError as cause:
-        raise HubError(
+        raise wrong_setting(repo_id) or HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
-            hint="Check HF_ENDPOINT and the other HF_… variables of the environment.",
+            hint=f"Check these variables of the environment: {', '.join(hub_variables()) or 'none is set'}.",
         ) from cause
-    from huggingface_hub import snapshot_download
 
     try:
         with quiet_warnings(), progress_on_terminal_only():
@@ -218,6 +222,8 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
     from huggingface_hub import errors
 
     if isinstance(cause, errors.LocalEntryNotFoundError):
+        if fault := wrong_setting(repo_id):
+            return fault
         if not isinstance(cause.__cause__, errors.HfHubHTTPError):
             return unreachable(repo_id, cause)
         cause = cause.__cause__
@@ -245,16 +251,56 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
             f"{repo_id}: the disk is full",
             hint="Free some space or point HF_HOME to a larger disk; files already complete are kept.",
         )
-    return HubError(
-        f"{repo_id}: the download failed: {type(cause).__name__}: {first_line(cause)}",
-        hint="Run it again: files already complete are kept.",
-    )
+    return wrong_setting(repo_id) or failed(repo_id, cause)
+
+
+def wrong_setting(repo_id: str) -> HubError | None:
+    """The error for a setting of the hub's client that cannot work; None if all may."""
+    fault = faulty_setting()
+    return None if fault is None else HubError(f"{repo_id}: {fault[0]}", hint=fault[1])
+
+
+def failed(repo_id: str, cause: Exception) -> HubError:
+    """The error for a download that broke off, or cannot be done."""
+    from huggingface_hub import errors
+
+    problem = f"{repo_id}: the download failed: {type(cause).__name__}: {first_line(cause)}"
+    if is_interruption(cause):
+        return HubError(problem, hint="Run it again: files already complete are kept.")
+    if isinstance(cause, errors.HfHubHTTPError):
+        endpoint = "HF_ENDPOINT" if "HF_ENDPOINT" in os.environ else "the network's proxy"
+        return HubError(problem, hint=f"This is no answer of a hub that has the model: check {endpoint}.")
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return HubError(
+            f"{repo_id}: the download failed: {cause.filename}: {cause.strerror}",
+            hint="Point HF_HOME to a folder that can be written to.",
+        )
+    variables = ", ".join(hub_variables())
+    return HubError(problem, hint=f"Check {variables} in the environment." if variables else "")
+
+
+def is_interruption(cause: BaseException) -> bool:
+    """Whether a connection broke, or what came disagrees with the size that the hub told."""
+    if isinstance(cause, ConnectionError | TimeoutError):
+        return True
+    kinds = {kind.__name__ for kind in type(cause).__mro__}  # of whichever HTTP library the client uses
+    return not kinds.isdisjoint(INTERRUPTIONS) or "consistency check failed" in str(cause).lower()
+
+
+def hub_variables() -> list[str]:
+    """The variables of the environment that are set, and that the hub's client listens to."""
+    return sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING")) or name.upper().endswith("_PROXY"))
 
 
 def answered(repo_id: str, status: int) -> HubError | None:
     """What the hub means by an HTTP status; None for one that says nothing on its own."""
     if status == 401:
-        return HubError(f"{repo_id}: the hub refused the token", hint="Set HF_TOKEN to a valid token, or unset it.")
+        source = token_source()
+        if Path(source).is_absolute():
+            way_out = f"Set HF_TOKEN to a valid token, or remove {source}."
+        else:
+            way_out = f"Set {source} to a valid token, or unset it."
+        return HubError(f"{repo_id}: the hub refused the token", hint=way_out)
     if status == 403:
         return HubError(
             f"{repo_id}: the hub answered 403: the token may not read this model",
