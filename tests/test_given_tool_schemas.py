@@ -28,7 +28,7 @@ def test_given_schemas_come_back_as_they_are_and_bare_ones_wrapped() -> None:
 
 
 def test_two_tools_of_one_name_are_shown_and_noted_once(caplog: pytest.LogCaptureFixture) -> None:
-    tools = [{"name": "twin"}, {"name": "b"}, {"name": "twin", "parameters": {}}]
+    tools: list[dict[str, Any]] = [{"name": "twin"}, {"name": "b"}, {"name": "twin", "parameters": {}}]
     for _ in range(2):
         assert [tool["function"] for tool in check_tool_schemas(tools)] == tools
     assert [record.getMessage() for record in caplog.records] == [

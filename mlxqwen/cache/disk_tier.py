@@ -303,4 +303,6 @@ def _file_instead(path: Path) -> CacheError:
 
 def _unwritable(path: Path, error: Exception) -> CacheError:
     reason = getattr(error, "strerror", None) or str(error)
-    return CacheError(f"{path}: cannot be written to: {reason}", hint="Check its permissions, or give another name.")
+    is_forbidden = isinstance(error, PermissionError)
+    hint = "Check its permissions, or give another name." if is_forbidden else "To go on, give another name."
+    return CacheError(f"{path}: cannot be written to: {reason}", hint=hint)

@@ -156,7 +156,7 @@ def downloaded(repo_id: str, revision: str | None) -> Path:
     except ValueError as cause:
         raise wrong_setting(repo_id) or HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
-            hint=f"Check these variables of the environment: {', '.join(hub_variables()) or 'none is set'}.",
+            hint=f"Correct {', '.join(hub_variables(str(cause)))}, or unset it.",
         ) from cause
 
     try:
@@ -275,7 +275,7 @@ def failed(repo_id: str, cause: Exception) -> HubError:
             f"{repo_id}: the download failed: {cause.filename}: {cause.strerror}",
             hint="Point HF_HOME to a folder that can be written to.",
         )
-    variables = ", ".join(hub_variables())
+    variables = ", ".join(hub_variables(str(cause)))
     return HubError(problem, hint=f"Check {variables} in the environment." if variables else "")
 
 
@@ -287,9 +287,10 @@ def is_interruption(cause: BaseException) -> bool:
     return not kinds.isdisjoint(INTERRUPTIONS) or "consistency check failed" in str(cause).lower()
 
 
-def hub_variables() -> list[str]:
-    """The variables of the environment that are set, and that the hub's client listens to."""
-    return sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING")) or name.upper().endswith("_PROXY"))
+def hub_variables(said: str) -> list[str]:
+    """The variables of the hub's client whose value an error quotes; all that are set if it quotes none."""
+    known = sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING")))
+    return [name for name in known if repr(os.environ[name]) in said] or known
 
 
 def answered(repo_id: str, status: int) -> HubError | None:

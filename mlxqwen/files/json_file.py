@@ -104,10 +104,10 @@ def read_text(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> str:
     if data.startswith(b"version https://git-lfs"):
         raise error(
             f"{path}: a git-lfs pointer, not the file itself",
-            hint="Run `git lfs pull` in the folder, or download the file again.",
+            hint="Run `git lfs pull` in the folder, or download the file itself.",
         )
     if data[:1024].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise error(f"{path}: a web page, not the file itself", hint=f"Download {path.name} again.")
+        raise error(f"{path}: a web page, not the file itself", hint=f"Download {path.name} itself, not its page.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as cause:
@@ -141,8 +141,15 @@ def shown(value: object, most: int = 100) -> str:
 
 
 def way_out(path: Path) -> str:
-    """The hint for a file that is damaged."""
-    return f"Download {path.name} again, or repair it."
+    """The hint for a file that holds something else than it should."""
+    return f"Correct {path.name}, or use the one that belongs to the model."
+
+
+def unreadable(cause: Exception) -> str:
+    """The hint for a file or folder that the system does not let read."""
+    if isinstance(cause, PermissionError):
+        return "Check its permissions."
+    return "Give a file or folder that can be read."
 
 
 def read_bounded(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> bytes:
@@ -158,7 +165,7 @@ def read_bounded(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> by
         raise error(f"{path}: no such file", hint="Download the model's folder completely.") from None
     except (OSError, ValueError) as cause:
         reason = getattr(cause, "strerror", None) or cause
-        raise error(f"{path}: cannot be read: {reason}", hint="Check the file and its permissions.") from None
+        raise error(f"{path}: cannot be read: {reason}", hint=unreadable(cause)) from None
     if len(data) > max_bytes:
         raise error(f"{path}: larger than {max_bytes:,} bytes, the limit for this file", hint=way_out(path))
     return data

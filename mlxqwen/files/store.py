@@ -26,7 +26,7 @@ from typing import Any
 
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.files.atomic import write_file
-from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.json_file import read_json_object, unreadable
 from mlxqwen.files.locks import is_at, open_lock, try_lock, wait_for_lock
 
 __all__ = ["Entry", "Store", "is_own", "tell_of_others", "user_cache_folder"]
@@ -95,7 +95,7 @@ class Store:
         except OSError as cause:
             raise self._error(
                 f"{self.folder}: cannot be read: {cause.strerror}",
-                hint="Check its permissions, or set MLXQWEN_CACHE to another folder.",
+                hint=f"{unreadable(cause)} Or set MLXQWEN_CACHE to another folder.",
             ) from None
         return [self.entry(name) for name in names if _KEY.fullmatch(name) or _REMOVED.fullmatch(name)]
 
@@ -261,7 +261,7 @@ class Entry:
             return False
         except OSError as cause:
             raise self._error(
-                f"{path}: cannot be removed: {cause.strerror}", hint="Check its permissions, or remove it yourself."
+                f"{path}: cannot be removed: {cause.strerror}", hint="Remove it yourself, as a user who may."
             ) from None
         return True
 

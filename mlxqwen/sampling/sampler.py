@@ -207,7 +207,7 @@ def check_token(token: int, row: int | None = None) -> int:
         where = "logits" if row is None else f"logits of row {row}"
         raise GenerationError(
             f"{where}: found NaN, +inf or nothing but -inf, expected numbers to draw a token from",
-            hint="the weights may be damaged, or the compute dtype too narrow: try --dtype float32",
+            hint="Try --dtype float32: the compute dtype may be too narrow for these weights.",
         )
     return token
 

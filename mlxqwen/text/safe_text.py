@@ -67,7 +67,7 @@ class SafeChatEncoder:
         if len(self._tokens) > len(SURROGATES):
             raise TokenizerError(
                 f"tokenizer: found {len(self._tokens)} added tokens, expected at most {len(SURROGATES)}",
-                hint="Qwen3 has 26 of them: download tokenizer.json anew, or pass trust_special_tokens=True.",
+                hint="Use the tokenizer.json that Qwen publishes, which has 26, or pass trust_special_tokens=True.",
             )
         self._ids = list(self._tokens)
         self._placeholders = {

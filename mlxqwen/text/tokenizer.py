@@ -452,7 +452,7 @@ class Tokenizer:
         return guard(
             lambda: list(backend.encode(text, add_special_tokens=add_special_tokens).ids),
             f"{self._source}: could not encode the text",
-            "The tokenizer may be damaged; download tokenizer.json anew.",
+            "Use the tokenizer.json that Qwen publishes for this model.",
         )
 
     def _spell(self, token_id: int) -> bytes:
@@ -534,7 +534,7 @@ def _token_string(config: Mapping[str, Any], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise TokenizerError(
             f"tokenizer_config.json: {key}: found {type(value).__name__}, expected a string",
-            hint="Download tokenizer_config.json anew.",
+            hint=f"Give {key} as text, or as an object with its content.",
         )
     return value
 
@@ -574,5 +574,5 @@ def _templates_of(value: object, source: str) -> dict[str, str]:
         return value
     raise TokenizerError(
         f'{source}: chat_template: expected a string or a list of {{"name", "template"}} objects',
-        hint="Download it anew.",
+        hint="Correct it, or put the template into chat_template.jinja.",
     )

@@ -53,7 +53,6 @@ _KINDS = {
 }
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _OWN_FILE = "Use the tokenizer.json that Qwen publishes for this model."
-_DAMAGED = "Download tokenizer.json anew."
 
 _T = TypeVar("_T")
 
@@ -97,7 +96,7 @@ def build_tokenizer(description: Mapping[str, Any], source: str) -> tokenizers.T
         tokenizer.add_tokens([tokenizers.AddedToken(**token) for token in added])
         return tokenizer
 
-    return guard(build, f"{source}: not a readable tokenizer", _DAMAGED)
+    return guard(build, f"{source}: not a readable tokenizer", _OWN_FILE)
 
 
 def guard(call: Callable[[], _T], problem: str, hint: str) -> _T:
@@ -200,7 +199,7 @@ def _added_tokens(value: object, source: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _unfit(where, json_kind(value), "a list", hint=_DAMAGED)
+        raise _unfit(where, json_kind(value), "a list")
     if len(value) > MAX_ADDED_TOKENS:
         raise _unfit(where, f"{len(value):,} tokens", f"at most {MAX_ADDED_TOKENS:,}")
     added, size = [], 0
@@ -208,7 +207,7 @@ def _added_tokens(value: object, source: str) -> list[dict[str, Any]]:
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or not all(isinstance(token.get(flag), bool) for flag in _FLAGS):
             expected = f"an object with content and {', '.join(_FLAGS)}"
-            raise _unfit(f"{where}[{place}]", _shown(token), expected, hint=_DAMAGED)
+            raise _unfit(f"{where}[{place}]", _shown(token), expected)
         nbytes = len(content.encode(errors="surrogatepass"))
         if nbytes > MAX_ADDED_TOKEN_BYTES:
             found = f"{_shown(content)} of {nbytes:,} bytes"
@@ -224,7 +223,7 @@ def _model(value: object, source: str) -> dict[str, Any]:
     """The arguments of `tokenizers.models.BPE`."""
     where = f"{source}: model"
     if not isinstance(value, dict):
-        raise _unfit(where, json_kind(value), "an object", hint=_DAMAGED)
+        raise _unfit(where, json_kind(value), "an object")
     vocab, merges = value.get("vocab"), value.get("merges")
     if value.get("type", "BPE") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
         raise _unfit(where, f"type {_shown(value.get('type'))}", "BPE with vocab and merges")
