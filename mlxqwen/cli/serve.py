@@ -211,4 +211,5 @@ def _tell(settings: ServerSettings, port: int, model: str) -> None:
     output = Output(sys.stdout)
     output.write(f"{one_line(model)} is served at {url}/v1\n")
     output.write(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{question}'\n")
+    output.write(f"The chat page is at {url}/\n")
     sys.stdout.flush()

@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlxqwen.server.errors import ApiError, anthropic_error, openai_error
+from mlxqwen.server.page_files import PAGE_PATHS
 from mlxqwen.server.settings import ServerSettings, is_loopback
 
 __all__ = ["KeyCheck", "OriginCheck", "error_response"]
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?")
-_OPEN_PATHS = {"/", "/health", "/page.css", "/page.js"}
+_OPEN_PATHS = {"/health", *PAGE_PATHS}
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:

@@ -29,6 +29,7 @@ from mlxqwen.server.endpoints import (
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.journal import Journal
 from mlxqwen.server.openapi import document
+from mlxqwen.server.page_files import page_routes
 from mlxqwen.server.service import Service, endpoint
 from mlxqwen.server.texts import detokenize, tokenize
 
@@ -103,6 +104,7 @@ def make_app(service: Service) -> Starlette:
         route("/v1/responses/{id}", delete_response, "DELETE"),
         route("/v1/responses/{id}/cancel", cancel_response, "POST"),
         route("/v1/responses/{id}/input_items", list_input_items, "GET"),
+        *page_routes(),
     ]
     stack = [
         Middleware(Journal, service.load, service.metrics, {*_GET, *_POST}, settings.log_content),
