@@ -121,7 +121,7 @@ def test_a_gguf_file_is_named_for_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_web_address_is_no_model() -> None:
-    assert_error(run("generate", "hi", "--model", "https://huggingface.co/Qwen/Qwen3-0.6B"), "web address", "Qwen/")
+    assert_error(run("generate", "hi", "--model", "https://github.com/Qwen/Qwen3"), "web address", "Qwen/")
 
 
 def test_json_is_one_object() -> None:

@@ -1,4 +1,4 @@
-"""A model's name → a folder on disk: nothing (the demo), a folder, or an id of the Hugging Face hub."""
+"""A model's name → a folder on disk: nothing (the demo), a folder, or a model of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
+from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
 
 __all__ = ["DEMO_FOLDER", "resolve_model"]
@@ -66,10 +67,11 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     """The folder of a model, downloaded if need be.
 
     Args:
-        path_or_id: None for the demo model that comes with the package; an existing folder; or a hub id
-            such as `Qwen/Qwen3-0.6B`. Only weights, configuration, tokenizer, chat templates, card and licence are
-            downloaded, never code. The environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
-            honoured; without the hub a complete earlier download is used.
+        path_or_id: None for the demo model that comes with the package; an existing folder; a hub id such as
+            `Qwen/Qwen3-0.6B`; an alias such as `qwen3:0.6b`; or the web address of a model's page on the hub. Only
+            weights, configuration, tokenizer, chat templates, card and licence are downloaded, never code. The
+            environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured; without the hub a
+            complete earlier download is used.
         revision: a branch, tag or commit of the hub's model.
 
     Raises:
@@ -85,21 +87,37 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
         refuse_revision(revision, f"the folder {name}")
         refuse_unfinished(folder)
         return folder
-    if name.startswith(("http://", "https://")):
-        raise HubError(
-            f"{name}: a web address, expected a folder or a hub id",
-            hint="A hub id is written organisation/model, such as Qwen/Qwen3-0.6B.",
-        )
+    if (alias := hub_id_of_alias(name)) is not None and not isinstance(path_or_id, Path):
+        name = alias
+    elif name.startswith(("http://", "https://")):
+        name, revision = hub_id_in_address(name, revision)
     if looks_like_path(name) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
     if not HUB_ID.fullmatch(name):
         raise HubError(
             f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model",
-            hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B.",
+            hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short.",
         )
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
     return downloaded(name, revision)
+
+
+def hub_id_in_address(address: str, revision: str | None) -> tuple[str, str | None]:
+    """The id and revision that the address of a model's page means. Raises `HubError`, `OptionError`."""
+    found = hub_id_of_address(address)
+    if found is None:
+        raise HubError(
+            f"{URL_CREDENTIALS.sub('', address)}: a web address that is no model's page on the hub, expected a folder "
+            "or a hub id",
+            hint="A hub id is written organisation/model, such as Qwen/Qwen3-0.6B.",
+        )
+    name, of_page = found
+    if None not in (revision, of_page) and revision != of_page:
+        raise OptionError(
+            f"revision: found {revision!r}, but {of_page!r} in the address {address}", hint="Leave one of them out."
+        )
+    return name, of_page if revision is None else revision
 
 
 def refuse_unfinished(folder: Path) -> None:
