@@ -20,7 +20,8 @@ from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_conversation_cache import CACHES, Turns, fresh
 from tests.test_engine_tools import GREEDY, Calculator
 
-QUESTION = "What is 1234 * 567?"
+PRODUCT = "1234 * 567"
+QUESTION = f"What is {PRODUCT}?"
 USER = {"role": "user", "content": QUESTION}
 
 
@@ -102,17 +103,27 @@ def interrupted(expression: str) -> int:
     raise KeyboardInterrupt
 
 
+CALLING = f'<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{PRODUCT}"}}}}\n</tool_call><|im_end|>'
+
+
+@pytest.fixture(params=[None, "off"], ids=["store", "pins"])
+def calling(small: tuple[Qwen3ForCausalLM, Tokenizer], request: pytest.FixtureRequest) -> tuple[Engine, ScriptedModel]:
+    """As `scripted`, with a model that calls what its script says."""
+    return scripted_engine(*small, prefix_cache=request.param)
+
+
 @pytest.mark.parametrize("cache", [{}, {"max_kv_size": 64}], ids=str)
 @pytest.mark.parametrize("ending", ["first reply", "tool", "results", "second reply", "interrupt", "NaN"])
 def test_a_run_without_an_end_adds_nothing(
-    scripted: tuple[Engine, ScriptedModel], ending: str, cache: dict[str, Any]
+    calling: tuple[Engine, ScriptedModel], ending: str, cache: dict[str, Any]
 ) -> None:
-    engine, model = scripted
+    engine, model = calling
     conversation = Conversation(engine, **cache)
     turns = Turns(conversation, model)
     turns.check(conversation.stream("Hello", seed=1, max_tokens=9))
     before = copy.deepcopy(conversation.messages)
     kinds: Mapping[str, Any] = {"tool": Done, "results": ToolResult}
+    model.say(engine.tokenizer.encode(f"<think>\nI multiply.\n</think>\n\n{CALLING}It is 699678.<|im_end|>"))
     if ending == "interrupt":
         with pytest.raises(KeyboardInterrupt):
             conversation.run_tools(QUESTION, {"calculator": interrupted}, **GREEDY)
@@ -134,6 +145,7 @@ def test_a_run_without_an_end_adds_nothing(
                 next(run)
         del run
     assert conversation.messages == before
+    model.say([])
     done = turns.check(conversation.stream("And now?", seed=2, max_tokens=9), back=1)
     assert done.tokens == fresh(engine, conversation.messages[:-1], cache, seed=2, max_tokens=9).tokens
 

@@ -217,9 +217,9 @@ DOORS: dict[str, Callable[[Engine], object]] = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_reply_leaves_no_memory_behind(demo: tuple[Qwen3ForCausalLM, Tokenizer], door: str) -> None:
+def test_a_reply_leaves_no_memory_behind(small: tuple[Qwen3ForCausalLM, Tokenizer], door: str) -> None:
     """Behind the first ones, which fill the store with the same blocks, as much is held as after many more."""
-    engine = Engine(*demo)
+    engine = Engine(*small)
     held: list[int] = []
     with no_collector():
         for _ in range(10):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.memory import account, slot_bytes
+from mlxqwen.engine.request import Request
 from mlxqwen.engine.scheduler import Scheduler
 from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
 from mlxqwen.errors import InsufficientMemoryError
@@ -19,12 +21,26 @@ from tests.scheduling import KINDS, Forced, alone, asked, constrained, ids, mach
 ROW = 256 * 1024
 """Bytes of a row of up to 256 tokens in float32."""
 
+Expected = Callable[[str, list[Request]], list[list[int]]]
 SEEDED = SamplingParams(seed=3, temperature=1.5, presence_penalty=1.0, repetition_penalty=1.1)
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
     return random_model(context=2048)
+
+
+@pytest.fixture(scope="module")
+def expected_of(model: Qwen3ForCausalLM) -> Expected:
+    """What requests get alone, computed once for each name that a test gives them."""
+    found: dict[str, list[list[int]]] = {}
+
+    def expected(name: str, requests: list[Request]) -> list[list[int]]:
+        if name not in found:
+            found[name] = [alone(model, request) for request in requests]
+        return found[name]
+
+    return expected
 
 
 def text(length: int, start: int = 0) -> list[int]:
@@ -60,13 +76,19 @@ def test_prompts_that_are_being_read_are_counted_before_they_have_buffers(model:
             assert handle.error is None
 
 
+def of_many_lengths(kind: str) -> list[Request]:
+    lengths = [250, 20, 255, 500, 100, 252, 251, 30]
+    return [asked(text(length, n), 12, cache=KINDS[kind]) for n, length in enumerate(lengths)]
+
+
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "ring", "4 bits"])
-def test_buffers_never_take_more_than_there_is(model: Qwen3ForCausalLM, kind: str, is_gpu: bool) -> None:
+def test_buffers_never_take_more_than_there_is(
+    model: Qwen3ForCausalLM, expected_of: Expected, kind: str, is_gpu: bool
+) -> None:
     """Rows that join, grow and leave, of lengths on both sides of a step of growth."""
-    lengths = [250, 20, 255, 500, 100, 252, 251, 30]
-    requests = [asked(text(length, n), 12, cache=KINDS[kind]) for n, length in enumerate(lengths)]
-    expected = [alone(model, request) for request in requests]
+    requests = of_many_lengths(kind)
+    expected = expected_of(f"many lengths, {kind}", requests)
     with machine(model, 5 * ROW, is_gpu=is_gpu):
         scheduler = new_scheduler(model, store=1 << 30)
         handles = [scheduler.submit(request) for request in requests]
@@ -132,9 +154,11 @@ def test_without_the_check_nothing_is_refused(model: Qwen3ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
-def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
+def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(
+    model: Qwen3ForCausalLM, expected_of: Expected, is_gpu: bool
+) -> None:
     request = asked(text(250), 1000)
-    expected = alone(model, asked(text(250), 512 - 250 + 1))
+    (expected,) = expected_of("outgrown", [asked(text(250), 512 - 250 + 1)])
     with machine(model, 2 * ROW, is_gpu=is_gpu):
         scheduler = new_scheduler(model)
         handle = scheduler.submit(request)
@@ -151,12 +175,12 @@ def test_a_lone_reply_that_outgrows_the_memory_ends_with_its_text_so_far(model: 
 @pytest.mark.parametrize("kind", ["linear", "8 bits", "4 bits"])
 @pytest.mark.parametrize("store", [0, 1 << 30])
 def test_who_gave_way_goes_on_with_the_same_tokens(
-    model: Qwen3ForCausalLM, kind: str, store: int, is_gpu: bool
+    model: Qwen3ForCausalLM, expected_of: Expected, kind: str, store: int, is_gpu: bool
 ) -> None:
     common: dict[str, Any] = {"cache": KINDS[kind], "sampling": SEEDED}
     forced = constrained(lambda: Forced({20: 7, 35: 8}))
     requests = [asked(text(230, n), 40, constraints=forced if n == 2 else (), **common) for n in range(3)]
-    expected = [alone(model, request) for request in requests]
+    expected = expected_of(f"gave way, {kind}", requests)
     with machine(model, int(4.6 * 256 * slot_bytes(model, KINDS[kind])), is_gpu=is_gpu):
         scheduler = new_scheduler(model, store=store)
         handles = [scheduler.submit(request) for request in requests]
@@ -211,9 +235,11 @@ def test_who_gave_way_and_fits_no_empty_machine_ends_with_its_text_so_far(model:
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
-def test_a_reply_that_is_far_ahead_of_its_reader_may_give_way(model: Qwen3ForCausalLM, is_gpu: bool) -> None:
-    requests = [asked(text(100), 500, sampling=SEEDED), asked(text(100, 1), 350, sampling=SEEDED)]
-    expected = [alone(model, request) for request in requests]
+def test_a_reply_that_is_far_ahead_of_its_reader_may_give_way(
+    model: Qwen3ForCausalLM, expected_of: Expected, is_gpu: bool
+) -> None:
+    requests = [asked(text(100), 450, sampling=SEEDED), asked(text(100, 1), 350, sampling=SEEDED)]
+    expected = expected_of("far ahead", requests)
     with machine(model, int(4.2 * ROW), is_gpu=is_gpu):
         scheduler = new_scheduler(model)
         handles = [scheduler.submit(requests[0])]
