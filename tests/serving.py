@@ -22,7 +22,7 @@ CHAT = "/v1/chat/completions"
 
 def ask(text: str = "How many r's in strawberry?", **fields: Any) -> dict[str, Any]:
     """The body of a chat completion."""
-    return {"messages": [{"role": "user", "content": text}], **fields}
+    return {"model": "demo", "messages": [{"role": "user", "content": text}], **fields}
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class Served:
     app: Starlette
     client: TestClient
 
-    def post(self, body: Any, path: str = CHAT, **options: Any) -> Any:
+    def post(self, body: dict[str, Any], path: str = CHAT, **options: Any) -> Any:
         """The JSON of a reply. Fails unless the status is 200."""
-        response = self.client.post(path, json=body, **options)
+        response = self.client.post(path, json={"model": "demo", **body}, **options)
         assert response.status_code == 200, response.text
         return response.json()
 
     def stream(self, body: Any, path: str = CHAT) -> list[Any]:
         """The events of a reply that is streamed."""
-        response = self.client.post(path, json={**body, "stream": True})
+        response = self.client.post(path, json={"model": "demo", **body, "stream": True})
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return events_of(response.content)
 
-    def refused(self, body: Any, status: int = 400, path: str = CHAT) -> dict[str, Any]:
+    def refused(self, body: dict[str, Any], status: int = 400, path: str = CHAT) -> dict[str, Any]:
         """The error object of a request that is refused."""
-        response = self.client.post(path, json=body)
+        response = self.client.post(path, json={"model": "demo", **body})
         assert response.status_code == status, response.text
         error: dict[str, Any] = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -162,3 +163,20 @@ def test_a_thread_that_waits_for_memory_that_nobody_gives_back_is_told(
         del unread
         assert len(ids([waits.next_token() for _ in range(4)])) == 4
         scheduler.close()
+
+
+def test_a_reader_that_only_polls_lets_a_parked_reply_go_on(model: Qwen3ForCausalLM) -> None:
+    scheduler = new_scheduler(model)
+    scheduler.driver.start(scheduler)
+    handle = scheduler.submit(asked([1, 2, 3], MAX_UNREAD + 20))
+    until = time.monotonic() + 20
+    generation = handle.generation_of(scheduler)
+    while not generation.is_parked and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.05)  # its thread waits for work, for a minute
+    while not handle.is_over and time.monotonic() < until:
+        while handle.poll() is not None:
+            pass
+        time.sleep(0.001)
+    scheduler.close()
+    assert handle.token_count == MAX_UNREAD + 20

@@ -156,7 +156,7 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) ->
     ids=str,
 )
 def test_errors_have_anthropics_form(served: Served, fields: dict[str, Any], words: str) -> None:
-    response = served.client.post(PATH, json={"max_tokens": 5, "messages": QUESTION, **fields})
+    response = served.client.post(PATH, json={"model": "demo", "max_tokens": 5, "messages": QUESTION, **fields})
     assert response.status_code == 400
     error = response.json()
     assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
@@ -165,6 +165,8 @@ def test_errors_have_anthropics_form(served: Served, fields: dict[str, Any], wor
 
 def test_tools_of_anthropics_own_are_left_out_with_a_note(served: Served) -> None:
     tools = [{"type": "web_search_20250305", "name": "web_search"}, CALCULATOR]
-    response = served.client.post(PATH, json={"max_tokens": 1, "messages": QUESTION, "tools": tools, "betas": []})
+    response = served.client.post(
+        PATH, json={"model": "demo", "max_tokens": 1, "messages": QUESTION, "tools": tools, "betas": []}
+    )
     assert response.status_code == 200
     assert response.headers["x-mlxqwen-ignored"] == "betas, tools[0]"

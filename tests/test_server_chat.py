@@ -186,7 +186,7 @@ def test_a_reply_that_ends_in_thought_says_so(served: Served) -> None:
 def test_thought_under_other_names_or_none(served: Served) -> None:
     expected = served.engine.chat(ask()["messages"], seed=2)
     hidden = served.post(ask(seed=2, include_reasoning=False))["choices"][0]["message"]
-    assert hidden == {"role": "assistant", "content": expected.content, "refusal": None}
+    assert hidden == {"role": "assistant", "content": expected.content, "refusal": None, "annotations": []}
     joined = served.post(ask(seed=2, separate_reasoning=False))["choices"][0]["message"]
     assert joined["content"] == f"<think>\n{expected.reasoning}\n</think>\n\n{expected.content}"
     with serving(served.engine, reasoning_field="both") as other:

@@ -106,7 +106,13 @@ def test_errors_name_the_field_what_was_found_and_what_was_expected(
 
 
 def test_messages_that_are_missing(served: Served) -> None:
-    assert served.refused({})["code"] == "missing_required_parameter"
+    assert served.refused({})["param"] == "messages"
+    response = served.client.post(CHAT, json={"messages": ask()["messages"]})
+    assert response.status_code == 400
+    assert (response.json()["error"]["code"], response.json()["error"]["param"]) == (
+        "missing_required_parameter",
+        "model",
+    )
 
 
 def test_a_prompt_beyond_the_context_tells_both_numbers(served: Served) -> None:
@@ -131,6 +137,7 @@ def test_models_by_name(served: Served) -> None:
     assert served.client.get("/v1/models/demo").json() == served.client.get("/v1/models").json()["data"][0]
     with serving(served.engine, single=True) as single:
         assert single.post(ask(model="gpt-4", max_tokens=1))["model"] == "demo"
+        assert single.client.post(CHAT, json={"messages": ask()["messages"], "max_tokens": 1}).status_code == 200
 
 
 def test_paths_and_methods_that_are_not_there(served: Served) -> None:

@@ -72,11 +72,13 @@ def test_connections_that_say_nothing_or_half_keep_nobody_out(server: Process) -
     assert silent[50].recv(100).startswith(b"HTTP/1.1 400")
     for connection in silent:
         connection.close()
-    assert server.get("/v1/chat/completions", "POST", {"messages": QUESTION, "max_tokens": 1})[0] == 200
+    assert (
+        server.get("/v1/chat/completions", "POST", {"model": "demo", "messages": QUESTION, "max_tokens": 1})[0] == 200
+    )
 
 
 def test_a_body_in_chunks_is_read(server: Process) -> None:
-    body = json.dumps({"messages": QUESTION, "max_tokens": 1}).encode()
+    body = json.dumps({"model": "demo", "messages": QUESTION, "max_tokens": 1}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.request("POST", "/v1/chat/completions", iter([body[:10], body[10:]]), encode_chunked=True)
     assert connection.getresponse().status == 200
@@ -89,7 +91,7 @@ def test_a_client_that_hangs_up_frees_its_row(server: Process) -> None:
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
     before = metric("mlxqwen_aborted_replies_total")
-    body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "n": 8}
+    body = {"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True, "n": 8}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()
@@ -112,7 +114,9 @@ def test_a_second_server_on_the_port_is_refused(server: Process) -> None:
 def test_ctrl_c_lets_replies_end_and_keys_are_not_logged() -> None:
     with process("--drain", "60", MLXQWEN_API_KEY="sesame") as server:
         assert server.get("/v1/models")[0] == 401
-        body = json.dumps({"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300})
+        body = json.dumps(
+            {"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300}
+        )
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/v1/chat/completions", body, {"authorization": "Bearer sesame"})
         response = connection.getresponse()
@@ -133,7 +137,7 @@ def test_ctrl_c_lets_replies_end_and_keys_are_not_logged() -> None:
 
 def test_replies_are_told_of_the_end() -> None:
     with process("--drain", "0", "--log-content") as server:
-        body = json.dumps({"messages": QUESTION, "stream": True, "ignore_eos": True})
+        body = json.dumps({"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True})
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/v1/chat/completions", body)
         response = connection.getresponse()

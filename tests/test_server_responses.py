@@ -65,8 +65,8 @@ def test_events_come_in_their_order_and_add_up(served: Served, client: Any) -> N
         "response.in_progress",
         "response.output_item.added",
         "response.content_part.added",
-        "response.reasoning_text.delta",
-        "response.reasoning_text.done",
+        "response.reasoning.delta",
+        "response.reasoning.done",
         "response.content_part.done",
         "response.output_item.done",
         "response.output_item.added",
@@ -82,6 +82,19 @@ def test_events_come_in_their_order_and_add_up(served: Served, client: Any) -> N
     added = [event.item.id for event in events if event.type == "response.output_item.added"]
     assert added == [item.id for item in events[-1].response.output]
     assert served.client.get(f"{PATH}/{events[-1].response.id}").json()["status"] == "completed"
+
+
+def test_thought_may_be_told_as_its_summary(client: Any) -> None:
+    asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "temperature": 0.0}
+    plain = client.responses.create(**asked).output[0].content[0].text
+    summarized = client.responses.create(**asked, reasoning={"summary": "auto"})
+    assert (summarized.output[0].summary[0].text, summarized.output[0].content) == (plain, [])
+    events = list(client.responses.create(**asked, reasoning={"summary": "auto"}, stream=True))
+    pieces = [event.delta for event in events if event.type == "response.reasoning_summary_text.delta"]
+    assert "".join(pieces) == plain
+    kinds = [event.type for event in events]
+    assert kinds.index("response.reasoning_summary_part.added") < kinds.index("response.reasoning_summary_text.delta")
+    assert kinds.index("response.reasoning_summary_text.done") < kinds.index("response.reasoning_summary_part.done")
 
 
 def test_calls_and_their_results(client: Any) -> None:
@@ -130,7 +143,7 @@ def test_one_that_is_on_its_way_is_cancelled(babbler: Qwen3ForCausalLM, tokenize
     async def work() -> None:
         with serving(Engine(babbler, tokenizer)) as served:
             end = tokenizer.token_to_id("<|im_end|>")
-            body = {"input": "a", "stream": True, "logit_bias": {str(end): -100}}
+            body = {"model": "demo", "input": "a", "stream": True, "logit_bias": {str(end): -100}}
             call = Call(served.app, PATH, body)
             await until(lambda: len(call.sent) > 3)
             (name,) = served.service.responses.running
@@ -154,7 +167,9 @@ def test_items_of_clients(served: Served) -> None:
         {"role": "user", "content": "d"},
     ]
     tools = [{"type": "web_search"}, {"type": "custom", "name": "x"}, CALCULATOR]
-    response = served.client.post(PATH, json={"input": items, "tools": tools, "max_output_tokens": 1, "verbosity": 1})
+    response = served.client.post(
+        PATH, json={"model": "demo", "input": items, "tools": tools, "max_output_tokens": 1, "verbosity": 1}
+    )
     assert response.status_code == 200, response.text
     assert response.headers["x-mlxqwen-ignored"] == "verbosity, input[4], tools[0], tools[1]"
 

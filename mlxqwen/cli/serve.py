@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -207,7 +208,8 @@ def _tell(settings: ServerSettings, port: int, model: str) -> None:
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     url = f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer $MLXQWEN_API_KEY"' if settings.api_keys else ""
-    question = '{"messages": [{"role": "user", "content": "How many r are in strawberry?"}]}'
+    message = '{"role": "user", "content": "How many r are in strawberry?"}'
+    question = f'{{"model": {json.dumps(model)}, "messages": [{message}]}}'
     output = Output(sys.stdout)
     output.write(f"{one_line(model)} is served at {url}/v1\n")
     output.write(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{question}'\n")

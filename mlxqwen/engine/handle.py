@@ -139,6 +139,8 @@ class Handle:
                 self._logprobs.append(record.logprobs)
             self._log_warnings()
             return record
+        if self._generation.is_parked:  # it may go on: whoever only polls waits in no `drive` that says so
+            self._scheduler.driver.wake()
         return None
 
     def _log_warnings(self) -> None:

@@ -17,6 +17,7 @@ from mlxqwen.server.replies import Replies
 __all__ = ["MessageReply"]
 
 _PING = event({"type": "ping"}, "ping")
+_DIRECT = {"type": "direct"}  # no program that the model wrote
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "loop": "end_turn"}
 
 
@@ -36,6 +37,8 @@ class MessageReply:
             "type": "message",
             "role": "assistant",
             "model": prepared.model.name,
+            "stop_details": None,
+            "container": None,
         }
         self._blocks = Blocks(most_calls)
 
@@ -84,23 +87,23 @@ def _whole(block: Block) -> dict[str, Any]:
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": block.text, "signature": ""}
     if block.kind == "content":
-        return {"type": "text", "text": block.text}
+        return {"type": "text", "text": block.text, "citations": None}
     try:
         arguments = json.loads(block.text or "{}")
     except ValueError:  # cut off by max_tokens
         arguments = {}
-    return {"type": "tool_use", "id": _call_id(block), "name": block.name, "input": arguments}
+    return {"type": "tool_use", "id": _call_id(block), "name": block.name, "input": arguments, "caller": _DIRECT}
 
 
 def _told(step: Step) -> bytes:
     """The events of one step."""
     block, place = step.block, {"index": step.block.index}
     if step.kind == "open":
-        empty: dict[str, Any] = {"type": "text", "text": ""}
+        empty: dict[str, Any] = {"type": "text", "text": "", "citations": None}
         if block.kind == "reasoning":
             empty = {"type": "thinking", "thinking": "", "signature": ""}
         elif block.kind == "call":
-            empty = {"type": "tool_use", "id": _call_id(block), "name": block.name, "input": {}}
+            empty = {"type": "tool_use", "id": _call_id(block), "name": block.name, "input": {}, "caller": _DIRECT}
         return event({"type": "content_block_start", **place, "content_block": empty}, "content_block_start")
     if step.kind == "fill":
         kind, name = {
@@ -123,6 +126,10 @@ def _usage(replies: Replies) -> dict[str, Any]:
         "input_tokens": replies.prompt_tokens - replies.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": replies.cached_tokens,
-        "output_tokens": sum(handle.token_count for handle in replies.handles),
+        "cache_creation": None,
+        "output_tokens": replies.handles[0].token_count,
+        "output_tokens_details": {"thinking_tokens": replies.reasoning_tokens},
+        "server_tool_use": None,
         "service_tier": "standard",
+        "inference_geo": None,
     }

@@ -56,6 +56,11 @@ async def health(service: Service, http: HttpRequest) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+async def no_such_path(service: Service, http: HttpRequest) -> Response:
+    """Paths that other servers have, such as `POST /v1/responses/compact`."""
+    raise ApiError(404, "path: found none such, expected one of /openapi.json", code="path_not_found")
+
+
 async def version(service: Service, http: HttpRequest) -> Response:
     """`GET /version`."""
     return JSONResponse({"version": __version__})
@@ -102,6 +107,7 @@ def make_app(service: Service) -> Starlette:
         route("/v1/models/{name:path}", show_model, "GET"),
         route("/v1/responses/{id}", show_response, "GET"),
         route("/v1/responses/{id}", delete_response, "DELETE"),
+        route("/v1/responses/{id}", no_such_path, "POST"),
         route("/v1/responses/{id}/cancel", cancel_response, "POST"),
         route("/v1/responses/{id}/input_items", list_input_items, "GET"),
         *page_routes(),

@@ -98,6 +98,7 @@ class ChatChoice:
             "role": "assistant",
             "content": content if content or not self._calls else None,
             "refusal": None,
+            "annotations": [],
         }
         if self._shows_reasoning and self._separates:
             message |= dict.fromkeys(self._names, "".join(self._reasoning) or None)
@@ -146,7 +147,7 @@ class ChatReply:
             "created": self._created,
             "model": self._model.name,
             "system_fingerprint": FINGERPRINT,
-            "service_tier": None,
+            "service_tier": "default",
         }
 
     def _told(self, row: int, token: GeneratedToken) -> dict[str, Any] | None:

@@ -78,8 +78,8 @@ class Models:
     """The models of a server.
 
     Args:
-        served: at least one; a request that names none gets the first.
-        single: whether any name means the first.
+        served: at least one.
+        single: whether any name, and none, means the first.
     """
 
     def __init__(self, served: Sequence[ServedModel], *, single: bool) -> None:
@@ -92,11 +92,14 @@ class Models:
         return list(self._served.values())
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of this name. Raises `ApiError` 404 if there is none."""
+        """The model of this name. Raises `ApiError`: 404 if there is none, 400 without a name."""
         if name is not None and name in self._served:
             return self._served[name]
-        if name is None or self._single:
+        if self._single:
             return self.all[0]
+        if name is None:
+            found = f"model: found none, expected one of {', '.join(self._served)}"
+            raise ApiError(400, found, code="missing_required_parameter", param="model")
         raise ApiError(
             404,
             f"model: found {shown(name)}, expected one of {', '.join(self._served)}",

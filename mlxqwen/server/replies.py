@@ -67,6 +67,11 @@ class Replies:
         return sum(handle.cached_tokens for handle in self.handles[:: self._choices])
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thought so far, in all replies."""
+        return sum(token.reasoning_tokens for token in self._last.values())
+
+    @property
     def seconds_to_first(self) -> float | None:
         """Seconds until the first token; None while there is none."""
         return self._first

@@ -20,7 +20,8 @@ from mlxqwen.server.responses_store import ResponseStore
 __all__ = ["ResponseReply"]
 
 _PREFIXES = {"reasoning": "rs", "content": "msg", "call": "fc"}
-_PART_EVENTS = {"reasoning": "response.reasoning_text", "content": "response.output_text"}
+# Open Responses' names: OpenAI itself shows no thought, but summaries of it, which are told under their own names.
+_PART_EVENTS = {"reasoning": "response.reasoning", "content": "response.output_text"}
 
 
 class ResponseReply:
@@ -49,6 +50,7 @@ class ResponseReply:
         self._created = int(time.time())
         self._id = f"resp_{os.urandom(16).hex()}"
         self._blocks = Blocks(1 if fields.parallel_tool_calls is False else None)
+        self._summarizes = fields.reasoning is not None and fields.reasoning.summary is not None
         self._ids: list[str] = []
         self._number = 0
         request = prepared.requests[0]
@@ -208,12 +210,13 @@ class ResponseReply:
             }
         content = [] if empty else [self._part(block, block.text)]
         if block.kind == "reasoning":
-            return {**item, "type": "reasoning", "summary": [], "content": content}
+            summary, content = (content, []) if self._summarizes else ([], content)
+            return {**item, "type": "reasoning", "summary": summary, "content": content}
         return {**item, "type": "message", "role": "assistant", "content": content}
 
     def _part(self, block: Block, text: str) -> dict[str, Any]:
         if block.kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
+            return {"type": "summary_text" if self._summarizes else "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._told_logprobs(block, text)}
 
     def _told_logprobs(self, block: Block, text: str) -> list[dict[str, Any]]:
@@ -228,6 +231,8 @@ class ResponseReply:
         block = step.block
         place = {"item_id": self._item_id(block), "output_index": block.index}
         part = {**place, "content_index": 0}
+        if block.kind == "reasoning" and self._summarizes:
+            return self._told_summary(step, {**place, "summary_index": 0})
         own = {"logprobs": logprobs} if block.kind == "content" else {}
         if step.kind == "open":
             item = self._item(block, "in_progress", empty=True)
@@ -248,6 +253,20 @@ class ResponseReply:
             ended += self._event("response.content_part.done", **part, part=self._part(block, block.text))
         return ended + self._event("response.output_item.done", output_index=block.index, item=item)
 
+    def _told_summary(self, step: Step, place: dict[str, Any]) -> bytes:
+        """The events of one step of a thought that is shown as its summary."""
+        block, name = step.block, "response.reasoning_summary"
+        if step.kind == "open":
+            item = self._item(block, "in_progress", empty=True)
+            added = self._event("response.output_item.added", output_index=block.index, item=item)
+            return added + self._event(f"{name}_part.added", **place, part=self._part(block, ""))
+        if step.kind == "fill":
+            return self._event(f"{name}_text.delta", **place, delta=step.text)
+        ended = self._event(f"{name}_text.done", **place, text=block.text)
+        ended += self._event(f"{name}_part.done", **place, part=self._part(block, block.text))
+        item = self._item(block, "completed")
+        return ended + self._event("response.output_item.done", output_index=block.index, item=item)
+
 
 def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as OpenAI gives it back, with all its fields."""
@@ -257,12 +276,11 @@ def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(replies: Replies) -> dict[str, Any]:
-    usage = next((done.usage for done in replies.done.values()), None)
     said = replies.handles[0].token_count
     return {
         "input_tokens": replies.prompt_tokens,
         "input_tokens_details": {"cached_tokens": replies.cached_tokens},
         "output_tokens": said,
-        "output_tokens_details": {"reasoning_tokens": 0 if usage is None else usage.reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": replies.reasoning_tokens},
         "total_tokens": replies.prompt_tokens + said,
     }
