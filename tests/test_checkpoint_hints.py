@@ -178,15 +178,15 @@ def test_elsewhere_the_thing_is_named(tmp_path: Path, case: str) -> None:
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-def replaced(word: str, dtype: str, array: Any) -> Callable[[Source], None]:
+def replaced(word: str, dtype: str, array: Any) -> Callable[[Source], object]:
     return lambda source: source.stored.update({f"{QUERY}.{word}": (dtype, array)})
 
 
-def without(word: str) -> Callable[[Source], None]:
+def without(word: str) -> Callable[[Source], object]:
     return lambda source: source.stored.pop(f"{QUERY}.{word}")
 
 
-SOURCES: dict[str, tuple[str, Callable[[Source], None], str]] = {
+SOURCES: dict[str, tuple[str, Callable[[Source], object], str]] = {
     "a scale that is NaN": ("awq", replaced("scales", "F16", np.full((2, 128), np.nan, np.float16)), "q_proj.scales"),
     "a group that is not there": ("gptq", replaced("g_idx", "I32", np.full(128, 99, np.int32)), "q_proj.g_idx"),
     "a code that is NaN": ("fp8", replaced("weight", "F8_E4M3", np.full((128, 128), 0x7F, np.uint8)), "q_proj.weight"),

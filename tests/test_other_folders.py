@@ -54,6 +54,7 @@ ADAPTERS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
     "an earlier state alone": (["0000200_adapters.safetensors"], None),
     "PEFT": (["adapter_model.safetensors"], PEFT),
     "PEFT in PyTorch's form": (["adapter_model.bin"], PEFT),
+    "a LoRA by its name": (["my-lora-v2.safetensors"], None),
     "a config alone": ([], PEFT),
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxqwen.errors import CheckpointError, MlxqwenError
+from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.files.tensor_names import without_wrappers
 from mlxqwen.model.footprint import measure
 from mlxqwen.model.loading import load_model
@@ -58,6 +61,24 @@ def test_experts_under_a_prefix(tmp_path: Path, experts: Experts) -> None:
     assert mx.array_equal(load_model(folder, dtype="float32")(IDS), plain(IDS))
     convert(folder, tmp_path / "out", bits=16, workers=1)
     assert mx.array_equal(load_model(tmp_path / "out", dtype="float32")(IDS), plain(IDS))
+
+
+def test_a_quantized_folder_under_a_prefix(tmp_path: Path) -> None:
+    """Modules that are quantized otherwise are named with the prefix, too."""
+    config = {**DENSE, "hidden_size": 64, "intermediate_size": 64}
+    down = "model.layers.0.mlp.down_proj"
+    source = write_folder(tmp_path / "plain", config, make_weights(config))
+    convert(source, tmp_path / "mlx", bits=4, group_size=32, dtype="float32", keep={down: 8}, workers=1)
+    expected = load_model(tmp_path / "mlx", dtype="float32")(IDS)
+    written = json.loads((tmp_path / "mlx/config.json").read_text())
+    section = written["quantization"]
+    section[f"language_model.{down}"] = section.pop(down)
+    weights = {f"language_model.{n}": np.array(a) for n, a in Checkpoint.open(tmp_path / "mlx").arrays().items()}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(written))
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(a) for name, a in weights.items()})
+    assert mx.array_equal(load_model(folder, dtype="float32")(IDS), expected)
 
 
 @pytest.mark.parametrize("prefix", ["thinker.", "student.net."])

@@ -316,7 +316,11 @@ def _compressed_tensors(keys: _Section) -> SourceFormat:
     section = _Section(weights, f"{keys.source}: weights")
     packing = packing or group.get("format")
     strategy = weights.get("strategy")
-    if packing == "float-quantized" and weights.get("type") == "float" and weights.get("num_bits") == 8:
+    if (
+        packing in ("float-quantized", "naive-quantized")
+        and weights.get("type") == "float"
+        and weights.get("num_bits") == 8
+    ):
         if strategy == "block":
             block = weights.get("block_structure")
             return _fp8(_Section({"weight_block_size": block}, section.source))

@@ -11,7 +11,9 @@ from mlxqwen.files.json_file import read_json_object
 __all__ = ["adapter_alone", "adapter_files", "refuse_adapter"]
 
 CONFIG = "adapter_config.json"
-FILES = re.compile(r"adapter_model.*\.(safetensors|bin|pt)|([0-9]+_)?adapters\.(safetensors|npz)|adapter_config\.json")
+# `adapter_model.safetensors` of PEFT, `adapters.safetensors` and `0000100_adapters.safetensors` of mlx-lm, and others
+# that are named so; files that begin as weights do are weights.
+FILES = re.compile(r"(?!model|weights).*(adapter|lora).*\.(safetensors|bin|pt|npz)|adapter_config\.json", re.IGNORECASE)
 SHOWN = 3
 MERGE = "Merge it into its base first, by PEFT's merge_and_unload or by mlx_lm.fuse"
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
+from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
 
@@ -222,8 +223,14 @@ def progress_on_terminal_only() -> Iterator[None]:
 
 
 def check_model(repo_id: str, folder: Path) -> None:
-    """Raise `HubError` if what was downloaded has no config or no safetensors weights."""
+    """Raise `HubError` if what was downloaded has no config or no safetensors weights.
+
+    Raises:
+        UnsupportedFormatError: it is an adapter.
+    """
     if not (folder / "config.json").is_file():
+        if adapter := adapter_alone(folder):
+            raise adapter
         missing = "config.json"
     elif not any(folder.glob("*.safetensors")):
         missing = "safetensors weights"
