@@ -43,6 +43,7 @@ HOMES = {
     "llguidance": {"chat"},
     "attrs": {"chat"},
     "huggingface_hub": {"files"},
+    "modelscope_hub": {"files"},
     "click": {"cli"},
     "markdown_it": {"cli"},
     "prompt_toolkit": {"cli"},

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from mlxqwen.files.hub import MODELSCOPE_PREFIX
 from mlxqwen_convert.plan import Plan
 from mlxqwen_convert.report import KindRow, Report
 from mlxqwen_convert.sizes import size_of
@@ -77,8 +78,8 @@ def _errors(row: KindRow) -> tuple[str, str]:
 
 
 def _base_model(folder: Path, given: str | None) -> str | None:
-    if given is not None and _HUB_ID.fullmatch(given):
-        return given
+    if given is not None and _HUB_ID.fullmatch(repo_id := given.removeprefix(MODELSCOPE_PREFIX)):
+        return repo_id
     for part in folder.resolve().parts:
         if match := _HUB_CACHE.fullmatch(part):
             return f"{match[1]}/{match[2]}"

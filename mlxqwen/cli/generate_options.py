@@ -66,7 +66,10 @@ _SAMPLING_NAMES = (
 _PROMPT = (
     click.argument("prompt", nargs=-1, metavar="[PROMPT]"),
     click.option(
-        "--model", metavar="MODEL", shell_complete=complete_folder, help="Folder or hub id; the demo model by default."
+        "--model",
+        metavar="MODEL",
+        shell_complete=complete_folder,
+        help="Folder or hub id, modelscope:ID for one of ModelScope; the demo model by default.",
     ),
     click.option("--revision", help="Branch, tag or commit of a hub id."),
     click.option("--system", metavar="TEXT", help="System message."),

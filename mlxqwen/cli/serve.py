@@ -183,8 +183,10 @@ def _name(options: Mapping[str, Any]) -> str:
         return "demo"
     from pathlib import Path
 
+    from mlxqwen.files.hub import MODELSCOPE_PREFIX
+
     path = Path(model)
-    return path.resolve().name or "model" if path.is_dir() else str(model)
+    return path.resolve().name or "model" if path.is_dir() else str(model).removeprefix(MODELSCOPE_PREFIX)
 
 
 def _note_needless(options: Mapping[str, Any]) -> None:

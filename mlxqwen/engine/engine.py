@@ -79,7 +79,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path_or_id: a folder or a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit"; nothing for the demo model of the package.
+        path_or_id: a folder, a hub id such as "Qwen/Qwen3-1.7B-MLX-8bit", or with "modelscope:" before it one of
+            ModelScope; nothing for the demo model of the package.
             FP8, AWQ, GPTQ and compressed-tensors weights are converted once, into the user's cache folder.
         model: another name for `path_or_id`.
         dtype: what to compute in, by name or as MLX's; by default the checkpoint's on a GPU and float32 on a CPU.

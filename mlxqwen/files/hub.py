@@ -1,4 +1,4 @@
-"""A model's name → a folder on disk: nothing (the demo), a folder, or a model of the Hugging Face hub."""
+"""A model's name → a folder on disk: nothing (the demo), a folder, or a model of the Hugging Face hub or ModelScope."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
 
-__all__ = ["DEMO_FOLDER", "resolve_model"]
+__all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "resolve_model"]
 
+MODELSCOPE_PREFIX = "modelscope:"
+"""Before an id, names a model of ModelScope."""
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 # Beside config and weights: what the model is used with, and its licence.
 COMPANION_FILES = (
@@ -60,6 +62,8 @@ WANTED_FILES = [
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
+USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
+TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 INTERRUPTIONS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "IncompleteRead", "ProtocolError"}
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
@@ -72,7 +76,8 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
             `Qwen/Qwen3-0.6B`; an alias such as `qwen3:0.6b`; or the web address of a model's page on the hub. Only
             weights, configuration, tokenizer, chat templates, card and licence are downloaded, never code. The
             environment variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured; without the hub a
-            complete earlier download is used.
+            complete earlier download is used. `modelscope:Qwen/Qwen3-0.6B` is a model of ModelScope, as are ids and
+            aliases without that prefix where MLXQWEN_USE_MODELSCOPE is true.
         revision: a branch, tag or commit of the hub's model.
 
     Raises:
@@ -88,20 +93,34 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
         refuse_revision(revision, f"the folder {name}")
         refuse_unfinished(folder)
         return folder
-    if (alias := hub_id_of_alias(name)) is not None and not isinstance(path_or_id, Path):
-        name = alias
+    is_prefixed = name.startswith(MODELSCOPE_PREFIX)
+    repo_id, is_page = name.removeprefix(MODELSCOPE_PREFIX), False
+    if (alias := hub_id_of_alias(repo_id)) is not None and not isinstance(path_or_id, Path):
+        repo_id = alias
     elif name.startswith(("http://", "https://")):
-        name, revision = hub_id_in_address(name, revision)
-    if looks_like_path(name) or isinstance(path_or_id, Path) or os.path.isfile(folder):
+        (repo_id, revision), is_page = hub_id_in_address(name, revision), True
+    if looks_like_path(repo_id) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(repo_id):
         raise HubError(
             f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model",
             hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short.",
         )
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
-    return downloaded(name, revision)
+    if is_page or not (is_prefixed or is_true(USE_MODELSCOPE)):
+        return downloaded(repo_id, revision)
+    from mlxqwen.files.modelscope import downloaded_from_modelscope  # of no use to most loads
+
+    return downloaded_from_modelscope(f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", repo_id, revision)
+
+
+def is_true(variable: str) -> bool:
+    """Whether an environment variable is set to true. Raises `OptionError` for what is neither true nor false."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in (*TRUE, *FALSE):
+        raise OptionError(f"{variable}: found {value[:40]!r}, expected true or false")
+    return value in TRUE
 
 
 def hub_id_in_address(address: str, revision: str | None) -> tuple[str, str | None]:
