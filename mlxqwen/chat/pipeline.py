@@ -73,6 +73,10 @@ class ReplyPipeline:
         """The stop string that was found."""
         return self._stops.match
 
+    def tell_arguments_early(self) -> None:
+        """Tell the arguments of calls as they come: a constraint keeps all calls behind the thought to Qwen3's form."""
+        self._splitter.keeps_calls = True
+
     @property
     def in_reasoning(self) -> bool:
         """Whether the reply so far ends in reasoning; not while it may be a call that ends it."""

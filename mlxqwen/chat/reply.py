@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mlxqwen.files.json_file import parse_json
+
 __all__ = ["Delta", "Reply", "ToolCall", "ToolCallDelta", "join_deltas", "new_call_id"]
 
 
@@ -36,6 +38,11 @@ class Reply:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
 
+    @property
+    def whole_calls(self) -> tuple[ToolCall, ...]:
+        """The calls whose arguments are whole: a call that is kept to a schema may be cut off, by `max_tokens`."""
+        return tuple(call for call in self.tool_calls if _is_object(call.arguments))
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -44,6 +51,13 @@ class Delta:
     reasoning: str | None = None
     content: str | None = None
     tool_call: ToolCallDelta | None = None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
 
 
 def new_call_id() -> str:

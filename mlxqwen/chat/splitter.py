@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Collection
 from enum import Enum
 
+from mlxqwen.chat.constrained_call import ConstrainedCall
+from mlxqwen.chat.edge_line_breaks import EdgeLineBreaks
 from mlxqwen.chat.reply import Delta, ToolCallDelta, new_call_id
 from mlxqwen.chat.tool_call_text import parse_tool_calls
 
@@ -55,6 +57,8 @@ class Splitter:
 
     Attributes:
         warnings: why calls were kept as text; at most `MAX_WARNINGS` and a line that there are more.
+        keeps_calls: whether a constraint keeps calls behind the thought to Qwen3's form; then their arguments are told
+            as they come, also those of a call that the reply ends in.
         in_thought: whether the text so far is thought, or may become one of its calls.
         may_open: whether `<think>` may still open the thought.
         has_reasoned: whether any reasoning was returned.
@@ -77,12 +81,14 @@ class Splitter:
         self.reasoning_start = 0 if thinking else None
         self.reasoning_end: int | None = None
         self._end_think_due = thinking is True
+        self.keeps_calls = False
+        self._constrained: ConstrainedCall | None = None
         self._tools = tools
         self._new_id = new_id
         self._spelled = frozenset(spelled)
         self._calls = 0
         self._call: _OpenCall | None = None
-        self._edges = _EdgeLineBreaks()
+        self._edges = EdgeLineBreaks()
         self._rereads = False
 
     @property
@@ -98,7 +104,8 @@ class Splitter:
     @property
     def shows_text(self) -> bool:
         """Whether text without line breaks at its ends is shown as it is."""
-        return self._call is None and not self.may_open and self._edges.is_clear
+        is_in_call = self._call is not None or self._constrained is not None
+        return not is_in_call and not self.may_open and self._edges.is_clear
 
     def awaits(self, tag: Tag) -> bool:
         """Whether `tag` would be a tag here rather than text."""
@@ -108,7 +115,7 @@ class Splitter:
             return self.may_open and self._call is None
         if tag is Tag.END_THINK:
             return self._end_think_due
-        return self._call is not None
+        return self._call is not None or self._constrained is not None
 
     def take(self, piece: str | Tag, at: int = 0, end: int = 0) -> list[Delta]:
         """Take the next piece → the deltas that are now certain.
@@ -117,6 +124,8 @@ class Splitter:
             piece: text or a tag.
             at, end: where it begins and ends, in the caller's units.
         """
+        if self._constrained is not None:
+            return self._take_constrained(self._constrained, piece)
         if isinstance(piece, Tag):
             if not self.awaits(piece):
                 return self._take_text(piece.value, at)
@@ -125,6 +134,9 @@ class Splitter:
 
     def finish(self) -> list[Delta]:
         """End the reply → the deltas that were held back."""
+        if self._constrained is not None:
+            rest = self._constrained.cut()
+            return [Delta(tool_call=ToolCallDelta(self._calls, None, None, rest))] if rest else []
         deltas: list[Delta] = []
         while self._call is not None:
             deltas += self._end_call(self._call)
@@ -157,7 +169,10 @@ class Splitter:
             return deltas + self.take(tag, at, end)
         self.may_open = False
         if tag is Tag.CALL:
-            self._call = _OpenCall(at)
+            if self.keeps_calls and not self.in_thought:
+                self._constrained = ConstrainedCall()
+            else:
+                self._call = _OpenCall(at)
             return deltas
         self._end_think_due = False
         if self.in_thought:
@@ -166,8 +181,27 @@ class Splitter:
             self._edges.cut()
         return deltas
 
+    def _take_constrained(self, call: ConstrainedCall, piece: str | Tag) -> list[Delta]:
+        """Take the next piece of a call that a constraint keeps to its form."""
+        name = call.name
+        if piece is not Tag.END_CALL:
+            arguments = call.add(piece.value if isinstance(piece, Tag) else piece)
+            if name is None and call.name is not None:
+                return [Delta(tool_call=ToolCallDelta(self._calls, self._new_id(), call.name, arguments))]
+            return [Delta(tool_call=ToolCallDelta(self._calls, None, None, arguments))] if arguments else []
+        try:
+            rest = call.end()
+        except ValueError as problem:
+            self._warn(str(problem))
+            rest = ""
+        deltas = [Delta(tool_call=ToolCallDelta(self._calls, None, None, rest))] if rest else []
+        self._constrained = None
+        self._calls += 1
+        self._edges.cut()
+        return deltas
+
     def _end_thought(self, end: int) -> None:
-        self.in_thought, self.reasoning_end, self._edges = False, end, _EdgeLineBreaks()
+        self.in_thought, self.reasoning_end, self._edges = False, end, EdgeLineBreaks()
 
     def _add_to_call(self, call: _OpenCall, piece: str | Tag, at: int) -> list[Delta]:
         call.add(piece, at)
@@ -304,33 +338,3 @@ class _OpenCall:
 def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
     found = pattern.match(text, start)
     return start if found is None else found.end()
-
-
-class _EdgeLineBreaks:
-    """`str.strip("\\n")` for text that comes in pieces, with calls between them."""
-
-    def __init__(self) -> None:
-        self._started = False
-        self._pending = 0
-        self._beside_cut = False
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether nothing has to be added before the next text."""
-        return self._started and not self._pending and not self._beside_cut
-
-    def cut(self) -> None:
-        """Note that a call, or something else that is not shown, is here."""
-        self._beside_cut = True
-
-    def strip(self, text: str) -> str:
-        inner = text.lstrip("\n")
-        self._pending += len(text) - len(inner)
-        if not inner:
-            return ""
-        pending = min(self._pending, 1) if self._beside_cut else self._pending
-        before = "\n" * pending if self._started else ""
-        text, self._started, self._beside_cut = inner, True, False
-        inner = text.rstrip("\n")
-        self._pending = len(text) - len(inner)
-        return before + inner

@@ -75,13 +75,13 @@ Event = Delta | Done
 
 
 def assistant_message(reply: Reply) -> dict[str, Any]:
-    """A reply as an assistant's message in OpenAI's form, with `reasoning_content`."""
+    """A reply as an assistant's message in OpenAI's form, with `reasoning_content`; without a call that was cut off."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.content}
     if reply.reasoning is not None:
         message["reasoning_content"] = reply.reasoning
-    if reply.tool_calls:
+    if reply.whole_calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in reply.tool_calls
+            for call in reply.whole_calls
         ]
     return message

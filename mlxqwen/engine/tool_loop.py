@@ -128,7 +128,7 @@ def _rounds(
         done = rounds[-1]
         added.append(assistant_message(done.reply))
         finish_reason = done.finish_reason
-        for call in done.reply.tool_calls:
+        for call in done.reply.whole_calls:
             content = _call(functions, schemas, call) if finish_reason == "tool_calls" else _NOT_CALLED
             added.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content})
             yield ToolResult(call, content)

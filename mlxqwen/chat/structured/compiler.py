@@ -1,7 +1,7 @@
 """Grammars compiled by llguidance (https://github.com/guidance-ai/llguidance), within bounds of time and memory.
 
-A grammar is compiled for one request, by the thread that asks: what its matchers learn on the way is shared by copies
-of one grammar and grows, so nothing of it outlives the request.
+A grammar is compiled by the thread that asks. What its matchers learn on the way is shared by all of them, which makes
+masks several times quicker, and grows: so a compiled grammar is shared by few requests, and lives no longer than they.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = ["CompiledGrammar", "GrammarCompiler", "grammar_compiler", "problem_of
 
 MAX_GRAMMAR_BYTES = 2 * 2**20
 MAX_REMEMBERED = 256
+MAX_USES = 64
+"""Requests that share a compiled grammar."""
 _BYTES_OF_SMALL = 16 * 1024
 # What intersects schemas or expressions, or counts, may take long: llguidance bounds the steps of parsers, not these.
 _COSTLY = ("allOf", "oneOf", "attern", "multipleOf", '"format', "~", "&")
@@ -64,6 +66,7 @@ class GrammarCompiler:
     def __init__(self, vocabulary: LLTokenizer) -> None:
         self._vocabulary = vocabulary
         self._tried: OrderedDict[str, str | None] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[str, CompiledGrammar] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def compile(self, grammar: str, where: str, *, on_trial: str | None = None) -> CompiledGrammar:
@@ -78,6 +81,11 @@ class GrammarCompiler:
         """
         import llguidance
 
+        with self._lock:
+            shared = self._alive.get(grammar)
+            if shared is not None and shared.problem is None and shared.uses < MAX_USES:
+                shared.uses += 1
+                return shared
         (problem,) = self.problems([grammar if on_trial is None else on_trial])
         if problem is None:
             matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
@@ -88,6 +96,8 @@ class GrammarCompiler:
                 f"{where}: found what cannot be compiled: {problem}",
                 hint="docs/structured_output.md tells what schemas and grammars may hold.",
             )
+        with self._lock:
+            self._alive[grammar] = made
         return made
 
     def problems(self, grammars: Sequence[str]) -> list[str | None]:
@@ -117,11 +127,13 @@ class CompiledGrammar:
         problem: why it cannot be used; None if it can.
         first: packed bits of the tokens that it may begin with.
         may_be_empty: whether the empty text fits it.
+        uses: how many requests have shared it.
     """
 
     def __init__(self, start: LLMatcher) -> None:
         self._start = start
         self.problem = problem_of(start)
+        self.uses = 1
         self.first = b""
         self.may_be_empty = False
         if self.problem is None:

@@ -125,6 +125,9 @@ class GrammarConstraint:
         }
         tags = {tokens.call, tokens.end_call} if has_calls else set()
         self._never = tokens.added - tags - tokens.ends
+        has_tags = tokens.call is not None and tokens.end_call is not None
+        if pipeline is not None and grammar is not None and has_calls and has_tags:
+            pipeline.tell_arguments_early()
 
     def mask(self) -> Mask | None:
         """The tokens that may come next; None for all."""

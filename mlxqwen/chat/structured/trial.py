@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_in_bounds", "parser_limits", "readable"]
 
-MAX_LEXER_STATES = 50_000  # of up to 2 kB
+MAX_LEXER_STATES = 20_000  # of up to 3 kB
 MAX_GRAMMAR_SIZE = 200_000
 
 MAX_SECONDS = 3
