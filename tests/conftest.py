@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib.util import find_spec
 
 import mlx.core as mx
@@ -37,6 +38,17 @@ os.environ["XDG_STATE_HOME"] = f"{_CACHE.name}/state"  # where chats keep their 
 
 VOCAB_SIZE = 97
 CONTEXT = 64
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Thousands of tests are no garbage: looking through them took a third of the time to collect them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def random_model(

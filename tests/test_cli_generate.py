@@ -275,12 +275,12 @@ def test_the_demo_is_stopped_in_a_loop(tmp_path: Path) -> None:
         "--temperature",
         "0",
         "--max-kv-size",
-        "64",
+        "32",
         "--max-tokens",
         "5000",
         "--no-thinking",
     )
-    said = said_by("Hello", "--stop-on-loop", *options)
+    said = said_by("a", "--stop-on-loop", *options)
     assert said["finish_reason"] == "loop"
     assert 512 <= said["usage"]["completion_tokens"] < 5000
 
