@@ -262,9 +262,20 @@ def test_an_earlier_download_without_a_shard_is_not_complete(
 def test_without_hub_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://bob:s3cr3t@127.0.0.1:9")
     told = failure("modelscope:org/model")
-    assert "ModelScope cannot be reached" in told
+    assert "ModelScope cannot be reached: Connection refused" in told
     assert "MODELSCOPE_ENDPOINT" in told
     assert "s3cr3t" not in told
+
+
+@pytest.mark.usefixtures("here")
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import modelscope_hub
+
+    def late(*arguments: object, **options: object) -> None:
+        raise modelscope_hub.RequestTimeoutError("[E1001] 下载总时限已耗尽")
+
+    monkeypatch.setattr(modelscope_hub.HubApi, "list_repo_files", late)
+    assert "ModelScope cannot be reached: no answer in time" in failure("modelscope:org/model")
 
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,9 @@ def test_loading_takes_one_of_the_options() -> None:
     assert (model.config.context_length, model.config.rope_scaling) == (2048, None)
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 100}
     assert load_model(DEMO_FOLDER, yarn="auto", rope_scaling=scaling).config.yarn_factor_for(101) == 2
+    drafter = Engine.load(yarn="auto", draft=DEMO_FOLDER).speculative
+    assert isinstance(drafter, DraftModel)
+    assert drafter.model.config.yarn_choices == ()
     options: dict[str, Any]
     for options, words in (({"yarn": "auto", "yarn_factor": 2.0}, "found both"), ({"yarn": 4}, "expected 'auto'")):
         with pytest.raises(OptionError, match=words):

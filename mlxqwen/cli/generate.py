@@ -52,8 +52,9 @@ def generate(**options: Any) -> int:
     bidirectional overrides and soft hyphens spelled out, such as \\u202e; pipes and files get what the model wrote.
 
     With --batch each answer becomes a line of --output with "index" (the line's number in the input, from 0), "id",
-    "reasoning", "content", "tool_calls", "finish_reason" and "usage", or with "error" and perhaps "hint" if the
-    line could not be answered. After any end of a run the same command goes on with the lines that have no answer.
+    "reasoning", "content", "tool_calls", "finish_reason" and "usage" (and "yarn_factor" with --yarn auto), or with
+    "error" and perhaps "hint" if the line could not be answered. After any end of a run the same command goes on with
+    the lines that have no answer.
     """
     words = PromptWords.parse(options["prompt"])
     options["prompt"] = words.prompt

@@ -128,11 +128,20 @@ def _known(name: str, api: HubApi, repo_id: str, revision: str | None, cause: Ex
             return folder
     why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
     if cause is not None:
-        why = f"ModelScope cannot be reached: {first_line(cause)}"
+        why = f"ModelScope cannot be reached: {_reason(cause)}"
         way_out = "Check the network and MODELSCOPE_ENDPOINT, or give a folder; files already complete are kept."
     raise HubError(
         f"{name}: {found_here(name)}, it is not completely in ModelScope's cache, and {why}", hint=way_out
     ) from cause
+
+
+def _reason(cause: Exception) -> str:
+    """What the system said of a connection, which the client wraps in its own words and addresses."""
+    said, one = "no answer in time" if isinstance(cause, TimeoutError) else first_line(cause), cause.__cause__
+    while one is not None:
+        said = one.strerror if isinstance(one, OSError) and one.strerror else said
+        one = one.__cause__ or one.__context__
+    return said
 
 
 def _is_complete(folder: Path) -> bool:
