@@ -35,7 +35,7 @@ export function markdownView(target) {
     let same = 0;
     while (same < keys.length && keys[same] === shown[same]) same += 1;
     while (target.childNodes.length > same) target.lastChild.remove();
-    target.append(...blocks.slice(same).map((block) => rendered(block, 0)));
+    for (const block of blocks.slice(same)) target.append(rendered(block, 0));
     shown = keys;
   };
 }
@@ -122,24 +122,24 @@ function rendered({ kind, lines }, depth) {
   if (kind === "heading") {
     const [, marks, text] = HEADING.exec(lines[0]);
     // The page's own title is the first heading.
-    return made(`h${Math.min(marks.length + 1, 6)}`, ...inline(text.trim()));
+    return made(`h${Math.min(marks.length + 1, 6)}`, inline(text.trim()));
   }
   if (kind === "table") return table(lines);
   if (depth < DEEPEST && kind === "quote") {
     const inner = lines.map((line) => line.replace(QUOTE, ""));
-    return made("blockquote", ...blocksOf(inner).map((block) => rendered(block, depth + 1)));
+    return made("blockquote", blocksOf(inner).map((block) => rendered(block, depth + 1)));
   }
   if (depth < DEEPEST && kind === "list") return list(lines, depth);
-  return made("p", ...inline(lines.join("\n")));
+  return made("p", inline(lines.join("\n")));
 }
 
 function list(lines, depth) {
-  const first = ITEM.exec(lines[0]);
+  const head = ITEM.exec(lines[0]);
   const items = [];
   let offset = 0;
   for (const line of lines) {
     const item = ITEM.exec(line);
-    if (item && item[1].length <= first[1].length + 1) {
+    if (item && item[1].length <= head[1].length + 1) {
       offset = line.length - item[3].length;
       items.push([item[3]]);
     } else {
@@ -147,21 +147,21 @@ function list(lines, depth) {
       items.at(-1).push(line.slice(Math.min(indent, offset)));
     }
   }
-  const element = made(isOrdered(first) ? "ol" : "ul");
-  if (isOrdered(first)) element.start = parseInt(first[2], 10);
+  const element = made(isOrdered(head) ? "ol" : "ul");
+  if (isOrdered(head)) element.start = parseInt(head[2], 10);
   for (const item of items) {
     const parts = blocksOf(item).map((block) => rendered(block, depth + 1));
     // One paragraph, alone or above a list of its own, needs no space around it.
-    if (parts[0]?.tagName === "P") parts.splice(0, 1, ...parts[0].childNodes);
-    element.append(made("li", ...parts));
+    const first = parts[0]?.tagName === "P" ? [...parts.shift().childNodes] : [];
+    element.append(made("li", first.concat(parts)));
   }
   return element;
 }
 
 function table([head, , ...rows]) {
-  const row = (kind, line) => made("tr", ...cells(line).map((cell) => made(kind, ...inline(cell))));
-  const body = made("tbody", ...rows.map((line) => row("td", line)));
-  const element = made("div", made("table", made("thead", row("th", head)), body));
+  const row = (kind, line) => made("tr", cells(line).map((cell) => made(kind, inline(cell))));
+  const body = made("tbody", rows.map((line) => row("td", line)));
+  const element = made("div", [made("table", [made("thead", [row("th", head)]), body])]);
   element.className = "wide-content";
   element.tabIndex = 0;
   return element;
@@ -172,11 +172,11 @@ function code(lines) {
   const isClosed = lines.length > 1 && isFenceEnd(lines.at(-1), mark);
   const inner = lines.slice(1, isClosed ? -1 : undefined);
   const text = inner.map((line) => (line.startsWith(indent) ? line.slice(indent.length) : line)).join("\n");
-  const bar = made("div", made("span", language), copyButton(() => text));
+  const bar = made("div", [made("span", [language]), copyButton(() => text)]);
   bar.className = "bar";
-  const block = made("pre", made("code", text));
+  const block = made("pre", [made("code", [text])]);
   block.tabIndex = 0;
-  const element = made("div", bar, block);
+  const element = made("div", [bar, block]);
   element.className = "code";
   return element;
 }
@@ -189,16 +189,16 @@ function inline(text) {
     at = found.index + found[0].length;
     const { escaped, code2, code: plain, both, strong, em, em2 } = found.groups;
     if (escaped !== undefined) nodes.push(escaped);
-    else if (both !== undefined) nodes.push(made("strong", made("em", ...inline(both))));
-    else if (strong !== undefined) nodes.push(made("strong", ...inline(strong)));
-    else if (em !== undefined || em2 !== undefined) nodes.push(made("em", ...inline(em ?? em2)));
-    else nodes.push(made("code", plain ?? code2.trim()));
+    else if (both !== undefined) nodes.push(made("strong", [made("em", inline(both))]));
+    else if (strong !== undefined) nodes.push(made("strong", inline(strong)));
+    else if (em !== undefined || em2 !== undefined) nodes.push(made("em", inline(em ?? em2)));
+    else nodes.push(made("code", [plain ?? code2.trim()]));
   }
   return [...nodes, text.slice(at)].filter((node) => node !== "");
 }
 
-function made(tag, ...children) {
+function made(tag, children = []) {
   const element = document.createElement(tag);
-  element.append(...children);
+  for (const child of children) element.append(child);
   return element;
 }
