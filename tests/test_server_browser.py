@@ -247,7 +247,8 @@ def test_thinking_is_switched_off_and_bounded(page: Browser) -> None:
     page.run("document.getElementById('question').focus()")
     page.fake(None)
     page.say(QUESTION)
-    assert page.run("return window.asked.thinking_budget") == 4
+    asked = page.run("return window.asked")
+    assert (asked["model"], asked["thinking_budget"]) == ("demo", 4)
     assert page.has(".assistant:last-child .thought")
     page.run("document.getElementById('thinking').focus()")
     page.press(Keys.SPACE)

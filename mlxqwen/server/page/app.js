@@ -4,7 +4,7 @@ import { Conversations, LONGEST_TITLE, browserStorage, keepChoices, keptChoices 
 import { ask } from "./dialogs.js";
 import { replyView, userView } from "./messages.js";
 import { Reply, emptyReply, question } from "./replies.js";
-import { isAsking, look, said, withKey } from "./server.js";
+import { chosenModel, isAsking, look, said, withKey } from "./server.js";
 
 const KEEP_MS = 1000;
 const LOOK_MS = 5000;
@@ -180,7 +180,7 @@ async function reply(conversation) {
   listConversations();
   update();
   try {
-    await withKey(() => running.read(body));
+    await withKey(async () => running.read({ ...body, model: await chosenModel(chooseModel) }));
     tell(message.note || "The reply is complete.");
   } catch (error) {
     message.error = said(error);

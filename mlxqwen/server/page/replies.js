@@ -22,10 +22,9 @@ export const emptyReply = () => ({
 });
 
 /** What the server is asked: the messages before the reply, and how to think. */
-export function question(messages, { thinking, budget, model }) {
+export function question(messages, { thinking, budget }) {
   const said = messages.filter((message) => message.role === "user" || message.content !== "");
   const body = { messages: said.map(({ role, content }) => ({ role, content })) };
-  if (model) body.model = model;
   if (!thinking) body.thinking_budget = 0;
   else if (budget) body.thinking_budget = budget;
   return body;

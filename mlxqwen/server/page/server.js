@@ -10,10 +10,10 @@ let beforeAt = 0;
 let hasModels = false;
 let hasLooked = false;
 
-/** Look at how the server is, and show it; `listed` is called once with the names of its models. */
+/** Look at how the server is, and show it; `listed` is called with the names of its models when they are read. */
 export async function look(listed) {
   try {
-    if (!hasModels) await listModels(listed);
+    await listModels(listed);
     const now = await metrics();
     const figures = serverFigures(now, before, (performance.now() - beforeAt) / 1000);
     before = now;
@@ -22,6 +22,7 @@ export async function look(listed) {
     connection("Connected", false);
   } catch (error) {
     before = null;
+    if (error instanceof ConnectionLost) hasModels = false; // what comes back may be another server
     connection(error instanceof ConnectionLost ? "No connection to the server" : said(error), true);
   }
 }
@@ -32,7 +33,14 @@ function connection(text, isLost) {
   if (byId("connection").textContent !== text) byId("connection").textContent = text;
 }
 
+/** The name of the model that is chosen. */
+export async function chosenModel(listed) {
+  await listModels(listed);
+  return byId("model").value;
+}
+
 async function listModels(listed) {
+  if (hasModels) return;
   // Who does not want to give the key is asked again when something is sent.
   const isFirst = !hasLooked;
   hasLooked = true;
