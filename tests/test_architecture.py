@@ -19,6 +19,7 @@ LAYERS = [
     "errors",
     "checks",
     "console",
+    "forks",
     "blas",
     "device",
     "files",

@@ -20,6 +20,7 @@ from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import TensorInfo
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.files.model_files import QUANTIZATION_FILES
+from mlxqwen.forks import check_process
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
 from mlxqwen_convert.errors import (
     DiskFullError,
@@ -102,6 +103,7 @@ def convert(
     Raises:
         MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
     """
+    check_process()
     started = time.perf_counter()
     globs = tuple(keep.items()) if isinstance(keep, Mapping) else tuple(keep)
     options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.memory import account
 from mlxqwen.errors import OptionError
+from mlxqwen.forks import check_process
 
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
@@ -55,12 +56,7 @@ class Driver:
 
     def check_process(self) -> None:
         """Raise `OptionError` in a forked process, which lacks MLX's threads."""
-        if self.is_of_another_process:
-            raise OptionError(
-                "engine: found in a forked process, expected the one that loaded the model: MLX's threads do not "
-                "survive a fork",
-                hint='Load the model in the child, and start it with multiprocessing.get_context("spawn").',
-            )
+        check_process()
 
     def drive(self, scheduler: Scheduler, generation: Generation) -> None:
         """Take a step, or wait for the thread that takes it; return once `generation` may have something new."""

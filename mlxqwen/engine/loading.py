@@ -16,6 +16,7 @@ from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
+from mlxqwen.forks import check_process
 from mlxqwen.model.loading import (
     LoadOptions,
     PreparedModel,
@@ -70,6 +71,7 @@ def load_models(
     Raises:
         MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
     """
+    check_process()
     convert = converter or _default_converter()
     folder = resolve_model(path_or_id, revision=revision)
     with ExitStack() as held:

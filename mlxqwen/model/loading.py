@@ -26,6 +26,7 @@ from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
+from mlxqwen.forks import check_process
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 
@@ -107,6 +108,7 @@ class PreparedModel:
 
 def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
     """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
+    check_process()
     return prepare_model(folder, **options).read()
 
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlxqwen.device import NEVER, Device
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import GenerationConfig, ModelConfig
+from mlxqwen.forks import check_process
 from mlxqwen.model.attention import Attention, LayerCache
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.mlp import MLP
@@ -199,6 +200,7 @@ class Qwen3ForCausalLM(nn.Module):
             OptionError: tokens of another shape or kind or outside the vocabulary, or `lengths` without a cache.
             CacheError: a cache of a model of another shape or for other rows.
         """
+        check_process()
         _check_tokens(tokens)
         vocab_size = self.config.vocab_size
         if not mx.all((tokens >= 0) & (tokens < vocab_size)).item():  # MLX would read beyond the embeddings
