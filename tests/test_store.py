@@ -113,6 +113,17 @@ def test_what_others_may_write_to_counts_for_nothing(name: str, caplog: pytest.L
     assert ("made anew" in caplog.text) == (not name)
 
 
+def test_entries_of_a_folder_that_others_may_write_to_count_once_it_is_mended(caplog: pytest.LogCaptureFixture) -> None:
+    entry = made()
+    record = entry.read_record()
+    entry.folder.parent.chmod(0o777)  # where others could give one entry the name of another
+    assert entry.read_record() is None
+    with entry.locked(lambda: None):
+        assert entry.read_record() == record
+    assert stat.S_IMODE(entry.folder.parent.stat().st_mode) == 0o700
+    assert "others could write to it; it is yours alone now" in caplog.text
+
+
 def test_removed_twice_and_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     entry, other = made(), made("f" * 16)
     assert entry.remove()

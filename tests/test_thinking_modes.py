@@ -18,6 +18,7 @@ from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import NON_THINKING, THINKING
 from mlxqwen.text.tokenizer import Tokenizer
+from tests.qwen_templates import TEMPLATES
 from tests.scripted_model import ScriptedModel, scripted_engine
 
 USER = [{"role": "user", "content": "What is 2+3?"}]
@@ -32,15 +33,7 @@ def template(*, past: str = "", start: str = "", end: str = "") -> str:
     return start + turns + "{% if add_generation_prompt %}<|im_start|>assistant\n" + end + "{% endif %}"
 
 
-KINDS = {
-    "Qwen3": template(past=PAST, end="{% if enable_thinking is false %}" + CLOSED + "{% endif %}"),
-    "Instruct-2507": template(past=PAST),
-    "Thinking-2507": template(past=PAST, end="<think>\n"),
-    "Coder": template(
-        start="{% if tools %}{% for t in tools %}<function>{{ t.function.name }}\n{% endfor %}{% endif %}"
-    ),
-    "plain": template(),
-}
+KINDS = {**TEMPLATES, "plain": template()}
 MODES = {
     "Qwen3": ThinkingModes(default=True, can_switch=True),
     "Instruct-2507": ThinkingModes(default=False, can_switch=False),
@@ -250,7 +243,7 @@ def test_a_template_is_rendered_for_it_once(
         return apply(self, messages, *args, **options)
 
     monkeypatch.setattr(Tokenizer, "apply_chat_template", counting)
-    tokenizer = with_template(small[1], KINDS["Instruct-2507"])
+    tokenizer = with_template(small[1], template(past=PAST))
     for _ in range(3):
         thinking_modes(tokenizer)
     assert len(rendered) == 4  # without the switch, twice with it, and with it off

@@ -133,7 +133,7 @@ class Entry:
     def read_record(self) -> dict[str, Any] | None:
         """What `write_record` wrote; None if there is none, a damaged one, or one that others may have written."""
         path = self.folder / RECORD
-        if not (is_own(self.folder) and is_own(path)):
+        if not (is_own(self.folder.parent) and is_own(self.folder) and is_own(path)):
             return None
         try:
             return read_json_object(path, error=self._error, max_bytes=_MAX_RECORD_BYTES)
