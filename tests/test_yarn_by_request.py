@@ -27,7 +27,7 @@ from mlxqwen.errors import CacheError, ContextLengthError, OptionError
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.loading import load_model
-from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.command_line import run as run_command
@@ -154,6 +154,18 @@ def test_logits_are_bit_equal(
     assert not mx.array_equal(seen[0], seen[1])
     assert not mx.array_equal(seen[1], seen[2])
     assert mx.array_equal(by_request(tokens), fixed[1.0](tokens))
+
+
+def test_compiled_steps_take_the_rope_of_their_cache(
+    tiny: Qwen3ForCausalLM, fixed: dict[float, Qwen3ForCausalLM]
+) -> None:
+    compiled = under(tiny.config.with_yarn_by_request(), tiny)
+    compiled.model.decoder = CompiledDecoder(compiled.model.layers)
+    for factor, other in fixed.items():
+        ours, theirs = make_cache(compiled, yarn_factor=factor), make_cache(other)
+        for start, stop in ((0, 70), (70, 71), (71, 72)):
+            tokens = mx.array([LONG[start:stop]], dtype=mx.int32)
+            assert mx.allclose(compiled(tokens, ours), other(tokens, theirs), atol=1e-5)
 
 
 def requests() -> list[Request]:

@@ -91,7 +91,8 @@ def load(
         yarn: "auto" scales each request by its own length, as the model cards advise: not at all if it fits the trained
             context, else by the least of the factors 2 and 4 that holds it. What counts is the prompt and a
             `max_tokens` that is given; without one, the prompt and 4,096 tokens, or a quarter of the trained context
-            if that is less. `Done.yarn_factor` tells it.
+            if that is less. `Done.yarn_factor` tells it. A `rope_scaling` beside it gives the trained context and the
+            ramp.
         force: load even what does not fit this machine's memory.
         ignore_adapter: load the weights alone where an adapter lies beside them, which is refused otherwise.
         fused: lay projections of the same input together, which is quicker; `False` keeps every weight under its name
