@@ -69,6 +69,7 @@ class MessagesFields(CountFields):
     mcp_servers: Any = None
     container: Any = None
     output_format: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
 
 
 def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
@@ -99,12 +100,12 @@ def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
         for name in ("max_tokens", "temperature", "top_p", "top_k"):
             chat[name] = getattr(fields, name)
         chat["stop"] = fields.stop_sequences
-        chat["response_format"] = _response_format(fields.output_format)
+        chat["response_format"] = _response_format(fields.output_format or (fields.output_config or {}).get("format"))
     return form_of(chat, ChatFields)
 
 
-def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if given is None:
+def _response_format(given: object) -> dict[str, Any] | None:
+    if not isinstance(given, Mapping):
         return None
     return {"type": "json_schema", "json_schema": {"name": "output", "strict": True, "schema": given.get("schema")}}
 

@@ -54,6 +54,15 @@ class ReplyFields(Form):
     priority: int | None = None
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | bool | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    regex: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    ebnf: str | None = None
     service_tier: Any = None
     # Asked for, these are refused: see `mlxqwen.server.refusals`.
     best_of: int | None = None
@@ -71,8 +80,6 @@ class ChatFields(ReplyFields):
     tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: Effort | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

@@ -20,7 +20,7 @@ from mlxqwen.server.chat_fields import ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
-from mlxqwen.server.structured import output_options, tool_choice
+from mlxqwen.server.structured import call_options, response_format
 
 __all__ = ["EFFORT_BUDGETS", "Prepared", "bounded", "budget_of", "ending", "prepare_chat", "rows", "sampling_of"]
 
@@ -76,9 +76,9 @@ def prepare_chat(
     refuse_what_is_not_done(fields)
     notes = [*notes, *unknown_fields(fields)]
     thinking, budget = _thinking(fields)
-    tools, choice = _tools(fields, notes), tool_choice(fields)
+    tools, calls = _tools(fields, notes), fields.tool_choice != "none"
     constraints = list(ending(fields, model))
-    if choice == "none" and fields.tools:
+    if not calls and fields.tools:
         call = model.engine.tokenizer.token_to_id(Tag.CALL.value)
         constraints += [] if call is None else [forbidding([call], model.vocab_size)]
     variables = dict(fields.chat_template_kwargs or {})
@@ -86,7 +86,7 @@ def prepare_chat(
     options = ChatOptions(
         thinking=thinking,
         thinking_budget=budget,
-        tools=tools if choice != "none" and tools else None,
+        tools=tools if calls and tools else None,
         sampling=sampling_of(fields),
         max_tokens=_most_tokens(fields),
         stop=fields.stop or (),
@@ -100,7 +100,8 @@ def prepare_chat(
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=fields.continue_final_message,
         **cache_options(settings),
-        **output_options(fields),
+        response_format=response_format(fields),
+        **call_options(fields),
     )
     request, _ = model.responder.request(fields.messages, options)
     request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))

@@ -34,6 +34,7 @@ from mlxqwen.server.logprobs import spelled_entry
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import MOST_CHOICES, ServerSettings
+from mlxqwen.server.structured import response_format
 
 __all__ = ["CompletionFields", "CompletionReply", "prepare_completion"]
 
@@ -84,6 +85,7 @@ def prepare_completion(fields: CompletionFields, model: ServedModel, settings: S
             salt=fields.cache_salt or "",
             thinking_budget=budget_of(fields),
             logprobs=fields.logprobs,
+            response_format=response_format(fields),
             constraints=ending(fields, model),
         )
         request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))

@@ -49,6 +49,18 @@ _ERROR = {
         }
     },
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 
 
 @cache
@@ -59,15 +71,17 @@ def document() -> dict[str, Any]:
         [(form, "validation") for form in forms], ref_template="#/components/schemas/{model}"
     )
     failed = {"description": "An error.", "content": {"application/json": {"schema": _ERROR}}}
+    anthropic = {"description": "An error.", "content": {"application/json": {"schema": _ANTHROPIC_ERROR}}}
     done = {"description": "As asked.", "content": {"application/json": {"schema": {"type": "object"}}}}
     paths: dict[str, Any] = {
         path: {"get": {"summary": summary, "responses": {"200": {"description": "As asked."}, "default": failed}}}
         for path, summary in _PAGES.items()
     }
     for path, (form, summary) in _FORMS.items():
+        responses = {"200": done, "default": anthropic if path.startswith("/v1/messages") else failed}
         schema = {"$ref": f"#/components/schemas/{form.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": {"200": done, "default": failed}}}
+        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": responses}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlxqwen", "version": __version__},

@@ -4,40 +4,70 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
+from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import shown
-from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.chat_fields import ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
 
-__all__ = ["output_options", "tool_choice"]
+__all__ = ["call_options", "response_format"]
+
+_OPENAI = ("text", "json_object", "json_schema")
+_STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
+_OLDER = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "regex": "regex",
+    "json_schema": "json",
+}
 
 
-def output_options(fields: ChatFields) -> dict[str, Any]:
-    """The engine's options for the form that a request asks for. Raises `ApiError` for a form that is not made."""
-    kind = (fields.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise ApiError(
-            400,
-            f"response_format.type: found {shown(kind)}, expected text",
-            param="response_format",
-            code="unsupported_value",
-        )
-    if fields.structured_outputs:
-        raise ApiError(
-            400, "structured_outputs: found some, expected none", param="structured_outputs", code="unsupported_value"
-        )
-    return {}
+def response_format(fields: ReplyFields) -> AnswerFormat | None:
+    """What the answer has to be, for the engine, by whichever of its names it is given: OpenAI's, vLLM's or SGLang's.
+
+    Raises:
+        ApiError, OptionError: several forms, or one that cannot be read. Whether it can be kept to the engine tells.
+    """
+    forms: dict[str, Any] = {}
+    if fields.response_format is not None:
+        kind = fields.response_format.get("type")
+        if kind not in _OPENAI:
+            raise _refused("response_format", f"found type {shown(kind)}, expected text, json_object or json_schema")
+        if kind != "text":
+            forms["response_format"] = fields.response_format
+    given = {name: value for name, value in (fields.structured_outputs or {}).items() if value is not None}
+    if given:
+        known = {name: value for name, value in given.items() if name in _STRUCTURED}
+        if len(known) != 1:
+            raise _refused(
+                "structured_outputs", f"found {shown(sorted(given))}, expected one of {', '.join(_STRUCTURED)}"
+            )
+        forms["structured_outputs"] = known
+    for name, own in _OLDER.items():
+        if (value := getattr(fields, name)) is not None:
+            forms[name] = {own: value}
+    if fields.ebnf is not None:
+        raise _refused("ebnf", "found one, expected structured_outputs with a grammar in Lark's form")
+    if len(forms) > 1:
+        first, second, *_ = forms
+        raise _refused(second, f"found one beside {first}, expected one of them")
+    for name, form in forms.items():
+        try:
+            return read_response_format(form)
+        except OptionError as error:
+            told = error.problem.replace("response_format", name, 1)
+            raise OptionError(told, hint=error.hint) from None
+    return None
 
 
-def tool_choice(fields: ChatFields) -> str:
-    """ "auto" or "none", as the request says. Raises `ApiError` for a choice that is not made."""
-    choice = fields.tool_choice
-    if choice is None:
-        return "auto"
-    if choice in ("none", "auto"):
-        return str(choice)
-    raise ApiError(
-        400,
-        f"tool_choice: found {shown(choice)}, expected none or auto",
-        param="tool_choice",
-        code="unsupported_value",
-    )
+def call_options(fields: ChatFields) -> dict[str, Any]:
+    """The engine's options for calls that have to be made; none where the model decides, or calls nothing."""
+    if fields.tool_choice in (None, "auto", "none"):
+        return {}
+    return {"tool_choice": fields.tool_choice, "parallel_tool_calls": fields.parallel_tool_calls is not False}
+
+
+def _refused(name: str, what: str) -> ApiError:
+    return ApiError(400, f"{name}: {what}", code="invalid_value", param=name)

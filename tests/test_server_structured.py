@@ -1,0 +1,160 @@
+"""Replies kept to a form, by all the names that clients have for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jsonschema import validate
+
+from mlxqwen.engine.engine import Engine
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.serving import Served, ask, serving
+from tests.test_server_chat import CALCULATOR, PRODUCT, summed, whole
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 9}, "word": {"enum": ["strawberry", "other"]}},
+    "required": ["count", "word"],
+    "additionalProperties": False,
+}
+OPENAI = {"type": "json_schema", "json_schema": {"name": "count", "strict": True, "schema": SCHEMA}}
+PLAIN: dict[str, Any] = {"seed": 1, "max_tokens": 200, "chat_template_kwargs": {"enable_thinking": False}}
+OTHER = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
+    with serving(Engine(*demo)) as made:
+        yield made
+
+
+def content(reply: Any, index: int = 0) -> str:
+    text: str = reply["choices"][index]["message"]["content"]
+    return text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": OPENAI},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"guided_json": SCHEMA},
+        {"json_schema": json.dumps(SCHEMA)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_schema_is_kept_to_by_every_name(served: Served, fields: dict[str, Any]) -> None:
+    reply = served.post(ask(**PLAIN, temperature=1.5, n=2, **fields))
+    for index in range(2):
+        validate(json.loads(content(reply, index)), SCHEMA)
+
+
+def test_thought_is_free_and_streams_are_the_same(served: Served) -> None:
+    body = ask(seed=1, response_format=OPENAI)
+    reply = served.post(body)
+    validate(json.loads(content(reply)), SCHEMA)
+    assert reply["choices"][0]["message"]["reasoning_content"]
+    assert summed(served.stream(body)) == whole(reply)
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"structured_outputs": {"choice": ["three", "four"]}}, "three|four"),
+        ({"guided_choice": ["three", "four"]}, "three|four"),
+        ({"structured_outputs": {"regex": "[0-9]{2}"}}, "[0-9]{2}"),
+        ({"regex": "[0-9]{2}"}, "[0-9]{2}"),
+        ({"guided_regex": "[0-9]{2}"}, "[0-9]{2}"),
+        ({"structured_outputs": {"grammar": 'start: "a" "b"+'}}, "ab+"),
+        ({"response_format": {"type": "json_object"}}, r"\{.*\}"),
+    ],
+    ids=str,
+)
+def test_other_forms(served: Served, fields: dict[str, Any], form: str) -> None:
+    assert re.fullmatch(form, content(served.post(ask(**PLAIN, **fields))), re.DOTALL)
+
+
+def test_texts_that_are_gone_on_with_have_forms_too(served: Served) -> None:
+    body = {"prompt": "Numbers: ", "seed": 1, "structured_outputs": {"regex": "[0-9]{3}"}}
+    assert re.fullmatch("[0-9]{3}", served.post(body, "/v1/completions")["choices"][0]["text"])
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "calculator"}}], ids=str)
+def test_calls_that_have_to_be_made(served: Served, choice: Any) -> None:
+    body = ask("Hello!", tools=[CALCULATOR], tool_choice=choice, seed=1, max_tokens=300)
+    reply = served.post(body)
+    (call, *_) = whole(reply)["tool_calls"]
+    assert call["name"] == "calculator"
+    assert isinstance(json.loads(call["arguments"])["expression"], str)
+    assert summed(served.stream(body)) == whole(reply)
+    assert reply["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_function_that_is_named_is_called(served: Served) -> None:
+    named = {"type": "function", "function": {"name": "clock"}}
+    reply = served.post(ask(PRODUCT, tools=[CALCULATOR, OTHER], tool_choice=named, seed=1, max_tokens=300))
+    assert [call["name"] for call in whole(reply)["tool_calls"]] == ["clock"]
+
+
+def test_in_the_other_apis(served: Served) -> None:
+    question = "How many r's in strawberry?"
+    text = {"format": {"type": "json_schema", "name": "count", "strict": True, "schema": SCHEMA}}
+    response = served.post({"input": question, "text": text}, "/v1/responses")
+    validate(json.loads(response["output"][-1]["content"][0]["text"]), SCHEMA)
+    assert response["text"]["format"] == text["format"]
+    tool = {"name": "calculator", "input_schema": CALCULATOR["function"]["parameters"]}  # type: ignore[index]
+    asked = {"max_tokens": 300, "messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "calculator"}):
+        message = served.post({**asked, "tool_choice": choice}, "/v1/messages")
+        assert message["content"][-1]["name"] == "calculator"
+        assert message["stop_reason"] == "tool_use"
+    formed = {**asked, "tools": None, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    validate(json.loads(served.post(formed, "/v1/messages")["content"][-1]["text"]), SCHEMA)
+
+
+DEEP: Any = {"type": "string"}
+for _ in range(40):
+    DEEP = {"type": "array", "items": DEEP, "minItems": 9, "maxItems": 9999}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
+        ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "response_format"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"guided_choice": ["a"], "regex": "a"}, "regex"),
+        ({"ebnf": "root ::= 'a'"}, "ebnf"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [CALCULATOR], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+    ],
+    ids=str,
+)
+def test_forms_that_cannot_be_kept_to_are_refused(served: Served, fields: dict[str, Any], param: str) -> None:
+    assert served.refused(ask(**PLAIN, **fields))["param"] == param
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"json": DEEP}, {"regex": "((((a{1,999}){1,999}){1,999}){1,999})"}, {"choice": ["a" * 60] * 1024}],
+    ids=repr,
+)
+def test_bombs_are_refused_or_kept_to_soon(served: Served, form: dict[str, Any]) -> None:
+    response = served.client.post("/v1/chat/completions", json=ask(max_tokens=5, structured_outputs=form))
+    assert response.status_code in (200, 400)
+    assert served.client.get("/health").status_code == 200
