@@ -1,9 +1,9 @@
-"""Random chat templates of `scripts/fuzz/templates.py`: no Python object in their text, memory and steps in bounds."""
+"""Random chat templates of `scripts/fuzzers`: no Python object in their text, memory and steps in bounds."""
 
 from __future__ import annotations
 
 import pytest
-from fuzz.templates import VARIABLES, check, make_template
+from fuzzers.templates import VARIABLES, broken_rule, make_template
 
 from mlxqwen.errors import TemplateError
 from mlxqwen.text.sandbox import meter, render
@@ -24,7 +24,7 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_templates_stay_within_the_rules() -> None:
-    broken = {seed: problem for seed in range(40) if (problem := check(make_template(seed))) is not None}
+    broken = {seed: problem for seed in range(40) if (problem := broken_rule(make_template(seed))) is not None}
     assert broken == {}
 
 

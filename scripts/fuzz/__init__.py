@@ -1,1 +1,0 @@
-"""Fuzzers: random input by seeds, for a minute in CI and longer by hand."""
