@@ -90,7 +90,11 @@ def test_a_wrong_value_of_any_field_is_a_400_that_names_it(served: Served, path:
         error = response.json()["error"]
         assert error["message"], (name, value)
         if path == CHAT:
-            also = ("template_variables", "response_format") if name.endswith(("kwargs", "regex", "schema", "grammar")) else ()
+            also = (
+                ("template_variables", "response_format")
+                if name.endswith(("kwargs", "regex", "schema", "grammar"))
+                else ()
+            )
             assert str(error["param"]).startswith((name, *also)), (name, value, error)
 
 

@@ -83,10 +83,11 @@ def test_a_client_that_leaves_frees_its_rows(served: Served, stream: bool, state
             other.leave()
             await other.end()
 
+        gc.collect()
+        await until(lambda: served.engine.scheduler.cache_bytes == 0)  # rows among others leave in the next step
+
     run(work())
-    gc.collect()
     assert rows(served) == 0
-    assert served.engine.scheduler.cache_bytes == 0
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read(served: Served) -> None:
@@ -226,6 +227,38 @@ def test_a_failure_is_that_requests_alone(demo: tuple[Qwen3ForCausalLM, Tokenize
             assert broken.service.load.replies == 0
 
     assert isinstance(model, ScriptedModel)
+    run(work())
+
+
+def test_memory_that_ends_is_told_and_survived(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = scripted_engine(*demo)
+
+    def no_memory(hidden: object) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+
+    async def work() -> None:
+        with serving(engine) as broken:
+            monkeypatch.setattr(model, "logits", no_memory)
+            call = await Call(broken.app, CHAT, ask()).end()
+            assert (call.status, call.json["error"]["code"]) == (503, "out_of_memory")
+            monkeypatch.undo()
+            assert (await Call(broken.app, CHAT, ask(max_tokens=2)).end()).status == 200
+
+    run(work())
+
+
+def test_bodies_are_bounded_all_together(served: Served) -> None:
+    async def work() -> None:
+        with serving(served.engine, max_body=1000) as small:
+            small.service.load.body_bytes = 8 * 1000 - 10
+            refused = await Call(small.app, CHAT, ask(max_tokens=1)).end()
+            assert (refused.status, refused.json["error"]["code"]) == (429, "bodies_full")
+            small.service.load.body_bytes = 0
+            assert (await Call(small.app, CHAT, ask(max_tokens=1)).end()).status == 200
+            assert small.service.load.body_bytes == 0
+
     run(work())
 
 

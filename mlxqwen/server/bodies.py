@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,11 +24,18 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=(), arbitrary_types_allowed=False)
 
 
-async def read_body(request: HttpRequest, *, most: int, seconds: float) -> bytes:
+async def read_body(
+    request: HttpRequest, *, most: int, seconds: float, take: Callable[[int], None] = lambda count: None
+) -> bytes:
     """The body of a request.
 
+    Args:
+        most: bytes that it may have.
+        seconds: how long it may take.
+        take: told of bytes as they come; raises if there is no room for them.
+
     Raises:
-        ApiError: 413 for more than `most` bytes, 408 if it takes longer than `seconds`.
+        ApiError: 413 if it is too large, 408 if it takes too long.
         ClientDisconnect: the client has gone.
     """
     length = request.headers.get("content-length", "")
@@ -42,6 +49,7 @@ async def read_body(request: HttpRequest, *, most: int, seconds: float) -> bytes
                 size += len(piece)
                 if size > most:
                     raise _too_large(most)
+                take(len(piece))
                 pieces.append(piece)
     except TimeoutError:
         raise ApiError(

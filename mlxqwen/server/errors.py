@@ -89,9 +89,17 @@ def api_error(error: BaseException) -> ApiError:
         return validation_error(error)
     if isinstance(error, MlxqwenError):
         return _own_error(error)
-    if isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return ApiError(503, "memory: found none left for this request", code="out_of_memory")
     return ApiError(500, "server: an error of its own, which its log tells", code="internal_error")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, which MLX's RuntimeErrors say in words."""
+    words = ("allocate", "OutOfMemory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    )
 
 
 def _own_error(error: MlxqwenError) -> ApiError:

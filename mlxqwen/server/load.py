@@ -20,6 +20,7 @@ class Load:
         requests: how many HTTP requests are under way.
         is_draining: whether new requests are refused, as the server is to end.
         has_ended: whether replies that are under way are ended, too.
+        body_bytes: bytes of all bodies that are being read.
     """
 
     def __init__(self, max_running: int, max_queue: int) -> None:
@@ -29,6 +30,18 @@ class Load:
         self.requests = 0
         self.is_draining = False
         self.has_ended = False
+        self.body_bytes = 0
+
+    def take_bytes(self, count: int, most: int) -> None:
+        """Take room for so many bytes of a body. Raises `ApiError` 429 if all bodies had more than `most`."""
+        if self.body_bytes + count > most:
+            raise ApiError(
+                429,
+                f"server: {self.body_bytes:,} bytes of requests are being read, expected room for more of {most:,}",
+                code="bodies_full",
+                headers={"retry-after": "1"},
+            )
+        self.body_bytes += count
 
     @property
     def running(self) -> int:

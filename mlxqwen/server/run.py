@@ -1,4 +1,4 @@
-"""Running a server: sockets, silent connections, and the way it ends."""
+"""Running a server: its socket, and the way it ends."""
 
 from __future__ import annotations
 
@@ -9,47 +9,20 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mlxqwen.errors import ServerError
 from mlxqwen.server.app import make_app
+from mlxqwen.server.connection import Connection
 from mlxqwen.server.service import Service
 
 __all__ = ["open_socket", "serve"]
 
 logger = logging.getLogger("mlxqwen.server")
 
-_SILENT_SECONDS = 30.0
 _OPEN_FILES = 8192
 _BACKLOG = 2048
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's, which hangs up on connections that have sent no whole request for a while."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._silence = self.loop.call_later(_SILENT_SECONDS, self._hang_up)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._silence.cancel()
-        super().connection_lost(exc)
-
-    def on_headers_complete(self) -> None:
-        self._silence.cancel()
-        super().on_headers_complete()
-
-    def on_message_begin(self) -> None:
-        self._silence.cancel()
-        self._silence = self.loop.call_later(_SILENT_SECONDS, self._hang_up)
-        super().on_message_begin()
-
-    def _hang_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -125,7 +98,7 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[int], N
     _allow_open_files()
     config = uvicorn.Config(
         make_app(service),
-        http=_Protocol,
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -33,6 +33,7 @@ logger = logging.getLogger("mlxqwen.server")
 
 IGNORED_HEADER = "x-mlxqwen-ignored"
 _THREADS = 4
+_BODIES = 8  # of the largest that are read at once
 _MOST_LOGGED = 10_000  # characters
 _FormT = TypeVar("_FormT", bound=Form)
 _T = TypeVar("_T")
@@ -84,8 +85,21 @@ class Service:
 
     async def form(self, http: HttpRequest, form: type[_FormT]) -> _FormT:
         """The fields of a request's body."""
+        settings, held = self.settings, 0
+
+        def take(count: int) -> None:
+            nonlocal held
+            self.load.take_bytes(count, _BODIES * settings.max_body)
+            held += count
+
+        try:
+            body = await read_body(http, most=settings.max_body, seconds=settings.body_seconds, take=take)
+            return await self._parsed(body, form)
+        finally:
+            self.load.body_bytes -= held
+
+    async def _parsed(self, body: bytes, form: type[_FormT]) -> _FormT:
         settings = self.settings
-        body = await read_body(http, most=settings.max_body, seconds=settings.body_seconds)
         if settings.log_content:
             logger.info("asked: %s", one_line(body.decode("utf-8", "replace"), _MOST_LOGGED))
         return await self.in_thread(lambda: parse_body(body, form))
