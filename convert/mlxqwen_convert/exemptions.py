@@ -7,7 +7,7 @@ compressed-tensors' `re:` are meant: from a name's start up to a dot, or at its 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from mlxqwen.files.checkpoint import TensorInfo
 from mlxqwen.files.tensor_names import without_wrappers
@@ -16,7 +16,11 @@ from mlxqwen_convert.name_patterns import NamePattern, Work
 __all__ = ["Exemptions"]
 
 _MOST_EXPRESSIONS = 128
-_MOST_STEPS = 1_000_000
+_MOST_STEPS = 5_000_000
+# So many are compared with the end of each name, wherever a word of it begins; more at its dots alone.
+_MOST_ENDINGS = 1_000
+_ONE_EXPERT = re.compile(r"experts\W*[\d\[\\(]")
+_NUMBER_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PLAIN = re.compile(r"[\w.-]*", re.ASCII)
 _SHOWN = 3
 
@@ -24,7 +28,7 @@ _SHOWN = 3
 class Exemptions:
     """The list of one config, and the modules that are stored otherwise than it says."""
 
-    def __init__(self, key: str, entries: Iterable[str]) -> None:
+    def __init__(self, key: str, entries: Sequence[str]) -> None:
         self._key = key
         self._work = Work(_MOST_STEPS)
         self._unread: list[str] = []
@@ -39,9 +43,13 @@ class Exemptions:
                 self._read(entry)
             else:
                 self._unread.append(entry)
+        self._is_wrapped = any("language_model" in entry for entry in entries)
+        # Experts are tens of thousands: where no entry is about a single one, one stands for those of its layer.
+        self._tells_experts_apart = any(_ONE_EXPERT.search(entry) for entry in entries)
+        self._known: dict[str, bool] = {}
         literals.pop("", None)
         self._literals = frozenset(literals)
-        self._endings = tuple(literals)
+        self._endings = tuple(literals) if len(literals) <= _MOST_ENDINGS else ()
 
     def _read(self, entry: str) -> None:
         text, found = entry.removeprefix("re:"), []
@@ -57,15 +65,21 @@ class Exemptions:
 
     def names(self, name: str) -> bool:
         """Whether the list has a module, by its name in Qwen3 or under the prefix of a model of several modalities."""
-        words = name.split(".")
-        if not self._literals.isdisjoint({".".join(words[:n]) for n in range(1, len(words) + 1)}):
-            return True
-        if name.endswith(self._endings):
+        if not self._tells_experts_apart:
+            name = _NUMBER_OF_EXPERT.sub(".experts.0.", name)
+        if name not in self._known:
+            self._known[name] = self._names(name)
+        return self._known[name]
+
+    def _names(self, name: str) -> bool:
+        dots = [at for at, letter in enumerate(name) if letter == "."]
+        parts = [name, *(name[:at] for at in dots), *(name[at + 1 :] for at in dots)]
+        if not self._literals.isdisjoint(parts) or name.endswith(self._endings):
             return True
         bare = name.removeprefix("model.")
-        spelt = (name, f"model.language_model.{bare}", f"language_model.{name}", bare)
+        wrapped = (f"model.language_model.{bare}", f"language_model.{name}") if self._is_wrapped else ()
         try:
-            return any(pattern.matches(spelling) for pattern in self._patterns for spelling in spelt)
+            return any(pattern.matches(spelling) for pattern in self._patterns for spelling in (name, *wrapped))
         except ValueError as cause:
             self._patterns.clear()
             self._unread.append(str(cause))

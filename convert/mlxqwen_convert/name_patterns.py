@@ -77,6 +77,7 @@ class NamePattern:
 
     def matches(self, name: str) -> bool:
         """Whether `name` begins with a match that ends with it, before a dot or behind one."""
+        self._work.spend(len(name) // 4 + 1)
         states = self._begin
         for at in range(len(name) + 1):
             at_end = at == len(name)

@@ -90,6 +90,15 @@ def test_expressions_have_a_size(text: str) -> None:
         NamePattern(text, Work(10_000_000))
 
 
+def test_long_lists_are_compared_at_dots() -> None:
+    names = [f"model.layers.{number}.mlp.gate" for number in range(5_000)]
+    listed = Exemptions("modules_to_not_convert", [*names, "down_proj"])
+    assert listed.names("model.layers.4999.mlp.gate")
+    assert listed.names("model.layers.1.mlp.down_proj")
+    assert not listed.names("model.layers.5000.mlp.gate")
+    assert not listed.names("model.layers.1.mlp.up_proj")
+
+
 def test_a_dot_at_the_end_names_what_is_below() -> None:
     listed = Exemptions("modules_to_not_convert", ["model.layers.1."])
     assert listed.names("model.layers.1.mlp.gate")
