@@ -1,7 +1,8 @@
-"""What auto-round writes, in files that it wrote itself: half of its scales are negative, and `w = scale · (q − zero)`.
+"""Files that auto-round and GPTQModel wrote themselves, of a model whose weights are known from before.
 
-`tests/data/auto_round` holds the exports of auto-round 0.16.1 (4 bits, groups of 32, symmetric, no tuning) of the model
-`SOURCE`, so that every weight is known from before it was rounded.
+`tests/data/auto_round` holds exports of auto-round 0.16.1 (4 bits, groups of 32, symmetric, no tuning) of the model
+`SOURCE`: half of its scales are negative, and `w = scale · (q − zero)`. `tests/data/gptq_model` is of GPTQModel 7.7.0:
+by its `dynamic`, `v_proj` stays unquantized and `down_proj` has 8 bits (of its config the maker's machine is cut out).
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import numpy as np
 import pytest
 
 from mlxqwen.files.checkpoint import Checkpoint, load_safetensors
+from mlxqwen.files.config import AffineQuantization, ModelConfig
 from mlxqwen.model.loading import load_model
 from mlxqwen_convert import convert
 from tests.convert import encoders
 from tests.convert.encoders import Floats
 from tests.tiny_checkpoints import DENSE, Config, make_weights, prompt, write_folder
 
-FOLDER = Path(__file__).parents[1] / "data/auto_round"
+DATA = Path(__file__).parents[1] / "data"
+FOLDER = DATA / "auto_round"
 FORMS = ("gptq", "awq", "compressed-tensors")
 SOURCE: Config = {
     **DENSE,
@@ -36,9 +39,10 @@ SOURCE: Config = {
 Arrays = Mapping[str, Any]
 
 
-def gptq(found: Arrays) -> tuple[Floats, Floats]:
-    codes = encoders.unpack_words(np.ascontiguousarray(found["qweight"].T), 4, 8 * len(found["qweight"]))
-    zeros = encoders.unpack_words(found["qzeros"], 4, 8 * found["qzeros"].shape[1]).T + 1
+def gptq(found: Arrays, bits: int = 4) -> tuple[Floats, Floats]:
+    each = 32 // bits
+    codes = encoders.unpack_words(np.ascontiguousarray(found["qweight"].T), bits, each * len(found["qweight"]))
+    zeros = encoders.unpack_words(found["qzeros"], bits, each * found["qzeros"].shape[1]).T + 1
     return grid(codes, zeros, found["scales"].T.astype(np.float32))
 
 
@@ -72,9 +76,9 @@ READ: dict[str, Callable[[Arrays], tuple[Floats, Floats]]] = {
 }
 
 
-def modules_of(form: str) -> dict[str, dict[str, Any]]:
+def modules_of(folder: Path) -> dict[str, dict[str, Any]]:
     """The tensors by module; floats in float32."""
-    arrays, _ = load_safetensors(FOLDER / form / "model.safetensors")
+    arrays, _ = load_safetensors(folder / "model.safetensors")
     modules: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         stem, _, word = name.rpartition(".")
@@ -89,7 +93,7 @@ def test_weights_are_those_that_were_rounded(tmp_path: Path, form: str) -> None:
     original = make_weights(SOURCE)
     report = convert(FOLDER / form, tmp_path / "out", bits=16, dtype="float32", workers=1)
     converted = Checkpoint.open(tmp_path / "out").arrays()
-    modules = {stem: found for stem, found in modules_of(form).items() if "weight" not in found}
+    modules = {stem: found for stem, found in modules_of(FOLDER / form).items() if "weight" not in found}
     assert len(modules) == 7
     negative = 0
     for stem, found in modules.items():
@@ -109,9 +113,37 @@ def test_codes_are_kept_and_the_model_computes_as_the_rounded_one(tmp_path: Path
     assert {row.method for row in report.kinds if row.kind in ("attention", "mlp")} == {"repack"}
     weights = {
         f"{stem}.weight": found["weight"] if "weight" in found else READ[form](found)[0]
-        for stem, found in modules_of(form).items()
+        for stem, found in modules_of(FOLDER / form).items()
     }
     ids = mx.array([prompt(20, 96)])
     expected = load_model(write_folder(tmp_path / "plain", SOURCE, weights), dtype="float32")(ids)
     found = load_model(tmp_path / "out", dtype="float32")(ids)
     assert mx.all(mx.abs(found - expected) <= 0.02 * mx.abs(expected).max())
+
+
+def test_bits_by_gptq_models_dynamic(tmp_path: Path) -> None:
+    """Calibration moves weights by more than their rounding; the error of 8 bits is still a tenth of that of 4."""
+    original, folder = make_weights(SOURCE), DATA / "gptq_model"
+    report = convert(folder, tmp_path / "plain", bits=16, dtype="float32", workers=1)
+    assert report.source_format == "GPTQ 4-bit, groups of 32"
+    converted = Checkpoint.open(tmp_path / "plain").arrays()
+    bits_of = {}
+    for stem, found in modules_of(folder).items():
+        written, exact = np.array(converted[f"{stem}.weight"]), original[f"{stem}.weight"]
+        if "weight" in found:
+            assert np.array_equal(written, found["weight"])
+            continue
+        bits = bits_of[stem.rpartition(".")[2]] = 32 * len(found["qweight"]) // exact.shape[1]
+        assert np.array_equal(written, gptq(found, bits)[0])
+        error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
+        assert 1.5 / 2**bits < error < 6 / 2**bits
+    assert bits_of == dict.fromkeys(["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj"], 4) | {"down_proj": 8}
+    convert(folder, tmp_path / "out", workers=1)
+    quantization = ModelConfig.from_folder(tmp_path / "out").quantization
+    assert quantization is not None
+    assert quantization.of("model.layers.0.mlp.down_proj") == AffineQuantization(32, 8)
+    assert quantization.of("model.layers.0.mlp.up_proj") == AffineQuantization(32, 4)
+    assert quantization.of("model.layers.0.self_attn.v_proj") is None
+    ids = mx.array([prompt(20, 96)])
+    plain, kept = (load_model(tmp_path / name, dtype="float32")(ids) for name in ("plain", "out"))
+    assert mx.all(mx.abs(kept - plain) <= 0.02 * mx.abs(plain).max())
