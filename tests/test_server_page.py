@@ -120,6 +120,16 @@ def test_nothing_else_is_reachable(served: Served, path: str) -> None:
     assert response.json()["error"]["type"] == "not_found_error"
 
 
+def test_the_page_is_one_line_of_the_log(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="mlxqwen.server")
+    for path in (*PATHS, "/page/none", "/metrics"):
+        served.client.get(path)
+    assert [message.split(", ")[0] for message in caplog.messages] == [
+        "testclient GET '/' 200",
+        "testclient GET '/page/none' 404",
+    ]
+
+
 def test_the_page_alone_needs_no_key(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
     with serving(Engine(*small), api_keys=("sesame",)) as served:
         for path in PATHS:

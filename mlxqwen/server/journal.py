@@ -11,13 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlxqwen.errors import one_line
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Metrics
+from mlxqwen.server.page_files import PAGE_PATHS
 
 __all__ = ["Journal"]
 
 logger = logging.getLogger("mlxqwen.server")
 
 _MOST_LOGGED = 10_000  # characters
-_QUIET = {"/health", "/metrics"}
+# What is asked for every few seconds, and the parts of the page, for which "/" stands.
+_QUIET = {"/health", "/metrics", *PAGE_PATHS} - {"/"}
 
 
 class Journal:
@@ -58,7 +60,7 @@ class Journal:
             self._load.requests -= 1
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
-            if path not in _QUIET:
+            if scope["path"] not in _QUIET:
                 _log(scope, status, time.perf_counter() - began, details)
                 if self._log_content and "replies" in details:
                     for text in details["replies"].texts():

@@ -87,7 +87,7 @@ export async function* completion(body, signal) {
     let rest = "";
     for (;;) {
       const { done, value } = await inTime(reader.read());
-      if (done) throw new ConnectionLost("The connection was lost before the reply was whole.");
+      if (done) throw new ConnectionLost("The connection was lost before the reply was complete.");
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
@@ -100,7 +100,7 @@ export async function* completion(body, signal) {
     }
   } catch (error) {
     if (error instanceof ServerError || error instanceof ConnectionLost || error.name === "AbortError") throw error;
-    throw new ConnectionLost("The connection was lost before the reply was whole.");
+    throw new ConnectionLost("The connection was lost before the reply was complete.");
   } finally {
     reader.cancel().catch(() => {});
   }
