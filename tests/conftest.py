@@ -35,6 +35,8 @@ if find_spec("starlette") is None:
 _CACHE = tempfile.TemporaryDirectory(prefix="mlxqwen-tests-")
 os.environ["MLXQWEN_CACHE"] = _CACHE.name
 os.environ["XDG_STATE_HOME"] = f"{_CACHE.name}/state"  # where chats keep their history
+os.environ["XDG_CONFIG_HOME"] = f"{_CACHE.name}/config"  # where a user's defaults would be
+os.environ.pop("MLXQWEN_MODEL", None)
 
 VOCAB_SIZE = 97
 CONTEXT = 64

@@ -28,7 +28,7 @@ OPTIONS = """
     --prefill-chunk --yarn-factor --yarn --rope-scaling --dtype --force --ignore-adapter --json --verbose --messages
     --tools --batch --output --batch-size --drop-oldest --thinking-budget --early-stop-text --stop-on-loop
     --trust-special-tokens
-    --speculative --draft --draft-tokens --prompt-cache --prefix-cache
+    --speculative --draft --draft-tokens --prompt-cache --prefix-cache --quiet --json-schema -m -s -q
 """
 
 Folder = Callable[..., Path]
@@ -614,9 +614,10 @@ def test_c_locale() -> None:
 def test_every_option_has_help() -> None:
     from mlxqwen.cli.generate import generate
 
-    documented = {name for option in generate.params for name in (*option.opts, *option.secondary_opts)}
+    shown = [param for param in generate.params if not getattr(param, "hidden", False)]
+    documented = {name for option in shown for name in (*option.opts, *option.secondary_opts)}
     assert documented == {*OPTIONS.split(), "prompt"}
-    assert all(option.help for option in generate.params if isinstance(option, click.Option))
+    assert all(option.help for option in shown if isinstance(option, click.Option))
 
 
 def test_documentation_is_current() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pexpect
 import pytest
 
@@ -133,7 +134,7 @@ OPTIONS = """
     --early-stop-text --max-tokens --temperature --top-p --top-k --min-p --presence-penalty --frequency-penalty
     --repetition-penalty --seed --stop --stop-on-loop --speculative --draft --draft-tokens --max-kv-size
     --kv-keep --kv-bits --prefill-chunk --yarn-factor --yarn --rope-scaling --prompt-cache --prefix-cache
-    --dtype --force --ignore-adapter --verbose --messages --tools --history --no-history
+    --dtype --force --ignore-adapter --verbose --messages --tools --history --no-history -m -s
 """
 
 
@@ -599,7 +600,7 @@ def test_a_cut_off_answer_is_told() -> None:
 def test_options_are_those_of_generate() -> None:
     from mlxqwen.cli.chat import chat as command
 
-    options = [param for param in command.params if param.param_type_name == "option"]
+    options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     assert {name for option in options for name in (*option.opts, *option.secondary_opts)} == {*OPTIONS.split()}
 
 

@@ -83,7 +83,7 @@ def generate_batch(options: Mapping[str, Any]) -> int:
         requests = [request.with_default_tools(tools) for request in requests]
     form = read_form(options)
     with AnswerFile(output, requests, _shape(options, tools, form)) as answers:
-        if answers.answered:
+        if answers.answered and not options["quiet"]:
             sys.stderr.write(
                 f"note: {one_line(str(output))} has {len(answers.answered):,} of {len(requests):,} answers\n"
             )

@@ -14,13 +14,15 @@ from click.core import ParameterSource
 from mlxqwen import __version__
 from mlxqwen.cli import is_out_of_memory
 from mlxqwen.cli.completion import complete_folder
+from mlxqwen.cli.defaults import told_defaults
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.spellings import SpelledCommand, SpelledOption
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import check_unicode, read_text
 from mlxqwen.cli.typed_ahead import typing_unseen
-from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.errors import MlxqwenError, OptionError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen.cli.chat_input import Source
@@ -30,20 +32,27 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
-_NOT_IN_A_CHAT = {"prompt", "prompt_file", "messages", "tools", "raw", "batch", "output", "batch_size", "as_json"}
+_NOT_IN_A_CHAT = {
+    *("prompt", "prompt_option", "prompt_file", "messages", "tools", "json_schema", "raw"),
+    *("batch", "output", "batch_size", "as_json", "quiet"),
+}
 _FILE = click.Path(exists=True, dir_okay=False)
 _OWN = [
     click.Argument(["model_argument"], required=False, metavar="[MODEL]", shell_complete=complete_folder),
     click.Argument(["message"], required=False, metavar="[MESSAGE]"),
-    click.Option(["--messages"], type=_FILE, metavar="FILE.json", help="Go on with a conversation, as /load does."),
-    click.Option(
+    SpelledOption(
+        ["--messages"], group="Input", type=_FILE, metavar="FILE.json", help="Go on with a conversation, as /load does."
+    ),
+    SpelledOption(
         ["--tools"],
+        group="Input",
         type=_FILE,
         metavar="FILE.json",
         help="Functions that the model may call: a list of their schemas. You type what they return.",
     ),
-    click.Option(
+    SpelledOption(
         ["--history/--no-history"],
+        group="Input",
         default=True,
         help="Keep the lines that are typed for the next chat, in a file that is yours alone; on by default.",
     ),
@@ -51,7 +60,9 @@ _OWN = [
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
-@click.command(params=[*_OWN, *(option for option in generate.params if option.name not in _NOT_IN_A_CHAT)])
+@click.command(
+    cls=SpelledCommand, params=[*_OWN, *(option for option in generate.params if option.name not in _NOT_IN_A_CHAT)]
+)
 @click.pass_context
 def chat(context: click.Context, /, **options: Any) -> int:
     """Talk with MODEL, beginning with MESSAGE; /help lists what can be typed besides messages.
@@ -64,7 +75,7 @@ def chat(context: click.Context, /, **options: Any) -> int:
     options = _with_arguments(context, {**dict.fromkeys(_NOT_IN_A_CHAT), **options})
     check_usage(options)
     check_values(options)
-    options = _with_files(options)
+    options = {**_with_files(options), "defaults": told_defaults(context)}
     with typing_unseen():
         return _run(load_engine(options), options)
 
@@ -107,6 +118,7 @@ def _run(engine: Engine, options: Mapping[str, Any]) -> int:
         from mlxqwen.cli.chat_session import ChatSession
 
     if options["verbose"]:
+        sys.stderr.writelines(f"default: {one_line(line)}\n" for line in options["defaults"])
         _print_request(engine, options)
     message = options["message"]
     with engine:

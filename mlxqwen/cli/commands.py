@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from importlib import import_module
+from shlex import quote
 from typing import Any
 
 import click
 
 from mlxqwen import __version__
+from mlxqwen.cli.defaults import read_defaults
 from mlxqwen.cli.interrupts import BROKEN_PIPE, leave_at_once
 from mlxqwen.cli.streams import silence_streams
 from mlxqwen.cli.terminal import print_notes
@@ -25,6 +28,12 @@ _COMMANDS = {
     "info": "mlxqwen.cli.info",
     "serve": "mlxqwen.cli.serve",
 }
+
+
+def _imported(name: str) -> click.Command:
+    with leave_at_once():
+        command: click.Command = getattr(import_module(_COMMANDS[name]), name)
+    return command
 
 
 class LazyGroup(click.Group):
@@ -44,23 +53,23 @@ class LazyGroup(click.Group):
         """The subcommand of this name, imported now; None if there is none."""
         if cmd_name not in _COMMANDS:
             return None
-        with leave_at_once():
-            command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
-        return command if isinstance(command, click.Command) else None
+        return _imported(cmd_name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the subcommand; for a wrong name, suggest a similar one, as click does when it knows all names."""
-        meant = [] if args[0] in _COMMANDS else get_close_matches(args[0], _COMMANDS, n=1)
-        if meant and not ctx.resilient_parsing:
-            raise click.UsageError(f"No such command {args[0]!r}. Did you mean {meant[0]!r}?", ctx)
+        if args[0] not in _COMMANDS and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {args[0]!r}. {_way(args[0])}", ctx)
         return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Parse the arguments; a closed pipe ends `--help` and `--version` without a message."""
+        """Parse the arguments; `help COMMAND` is `COMMAND --help`, and a closed pipe ends either without a message."""
+        name, words, *others = args
+        if words[:1] == ["help"]:
+            words = [*words[1:2], "--help"]
         try:
-            return super().make_context(*args, **extra)
+            return super().make_context(name, words, *others, **extra)
         except BrokenPipeError:  # of --help and --version, which click would make an error
             silence_streams()
             raise click.exceptions.Exit(BROKEN_PIPE) from None
@@ -79,11 +88,32 @@ class LazyGroup(click.Group):
             return BROKEN_PIPE
 
 
+# What other tools call it.
+_ELSEWHERE = {"run": "chat", "ask": "generate", "prompt": "generate", "quantize": "convert", "show": "info"}
+
+
+def _way(word: str) -> str:
+    """Where to go from a word that is no command: a similar one, or what a model or a text is given to."""
+    meant = get_close_matches(word, _COMMANDS, n=1)
+    if word in _ELSEWHERE or meant:
+        return f"Did you mean {_ELSEWHERE.get(word) or meant[0]!r}?"
+    if any(map(str.isspace, word)):
+        return f"To ask a model: mlxqwen generate {quote(word)}."
+    if word.startswith("-") or not (os.path.isdir(word) or ":" in word or "/" in word):
+        return "To ask a model: mlxqwen generate TEXT; to talk with it: mlxqwen chat MODEL."
+    return f"To talk with a model: mlxqwen chat {quote(word)}; to ask it: mlxqwen generate --model {quote(word)} TEXT."
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
-@click.version_option(__version__, prog_name="mlxqwen")
-def mlxqwen() -> None:
+@click.version_option(__version__, "-V", "--version", prog_name="mlxqwen")
+@click.pass_context
+def mlxqwen(ctx: click.Context, /) -> None:
     """Run Qwen3 language models on Apple's MLX.
 
     Without --model the small demo model inside the package answers.
+    ~/.config/mlxqwen/config.toml sets defaults, such as model = "qwen3:4b"; MLXQWEN_MODEL sets the model.
     """
     print_notes()
+    name = ctx.invoked_subcommand
+    if name in _COMMANDS:
+        ctx.default_map = {name: read_defaults(name, _COMMANDS, _imported)}

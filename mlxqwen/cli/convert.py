@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ import click
 
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.spellings import SpelledCommand, spelled_option
 from mlxqwen.cli.streams import silence_streams
 from mlxqwen.cli.table import Column, columns_of, table
-from mlxqwen.cli.terminal import ConversionProgress, count_of, print_error
+from mlxqwen.cli.terminal import ConversionProgress, be_quiet, count_of, print_error
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, one_line
 
@@ -53,9 +55,9 @@ def _parse_keep(ctx: click.Context, param: click.Parameter, values: tuple[str, .
     return tuple(parsed)
 
 
-def _not_empty(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not value:
-        raise click.BadParameter("found no name, expected a folder to write.", ctx, param)
+def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "":
+        raise click.BadParameter("found no name, expected a folder to write.", ctx, param, "OUTPUT")
     return value
 
 
@@ -70,22 +72,29 @@ def _hub_id(ctx: click.Context, param: click.Parameter, value: str | None) -> st
     return value
 
 
-@click.command()
-@click.argument("source", shell_complete=complete_folder)
-@click.argument("output", type=click.Path(), callback=_not_empty)
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option(
+_option = partial(spelled_option, "Options")
+
+
+@click.command(cls=SpelledCommand)
+@click.argument("source", required=False, shell_complete=complete_folder)
+@click.argument("output", required=False, type=click.Path(), callback=_not_empty)
+@_option("--hf-path", metavar="SOURCE", hidden=True)
+@_option("--mlx-path", metavar="OUTPUT", type=click.Path(), hidden=True, callback=_not_empty)
+@_option("--revision", help="Branch, tag or commit of a hub id.")
+@_option(
     "--bits",
     type=_BITS,
+    also=("--q-bits",),
     help="Bits a weight; 16 only dequantizes. By default 8 for FP8, 4 for BF16, and the source's own for AWQ, GPTQ and "
     "compressed-tensors, whose codes are kept as they are.",
 )
-@click.option(
+@_option(
     "--group-size",
+    also=("--q-group-size",),
     type=click.Choice(["32", "64", "128"]),
     help="Weights that share a scale; by default the source's, or 64.",
 )
-@click.option(
+@_option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
@@ -93,36 +102,41 @@ def _hub_id(ctx: click.Context, param: click.Parameter, value: str | None) -> st
     help="Of scales and of what stays unquantized; auto: float16 for integer codes (bfloat16 where that loses "
     "nothing), else the source's.",
 )
-@click.option("--lm-head-bits", type=_BITS, help="Other bits for the output head.")
-@click.option("--embed-bits", type=_BITS, help="Other bits for the embeddings.")
-@click.option(
+@_option("--lm-head-bits", type=_BITS, help="Other bits for the output head.")
+@_option("--embed-bits", type=_BITS, help="Other bits for the embeddings.")
+@_option(
     "--keep",
     callback=_parse_keep,
     multiple=True,
     metavar="GLOB=BITS",
     help='Other bits for some modules, such as "*.down_proj=8"; of several that match one, the last counts.',
 )
-@click.option("--quality", is_flag=True, help="Search for better scales; several times slower.")
-@click.option("--strict", is_flag=True, help="Refuse what groups do not divide, instead of leaving it unquantized.")
-@click.option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights.")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option(
+@_option("--quality", is_flag=True, help="Search for better scales; several times slower.")
+@_option("--strict", is_flag=True, help="Refuse what groups do not divide, instead of leaving it unquantized.")
+@_option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights.")
+@_option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
+@_option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
+@_option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_option(
     "--upload-repo",
     metavar="ID",
     callback=_hub_id,
     help="Push the finished folder to this hub id; needs HF_TOKEN or a login.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **options: Any) -> int:
-    """Turn SOURCE (a folder or hub id) into OUTPUT, a folder that MLX's loaders read.
+@_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any) -> int:
+    """Turn SOURCE (a folder, hub id or alias) into OUTPUT, a folder that MLX's loaders read.
 
-    Reads BF16, F16, F32, FP8, AWQ, GPTQ, compressed-tensors and MLX checkpoints, dense and mixture of experts.
+    Without OUTPUT its name is that of SOURCE with the new bits, in the current folder. Reads BF16, F16, F32, FP8, AWQ,
+    GPTQ, compressed-tensors and MLX checkpoints, dense and mixture of experts.
     """
     with leave_at_once():
         from mlxqwen_convert import convert as convert_folder
 
+    source, output = _paths(options)
+    if quiet:
+        be_quiet()
     for name in ("bits", "group_size", "lm_head_bits", "embed_bits"):
         options[name] = None if options[name] is None else int(options[name])
     if upload_repo is not None:
@@ -130,7 +144,11 @@ def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **
             from mlxqwen_convert.upload import require_token
 
         require_token(upload_repo)
-    if options["resume"] and not options["dry_run"] and _nothing_to_resume(output):
+    if output is None:
+        output = _chosen_output(source, options)
+        if not quiet:
+            _note(f"no OUTPUT was given: {output}")
+    if options["resume"] and not options["dry_run"] and _nothing_to_resume(output) and not quiet:
         _note(f"nothing to resume beside {output}: the conversion begins from the start")
     progress = ConversionProgress(sys.stderr)
     try:
@@ -144,12 +162,42 @@ def convert(source: str, output: str, as_json: bool, upload_repo: str | None, **
     finally:
         progress.close()
     text = json.dumps(report.as_dict(), ensure_ascii=False) + "\n" if as_json else _text(report)
-    if not _print(text, report):
+    if not (quiet and not as_json) and not _print(text, report):
         return 1
     if upload_repo is not None and not options["dry_run"]:
         address = _upload(report, upload_repo)
-        Output(sys.stderr if as_json else sys.stdout).write(f"uploaded: {address}\n")
+        if not quiet:
+            Output(sys.stderr if as_json else sys.stdout).write(f"uploaded: {address}\n")
     return 0
+
+
+def _paths(options: dict[str, Any]) -> tuple[str, str | None]:
+    """SOURCE and OUTPUT, taken out of the options; mlx-lm's --hf-path and --mlx-path are the same."""
+    paths = []
+    for name, other in (("source", "hf_path"), ("output", "mlx_path")):
+        given = [value for value in (options.pop(name), options.pop(other)) if value is not None]
+        if len(given) > 1:
+            raise click.UsageError(f"Give {name.upper()} or {_flag(other)}, not both.")
+        paths.append(given[0] if given else None)
+    source, output = paths
+    if source is None:
+        raise click.UsageError("Missing argument 'SOURCE'.")
+    return source, output
+
+
+def _chosen_output(source: str, options: Mapping[str, Any]) -> str:
+    """A name in the current folder that tells what it will be, such as `Qwen3-4B-8bit`. Raises `MlxqwenError`."""
+    from mlxqwen.files.hub import resolve_model
+    from mlxqwen_convert.output_name import output_name
+    from mlxqwen_convert.plan import Options, make_plan
+
+    folder = resolve_model(source, revision=options["revision"])
+    names = ("bits", "group_size", "dtype", "lm_head_bits", "embed_bits", "keep", "quality", "strict")
+    try:
+        plan = make_plan(folder, Options(*(options[name] for name in names)))
+    except OptionError as error:
+        raise _in_options_words(error, options) from None
+    return output_name(plan)
 
 
 def _nothing_to_resume(output: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxqwen.cli.defaults import told_defaults
 from mlxqwen.cli.generate_options import (
     cache_options,
     check_usage,
     check_values,
-    generate_options,
     load_engine,
     read_form,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.option_list import generate_options
 from mlxqwen.cli.piped_input import PromptWords, read_context, with_context
 from mlxqwen.cli.reply_printer import (
     ReplyPrinter,
@@ -28,9 +29,10 @@ from mlxqwen.cli.reply_printer import (
     print_request,
     print_speed,
 )
-from mlxqwen.cli.terminal import PrefillProgress
+from mlxqwen.cli.spellings import SpelledCommand
+from mlxqwen.cli.terminal import PrefillProgress, be_quiet
 from mlxqwen.cli.text_input import check_unicode, read_prompt, read_text, source_name
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from mlxqwen.chat.request_files.conversations import MessagesWithTools
@@ -40,9 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 
-@click.command()
+@click.command(cls=SpelledCommand)
 @generate_options
-def generate(**options: Any) -> int:
+@click.pass_context
+def generate(ctx: click.Context, /, **options: Any) -> int:
     """Answer PROMPT, a conversation, or a file of prompts.
 
     What is piped in beside PROMPT is its context: git diff | mlxqwen generate "Review this". It stands before PROMPT,
@@ -56,9 +59,13 @@ def generate(**options: Any) -> int:
     "error" and perhaps "hint" if the line could not be answered. After any end of a run the same command goes on with
     the lines that have no answer.
     """
-    words = PromptWords.parse(options["prompt"])
+    words = PromptWords.parse(_prompt_words(options))
     options["prompt"] = words.prompt
     check_usage(options)
+    if options["quiet"]:
+        be_quiet()
+    if options["verbose"]:
+        sys.stderr.writelines(f"default: {one_line(line)}\n" for line in told_defaults(ctx))
     if options["drop_oldest"] and options["messages"] is None and options["batch"] is None:
         raise click.UsageError("--drop-oldest needs --messages or --batch: a prompt alone has no older turns.")
     if options["batch"] is not None:
@@ -68,12 +75,25 @@ def generate(**options: Any) -> int:
     return _generate_one(options, words)
 
 
+def _prompt_words(options: Mapping[str, Any]) -> Sequence[str]:
+    """PROMPT, which may also be given as --prompt."""
+    words: Sequence[str] = options["prompt"]
+    if options["prompt_option"] is None:
+        return words
+    if words:
+        raise click.UsageError("Give PROMPT or --prompt, not both.")
+    return [options["prompt_option"]]
+
+
 def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     asked: str | MessagesWithTools
     asked = _read_text(options, words) if options["raw"] else _read_conversation(options, words)
     form = read_form(options)
     check_values(options)
-    printer, progress = ReplyPrinter(as_json=options["as_json"]), PrefillProgress(sys.stderr)
+    printer, progress = (
+        ReplyPrinter(as_json=options["as_json"], hides_reasoning=options["quiet"]),
+        PrefillProgress(sys.stderr),
+    )
     try:
         engine = load_engine(options)
         with closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
@@ -91,7 +111,7 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     if printer.done is not None and options["verbose"]:
         print_speed(printer.done)
     _check_answered(asked, printer.done, options)
-    if printer.done is not None and not options["as_json"]:
+    if printer.done is not None and not options["as_json"] and not options["quiet"]:
         print_note(printer.done, options["max_tokens"], engine.model.config)
     return 0
 

@@ -1,19 +1,16 @@
-"""The options of `mlxqwen generate`: their definitions, their checks, and the values made of them.
-
-One file, so that what an option is, what it may be and what it becomes stand together.
-"""
+"""What the options of `mlxqwen generate` may be, and what they become; `option_list` has the options themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
-from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.option_list import DEFAULT_KV_KEEP
 from mlxqwen.cli.text_input import check_unicode, read_text, source_name
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import parse_json
@@ -29,18 +26,12 @@ __all__ = [
     "check_model_options",
     "check_usage",
     "check_values",
-    "generate_options",
     "load_engine",
     "new_cache",
     "options_named",
     "read_form",
     "sampling_overrides",
 ]
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
-
-DEFAULT_KV_KEEP = 4
 
 
 class CacheOptions(TypedDict):
@@ -63,166 +54,6 @@ _SAMPLING_NAMES = (
     "repetition_penalty",
     "seed",
 )
-_PROMPT = (
-    click.argument("prompt", nargs=-1, metavar="[PROMPT]"),
-    click.option(
-        "--model",
-        metavar="MODEL",
-        shell_complete=complete_folder,
-        help="Folder or hub id, modelscope:ID for one of ModelScope; the demo model by default.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a hub id."),
-    click.option("--system", metavar="TEXT", help="System message."),
-    click.option(
-        "--prompt-file",
-        type=click.Path(exists=True, dir_okay=False),
-        help="Read the prompt from a file.",
-    ),
-    click.option(
-        "--messages",
-        type=_FILE,
-        metavar="FILE.json",
-        help='Go on with a conversation: a list of messages, {"messages": […], "tools": […]}, or what /save in the '
-        'chat has written, without its options; "-" reads standard input. A prompt given besides is the '
-        "user's next message.",
-    ),
-    click.option(
-        "--tools",
-        type=_FILE,
-        metavar="FILE.json",
-        help="Functions that the model may call: a list of their schemas. Calls are printed behind the answer, a JSON "
-        "line each.",
-    ),
-    click.option(
-        "--json-schema",
-        type=_FILE,
-        metavar="FILE.json",
-        help="Answer with JSON that fits this schema, behind a free thought.",
-    ),
-    click.option(
-        "--drop-oldest",
-        is_flag=True,
-        help="Leave out the oldest turns of a conversation that is too long; system messages stay.",
-    ),
-    click.option(
-        "--raw",
-        is_flag=True,
-        help="Continue the prompt as it is, without a chat template: <|im_end|> and the like in it are tokens, "
-        "and all of the reply is content.",
-    ),
-    click.option(
-        "--trust-special-tokens",
-        is_flag=True,
-        help="Read <|im_end|>, <think> and the like in messages as tokens; by default they are text.",
-    ),
-)
-_BATCH = (
-    click.option(
-        "--batch",
-        type=_FILE,
-        metavar="FILE.jsonl",
-        help='Answer many prompts: {"prompt": …} or {"messages": […]} a line, if wanted with "id", "tools", '
-        '"max_tokens", "thinking", "thinking_budget", "seed", "sampling" and "response_format" of its own. Needs '
-        "--output.",
-    ),
-    click.option(
-        "--output",
-        type=click.Path(),
-        metavar="FILE.jsonl",
-        help="Where the answers to --batch go, as they are finished. If it has some already, the others are added.",
-    ),
-    click.option("--batch-size", type=int, help="Prompts that are answered at once; 8 by default."),
-)
-_THINKING = (
-    click.option(
-        "--thinking/--no-thinking",
-        default=None,
-        help="Let the model think first, or not; its chat template decides by default (Qwen3's thinks).",
-    ),
-    click.option("--thinking-budget", type=int, metavar="N", help="End the thought after N tokens; 0 is no thought."),
-    click.option("--early-stop-text", metavar="TEXT", help="The sentence that ends it then; Qwen's by default."),
-)
-_SAMPLING = (
-    click.option("--max-tokens", type=int, help="Longest answer; 32768 by default, bounded by the context."),
-    click.option("--temperature", type=float, help="0 is greedy. By default the model card's profile."),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this mass."),
-    click.option("--top-k", type=int, help="Keep this many likeliest tokens; 0 keeps all."),
-    click.option("--min-p", type=float, help="Keep tokens at least this likely relative to the likeliest."),
-    click.option("--presence-penalty", type=float, help="Against tokens that the reply has; -2 to 2."),
-    click.option("--frequency-penalty", type=float, help="The same, times how often; -2 to 2."),
-    click.option("--repetition-penalty", type=float, help="Against tokens of prompt and reply; 1 is off."),
-    click.option("--seed", type=int, help="The same seed draws the same answer."),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End the answer before this text; may be repeated, up to 64 times.",
-    ),
-    click.option("--stop-on-loop", is_flag=True, help="End a reply that goes round in circles."),
-)
-_MEMORY = (
-    click.option("--max-kv-size", type=int, help="Keep at most this many tokens in the cache (a sliding window)."),
-    click.option(
-        "--kv-keep",
-        type=int,
-        help=f"First tokens that the window of --max-kv-size never drops; {DEFAULT_KV_KEEP} by default.",
-    ),
-    click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Quantize the cache."),
-    click.option(
-        "--prompt-cache",
-        type=click.Path(),
-        metavar="FOLDER",
-        help="Keep what was read of prompts and replies in this folder, and read only what is new in the next run. It "
-        "takes at most a tenth of the disk; what was not used for longest goes first.",
-    ),
-    click.option(
-        "--prefix-cache",
-        metavar="SIZE",
-        help='Memory for what was read, shared by all answers of a run, such as 2GB; "off" keeps nothing. By default '
-        "an eighth of what the machine has for models.",
-    ),
-    click.option(
-        "--prefill-chunk", type=int, help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU."
-    ),
-    click.option("--yarn-factor", type=float, help="Extend the trained context this many times by YaRN."),
-    click.option(
-        "--yarn",
-        type=click.Choice(["auto"]),
-        help="Scale each prompt by its own length: not at all if it fits the trained context with its --max-tokens (or "
-        "4,096 tokens, at most a quarter of that context), else by YaRN's factor 2 or 4.",
-    ),
-    click.option("--rope-scaling", metavar="JSON", help="RoPE scaling as in config.json."),
-    click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute in this dtype."),
-    click.option("--force", is_flag=True, help="Load even what does not fit this machine's memory."),
-    click.option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights."),
-)
-_SPECULATION = (
-    click.option(
-        "--speculative",
-        type=click.Choice(["lookup"]),
-        help="Guess that the text goes on as it did before, several tokens at once: passes are saved where a reply "
-        "repeats its prompt, and the reply is the same but for rounding. On a CPU all but tiny models get slower.",
-    ),
-    click.option(
-        "--draft",
-        metavar="MODEL",
-        shell_complete=complete_folder,
-        help="Let a smaller model with the same tokenizer guess, folder or hub id; the reply is the same but for "
-        "rounding. On a CPU it gets slower.",
-    ),
-    click.option("--draft-tokens", type=int, help="The most tokens that are guessed at once, up to 64; 8 by default."),
-)
-_OUTPUT = (
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done."),
-    click.option("--verbose", is_flag=True, help="Tell on standard error what was used and how fast it was."),
-)
-
-
-def generate_options(command: _Command) -> _Command:
-    """Add all options to a command, in the order of the help."""
-    for option in reversed((*_PROMPT, *_BATCH, *_THINKING, *_SAMPLING, *_SPECULATION, *_MEMORY, *_OUTPUT)):
-        command = option(command)
-    return command
 
 
 def check_usage(options: Mapping[str, Any]) -> None:
@@ -244,6 +75,8 @@ def check_usage(options: Mapping[str, Any]) -> None:
     for name in ("output", "batch_size"):
         if name in given and "batch" not in given:
             raise click.UsageError(f"{_flag(name)} needs --batch, whose answers it is about.")
+    if given >= {"quiet", "verbose"}:
+        raise click.UsageError("--quiet and --verbose: give one of them.")
     _check_window_usage(options)
     budget = options["thinking_budget"]
     if budget is not None and options["thinking"] is False:

@@ -22,11 +22,17 @@ __all__ = ["ReplyPrinter", "print_note", "print_request", "print_speed", "yarn_f
 
 
 class ReplyPrinter:
-    """Events → standard output and standard error, or one JSON object at the end."""
+    """Events → standard output and standard error, or one JSON object at the end.
 
-    def __init__(self, *, as_json: bool) -> None:
+    Args:
+        as_json: print the object.
+        hides_reasoning: print the answer alone.
+    """
+
+    def __init__(self, *, as_json: bool, hides_reasoning: bool = False) -> None:
         self.done: Done | None = None
         self._as_json = as_json
+        self._hides_reasoning = hides_reasoning
         self._deltas: list[Delta] = []
         self._stdout, self._stderr = Output(sys.stdout), Output(sys.stderr, dim=True)
 
@@ -41,7 +47,8 @@ class ReplyPrinter:
         if self._as_json:
             return
         if event.reasoning is not None:
-            self._stderr.write(event.reasoning)
+            if not self._hides_reasoning:
+                self._stderr.write(event.reasoning)
         elif event.content is not None:
             self._stderr.end_line()
             self._stdout.write(event.content)

@@ -14,6 +14,7 @@ __all__ = [
     "ConversionProgress",
     "PrefillProgress",
     "StatusLine",
+    "be_quiet",
     "count_of",
     "print_error",
     "print_notes",
@@ -42,10 +43,11 @@ def count_of(number: int) -> str:
 class StatusLine:
     """A last line on a terminal that is overwritten and wiped; nothing is written elsewhere."""
 
+    is_silenced: ClassVar[bool] = False
     _shown: ClassVar[StatusLine | None] = None
 
     def __init__(self, stream: TextIO) -> None:
-        self.shows = stream.isatty()
+        self.shows = stream.isatty() and not StatusLine.is_silenced
         self._stream = stream
         self._erases = os.environ.get("TERM") != "dumb"
         self._length = 0
@@ -166,6 +168,13 @@ def print_notes() -> None:
     logger = logging.getLogger("mlxqwen")
     logger.propagate = False
     logger.handlers = [_Notes()]
+    StatusLine.is_silenced = False
+
+
+def be_quiet() -> None:
+    """Print no notes and show no progress until the next `print_notes`; errors are printed."""
+    logging.getLogger("mlxqwen").handlers = [logging.NullHandler()]
+    StatusLine.is_silenced = True
 
 
 def print_error(problem: str, hint: str = "") -> None:

@@ -1,0 +1,91 @@
+"""Options under the names that other tools give them, in groups of a command's help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from mlxqwen.cli.defaults import give_way
+
+__all__ = ["SpelledCommand", "SpelledOption", "spelled_option"]
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+
+class SpelledOption(click.Option):
+    """An option that is also taken under other names, which the help does not show.
+
+    Args:
+        also: further names; of a switch, those of its on side.
+        also_off: further names of the off side of a switch.
+        group: the heading of the help that it stands under.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        also: Sequence[str] = (),
+        also_off: Sequence[str] = (),
+        group: str = "Options",
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.also = (*also, *also_off)
+        self.group = group
+        self._also_on, self._also_off = list(also), list(also_off)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser know all names."""
+        on, off = self.opts, self.secondary_opts
+        self.opts, self.secondary_opts = on + self._also_on, off + self._also_off
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts, self.secondary_opts = on, off
+
+
+def spelled_option(group: str, *names: str, **options: Any) -> Callable[[_Decorated], _Decorated]:
+    """`click.option` for a `SpelledOption` of a group."""
+    return click.option(*names, cls=SpelledOption, group=group, **options)
+
+
+class SpelledCommand(click.Command):
+    """A command with its options in groups, whose suggestions are the names that its help shows."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an option that does not exist is told with those that are spelled alike."""
+        try:
+            rest = super().parse_args(ctx, args)
+            give_way(ctx)
+            return rest
+        except click.NoSuchOption as error:
+            known = {name: _shown(option) for option in self.params for name in _names(option)}
+            meant = sorted({known.get(name, name) for name in error.possibilities or ()})
+            raise click.NoSuchOption(error.option_name, possibilities=meant, ctx=ctx) from None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section of the help for each group, in the order of their first options; the last has what is left."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        others: list[tuple[str, str]] = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                group = groups.setdefault(param.group, []) if isinstance(param, SpelledOption) else others
+                group.append(record)
+        if len(groups) == 1:
+            others, groups = [*next(iter(groups.values())), *others], {}
+        for name, records in [*groups.items(), ("Other" if groups else "Options", others)]:
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def _names(option: click.Parameter) -> list[str]:
+    also = option.also if isinstance(option, SpelledOption) else ()
+    return [*option.opts, *option.secondary_opts, *also]
+
+
+def _shown(option: click.Parameter) -> str:
+    """The name of an option that stands in the help: its long one."""
+    return max(option.opts, key=len)
