@@ -144,10 +144,7 @@ def engine() -> Engine:
 def session(engine: Engine, view: Any, **options: Any) -> ChatSession:
     from mlxqwen.cli.chat import chat
 
-    defaults = {
-        param.name: param.get_default(chat.make_context("chat", [], resilient_parsing=True)) for param in chat.params
-    }
-    none = {**dict.fromkeys(defaults), "stop": ()}
+    none = {**dict.fromkeys(param.name for param in chat.params), "stop": ()}
     return ChatSession(engine, view, {**none, **options}, is_interactive=True)
 
 

@@ -53,7 +53,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    return generate.make_context("generate", list(arguments)).params
+    return generate.make_context("generate", list(arguments), help_option_names=["-h", "--help"]).params
 
 
 @pytest.mark.parametrize(

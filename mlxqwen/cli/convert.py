@@ -57,7 +57,7 @@ def _parse_keep(ctx: click.Context, param: click.Parameter, values: tuple[str, .
 
 def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value == "":
-        raise click.BadParameter("found no name, expected a folder to write.", ctx, param, "OUTPUT")
+        raise click.BadParameter("found no name, expected a folder to write.", ctx, param, "'OUTPUT'")
     return value
 
 

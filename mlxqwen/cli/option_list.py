@@ -39,7 +39,7 @@ _INPUT = (
         "--model",
         metavar="MODEL",
         shell_complete=complete_folder,
-        help="Folder, hub id, alias such as qwen3:4b, or modelscope:ID for one of ModelScope; the demo model by default.",
+        help="Folder, hub id, alias such as qwen3:4b, or modelscope:ID for ModelScope; the demo model by default.",
     ),
     _input(
         "-s",
