@@ -51,7 +51,7 @@ def make_annotation(draw: random.Random, depth: int = 3) -> Any:
     if kind == 2:
         return tuple[inner(), inner()]  # type: ignore[misc]
     if kind == 3:
-        return inner() | None if draw.random() < 0.5 else Union[inner(), None]  # noqa: UP007
+        return Union[inner(), None]  # noqa: UP007
     return Union[tuple(inner() for _ in range(draw.randrange(2, 5)))]  # noqa: UP007
 
 
