@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 import weakref
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import mlxqwen
 from mlxqwen import Engine
@@ -124,6 +128,26 @@ def test_what_is_narrowed_and_what_is_not() -> None:
     given = {"type": "string", "format": "path", "x-guidance": {"whitespace_pattern": " *"}}
     assert prepare_schema(given, "s") == {"type": "string"}
     assert "x-guidance" in given
+
+
+@given(st.integers(0, 9999), st.integers(0, 13), st.integers(0, 32))
+@example(2000, 2, 29)
+@example(1900, 2, 29)
+@example(2024, 2, 29)
+@example(0, 2, 29)
+def test_dates_are_days_that_there_are(year: int, month: int, day: int) -> None:
+    text = f"{year:04}-{month:02}-{day:02}"
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        exists = False
+    else:
+        exists = True
+    pattern = prepare_schema({"type": "string", "format": "date"}, "s")["pattern"]
+    assert (re.search(pattern, text) is not None) == exists
+    moment = prepare_schema({"type": "string", "format": "date-time", "pattern": "Z$"}, "s")
+    assert moment["pattern"] == "Z$"
+    assert (re.search(moment["allOf"][0]["pattern"], f"{text}T23:59:59.123456Z") is not None) == exists
 
 
 def test_a_tokenizer_is_not_kept(grammars: compiler.GrammarCompiler) -> None:

@@ -25,7 +25,7 @@ LARGEST_INTEGER = 2**53 - 1
 
 _OF_NAMES = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _DATA = {"const", "enum", "default", "examples", "example", "required", "x-guidance"}
-_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_FORMATS = {"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 # What does not say what an object may hold; beside these, a schema of properties is whole.
 _NOTES = {
     *("title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"),
@@ -35,10 +35,26 @@ _OF_CLOSED = _NOTES | {"type", "properties", "required"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"}
 
 
+def _date_patterns() -> dict[str, str]:
+    """Patterns of RFC 3339's dates and times: days that there are, no leap seconds, at most six digits of a second."""
+    day_31 = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
+    day_30 = "(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    year = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+    fourth = "(?:0[48]|[2468][048]|[13579][26])"
+    date = f"(?:{year}-(?:{day_31}|{day_30}|02-(?:0[1-9]|1[0-9]|2[0-8]))|(?:[0-9]{{2}}{fourth}|{fourth}00)-02-29)"
+    clock = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+    time = f"{clock}:[0-5][0-9](?:\\.[0-9]{{1,6}})?(?:Z|[+-]{clock})"
+    return {"date": f"^{date}$", "time": f"^{time}$", "date-time": f"^{date}T{time}$"}
+
+
+_DATE_PATTERNS = _date_patterns()
+
+
 def prepare_schema(schema: object, where: str) -> dict[str, Any]:
     """A copy of a schema of plain JSON values, ready to be compiled.
 
-    - Formats that are not enforced are left out, as JSON Schema has formats be notes.
+    - The formats of dates and times become patterns of those that exist. Formats that are not enforced are left out, as
+      JSON Schema has formats be notes.
     - Where no part of the schema combines several, objects that list their properties, and say nothing of others, have
       no others; and numbers without bounds are at most 2⁵³ - 1 in size.
     - An `x-guidance` is left out: it would unbind white space.
@@ -113,13 +129,22 @@ def _prepared(value: Any, *, narrows: bool) -> Any:
     if not isinstance(value, dict):
         return value
     result: dict[str, Any] = {}
+    dated = None
     for key, inner in value.items():
+        if key == "format" and isinstance(inner, str) and inner in _DATE_PATTERNS:
+            dated = _DATE_PATTERNS[inner]
+            continue
         if key == "x-guidance" or (key == "format" and isinstance(inner, str) and inner not in _FORMATS):
             continue
         if key in _OF_NAMES and isinstance(inner, dict):
             result[key] = {name: _prepared(one, narrows=narrows) for name, one in inner.items()}
         else:
             result[key] = inner if key in _DATA else _prepared(inner, narrows=narrows)
+    if dated is not None:
+        if "pattern" in result:
+            result["allOf"] = [*result.get("allOf", []), {"pattern": dated}]
+        else:
+            result["pattern"] = dated
     return _narrowed(result) if narrows else result
 
 
