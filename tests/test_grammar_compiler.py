@@ -109,17 +109,23 @@ def test_references_and_repetitions_do_not_multiply(grammars: compiler.GrammarCo
 
 
 def test_what_is_narrowed_and_what_is_not() -> None:
+    most = {"minimum": -(2**53) + 1, "maximum": 2**53 - 1}
     assert prepare_schema({"properties": {"a": {"type": "integer"}}}, "s") == {
-        "properties": {"a": {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1}},
+        "properties": {"a": {"type": "integer", **most}},
         "additionalProperties": False,
     }
+    for open_one in ({"type": "object"}, {"type": "object", "additionalProperties": True}, {"type": "array"}, {}):
+        prepared = prepare_schema(open_one, "s")
+        (any_value,) = prepared["$defs"].values()
+        assert {"type": "number", **most} in any_value["anyOf"]
     kept: list[dict[str, Any]] = [
         {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
         {"oneOf": [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}}]},
         {"$defs": {"a": {"properties": {"a": {}}}}, "$ref": "#/$defs/a", "required": ["b"]},
-        {"properties": {"a": {}}, "required": ["b"]},
-        {"properties": {"a": {}}, "additionalProperties": True},
-        {"properties": {"a": {}}, "patternProperties": {"b": {}}},
+        {"properties": {"a": {"$id": "https://example.com/a", "type": "object"}}},
+        {"properties": {"a": {"type": "null"}}, "required": ["b"]},
+        {"properties": {"a": {"type": "null"}}, "additionalProperties": True},
+        {"properties": {"a": {"type": "null"}}, "patternProperties": {"b": {"type": "null"}}},
         {"type": "number", "minimum": 10**20},
         {"enum": [{"properties": {"format": "path"}, "type": "integer"}]},
     ]

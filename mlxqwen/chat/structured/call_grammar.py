@@ -46,19 +46,20 @@ def call_grammar(
         rf'call: {opening} "\n" ({" | ".join(f"call_{n}" for n in range(len(tools)))}) "\n" {closing}',
     ]
     for n, tool in enumerate(tools):
-        name = tool["function"].get("name")
+        function = tool["function"]
+        name = function.get("name")
         if not isinstance(name, str):
             raise OptionError('tools: found one without a name, expected {"function": {"name": …}}')
         front = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
-        arguments = json.dumps(with_options(_ANY_ARGUMENTS)) if n in open_arguments else arguments_schema(tool)
+        given = {**function, "parameters": _ANY_ARGUMENTS} if n in open_arguments else function
+        arguments = arguments_schema(given)
         rules.append(f'call_{n}: {lark_text(front)} arguments_{n} "}}"')
         rules.append(f"arguments_{n}: %json {arguments}")
     return "\n".join(rules) + "\n"
 
 
-def arguments_schema(tool: Mapping[str, Any]) -> str:
+def arguments_schema(function: Mapping[str, Any]) -> str:
     """The JSON text of the schema for a tool's arguments. Raises `OptionError` for what is none, or is too large."""
-    function = tool["function"]
     parameters = function.get("parameters")
     where = f"tool {function.get('name')!r:.80}: parameters"
     schema = prepare_schema(_NO_ARGUMENTS if parameters is None else to_plain_json(parameters, where), where)

@@ -23,6 +23,19 @@ MAX_OPTIONAL = 1_000_000
 LARGEST_INTEGER = 2**53 - 1
 """Beyond, JSON's readers differ in what an integer is."""
 
+_ANY_NAME = "mlxqwen-any-value"
+_ANY: dict[str, Any] = {"$ref": f"#/$defs/{_ANY_NAME}"}
+_ANY_VALUE = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "number", "minimum": -LARGEST_INTEGER, "maximum": LARGEST_INTEGER},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "array", "items": _ANY},
+        {"type": "object", "additionalProperties": _ANY},
+    ]
+}
+"""Of JSON; its numbers can be read."""
 _OF_NAMES = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _DATA = {"const", "enum", "default", "examples", "example", "required", "x-guidance"}
 _FORMATS = {"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -56,7 +69,7 @@ def prepare_schema(schema: object, where: str) -> dict[str, Any]:
     - The formats of dates and times become patterns of those that exist. Formats that are not enforced are left out, as
       JSON Schema has formats be notes.
     - Where no part of the schema combines several, objects that list their properties, and say nothing of others, have
-      no others; and numbers without bounds are at most 2⁵³ - 1 in size.
+      no others; and numbers without bounds are at most 2⁵³ - 1 in size, also those in values that may be anything.
     - An `x-guidance` is left out: it would unbind white space.
 
     Args:
@@ -70,7 +83,13 @@ def prepare_schema(schema: object, where: str) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise OptionError(f"{where}: found {json_kind(schema)}, expected a JSON schema")
     _check_size(schema, where)
-    prepared: dict[str, Any] = _prepared(schema, narrows=not any(_combines(one) for one in _subschemas(schema)))
+    _, *below = _subschemas(schema)
+    definitions = schema.get("$defs", {})
+    narrows = isinstance(definitions, dict) and not _combines(schema)
+    narrows = narrows and not any(_combines(one) or "$id" in one for one in below)
+    prepared: dict[str, Any] = _prepared(schema, narrows=narrows)
+    if _ANY["$ref"] in json.dumps(prepared):
+        prepared["$defs"] = {**prepared.get("$defs", {}), _ANY_NAME: _ANY_VALUE}
     return prepared
 
 
@@ -149,12 +168,18 @@ def _prepared(value: Any, *, narrows: bool) -> Any:
 
 
 def _narrowed(schema: dict[str, Any]) -> dict[str, Any]:
+    if not schema.keys() - _NOTES:
+        return {**schema, **_ANY}
     properties, required = schema.get("properties"), schema.get("required", [])
     if isinstance(properties, dict) and isinstance(required, list) and schema.keys() <= _OF_CLOSED:
         lists_all = all(isinstance(name, str) and name in properties for name in required)
         schema.update({"additionalProperties": False} if lists_all else {})
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
+    if not schema.keys() & {"const", "enum"}:
+        for container, others in (("object", "additionalProperties"), ("array", "items")):
+            if container in kinds and schema.get(others, True) is True:
+                schema[others] = dict(_ANY)
     if ("integer" in kinds or "number" in kinds) and not schema.keys() & _BOUNDS:
         schema.update(minimum=-LARGEST_INTEGER, maximum=LARGEST_INTEGER)
     return schema

@@ -107,7 +107,7 @@ def _schema_problems(tools: Sequence[Mapping[str, Any]], compiler: GrammarCompil
     grammars: dict[int, str] = {}
     for place, tool in enumerate(tools):
         try:
-            grammars[place] = reply_grammar(None, f"start: %json {arguments_schema(tool)}")
+            grammars[place] = reply_grammar(None, f"start: %json {arguments_schema(tool['function'])}")
         except OptionError as error:
             problems[place] = error.problem
     found = compiler.problems(list(grammars.values()))

@@ -25,6 +25,7 @@ _FORMS = (
 )
 _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\#[^\n]*')
 _TOKEN_NAME = re.compile(r"<[^>\n]*>?")
+_ANY_OBJECT = {"type": "object"}
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -62,7 +63,7 @@ def read_response_format(value: object) -> AnswerFormat | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return _of_schema({"type": "object"})
+        return _of_schema(_ANY_OBJECT)
     if kind == "json_schema":
         return _of_openai(value)
     given = [name for name in _STRUCTURED if name in value]
@@ -100,7 +101,7 @@ def _of_vllm(name: str, value: object) -> AnswerFormat | None:
     if name == "json_object":
         if not isinstance(value, bool):
             raise _unfit(f"json_object {value!r:.80}")
-        return _of_schema({"type": "object"}) if value else None
+        return _of_schema(_ANY_OBJECT) if value else None
     if name == "choice":
         return _of_choices(value)
     if not isinstance(value, str) or not value:
