@@ -24,11 +24,15 @@ export function replyView(message, again) {
   const showContent = markdownView(part("text"));
   let isChosen = false; // whether the user has opened or closed the thought
   let hasBegun = false;
+  let shownAs = ""; // a reply that is over changes no more
   summary.addEventListener("click", () => (isChosen = true));
   copies(part("copy"), () => message.content);
   part("again").addEventListener("click", again);
 
   function update({ isRunning, isLast }) {
+    const state = `${isRunning} ${isLast}`;
+    if (!isRunning && state === shownAs) return;
+    shownAs = state;
     const { content, reasoning, note, error, figures } = message;
     const isThinking = isRunning && content === "";
     element.setAttribute("aria-busy", String(isRunning));
