@@ -127,6 +127,13 @@ def test_a_stream_adds_up_to_the_whole_reply(served: Served, fields: dict[str, A
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
 
 
+def test_the_stop_string_that_was_found_is_told(served: Served) -> None:
+    body = ask(stop=["zzz", "straw"], chat_template_kwargs={"enable_thinking": False}, temperature=0.0)
+    assert served.post(body)["choices"][0]["stop_reason"] == "straw"
+    assert served.stream(body)[-1]["choices"][0]["stop_reason"] == "straw"
+    assert served.post({**body, "stop": None})["choices"][0]["stop_reason"] is None
+
+
 def test_usage_is_not_streamed_unless_asked_for(served: Served) -> None:
     assert not any("usage" in event for event in served.stream(ask(seed=1, max_tokens=3)))
 
@@ -312,7 +319,9 @@ def test_ends_are_kept_off_and_added(babbling: Served, tokenizer: Tokenizer) -> 
     assert babbling.post({**eager, "ignore_eos": True})["usage"]["completion_tokens"] == 30
     assert babbling.post({**eager, "min_tokens": 6})["usage"]["completion_tokens"] == 7
     free = {**eager, "logit_bias": {"40": 100}, "ignore_eos": True}
-    assert babbling.post({**free, "stop_token_ids": [40]})["usage"]["completion_tokens"] == 1
+    stopped = babbling.post({**free, "stop_token_ids": [40]})
+    assert stopped["usage"]["completion_tokens"] == 1
+    assert (stopped["choices"][0]["finish_reason"], stopped["choices"][0]["stop_reason"]) == ("stop", 40)
     assert babbling.post({**free, "stop_token_ids": [40], "min_tokens": 3})["usage"]["completion_tokens"] == 4
 
 

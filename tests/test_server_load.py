@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.engine import generation
 from mlxqwen.engine.engine import Engine
-from mlxqwen.engine.generation import MAX_UNREAD
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server import wakeups
 from mlxqwen.server.event_stream import COMMENT, KeepAlive
@@ -41,7 +41,8 @@ def rows(served: Served) -> int:
 
 def test_a_full_queue_is_told(served: Served) -> None:
     async def work() -> None:
-        calls = [Call(served.app, CHAT, ask(stream=True, **LONG)) for _ in range(3)]
+        bodies = [ask(stream=True, **{**LONG, "max_tokens": most}) for most in (480, 480, 5)]
+        calls = [Call(served.app, CHAT, body) for body in bodies]
         await until(lambda: served.service.load.replies == 3)
         refused = await Call(served.app, CHAT, ask(**LONG)).end()
         assert refused.status == 429
@@ -103,14 +104,33 @@ def test_a_client_that_leaves_while_its_prompt_is_read(served: Served) -> None:
     run(work())
 
 
-def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
+def test_the_server_answers_while_a_long_prompt_is_read(served: Served) -> None:
     async def work() -> None:
-        slow = Call(served.app, CHAT, ask(stream=True, **LONG), reads=False)
-        other = await Call(served.app, CHAT, ask(stream=True, **LONG)).end()
+        with serving(served.engine, prefill_chunk=1) as slow:
+            call = Call(slow.app, CHAT, ask("strawberry " * 60, max_tokens=1, cache_salt="of its own"))
+            await until(lambda: slow.engine.scheduler.reading)
+            before = slow.engine.scheduler.steps
+            health = await Call(slow.app, "/health", method="GET").end()
+            metrics = await Call(slow.app, "/metrics", method="GET").end()
+            assert (health.status, metrics.status) == (200, 200)
+            assert b"mlxqwen_reading_replies 1.0" in metrics.body
+            assert slow.engine.scheduler.steps - before < 60  # it was not waited for
+            assert (await call.end()).status == 200
+
+    run(work())
+
+
+def test_a_slow_reader_holds_up_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "MAX_UNREAD", 16)
+    body = ask(stream=True, **{**LONG, "max_tokens": 60})
+
+    async def work() -> None:
+        slow = Call(served.app, CHAT, body, reads=False)
+        other = await Call(served.app, CHAT, body).end()
         assert other.events[-1]["choices"][0]["finish_reason"] == "length"
         (row,) = served.engine.scheduler.running
         await until(lambda: row.is_parked)
-        assert len(row.records) <= MAX_UNREAD + 1  # and no more is held
+        assert len(row.records) <= 17  # and no more is held
         slow.may_read.set()
         await slow.end()
         assert slow.events[-1]["choices"][0]["finish_reason"] == "length"

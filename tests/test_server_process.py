@@ -157,3 +157,20 @@ def test_options_that_cannot_be() -> None:
     too_long = run("serve", "--max-model-len", "100000", "--port", "0")
     assert "--max-model-len: found 100,000, but the model's context is" in too_long.err
     assert too_long.status == 1
+
+
+@pytest.mark.slow
+def test_one_that_was_killed_knows_its_prompts_again(tmp_path: Path) -> None:
+    body = {"model": "demo", "messages": QUESTION, "seed": 5}
+    said = []
+    for round_ in range(2):
+        with process("--prompt-cache", str(tmp_path / "cache")) as server:
+            reply = json.loads(server.get("/v1/chat/completions", "POST", body)[1])
+            said.append(reply["choices"][0]["message"]["content"])
+            cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= 16 if round_ else cached == 0
+            until = time.monotonic() + 30
+            while not any((tmp_path / "cache").iterdir()) and time.monotonic() < until:
+                time.sleep(0.01)
+            server.process.kill()
+    assert said[0] == said[1]

@@ -174,6 +174,46 @@ def test_items_of_clients(served: Served) -> None:
     assert response.headers["x-mlxqwen-ignored"] == "verbosity, input[4], tools[0], tools[1]"
 
 
+def test_what_a_coding_agent_sends(served: Served) -> None:
+    shell = {
+        "type": "function",
+        "name": "shell",
+        "strict": False,
+        "parameters": {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}},
+    }
+    call = {"type": "function_call", "call_id": "c1", "name": "shell", "arguments": '{"command": ["ls"]}'}
+    body = {
+        "model": "demo",
+        "instructions": "Help.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Rules."}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "List files."}]},
+            {"type": "reasoning", "summary": [], "encrypted_content": None},
+            call,
+            {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "a.txt"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Thanks."}]},
+        ],
+        "tools": [
+            shell,
+            {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+            {"type": "web_search"},
+        ],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "k",
+        "text": {"verbosity": "low"},
+        "store": False,
+        "stream": True,
+        "max_output_tokens": 5,
+    }
+    response = served.client.post(PATH, json=body)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-mlxqwen-ignored"] == "tools[1], tools[2]"
+    assert '"type":"response.incomplete"' in response.text
+
+
 def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
     old = [{"role": role, "content": "word " * 60} for role in ("user", "assistant")] * 6
     items = [*old, {"role": "user", "content": QUESTION}]

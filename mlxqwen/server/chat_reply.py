@@ -40,6 +40,7 @@ class ChatChoice:
         self._separates = fields.separate_reasoning is not False
         self._most_calls = 1 if fields.parallel_tool_calls is False else None
         self._names = ("reasoning_content", "reasoning") if reasoning_field == "both" else (reasoning_field,)
+        self._stop_token_ids = fields.stop_token_ids or ()
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self._calls: list[dict[str, Any]] = []
@@ -107,9 +108,11 @@ class ChatChoice:
         return message
 
     def ending(self, done: Done) -> dict[str, Any]:
-        """Why it ended; and that it did so in thought, where nothing was said."""
+        """Why it ended: also which stop string or token did it, and that it did so in thought, if nothing was said."""
         reason = "tool_calls" if self.is_cut else "stop" if done.finish_reason == "loop" else done.finish_reason
-        ended: dict[str, Any] = {"finish_reason": reason}
+        ended: dict[str, Any] = {"finish_reason": reason, "stop_reason": done.stop_string}
+        if done.tokens and done.tokens[-1] in self._stop_token_ids:
+            ended["stop_reason"] = done.tokens[-1]
         if self._has_thought and not done.reply.content and not done.reply.tool_calls:
             ended["ended_in_thought"] = True
         return ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -51,6 +52,9 @@ class Journal:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                name = os.urandom(12).hex().encode()
+                message["headers"] = [*message["headers"], (b"x-request-id", name), (b"request-id", name)]
+                details["request_id"] = name.decode()
             await send(message)
 
         self._load.requests += 1
@@ -77,5 +81,5 @@ def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> 
             parts.append(f"first after {replies.seconds_to_first:.2f} s")
     if ignored := details.get("ignored"):
         parts.append(f"ignored: {ignored}")
-    parts.append(f"{seconds:.2f} s")
+    parts.append(f"{seconds:.2f} s, {details.get('request_id', '-')}")
     logger.info("%s", ", ".join(parts))
