@@ -173,3 +173,39 @@ def test_bad_input(arguments: list[str]) -> None:
 def test_names_cannot_forge_rows(tmp_path: Path) -> None:
     folder = write_sparse(tmp_path / "model\nfits yes", RELEASES["Qwen3-0.6B"])
     assert len(run("info", str(folder)).out.splitlines()) == 10
+
+
+def test_a_model_is_named_as_people_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("info").out.splitlines()[0].split(maxsplit=1)[1] == "the demo model"
+    snapshot = write_sparse(
+        tmp_path / "hub" / "models--Qwen--Qwen3-0.6B" / "snapshots" / "abc", RELEASES["Qwen3-0.6B"], bits=4
+    )
+    facts = json.loads(run("info", str(snapshot), "--json").out)
+    assert (facts["model"], facts["path"]) == ("Qwen/Qwen3-0.6B", str(snapshot))
+    other = write_sparse(tmp_path / "mine", RELEASES["Qwen3-0.6B"], bits=4)
+    assert json.loads(run("info", str(other), "--json").out)["model"] == str(other)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor", "told"),
+    [
+        (512, 1, "512 tokens"),
+        (513, 2, "512 tokens; 513 need YaRN: --yarn auto, or --yarn-factor 2"),
+        (1_025, 4, "512 tokens; 1,025 need YaRN: --yarn auto, or --yarn-factor 4"),
+        (2_049, None, "512 tokens; 2,049 are more than YaRN is made for"),
+    ],
+)
+def test_a_context_that_needs_yarn_is_told(tokens: int, factor: int | None, told: str) -> None:
+    rows = {line[:18].strip(): line[19:] for line in run("info", "--context", str(tokens)).out.splitlines()}
+    assert rows["context"] == told
+    assert json.loads(run("info", "--context", str(tokens), "--json").out)["yarn_factor"] == factor
+
+
+def test_the_table_of_what_fits_is_the_one_of_today() -> None:
+    from make_fit_table import ROOT, TABLE, table
+
+    found = TABLE.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    rows = found[0].splitlines()
+    assert [row.split()[1] for row in rows[2:]] == [*RELEASES]
+    assert {*table(["Qwen3-8B", "Qwen3-32B"]).splitlines()} <= {*rows}

@@ -19,6 +19,7 @@ from mlxqwen.console import Output
 from mlxqwen.errors import UnsupportedFormatError, one_line
 
 if TYPE_CHECKING:
+    from mlxqwen.files.config import ModelConfig
     from mlxqwen.model.footprint import Footprint
 
 __all__ = ["info"]
@@ -49,6 +50,7 @@ def info(
         from mlxqwen.blas import blas_in_use
         from mlxqwen.device import current_device
         from mlxqwen.files.hub import resolve_model
+        from mlxqwen.files.model_names import model_name
         from mlxqwen.model.footprint import measure, size_up
 
     check_unicode(model=model, revision=revision)
@@ -58,7 +60,8 @@ def info(
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {
-        "model": str(folder),
+        "model": model_name(folder),
+        "path": str(folder),
         "type": stored.config.model_type,
         "format": stored.format,
         "runs": stored.runs,
@@ -70,6 +73,7 @@ def info(
         "bits_per_weight": round(stored.bits_per_weight, 3),
         "disk_bytes": stored.disk_bytes,
         "context_length": stored.config.context_length,
+        "yarn_factor": _yarn_factor(stored.config, needed.tokens),
         "dtype": str(needed.dtype).rpartition(".")[2],
         "weight_bytes": needed.weight_bytes,
         "cache_tokens": needed.tokens,
@@ -111,7 +115,7 @@ def _table(facts: dict[str, Any]) -> str:
         "kind": f"{facts['type']}, {facts['format']}{not_run}",
         "parameters": f"{count_of(facts['parameters'])}{per_token}",
         "on disk": f"{_size(facts['disk_bytes'])}, {facts['bits_per_weight']:.2f} bits a weight",
-        "context": f"{facts['context_length']:,} tokens",
+        "context": f"{facts['context_length']:,} tokens{_yarn(facts)}",
         "weights in memory": f"{_size(facts['weight_bytes'])} in {facts['dtype']}",
         "cache in memory": f"{_size(facts['cache_bytes'])} for {facts['cache_tokens']:,} tokens",
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
@@ -120,6 +124,24 @@ def _table(facts: dict[str, Any]) -> str:
     }
     notes = [("note", note) for note in facts["notes"]]
     return "".join(_row(name, one_line(value)) for name, value in (*rows.items(), *notes))
+
+
+def _yarn_factor(config: ModelConfig, tokens: int) -> float | None:
+    """YaRN's factor that so many tokens need: 1 if none is needed, None if the largest does not hold them."""
+    if tokens <= config.context_length:
+        return 1.0
+    by_request = config.with_yarn_by_request()
+    factor = by_request.yarn_factor_for(tokens)
+    return factor if tokens <= config.with_yarn(factor).context_length else None
+
+
+def _yarn(facts: dict[str, Any]) -> str:
+    tokens, factor = f"{facts['cache_tokens']:,}", facts["yarn_factor"]
+    if factor == 1:
+        return ""
+    if factor is None:
+        return f"; {tokens} are more than YaRN is made for"
+    return f"; {tokens} need YaRN: --yarn auto, or --yarn-factor {factor:g}"
 
 
 def _row(name: str, value: str) -> str:
