@@ -22,7 +22,10 @@ from mlxqwen.text.tokenizer_file import build_tokenizer
 
 PACKAGE = Path(__file__).parent.parent / "mlxqwen"
 FOLDERS = ("cache", "chat", "cli", "engine", "sampling", "server", "text")
-FILES = ("atomic.py", "hub.py", "hub_settings.py", "json_file.py", "locks.py", "store.py", "unfinished.py")
+FILES = (
+    *("atomic.py", "hub.py", "hub_settings.py", "json_file.py", "locks.py", "modelscope.py", "store.py"),
+    "unfinished.py",
+)
 BLAMING = re.compile(
     r"\b(download|fetch|run|try|install|load|convert)\b[^.]*\b(again|anew)\b|damaged|tampered|permissions",
     re.IGNORECASE,
@@ -33,6 +36,7 @@ CONDITIONS = {
     "Run it again: files already complete are kept.": "a connection broke, or a size is another than the hub told",
     "Wait a few minutes and run it again, or set HF_TOKEN, which raises the limit.": "the hub answered 429",
     "Try again later: files already complete are kept.": "the hub answered 500 or above",
+    "Run it again; if it stays so, the model is damaged on the hub.": "a size or hash is another than ModelScope lists",
     "Check its permissions.": "the system answered that the user may not",
     "Check its permissions, or give another name.": "the system answered that the user may not",
     "Load the model again, or close it behind the last request.": "the model was closed",

@@ -64,7 +64,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-INTERRUPTIONS = {"NetworkError", "TimeoutException", "RemoteProtocolError", "IncompleteRead", "ProtocolError"}
+INTERRUPTIONS = {
+    *("NetworkError", "TimeoutException", "RemoteProtocolError"),  # httpx
+    *("ConnectionError", "Timeout", "ChunkedEncodingError", "IncompleteRead", "ProtocolError"),  # requests, urllib3
+    "FileDownloadError",  # modelscope_hub, of files that broke off
+}
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import CheckpointError, HubError
 from mlxqwen.files.atomic import write_file
-from mlxqwen.files.hub import TRUE, UNWANTED_FILES, WANTED_FILES, check_model, first_line, found_here
+from mlxqwen.files.hub import TRUE, UNWANTED_FILES, WANTED_FILES, check_model, first_line, found_here, is_interruption
 from mlxqwen.files.json_file import read_json_object
 
 if TYPE_CHECKING:
@@ -206,10 +206,13 @@ def _hub_error(name: str, repo_id: str, revision: str | None, cause: Exception) 
         return HubError(
             f"{name}: ModelScope answered {status}", hint="Try again later: files already complete are kept."
         )
-    return HubError(
-        f"{name}: the download failed: {type(cause).__name__}: {first_line(cause)}",
-        hint="Run it again: files already complete are kept.",
-    )
+    problem = f"{name}: the download failed: {type(cause).__name__}: {first_line(cause)}"
+    if is_interruption(cause):
+        return HubError(problem, hint="Run it again: files already complete are kept.")
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return HubError(problem, hint="Point MODELSCOPE_CACHE to a folder that can be written to.")
+    variables = ", ".join(sorted(variable for variable in os.environ if variable.startswith("MODELSCOPE_")))
+    return HubError(problem, hint=f"Check {variables} in the environment." if variables else "")
 
 
 def _malformed(name: str, cause: Exception) -> HubError:
