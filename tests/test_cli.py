@@ -465,7 +465,7 @@ def prefilling(monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
     monkeypatch.setattr(Engine, "stream", stream)
 
 
-PROGRESS = "\rReading the prompt: 512 of 2,048 tokens\r\x1b[K"
+PROGRESS = "\rReading the prompt: 0 of 2,048 tokens\rReading the prompt: 512 of 2,048 tokens\r\x1b[K"
 
 
 @pytest.mark.parametrize("error", [GenerationError("logits: found NaN"), MemoryError()])

@@ -73,10 +73,10 @@ def test_reasoning_is_dim_and_the_answer_plain(terminal: list[pexpect.spawn]) ->
     status, text = finish(child)
     assert status == 0
     assert text.startswith("\x1b[2m")
-    answer = text.rpartition("\x1b[22m")[2]
-    assert answer.startswith("\r\n")
-    assert len(answer.split("\r\n")) == 3
-    assert text.endswith("\r\n")
+    *_, reasoning, answer, speed = text.split("\x1b[2m")
+    assert reasoning.rpartition("\x1b[22m")[2] == ""
+    assert re.fullmatch(r".*\x1b\[22m\r\n[^\r\n]+\r\n", answer, re.DOTALL)
+    assert re.fullmatch(r"\d+ tokens, \d+\.\d tokens/s\r\n\x1b\[22m", speed)
 
 
 def test_no_color(terminal: list[pexpect.spawn]) -> None:

@@ -27,6 +27,7 @@ from mlxqwen.cli.reply_printer import (
     ReplyPrinter,
     print_note,
     print_request,
+    print_short_speed,
     print_speed,
 )
 from mlxqwen.cli.spellings import SpelledCommand
@@ -110,6 +111,8 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     printer.end()
     if printer.done is not None and options["verbose"]:
         print_speed(printer.done)
+    elif printer.done is not None and not options["as_json"] and not options["quiet"]:
+        print_short_speed(printer.done)
     _check_answered(asked, printer.done, options)
     if printer.done is not None and not options["as_json"] and not options["quiet"]:
         print_note(printer.done, options["max_tokens"], engine.model.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -11,6 +12,7 @@ import click
 from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.option_list import DEFAULT_KV_KEEP
+from mlxqwen.cli.terminal import LoadingLine
 from mlxqwen.cli.text_input import check_unicode, read_text, source_name
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import parse_json
@@ -185,17 +187,21 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
     """Load the model; a conversion shows its progress, and calls `on_progress` each time."""
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
+        from mlxqwen.files.hub import resolve_model
+        from mlxqwen.files.model_names import DEMO_NAME
 
-    with conversion_progress() as show:
+    model = options["model"]
+    folder = resolve_model(model, revision=options["revision"])  # a download has lines of its own
+    with conversion_progress() as show, LoadingLine(sys.stderr, model or DEMO_NAME) as loading:
 
         def on_convert(stage: str, done: int, total: int) -> None:
+            loading.end()
             show(stage, done, total)
             if on_progress is not None:
                 on_progress()
 
         engine = Engine.load(
-            options["model"],
-            revision=options["revision"],
+            None if model is None else folder,
             dtype=options["dtype"],
             rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
             yarn_factor=options["yarn_factor"],

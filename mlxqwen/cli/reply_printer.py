@@ -167,6 +167,13 @@ def print_note(done: Done, max_tokens: int | None, config: ModelConfig) -> None:
         sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
 
 
+def print_short_speed(done: Done) -> None:
+    """Print tokens and speed in a dim last line, where the answer and all else stand on a terminal."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        count, speed = done.usage.completion_tokens, done.timings.decode_tokens_per_second
+        Output(sys.stderr, dim=True).write(f"{count:,} token{'s' * (count != 1)}, {speed:.1f} tokens/s\n")
+
+
 def print_speed(done: Done) -> None:
     """Print tokens, speed and memory."""
     import mlx.core as mx

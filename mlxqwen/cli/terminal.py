@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from typing import ClassVar, TextIO
 
@@ -12,10 +13,12 @@ from mlxqwen.errors import one_line
 
 __all__ = [
     "ConversionProgress",
+    "LoadingLine",
     "PrefillProgress",
     "StatusLine",
     "be_quiet",
     "count_of",
+    "prefill_lines",
     "print_error",
     "print_notes",
     "progress_lines",
@@ -88,20 +91,86 @@ class StatusLine:
 
 
 class PrefillProgress:
-    """One line on a terminal while a long prompt is read; wiped when it is done."""
+    """One line on a terminal while a long prompt is read, from before its first chunk on; wiped when it is done."""
+
+    _LONG = 512  # tokens; fewer are read before a line could be
 
     def __init__(self, stream: TextIO) -> None:
         self._line = StatusLine(stream)
+        self._began: float | None = None
+        self._first = 0
 
     def __call__(self, done: int, total: int) -> None:
         if done >= total:
             self.wipe()
-        elif done:
-            self._line.draw(f"Reading the prompt: {done:,} of {total:,} tokens", f"Prompt: {100 * done // total} %")
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began, self._first = now, done
+            if total - done <= self._LONG:
+                return
+        self._line.draw(*prefill_lines(done, total, done - self._first, now - self._began))
 
     def wipe(self) -> None:
         """Leave an empty line to whatever is written next."""
         self._line.wipe()
+        self._began = None
+
+
+def prefill_lines(done: int, total: int, recent: int, seconds: float) -> list[str]:
+    """For example `Reading the prompt: 512 of 2,048 tokens  310 tokens/s  0:05 left`, and shorter versions.
+
+    Args:
+        done, total: tokens.
+        recent: tokens read in the last `seconds`.
+    """
+    line = f"Reading the prompt: {done:,} of {total:,} tokens"
+    rate = left = ""
+    if recent and seconds >= 0.2:
+        seconds_left = round((total - done) * seconds / recent)
+        rate = f"  {recent / seconds:.0f} tokens/s"
+        left = f"  {seconds_left // 60}:{seconds_left % 60:02d} left"
+    return [line + rate + left, line + left, line, f"Prompt: {100 * done // total} %"]
+
+
+class LoadingLine:
+    """One line on a terminal while a model is loaded, once that takes half a second; wiped when something else shows.
+
+    Args:
+        stream: where it stands.
+        name: the model's.
+    """
+
+    _SECONDS = 0.5
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._line = StatusLine(stream)
+        self._name = one_line(name)
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._timer = threading.Timer(self._SECONDS, self._draw)
+        self._timer.daemon = True
+
+    def __enter__(self) -> LoadingLine:
+        if self._line.shows:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Wipe the line, and show none from now on."""
+        with self._lock:
+            if not self._is_over:
+                self._timer.cancel()
+                self._line.wipe()
+            self._is_over = True
+
+    def _draw(self) -> None:
+        with self._lock:
+            if not self._is_over:
+                self._line.draw(f"Loading {self._name}", "Loading")
 
 
 class ConversionProgress:
