@@ -42,13 +42,13 @@ def check(schema: dict[str, Any], content: str) -> None:
     Draft202012Validator(schema, format_checker=FormatChecker()).validate(json.loads(content))
 
 
-@pytest.mark.parametrize("temperature", [0, 1, 20])
+@pytest.mark.parametrize("temperature", [0, 20])
 def test_replies_of_a_random_model_fit_every_schema(babble: Engine, temperature: float) -> None:
     asked = [ChatRequest(QUESTION, {"response_format": schema}) for schema in SCHEMAS.values()]
     sampling = {"temperature": temperature, "top_p": 1, "top_k": 0}
     ended = 0
     for index, done in babble.batch(
-        asked, batch_size=40, max_tokens=80, thinking=False, seed=int(temperature), sampling=sampling
+        asked, batch_size=40, max_tokens=64, thinking=False, seed=int(temperature), sampling=sampling
     ):
         if done.finish_reason == "stop":
             check(asked[index].options["response_format"], done.reply.content)
