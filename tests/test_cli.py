@@ -31,6 +31,7 @@ OPTIONS = """
     --speculative --draft --draft-tokens --prompt-cache --prefix-cache --quiet --json-schema -m -s -q
 """
 
+DEMO = str(DEMO_FOLDER)
 Folder = Callable[..., Path]
 
 
@@ -120,6 +121,15 @@ def test_a_gguf_file_is_named_for_what_it_is(tmp_path: Path) -> None:
     assert_error(run("generate", "hi", "--model", str(tmp_path)), "GGUF")
 
 
+@pytest.mark.parametrize(
+    "command", [["generate", "hi", "-m"], ["chat"], ["info"], ["bench"], ["convert"]], ids=" ".join
+)
+def test_gguf_is_named_everywhere(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for path, what in ((tmp_path, "GGUF files (model.gguf)"), (tmp_path / "model.gguf", "a GGUF file")):
+        assert_error(run(*command, str(path)), f"{path}: ", what, "safetensors, such as")
+
+
 def test_a_web_address_is_no_model() -> None:
     assert_error(run("generate", "hi", "--model", "https://github.com/Qwen/Qwen3"), "web address", "Qwen/")
 
@@ -129,10 +139,33 @@ def test_json_is_one_object() -> None:
     said = json.loads(result.out)
     assert (result.status, result.err) == (0, "")
     assert result.out.count("\n") == 1
-    assert list(said) == ["reasoning", "content", "tool_calls", "finish_reason", "usage", "timings"]
+    answer = ["reasoning", "content", "tool_calls", "finish_reason", "usage", "timings", "stop_string"]
+    assert list(said) == [*answer, "model", "seed"]
+    assert (said["model"], said["seed"], said["stop_string"]) == ("the demo model", 1, None)
+    assert all(len(f"{value:.10g}".strip("0.").replace(".", "")) <= 4 for value in said["timings"].values())
     assert said["finish_reason"] in ("stop", "length")
     assert said["usage"]["completion_tokens"] > said["usage"]["reasoning_tokens"]
     assert said["timings"]["decode_seconds"] > 0
+
+
+def test_a_seed_that_was_drawn_draws_the_same_again() -> None:
+    options = ("What is 2 + 3?", "--temperature", "2", "--max-tokens", "20", "--json")
+    first = json.loads(run("generate", *options).out)
+    told = run("generate", *options, "--verbose", "--seed", str(first["seed"]))
+    again = json.loads(told.out)
+    assert (again["content"], again["reasoning"]) == (first["content"], first["reasoning"])
+    assert f"seed {first['seed']}" in told.err
+    drawn = run("generate", *options, "--verbose")
+    assert f"seed {json.loads(drawn.out)['seed']}" in drawn.err
+    assert json.loads(drawn.out)["seed"] != first["seed"]
+
+
+def test_the_string_that_ended_an_answer_is_told() -> None:
+    whole = json.loads(run("generate", "What is 2 + 3?", "--temperature", "0", "--no-thinking", "--json").out)
+    stop = whole["content"][3:6]
+    cut = run("generate", "What is 2 + 3?", "--temperature", "0", "--no-thinking", "--json", "--stop", stop, "-m", DEMO)
+    assert json.loads(cut.out)["stop_string"] == stop
+    assert json.loads(cut.out)["model"] == DEMO
 
 
 def test_json_says_what_the_text_says() -> None:
@@ -487,7 +520,7 @@ def test_interrupt_while_prefilling_wipes_the_progress(monkeypatch: pytest.Monke
 def test_interrupt_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     replies(monkeypatch, Delta(reasoning="so"), Delta(content="It is"), KeyboardInterrupt())
     assert run("generate", "hi") == Result(130, "It is\n", "so\n")
-    result = run("generate", "hi", "--json")
+    result = run("generate", "hi", "--json", "--seed", "3")
     assert (result.status, result.err) == (130, "")
     assert json.loads(result.out) == {
         "reasoning": "so",
@@ -496,6 +529,9 @@ def test_interrupt_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "finish_reason": "interrupted",
         "usage": None,
         "timings": None,
+        "stop_string": None,
+        "model": "the demo model",
+        "seed": 3,
     }
 
 

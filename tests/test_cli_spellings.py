@@ -229,7 +229,11 @@ def test_defaults_of_the_file(seen: list[dict[str, Any]], config: Callable[[str]
     )
     result = run("generate", "a", "--verbose", "--max-tokens", "9")
     asked = seen.pop()
-    assert (asked["sampling"], asked["max_tokens"], asked["stop"]) == ({"temperature": 0.5}, 9, ("x",))
+    assert (asked["sampling"], asked["max_tokens"], asked["stop"]) == (
+        {"temperature": 0.5, "seed": asked["sampling"]["seed"]},
+        9,
+        ("x",),
+    )
     assert (asked["thinking"], asked["kv_bits"]) == (False, 8)
     assert f"default: --temperature 0.5 by {path}\n" in result.err
     assert "default: --max-tokens" not in result.err

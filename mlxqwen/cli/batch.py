@@ -20,7 +20,7 @@ from mlxqwen.cli.generate_options import (
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.reply_printer import print_request, yarn_field
-from mlxqwen.cli.terminal import StatusLine, print_error
+from mlxqwen.cli.terminal import StatusLine, counted, print_error
 from mlxqwen.cli.text_input import read_text, source_name
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
 
@@ -97,7 +97,7 @@ def generate_batch(options: Mapping[str, Any]) -> int:
         failed = answers.failed
     if failed:
         print_error(
-            f"{output}: {failed:,} of {len(requests):,} lines have failed",
+            f"{output}: {failed:,} of {counted(len(requests), 'line')} {'has' if len(requests) == 1 else 'have'} failed",
             'Their "error" tells why. They are not tried again unless they are removed from it: the same command then '
             "answers them alone.",
         )
@@ -136,15 +136,11 @@ def _answer_all(requests: Sequence[BatchRequest], answers: AnswerFile, options: 
     if options["verbose"]:
         seconds = time.perf_counter() - started
         sys.stderr.write(
-            f"{_count(len(requests), 'answer')} of {_count(tokens, 'token')} in {seconds:.1f} s, "
+            f"{counted(len(requests), 'answer')} of {counted(tokens, 'token')} in {seconds:.1f} s, "
             f"{tokens / seconds:.1f} tokens/s\n"
         )
         for factor in sorted(by_factor):
-            sys.stderr.write(f"{_count(by_factor[factor], 'answer')}, {yarn_line('YaRN', factor)}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+            sys.stderr.write(f"{counted(by_factor[factor], 'answer')}, {yarn_line('YaRN', factor)}")
 
 
 def _print_options(engine: Engine, options: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from mlxqwen.cli.chat_thinking import describe_thinking, without_sentence
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
+from mlxqwen.cli.terminal import counted
 from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event
@@ -249,8 +250,7 @@ class ChatSession:
         self._view.say("Cleared." if self._conversation.system is None else "Cleared, but for the system message.")
 
     def _count(self) -> str:
-        messages = len(self._conversation.messages)
-        return f"{messages} message{'s' * (messages != 1)}"
+        return counted(len(self._conversation.messages), "message")
 
     def _stats(self) -> str:
         return (
@@ -311,9 +311,9 @@ def _last_answer(done: Done, engine: Engine) -> str:
     ended = ", all that its budget allows" if usage.budget_exhausted else ""
     tokens = usage.prompt_tokens + usage.completion_tokens
     return (
-        f"Prompt: {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them from the cache, the others at "
-        f"{timings.prefill_tokens_per_second:.1f} tokens/s.\n"
-        f"Answer: {usage.completion_tokens:,} tokens, {usage.reasoning_tokens:,} of reasoning{ended}, "
+        f"Prompt: {counted(usage.prompt_tokens, 'token')}, {usage.cached_tokens:,} of them from the cache, "
+        f"the others at {timings.prefill_tokens_per_second:.1f} tokens/s.\n"
+        f"Answer: {counted(usage.completion_tokens, 'token')}, {usage.reasoning_tokens:,} of reasoning{ended}, "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}.\n"
         f"{drafts_line('Drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"{yarn_line('YaRN', done.yarn_factor)}"

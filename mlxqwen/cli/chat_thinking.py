@@ -9,6 +9,7 @@ from typing import Any
 from mlxqwen.chat.splitter import Tag
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 from mlxqwen.chat.thinking_modes import thinking_modes
+from mlxqwen.cli.terminal import counted
 from mlxqwen.engine.events import Done
 from mlxqwen.text.tokenizer import Tokenizer
 
@@ -25,12 +26,8 @@ def describe_thinking(tokenizer: Tokenizer, options: Mapping[str, Any]) -> str:
     switch, budget = options.get("thinking"), options.get("thinking_budget")
     if budget == 0 or not thinking_modes(tokenizer, tools=bool(options.get("tools"))).thinks(switch):
         return "The model does not think before it answers."
-    limit = "as long as it likes" if budget is None else f"for at most {_tokens(budget)}"
+    limit = "as long as it likes" if budget is None else f"for at most {counted(budget, 'token')}"
     return f"The model thinks {limit} before it answers."
-
-
-def _tokens(number: int) -> str:
-    return f"{number:,} token{'s' * (number != 1)}"
 
 
 def without_sentence(done: Done, tokenizer: Tokenizer, options: Mapping[str, Any]) -> Done:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from mlxqwen.cli.chat_markdown import wrap
+from mlxqwen.cli.terminal import counted
 
 __all__ = ["Thought", "thought_line"]
 
@@ -14,7 +15,7 @@ _SHOWN_LINES = 6  # of a thought that goes on
 
 def thought_line(seconds: float, tokens: int, *, cut_off: bool = False) -> str:
     """For example `Thought for 3.2 s, 214 tokens`."""
-    return f"Thought for {seconds:.1f} s, {tokens:,} token{'s' * (tokens != 1)}{', its whole budget' * cut_off}"
+    return f"Thought for {seconds:.1f} s, {counted(tokens, 'token')}{', its whole budget' * cut_off}"
 
 
 class Thought:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,9 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
         raise _in_options_words(error, options) from None
     finally:
         progress.close()
+    if not quiet:
+        for note in _warnings(report):
+            _note(note)
     text = json.dumps(report.as_dict(), ensure_ascii=False) + "\n" if as_json else _text(report)
     if not (quiet and not as_json) and not _print(text, report):
         return 1
@@ -198,6 +202,26 @@ def _chosen_output(source: str, options: Mapping[str, Any]) -> str:
     except OptionError as error:
         raise _in_options_words(error, options) from None
     return output_name(plan)
+
+
+def _warnings(report: Report) -> Iterator[str]:
+    """What a user should know who expects more of the result than it can be."""
+    if not (Path(report.source) / "tokenizer.json").is_file():
+        yield f"{report.source} has no tokenizer.json: the result has none either, and cannot be asked without one"
+    grows = [
+        row for row in report.kinds if (bits := _bits(row.source)) and bits <= 4 and bits < (_bits(row.target) or 16)
+    ]
+    if grows:
+        yield (
+            f"{grows[0].kind}: from {grows[0].source} to {grows[0].target} takes more room, and nothing that was lost "
+            "when it was quantized comes back"
+        )
+
+
+def _bits(label: str) -> int | None:
+    """The bits of codes in a label such as `MLX 4-bit g64` or `compressed-tensors int4`; None for floats."""
+    found = re.search(r"\b(\d)-bit|\bint(\d)", label)
+    return None if found is None else int(found[1] or found[2])
 
 
 def _nothing_to_resume(output: str) -> bool:

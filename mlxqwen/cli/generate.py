@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from secrets import randbelow
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,6 +78,17 @@ def generate(ctx: click.Context, /, **options: Any) -> int:
     return _generate_one(options, words)
 
 
+def _model(options: Mapping[str, Any]) -> str:
+    """The name of the model: its id, as it was given, or that of the demo."""
+    from mlxqwen.files.aliases import hub_id_of_alias
+    from mlxqwen.files.model_names import DEMO_NAME
+
+    given = options["model"]
+    if given is None:
+        return DEMO_NAME
+    return given if os.path.isdir(given) else hub_id_of_alias(given) or given
+
+
 def _prompt_words(options: Mapping[str, Any]) -> Sequence[str]:
     """PROMPT, which may also be given as --prompt."""
     words: Sequence[str] = options["prompt"]
@@ -91,10 +104,11 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     asked = _read_text(options, words) if options["raw"] else _read_conversation(options, words)
     form = read_form(options)
     check_values(options)
-    printer, progress = (
-        ReplyPrinter(as_json=options["as_json"], hides_reasoning=options["quiet"]),
-        PrefillProgress(sys.stderr),
-    )
+    # Drawn here where none is given, so that it can be told, and the answer drawn again.
+    options = {**options, "seed": randbelow(1 << 32) if options["seed"] is None else options["seed"]}
+    told = {"model": _model(options), "seed": options["seed"]}
+    printer = ReplyPrinter(as_json=options["as_json"], hides_reasoning=options["quiet"], asked=told)
+    progress = PrefillProgress(sys.stderr)
     try:
         engine = load_engine(options)
         with closing(engine), closing(_events(engine, asked, form, options, progress)) as events:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlxqwen.cli.terminal import counted
 from mlxqwen.console import Output
 from mlxqwen.errors import one_line
 from mlxqwen.files.json_file import parse_json
@@ -27,12 +28,14 @@ class ReplyPrinter:
     Args:
         as_json: print the object.
         hides_reasoning: print the answer alone.
+        asked: what else the object tells, such as the model and the seed.
     """
 
-    def __init__(self, *, as_json: bool, hides_reasoning: bool = False) -> None:
+    def __init__(self, *, as_json: bool, hides_reasoning: bool = False, asked: Mapping[str, Any] | None = None) -> None:
         self.done: Done | None = None
         self._as_json = as_json
         self._hides_reasoning = hides_reasoning
+        self._asked = asked or {}
         self._deltas: list[Delta] = []
         self._stdout, self._stderr = Output(sys.stdout), Output(sys.stderr, dim=True)
 
@@ -85,7 +88,9 @@ class ReplyPrinter:
                 "tool_calls": assistant_message(reply).get("tool_calls", []),
                 "finish_reason": "interrupted" if interrupted or done is None else done.finish_reason,
                 "usage": None if done is None else asdict(done.usage),
-                "timings": None if done is None else asdict(done.timings),
+                "timings": None if done is None else _rounded(asdict(done.timings)),
+                "stop_string": None if done is None else done.stop_string,
+                **self._asked,
                 **yarn_field(done),
             }
         )
@@ -97,6 +102,11 @@ class ReplyPrinter:
 def yarn_field(done: Done | None) -> dict[str, float]:
     """The YaRN factor of a reply as a field of its JSON; none where the model does not scale by request."""
     return {} if done is None or done.yarn_factor is None else {"yarn_factor": done.yarn_factor}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Measured values with the digits that mean something."""
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
 def _printed_call(call: ToolCall) -> dict[str, Any]:
@@ -158,20 +168,20 @@ def print_note(done: Done, max_tokens: int | None, config: ModelConfig) -> None:
     """Note that a reply did not end by itself: it looks like any other."""
     tokens = done.usage.completion_tokens
     if done.finish_reason == "loop":
-        sys.stderr.write(f"note: stopped after {tokens:,} tokens, for the reply went round in circles\n")
+        sys.stderr.write(f"note: stopped after {counted(tokens, 'token')}, for the reply went round in circles\n")
     elif done.finish_reason == "length":
         where = "in the middle of the answer" if done.reply.content or done.reply.tool_calls else "before the answer"
         way_out = "raise --max-tokens" if tokens == max_tokens else "the context is full; --max-kv-size slides over it"
         if tokens != max_tokens and config.yarn_choices and done.yarn_factor != config.yarn_choices[-1].factor:
             way_out = "its context is full; a larger --max-tokens lets YaRN extend it"
-        sys.stderr.write(f"note: stopped after {tokens:,} tokens, {where}: {way_out}\n")
+        sys.stderr.write(f"note: stopped after {counted(tokens, 'token')}, {where}: {way_out}\n")
 
 
 def print_short_speed(done: Done) -> None:
     """Print tokens and speed in a dim last line, where the answer and all else stand on a terminal."""
     if sys.stdout.isatty() and sys.stderr.isatty():
-        count, speed = done.usage.completion_tokens, done.timings.decode_tokens_per_second
-        Output(sys.stderr, dim=True).write(f"{count:,} token{'s' * (count != 1)}, {speed:.1f} tokens/s\n")
+        speed = done.timings.decode_tokens_per_second
+        Output(sys.stderr, dim=True).write(f"{counted(done.usage.completion_tokens, 'token')}, {speed:.1f} tokens/s\n")
 
 
 def print_speed(done: Done) -> None:
@@ -184,8 +194,8 @@ def print_speed(done: Done) -> None:
     ended = ", which the budget ended" if usage.budget_exhausted else ""
     cached = f", {usage.cached_tokens} of them from the cache" if usage.cached_tokens else ""
     sys.stderr.write(
-        f"prompt: {usage.prompt_tokens} tokens{cached}, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
-        f"answer: {usage.completion_tokens} tokens ({usage.reasoning_tokens} of reasoning{ended}), "
+        f"prompt: {counted(usage.prompt_tokens, 'token')}{cached}, {timings.prefill_tokens_per_second:.1f} tokens/s\n"
+        f"answer: {counted(usage.completion_tokens, 'token')} ({usage.reasoning_tokens} of reasoning{ended}), "
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}\n"
         f"{drafts_line('drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"{yarn_line('YaRN', done.yarn_factor)}"

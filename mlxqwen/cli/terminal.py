@@ -18,6 +18,7 @@ __all__ = [
     "StatusLine",
     "be_quiet",
     "count_of",
+    "counted",
     "prefill_lines",
     "print_error",
     "print_notes",
@@ -41,6 +42,11 @@ def count_of(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(number)
+
+
+def counted(number: int, noun: str) -> str:
+    """For example `1 token` and `2,000 tokens`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class StatusLine:

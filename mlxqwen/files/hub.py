@@ -60,6 +60,8 @@ WANTED_FILES = [
     "README.md",  # names the licence
 ]
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
+GGUF_SUFFIXES = (".gguf", ".ggml")
+NO_GGUF_HINT = "Take the model's release in safetensors, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
@@ -96,6 +98,7 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
     if name and os.path.isdir(folder):
         refuse_revision(revision, f"the folder {name}")
         refuse_unfinished(folder)
+        refuse_gguf(folder)
         return folder
     is_prefixed = name.startswith(MODELSCOPE_PREFIX)
     repo_id, is_page = name.removeprefix(MODELSCOPE_PREFIX), False
@@ -157,6 +160,19 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
+def refuse_gguf(folder: Path) -> None:
+    """Raise `HubError` for a folder of GGUF files, which has no config."""
+    if (folder / "config.json").exists():
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in GGUF_SUFFIXES)
+    if found:
+        raise HubError(
+            f"{folder}: found GGUF files ({', '.join(found[:3])}), which are not read, expected config.json and "
+            "safetensors weights",
+            hint=NO_GGUF_HINT,
+        )
+
+
 def refuse_revision(revision: str | None, what: str) -> None:
     """Raise `OptionError` if a revision is given for `what`, which has none."""
     if revision is not None:
@@ -183,6 +199,8 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
     """The folder. Raises `HubError` if it is a file or does not exist."""
     if os.path.isdir(folder):
         return folder
+    if os.path.isfile(folder) and folder.suffix.lower() in GGUF_SUFFIXES:
+        raise HubError(f"{folder}: a GGUF file, which is not read, expected a model's folder", hint=NO_GGUF_HINT)
     if os.path.isfile(folder):
         raise HubError(f"{folder}: a file, expected a model's folder", hint=f"Give {folder.parent} instead.")
     raise HubError(f"{folder}: no such folder", hint=hint)

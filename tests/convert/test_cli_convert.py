@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,18 @@ import pytest
 from mlxqwen.cli.terminal import ConversionProgress, print_notes, progress_lines
 from mlxqwen_convert import convert
 from tests.command_line import Terminal, library_logging_kept, run
-from tests.convert.checkpoints import DENSE, MOE, make_source
+from tests.convert import checkpoints
+from tests.convert.checkpoints import DENSE, MOE, Config, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+
+
+def make_source(folder: Path, form: str, config: Config = DENSE) -> Source:
+    """A checkpoint with a tokenizer's file, without which each conversion has a note."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    return checkpoints.make_source(folder, form, config)
 
 
 def mlxqwen(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -333,3 +342,21 @@ def test_the_library_is_not_loaded_for_other_commands() -> None:
     code += "print([m for m in sys.modules if 'mlxqwen_convert' in m])"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_a_conversion_cannot_give_is_told(tmp_path: Path) -> None:
+    from mlxqwen.files.hub import DEMO_FOLDER
+    from tests.command_line import run
+
+    four, eight, whole = (tmp_path / name for name in ("4", "8", "16"))
+    shutil.copytree(DEMO_FOLDER, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    without = run("convert", str(tmp_path / "source"), str(four), "--no-verify")
+    assert without.err == (
+        f"note: {tmp_path / 'source'} has no tokenizer.json: the result has none either, "
+        "and cannot be asked without one\n"
+    )
+    assert run("convert", str(DEMO_FOLDER), str(tmp_path / "same"), "--no-verify").err == ""
+    for output, options, target in ((eight, ["--bits", "8"], "8-bit g64"), (whole, ["--bits", "16"], "BF16")):
+        up = run("convert", str(tmp_path / "same"), str(output), *options, "--no-verify")
+        assert f"from MLX 4-bit g64 to {target} takes more room, and nothing that was lost" in up.err
