@@ -56,6 +56,8 @@ class LoopbackHub(ThreadingHTTPServer):
     def __init__(self, models: dict[str, HubModel]) -> None:
         super().__init__(("127.0.0.1", 0), HubRequestHandler)
         self.models = models
+        self.sent_bytes = 0  # of files, whole answers alone
+        self.ignores_ranges = False
         self.requests: list[Request] = []
 
     @property
@@ -115,7 +117,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         elif revision not in model.revisions | {COMMIT}:
             self.refuse(404, "RevisionNotFound")
         elif wanted is None:
-            self.send_json({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": f} for f in model.files]})
+            files = [{"rfilename": path, "size": len(content)} for path, content in model.files.items()]
+            self.send_json({"id": repo_id, "sha": COMMIT, "siblings": files})
         elif wanted == "tree":
             self.send_json([tree_entry(path, content) for path, content in model.files.items()])
         elif model.gated:
@@ -136,15 +139,16 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def send_file(self, model: HubModel, content: bytes) -> None:
-        start = self.first_byte()
-        self.send_response(206 if start else 200)
+        start, stop = self.wanted_bytes(len(content))
+        is_part = (start, stop) != (0, len(content))
+        self.send_response(206 if is_part else 200)
         self.send_header("ETag", f'"{blob_id(content)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -153,12 +157,13 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             self.wfile.write(content[start : start + len(content) // 2])
             self.close_connection = True
         else:
-            self.wfile.write(content[start:])
+            self.hub.sent_bytes += stop - start
+            self.wfile.write(content[start:stop])
 
-    def first_byte(self) -> int:
-        """Of a `Range: bytes=N-` header; 0 without one."""
-        wanted = self.headers.get("Range")
-        return 0 if wanted is None else int(wanted.removeprefix("bytes=").rstrip("-"))
+    def wanted_bytes(self, size: int) -> tuple[int, int]:
+        """Where the bytes of a `Range` header begin and end; all of a file of `size` bytes without one."""
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        return int(first), min(int(last) + 1, size) if last and not self.hub.ignores_ranges else size
 
     def refuse(self, status: int, code: str, message: str = "Not for you") -> None:
         self.send_response(status)

@@ -92,11 +92,12 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """What is looked for on the hub, which has nothing."""
     asked: list[tuple[str, str | None]] = []
 
-    def downloaded(name: str, revision: str | None) -> Path:
-        asked.append((name, revision))
-        raise HubError(f"{name}: not there")
+    def downloaded(place: hub.HubModel, *_: object) -> Path:
+        asked.append((place.repo_id, place.revision))
+        raise HubError(f"{place.repo_id}: not there")
 
     monkeypatch.setattr(hub, "downloaded", downloaded)
+    monkeypatch.setattr(hub, "previewed", downloaded)
     return asked
 
 

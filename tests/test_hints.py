@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mlxqwen.errors import MlxqwenError, TokenizerError
-from mlxqwen.files.hub import hub_error
+from mlxqwen.files.hub_errors import hub_error
 from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
 from mlxqwen.files.json_file import read_json_object, unreadable
 from mlxqwen.text.tokenizer_file import build_tokenizer
@@ -23,8 +23,8 @@ from mlxqwen.text.tokenizer_file import build_tokenizer
 PACKAGE = Path(__file__).parent.parent / "mlxqwen"
 FOLDERS = ("cache", "chat", "cli", "engine", "sampling", "server", "text")
 FILES = (
-    *("atomic.py", "hub.py", "hub_settings.py", "json_file.py", "locks.py", "modelscope.py", "store.py"),
-    "unfinished.py",
+    *("atomic.py", "hub.py", "hub_errors.py", "hub_settings.py", "json_file.py"),
+    *("locks.py", "modelscope.py", "store.py", "unfinished.py"),
 )
 BLAMING = re.compile(
     r"\b(download|fetch|run|try|install|load|convert)\b[^.]*\b(again|anew)\b|damaged|tampered|permissions",

@@ -14,7 +14,8 @@ import pexpect
 import pytest
 
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
-from mlxqwen.files.hub import DEMO_FOLDER, hub_error, resolve_model
+from mlxqwen.files.hub import DEMO_FOLDER, resolve_model
+from mlxqwen.files.hub_errors import hub_error
 from tests.loopback_hub import COMMIT, HubModel, LoopbackHub, running_hub
 
 WANTED = {

@@ -112,7 +112,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path: content for path, content in all_files_in(folder).items() if path != ".mlxqwen-checked.json"}
 
 
-def failure(name: str, **options: str) -> str:
+def failure(name: str, **options: Any) -> str:
     with pytest.raises(HubError) as caught:
         resolve_model(name, **options)
     assert len(str(caught.value).splitlines()) <= 2
@@ -285,7 +285,7 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_the_variable_makes_it_the_default(hub: LoopbackModelScope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda name, revision: Path("the other hub"))
+    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda place, check: Path("the other hub"))
     for value, is_default in (("", False), ("false", False), ("0", False), ("True", True), ("1", True)):
         monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", value)
         assert (resolve_model("org/model") != Path("the other hub")) == is_default
@@ -297,7 +297,7 @@ def test_the_variable_makes_it_the_default(hub: LoopbackModelScope, monkeypatch:
 
 @pytest.mark.usefixtures("here")
 def test_aliases_and_pages(hub: LoopbackModelScope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda name, revision: Path("the other hub") / name)
+    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda place, check: Path("the other hub") / place.repo_id)
     hub.models["Qwen/Qwen3-4B-FP8"] = ModelScopeModel(WANTED)
     assert "Qwen--Qwen3-4B-FP8" in resolve_model("modelscope:qwen3:4b-fp8").parts
     monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", "true")

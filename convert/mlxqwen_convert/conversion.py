@@ -18,7 +18,7 @@ import mlxqwen
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import TensorInfo
-from mlxqwen.files.hub import resolve_model
+from mlxqwen.files.hub import looked_at, resolve_model
 from mlxqwen.files.model_files import QUANTIZATION_FILES
 from mlxqwen.forks import check_process
 from mlxqwen_convert.companions import companion_files, config_text, copy_companions
@@ -116,19 +116,26 @@ def convert(
     if local.is_dir():
         check_apart(local, target)
     check_output(target)  # before gigabytes are downloaded
-    folder = resolve_model(source, revision=revision)
-    check_apart(folder, target)
     workers = workers or cores()
+    if dry_run:
+        with looked_at(source, revision=revision) as folder:
+            check_apart(folder, target)
+            return _planned(folder, target, options, workers, ignore_adapter=ignore_adapter)
+
+    def check(preview: Path) -> None:
+        """Refuse what cannot be converted before its weights are downloaded."""
+        make_plan(preview, options)
+        if not ignore_adapter:
+            refuse_adapter(preview)
+
+    folder = resolve_model(source, revision=revision, check=check)
+    check_apart(folder, target)
     # Remembered before anything is read, so that no file can change between its header and its weights.
     files = SourceFiles(_files_of(folder), strip_bytes=strip_bytes(workers))
     try:
         plan = make_plan(folder, options)
         if not ignore_adapter:
             refuse_adapter(folder)
-        if dry_run:
-            found = (found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
-            notes = tuple(note for note in found if note is not None)
-            return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
         job = _Job(plan, files, target, None if local.is_dir() else str(source), workers, progress or _silent)
         report = job.run(verify_it=verify, resume=resume, started=started)
     finally:
@@ -136,6 +143,20 @@ def convert(
     if upload_repo is not None:
         upload(target, upload_repo)
     return report
+
+
+def _planned(folder: Path, target: Path, options: Options, workers: int, *, ignore_adapter: bool) -> Report:
+    """What a conversion would write, and what of it is there already. Nothing is written."""
+    files = SourceFiles(_files_of(folder), strip_bytes=strip_bytes(workers))
+    try:
+        plan = make_plan(folder, options)
+        if not ignore_adapter:
+            refuse_adapter(folder)
+        found = (found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
+        notes = tuple(note for note in found if note is not None)
+        return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
+    finally:
+        files.close()
 
 
 def _path(given: str | os.PathLike[str]) -> Path:

@@ -44,19 +44,20 @@ def info(
 ) -> None:
     """Tell what MODEL takes, and whether it fits this machine.
 
-    MODEL is a folder, a hub id (which is downloaded), or by default the demo model. Only config and headers are read.
+    MODEL is a folder, a hub id (whose weights are not downloaded), or by default the demo model. Only config and headers
+    are read.
     """
     with leave_at_once():
         from mlxqwen.blas import blas_in_use
         from mlxqwen.device import current_device
-        from mlxqwen.files.hub import resolve_model
+        from mlxqwen.files.hub import looked_at
         from mlxqwen.files.model_names import model_name
         from mlxqwen.model.footprint import measure, size_up
 
     check_unicode(model=model, revision=revision)
-    folder = resolve_model(model, revision=revision)
-    stored = measure(folder)
-    loaded = stored if stored.runs or stored.refusal else _converted(folder, stored)
+    with looked_at(model, revision=revision) as folder:
+        stored = measure(folder)
+        loaded = stored if stored.runs or stored.refusal else _converted(folder, stored)
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Protocol, Unpack
@@ -73,14 +74,14 @@ def load_models(
     """
     check_process()
     convert = converter or _default_converter()
-    folder = resolve_model(path_or_id, revision=revision)
+    folder = resolve_model(path_or_id, revision=revision, check=partial(_check_preview, options))
     with ExitStack() as held:
         checked = _check(folder, convert, held, options)
         tokenizer = _read_tokenizer(folder)
         if draft is None:
             return checked.prepare(on_convert).read(), tokenizer, None
         with _naming_the_draft():
-            draft_folder = resolve_model(draft)
+            draft_folder = resolve_model(draft, check=partial(_check_preview, _options_of_draft(options)))
         _check_vocabulary(draft_folder, folder, tokenizer)
         with _naming_the_draft():
             checked_draft = _check(draft_folder, convert, held, _options_of_draft(options))
@@ -151,6 +152,22 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
         folder = conversion.run()
     prepared = prepare_model(folder, **options)
     return _Checked(folder, options, prepared.weight_bytes, prepared.dtype, prepared)
+
+
+def _check_preview(options: LoadOptions, folder: Path) -> None:
+    """Check all of a model of the hub that can be checked before its weights are downloaded. Raises `MlxqwenError`."""
+    _read_tokenizer(folder)
+    if ModelConfig.from_folder(folder).foreign_quantization is None:
+        prepare_model(folder, **options)
+        return
+    from mlxqwen_convert.cached import planned
+
+    if not options.get("ignore_adapter", False):
+        refuse_adapter(folder)
+    (stored, packed_bytes, numbers), _ = planned(folder)
+    if not options.get("force", False):
+        dtype = compute_dtype(stored, options.get("dtype"), options.get("device"))
+        check_memory(folder, packed_bytes + numbers * dtype.size, dtype, device=options.get("device"))
 
 
 def _options_of_draft(options: LoadOptions) -> LoadOptions:

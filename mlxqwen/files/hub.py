@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from mlxqwen.errors import HubError, OptionError
+from mlxqwen.errors import HubError, MlxqwenError, OptionError
 from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
-from mlxqwen.files.hub_settings import can_be_imported, faulty_setting, token_source
+from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub_errors import URL_CREDENTIALS, first_line, hub_error, hub_variables, unreachable, wrong_setting
+from mlxqwen.files.hub_settings import can_be_imported
+from mlxqwen.files.preview import Listing, check_room, list_files, preview
 
-__all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "resolve_model"]
+__all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
 
 MODELSCOPE_PREFIX = "modelscope:"
 """Before an id, names a model of ModelScope."""
@@ -63,18 +67,27 @@ UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # 
 GGUF_SUFFIXES = (".gguf", ".ggml")
 NO_GGUF_HINT = "Take the model's release in safetensors, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-URL_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
-INTERRUPTIONS = {
-    *("NetworkError", "TimeoutException", "RemoteProtocolError"),  # httpx
-    *("ConnectionError", "Timeout", "ChunkedEncodingError", "IncompleteRead", "ProtocolError"),  # requests, urllib3
-    "FileDownloadError",  # modelscope_hub, of files that broke off
-}
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 
-def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model of a hub: its id, the revision asked for, the name that the user gave, and whether ModelScope has it."""
+
+    repo_id: str
+    revision: str | None
+    name: str
+    is_on_modelscope: bool
+
+
+def resolve_model(
+    path_or_id: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """The folder of a model, downloaded if need be.
 
     Args:
@@ -85,11 +98,40 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
             complete earlier download is used. `modelscope:Qwen/Qwen3-0.6B` is a model of ModelScope, as are ids and
             aliases without that prefix where MLXQWEN_USE_MODELSCOPE is true.
         revision: a branch, tag or commit of the hub's model.
+        check: called before weights of a model of the Hugging Face hub are downloaded, with a folder that can be read
+            as the model's up to its weights: see `mlxqwen.files.preview`. What it raises is raised.
 
     Raises:
         HubError: no such folder, or the model cannot be found or downloaded.
         OptionError: a revision that is malformed, or given for something that is not on the hub.
     """
+    place = located(path_or_id, revision)
+    if isinstance(place, Path):
+        return place
+    return downloaded_from_modelscope(place) if place.is_on_modelscope else downloaded(place, check)
+
+
+@contextmanager
+def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Iterator[Path]:
+    """The folder of a model, for those who read no weights: those of the Hugging Face hub are not downloaded.
+
+    The arguments and errors are those of `resolve_model`. A folder that is made for this is gone in the end.
+    """
+    place = located(path_or_id, revision)
+    if isinstance(place, Path):
+        yield place
+    elif place.is_on_modelscope:
+        yield downloaded_from_modelscope(place)
+    else:
+        with previewed(place) as folder:
+            if folder is not None:
+                yield folder
+        if folder is None:
+            yield downloaded(place, None)
+
+
+def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> Path | HubModel:
+    """The folder that a name means, or the model of a hub. Raises `HubError`, `OptionError`."""
     if path_or_id is None:
         refuse_revision(revision, "the demo model")
         return existing_folder(DEMO_FOLDER, hint="The package is incomplete: install it again.")
@@ -115,11 +157,15 @@ def resolve_model(path_or_id: str | os.PathLike[str] | None = None, *, revision:
         )
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
-    if is_page or not (is_prefixed or is_true(USE_MODELSCOPE)):
-        return downloaded(repo_id, revision)
+    is_on_modelscope = not is_page and (is_prefixed or is_true(USE_MODELSCOPE))
+    return HubModel(repo_id, revision, f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", is_on_modelscope)
+
+
+def downloaded_from_modelscope(place: HubModel) -> Path:
+    """The folder of a model of ModelScope, downloaded if it is not there. Raises `HubError`."""
     from mlxqwen.files.modelscope import downloaded_from_modelscope  # of no use to most loads
 
-    return downloaded_from_modelscope(f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", repo_id, revision)
+    return downloaded_from_modelscope(place.name, place.repo_id, place.revision)
 
 
 def is_true(variable: str) -> bool:
@@ -206,28 +252,105 @@ def existing_folder(folder: Path, *, hint: str) -> Path:
     raise HubError(f"{folder}: no such folder", hint=hint)
 
 
-def downloaded(repo_id: str, revision: str | None) -> Path:
-    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`."""
+def downloaded(place: HubModel, check: Callable[[Path], object] | None) -> Path:
+    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`, and what `check` raises."""
+    repo_id = place.repo_id
+    client = hub_client(repo_id)
+    if check is not None:
+        with previewed(place) as folder:
+            if folder is not None:
+                check(folder)
+    with hub_errors(place):
+        folder = client.snapshot_download(
+            repo_id, revision=place.revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
+        )
+    check_model(repo_id, Path(folder))
+    return Path(folder)
+
+
+@contextmanager
+def previewed(place: HubModel) -> Iterator[Path | None]:
+    """The preview of a model whose weights have to be downloaded; None if they are there, or the hub is not asked.
+
+    Raises:
+        HubError: the hub does not answer, it refuses the model, or the disk has no room for it.
+    """
+    client = hub_client(place.repo_id)
+    with hub_errors(place):
+        listing = listed(place)
+        if listing is not None and listing.missing_weights:
+            check_room(listing, Path(client.constants.HF_HUB_CACHE))
+            # The configuration comes first and alone: a model of another kind is refused before anything else is asked.
+            first = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=["config.json"])
+    if listing is None or not listing.missing_weights:
+        yield None
+        return
+    check_kind(place.repo_id, Path(first))
+    small = [name for name in listing.sizes if not name.endswith(".safetensors")]
+    with hub_errors(place):
+        folder = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=small)
+    with ExitStack() as stack:
+        with hub_errors(place):
+            seen = stack.enter_context(preview(listing, Path(folder)))
+        check_model(place.repo_id, seen)
+        yield seen
+
+
+def listed(place: HubModel) -> Listing | None:
+    """The hub's files of a model; None where the hub is not to be asked, or cannot, but may not be needed."""
+    client = hub_client(place.repo_id)
+    if client.constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return list_files(place.repo_id, place.revision or "main", WANTED_FILES, UNWANTED_FILES)
+    except Exception as cause:
+        if isinstance(cause, client.errors.HfHubHTTPError | client.errors.HFValidationError):
+            raise
+        if "TimeoutException" in (kind.__name__ for kind in type(cause).__mro__):
+            seconds = client.constants.HF_HUB_ETAG_TIMEOUT
+            raise unreachable(
+                place.repo_id, TimeoutError(f"no answer in {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets them)")
+            ) from cause
+        return None  # without a network, an earlier download is looked for
+
+
+def check_kind(repo_id: str, folder: Path) -> None:
+    """Raise the error that names the model's kind, if its `config.json` is not one of Qwen3's."""
+    if (folder / "config.json").is_file():
+        try:
+            ModelConfig.from_folder(folder)
+        except MlxqwenError as error:
+            problem = error.problem.replace(str(folder), repo_id)
+            raise type(error)(problem, hint=error.hint.replace(str(folder), repo_id)) from None
+
+
+def hub_client(repo_id: str) -> Any:
+    """The module `huggingface_hub`. Raises `HubError` where the environment keeps it from being imported."""
     if not can_be_imported() and (fault := wrong_setting(repo_id)):
         raise fault
     try:
         import_module("huggingface_hub.constants")  # reads the environment
-        from huggingface_hub import snapshot_download
+        import_module("huggingface_hub.errors")
+        client = import_module("huggingface_hub")
+        _ = client.snapshot_download  # imported when it is asked for, which sets up the client's log
+        return client
     except ValueError as cause:
         raise wrong_setting(repo_id) or HubError(
             f"{repo_id}: a setting of the hub's client is malformed: {first_line(cause)}",
             hint=f"Correct {', '.join(hub_variables(str(cause)))}, or unset it.",
         ) from cause
 
+
+@contextmanager
+def hub_errors(place: HubModel) -> Iterator[None]:
+    """Turns what the hub's client raises into errors of ours; errors of its HTTP and thread libraries are among it."""
     try:
         with quiet_warnings(), progress_on_terminal_only():
-            folder = snapshot_download(
-                repo_id, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
-            )
-    except Exception as cause:  # the hub's client lets errors of its HTTP and thread libraries through
-        raise hub_error(repo_id, revision, cause) from cause
-    check_model(repo_id, Path(folder))
-    return Path(folder)
+            yield
+    except MlxqwenError:
+        raise
+    except Exception as cause:
+        raise hub_error(place.repo_id, place.revision, cause) from cause
 
 
 @contextmanager
@@ -281,138 +404,3 @@ def check_model(repo_id: str, folder: Path) -> None:
         f"{repo_id}: the model has no {missing}",
         hint="Choose a version of the model with safetensors weights; GGUF and PyTorch files are not read.",
     )
-
-
-def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
-    """One clear error for whatever the hub's client raised."""
-    from huggingface_hub import errors
-
-    if isinstance(cause, errors.LocalEntryNotFoundError):
-        if fault := wrong_setting(repo_id):
-            return fault
-        if not isinstance(cause.__cause__, errors.HfHubHTTPError):
-            return unreachable(repo_id, cause)
-        cause = cause.__cause__
-    if isinstance(cause, errors.HFValidationError):
-        return HubError(f"{repo_id}: not a hub id: {first_line(cause)}", hint="Expected organisation/model.")
-    if isinstance(cause, errors.GatedRepoError):
-        return HubError(
-            f"{repo_id}: the model is gated",
-            hint="Accept its terms on its page, then set HF_TOKEN to a token of your account.",
-        )
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return HubError(
-            f"{repo_id}: {found_here(repo_id)}, and not found on the hub: it is misspelt, or the model is private",
-            hint="Check the name; for a private model set HF_TOKEN to a token that may read it.",
-        )
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return HubError(
-            f"{repo_id}: the model has no revision {revision or 'main'!r}",
-            hint="Give a branch, tag or commit of the model, or leave the revision out.",
-        )
-    if isinstance(cause, errors.HfHubHTTPError) and (answer := answered(repo_id, cause.response.status_code)):
-        return answer
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return HubError(
-            f"{repo_id}: the disk is full",
-            hint="Free some space or point HF_HOME to a larger disk; files already complete are kept.",
-        )
-    return wrong_setting(repo_id) or failed(repo_id, cause)
-
-
-def wrong_setting(repo_id: str) -> HubError | None:
-    """The error for a setting of the hub's client that cannot work; None if all may."""
-    fault = faulty_setting()
-    return None if fault is None else HubError(f"{repo_id}: {fault[0]}", hint=fault[1])
-
-
-def failed(repo_id: str, cause: Exception) -> HubError:
-    """The error for a download that broke off, or cannot be done."""
-    from huggingface_hub import errors
-
-    problem = f"{repo_id}: the download failed: {type(cause).__name__}: {first_line(cause)}"
-    if is_interruption(cause):
-        return HubError(problem, hint="Run it again: files already complete are kept.")
-    if isinstance(cause, errors.HfHubHTTPError):
-        endpoint = "HF_ENDPOINT" if "HF_ENDPOINT" in os.environ else "the network's proxy"
-        return HubError(problem, hint=f"This is no answer of a hub that has the model: check {endpoint}.")
-    if isinstance(cause, OSError) and cause.filename is not None:
-        return HubError(
-            f"{repo_id}: the download failed: {cause.filename}: {cause.strerror}",
-            hint="Point HF_HOME to a folder that can be written to.",
-        )
-    variables = ", ".join(hub_variables(str(cause)))
-    return HubError(problem, hint=f"Check {variables} in the environment." if variables else "")
-
-
-def is_interruption(cause: BaseException) -> bool:
-    """Whether a connection broke, or what came disagrees with the size that the hub told."""
-    if isinstance(cause, ConnectionError | TimeoutError):
-        return True
-    kinds = {kind.__name__ for kind in type(cause).__mro__}  # of whichever HTTP library the client uses
-    return not kinds.isdisjoint(INTERRUPTIONS) or "consistency check failed" in str(cause).lower()
-
-
-def hub_variables(said: str) -> list[str]:
-    """The variables of the hub's client whose value an error quotes; all that are set if it quotes none."""
-    known = sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING")))
-    return [name for name in known if repr(os.environ[name]) in said] or known
-
-
-def answered(repo_id: str, status: int) -> HubError | None:
-    """What the hub means by an HTTP status; None for one that says nothing on its own."""
-    if status == 401:
-        source = token_source()
-        if Path(source).is_absolute():
-            way_out = f"Set HF_TOKEN to a valid token, or remove {source}."
-        else:
-            way_out = f"Set {source} to a valid token, or unset it."
-        return HubError(f"{repo_id}: the hub refused the token", hint=way_out)
-    if status == 403:
-        return HubError(
-            f"{repo_id}: the hub answered 403: the token may not read this model",
-            hint="Set HF_TOKEN to a token of an account that may read it.",
-        )
-    if status == 429:
-        return HubError(
-            f"{repo_id}: the hub answered 429: too many requests",
-            hint="Wait a few minutes and run it again, or set HF_TOKEN, which raises the limit.",
-        )
-    if status >= 500:
-        return HubError(
-            f"{repo_id}: the hub answered {status}",
-            hint="Try again later: files already complete are kept.",
-        )
-    return None
-
-
-def unreachable(repo_id: str, cause: Exception) -> HubError:
-    """The error for a hub that does not answer: names the reason and the way out."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    from mlxqwen.files.unfinished import command_to_finish, is_unfinished
-
-    reason = cause.__cause__ or cause
-    if isinstance(reason, OfflineModeIsEnabled):
-        why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
-    else:
-        why = f"the hub cannot be reached: {first_line(reason)}"
-        way_out = "Check the network and HF_ENDPOINT, or give a folder; files already complete are kept."
-    partial = Path(f"{repo_id}.partial")
-    return HubError(
-        f"{repo_id}: {found_here(repo_id)}, it is not completely in the hub's cache, and {why}",
-        hint=f"Finish it: {command_to_finish(partial)}" if is_unfinished(partial) else way_out,
-    )
-
-
-def found_here(name: str) -> str:
-    """What the current folder has in place of a folder `name`, which may have been meant instead of a hub id."""
-    from mlxqwen.files.unfinished import is_unfinished
-
-    partial = Path(f"{name}.partial")
-    return f"here is only {partial}, an unfinished conversion" if is_unfinished(partial) else "no such folder here"
-
-
-def first_line(cause: BaseException) -> str:
-    """Without the user's name and password for a hub, which HTTP libraries quote in its URL."""
-    return URL_CREDENTIALS.sub("", str(cause).strip().split("\n", 1)[0])

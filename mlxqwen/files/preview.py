@@ -1,0 +1,139 @@
+"""A model of the hub before its weights are downloaded: its small files, and the headers of its weight files.
+
+A preview is a folder that can be read as the whole model's could, up to its weights: files of weights have their
+headers and their sizes, and take no room on the disk. So what can be refused is refused before gigabytes come.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxqwen.errors import HubError, MlxqwenError
+
+__all__ = ["Listing", "check_room", "list_files", "preview"]
+
+_FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of one state of a model.
+
+    Attributes:
+        repo_id: the model.
+        commit: the state.
+        sizes: bytes of each file that is wanted.
+        missing: those that the hub's cache does not have.
+    """
+
+    repo_id: str
+    commit: str
+    sizes: dict[str, int]
+    missing: tuple[str, ...]
+
+    @property
+    def missing_weights(self) -> tuple[str, ...]:
+        """Files of weights that have to be downloaded."""
+        return tuple(name for name in self.missing if name.endswith(".safetensors"))
+
+
+def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str]) -> Listing:
+    """Ask the hub for the files of a model. Raises what its client raises, a timeout after HF_HUB_ETAG_TIMEOUT."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    info = HfApi().model_info(
+        repo_id, revision=revision, files_metadata=True, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
+    )
+    commit = info.sha or ""
+    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    names = filter_repo_objects(sizes, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
+    sizes = {name: sizes[name] for name in names}
+    missing = (name for name in sizes if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str))
+    return Listing(repo_id, commit, sizes, tuple(missing))
+
+
+def check_room(listing: Listing, cache: Path) -> None:
+    """Raise `HubError` if the disk of the hub's cache has no room for what has to be downloaded."""
+    begun = (cache / f"models--{listing.repo_id.replace('/', '--')}" / "blobs").glob("*.incomplete")
+    needed = sum(listing.sizes[name] for name in listing.missing) - sum(path.stat().st_size for path in begun)
+    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise HubError(
+            f"{listing.repo_id}: {needed / 1e9:.1f} GB are to be downloaded, the disk of {cache} has "
+            f"{free / 1e9:.1f} GB free",
+            hint="Free some space, or point HF_HOME to a larger disk.",
+        )
+
+
+@contextmanager
+def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
+    """The preview of a model: removed in the end. Errors raised meanwhile name the model, not this folder.
+
+    Args:
+        listing: the files.
+        small_files: a folder with all files but weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlxqwen-preview-") as root:
+        folder = Path(root) / listing.repo_id
+        folder.mkdir(parents=True)
+        for path in small_files.rglob("*"):
+            if path.is_file() and path.suffix != ".safetensors":
+                copy = folder / path.relative_to(small_files)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        weights = [name for name in listing.sizes if name.endswith(".safetensors")]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            heads = pool.map(lambda name: _head(listing, name), weights)
+            for name, head in zip(weights, heads, strict=True):
+                _write_sparse(folder / name, head, listing.sizes[name])
+        try:
+            yield folder
+        except MlxqwenError as error:
+            problem, hint = (text.replace(f"{root}{os.sep}", "") for text in (error.problem, error.hint))
+            raise type(error)(problem, hint=hint) from None
+
+
+def _head(listing: Listing, name: str) -> bytes:
+    """The beginning of a file of weights, up to the end of its header."""
+    head = _first_bytes(listing, name, min(_FIRST_BYTES, listing.sizes[name]))
+    length = 8 + int.from_bytes(head[:8], "little")
+    if len(head) < length <= min(_LONGEST_HEADER, listing.sizes[name]):
+        head = _first_bytes(listing, name, length)
+    return head[:length]
+
+
+def _first_bytes(listing: Listing, name: str, count: int) -> bytes:
+    """The first `count` bytes of a file of the hub, and no more, whatever it sends."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+    url = hf_hub_url(listing.repo_id, name, revision=listing.commit)
+    headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}"}
+    timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    pieces = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        for piece in response.iter_bytes():
+            pieces += piece
+            if len(pieces) >= count:
+                break
+    return bytes(pieces[:count])
+
+
+def _write_sparse(path: Path, head: bytes, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(max(size, len(head)))

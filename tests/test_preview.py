@@ -1,0 +1,162 @@
+"""Models of the hub are looked at before their weights are downloaded; nothing is, where a header is enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mlxqwen.errors import HubError
+from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.files.preview import Listing, check_room
+from tests.loopback_hub import HubModel, LoopbackHub, running_hub
+from tests.sparse_checkpoints import write_sparse
+from tests.test_hub import Client
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = {name: (DEMO_FOLDER / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")}
+WEIGHTS = 20_000_000
+"""Bytes of weights at least, of which no test may see many."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | TOKENIZER
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    config = json.loads((DEMO_FOLDER / "config.json").read_text())
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    folder = tmp_path_factory.mktemp("models")
+    whole = files_of(write_sparse(folder / "whole", config))
+    assert len(whole["model.safetensors"]) > WEIGHTS
+    fp8 = files_of(write_sparse(folder / "fp8", config, form="fp8", bits=8))
+    llama = whole | {"config.json": json.dumps({**config, "model_type": "llama"}).encode()}
+    damaged = whole | {"model.safetensors": whole["model.safetensors"][:-3]}
+    foreign = whole | {"tokenizer.json": b"<html>", "config.json": whole["config.json"]}
+    return {"org/whole": whole, "org/fp8": fp8, "org/llama": llama, "org/damaged": damaged, "org/foreign": foreign}
+
+
+@pytest.fixture
+def hub(models: dict[str, dict[str, bytes]]) -> Iterator[LoopbackHub]:
+    with running_hub({name: HubModel(files) for name, files in models.items()}) as server:
+        yield server
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Commands:
+    """`mlxqwen` in processes of its own, with an empty cache of the hub."""
+
+    def __init__(self, url: str, elsewhere: LoopbackHub, folder: Path) -> None:
+        self.environment = Client(url, elsewhere, folder / "home").environment
+        self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "convert")])
+        self.home = folder / "home"
+
+    def run(self, *arguments: str, **environment: str) -> Ended:
+        command = [sys.executable, "-m", "mlxqwen", *arguments]
+        done = subprocess.run(
+            command, env=self.environment | environment, capture_output=True, text=True, timeout=120, cwd=ROOT
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    def weights_kept(self) -> list[Path]:
+        return [path for path in self.home.rglob("*") if path.is_file() and path.stat().st_size > WEIGHTS // 2]
+
+
+@pytest.fixture
+def commands(hub: LoopbackHub, tmp_path: Path) -> Iterator[Commands]:
+    with running_hub({}) as elsewhere:
+        yield Commands(hub.url, elsewhere, tmp_path)
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+@pytest.mark.parametrize("model", ["org/whole", "org/fp8"])
+def test_info_reads_headers_alone(hub: LoopbackHub, commands: Commands, model: str, ignores_ranges: bool) -> None:
+    hub.ignores_ranges = ignores_ranges
+    done = commands.run("info", model, "--json")
+    assert (done.status, done.err) == (0, "")
+    facts = json.loads(done.out)
+    assert facts["disk_bytes"] > WEIGHTS // 2
+    assert commands.weights_kept() == []
+    if not ignores_ranges:
+        small = sum(len(content) for name, content in hub.models[model].files.items() if ".safetensors" not in name)
+        assert hub.sent_bytes <= small + (1 << 18)
+
+
+def test_a_dry_run_reads_headers_alone(hub: LoopbackHub, commands: Commands, tmp_path: Path) -> None:
+    done = commands.run("convert", "org/whole", str(tmp_path / "out"), "--dry-run")
+    assert done.status == 0, done.err
+    assert commands.weights_kept() == []
+    assert hub.sent_bytes < WEIGHTS // 4
+
+
+@pytest.mark.parametrize("command", [["generate", "Hello", "--model"], ["convert"]], ids=str)
+def test_another_kind_of_model_is_refused_by_its_configuration_alone(
+    hub: LoopbackHub, commands: Commands, command: list[str], tmp_path: Path
+) -> None:
+    more = [str(tmp_path / "out")] if command == ["convert"] else []
+    done = commands.run(*command, "org/llama", *more)
+    assert done.status == 1
+    assert "org/llama" in done.err
+    assert "'llama'" in done.err
+    assert len(done.err.splitlines()) <= 2
+    assert hub.downloaded() == {"config.json"}
+
+
+@pytest.mark.parametrize(("model", "named"), [("org/damaged", "model.safetensors"), ("org/foreign", "tokenizer.json")])
+def test_what_is_wrong_is_told_before_weights_come(
+    hub: LoopbackHub, commands: Commands, model: str, named: str
+) -> None:
+    done = commands.run("generate", "Hello", "--model", model)
+    assert done.status == 1
+    assert done.err.startswith(f"error: {model}/{named}: ") or f"{model}/{named}" in done.err, done.err
+    assert "mlxqwen-preview" not in done.err
+    assert commands.weights_kept() == []
+    assert hub.sent_bytes < WEIGHTS // 4
+
+
+def test_a_model_that_is_there_is_asked_for_once(hub: LoopbackHub, commands: Commands) -> None:
+    assert commands.run("generate", "Hello", "--model", "org/whole", "--max-tokens", "1").status == 0
+    assert len(commands.weights_kept()) == 1
+    hub.requests.clear()
+    assert commands.run("info", "org/whole").status == 0
+    assert [request.path for request in hub.requests] == ["/api/models/org/whole/revision/main"]
+    assert commands.run("generate", "Hello", "--model", "org/whole", "--max-tokens", "1", HF_HUB_OFFLINE="1").status == 0
+
+
+def test_a_hub_that_never_answers_is_told(models: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, running_hub({}) as elsewhere:
+        commands = Commands(f"http://127.0.0.1:{silent.getsockname()[1]}", elsewhere, tmp_path)
+        done = commands.run("generate", "Hello", "--model", "org/whole", HF_HUB_ETAG_TIMEOUT="1")
+    assert done.status == 1
+    assert "the hub cannot be reached: no answer in 1 seconds (HF_HUB_ETAG_TIMEOUT sets them)" in done.err
+    assert len(done.err.splitlines()) == 2
+
+
+def test_a_disk_without_room_is_told_before_anything_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listing = Listing("org/m", "c", {"config.json": 10, "model.safetensors": 6_000}, ("config.json", "model.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    for free in (6_010, 6_009):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if free == 6_010:
+            check_room(listing, tmp_path / "hub" / "not there yet")
+            continue
+        with pytest.raises(HubError, match=r"^org/m: 0.0 GB are to be downloaded, the disk of .* has 0.0 GB free"):
+            check_room(listing, tmp_path)
+        begun = tmp_path / "models--org--m" / "blobs"
+        begun.mkdir(parents=True)
+        (begun / "x.incomplete").write_bytes(bytes(100))
+        check_room(listing, tmp_path)  # of what has come already nothing is needed
