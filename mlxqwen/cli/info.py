@@ -44,8 +44,7 @@ def info(
 ) -> None:
     """Tell what MODEL takes, and whether it fits this machine.
 
-    MODEL is a folder, a hub id (whose weights are not downloaded), or by default the demo model. Only config and headers
-    are read.
+    MODEL is a folder, a hub id (whose weights are not downloaded), or by default the demo model. Only headers are read.
     """
     with leave_at_once():
         from mlxqwen.blas import blas_in_use

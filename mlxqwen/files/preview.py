@@ -17,7 +17,10 @@ from pathlib import Path
 
 from mlxqwen.errors import HubError, MlxqwenError
 
-__all__ = ["Listing", "check_room", "list_files", "preview"]
+__all__ = ["PREVIEW", "Listing", "check_room", "list_files", "preview"]
+
+PREVIEW = "mlxqwen-preview-"
+"""What the names of folders with previews begin with; in it stand organisation/model."""
 
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -84,7 +87,7 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
         listing: the files.
         small_files: a folder with all files but weights.
     """
-    with tempfile.TemporaryDirectory(prefix="mlxqwen-preview-") as root:
+    with tempfile.TemporaryDirectory(prefix=PREVIEW) as root:
         folder = Path(root) / listing.repo_id
         folder.mkdir(parents=True)
         for path in small_files.rglob("*"):
