@@ -16,7 +16,7 @@ from mlxqwen import __version__
 from mlxqwen.cli.bench_plot import check_plot, write_plot
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_model_options, load_engine, new_cache, options_named
+from mlxqwen.cli.generate_options import check_model_options, load_engine, located_model, new_cache, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.cli.terminal import StatusLine
@@ -123,10 +123,7 @@ def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
 
 def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
     """Load the model → the engine, and the seconds that it took, without downloads and conversions."""
-    with leave_at_once():
-        from mlxqwen.files.hub import resolve_model
-
-    local = {**options, "model": resolve_model(options["model"], revision=options["revision"]), "revision": None}
+    local = {**options, "model": located_model(options), "revision": None}
     started = [time.perf_counter()]
     engine = load_engine(local, on_progress=lambda: started.append(time.perf_counter()))
     return engine, time.perf_counter() - started[-1]

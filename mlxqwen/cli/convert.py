@@ -191,14 +191,14 @@ def _paths(options: dict[str, Any]) -> tuple[str, str | None]:
 
 def _chosen_output(source: str, options: Mapping[str, Any]) -> str:
     """A name in the current folder that tells what it will be, such as `Qwen3-4B-8bit`. Raises `MlxqwenError`."""
-    from mlxqwen.files.hub import resolve_model
+    from mlxqwen.files.hub import looked_at
     from mlxqwen_convert.output_name import output_name
     from mlxqwen_convert.plan import Options, make_plan
 
-    folder = resolve_model(source, revision=options["revision"])
     names = ("bits", "group_size", "dtype", "lm_head_bits", "embed_bits", "keep", "quality", "strict")
     try:
-        plan = make_plan(folder, Options(*(options[name] for name in names)))
+        with looked_at(source, revision=options["revision"]) as folder:
+            plan = make_plan(folder, Options(*(options[name] for name in names)))
     except OptionError as error:
         raise _in_options_words(error, options) from None
     return output_name(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
     from mlxqwen.chat.structured.response_format import AnswerFormat
     from mlxqwen.engine.engine import Engine
+    from mlxqwen.model.loading import LoadOptions
 
 __all__ = [
     "CacheOptions",
@@ -29,6 +31,7 @@ __all__ = [
     "check_usage",
     "check_values",
     "load_engine",
+    "located_model",
     "new_cache",
     "options_named",
     "read_form",
@@ -183,16 +186,34 @@ def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
 
 
+def _load_options(options: Mapping[str, Any]) -> LoadOptions:
+    return {
+        "dtype": options["dtype"],
+        "rope_scaling": _parse_rope_scaling(options["rope_scaling"]),
+        "yarn_factor": options["yarn_factor"],
+        "yarn": options.get("yarn"),
+        "force": options["force"],
+        "ignore_adapter": options["ignore_adapter"],
+    }
+
+
+def located_model(options: Mapping[str, Any]) -> Path:
+    """The folder of the model, downloaded if need be, once all is checked that can be checked before."""
+    with leave_at_once():
+        from mlxqwen.engine.loading import locate_model
+
+    return locate_model(options["model"], revision=options["revision"], **_load_options(options))
+
+
 def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | None = None) -> Engine:
     """Load the model; a conversion shows its progress, and calls `on_progress` each time."""
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
-        from mlxqwen.files.hub import resolve_model
         from mlxqwen.files.model_names import DEMO_NAME
 
     model = options["model"]
-    folder = resolve_model(model, revision=options["revision"])  # a download has lines of its own
-    with conversion_progress() as show, LoadingLine(sys.stderr, model or DEMO_NAME) as loading:
+    folder, how = located_model(options), _load_options(options)  # a download has lines of its own
+    with conversion_progress() as show, LoadingLine(sys.stderr, str(model or DEMO_NAME)) as loading:
 
         def on_convert(stage: str, done: int, total: int) -> None:
             loading.end()
@@ -202,12 +223,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
 
         engine = Engine.load(
             None if model is None else folder,
-            dtype=options["dtype"],
-            rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
-            yarn_factor=options["yarn_factor"],
-            yarn=options.get("yarn"),
-            force=options["force"],
-            ignore_adapter=options["ignore_adapter"],
+            **how,
             on_convert=on_convert,
             draft=options.get("draft"),
             speculative=options.get("speculative"),

@@ -29,7 +29,7 @@ from mlxqwen.model.loading import (
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["Conversion", "Converter", "OnConvert", "load_models"]
+__all__ = ["Conversion", "Converter", "OnConvert", "load_models", "locate_model"]
 
 OnConvert = Callable[[str, int, int], None]
 """Called as a conversion goes on: "converting" or "verifying", weights done, weights in all."""
@@ -74,14 +74,14 @@ def load_models(
     """
     check_process()
     convert = converter or _default_converter()
-    folder = resolve_model(path_or_id, revision=revision, check=partial(_check_preview, options))
+    folder = locate_model(path_or_id, revision=revision, **options)
     with ExitStack() as held:
         checked = _check(folder, convert, held, options)
         tokenizer = _read_tokenizer(folder)
         if draft is None:
             return checked.prepare(on_convert).read(), tokenizer, None
         with _naming_the_draft():
-            draft_folder = resolve_model(draft, check=partial(_check_preview, _options_of_draft(options)))
+            draft_folder = locate_model(draft, **_options_of_draft(options))
         _check_vocabulary(draft_folder, folder, tokenizer)
         with _naming_the_draft():
             checked_draft = _check(draft_folder, convert, held, _options_of_draft(options))
@@ -90,6 +90,21 @@ def load_models(
         with _naming_the_draft():
             prepared_draft = checked_draft.prepare(on_convert)
         return prepared.read(), tokenizer, prepared_draft.read()
+
+
+def locate_model(
+    path_or_id: str | PathLike[str] | None = None, *, revision: str | None = None, **options: Unpack[LoadOptions]
+) -> Path:
+    """The folder of a model; one of the hub is downloaded, once all is checked that can be checked before.
+
+    Args:
+        path_or_id, revision: see `load_models`.
+        options: that the model is to be loaded with.
+
+    Raises:
+        MlxqwenError: there is no such model, or it cannot be loaded.
+    """
+    return resolve_model(path_or_id, revision=revision, check=partial(_check_preview, options))
 
 
 def _default_converter() -> Converter:
