@@ -96,8 +96,9 @@ def generate_batch(options: Mapping[str, Any]) -> int:
             return INTERRUPTED
         failed = answers.failed
     if failed:
+        lines = f"{counted(len(requests), 'line')} {'has' if len(requests) == 1 else 'have'}"
         print_error(
-            f"{output}: {failed:,} of {counted(len(requests), 'line')} {'has' if len(requests) == 1 else 'have'} failed",
+            f"{output}: {failed:,} of {lines} failed",
             'Their "error" tells why. They are not tried again unless they are removed from it: the same command then '
             "answers them alone.",
         )
