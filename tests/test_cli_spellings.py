@@ -102,6 +102,12 @@ def test_the_help_is_in_groups_and_everyday_options_first() -> None:
     assert generate_options is not None
 
 
+def test_the_help_says_the_number_that_counts() -> None:
+    from mlxqwen.engine.request import DEFAULT_MAX_TOKENS
+
+    assert f"Longest answer; {DEFAULT_MAX_TOKENS} by default" in " ".join(run("generate", "--help").out.split())
+
+
 def test_a_cache_file_of_mlx_lm_is_explained() -> None:
     for command in ("generate", "chat"):
         result = run(command, "--prompt-cache-file", "x")

@@ -209,11 +209,11 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
     """Load the model; a conversion shows its progress, and calls `on_progress` each time."""
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
-        from mlxqwen.files.model_names import DEMO_NAME
+        from mlxqwen.files.model_names import model_name
 
     model = options["model"]
     folder, how = located_model(options), _load_options(options)  # a download has lines of its own
-    with conversion_progress() as show, LoadingLine(sys.stderr, str(model or DEMO_NAME)) as loading:
+    with conversion_progress() as show, LoadingLine(sys.stderr, model_name(folder)) as loading:
 
         def on_convert(stage: str, done: int, total: int) -> None:
             loading.end()
