@@ -206,7 +206,9 @@ def _chosen_output(source: str, options: Mapping[str, Any]) -> str:
 
 def _warnings(report: Report) -> Iterator[str]:
     """What a user should know who expects more of the result than it can be."""
-    if not (Path(report.source) / "tokenizer.json").is_file():
+    source = Path(report.source)
+    # What was only looked at for a dry run is gone by now.
+    if source.is_dir() and not (source / "tokenizer.json").is_file():
         yield f"{report.source} has no tokenizer.json: the result has none either, and cannot be asked without one"
     grows = [
         row for row in report.kinds if (bits := _bits(row.source)) and bits <= 4 and bits < (_bits(row.target) or 16)

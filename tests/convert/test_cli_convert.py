@@ -344,7 +344,9 @@ def test_the_library_is_not_loaded_for_other_commands() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_what_a_conversion_cannot_give_is_told(tmp_path: Path) -> None:
+def test_what_a_conversion_cannot_give_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
     from mlxqwen.files.hub import DEMO_FOLDER
     from tests.command_line import run
 
@@ -357,6 +359,12 @@ def test_what_a_conversion_cannot_give_is_told(tmp_path: Path) -> None:
         "and cannot be asked without one\n"
     )
     assert run("convert", str(DEMO_FOLDER), str(tmp_path / "same"), "--no-verify").err == ""
+    monkeypatch.setattr("mlxqwen.cli.convert._chosen_output", lambda *arguments: "x")
+    report = convert(tmp_path / "source", tmp_path / "dry", dry_run=True)
+    gone = replace(report, source=str(tmp_path / "a preview that is gone"))
+    monkeypatch.setattr("mlxqwen_convert.convert", lambda *arguments, **options: gone)
+    assert run("convert", "organisation/model", "--dry-run").err == "note: no OUTPUT was given: x\n"
+    monkeypatch.undo()
     for output, options, target in ((eight, ["--bits", "8"], "8-bit g64"), (whole, ["--bits", "16"], "BF16")):
         up = run("convert", str(tmp_path / "same"), str(output), *options, "--no-verify")
         assert f"from MLX 4-bit g64 to {target} takes more room, and nothing that was lost" in up.err
