@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.chat.structured.reply_rules import reply_constraint
-from mlxqwen.chat.structured.response_format import read_response_format
-from mlxqwen.chat.structured.tool_choice import CallRules
 from mlxqwen.chat.thinking import begins_in_thought
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
@@ -33,6 +30,7 @@ from mlxqwen.sampling.params import SamplingParams, resolve_sampling
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mlxqwen.chat.structured.tool_choice import CallRules
     from mlxqwen.engine.speculation.drafter import Speculative
 
 __all__ = [
@@ -144,11 +142,9 @@ def text_request(
     thinks = thinking_modes(tokenizer).default if begins is None else begins
     params = resolve_params(model, sampling, thinking=thinks, noted=noted)
     ends = frozenset(end_token_ids(model, tokenizer))
-    answer = read_response_format(options.get("response_format"))
-    if answer is not None or calls is not None:
-        rules = CallRules("auto", (), most_one=False) if calls is None else calls
-        made = reply_constraint(tokenizer, model.config.vocab_size, ends, answer, rules)
-        options["constraints"] = (*options.get("constraints", ()), *(() if made is None else (made,)))
+    if options.get("response_format") is not None or (calls is not None and not calls.is_free):
+        made = _reply_constraint(model, tokenizer, ends, options.get("response_format"), calls)
+        options["constraints"] = (*options.get("constraints", ()), *made)
     request = Request(
         prompt=tuple(ids),
         sampling=params,
@@ -162,6 +158,23 @@ def text_request(
     )
     check_request(request, model)
     return request
+
+
+def _reply_constraint(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    ends: frozenset[int],
+    response_format: object,
+    calls: CallRules | None,
+) -> tuple[ConstraintFactory, ...]:
+    """What keeps the reply to a form and to the calls that it may make. Raises `OptionError`."""
+    from mlxqwen.chat.structured.reply_rules import reply_constraint  # of no use to most replies
+    from mlxqwen.chat.structured.response_format import read_response_format
+    from mlxqwen.chat.structured.tool_choice import CallRules
+
+    rules = CallRules("auto", (), most_one=False) if calls is None else calls
+    made = reply_constraint(tokenizer, model.config.vocab_size, ends, read_response_format(response_format), rules)
+    return () if made is None else (made,)
 
 
 def stream_generate(

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
 from mlxqwen.files.adapters import adapter_alone
@@ -19,7 +19,9 @@ from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub_errors import URL_CREDENTIALS, first_line, hub_error, hub_variables, unreachable, wrong_setting
 from mlxqwen.files.hub_settings import can_be_imported
-from mlxqwen.files.preview import Listing, check_room, list_files, preview
+
+if TYPE_CHECKING:
+    from mlxqwen.files.preview import Listing
 
 __all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
 
@@ -275,6 +277,8 @@ def previewed(place: HubModel) -> Iterator[Path | None]:
     Raises:
         HubError: the hub does not answer, it refuses the model, or the disk has no room for it.
     """
+    from mlxqwen.files.preview import check_room, preview  # of no use to most loads
+
     client = hub_client(place.repo_id)
     with hub_errors(place):
         listing = listed(place)
@@ -298,6 +302,8 @@ def previewed(place: HubModel) -> Iterator[Path | None]:
 
 def listed(place: HubModel) -> Listing | None:
     """The hub's files of a model; None where the hub is not to be asked, or cannot, but may not be needed."""
+    from mlxqwen.files.preview import list_files
+
     client = hub_client(place.repo_id)
     if client.constants.HF_HUB_OFFLINE:
         return None
