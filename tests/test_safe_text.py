@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -388,3 +389,20 @@ def test_vocabulary_without_added_tokens() -> None:
     assert safe_ids(USER, tokenizer=plain, chat_template="<think>{{ messages[0].content }}") == plain.encode(
         "<think>Hello"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc")
+def test_nothing_that_was_said_is_kept(tokenizer: Tokenizer) -> None:
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def render(number: int) -> None:
+        messages = [{"role": "user", "content": f"{number} " + "word " * 45}]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, trust_special_tokens=False)
+
+    for number in range(200):
+        render(number)
+    before = pages()
+    for number in range(200, 1000):
+        render(number)
+    assert (pages() - before) * os.sysconf("SC_PAGE_SIZE") < 3_000_000  # a cache of them took 7 MB

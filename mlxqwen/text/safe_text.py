@@ -155,7 +155,8 @@ class SafeChatEncoder:
     @cached_property
     def _finder(self) -> tokenizers.Tokenizer:
         """A tokenizer that knows placeholders alone: their rules of white space and words are the library's own."""
-        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        # Its words are whole texts: a cache of them would hold what users said, 10,000 times.
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE(cache_capacity=0))
         finder.add_tokens(
             [
                 tokenizers.AddedToken(
