@@ -208,7 +208,7 @@ def test_language_models_run(tmp_path: Path, architectures: Any, modules: str | 
 def test_info_does_not_say_that_broken_folders_fit(tmp_path: Path) -> None:
     weights = {name: array for name, array in WEIGHTS.items() if "norm" not in name}
     with pytest.raises(MlxqwenError, match="tensors are missing"):
-        measure(write_folder(tmp_path, DENSE, weights))
+        measure(write_folder(tmp_path, DENSE, weights), check=True)
 
 
 def test_what_conversion_loses_is_told_by_info_and_at_each_load(

@@ -55,7 +55,7 @@ def info(
 
     check_unicode(model=model, revision=revision)
     with looked_at(model, revision=revision) as folder:
-        stored = measure(folder)
+        stored = measure(folder, check=True)
         loaded = stored if stored.runs or stored.refusal else _converted(folder, stored)
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)

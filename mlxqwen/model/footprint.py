@@ -124,8 +124,16 @@ def size_up(
     )
 
 
-def measure(folder: Path) -> Footprint:
-    """Read config and headers of `folder`. Raises `ConfigError`, `CheckpointError`, `UnsupportedFormatError`."""
+def measure(folder: Path, *, check: bool = False) -> Footprint:
+    """Read config and headers of `folder`.
+
+    Args:
+        folder: of the model.
+        check: whether the tensors have to be those of the model, as they have to be to load it.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedFormatError: it is no checkpoint.
+    """
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder)
     spare = spare_tensors(checkpoint)
@@ -136,7 +144,7 @@ def measure(folder: Path) -> Footprint:
     parameters, active = _parameters(config)
     foreign = foreign_format(config, checkpoint)
     refusal = other_purpose(folder, config.architecture, checkpoint.tensors)
-    if foreign is None and refusal is None:
+    if check and foreign is None and refusal is None:
         check_tensors(config, checkpoint, tensors)
     if refusal is None and (adapter := adapter_files(folder)):
         refusal = f"an adapter lies beside the weights ({', '.join(adapter[:3])}), which is not applied"
