@@ -41,6 +41,7 @@ class SharedPrefixes:
 
     Attributes:
         store: the `PrefixStore` in use.
+        has_looked: whether weights were looked at in this step; whoever takes steps sets it back between them.
     """
 
     def __init__(self, model: Qwen3ForCausalLM, capacity: int) -> None:
@@ -48,6 +49,7 @@ class SharedPrefixes:
         self._weights = _Weights(model)
         self._looked = 0.0
         self._epoch = 0
+        self.has_looked = False
         self.store = self._make_store(capacity, None)
 
     def use_store(self, capacity: int, disk: DiskTier | None) -> None:
@@ -64,7 +66,7 @@ class SharedPrefixes:
         model, now = self._model(), time.monotonic()
         if model is None or now - self._looked < within:
             return False
-        self._looked = now
+        self._looked, self.has_looked = now, True
         if not self._weights.differ(model):
             return False
         self._weights = _Weights(model)
@@ -112,7 +114,8 @@ class SharedPrefixes:
         holds = one.request.holds_cache
         if one.own_cache is not None or not (self.store.keeps or holds):
             return
-        self.look_at_weights()
+        if not self.has_looked:
+            self.look_at_weights()
         if one.epoch != self._epoch:  # part of it was read with other weights
             return
         window = cache.max_kv_size

@@ -188,6 +188,7 @@ class Scheduler:
             return
         with EVALUATION:
             self._keep_said(generation, batch, batch.generations.index(generation))
+            self._prefixes.has_looked = False
 
     def check_open(self) -> None:
         """Raise `OptionError` if the scheduler is closed, or in a forked process."""
@@ -311,12 +312,14 @@ class Scheduler:
     def _stepping(self) -> Iterator[None]:
         self._steps += 1
         self._is_stepping, self._stepping_thread = True, threading.current_thread()
+        self._prefixes.has_looked = False
         is_whole = False
         try:
             yield
             is_whole = True
         finally:
             self._is_stepping, self._stepping_thread = False, None
+            self._prefixes.has_looked = False
             for batch in self._alive_batches():  # whoever takes the next step may be another thread
                 if batch.is_parked or not is_whole:
                     batch.settle()
