@@ -10,6 +10,7 @@ from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files import hub
 from mlxqwen.files.aliases import ALIASES, hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub import resolve_model
+from mlxqwen.files.hub_download import HubModel
 from tests.command_line import run
 
 
@@ -92,7 +93,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """What is looked for on the hub, which has nothing."""
     asked: list[tuple[str, str | None]] = []
 
-    def downloaded(place: hub.HubModel, *_: object) -> Path:
+    def downloaded(place: HubModel, *_: object) -> Path:
         asked.append((place.repo_id, place.revision))
         raise HubError(f"{place.repo_id}: not there")
 

@@ -23,7 +23,7 @@ from mlxqwen.text.tokenizer_file import build_tokenizer
 PACKAGE = Path(__file__).parent.parent / "mlxqwen"
 FOLDERS = ("cache", "chat", "cli", "engine", "sampling", "server", "text")
 FILES = (
-    *("atomic.py", "hub.py", "hub_errors.py", "hub_settings.py", "json_file.py"),
+    *("atomic.py", "hub.py", "hub_download.py", "hub_errors.py", "hub_settings.py", "json_file.py"),
     *("locks.py", "modelscope.py", "store.py", "unfinished.py"),
 )
 BLAMING = re.compile(

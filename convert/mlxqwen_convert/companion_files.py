@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.files.hub import COMPANION_FILES
+from mlxqwen.files.hub_download import COMPANION_FILES
 from mlxqwen.files.json_file import BYTE_ORDER_MARK, parse_json, read_text
 from mlxqwen_convert.errors import SourceError, SourceUnreadableError
 

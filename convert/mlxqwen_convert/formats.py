@@ -1,4 +1,7 @@
-"""What `config.json` says of a checkpoint's quantization → a reader for each of its modules."""
+"""What `config.json` says of a checkpoint's quantization → a reader for each of its modules.
+
+One file, as each form of quantization is a short branch of the same decision.
+"""
 
 from __future__ import annotations
 

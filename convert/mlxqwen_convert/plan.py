@@ -1,4 +1,7 @@
-"""What will be written, decided and checked before a byte of weights is read."""
+"""What will be written, decided and checked before a byte of weights is read.
+
+One file, as each decision follows from those before it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One reader for each form that a module's weights come in: what it needs, whether it is sound, its rows."""
+"""One reader for each form that a module's weights come in: what it needs, whether it is sound, its rows.
+
+One file, to read the forms beside each other.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
-from mlxqwen.files.hub import HUB_ID, progress_on_terminal_only, quiet_warnings
+from mlxqwen.files.hub import HUB_ID
+from mlxqwen.files.hub_download import progress_on_terminal_only, quiet_warnings
 from mlxqwen.files.hub_errors import hub_error
 
 __all__ = ["check_repo_id", "require_token", "upload", "upload_command"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlxqwen.files.config import ModelConfig
-from mlxqwen.files.hub import COMPANION_FILES, WANTED_FILES
+from mlxqwen.files.hub_download import COMPANION_FILES, WANTED_FILES
 from mlxqwen.model.loading import load_model
 from mlxqwen_convert import convert
 from mlxqwen_convert.companions import config_text, copy_companions

@@ -1,4 +1,7 @@
-"""A model's folder → a table of its tensors: which files make it up, and whether they are complete."""
+"""A model's folder → a table of its tensors: which files make it up, and whether they are complete.
+
+One file, as index, files and names are held to each other.
+"""
 
 from __future__ import annotations
 

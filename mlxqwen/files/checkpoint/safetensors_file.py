@@ -3,7 +3,7 @@
 The format (https://huggingface.co/docs/safetensors): eight little-endian bytes of header length, a JSON
 header, the tensors' bytes. MLX reads it quickly but believes the header: files whose tensors overlap, leave
 holes or have wrapping shapes load without a word. So everything is validated here, from the header alone,
-before a byte of weights is read.
+before a byte of weights is read. The checks stand in one file, as all read the one header.
 """
 
 from __future__ import annotations
