@@ -74,12 +74,10 @@ def test_a_client_that_leaves_frees_its_rows(served: Served, stream: bool, state
         await until(lambda: served.service.load.replies == len(others) + 1)
         if state == "speaking":
             await until(lambda: any(one.count > 3 for one in served.engine.scheduler.running))
-        before = served.engine.scheduler.steps
         call.leave()
         await call.end()
-        assert served.service.load.replies == len(others)
-        await until(lambda: rows(served) <= len(others))
-        assert served.engine.scheduler.steps - before <= 1 + (state == "queued")
+        assert served.service.load.replies <= len(others)
+        assert rows(served) <= len(others)  # at once: no step computes it any more
         for other in others:
             other.leave()
             await other.end()
