@@ -358,7 +358,7 @@ def _too_little_room(plan: Plan, output: Path) -> str | None:
     needed = plan.target_bytes + extras + _MARGIN_BYTES
     if needed - taken <= free:
         return None
-    return f"{output}: needs {size_of(plan.target_bytes + extras)}, the disk has {size_of(free)} free"
+    return f"{output}: needs {size_of(needed)}, the disk has {size_of(free)} free"
 
 
 def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:
