@@ -6,8 +6,8 @@ import pytest
 from benchmarks.modules import STARTS, imported_modules
 
 # A little above what is imported today, for the standard library's modules differ by version. The scheduler, its store
-# and the layers' packages are some thirty small files where there were ten large ones: about 0.3 ms each. A load looks at
-# names of tensors, adapters, a model's purpose and aliases, each a file of its own.
+# and the layers' packages are some thirty small files where there were ten large ones: about 0.3 ms each. A load looks
+# at names of tensors, adapters, a model's purpose and aliases, each a file of its own.
 BOUNDS = {"import mlxqwen": 2, "load and generate": 300, "mlxqwen generate": 355}
 
 
