@@ -31,10 +31,16 @@ def test_an_answer_fits_the_schema(tmp_path: Path) -> None:
     validate(json.loads(piped.out), SCHEMA)
 
 
-def test_raw_text_fits_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("thought", ["", "<think>\n"])
+def test_the_answer_to_raw_text_is_json_alone(tmp_path: Path, thought: str) -> None:
     schema = write(tmp_path / "schema.json", SCHEMA)
-    found = run("generate", "The answer as JSON:", "--raw", "--json-schema", schema, "--seed", "1")
-    validate(json.loads(found.out.rpartition("</think>")[2]), SCHEMA)
+    prompt = f"<|im_start|>user\nHow many r's in strawberry?<|im_end|>\n<|im_start|>assistant\n{thought}"
+    found = run("generate", prompt, "--raw", "--json-schema", schema, "--seed", "1")
+    validate(json.loads(found.out), SCHEMA)
+    answer = json.loads(run("generate", prompt, "--raw", "--json-schema", schema, "--seed", "1", "--json").out)
+    assert answer["content"] == found.out.removesuffix("\n")
+    assert answer["reasoning"]
+    assert answer["reasoning"].strip() in found.err
 
 
 def test_lines_of_a_batch_have_their_own(tmp_path: Path) -> None:

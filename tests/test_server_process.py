@@ -131,8 +131,20 @@ def test_ctrl_c_lets_replies_end_and_keys_are_not_logged() -> None:
         status, log = ended[0]
         assert status == 130
         assert "sesame" not in log + server.curl
+        assert '"Authorization: Bearer $MLXQWEN_API_KEY"' in server.curl
+        assert "ending: 1 reply may go on for 60 s; Ctrl-C again ends them now" in log
         assert "strawberry" not in log
         assert "POST '/v1/chat/completions' 200" in log
+
+
+def test_a_key_given_as_an_option_has_a_place_in_the_example() -> None:
+    with process("--api-key", "sesame") as server:
+        assert '"Authorization: Bearer YOUR_API_KEY"' in server.curl
+        command = server.curl.replace("YOUR_API_KEY", "sesame")
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(done.stdout)["object"] == "chat.completion"
+        log = server.end()[1]
+        assert "ending:" not in log
 
 
 def test_replies_are_told_of_the_end() -> None:

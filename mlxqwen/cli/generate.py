@@ -209,7 +209,7 @@ def _events(
 
 
 def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mapping[str, Any]) -> Iterator[Event]:
-    """Continue a text: all of it is content, and no part is reasoning."""
+    """Continue a text: all of it is content, and no part is reasoning, but where the content has to fit a schema."""
     from mlxqwen.chat.thinking_modes import thinking_modes
     from mlxqwen.engine.engine import Done
     from mlxqwen.engine.text_generation import resolve_params
@@ -218,5 +218,9 @@ def _continue(engine: Engine, text: str, request: dict[str, Any], options: Mappi
     sampling = resolve_params(engine.model, request["sampling"], thinking=thinks)
     if options["verbose"]:
         print_request(engine, sampling, options, request["sampling"])
-    for event in engine.reply(text, split=False, **{**request, "sampling": sampling}):
+    splits = request["response_format"] is not None
+    for event in engine.reply(text, split=splits, **{**request, "sampling": sampling}):
+        if splits:
+            yield event
+            continue
         yield replace(event, usage=replace(event.usage, reasoning_tokens=0)) if isinstance(event, Done) else event

@@ -89,7 +89,7 @@ _INPUT = (
         "--raw",
         is_flag=True,
         help="Continue the prompt as it is, without a chat template: <|im_end|> and the like in it are tokens, "
-        "and all of the reply is content.",
+        "and all of the reply is content. With --json-schema a thought before the JSON is told apart.",
         also=("--ignore-chat-template",),
     ),
     _input(

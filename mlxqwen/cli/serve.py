@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
@@ -113,7 +114,8 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--log-content", is_flag=True, help="Log what is asked and answered, too.")
 @_needless
-def serve(**options: Any) -> int:
+@click.pass_context
+def serve(ctx: click.Context, /, **options: Any) -> int:
     """Answer over HTTP, as OpenAI's API does: /v1/chat/completions and others.
 
     MODEL is a folder, a hub id, or by default the demo model. Ctrl-C and SIGTERM end it: no new requests, running
@@ -126,6 +128,11 @@ def serve(**options: Any) -> int:
         )
     check_model_options(options)
     settings = _settings(options)
+    key = ""
+    if settings.api_keys:
+        # The secret itself is not shown. The variable is what a user has who set it; with --api-key it may not be set.
+        of_environment = ctx.get_parameter_source("api_key") is ParameterSource.ENVIRONMENT
+        key = "$MLXQWEN_API_KEY" if of_environment else "YOUR_API_KEY"
     with leave_at_once():
         from mlxqwen.server.models import ServedModel
         from mlxqwen.server.run import open_socket
@@ -140,7 +147,7 @@ def serve(**options: Any) -> int:
                 model = ServedModel(_name(options), engine, settings)
             _log_requests()
             service = Service([model], settings)
-            signal = run(service, listener, lambda port: _tell(settings, port, model.name))
+            signal = run(service, listener, lambda port: _tell(settings, port, model.name, key))
     finally:
         listener.close()
     return INTERRUPTED if signal == 2 else 0
@@ -204,16 +211,18 @@ def _log_requests() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _tell(settings: ServerSettings, port: int, model: str) -> None:
-    """Say where the server listens, and a line that works."""
+def _tell(settings: ServerSettings, port: int, model: str, key: str) -> None:
+    """Say where the server listens, and a line that works, with `key` for the key if one is needed."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     url = f"http://{host}:{port}"
-    key = ' -H "Authorization: Bearer $MLXQWEN_API_KEY"' if settings.api_keys else ""
+    header = f' -H "Authorization: Bearer {key}"' if key else ""
     message = '{"role": "user", "content": "How many r are in strawberry?"}'
     question = f'{{"model": {json.dumps(model)}, "messages": [{message}]}}'
     output = Output(sys.stdout)
     output.write(f"{one_line(model)} is served at {url}/v1\n")
-    output.write(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{question}'\n")
+    output.write(f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{question}'\n")
+    if key == "YOUR_API_KEY":
+        output.write("Put the key of --api-key where YOUR_API_KEY is.\n")
     output.write(f"The chat page is at {url}/\n")
     sys.stdout.flush()

@@ -46,6 +46,13 @@ class _Server(uvicorn.Server):
         await self._service.load.drain(self._service.settings.drain, is_forced=self._is_forced)
         await super().shutdown(sockets)
 
+    def _tell_of_end(self) -> None:
+        """Log what is waited for, if anything is."""
+        count, seconds = self._service.load.requests, self._service.settings.drain
+        if count and seconds:
+            replies = "1 reply" if count == 1 else f"{count:,} replies"
+            logger.info("ending: %s may go on for %g s; Ctrl-C again ends them now", replies, seconds)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the server; a second one does not wait for replies."""
@@ -54,6 +61,8 @@ class _Server(uvicorn.Server):
         def ask_to_end(number: int) -> None:
             if self.should_exit:
                 self._is_forced.set()
+            else:
+                self._tell_of_end()
             self.should_exit, self.signal = True, number
 
         for number in (signal.SIGINT, signal.SIGTERM):
