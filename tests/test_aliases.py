@@ -93,12 +93,12 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """What is looked for on the hub, which has nothing."""
     asked: list[tuple[str, str | None]] = []
 
-    def downloaded(place: HubModel, *_: object) -> Path:
+    def downloaded(place: HubModel, *_: object, **known: object) -> Path:
         asked.append((place.repo_id, place.revision))
         raise HubError(f"{place.repo_id}: not there")
 
     monkeypatch.setattr(hub, "downloaded", downloaded)
-    monkeypatch.setattr(hub, "previewed", downloaded)
+    monkeypatch.setattr(hub, "listed", lambda place: None)
     return asked
 
 

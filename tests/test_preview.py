@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from mlxqwen.errors import HubError
@@ -20,6 +21,7 @@ from mlxqwen.files.preview import Listing, check_room
 from tests.loopback_hub import HubModel, LoopbackHub, running_hub
 from tests.sparse_checkpoints import write_sparse
 from tests.test_hub import Client
+from tests.tiny_checkpoints import DENSE, make_weights, write_folder
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = {
@@ -28,6 +30,11 @@ TOKENIZER = {
 }
 WEIGHTS = 20_000_000
 """Bytes of weights at least, of which no test may see many."""
+
+
+TOOLS = [*sorted((ROOT / "tests/data/auto_round").iterdir()), ROOT / "tests/data/gptq_model"]
+SMALL = {**DENSE, "vocab_size": 768}
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -45,7 +52,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
     llama = whole | {"config.json": json.dumps({**config, "model_type": "llama"}).encode()}
     damaged = whole | {"model.safetensors": whole["model.safetensors"][:-3]}
     foreign = whole | {"tokenizer.json": b"<html>", "config.json": whole["config.json"]}
-    return {"org/whole": whole, "org/fp8": fp8, "org/llama": llama, "org/damaged": damaged, "org/foreign": foreign}
+    biased = files_of(write_folder(folder / "biased", SMALL, {**make_weights(SMALL), BIAS: np.zeros(64, np.float32)}))
+    wrong = files_of(write_folder(folder / "wrong", SMALL, {**make_weights(SMALL), BIAS: np.ones(64, np.float32)}))
+    tools = {f"org/{path.name}": files_of(path) for path in TOOLS}
+    return {
+        **tools,
+        "org/biased": biased,
+        "org/wrong": wrong,
+        "org/whole": whole,
+        "org/fp8": fp8,
+        "org/llama": llama,
+        "org/damaged": damaged,
+        "org/foreign": foreign,
+    }
 
 
 @pytest.fixture
@@ -102,6 +121,31 @@ def test_info_reads_headers_alone(hub: LoopbackHub, commands: Commands, model: s
     if not ignores_ranges:
         small = sum(len(content) for name, content in hub.models[model].files.items() if ".safetensors" not in name)
         assert hub.sent_bytes <= small + (1 << 18)
+
+
+@pytest.mark.parametrize("name", ["biased", *(path.name for path in TOOLS)])
+def test_a_model_is_planned_as_its_folder_would_be(
+    hub: LoopbackHub, commands: Commands, name: str, tmp_path: Path
+) -> None:
+    """Numbers that only the weights tell are not taken from a preview, which has zeros in their place."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, content in hub.models[f"org/{name}"].files.items():
+        (folder / file).write_bytes(content)
+    remote, local = (json.loads(commands.run("info", model, "--json").out) for model in (f"org/{name}", str(folder)))
+    for facts in (remote, local):
+        del facts["model"], facts["path"], facts["notes"]
+    assert remote == local
+    done = commands.run("convert", f"org/{name}", str(tmp_path / "out"), "--strict")
+    assert done.status == commands.run("convert", str(folder), str(tmp_path / "out2"), "--strict").status, done.err
+
+
+def test_notes_are_told_once_and_biases_after_the_download(commands: Commands) -> None:
+    done = commands.run("generate", "Hello", "--model", "org/biased", "--max-tokens", "1")
+    assert done.err.count("left out biases that are all zeros") == 1, done.err
+    wrong = commands.run("generate", "Hello", "--model", "org/wrong", "--max-tokens", "1")
+    assert "found biases that are not zero" in wrong.err
+    assert "all zeros" not in wrong.err
 
 
 def test_a_dry_run_reads_headers_alone(hub: LoopbackHub, commands: Commands, tmp_path: Path) -> None:

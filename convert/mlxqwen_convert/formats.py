@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlxqwen.errors import ConfigError, UnsupportedFormatError
 from mlxqwen.files.checkpoint import TensorInfo
 from mlxqwen.files.config import ModelConfig, Quantization
+from mlxqwen.files.headers_only import has_weights
 from mlxqwen_convert import compressed_tensors, gptq
 from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.exemptions import Exemptions
@@ -176,6 +177,8 @@ def _stored_as(part: Part) -> str:
 
 def _settled(reader: Reader, module: Module, part: Part, files: SourceFiles) -> Reader:
     """The reader, after a look at those tensors beside the codes that can contradict them; their shapes are known."""
+    if not all(has_weights(info.path.parent) for info in part.values()):  # a preview
+        return reader
     if isinstance(reader, GptqReader) and _is_shuffled(files, part.get("g_idx"), reader.group_size):
         return replace(reader, act_order=True)
     if not isinstance(reader, PackedReader):

@@ -27,6 +27,7 @@ from mlxqwen.cache.chain import TokenChain, seed
 from mlxqwen.cache.kv_cache import KVCache, cache_identity
 from mlxqwen.cache.storage import Stored
 from mlxqwen.checks import is_integer
+from mlxqwen.device import current_device
 from mlxqwen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def namespace(cache: KVCache, dtype: mx.Dtype, *, adapter: str = "", salt: str =
         salt: keeps apart what must not be shared, as between users.
     """
     storage = (cache.kv_bits, cache.kv_group_size) if cache.kv_bits else ()
-    return repr((cache_identity(cache.config), storage, str(dtype), adapter, salt))
+    device = current_device()  # other products, or other sums, differ in the last bits
+    made_by = ("GPU" if device.is_gpu else "CPU", device.has_openblas)
+    return repr((cache_identity(cache.config), storage, str(dtype), adapter, salt, made_by))
 
 
 class _Counter:

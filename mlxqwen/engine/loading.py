@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,7 +172,30 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
 
 
 def _check_preview(options: LoadOptions, folder: Path) -> None:
-    """Check all of a model of the hub that can be checked before its weights are downloaded. Raises `MlxqwenError`."""
+    """Check all of a model of the hub that can be checked before its weights are downloaded. Raises `MlxqwenError`.
+
+    Nothing is logged: notes come when the weights are there.
+    """
+    with _quiet():
+        _check_headers(options, folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep this thread's messages out of the log."""
+    thread, logger = threading.get_ident(), logging.getLogger("mlxqwen")
+
+    def is_of_another(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_another)
+
+
+def _check_headers(options: LoadOptions, folder: Path) -> None:
     _read_tokenizer(folder)
     if ModelConfig.from_folder(folder).foreign_quantization is None:
         prepare_model(folder, **options)

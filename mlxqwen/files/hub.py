@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
-from mlxqwen.files.hub_download import HubModel, downloaded, previewed
+from mlxqwen.files.hub_download import HubModel, downloaded, listed, previewed
 from mlxqwen.files.hub_errors import URL_CREDENTIALS
+from mlxqwen.files.hub_settings import is_true
 
 __all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
 
@@ -22,7 +23,6 @@ GGUF_SUFFIXES = (".gguf", ".ggml")
 NO_GGUF_HINT = "Take the model's release in safetensors, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
-TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 
@@ -64,14 +64,16 @@ def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str
     place = located(path_or_id, revision)
     if isinstance(place, Path):
         yield place
-    elif place.is_on_modelscope:
+        return
+    if place.is_on_modelscope:
         yield downloaded_from_modelscope(place)
-    else:
-        with previewed(place) as folder:
-            if folder is not None:
-                yield folder
-        if folder is None:
-            yield downloaded(place, None)
+        return
+    known = listed(place)
+    if known is None or isinstance(known, Path) or not known.missing_weights:
+        yield downloaded(place, known=known)
+        return
+    with previewed(place, known) as folder:
+        yield folder
 
 
 def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> Path | HubModel:
@@ -110,14 +112,6 @@ def downloaded_from_modelscope(place: HubModel) -> Path:
     from mlxqwen.files.modelscope import downloaded_from_modelscope  # of no use to most loads
 
     return downloaded_from_modelscope(place.name, place.repo_id, place.revision)
-
-
-def is_true(variable: str) -> bool:
-    """Whether an environment variable is set to true. Raises `OptionError` for what is neither true nor false."""
-    value = os.environ.get(variable, "").strip().lower()
-    if value not in (*TRUE, *FALSE):
-        raise OptionError(f"{variable}: found {value[:40]!r}, expected true or false")
-    return value in TRUE
 
 
 def hub_id_in_address(address: str, revision: str | None) -> tuple[str, str | None]:

@@ -28,6 +28,7 @@ __all__ = [
     "HubModel",
     "check_model",
     "downloaded",
+    "listed",
     "previewed",
     "progress_on_terminal_only",
     "quiet_warnings",
@@ -83,14 +84,23 @@ class HubModel:
     is_on_modelscope: bool
 
 
-def downloaded(place: HubModel, check: Callable[[Path], object] | None) -> Path:
-    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`, and what `check` raises."""
-    repo_id = place.repo_id
-    client = hub_client(repo_id)
-    if check is not None:
-        with previewed(place) as folder:
-            if folder is not None:
-                check(folder)
+def downloaded(
+    place: HubModel, check: Callable[[Path], object] | None = None, known: Listing | Path | None = None
+) -> Path:
+    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`, and what `check` raises.
+
+    Args:
+        place: the model.
+        check: called with a preview before weights are downloaded.
+        known: what `listed` has found, if it was asked before.
+    """
+    repo_id, client = place.repo_id, hub_client(place.repo_id)
+    known = listed(place) if known is None else known
+    if isinstance(known, Path):
+        return known
+    if check is not None and known is not None and known.missing_weights:
+        with previewed(place, known) as preview:
+            check(preview)
     with hub_errors(place):
         folder = client.snapshot_download(
             repo_id, revision=place.revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
@@ -100,38 +110,32 @@ def downloaded(place: HubModel, check: Callable[[Path], object] | None) -> Path:
 
 
 @contextmanager
-def previewed(place: HubModel) -> Iterator[Path | None]:
-    """The preview of a model whose weights have to be downloaded; None if they are there, or the hub is not asked.
-
-    Raises:
-        HubError: the hub does not answer, it refuses the model, or the disk has no room for it.
-    """
+def previewed(place: HubModel, listing: Listing) -> Iterator[Path]:
+    """The preview of a model. Raises `HubError` if the hub refuses it, or the disk has no room for it."""
     from mlxqwen.files.preview import check_room, preview  # of no use to most loads
 
     client = hub_client(place.repo_id)
+    check_room(listing, Path(client.constants.HF_HUB_CACHE))
     with hub_errors(place):
-        listing = listed(place)
-        if listing is not None and listing.missing_weights:
-            check_room(listing, Path(client.constants.HF_HUB_CACHE))
-            # The configuration comes first and alone: a model of another kind is refused before anything else is asked.
-            first = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=["config.json"])
-    if listing is None or not listing.missing_weights:
-        yield None
-        return
+        # The configuration comes first and alone: a model of another kind is refused before anything else is asked.
+        first = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=["config.json"])
     check_kind(place.repo_id, Path(first))
     small = [name for name in listing.sizes if not name.endswith(".safetensors")]
-    with hub_errors(place):
-        folder = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=small)
     with ExitStack() as stack:
         with hub_errors(place):
+            folder = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=small)
             seen = stack.enter_context(preview(listing, Path(folder)))
         check_model(place.repo_id, seen)
         yield seen
 
 
-def listed(place: HubModel) -> Listing | None:
-    """The hub's files of a model; None where the hub is not to be asked, or cannot, but may not be needed."""
-    from mlxqwen.files.preview import list_files
+def listed(place: HubModel) -> Listing | Path | None:
+    """The hub's files of a model; the folder of an earlier download where the hub does not answer; None where it is
+    not to be asked, or where its client has to say what is wrong.
+
+    Raises `HubError` if the hub refuses the model, or does not answer and there is no earlier download.
+    """
+    from mlxqwen.files.preview import list_files  # of no use to most loads
 
     client = hub_client(place.repo_id)
     if client.constants.HF_HUB_OFFLINE:
@@ -139,14 +143,17 @@ def listed(place: HubModel) -> Listing | None:
     try:
         return list_files(place.repo_id, place.revision or "main", WANTED_FILES, UNWANTED_FILES)
     except Exception as cause:
-        if isinstance(cause, client.errors.HfHubHTTPError | client.errors.HFValidationError):
-            raise
-        if "TimeoutException" in (kind.__name__ for kind in type(cause).__mro__):
-            seconds = client.constants.HF_HUB_ETAG_TIMEOUT
-            raise unreachable(
-                place.repo_id, TimeoutError(f"no answer in {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets them)")
-            ) from cause
-        return None  # without a network, an earlier download is looked for
+        if "TimeoutException" not in (kind.__name__ for kind in type(cause).__mro__):
+            return None  # its client looks for an earlier download, or says what is wrong
+        seconds = client.constants.HF_HUB_ETAG_TIMEOUT
+        silence = TimeoutError(f"no answer in {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets them)")
+    try:
+        with quiet_warnings():
+            folder = client.snapshot_download(place.repo_id, revision=place.revision, local_files_only=True)
+        check_model(place.repo_id, Path(folder))
+    except Exception as cause:
+        raise unreachable(place.repo_id, silence) from cause
+    return Path(folder)
 
 
 def check_kind(repo_id: str, folder: Path) -> None:

@@ -12,13 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-__all__ = ["can_be_imported", "faulty_setting", "token_source"]
+from mlxqwen.errors import OptionError
+
+__all__ = ["TRUE", "can_be_imported", "faulty_setting", "is_true", "token_source"]
+
+TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _SHOWN = 80
+
+
+def is_true(variable: str) -> bool:
+    """Whether an environment variable is set to true. Raises `OptionError` for what is neither true nor false."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in (*TRUE, *FALSE):
+        raise OptionError(f"{variable}: found {value[:40]!r}, expected true or false")
+    return value in TRUE
 
 
 def can_be_imported() -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.hub import DEMO_FOLDER
-from mlxqwen.files.preview import PREVIEW
 
 __all__ = ["DEMO_NAME", "hub_id_of_folder", "model_name"]
 
@@ -21,7 +21,7 @@ def model_name(folder: Path) -> str:
 
 def hub_id_of_folder(folder: Path) -> str | None:
     """The id of a folder in the hub's cache, `models--NAME/snapshots/COMMIT`, or of a preview; None for another."""
-    if folder.parent.parent.name.startswith(PREVIEW):
+    if not has_weights(folder):
         return f"{folder.parent.name}/{folder.name}"
     repository, snapshots = folder.parent.parent.name, folder.parent.name
     if snapshots != "snapshots" or not repository.startswith("models--"):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import CheckpointError, HubError
 from mlxqwen.files.atomic import write_file
-from mlxqwen.files.hub import TRUE
 from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES, check_model
 from mlxqwen.files.hub_errors import first_line, found_here, is_interruption
+from mlxqwen.files.hub_settings import TRUE
 from mlxqwen.files.json_file import read_json_object
 
 if TYPE_CHECKING:

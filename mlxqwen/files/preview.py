@@ -11,16 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxqwen.errors import HubError, MlxqwenError
+from mlxqwen.files.headers_only import PREVIEW
 
-__all__ = ["PREVIEW", "Listing", "check_room", "list_files", "preview"]
-
-PREVIEW = "mlxqwen-preview-"
-"""What the names of folders with previews begin with; in it stand organisation/model."""
+__all__ = ["Listing", "check_room", "list_files", "preview"]
 
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -67,8 +65,11 @@ def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwant
 
 def check_room(listing: Listing, cache: Path) -> None:
     """Raise `HubError` if the disk of the hub's cache has no room for what has to be downloaded."""
-    begun = (cache / f"models--{listing.repo_id.replace('/', '--')}" / "blobs").glob("*.incomplete")
-    needed = sum(listing.sizes[name] for name in listing.missing) - sum(path.stat().st_size for path in begun)
+    begun = 0
+    for path in (cache / f"models--{listing.repo_id.replace('/', '--')}" / "blobs").glob("*.incomplete"):
+        with suppress(OSError):  # whole meanwhile, under another name
+            begun += path.stat().st_size
+    needed = sum(listing.sizes[name] for name in listing.missing) - begun
     existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -13,6 +13,7 @@ from mlxqwen.device import Device
 from mlxqwen.files.adapters import adapter_files
 from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import other_purpose
 from mlxqwen.model.loading import (
     FLOAT_DTYPES,
@@ -124,6 +125,14 @@ def size_up(
     )
 
 
+def _unread(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A note of what only the weights tell, where they are not here."""
+    tells = any(name.endswith(("g_idx", "bias")) for name in checkpoint.tensors)
+    if has_weights(folder) or not tells:
+        return ()
+    return ("whether biases are zeros, and columns are in order, is looked at once the weights are downloaded",)
+
+
 def measure(folder: Path, *, check: bool = False) -> Footprint:
     """Read config and headers of `folder`.
 
@@ -153,7 +162,7 @@ def measure(folder: Path, *, check: bool = False) -> Footprint:
         format=foreign or _native_format(config, dtype),
         runs=foreign is None and refusal is None,
         refusal=refusal,
-        notes=(*checkpoint.notes, *spare.notes),
+        notes=(*checkpoint.notes, *spare.notes, *_unread(folder, checkpoint)),
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),

@@ -24,6 +24,7 @@ from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
+from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.forks import check_process
@@ -449,7 +450,7 @@ def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
 def _note_ignored_head(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
     """Warn of a head that differs from the embeddings that config.json ties it to; a copy, as Qwen has it, is fine."""
     head = [name for name in checkpoint.tensors if name.startswith("lm_head.") and name not in tensors]
-    if not head:
+    if not head or not has_weights(checkpoint.folder):
         return
     same = all(_same_bytes(checkpoint, name, name.replace("lm_head", _EMBEDDINGS, 1)) for name in head)
     logger.log(

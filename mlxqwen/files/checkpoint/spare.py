@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mlxqwen.errors import CheckpointError
 from mlxqwen.files.checkpoint.folder import Checkpoint, counted, some_of
 from mlxqwen.files.checkpoint.safetensors_file import ITEM_BYTES
+from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.tensor_names import is_scale_of_activations
 
 __all__ = ["SpareTensors", "spare_tensors"]
@@ -27,12 +28,15 @@ class SpareTensors(NamedTuple):
 def spare_tensors(checkpoint: Checkpoint) -> SpareTensors:
     """The tensors that are left out: scales of activations and of a cache, and biases of zeros. Reads only biases.
 
+    In a preview biases are taken for zeros.
+
     Raises:
         CheckpointError: a bias that is not zero, which a model without biases has no place for.
     """
     scales = [name for name in checkpoint.tensors if is_scale_of_activations(name)]
     biases = [name for name in checkpoint.tensors if _is_bias(checkpoint, name)]
-    used = [name for name in biases if not _is_zero(checkpoint, name)]
+    can_be_read = has_weights(checkpoint.folder)
+    used = [name for name in biases if can_be_read and not _is_zero(checkpoint, name)]
     if used:
         raise CheckpointError(
             f"{checkpoint.folder}: found biases that are not zero, expected a Qwen3 without biases: {some_of(used)}",
@@ -45,7 +49,7 @@ def spare_tensors(checkpoint: Checkpoint) -> SpareTensors:
             f"left out {counted(scales, 'scale')} of activations or of a cache ({', '.join(words)}): neither is "
             "quantized by them here"
         )
-    if biases:
+    if biases and can_be_read:
         notes.append(f"left out biases that are all zeros ({len(biases):,}): {some_of(biases)}")
     return SpareTensors(frozenset((*scales, *biases)), tuple(notes))
 
