@@ -20,6 +20,7 @@ from mlxqwen.engine.request import Request
 from mlxqwen.engine.text_generation import end_token_ids, text_request
 from mlxqwen.errors import GenerationError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.sampling.constraint import Mask
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.scheduling import alone, ids, machine, new_scheduler, run, taken
 from tests.structured_schemas import SCHEMAS, record
@@ -93,6 +94,30 @@ def test_guesses_change_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer], budget
         assert tokens[-1].accepted_tokens > 10
         if guessed is expected and budget is None:
             assert tokens[-1].accepted_tokens == tokens[-1].drafted_tokens
+
+
+def test_a_guess_that_is_too_costly_to_check_ends_no_reply(
+    demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = demo
+    request = asked(demo)
+    expected = alone(model, request)
+    whole_mask = GrammarConstraint.mask
+
+    def costly_for_forks(self: GrammarConstraint) -> Mask | None:
+        if self._pipeline is None and self._matcher is not None:
+            raise GenerationError("constraint: the grammar cannot be followed further: too many items")
+        return whole_mask(self)
+
+    monkeypatch.setattr(GrammarConstraint, "mask", costly_for_forks)
+    scheduler = new_scheduler(model)
+    handle = scheduler.submit(asked(demo, speculative=KnowsTheReply([*request.prompt, *expected])))
+    tokens = []
+    while scheduler.step():
+        tokens += taken(handle)
+    assert handle.error is None
+    assert ids(tokens) == expected
+    assert tokens[-1].accepted_tokens > 0
 
 
 def allowed(constraint: GrammarConstraint, vocab_size: int) -> set[int]:

@@ -10,6 +10,7 @@ from mlxqwen.cache.tentative import TentativeStep
 from mlxqwen.checks import check_token_ids
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.drafter import Drafter, DraftLength
+from mlxqwen.errors import GenerationError
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler, SamplerState
 
@@ -51,10 +52,10 @@ class Guesser:
             try:
                 for fork in forks:
                     fork.advance(draft)
-            except ValueError:  # not allowed there: the model will not draw it either
+                masks.append(generation.mask_of(forks))
+            except (ValueError, GenerationError):  # not allowed there, or too costly to check behind it
                 del drafts[place:]
                 break
-            masks.append(generation.mask_of(forks))
         if not drafts:
             return None
         step = TentativeStep(cache)
