@@ -31,8 +31,8 @@ pytest.importorskip("llguidance")
 
 @pytest.fixture
 def grammars(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> compiler.GrammarCompiler:
-    """A compiler whose trials have a second."""
-    monkeypatch.setattr(trial, "MAX_SECONDS", 1)
+    """A compiler whose trials have less than a second."""
+    monkeypatch.setattr(trial, "MAX_SECONDS", 0)  # and what is left of the one that it began
     return compiler.grammar_compiler(tokenizer, tokenizer.vocab_size, {744})
 
 
@@ -67,12 +67,21 @@ def test_what_was_tried_is_not_tried_again(grammars: compiler.GrammarCompiler, m
 
 def test_of_several_on_trial_each_has_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = (reply_grammar(None, f"start: {rule}") for rule in ('"a"', "missing"))
-    monkeypatch.setattr(trial, "MAX_SECONDS", 1)
+    monkeypatch.setattr(trial, "MAX_SECONDS", 0)  # and what is left of the one that it began
     costly = json.dumps({"grammars": [{"json_schema": BOMBS["a divisor"]}]})
-    found = trial.compile_in_bounds([good, bad, good, costly])
-    assert found[0] is found[2] is None
+    found = trial.compile_in_bounds([good, bad, costly, good])
+    assert found[0] is found[3] is None
     assert "missing" in str(found[1])
-    assert "it takes more than" in str(found[3])
+    assert "it takes more than" in str(found[2])
+
+
+def test_what_had_no_time_is_tried_again(grammars: compiler.GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {"type": "string", "pattern": "^[d-f]{3}$"}
+    with monkeypatch.context() as busy:
+        busy.setattr(trial, "MAX_WAIT", 0)
+        with pytest.raises(OptionError, match="no answer came within"):
+            compiled(grammars, form)
+    compiled(grammars, form)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from jsonschema import Draft202012Validator
 
 from mlxqwen import ChatRequest, Conversation, Done, Engine
 from mlxqwen.chat.reply import Delta
+from mlxqwen.chat.structured import trial
+from mlxqwen.chat.structured.compiler import CompiledGrammar, GrammarCompiler
 from mlxqwen.engine.events import assistant_message
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -163,6 +165,38 @@ def test_a_schema_that_cannot_be_compiled(engine: Engine, caplog: pytest.LogCapt
         with pytest.raises(OptionError, match=r"tool 'odd': parameters|\"not\""):
             engine.stream(QUESTION, tools=tools, tool_choice=choice)
     assert engine.stream(QUESTION, tools=tools, tool_choice="none")
+
+
+def test_a_costly_schema_does_not_condemn_its_neighbours(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "MAX_SECONDS", 0)  # and what is left of the one that it began
+    costly = {"name": "costly", "parameters": {"properties": {"a": {"type": "integer", "multipleOf": 999_983}}}}
+    good = {"name": "good", "strict": True, "parameters": {"properties": {"a": {"type": "string", "pattern": "^x+$"}}}}
+    tools = [{"type": "function", "function": one} for one in (costly, good)]
+    for _ in range(2):
+        assert engine.stream(QUESTION, tools=tools)
+    assert "tool 'costly': calls are not kept to its parameters" in caplog.text
+    assert "good" not in caplog.text
+
+
+def test_schemas_that_cannot_be_compiled_together_are_left_open(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_one = GrammarCompiler.compile
+
+    def compile_few(self: GrammarCompiler, grammar: str, where: str, *, on_trial: str | None = None) -> CompiledGrammar:
+        if "first" in grammar and "second" in grammar:
+            raise OptionError("tools: found too much")
+        return compile_one(self, grammar, where, on_trial=on_trial)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_few)
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "null"}}}}}
+        for name, key in (("f", "first"), ("g", "second"))
+    ]
+    assert engine.stream(QUESTION, tools=tools, tool_choice="required")
+    assert "tools: calls of 2 are not kept to their parameters" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.chat.structured.trial import compile_in_bounds, parser_limits, readable
+from mlxqwen.chat.structured.trial import UNDECIDED, compile_in_bounds, parser_limits, readable
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.text.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ class GrammarCompiler:
         if new:
             known.update(zip(new, compile_in_bounds(new), strict=True))
             with self._lock:
-                self._tried.update(known)
+                self._tried.update((one, problem) for one, problem in known.items() if problem != UNDECIDED)
                 while len(self._tried) > MAX_REMEMBERED:
                     self._tried.popitem(last=False)
         return [found.get(one, known.get(one)) for one in grammars]

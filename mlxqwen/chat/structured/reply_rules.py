@@ -98,7 +98,16 @@ def _call_rules(
                 hint="Leave out what it names, or leave out strict: calls are then written as the model likes.",
             )
         logger.warning("%s", one_line(f"tool {name!r:.80}: calls are not kept to its parameters: {problem}", 300))
-    return partial(call_grammar, tools, most_one=most_one, open_arguments=problems)
+    rules = partial(call_grammar, tools, most_one=most_one, open_arguments=problems)
+    try:
+        _compiled(compiler, tokens, None, rules)
+        return rules
+    except OptionError as error:  # each schema can be compiled, all together cannot
+        rest = [place for place, tool in enumerate(tools) if not is_strict(tool) and place not in problems]
+        if not rest:
+            raise
+        logger.warning("%s", one_line(f"tools: calls of {len(rest)} are not kept to their parameters: {error}", 300))
+    return partial(call_grammar, tools, most_one=most_one, open_arguments={*problems, *rest})
 
 
 def _schema_problems(tools: Sequence[Mapping[str, Any]], compiler: GrammarCompiler) -> dict[int, str]:
