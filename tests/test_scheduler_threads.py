@@ -307,6 +307,26 @@ def test_requests_that_race_with_a_close_all_end() -> None:
                 assert one.result(timeout=60) == "over" or "close" in one.result()
 
 
+def test_a_listener_that_fails_ends_no_reply(tiny: Qwen3ForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("a listener's own")
+
+    scheduler = new_scheduler(tiny)
+    told = threading.Event()
+    scheduler.driver.listen(fail)
+    scheduler.driver.listen(told.set)
+    scheduler.driver.start(scheduler)
+    handle = scheduler.submit(Request(prompt=(1, 2, 3), max_tokens=5))
+    until = time.monotonic() + 30
+    while not handle.is_over and time.monotonic() < until:
+        handle.poll()  # nobody waits in `next_token`, which would start another thread
+        time.sleep(0.001)
+    assert handle.token_count == 5
+    assert told.is_set()
+    assert "a listener failed" in caplog.text
+    scheduler.close()
+
+
 def test_listeners_are_told_of_each_step_of_the_daemon(tiny: Qwen3ForCausalLM) -> None:
     scheduler = new_scheduler(tiny)
     told: list[int] = []

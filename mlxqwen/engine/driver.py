@@ -7,6 +7,7 @@ evaluates: the first that waits, while it is the only one; from then on a daemon
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
 __all__ = ["PATIENCE", "Driver"]
+
+logger = logging.getLogger("mlxqwen")
 
 PATIENCE = 60.0
 """Seconds that a reply waits for another thread to read or close the replies that hold the memory it needs."""
@@ -89,7 +92,7 @@ class Driver:
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` after each step of the daemon thread, and when work comes or ends → what ends that.
 
-        It is called by several threads, and has to return at once.
+        It is called by several threads, and has to return at once. What it raises is logged.
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
@@ -144,7 +147,10 @@ def _notify(changed: threading.Condition) -> None:
 
 def _tell(listeners: list[Callable[[], None]]) -> None:
     for listener in tuple(listeners):
-        listener()
+        try:
+            listener()
+        except Exception:  # it must not end the thread that takes the steps of all
+            logger.exception("engine: a listener failed")
 
 
 def _run(
