@@ -14,9 +14,11 @@ from mlxqwen.chat.reply import Delta, Reply, ToolCall, join_deltas
 from mlxqwen.chat.reply_parser import parse_reply
 from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.request import CacheKind
+from mlxqwen.engine.text_generation import text_request
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
+from tests.scheduling import new_scheduler
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.test_tokenizer import QWEN
 
@@ -97,6 +99,28 @@ def test_stop_strings_are_of_the_content_alone(events_of: Any) -> None:
     assert done.reply.reasoning == "I stop to think."
     assert done.reply.content == "Let me see.\nThen "
     assert [call.arguments for call in done.reply.tool_calls] == ['{"a": "one stop two"}'] * 2
+
+
+def test_what_was_not_taken_is_no_part_of_the_reply(scripted: tuple[Engine, ScriptedModel]) -> None:
+    """The engine is ahead of those who read: a reply that they end is what they have seen."""
+    engine, model = scripted
+    tokens = engine.tokenizer.encode(f"One two {CALL}\nThen stop.<|im_end|>")
+    model.say(tokens)
+    scheduler = new_scheduler(engine.model)
+    request = text_request(engine.model, engine.tokenizer, PROMPT, max_tokens=len(tokens), tools=True, stop=["stop"])
+    handle = scheduler.submit(request)
+    while scheduler.step():
+        pass
+    seen: list[Delta] = []
+    while (token := handle.poll()) is not None:
+        seen += token.deltas
+        done = handle.done(token)
+        assert without_ids(done.reply) == without_ids(join_deltas(seen))
+        assert done.stop_string == (None if token.finish_reason is None else "stop")
+        if not done.reply.tool_calls:
+            assert done.finish_reason == "stop"
+    assert done.reply.tool_calls
+    model.say([])
 
 
 def test_nothing_follows_the_end(events_of: Any, scripted: tuple[Engine, ScriptedModel]) -> None:

@@ -118,6 +118,10 @@ class ReplyPipeline:
         """The reply that all deltas so far make."""
         return join_deltas(self._deltas)
 
+    def reply_of(self, count: int) -> Reply:
+        """The reply that the first `count` deltas make. Another thread may feed the pipeline meanwhile."""
+        return join_deltas(self._deltas[:count])
+
     @property
     def warnings(self) -> list[str]:
         """Why calls were kept as text; empty for raw text."""

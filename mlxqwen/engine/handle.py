@@ -59,6 +59,7 @@ class Handle:
         self._last = 0.0
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._deltas = 0  # how many were taken
         self._warned = 0
         self.on_prefill: Callable[[int, int], None] | None = None
 
@@ -135,6 +136,7 @@ class Handle:
             self._first = self._first or record.time
             self._last = record.time
             self._tokens.append(record.token)
+            self._deltas += len(record.deltas)
             if record.logprobs is not None:
                 self._logprobs.append(record.logprobs)
             self._log_warnings()
@@ -209,12 +211,13 @@ class Handle:
         raise OptionError("handle: found a request that was cancelled, expected its end")
 
     def done(self, last: GeneratedToken) -> Done:
-        """The `Done` of the reply, given its last token."""
+        """The `Done` of the reply up to `last`, the last token that was taken. The engine may be ahead of it."""
         generation = self._generation
         pipeline = generation.pipeline
-        reply = Reply(None, "") if pipeline is None else pipeline.reply
+        reply = Reply(None, "") if pipeline is None else pipeline.reply_of(self._deltas)
+        stop_string = None if pipeline is None or last.finish_reason is None else pipeline.stop_string
         finish_reason: FinishReason = last.finish_reason or "stop"
-        if reply.tool_calls and finish_reason == "stop" and pipeline is not None and not pipeline.stopped:
+        if reply.tool_calls and finish_reason == "stop" and stop_string is None:
             finish_reason = "tool_calls"
         prompt_tokens, count = len(generation.request.prompt), len(self._tokens)
         usage = Usage(
@@ -234,7 +237,6 @@ class Handle:
             (count - 1) / max(decode, 1e-9),
         )
         tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
-        stop_string = None if pipeline is None else pipeline.stop_string
         return Done(reply, finish_reason, usage, timings, tokens, self.yarn_factor, logprobs, stop_string)
 
     def prompt_speed(self) -> float:
