@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.chat.structured.compiler import GrammarCompiler
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
@@ -129,6 +130,22 @@ def test_tokens_are_counted(served: Served, client: Any) -> None:
     counted = client.messages.count_tokens(model="demo", messages=QUESTION, system="Be brief.")
     prompt = served.engine.prompt([{"role": "system", "content": "Be brief."}, *QUESTION], thinking=False)
     assert counted.input_tokens == len(prompt)
+
+
+def test_what_is_too_long_is_counted_too(served: Served, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents ask for the number to know when to shorten; no schema is compiled for it."""
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda *_, **__: pytest.fail("compiled"))
+    engine = served.engine
+    long = [{"role": "user", "content": "word " * engine.model.config.context_length}]
+    tool = {"name": "f", "strict": True, "input_schema": {"type": "object", "properties": {"a": {"type": "null"}}}}
+    counted = client.messages.count_tokens(model="demo", messages=long, tools=[tool], tool_choice={"type": "any"})
+    assert counted.input_tokens > engine.model.config.context_length
+    assert served.post({"messages": long}, "/tokenize")["count"] == len(engine.prompt(long))
+    huge = [{"role": "user", "content": "a" * 4_000_000}]
+    for path in ("/tokenize", "/v1/messages/count_tokens"):
+        refused = served.client.post(path, json={"model": "demo", "messages": huge})
+        assert refused.status_code == 400
+        assert "expected at most 4,000,000" in refused.json()["error"]["message"]
 
 
 def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) -> None:

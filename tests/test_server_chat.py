@@ -225,8 +225,11 @@ def test_no_call_is_made_where_none_is_wanted(served: Served, tokenizer: Tokeniz
     call = tokenizer.token_to_id("<tool_call>")
     eager = {"logit_bias": {str(call): 100.0}, "max_tokens": 12, "temperature": 0.0}
     body = ask(PRODUCT, tools=[CALCULATOR], **eager)
+    free = served.post({**body, "max_tokens": 1})
     for fields in ({"tool_choice": "none"}, {"tool_choice": "none", "n": 2}):
-        for choice in served.post({**body, **fields})["choices"]:
+        reply = served.post({**body, **fields})
+        assert reply["usage"]["prompt_tokens"] == free["usage"]["prompt_tokens"]
+        for choice in reply["choices"]:
             assert "tool_calls" not in choice["message"]
             assert "<tool_call>" not in json.dumps(choice)
 

@@ -13,7 +13,7 @@ import pytest
 from mlxqwen.engine import generation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.server import wakeups
+from mlxqwen.server import endpoints, wakeups
 from mlxqwen.server.event_stream import COMMENT, KeepAlive
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
@@ -278,6 +278,19 @@ def test_bodies_are_bounded_all_together(served: Served) -> None:
             assert small.service.load.body_bytes == 0
 
     run(work())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_failure_before_the_reply_gives_its_room_back(
+    served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of the server's own")
+
+    monkeypatch.setattr(endpoints, "ChatReply", fail)
+    assert served.client.post(CHAT, json=ask(stream=stream, **LONG)).status_code == 500
+    assert served.service.load.replies == 0
+    assert rows(served) == 0
 
 
 def test_many_streams_at_once_get_what_each_would_alone(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:

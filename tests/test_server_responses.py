@@ -10,7 +10,7 @@ import pytest
 
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.server.responses_store import ResponseStore
+from mlxqwen.server.responses_store import ResponseStore, StoredResponse
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
 from tests.serving import Served, serving
@@ -236,6 +236,22 @@ def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
 )
 def test_what_is_not_done_or_wrong(served: Served, fields: dict[str, Any], words: str) -> None:
     assert words in served.refused({"input": "a", **fields}, path=PATH)["message"]
+
+
+def test_the_store_is_asked_by_the_thread_of_the_loop_alone(
+    served: Served, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = client.responses.create(model="demo", input="Hi", max_output_tokens=1)
+    find, asked = ResponseStore.find, []
+
+    def watched(self: ResponseStore, response_id: str) -> StoredResponse | None:
+        asyncio.get_running_loop()  # raises where none runs
+        asked.append(response_id)
+        return find(self, response_id)
+
+    monkeypatch.setattr(ResponseStore, "find", watched)
+    client.responses.create(model="demo", input="Hi", previous_response_id=first.id, max_output_tokens=1)
+    assert asked == [first.id]
 
 
 def test_the_store_is_bounded() -> None:

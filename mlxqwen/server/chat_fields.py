@@ -9,8 +9,10 @@ from pydantic import Field
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.settings import MOST_CHOICES
 
-__all__ = ["BiasField", "ChatFields", "ReplyFields", "StreamOptions"]
+__all__ = ["LONGEST_TEXT", "BiasField", "ChatFields", "ReplyFields", "StreamOptions"]
 
+LONGEST_TEXT = 4_000_000
+"""Characters that are encoded though no model may have room for them."""
 _MOST_MESSAGES = 100_000
 _MOST_TOOLS = 1024
 _MOST_BIASES = 4096

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlxqwen.chat.splitter import Tag
+from mlxqwen.chat.turns import prepare_conversation
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.chat_request import ChatOptions
 from mlxqwen.engine.options import ConstraintFactory
@@ -16,13 +16,24 @@ from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.json_file import shown
 from mlxqwen.sampling.forbidden import ForbiddenTokens
 from mlxqwen.server.bodies import unknown_fields
-from mlxqwen.server.chat_fields import ChatFields, ReplyFields
+from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
+from mlxqwen.server.event_stream import to_json
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.structured import call_options, response_format
 
-__all__ = ["EFFORT_BUDGETS", "Prepared", "bounded", "budget_of", "ending", "prepare_chat", "rows", "sampling_of"]
+__all__ = [
+    "EFFORT_BUDGETS",
+    "Prepared",
+    "bounded",
+    "budget_of",
+    "ending",
+    "prepare_chat",
+    "prompt_ids",
+    "rows",
+    "sampling_of",
+]
 
 EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 16_384, "xhigh": 32_768, "max": None}
 """Tokens of thought by `reasoning_effort`; "none" switches thinking off."""
@@ -75,30 +86,17 @@ def prepare_chat(
     """
     refuse_what_is_not_done(fields)
     notes = [*notes, *unknown_fields(fields)]
-    thinking, budget = _thinking(fields)
-    tools, calls = _tools(fields, notes), fields.tool_choice != "none"
-    constraints = list(ending(fields, model))
-    if not calls and fields.tools:
-        call = model.engine.tokenizer.token_to_id(Tag.CALL.value)
-        constraints += [] if call is None else [forbidding([call], model.vocab_size)]
-    variables = dict(fields.chat_template_kwargs or {})
-    variables.pop("enable_thinking", None)
-    options = ChatOptions(
-        thinking=thinking,
-        thinking_budget=budget,
-        tools=tools if calls and tools else None,
+    options = replace(
+        _shown_options(fields, notes),
         sampling=sampling_of(fields),
         max_tokens=_most_tokens(fields),
         stop=fields.stop or (),
         skip_special_tokens=fields.skip_special_tokens is not False,
         priority=fields.priority or 0,
         salt=fields.cache_salt or "",
-        constraints=constraints,
+        constraints=ending(fields, model),
         logprobs=_logprobs(fields),
         drop_oldest=drop_oldest,
-        template_variables=variables,
-        add_generation_prompt=fields.add_generation_prompt is not False,
-        continue_final_message=fields.continue_final_message,
         **cache_options(settings),
         response_format=response_format(fields),
         **call_options(fields),
@@ -106,6 +104,33 @@ def prepare_chat(
     request, _ = model.responder.request(fields.messages, options)
     request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
     return Prepared(model, rows(request, fields), notes, fields.n or 1)
+
+
+def prompt_ids(fields: ChatFields, model: ServedModel) -> list[int]:
+    """The prompt of a chat completion, however long: whether the context has room for it is not asked.
+
+    Raises:
+        MlxqwenError: it cannot be rendered, or would take too long to encode.
+    """
+    characters = len(to_json([fields.messages, fields.tools]))
+    if characters > LONGEST_TEXT:
+        raise OptionError(f"messages: found {characters:,} characters with tools, expected at most {LONGEST_TEXT:,}")
+    return model.responder.render(prepare_conversation(fields.messages), _shown_options(fields, []))
+
+
+def _shown_options(fields: ChatFields, notes: list[str]) -> ChatOptions:
+    """The options that make the prompt; of tools that are left out a note is taken."""
+    thinking, budget = _thinking(fields)
+    variables = dict(fields.chat_template_kwargs or {})
+    variables.pop("enable_thinking", None)
+    return ChatOptions(
+        thinking=thinking,
+        thinking_budget=budget,
+        tools=_tools(fields, notes) or None,
+        template_variables=variables,
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        continue_final_message=fields.continue_final_message,
+    )
 
 
 def refuse_what_is_not_done(fields: ReplyFields) -> None:

@@ -12,7 +12,7 @@ from mlxqwen.server.anthropic_reply import MessageReply
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.chat_reply import ChatReply
-from mlxqwen.server.chat_request import Prepared, prepare_chat
+from mlxqwen.server.chat_request import Prepared, prepare_chat, prompt_ids
 from mlxqwen.server.completions import CompletionFields, CompletionReply, prepare_completion
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.models import ServedModel
@@ -76,8 +76,7 @@ async def count_tokens(service: Service, http: HttpRequest) -> Response:
     model = service.models.find(fields.model)
 
     def count() -> int:
-        chat = anthropic_request.as_chat(fields, [])
-        return len(prepare_chat(chat, model, service.settings).requests[0].prompt)
+        return len(prompt_ids(anthropic_request.as_chat(fields, []), model))
 
     return JSONResponse({"input_tokens": await service.in_thread(count)})
 
@@ -87,8 +86,10 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     store = service.responses
     before: list[dict[str, Any]] = []
 
-    def prepare(fields: ResponsesFields, model: ServedModel) -> Prepared:
+    def look_up(fields: ResponsesFields) -> None:
         before.extend(responses_request.previous_messages(fields, store))
+
+    def prepare(fields: ResponsesFields, model: ServedModel) -> Prepared:
         notes: list[str] = []
         chat = responses_request.as_chat(fields, before, notes)
         return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=fields.truncation == "auto")
@@ -96,7 +97,7 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     def present(fields: ResponsesFields, prepared: Prepared) -> ResponseReply:
         return ResponseReply(fields, prepared, store, before)
 
-    return await service.answer(http, ResponsesFields, prepare, present)
+    return await service.answer(http, ResponsesFields, prepare, present, look_up=look_up)
 
 
 async def show_response(service: Service, http: HttpRequest) -> Response:

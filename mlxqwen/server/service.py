@@ -110,6 +110,8 @@ class Service:
         form: type[_FormT],
         prepare: Callable[[_FormT, ServedModel], Prepared],
         present: Callable[[_FormT, Prepared], Presenter],
+        *,
+        look_up: Callable[[_FormT], None] | None = None,
     ) -> Response:
         """Read, check and render a request; let the engine answer; send it whole or streamed.
 
@@ -118,6 +120,7 @@ class Service:
             form: of its body; has `model` and `stream`.
             prepare: called in a thread; makes the engine's requests.
             present: makes what gives the replies their form.
+            look_up: called before `prepare`, by the loop's thread: takes from the server's state what that needs.
         """
         load, settings = self.load, self.settings
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
@@ -126,6 +129,8 @@ class Service:
         try:
             fields = await self.form(http, form)
             model = self.models.find(getattr(fields, "model", None))
+            if look_up is not None:
+                look_up(fields)
             prepared = await self.in_thread(lambda: prepare(fields, model))
             load.take(len(prepared.requests) - 1, held=1)
             taken = 0  # from here on the replies give it back
@@ -133,16 +138,19 @@ class Service:
         except BaseException:
             load.leave(taken)
             raise
-        headers = self._told(http, prepared)
-        presenter = present(fields, prepared)
-        http.scope.setdefault("mlxqwen", {})["replies"] = replies
-        if getattr(fields, "stream", None):
-            events = self._events(presenter, replies)
-            return EventStream(events, close=replies.close, stall_seconds=settings.stall_seconds, headers=headers)
         try:
-            return JSONResponse(await until_gone(http, presenter.whole(replies)), headers=headers)
-        finally:
+            headers = self._told(http, prepared)
+            presenter = present(fields, prepared)
+            http.scope.setdefault("mlxqwen", {})["replies"] = replies
+            if getattr(fields, "stream", None):
+                events = self._events(presenter, replies)
+                return EventStream(events, close=replies.close, stall_seconds=settings.stall_seconds, headers=headers)
+            response = JSONResponse(await until_gone(http, presenter.whole(replies)), headers=headers)
+        except BaseException:
             replies.close()
+            raise
+        replies.close()
+        return response
 
     async def _events(self, presenter: Presenter, replies: Replies) -> AsyncGenerator[bytes]:
         alive = KeepAlive(self.settings.keepalive_seconds, replies.steps)

@@ -63,8 +63,8 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
 
 
 def call_options(fields: ChatFields) -> dict[str, Any]:
-    """The engine's options for calls that have to be made; none where the model decides, or calls nothing."""
-    if fields.tool_choice in (None, "auto", "none"):
+    """The engine's options for calls that have to be made, or must not; none where the model decides."""
+    if fields.tool_choice in (None, "auto"):
         return {}
     return {"tool_choice": fields.tool_choice, "parallel_tool_calls": fields.parallel_tool_calls is not False}
 

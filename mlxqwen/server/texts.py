@@ -11,13 +11,12 @@ from starlette.responses import JSONResponse, Response
 from mlxqwen.checks import check_token_ids
 from mlxqwen.errors import OptionError
 from mlxqwen.server.bodies import Form
-from mlxqwen.server.chat_fields import ChatFields
-from mlxqwen.server.chat_request import prepare_chat
+from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields
+from mlxqwen.server.chat_request import prompt_ids
 from mlxqwen.server.service import Service
 
 __all__ = ["DetokenizeFields", "TokenizeFields", "detokenize", "tokenize"]
 
-_LONGEST_TEXT = 4_000_000  # characters
 _MOST_TOKENS = 1_000_000
 
 
@@ -25,7 +24,7 @@ class TokenizeFields(Form):
     """A text (`prompt`), or a conversation with the fields of a chat completion that make its prompt."""
 
     model: str | None = None
-    prompt: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
+    prompt: Annotated[str, Field(max_length=LONGEST_TEXT)] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -57,7 +56,7 @@ async def tokenize(service: Service, http: HttpRequest) -> Response:
             add_generation_prompt=fields.add_generation_prompt,
             continue_final_message=fields.continue_final_message,
         )
-        return list(prepare_chat(chat, model, service.settings).requests[0].prompt)
+        return prompt_ids(chat, model)
 
     tokens = await service.in_thread(ids)
     return JSONResponse({"count": len(tokens), "max_model_len": model.context, "tokens": tokens})
