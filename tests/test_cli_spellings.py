@@ -276,7 +276,60 @@ def test_a_wrong_file_is_told(text: str, words: list[str], config: Callable[[str
     assert all(word in result.err for word in words)
 
 
-def test_a_wrong_value_of_the_file_is_told(config: Callable[[str], Path]) -> None:
-    config('temperature = "warm"')
+@pytest.mark.parametrize(
+    ("text", "command", "message"),
+    [
+        ('temperature = "warm"', ["generate", "a"], "temperature: 'warm' is not a valid float"),
+        ("temperature = 300", ["generate", "a"], "temperature: found 300.0, expected a number"),
+        ("temperature = [1]", ["generate", "a"], "temperature: found list, expected text"),
+        ("[generate]\nmax-tokens = 1979-01-01", ["generate", "a"], "max-tokens: found date, expected text"),
+        ('model = "/nope"', ["info"], "model: /nope: no such folder"),
+        ("[serve]\nport = 99999", ["serve"], "port: found 99999"),
+    ],
+)
+def test_a_wrong_value_of_the_file_is_told(
+    text: str, command: list[str], message: str, config: Callable[[str], Path]
+) -> None:
+    path = config(text)
+    result = run(*command)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"error: {path}: {message}")
+
+
+def test_a_default_that_does_not_go_with_others_is_told(config: Callable[[str], Path]) -> None:
+    path = config("kv-keep = 3")
     result = run("generate", "a")
-    assert (result.status, "warm" in result.err) == (2, True)
+    assert result.status == 2
+    assert f"--kv-keep is set by {path}: kv-keep." in result.err
+    assert str(path) not in run("generate", "a", "--kv-keep", "2").err
+
+
+def test_a_wrong_model_of_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXQWEN_MODEL", "/of/environment")
+    assert run("generate", "a").err.startswith("error: MLXQWEN_MODEL: /of/environment: no such folder")
+    assert run("generate", "a", "-m", "/of/option").err.startswith("error: /of/option: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("temprature", "temperature"), ("num-predict", "max-tokens"), ("as-json", "json")]
+)
+def test_a_key_that_is_spelled_otherwise_is_suggested(key: str, meant: str, config: Callable[[str], Path]) -> None:
+    path = config(f"{key} = 1")
+    result = run("generate", "a")
+    assert result.status == 1
+    assert result.err == f"error: {path}: found {key}, which is no setting\n       Did you mean {meant}?\n"
+
+
+def test_the_model_may_be_an_option_of_every_command(config: Callable[[str], Path]) -> None:
+    config("")
+    for command in ("serve", "info", "bench", "convert"):
+        for flag in ("--model", "-m"):
+            assert run(command, flag, "/nope").err.startswith("error: /nope: no such folder")
+        both = run(command, "/a", "--model", "/b")
+        assert (both.status, "or --model, not both" in both.err) == (2, True)
+
+
+def test_a_folder_beside_the_model_of_a_chat_is_no_message(tmp_path: Path) -> None:
+    result = run("chat", "--model", DEMO, str(tmp_path))
+    assert result.status == 2
+    assert f"'{tmp_path}' is a folder, expected a message" in result.err

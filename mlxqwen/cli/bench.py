@@ -18,6 +18,7 @@ from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_model_options, load_engine, located_model, new_cache, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.cli.terminal import StatusLine
 from mlxqwen.console import Output
@@ -51,7 +52,7 @@ _COLUMNS = (
 )
 
 
-@click.command()
+@click.command(cls=ModelCommand)
 @click.argument("model", required=False, shell_complete=complete_folder)
 @click.option(
     "--context",

@@ -86,6 +86,8 @@ def _with_arguments(context: click.Context, options: Mapping[str, Any]) -> dict[
     if context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
         if len(words) > 1:
             raise click.UsageError(f"Give MODEL or --model, not both: found {words[0]!r} before the message.")
+        if words and os.path.isdir(words[0]):
+            raise click.UsageError(f"Give MODEL or --model, not both: {words[0]!r} is a folder, expected a message.")
         model = options["model"]
     elif words and (len(words) > 1 or not any(map(str.isspace, words[0])) or os.path.isdir(words[0])):
         model = words.pop(0)

@@ -80,6 +80,7 @@ _option = partial(spelled_option, "Options")
 @click.argument("source", required=False, shell_complete=complete_folder)
 @click.argument("output", required=False, type=click.Path(), callback=_not_empty)
 @_option("--hf-path", metavar="SOURCE", hidden=True)
+@_option("-m", "--model", metavar="SOURCE", hidden=True)
 @_option("--mlx-path", metavar="OUTPUT", type=click.Path(), hidden=True, callback=_not_empty)
 @_option("--revision", help="Branch, tag or commit of a hub id.")
 @_option(
@@ -176,13 +177,16 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
 
 
 def _paths(options: dict[str, Any]) -> tuple[str, str | None]:
-    """SOURCE and OUTPUT, taken out of the options; mlx-lm's --hf-path and --mlx-path are the same."""
+    """SOURCE and OUTPUT, taken out of the options; --model and mlx-lm's --hf-path and --mlx-path are the same."""
     paths = []
-    for name, other in (("source", "hf_path"), ("output", "mlx_path")):
-        given = [value for value in (options.pop(name), options.pop(other)) if value is not None]
+    for names in (("source", "model", "hf_path"), ("output", "mlx_path")):
+        values = {name: options.pop(name) for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
         if len(given) > 1:
-            raise click.UsageError(f"Give {name.upper()} or {_flag(other)}, not both.")
-        paths.append(given[0] if given else None)
+            first, second = list(given)[:2]
+            shown = first.upper() if first == names[0] else _flag(first)
+            raise click.UsageError(f"Give {shown} or {_flag(second)}, not both.")
+        paths.append(next(iter(given.values()), None))
     source, output = paths
     if source is None:
         raise click.UsageError("Missing argument 'SOURCE'.")

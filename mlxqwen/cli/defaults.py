@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import HubError, MlxqwenError, OptionError
 
-__all__ = ["config_path", "give_way", "read_defaults", "told_defaults"]
+__all__ = ["config_path", "defaults_named", "give_way", "read_defaults", "told_defaults"]
 
 _MOST_BYTES = 2**16
 _MODEL_VARIABLE = "MLXQWEN_MODEL"
@@ -75,18 +77,19 @@ def read_defaults(name: str, commands: Collection[str], find: Callable[[str], cl
     for key, value in values.items():
         if isinstance(value, dict):
             if key not in commands:
-                raise _unknown(path, f"[{key}]", sorted(commands))
+                raise _unknown(path, f"[{key}]", {f"[{name}]": f"[{name}]" for name in commands})
         elif not any(_parameter(one, key) for one in (command, find("generate"), find("chat"))):
-            raise _unknown(path, key, sorted(_settable(find("generate"))))
+            raise _unknown(path, key, _settable(find("generate")))
         else:
             chosen[key] = value
     for key, value in values.get(name, {}).items():
         if _parameter(command, key) is None:
-            raise _unknown(path, f"{key} in [{name}]", sorted(_settable(command)))
+            raise _unknown(path, key, _settable(command), table=f" in [{name}]")
         chosen[key] = value
     defaults = {}
     for key, value in chosen.items():
         if (parameter := _parameter(command, key)) is not None and parameter.name is not None:
+            _check_kind(path, key, value, parameter)
             defaults[parameter.name] = [value] if parameter.multiple and not isinstance(value, list) else value
     if os.environ.get(_MODEL_VARIABLE) and _parameter(command, "model"):
         defaults["model"] = os.environ[_MODEL_VARIABLE]
@@ -109,25 +112,110 @@ def _read(path: Path) -> dict[str, Any]:
         raise OptionError(f"{path}: not TOML: {error}", hint='A line is such as model = "qwen3:4b".') from None
 
 
-def _unknown(path: Path, found: str, expected: list[str]) -> OptionError:
-    return OptionError(f"{path}: found {found}, expected one of {', '.join(expected)}", hint="Correct or remove it.")
+def _unknown(path: Path, found: str, known: Mapping[str, str], *, table: str = "") -> OptionError:
+    meant = get_close_matches(found.replace("_", "-"), known, n=1)
+    if meant:
+        return OptionError(
+            f"{path}: found {found}{table}, which is no setting", hint=f"Did you mean {known[meant[0]]}?"
+        )
+    expected = ", ".join(sorted({*known.values()}))
+    return OptionError(f"{path}: found {found}{table}, expected one of {expected}", hint="Correct or remove it.")
 
 
-def _settable(command: click.Command) -> set[str]:
-    names = {param.name for param in command.params if param.name not in _NOT_SETTABLE and not _is_hidden(param)}
-    return {name.replace("_", "-") for name in names if name is not None}
+def _check_kind(path: Path, key: str, value: object, parameter: click.Parameter) -> None:
+    """Raise `OptionError` for what no option could be: tables, dates, and lists but for what may be repeated."""
+    values = value if isinstance(value, list) and parameter.multiple else [value]
+    if not all(isinstance(one, str | int | float) for one in values):
+        expected = "text, a number or true or false"
+        raise OptionError(
+            f"{path}: {key}: found {type(value).__name__}, expected {expected}{', or a list' * parameter.multiple}",
+            hint="Correct or remove it.",
+        )
+
+
+def _settable(command: click.Command) -> dict[str, str]:
+    """Keys as they are suggested, and what they are called, under that name and those of other tools."""
+    names = {}
+    for param in command.params:
+        if param.name is not None and param.name not in _NOT_SETTABLE and not _is_hidden(param):
+            name = _key(param)
+            names[name] = name
+            names.update((flag.removeprefix("--"), name) for flag in getattr(param, "also", ()))
+    return names
 
 
 def _is_hidden(param: click.Parameter) -> bool:
     return isinstance(param, click.Option) and param.hidden
 
 
+def _key(param: click.Parameter) -> str:
+    """What a parameter is called in the file."""
+    return {"as_json": "json"}.get(param.name or "", (param.name or "").replace("_", "-"))
+
+
 def _parameter(command: click.Command, key: str) -> click.Parameter | None:
     """The parameter that a key sets; words are joined by hyphens or underscores."""
-    name = {"json": "as_json"}.get(key, key.replace("-", "_"))
-    if name.replace("_", "-") not in _settable(command):
+    wanted = key.replace("_", "-")
+    if _settable(command).get(wanted) != wanted:
         return None
-    return next(param for param in command.params if param.name == name)
+    return next(param for param in command.params if _key(param) == wanted)
+
+
+@contextmanager
+def defaults_named(ctx: click.Context) -> Iterator[None]:
+    """Let errors about a default name where it is from: the file and key, or the variable.
+
+    Args:
+        ctx: of the command that runs.
+    """
+    try:
+        yield
+    except click.UsageError as error:
+        if isinstance(error, click.BadParameter) and error.param is not None:
+            source = _source(ctx, error.param)
+            if source is not None:
+                raise OptionError(f"{source}: {error.message}", hint="Correct or remove it.") from None
+        # A rule about several options, of which the user has typed some.
+        words = error.message.replace(",", " ").replace(":", " ").split()
+        told = []
+        for param in ctx.command.params:
+            source = _source(ctx, param)
+            flags = [flag for flag in (*param.opts, *param.secondary_opts) if flag in words]
+            if source is not None and flags:
+                told.append(f" {flags[0]} is set by {source}.")
+        if not told:
+            raise
+        raise click.UsageError(error.format_message() + "".join(told), error.ctx or ctx) from None
+    except MlxqwenError as error:
+        if (source := _source_of_problem(ctx, error)) is not None:
+            flag, colon, rest = error.problem.partition(": ")
+            error.problem = f"{source}: {rest if colon and flag.startswith('-') else error.problem}"
+        raise
+
+
+def _source_of_problem(ctx: click.Context, error: MlxqwenError) -> str | None:
+    subject = error.problem.partition(": ")[0].partition("/--")[0]
+    for param in ctx.command.params:
+        if subject in (*param.opts, *param.secondary_opts) and isinstance(param, click.Option):
+            return _source(ctx, param)
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        is_subject = param.name == "model" and value and (isinstance(error, HubError) or subject == value)
+        if is_subject and (source := _source(ctx, param)) is not None:
+            return source
+    return None
+
+
+def _source(ctx: click.Context, param: click.Parameter) -> str | None:
+    """Where the value of a parameter is from, if it is neither typed nor built in."""
+    source = ctx.get_parameter_source(param.name or "")
+    if source is ParameterSource.ENVIRONMENT:
+        return str(param.envvar)
+    if source is not ParameterSource.DEFAULT_MAP:
+        return None
+    if param.name == "model" and os.environ.get(_MODEL_VARIABLE):
+        return _MODEL_VARIABLE
+    return f"{config_path()}: {_key(param)}"
 
 
 def give_way(ctx: click.Context) -> None:

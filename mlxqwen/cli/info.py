@@ -13,6 +13,7 @@ import click
 
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.cli.terminal import count_of, terminal_size
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
@@ -27,7 +28,7 @@ __all__ = ["info"]
 _NAMES = 19  # characters for the names of rows
 
 
-@click.command()
+@click.command(cls=ModelCommand)
 @click.argument("model", required=False, shell_complete=complete_folder)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--context", type=int, help="Tokens to size the cache for; the model's whole context by default.")

@@ -16,6 +16,7 @@ from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_model_options, load_engine, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, ServerError, one_line
 
@@ -64,7 +65,7 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(cls=ModelCommand)
 @click.argument("model", required=False, shell_complete=complete_folder)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port to listen at; 0 takes a free one.")

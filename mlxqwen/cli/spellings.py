@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from mlxqwen.cli.defaults import give_way
+from mlxqwen.cli.defaults import defaults_named, give_way
 
-__all__ = ["SpelledCommand", "SpelledOption", "spelled_option"]
+__all__ = ["ModelCommand", "SettableCommand", "SpelledCommand", "SpelledOption", "spelled_option"]
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -51,7 +52,40 @@ def spelled_option(group: str, *names: str, **options: Any) -> Callable[[_Decora
     return click.option(*names, cls=SpelledOption, group=group, **options)
 
 
-class SpelledCommand(click.Command):
+class SettableCommand(click.Command):
+    """A command whose options have defaults of the user's own, which its errors name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; a default that is no value of its option is told with where it is from."""
+        with defaults_named(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; what is wrong with a default is told with where it is from."""
+        with defaults_named(ctx):
+            return super().invoke(ctx)
+
+
+class ModelCommand(SettableCommand):
+    """A command with the argument `model`, which may also be given as --model or -m; the help does not show these."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params.append(click.Option(["-m", "--model", "model_option"], metavar="MODEL", hidden=True))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; --model stands for the argument."""
+        rest = super().parse_args(ctx, args)
+        given = ctx.params.pop("model_option", None)
+        if given is not None:
+            if ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE:
+                raise click.UsageError("Give MODEL or --model, not both.", ctx)
+            ctx.params["model"] = given
+            ctx.set_parameter_source("model", ParameterSource.COMMANDLINE)
+        return rest
+
+
+class SpelledCommand(SettableCommand):
     """A command with its options in groups, whose suggestions are the names that its help shows."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
