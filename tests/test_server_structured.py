@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from jsonschema import validate
 
+from mlxqwen.chat.structured import compiler
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
-from tests.serving import Served, ask, serving
+from tests.asgi_calls import Call, until
+from tests.serving import CHAT, Served, ask, serving
 from tests.test_server_chat import CALCULATOR, PRODUCT, summed, whole
 
 pytest.importorskip("llguidance")
@@ -158,3 +162,65 @@ def test_bombs_are_refused_or_kept_to_soon(served: Served, form: dict[str, Any])
     response = served.client.post("/v1/chat/completions", json=ask(max_tokens=5, structured_outputs=form))
     assert response.status_code in (200, 400)
     assert served.client.get("/health").status_code == 200
+
+
+def test_schemas_that_take_long_keep_no_other_request_waiting(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whichever API they come, and more of them than there are threads."""
+    go, tried = threading.Event(), []
+
+    def slow(grammars: Sequence[str]) -> list[str | None]:
+        tried.append(threading.current_thread())
+        go.wait(60)
+        return ["too costly"] * len(grammars)
+
+    monkeypatch.setattr(compiler, "compile_in_bounds", slow)
+
+    def costly(number: int) -> dict[str, Any]:
+        pattern = {"type": "string", "pattern": f"^costly {number}$"}
+        return {"type": "object", "properties": {"a": pattern}, "required": ["a"], "additionalProperties": False}
+
+    def tool(number: int, **more: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": "f", "parameters": costly(number), **more}}
+
+    def formatted(number: int) -> dict[str, Any]:
+        return {"type": "json_schema", "name": "f", "schema": costly(number)}
+
+    hi = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    given: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {**hi, "response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": costly(0)}}}),
+        (CHAT, {**hi, "tools": [tool(1, strict=True)]}),
+        (CHAT, {**hi, "tools": [tool(2)], "tool_choice": "required"}),
+        ("/v1/completions", {"model": "demo", "prompt": "a", "guided_json": costly(3)}),
+        ("/v1/messages", {**hi, "output_config": {"format": formatted(4)}}),
+        (
+            "/v1/messages",
+            {
+                **hi,
+                "tools": [{"name": "f", "input_schema": costly(5)}],
+                "tool_choice": {"type": "any"},
+            },
+        ),
+        ("/v1/responses", {"model": "demo", "input": "Hi", "text": {"format": formatted(6)}}),
+    ]
+
+    async def work() -> None:
+        try:
+            for path, body in given:
+                slow_ones = [Call(served.app, path, body) for _ in range(5)]
+                await until(lambda: len(tried) >= 4)
+                ordinary = [
+                    Call(served.app, CHAT, ask(max_tokens=1)),
+                    Call(served.app, CHAT, ask(max_tokens=1, tools=[OTHER])),
+                    Call(served.app, "/tokenize", {"model": "demo", "prompt": "a"}),
+                ]
+                for call in ordinary:
+                    assert (await asyncio.wait_for(call.end(), 20)).status == 200
+                go.set()
+                for call in slow_ones:
+                    assert (await call.end()).status in (200, 400)
+                go.clear()
+                tried.clear()
+        finally:
+            go.set()
+
+    asyncio.run(work())

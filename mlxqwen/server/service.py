@@ -26,6 +26,7 @@ from mlxqwen.server.models import Models, ServedModel
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.settings import ServerSettings
+from mlxqwen.server.structured import may_compile
 
 __all__ = ["IGNORED_HEADER", "Presenter", "Service", "endpoint", "until_gone"]
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("mlxqwen.server")
 
 IGNORED_HEADER = "x-mlxqwen-ignored"
 _THREADS = 4
+_COMPILING_THREADS = 4
 _BODIES = 8  # of the largest that are read at once
 _MOST_LOGGED = 10_000  # characters
 _FormT = TypeVar("_FormT", bound=Form)
@@ -72,16 +74,23 @@ class Service:
         self.responses = ResponseStore()
         self.metrics.watch(self._gauges)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mlxqwen request")
+        self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="mlxqwen grammar")
 
     def close(self) -> None:
         """Let the threads and the models go; engines stay open."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._compiling):
+            pool.shutdown(wait=False, cancel_futures=True)
         for model in self.models.all:
             model.close()
 
-    async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """Do `work` in one of a few threads, so that the loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def in_thread(self, work: Callable[[], _T], *, compiles: bool = False) -> _T:
+        """Do `work` in one of a few threads, so that the loop goes on.
+
+        Args:
+            compiles: whether it may compile grammars, which may take many seconds; such work has other threads.
+        """
+        pool = self._compiling if compiles else self._threads
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def form(self, http: HttpRequest, form: type[_FormT]) -> _FormT:
         """The fields of a request's body."""
@@ -131,7 +140,7 @@ class Service:
             model = self.models.find(getattr(fields, "model", None))
             if look_up is not None:
                 look_up(fields)
-            prepared = await self.in_thread(lambda: prepare(fields, model))
+            prepared = await self.in_thread(lambda: prepare(fields, model), compiles=may_compile(fields))
             load.take(len(prepared.requests) - 1, held=1)
             taken = 0  # from here on the replies give it back
             replies = Replies(prepared, load, self.metrics, deadline)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import shown
+from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
 
-__all__ = ["call_options", "response_format"]
+__all__ = ["call_options", "may_compile", "response_format"]
 
 _OPENAI = ("text", "json_object", "json_schema")
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
@@ -67,6 +69,31 @@ def call_options(fields: ChatFields) -> dict[str, Any]:
     if fields.tool_choice in (None, "auto"):
         return {}
     return {"tool_choice": fields.tool_choice, "parallel_tool_calls": fields.parallel_tool_calls is not False}
+
+
+def may_compile(fields: Form) -> bool:
+    """Whether a request, of any API, asks for what has to be compiled: a form of its answer, or calls that fit schemas.
+
+    Schemas of strangers may take seconds to compile, which other requests should not wait for.
+    """
+    names = ("response_format", "structured_outputs", *_OLDER, "output_format")
+    forms = [getattr(fields, name, None) for name in names]
+    forms.append((getattr(fields, "output_config", None) or {}).get("format"))
+    forms.append(getattr(getattr(fields, "text", None), "format", None))
+    choice = getattr(fields, "tool_choice", None)
+    choice = getattr(choice, "type", choice)  # Anthropic's is an object
+    tools = getattr(fields, "tools", None) or ()
+    return (
+        any(one is not None and not (isinstance(one, Mapping) and one.get("type") == "text") for one in forms)
+        or (bool(tools) and choice not in (None, "auto", "none"))
+        or (choice != "none" and any(map(_is_strict, tools)))
+    )
+
+
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    """Whether a tool in the form of any API is strict."""
+    function = tool.get("function")
+    return any(one.get("strict") is True for one in (tool, function) if isinstance(one, Mapping))
 
 
 def _refused(name: str, what: str) -> ApiError:
