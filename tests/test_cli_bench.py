@@ -119,7 +119,7 @@ def test_a_plot_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench_plot, "find_spec", find_spec)
     monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("loaded"))
     result = run("bench", "--plot", str(tmp_path / "a.png"))
-    assert_error(result, "--plot: matplotlib is not installed", "pip install 'mlxqwen[plot]'")
+    assert_error(result, "--plot: matplotlib is not installed", '-m pip install "mlxqwen[plot]"')
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

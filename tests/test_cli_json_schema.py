@@ -68,15 +68,24 @@ def test_lines_of_a_batch_have_their_own(tmp_path: Path) -> None:
     ("schema", "message"),
     [
         ('{"type": ', "schema.json: not valid JSON at column 10"),
-        ([1], "schema.json: response_format: found a list, expected a JSON schema"),
+        ([1], "schema.json: found a list, expected a JSON schema"),
         ({"uniqueItems": True}, '"uniqueItems"'),
+        ({"type": "json_schema", "json_schema": {}}, "without a schema"),
     ],
 )
 def test_what_is_no_schema(tmp_path: Path, schema: object, message: str) -> None:
     found = run("generate", "Hi", "--json-schema", write(tmp_path / "schema.json", schema))
     assert found.status == 1
     assert message in found.err
+    assert found.err.startswith(f"error: --json-schema: {tmp_path / 'schema.json'}: ")
+    assert "response_format: " not in found.err
     assert found.out == ""
+
+
+def test_the_form_of_openai_works(tmp_path: Path) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}
+    schema = write(tmp_path / "schema.json", form)
+    validate(json.loads(run("generate", "Hi", "--json-schema", schema, "--no-thinking").out), SCHEMA)
 
 
 def test_a_line_that_asks_for_nothing_known(tmp_path: Path) -> None:

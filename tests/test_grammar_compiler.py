@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shlex
 import sys
 import weakref
 from datetime import date
@@ -183,7 +184,7 @@ def test_without_llguidance(demo: tuple[Qwen3ForCausalLM, Tokenizer], monkeypatc
     engine = Engine(*demo)
     with pytest.raises(OptionError, match="found no llguidance") as caught:
         engine.chat("Hi", response_format={"type": "json_object"})
-    assert caught.value.hint == "Install it: pip install llguidance."
+    assert caught.value.hint == f'Install it: {shlex.quote(sys.executable)} -m pip install "mlxqwen[structured]"'
     assert engine.chat("Hi", max_tokens=1)
 
 

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxqwen.errors import OptionError, one_line
+from mlxqwen.errors import OptionError, install_command, one_line
 from mlxqwen.files.atomic import write_file
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OptionError(f"--plot: {path} cannot be written", hint="Its folder is not there, or is write-protected.")
     if find_spec("matplotlib") is None:
-        raise OptionError("--plot: matplotlib is not installed", hint="Install it: pip install 'mlxqwen[plot]'")
+        raise OptionError("--plot: matplotlib is not installed", hint=f"Install it: {install_command('plot')}")
 
 
 def write_plot(path: Path, speeds: Sequence[Speed], *, title: str) -> None:

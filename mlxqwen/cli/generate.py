@@ -21,6 +21,7 @@ from mlxqwen.cli.generate_options import (
     load_engine,
     read_form,
     sampling_overrides,
+    schema_named,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.option_list import generate_options
@@ -111,7 +112,7 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     progress = PrefillProgress(sys.stderr)
     try:
         engine = load_engine(options)
-        with closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
+        with schema_named(options), closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
             for event in events:
                 printer.print(event)
     except KeyboardInterrupt:

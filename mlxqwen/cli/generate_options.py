@@ -36,6 +36,7 @@ __all__ = [
     "options_named",
     "read_form",
     "sampling_overrides",
+    "schema_named",
 ]
 
 
@@ -145,7 +146,22 @@ def read_form(options: Mapping[str, Any]) -> AnswerFormat | None:
     with leave_at_once():
         from mlxqwen.chat.request_files.schema_file import parse_schema
 
-    return parse_schema(read_text(options["json_schema"]), source_name(options["json_schema"]))
+    return parse_schema(read_text(options["json_schema"]), _schema_name(options))
+
+
+def _schema_name(options: Mapping[str, Any]) -> str:
+    return f"--json-schema: {source_name(options['json_schema'])}"
+
+
+@contextmanager
+def schema_named(options: Mapping[str, Any]) -> Iterator[None]:
+    """Let an `OptionError` about the form of answers name the file of --json-schema."""
+    try:
+        yield
+    except OptionError as error:
+        if options["json_schema"] is not None and error.problem.startswith("response_format: "):
+            error.problem = f"{_schema_name(options)}: {error.problem.removeprefix('response_format: ')}"
+        raise
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:

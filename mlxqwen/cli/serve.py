@@ -18,7 +18,7 @@ from mlxqwen.cli.generate_options import check_model_options, load_engine, optio
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.console import Output
-from mlxqwen.errors import OptionError, ServerError, one_line
+from mlxqwen.errors import OptionError, ServerError, install_command, one_line
 
 if TYPE_CHECKING:
     from mlxqwen.server.settings import ServerSettings
@@ -125,7 +125,8 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
         raise ServerError(
-            f"serve: found no {', '.join(missing)}, which it is made with", hint='pip install "mlxqwen[server]"'
+            f"serve: found no {', '.join(missing)}, which it is made with",
+            hint=f"Install them: {install_command('server')}",
         )
     check_model_options(options)
     settings = _settings(options)

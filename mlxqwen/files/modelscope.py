@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.errors import CheckpointError, HubError
+from mlxqwen.errors import CheckpointError, HubError, install_command
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES, check_model
 from mlxqwen.files.hub_errors import first_line, found_here, is_interruption
@@ -49,7 +49,7 @@ def downloaded_from_modelscope(name: str, repo_id: str, revision: str | None) ->
     except ImportError as cause:
         raise HubError(
             f"{name}: found no client of ModelScope, which downloads its models",
-            hint='Install it: pip install "mlxqwen[modelscope]", or pip install modelscope-hub.',
+            hint=f"Install it: {install_command('modelscope')}",
         ) from cause
     except ValueError as cause:  # reads the environment
         raise _malformed(name, cause) from cause

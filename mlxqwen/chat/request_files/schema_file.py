@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlxqwen.chat.request_files.conversations import located, parse_json_text
 from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
+from mlxqwen.errors import OptionError
 
 __all__ = ["parse_schema"]
 
@@ -11,7 +12,7 @@ _HINT = 'A schema is an object such as {"type": "object", "properties": {"name":
 
 
 def parse_schema(text: str, source: str) -> AnswerFormat | None:
-    """The format of answers that fit the schema of a JSON text.
+    """The format of answers that fit the schema of a JSON text, which may be in OpenAI's `json_schema` form.
 
     Args:
         source: where the text is from, for errors.
@@ -20,4 +21,9 @@ def parse_schema(text: str, source: str) -> AnswerFormat | None:
         OptionError: it is no JSON, or no schema.
     """
     with located(source):
-        return read_response_format({"json": parse_json_text(text, hint=_HINT)})
+        value = parse_json_text(text, hint=_HINT)
+        wrapped = isinstance(value, dict) and value.get("type") == "json_schema"
+        try:
+            return read_response_format(value if wrapped else {"json": value})
+        except OptionError as error:
+            raise OptionError(error.problem.removeprefix("response_format: "), hint=error.hint) from None

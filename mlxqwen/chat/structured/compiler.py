@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.chat.structured.trial import UNDECIDED, compile_in_bounds, parser_limits, readable
-from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.errors import MlxqwenError, OptionError, install_command
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class GrammarCompiler:
         if problem is not None:
             raise OptionError(
                 f"{where}: found what cannot be compiled: {problem}",
-                hint="docs/structured_output.md tells what schemas and grammars may hold.",
+                hint="Leave out what it names, or say it in another way.",
             )
         with self._lock:
             self._alive[grammar] = made
@@ -181,7 +181,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end: int) -> Any:
     except ImportError:
         raise OptionError(
             "structured output: found no llguidance, which keeps replies to a grammar",
-            hint="Install it: pip install llguidance.",
+            hint=f"Install it: {install_command('structured')}",
         ) from None
     added = tokenizer.added_token_ids
     # Names that no grammar can spell: a token of the tokenizer's own is never text.
