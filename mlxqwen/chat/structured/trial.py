@@ -54,6 +54,7 @@ for grammar in json.load(sys.stdin):
     if not matcher.is_error():
         matcher.compute_bitmask()
     print(json.dumps(matcher.get_error() if matcher.is_error() else None), flush=True)
+    matcher = None  # so that the next one has the memory
 """
 
 _TOO_LONG = f"it takes more than {MAX_SECONDS} seconds or {MAX_MEMORY // 2**30} GB to compile"
