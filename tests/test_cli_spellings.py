@@ -333,3 +333,8 @@ def test_a_folder_beside_the_model_of_a_chat_is_no_message(tmp_path: Path) -> No
     result = run("chat", "--model", DEMO, str(tmp_path))
     assert result.status == 2
     assert f"'{tmp_path}' is a folder, expected a message" in result.err
+
+
+def test_a_factor_of_yarn_names_its_option() -> None:
+    result = run("generate", "a", "--yarn-factor", "0.5")
+    assert (result.status, result.err) == (1, "error: --yarn-factor: found 0.5, expected a number in [1, 1024]\n")

@@ -331,3 +331,9 @@ def test_answers_are_json_lines_whatever_they_say(tmp_path: Path) -> None:
         file.append(requests(MANY)[0], fields)
     assert path.read_bytes().count(b"\n") == 1
     assert json.loads(path.read_text(encoding="utf-8"))["content"] == fields["content"]
+
+
+def test_an_option_of_sampling_alone_is_shown_its_place() -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_requests('{"prompt": "a", "temperature": 3}', "in.jsonl")
+    assert '"sampling": {"temperature": …}' in caught.value.hint

@@ -207,3 +207,11 @@ def test_pages_of_the_server(served: Served) -> None:
 def _metrics(served: Served) -> dict[str, float]:
     lines = served.client.get("/metrics").text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_a_path_and_a_method_that_are_not_there_are_told_with_those_that_are(served: Served) -> None:
+    path = served.client.get("/v1/nothing")
+    assert (path.status_code, "/v1/chat/completions" in path.json()["error"]["message"]) == (404, True)
+    method = served.client.get("/v1/chat/completions")
+    assert method.status_code == 405
+    assert method.json()["error"]["message"] == "method: found 'GET', expected POST"

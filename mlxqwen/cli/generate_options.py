@@ -168,7 +168,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
     """Check the options of loading and running. Raises `OptionError`, `click.UsageError`."""
     with leave_at_once():
         from mlxqwen.cache import check_window
-        from mlxqwen.checks import check_integer
+        from mlxqwen.checks import check_integer, check_number
 
     _check_window_usage(options)
     if options.get("yarn") is not None and options["yarn_factor"] is not None:
@@ -177,6 +177,8 @@ def check_model_options(options: Mapping[str, Any]) -> None:
         check_unicode(model=options["model"], revision=options["revision"])
         if options["prefill_chunk"] is not None:
             check_integer("prefill_chunk", options["prefill_chunk"], 1)
+        if options["yarn_factor"] is not None:
+            check_number("yarn_factor", options["yarn_factor"], 1.0, 1024.0)
         check_window(options["max_kv_size"], _kv_keep(options))
     _parse_rope_scaling(options["rope_scaling"])
 

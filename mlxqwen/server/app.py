@@ -58,7 +58,7 @@ async def health(service: Service, http: HttpRequest) -> Response:
 
 async def no_such_path(service: Service, http: HttpRequest) -> Response:
     """Paths that other servers have, such as `POST /v1/responses/compact`."""
-    raise ApiError(404, "path: found none such, expected one of /openapi.json", code="path_not_found")
+    raise ApiError(404, _NO_SUCH_PATH, code="path_not_found")
 
 
 async def version(service: Service, http: HttpRequest) -> Response:
@@ -92,6 +92,9 @@ _POST: dict[str, _Handler] = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
+
+
+_NO_SUCH_PATH = f"path: found none such, expected one of {', '.join((*_POST, *_GET))}"
 
 
 def make_app(service: Service) -> Starlette:
@@ -132,8 +135,9 @@ def make_app(service: Service) -> Starlette:
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     """404 and 405 in the form of the path's API."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    problem = {404: "path: found none such, expected one of /openapi.json", 405: "method: not one of this path's"}
     headers = error.headers if isinstance(error, HTTPException) else None
+    allowed = (headers or {}).get("Allow", "another")
+    problem = {404: _NO_SUCH_PATH, 405: f"method: found {http.method[:16]!a}, expected {allowed}"}
     return error_response(
         http.url.path, ApiError(status, problem.get(status, "request: not understood"), headers=headers)
     )

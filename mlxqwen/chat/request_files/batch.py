@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlxqwen.chat.request_files.conversations import (
@@ -18,13 +18,14 @@ from mlxqwen.chat.structured.response_format import read_response_format
 from mlxqwen.checks import check_integer, is_integer
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import json_kind
-from mlxqwen.sampling.params import resolve_sampling
+from mlxqwen.sampling.params import SamplingParams, resolve_sampling
 
 __all__ = ["BatchRequest", "parse_requests"]
 
 _HINT = 'A line is {"prompt": "…"} or {"messages": […]}, with "id", "max_tokens", "seed" and so on if wanted.'
 _OPTIONS = ("max_tokens", "thinking", "thinking_budget", "sampling", "seed", "response_format")
 _KEYS = {"prompt", "messages", "tools", "id", *_OPTIONS}
+_SAMPLING_NAMES = {one.name for one in fields(SamplingParams)} - _KEYS
 _MOST = 1 << 40
 
 
@@ -88,7 +89,9 @@ def _parse_line(line: str, index: int, system: str | None, thinking: bool | None
     if not isinstance(value, dict):
         raise OptionError(f"found {json_kind(value)}, expected an object", hint=_HINT)
     value = {key: item for key, item in value.items() if item is not None}
-    check_keys(value, _KEYS, hint=_HINT)
+    alone = next((key for key in value if key in _SAMPLING_NAMES), None)
+    hint = _HINT if alone is None else f'Options of sampling stand together: "sampling": {{"{alone}": …}}.'
+    check_keys(value, _KEYS, hint=hint)
     if ("prompt" in value) == ("messages" in value):
         found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
         raise OptionError(f"found {found}, expected one of them", hint=_HINT)
