@@ -337,3 +337,13 @@ def test_an_option_of_sampling_alone_is_shown_its_place() -> None:
     with pytest.raises(OptionError) as caught:
         parse_requests('{"prompt": "a", "temperature": 3}', "in.jsonl")
     assert '"sampling": {"temperature": …}' in caught.value.hint
+
+
+def test_all_lines_that_are_not_sound_are_told_at_once() -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_requests("\n".join(['{"prompt": "a"}', *["{"] * 7]), "in.jsonl")
+    problem = caught.value.problem
+    assert problem.startswith("in.jsonl: line 2: not valid JSON")
+    assert "line 6: " in problem
+    assert "line 7: " not in problem
+    assert problem.endswith("; and 2 more")

@@ -16,7 +16,7 @@ from mlxqwen.chat.request_files.conversations import (
 )
 from mlxqwen.chat.structured.response_format import read_response_format
 from mlxqwen.checks import check_integer, is_integer
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import OptionError, one_line
 from mlxqwen.files.json_file import json_kind
 from mlxqwen.sampling.params import SamplingParams, resolve_sampling
 
@@ -27,6 +27,7 @@ _OPTIONS = ("max_tokens", "thinking", "thinking_budget", "sampling", "seed", "re
 _KEYS = {"prompt", "messages", "tools", "id", *_OPTIONS}
 _SAMPLING_NAMES = {one.name for one in fields(SamplingParams)} - _KEYS
 _MOST = 1 << 40
+_MOST_TOLD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +67,37 @@ def parse_requests(
         thinking: the switch of requests that have none of their own.
 
     Raises:
-        OptionError: names the first line that is not sound, from 1, and what is wrong with it.
+        OptionError: names the first lines that are not sound, from 1, and what is wrong with them.
     """
-    requests = []
+    requests, errors = [], []
     line_of_id: dict[str | int, int] = {}
     # Not splitlines(): JSON strings may hold the other characters that it takes for line breaks.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        with located(f"{source}: line {number}"):
-            request = _parse_line(line.strip(), number - 1, system, thinking)
-            if request.id is not None and line_of_id.setdefault(request.id, number) != number:
-                raise OptionError(f"id: {request.id!r} is already that of line {line_of_id[request.id]}")
-        requests.append(request)
+        try:
+            with located(f"line {number}"):
+                request = _parse_line(line.strip(), number - 1, system, thinking)
+                if request.id is not None and line_of_id.setdefault(request.id, number) != number:
+                    raise OptionError(f"id: {request.id!r} is already that of line {line_of_id[request.id]}")
+            requests.append(request)
+        except OptionError as error:
+            errors.append(error)
+    if errors:
+        raise _told_together(errors, source)
     if not requests:
         raise OptionError(f"{source}: found no lines, expected requests", hint=_HINT)
     return requests
+
+
+def _told_together(errors: list[OptionError], source: str) -> OptionError:
+    """One error for all lines that are not sound; of many, the first are told, shortened."""
+    if len(errors) == 1:
+        return OptionError(f"{source}: {errors[0].problem}", hint=errors[0].hint)
+    first, *others = [error.problem for error in errors[:_MOST_TOLD]]
+    told = "; ".join([one_line(first, 200), *(one_line(problem, 70) for problem in others)])
+    more = f"; and {len(errors) - _MOST_TOLD:,} more" if len(errors) > _MOST_TOLD else ""
+    return OptionError(f"{source}: {told}{more}", hint=errors[0].hint)
 
 
 def _parse_line(line: str, index: int, system: str | None, thinking: bool | None) -> BatchRequest:
