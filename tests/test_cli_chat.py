@@ -47,6 +47,7 @@ class Chat:
                 "LANG": "C.UTF-8",
                 "PROMPT_TOOLKIT_NO_CPR": "1",
                 "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
+                "MLXQWEN_BLAS": os.environ["MLXQWEN_BLAS"],
                 **env,
             },
             encoding="utf-8",

@@ -49,7 +49,11 @@ def start(
     child = pexpect.spawn(
         sys.executable,
         [*program, *arguments],
-        env={"PATH": "/usr/bin:/bin", "TERM": "xterm", "LANG": "C.UTF-8", **environment},
+        env={
+            "PATH": "/usr/bin:/bin", "TERM": "xterm", "LANG": "C.UTF-8",
+            "MLXQWEN_BLAS": os.environ["MLXQWEN_BLAS"],
+            **environment,
+        },
         encoding="utf-8",
         codec_errors="strict",
         timeout=30,

@@ -148,6 +148,17 @@ def test_notes_are_told_once_and_biases_after_the_download(commands: Commands) -
     assert "all zeros" not in wrong.err
 
 
+def test_a_header_that_no_release_has_is_not_fetched(hub: LoopbackHub, commands: Commands) -> None:
+    files = hub.models["org/whole"].files
+    hub.models["org/huge"] = HubModel(
+        {**files, "model.safetensors": (17 << 20).to_bytes(8, "little") + bytes(18 << 20)}
+    )
+    done = commands.run("info", "org/huge")
+    assert (done.status, len(done.err.splitlines())) == (1, 2)
+    assert "org/huge/model.safetensors: found a header of 17,825,800 bytes, expected at most 16,777,216" in done.err
+    assert hub.sent_bytes < 4 << 20
+
+
 def test_a_dry_run_reads_headers_alone(hub: LoopbackHub, commands: Commands, tmp_path: Path) -> None:
     done = commands.run("convert", "org/whole", str(tmp_path / "out"), "--dry-run")
     assert done.status == 0, done.err

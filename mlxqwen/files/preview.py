@@ -21,7 +21,7 @@ from mlxqwen.files.headers_only import PREVIEW
 __all__ = ["Listing", "check_room", "list_files", "preview"]
 
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
-_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_LONGEST_HEADER = 16 * 2**20  # bytes; those of the largest releases have a few hundred thousand
 _AT_ONCE = 8
 
 
@@ -96,11 +96,12 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
                 copy = folder / path.relative_to(small_files)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-        weights = [name for name in listing.sizes if name.endswith(".safetensors")]
+
+        def write(name: str) -> None:
+            _write_sparse(folder / name, _head(listing, name), listing.sizes[name])
+
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            heads = pool.map(lambda name: _head(listing, name), weights)
-            for name, head in zip(weights, heads, strict=True):
-                _write_sparse(folder / name, head, listing.sizes[name])
+            list(pool.map(write, (name for name in listing.sizes if name.endswith(".safetensors"))))
         try:
             yield folder
         except MlxqwenError as error:
@@ -112,7 +113,12 @@ def _head(listing: Listing, name: str) -> bytes:
     """The beginning of a file of weights, up to the end of its header."""
     head = _first_bytes(listing, name, min(_FIRST_BYTES, listing.sizes[name]))
     length = 8 + int.from_bytes(head[:8], "little")
-    if len(head) < length <= min(_LONGEST_HEADER, listing.sizes[name]):
+    if _LONGEST_HEADER < length <= listing.sizes[name]:
+        raise HubError(
+            f"{listing.repo_id}/{name}: found a header of {length:,} bytes, expected at most {_LONGEST_HEADER:,}",
+            hint="No release of Qwen3 has such files: check the name of the model.",
+        )
+    if len(head) < length <= listing.sizes[name]:
         head = _first_bytes(listing, name, length)
     return head[:length]
 
