@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -50,7 +51,9 @@ def start(
         sys.executable,
         [*program, *arguments],
         env={
-            "PATH": "/usr/bin:/bin", "TERM": "xterm", "LANG": "C.UTF-8",
+            "PATH": "/usr/bin:/bin",
+            "TERM": "xterm",
+            "LANG": "C.UTF-8",
             "MLXQWEN_BLAS": os.environ["MLXQWEN_BLAS"],
             **environment,
         },
