@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HubModel", "LoopbackHub", "running_hub"]
+__all__ = ["HubModel", "LoopbackHub", "in_a_thread", "running_hub"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -185,11 +185,17 @@ def blob_id(content: bytes) -> str:
 @contextmanager
 def running_hub(models: dict[str, HubModel]) -> Iterator[LoopbackHub]:
     """A hub that serves in a thread while the context lasts."""
-    with LoopbackHub(models) as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    with LoopbackHub(models) as hub, in_a_thread(hub):
+        yield hub
+
+
+@contextmanager
+def in_a_thread(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Let a server answer in a thread while the context lasts."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()

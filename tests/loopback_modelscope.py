@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.loopback_hub import in_a_thread
 
 __all__ = ["LoopbackModelScope", "ModelScopeModel", "running_modelscope"]
 
@@ -155,11 +156,5 @@ def folders(files: dict[str, bytes]) -> list[dict[str, object]]:
 @contextmanager
 def running_modelscope(models: dict[str, ModelScopeModel]) -> Iterator[LoopbackModelScope]:
     """A hub that serves in a thread while the context lasts."""
-    with LoopbackModelScope(models) as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
+    with LoopbackModelScope(models) as hub, in_a_thread(hub):
+        yield hub

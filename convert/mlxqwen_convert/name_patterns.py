@@ -206,7 +206,7 @@ class NamePattern:
             self._states[start].jumps.append(end)
             return start, end
         if letter == ".":
-            matches: Matches = lambda found: found != "\n"  # noqa: E731
+            matches: Matches = "\n".__ne__
         elif letter == "[":
             matches = self._class()
         elif letter == "\\":

@@ -148,10 +148,9 @@ class _Checked:
 
 def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptions) -> _Checked:
     """Check all of a folder that can be checked before weights are read or converted. Raises `MlxqwenError`."""
-    dtype, device = options.get("dtype"), options.get("device")
     config = read_config(
         folder,
-        dtype=dtype,
+        dtype=options.get("dtype"),
         rope_scaling=options.get("rope_scaling"),
         yarn_factor=options.get("yarn_factor"),
         yarn=options.get("yarn"),
@@ -161,9 +160,7 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
             refuse_adapter(folder)
         conversion = convert(folder, held)
         if conversion.size is not None:
-            stored, packed_bytes, numbers = conversion.size
-            compute = compute_dtype(stored, dtype, device)
-            checked = _Checked(folder, options, packed_bytes + numbers * compute.size, compute, conversion)
+            checked = _Checked(folder, options, *_in_memory(conversion.size, options), conversion)
             checked.check_memory()
             return checked
         folder = conversion.run()
@@ -204,10 +201,16 @@ def _check_headers(options: LoadOptions, folder: Path) -> None:
 
     if not options.get("ignore_adapter", False):
         refuse_adapter(folder)
-    (stored, packed_bytes, numbers), _ = planned(folder)
+    size, _ = planned(folder)
     if not options.get("force", False):
-        dtype = compute_dtype(stored, options.get("dtype"), options.get("device"))
-        check_memory(folder, packed_bytes + numbers * dtype.size, dtype, device=options.get("device"))
+        check_memory(folder, *_in_memory(size, options), device=options.get("device"))
+
+
+def _in_memory(size: tuple[mx.Dtype, int, int], options: LoadOptions) -> tuple[int, mx.Dtype]:
+    """The bytes that a conversion of this size takes in memory, and the dtype that it computes in."""
+    stored, packed_bytes, numbers = size
+    compute = compute_dtype(stored, options.get("dtype"), options.get("device"))
+    return packed_bytes + numbers * compute.size, compute
 
 
 def _options_of_draft(options: LoadOptions) -> LoadOptions:
