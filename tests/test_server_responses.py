@@ -12,7 +12,7 @@ from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.responses_store import ResponseStore, StoredResponse
 from mlxqwen.text.tokenizer import Tokenizer
-from tests.asgi_calls import Call, until
+from tests.asgi_calls import Call, events_of, until
 from tests.serving import Served, serving
 
 openai = pytest.importorskip("openai")
@@ -65,8 +65,8 @@ def test_events_come_in_their_order_and_add_up(served: Served, client: Any) -> N
         "response.in_progress",
         "response.output_item.added",
         "response.content_part.added",
-        "response.reasoning.delta",
-        "response.reasoning.done",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
         "response.content_part.done",
         "response.output_item.done",
         "response.output_item.added",
@@ -82,6 +82,26 @@ def test_events_come_in_their_order_and_add_up(served: Served, client: Any) -> N
     added = [event.item.id for event in events if event.type == "response.output_item.added"]
     assert added == [item.id for item in events[-1].response.output]
     assert served.client.get(f"{PATH}/{events[-1].response.id}").json()["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "name"),
+    [
+        ({}, {}, "response.reasoning"),
+        ({}, {"x-stainless-lang": "js"}, "response.reasoning_text"),
+        ({"reasoning": {"effort": "low"}}, {}, "response.reasoning_text"),
+    ],
+)
+def test_each_client_gets_the_thought_under_the_name_that_it_knows(
+    served: Served, fields: dict[str, Any], headers: dict[str, str], name: str
+) -> None:
+    body = {"model": "demo", "input": QUESTION, "temperature": 0.0, "stream": True, **fields}
+    events = events_of(served.client.post(PATH, json=body, headers=headers).content)
+    thought = next(item for item in events[-1]["response"]["output"] if item["type"] == "reasoning")
+    kinds = {event["type"] for event in events if event["type"].startswith("response.reasoning")}
+    assert kinds == {f"{name}.delta", f"{name}.done"}
+    told = "".join(event["delta"] for event in events if event["type"] == f"{name}.delta")
+    assert told == thought["content"][0]["text"] != ""
 
 
 def test_thought_may_be_told_as_its_summary(client: Any) -> None:

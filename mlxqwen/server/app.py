@@ -18,6 +18,7 @@ from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
 from mlxqwen.server.endpoints import (
     cancel_response,
     chat_completions,
+    compact,
     completions,
     count_tokens,
     delete_response,
@@ -56,11 +57,6 @@ async def health(service: Service, http: HttpRequest) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def no_such_path(service: Service, http: HttpRequest) -> Response:
-    """Paths that other servers have, such as `POST /v1/responses/compact`."""
-    raise ApiError(404, _NO_SUCH_PATH, code="path_not_found")
-
-
 async def version(service: Service, http: HttpRequest) -> Response:
     """`GET /version`."""
     return JSONResponse({"version": __version__})
@@ -89,6 +85,7 @@ _POST: dict[str, _Handler] = {
     "/v1/messages": messages,
     "/v1/messages/count_tokens": count_tokens,
     "/v1/responses": responses,
+    "/v1/responses/compact": compact,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
@@ -110,7 +107,6 @@ def make_app(service: Service) -> Starlette:
         route("/v1/models/{name:path}", show_model, "GET"),
         route("/v1/responses/{id}", show_response, "GET"),
         route("/v1/responses/{id}", delete_response, "DELETE"),
-        route("/v1/responses/{id}", no_such_path, "POST"),
         route("/v1/responses/{id}/cancel", cancel_response, "POST"),
         route("/v1/responses/{id}/input_items", list_input_items, "GET"),
         *page_routes(),

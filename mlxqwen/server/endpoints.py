@@ -7,12 +7,13 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from mlxqwen.server import anthropic_request, responses_request
+from mlxqwen.server import anthropic_request, compaction, responses_request
 from mlxqwen.server.anthropic_reply import MessageReply
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.chat_reply import ChatReply
 from mlxqwen.server.chat_request import Prepared, prepare_chat, prompt_ids
+from mlxqwen.server.compaction import CompactFields, CompactionReply
 from mlxqwen.server.completions import CompletionFields, CompletionReply, prepare_completion
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.models import ServedModel
@@ -24,6 +25,7 @@ from mlxqwen.server.service import Service
 __all__ = [
     "cancel_response",
     "chat_completions",
+    "compact",
     "completions",
     "count_tokens",
     "delete_response",
@@ -32,6 +34,9 @@ __all__ = [
     "responses",
     "show_response",
 ]
+
+_OPENAI_HEADER = "x-stainless-lang"
+"""What OpenAI's own libraries send with every request."""
 
 
 async def chat_completions(service: Service, http: HttpRequest) -> Response:
@@ -87,7 +92,7 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     before: list[dict[str, Any]] = []
 
     def look_up(fields: ResponsesFields) -> None:
-        before.extend(responses_request.previous_messages(fields, store))
+        before.extend(responses_request.previous_messages(fields.previous_response_id, store))
 
     def prepare(fields: ResponsesFields, model: ServedModel) -> Prepared:
         notes: list[str] = []
@@ -95,9 +100,27 @@ async def responses(service: Service, http: HttpRequest) -> Response:
         return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=fields.truncation == "auto")
 
     def present(fields: ResponsesFields, prepared: Prepared) -> ResponseReply:
-        return ResponseReply(fields, prepared, store, before)
+        return ResponseReply(fields, prepared, store, before, is_for_openai=_OPENAI_HEADER in http.headers)
 
     return await service.answer(http, ResponsesFields, prepare, present, look_up=look_up)
+
+
+async def compact(service: Service, http: HttpRequest) -> Response:
+    """`POST /v1/responses/compact`."""
+    before: list[dict[str, Any]] = []
+
+    def look_up(fields: CompactFields) -> None:
+        before.extend(responses_request.previous_messages(fields.previous_response_id, service.responses))
+
+    def prepare(fields: CompactFields, model: ServedModel) -> Prepared:
+        notes: list[str] = []
+        chat = compaction.as_chat(fields, before, notes)
+        return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=True)
+
+    def present(fields: CompactFields, prepared: Prepared) -> CompactionReply:
+        return CompactionReply(fields, before)
+
+    return await service.answer(http, CompactFields, prepare, present, look_up=look_up)
 
 
 async def show_response(service: Service, http: HttpRequest) -> Response:

@@ -11,6 +11,7 @@ from mlxqwen import __version__
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.compaction import CompactFields
 from mlxqwen.server.completions import CompletionFields
 from mlxqwen.server.responses_request import ResponsesFields
 from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
@@ -23,6 +24,7 @@ _FORMS: dict[str, tuple[type[Form], str]] = {
     "/v1/messages": (MessagesFields, "Answer a conversation in Anthropic's form."),
     "/v1/messages/count_tokens": (CountFields, "The length of such a conversation in tokens."),
     "/v1/responses": (ResponsesFields, "Answer in the form of OpenAI's responses."),
+    "/v1/responses/compact": (CompactFields, "A long talk as its users' messages and a summary of the rest."),
     "/tokenize": (TokenizeFields, "The token ids of a text or a conversation."),
     "/detokenize": (DetokenizeFields, "The text of token ids."),
 }

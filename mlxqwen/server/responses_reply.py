@@ -17,11 +17,12 @@ from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_request import ResponsesFields, input_items, messages_of, with_ids
 from mlxqwen.server.responses_store import ResponseStore
 
-__all__ = ["ResponseReply"]
+__all__ = ["ResponseReply", "response_usage"]
 
 _PREFIXES = {"reasoning": "rs", "content": "msg", "call": "fc"}
-# Open Responses' names: OpenAI itself shows no thought, but summaries of it, which are told under their own names.
-_PART_EVENTS = {"reasoning": "response.reasoning", "content": "response.output_text"}
+# Thought has two names: clients of either kind break off at the other one.
+_OPEN_RESPONSES_EVENTS = {"reasoning": "response.reasoning", "content": "response.output_text"}
+_OPENAI_EVENTS = {"reasoning": "response.reasoning_text", "content": "response.output_text"}
 
 
 class ResponseReply:
@@ -32,6 +33,8 @@ class ResponseReply:
         prepared: what it came to.
         store: knows of it while it is on its way, and keeps it afterwards if that is wanted.
         before: messages of the responses that it follows.
+        is_for_openai: whether a thought's events have OpenAI's name; otherwise, unless `reasoning` is asked for, they have
+            Open Responses'.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class ResponseReply:
         prepared: Prepared,
         store: ResponseStore,
         before: Sequence[dict[str, Any]],
+        *,
+        is_for_openai: bool = False,
     ) -> None:
         self._fields = fields
         self._prepared = prepared
@@ -50,6 +55,8 @@ class ResponseReply:
         self._created = int(time.time())
         self._id = f"resp_{os.urandom(16).hex()}"
         self._blocks = Blocks(1 if fields.parallel_tool_calls is False else None)
+        is_for_openai = is_for_openai or fields.reasoning is not None
+        self._part_events = _OPENAI_EVENTS if is_for_openai else _OPEN_RESPONSES_EVENTS
         self._summarizes = fields.reasoning is not None and fields.reasoning.summary is not None
         self._ids: list[str] = []
         self._number = 0
@@ -136,9 +143,9 @@ class ResponseReply:
         response = self._response(status, incomplete_details=details)
         response["output"] = self._output("completed" if status == "completed" else "incomplete")
         response["completed_at"] = int(time.time()) if status == "completed" else None
-        response["usage"] = _usage(replies)
+        response["usage"] = response_usage(replies)
         if self._fields.store is not False:
-            items = with_ids(input_items(self._fields))
+            items = with_ids(input_items(self._fields.input))
             messages = [*self._before, *messages_of([*items, *response["output"]], [])]
             self._store.keep(response, items, messages)
         return response
@@ -243,13 +250,13 @@ class ResponseReply:
         if step.kind == "fill":
             if block.kind == "call":
                 return self._event("response.function_call_arguments.delta", **place, delta=step.text)
-            return self._event(f"{_PART_EVENTS[block.kind]}.delta", **part, delta=step.text, **own)
+            return self._event(f"{self._part_events[block.kind]}.delta", **part, delta=step.text, **own)
         item = self._item(block, "completed")
         if block.kind == "call":
             ended = self._event("response.function_call_arguments.done", **place, name=block.name, arguments=block.text)
         else:
             whole = {"logprobs": self._told_logprobs(block, block.text)} if block.kind == "content" else {}
-            ended = self._event(f"{_PART_EVENTS[block.kind]}.done", **part, text=block.text, **whole)
+            ended = self._event(f"{self._part_events[block.kind]}.done", **part, text=block.text, **whole)
             ended += self._event("response.content_part.done", **part, part=self._part(block, block.text))
         return ended + self._event("response.output_item.done", output_index=block.index, item=item)
 
@@ -275,7 +282,8 @@ def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"description": None, "parameters": None, "strict": None, **tool}
 
 
-def _usage(replies: Replies) -> dict[str, Any]:
+def response_usage(replies: Replies) -> dict[str, Any]:
+    """Tokens of a response, as its `usage` has them."""
     said = replies.handles[0].token_count
     return {
         "input_tokens": replies.prompt_tokens,

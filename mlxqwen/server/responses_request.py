@@ -14,11 +14,16 @@ from mlxqwen.server.bodies import Form, form_of, unknown_fields
 from mlxqwen.server.chat_fields import BiasField, ChatFields, Effort, Number
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.responses_store import ResponseStore
+from mlxqwen.server.summaries import read_summary
 
-__all__ = ["ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
+__all__ = ["Input", "ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
 
 _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 _NOT_DONE = ("background", "conversation", "prompt")
+_SUMMARY_BEGINS = "Summary of the conversation so far:"
+
+Input = str | Annotated[list[dict[str, Any]], Field(max_length=100_000)]
+"""What is put in: a text, or items."""
 
 
 class Reasoning(Form):
@@ -39,7 +44,7 @@ class ResponsesFields(Form):
     """A response that is asked for."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(max_length=100_000)] | None = None
+    input: Input | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=128)] | None = None
     store: bool | None = None
@@ -75,9 +80,8 @@ class ResponsesFields(Form):
     prompt: Any = None
 
 
-def input_items(fields: ResponsesFields) -> list[dict[str, Any]]:
+def input_items(given: Input | None) -> list[dict[str, Any]]:
     """What was put in, as items."""
-    given = fields.input
     if given is None:
         return []
     if isinstance(given, str):
@@ -109,7 +113,7 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
             )
     notes += unknown_fields(fields)
     instructions = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
-    messages = [*instructions, *before, *messages_of(input_items(fields), notes)]
+    messages = [*instructions, *before, *messages_of(input_items(fields.input), notes)]
     if len(messages) == len(instructions):
         raise ApiError(
             400, "input: found none, expected text or items", code="missing_required_parameter", param="input"
@@ -159,6 +163,9 @@ def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[di
         elif kind == "function_call_output":
             output = _text(item.get("output"), where)
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+        elif kind == "compaction":
+            summary = read_summary(item.get("encrypted_content"), where)
+            messages.append({"role": "assistant", "content": f"{_SUMMARY_BEGINS}\n\n{summary}"})
         else:
             notes.append(where)
     return messages
@@ -222,11 +229,11 @@ def _response_format(text: TextOptions | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
-def previous_messages(fields: ResponsesFields, store: ResponseStore) -> list[dict[str, Any]]:
-    """The messages of the response that this one follows. Raises `ApiError` if it is not kept."""
-    if fields.previous_response_id is None:
+def previous_messages(response_id: str | None, store: ResponseStore) -> list[dict[str, Any]]:
+    """The messages of the response that another one follows. Raises `ApiError` if it is not kept."""
+    if response_id is None:
         return []
-    stored = store.find(fields.previous_response_id)
+    stored = store.find(response_id)
     if stored is None:
         raise ApiError(
             400,
