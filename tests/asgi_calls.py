@@ -27,6 +27,7 @@ class Call:
         *,
         method: str = "POST",
         headers: dict[str, str] | None = None,
+        query: str = "",
         reads: bool = True,
     ) -> None:
         self.status = 0
@@ -46,7 +47,7 @@ class Call:
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(name.encode(), value.encode()) for name, value in given.items()],
             "client": ("127.0.0.1", 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +17,30 @@ from mlxqwen.server import endpoints, wakeups
 from mlxqwen.server.event_stream import COMMENT, KeepAlive
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
+from tests.held_model import HeldModel, held_engine
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.serving import CHAT, Served, ask, serving
 
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 480, "chat_template_kwargs": {"enable_thinking": False}}
+# Without a limit, and in a window: such a reply is not over before a test is.
+LONG: dict[str, Any] = {"ignore_eos": True, "chat_template_kwargs": {"enable_thinking": False}}
+FEW: dict[str, Any] = {"max_running": 2, "max_queue": 1, "max_kv_size": 256, "keepalive_seconds": 0.0}
 
 
 @pytest.fixture(scope="module")
 def served(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Iterator[Served]:
-    with serving(Engine(babbler, tokenizer), max_running=2, max_queue=1, keepalive_seconds=0.0) as made:
+    with serving(Engine(babbler, tokenizer), **FEW) as made:
         yield made
+
+
+@pytest.fixture
+def held(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Iterator[tuple[Served, HeldModel]]:
+    """A server, and the model that it waits for."""
+    engine, model = held_engine(babbler, tokenizer)
+    with serving(engine, prefill_chunk=8, stuck_seconds=0.02, **FEW) as made:
+        try:
+            yield made, model
+        finally:
+            model.release()
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -41,7 +55,7 @@ def rows(served: Served) -> int:
 
 def test_a_full_queue_is_told(served: Served) -> None:
     async def work() -> None:
-        bodies = [ask(stream=True, **{**LONG, "max_tokens": most}) for most in (480, 480, 5)]
+        bodies = [ask(stream=True, **LONG, max_tokens=most) for most in (None, None, 5)]
         calls = [Call(served.app, CHAT, body) for body in bodies]
         await until(lambda: served.service.load.replies == 3)
         refused = await Call(served.app, CHAT, ask(**LONG)).end()
@@ -65,69 +79,102 @@ def test_a_full_queue_is_told(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("state", ["queued", "speaking"])
-def test_a_client_that_leaves_frees_its_rows(served: Served, stream: bool, state: str) -> None:
+@pytest.mark.parametrize("state", ["queued", "reading", "speaking"])
+def test_a_client_that_leaves_frees_its_rows(held: tuple[Served, HeldModel], stream: bool, state: str) -> None:
+    """At once, while the engine is in the midst of a step; and no further one is taken for them."""
+    served, model = held
+    scheduler = served.engine.scheduler
+    text = "strawberry " * 40 if state == "reading" else "strawberry"  # of many chunks, or of few
+
     async def work() -> None:
         others = [Call(served.app, CHAT, ask(stream=True, **LONG)) for _ in range(2 if state == "queued" else 0)]
-        await until(lambda: len(served.engine.scheduler.running) == len(others))
-        call = Call(served.app, CHAT, ask(stream=stream, **LONG))
-        await until(lambda: served.service.load.replies == len(others) + 1)
-        if state == "speaking":
-            await until(lambda: any(one.count > 3 for one in served.engine.scheduler.running))
+        await until(lambda: len(scheduler.running) == len(others))
+        model.hold(after={"queued": 0, "reading": 2, "speaking": 10}[state])
+        if state == "queued":
+            await until(lambda: model.is_held)
+        call = Call(served.app, CHAT, ask(text, stream=stream, **LONG))
+        listed = {"queued": "waiting", "reading": "reading", "speaking": "running"}[state]
+        await until(lambda: model.is_held and len(getattr(scheduler, listed)) == 1)
+        assert rows(served) == served.service.load.replies == len(others) + 1
         call.leave()
         await call.end()
-        assert served.service.load.replies <= len(others)
-        assert rows(served) <= len(others)  # at once: no step computes it any more
+        assert served.service.load.replies == len(others)
+        assert rows(served) == len(others)
         for other in others:
             other.leave()
             await other.end()
-
+        passes = model.passes
+        model.release()
         gc.collect()
-        await until(lambda: served.engine.scheduler.cache_bytes == 0)  # rows among others leave in the next step
+        await until(lambda: scheduler.cache_bytes == 0)
+        assert model.passes == passes
 
     run(work())
     assert rows(served) == 0
 
 
-def test_a_client_that_leaves_while_its_prompt_is_read(served: Served) -> None:
+def test_the_server_answers_while_a_long_prompt_is_read(held: tuple[Served, HeldModel]) -> None:
+    served, model = held
+
     async def work() -> None:
-        with serving(served.engine, prefill_chunk=8) as slow:
-            call = Call(slow.app, CHAT, ask("strawberry " * 40, stream=True, max_tokens=5))
-            await until(lambda: slow.engine.scheduler.reading)
-            call.leave()
-            await call.end()
-            await until(lambda: rows(slow) == 0)
-            assert not call.events[1:]
+        model.hold(after=2)
+        call = Call(served.app, CHAT, ask("strawberry " * 40, max_tokens=1))
+        await until(lambda: model.is_held)
+        health = Call(served.app, "/health", method="GET")
+        metrics = Call(served.app, "/metrics", method="GET")
+        refused = Call(served.app, CHAT, ask(n=0))
+        assert (await refused.end()).status == 400
+        assert (await metrics.end()).status == 200
+        assert b"mlxqwen_reading_replies 1.0" in metrics.body
+        assert (await health.end()).status in (200, 503)  # which the next test tells apart
+        assert model.is_held
+        model.release()
+        assert (await call.end()).status == 200
 
     run(work())
 
 
-def test_the_server_answers_while_a_long_prompt_is_read(served: Served) -> None:
+def test_an_engine_that_is_stuck_is_told_and_no_sign_of_life_is_given(
+    held: tuple[Served, HeldModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wakeups, "TICK", 0.002)
+    served, model = held
+
+    async def health() -> Call:
+        return await Call(served.app, "/health", method="GET").end()
+
     async def work() -> None:
-        with serving(served.engine, prefill_chunk=1) as slow:
-            call = Call(slow.app, CHAT, ask("strawberry " * 60, max_tokens=1, cache_salt="of its own"))
-            await until(lambda: slow.engine.scheduler.reading)
-            before = slow.engine.scheduler.steps
-            health = await Call(slow.app, "/health", method="GET").end()
-            metrics = await Call(slow.app, "/metrics", method="GET").end()
-            assert (health.status, metrics.status) == (200, 200)
-            assert b"mlxqwen_reading_replies 1.0" in metrics.body
-            assert slow.engine.scheduler.steps - before < 60  # it was not waited for
-            assert (await call.end()).status == 200
+        model.hold(after=2)
+        call = Call(served.app, CHAT, ask("strawberry " * 40, stream=True, max_tokens=1))
+        await until(lambda: COMMENT in call.sent)
+        while (told := await health()).status == 200:
+            await asyncio.sleep(0.002)
+        assert (told.status, told.json["error"]["code"]) == (503, "engine_stuck")
+        async with asyncio.timeout(30):
+            count = -1
+            while count != len(call.sent):
+                count = len(call.sent)
+                await asyncio.sleep(0.05)
+        model.release()
+        await call.end()
+        assert call.events[-1]["choices"][0]["finish_reason"] == "length"
+        await until(lambda: served.engine.scheduler.step_seconds == 0.0)
+        assert (await health()).status == 200
 
     run(work())
 
 
 def test_a_slow_reader_holds_up_nobody(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "MAX_UNREAD", 16)
-    body = ask(stream=True, **{**LONG, "max_tokens": 60})
+    body = ask(stream=True, **LONG, max_tokens=60)
 
     async def work() -> None:
         slow = Call(served.app, CHAT, body, reads=False)
+        await until(lambda: any(one.is_parked for one in served.engine.scheduler.running))
         other = await Call(served.app, CHAT, body).end()
         assert other.events[-1]["choices"][0]["finish_reason"] == "length"
         (row,) = served.engine.scheduler.running
-        await until(lambda: row.is_parked)
+        assert row.is_parked
         assert len(row.records) <= 17  # and no more is held
         slow.may_read.set()
         await slow.end()
@@ -138,7 +185,7 @@ def test_a_slow_reader_holds_up_nobody(served: Served, monkeypatch: pytest.Monke
 
 def test_a_reader_that_stalls_is_hung_up_on(served: Served) -> None:
     async def work() -> None:
-        with serving(served.engine, stall_seconds=0.05) as strict:
+        with serving(served.engine, **FEW, stall_seconds=0.05) as strict:
             call = Call(strict.app, CHAT, ask(stream=True, **LONG), reads=False)
             with pytest.raises(TimeoutError):
                 await call.end()
@@ -164,7 +211,7 @@ def test_a_body_that_does_not_come(served: Served) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_deadline_ends_a_reply(served: Served, stream: bool) -> None:
     async def work() -> None:
-        with serving(served.engine, timeout=0.01) as hasty:
+        with serving(served.engine, **FEW, timeout=0.01) as hasty:
             call = await Call(hasty.app, CHAT, ask(stream=stream, **LONG)).end()
             error = call.events[-1]["error"] if stream else call.json["error"]
             assert error["code"] == "deadline_exceeded"
@@ -175,35 +222,61 @@ def test_a_deadline_ends_a_reply(served: Served, stream: bool) -> None:
     run(work())
 
 
-def test_the_end_waits_for_replies_and_then_tells_them(served: Served) -> None:
+def test_the_end_waits_for_replies(held: tuple[Served, HeldModel]) -> None:
+    served, model = held
+
     async def work() -> None:
-        with serving(served.engine) as ending:
-            load, forced = ending.service.load, asyncio.Event()
-            call = Call(ending.app, CHAT, ask(stream=True, max_tokens=20, ignore_eos=True))
-            await until(lambda: load.replies == 1)
-            drain = asyncio.create_task(load.drain(60.0, is_forced=forced))
-            await until(lambda: load.is_draining)
-            refused = await Call(ending.app, CHAT, ask()).end()
-            assert (refused.status, refused.json["error"]["code"]) == (503, "server_shutdown")
-            assert (await Call(ending.app, "/health", method="GET").end()).status == 503
-            await asyncio.wait_for(drain, 60)
-            assert call.events[-1]["choices"][0]["finish_reason"] == "length"
-        with serving(served.engine) as ending:
-            call = Call(ending.app, CHAT, ask(stream=True, **LONG))
-            await until(lambda: len(call.sent) > 2)
-            await ending.service.load.drain(0.0, is_forced=asyncio.Event())
-            await call.end()
-            assert call.events[-1]["error"]["code"] == "server_shutdown"
-            assert call.body.endswith(b"data: [DONE]\n\n")
+        load = served.service.load
+        model.hold()
+        call = Call(served.app, CHAT, ask(stream=True, max_tokens=20, ignore_eos=True))
+        await until(lambda: model.is_held)
+        drain = asyncio.create_task(load.drain(60.0, is_forced=asyncio.Event()))
+        await until(lambda: load.is_draining)
+        refused = await Call(served.app, CHAT, ask()).end()
+        assert (refused.status, refused.json["error"]["code"]) == (503, "server_shutdown")
+        assert (await Call(served.app, "/health", method="GET").end()).status == 503
+        model.release()
+        await asyncio.wait_for(drain, 60)
+        assert call.events[-1]["choices"][0]["finish_reason"] == "length"
+
+    run(work())
+
+
+ENDS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    CHAT: (ask(**LONG), lambda event: event["error"]["code"]),
+    "/v1/completions": ({"model": "demo", "prompt": "a", "max_tokens": 10**6}, lambda event: event["error"]["code"]),
+    "/v1/responses": ({"model": "demo", "input": "a"}, lambda event: event["response"]["error"]["code"]),
+    "/v1/messages": (ask(max_tokens=10**6), lambda event: (event["type"], event["error"]["type"])),
+}
+
+
+@pytest.mark.parametrize("path", ENDS)
+def test_the_end_is_told_by_a_proper_event(held: tuple[Served, HeldModel], path: str) -> None:
+    served, model = held
+    body, told = ENDS[path]
+
+    async def work() -> None:
+        model.hold(after=10)
+        call = Call(served.app, path, {**body, "stream": True})
+        whole = Call(served.app, path, body)
+        await until(lambda: model.is_held and served.service.load.replies == 2)
+        await served.service.load.drain(0.0, is_forced=asyncio.Event())
+        model.release()
+        await call.end()
+        await whole.end()
+        expected = ("error", "overloaded_error") if path == "/v1/messages" else "server_shutdown"
+        assert told(call.events[-1]) == expected
+        assert whole.status == 503
+        assert served.service.load.replies == 0
 
     run(work())
 
 
 def test_comments_come_while_nothing_else_does_and_the_engine_works() -> None:
     steps = [0]
-    alive = KeepAlive(0.0, lambda: steps[0])
+    alive = KeepAlive(0.0, 60.0, lambda: steps[0])
     assert alive.is_due()
-    patient = KeepAlive(1e6, lambda: steps[0])
+    patient = KeepAlive(1e6, 60.0, lambda: steps[0])
     assert not patient.is_due()
     alive._moved = time.monotonic() - 1e4  # nothing has moved for long
     assert not alive.is_due()

@@ -6,10 +6,12 @@ import http.client
 import json
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,14 @@ ROOT = Path(__file__).parents[1]
 QUESTION = [{"role": "user", "content": "How many r's in strawberry?"}]
 
 
+# In a window a reply without a limit is not over before a test is.
+WINDOW = ("--max-kv-size", "512")
+ENDLESS = {"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Process]:
-    with process() as made:
+    with process(*WINDOW) as made:
         yield made
         status, log = made.end()
         assert status == 0, log
@@ -33,7 +40,7 @@ def server() -> Iterator[Process]:
 
 def test_the_line_that_it_prints_works(server: Process) -> None:
     done = subprocess.run(shlex.split(server.curl), capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert json.loads(done.stdout)["choices"][0]["finish_reason"] == "stop"
 
 
 def test_the_openai_client(server: Process) -> None:
@@ -91,9 +98,8 @@ def test_a_client_that_hangs_up_frees_its_row(server: Process) -> None:
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
     before = metric("mlxqwen_aborted_replies_total")
-    body = {"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True, "n": 8}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps({**ENDLESS, "n": 8}))
     response = connection.getresponse()
     response.read(20)
     response.close()
@@ -147,19 +153,50 @@ def test_a_key_given_as_an_option_has_a_place_in_the_example() -> None:
         assert "ending:" not in log
 
 
-def test_replies_are_told_of_the_end() -> None:
-    with process("--drain", "0", "--log-content") as server:
-        body = json.dumps({"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True})
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        connection.request("POST", "/v1/chat/completions", body)
-        response = connection.getresponse()
-        first = response.read(10)
+def request(body: object, *, streams: bool = True) -> bytes:
+    """A chat completion as it goes over the wire."""
+    data = json.dumps(body if streams else {**ENDLESS, "stream": False}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+    return head % len(data) + data
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """All that comes until the connection ends."""
+    pieces = []
+    with connection, suppress(ConnectionResetError):
+        while piece := connection.recv(65_536):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def test_it_ends_under_load() -> None:
+    """Streams that run and wait, whole replies, halves of requests, idle connections: all are told, or hung up on."""
+    with process("--drain", "0.2", "--max-running", "4", "--log-content", *WINDOW) as server:
+        opened = {kind: [server.connect() for _ in range(8)] for kind in ("stream", "whole", "body", "head", "idle")}
+        for connection in opened["stream"]:
+            connection.sendall(request(ENDLESS))
+        for connection in opened["whole"]:
+            connection.sendall(request(ENDLESS, streams=False))
+        for connection in opened["body"]:
+            connection.sendall(request(ENDLESS)[:-5])
+        for connection in opened["head"]:
+            connection.sendall(request(ENDLESS)[:40])
+        begun = [connection.recv(1) for connection in opened["stream"]]  # of those that wait, too
+        while f"mlxqwen_waiting_replies {16 - 4}.0".encode() not in server.get("/metrics")[1]:
+            time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
-        events = events_of(first + response.read())
-        connection.close()
-        assert events[-1]["error"]["code"] == "server_shutdown"
+        ends = {kind: [read_all(one) for one in connections] for kind, connections in opened.items()}
+        for first, rest in zip(begun, ends["stream"], strict=True):
+            assert (first + rest).startswith(b"HTTP/1.1 200")
+            assert b'"code":"server_shutdown"' in rest
+            assert b"data: [DONE]" in rest
+        for told in (*ends["whole"], *ends["body"]):
+            assert told.startswith(b"HTTP/1.1 503")
+            assert b"server_shutdown" in told
+        assert not any((*ends["head"], *ends["idle"]))
         status, log = server.end()
         assert status == 0
+        assert "Traceback" not in log
         assert "strawberry" in log
 
 
@@ -182,7 +219,7 @@ def test_one_that_was_killed_knows_its_prompts_again(tmp_path: Path) -> None:
             cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
             assert cached >= 16 if round_ else cached == 0
             until = time.monotonic() + 30
-            while not any((tmp_path / "cache").iterdir()) and time.monotonic() < until:
+            while not any((tmp_path / "cache").glob("*.kv*")) and time.monotonic() < until:
                 time.sleep(0.01)
             server.process.kill()
     assert said[0] == said[1]

@@ -161,7 +161,7 @@ def test_a_response_is_kept_followed_shown_and_forgotten(served: Served, client:
 
 def test_one_that_is_on_its_way_is_cancelled(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
     async def work() -> None:
-        with serving(Engine(babbler, tokenizer)) as served:
+        with serving(Engine(babbler, tokenizer), max_kv_size=256) as served:  # not over before it is cancelled
             end = tokenizer.token_to_id("<|im_end|>")
             body = {"model": "demo", "input": "a", "stream": True, "logit_bias": {str(end): -100}}
             call = Call(served.app, PATH, body)
@@ -244,7 +244,7 @@ def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
         ({"input": None}, "input: found none"),
         ({"input": []}, "input: found none"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),

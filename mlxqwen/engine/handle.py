@@ -164,6 +164,12 @@ class Handle:
         return bool(self._generation.records) or self._generation.is_over
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its prompt is being read, or was."""
+        generation = self._generation
+        return generation.prefill is not None or generation.batch is not None or generation.count > 0
+
+    @property
     def token_count(self) -> int:
         """How many tokens were taken."""
         return len(self._tokens)

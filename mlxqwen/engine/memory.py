@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxqwen.cache import KVCache
@@ -18,7 +19,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["MemoryAccount", "account", "buffer_bytes", "slot_bytes", "weight_bytes"]
+__all__ = ["MemoryAccount", "account", "array_bytes", "buffer_bytes", "slot_bytes", "weight_bytes"]
 
 _WORK_SPACE = 64 * 2**20  # bytes that a chunk of a prompt, or a draw, takes in passing
 
@@ -37,6 +38,11 @@ def slot_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache) -> int:
 def buffer_bytes(model: Qwen3ForCausalLM, cache: CacheKind | KVCache, tokens: int, rows: int = 1) -> int:
     """Bytes of the buffers for `tokens` tokens in each of `rows` rows, as they are allocated."""
     return rows * slots_to_allocate(tokens, cache.max_kv_size) * slot_bytes(model, cache)
+
+
+def array_bytes() -> int:
+    """Bytes of all arrays of this process, those of other models and of callers included."""
+    return mx.get_active_memory()
 
 
 def weight_bytes(model: Qwen3ForCausalLM) -> int:

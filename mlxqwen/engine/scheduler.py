@@ -95,7 +95,7 @@ class Scheduler:
         self._steps = 0
         self._is_stepping = False
         self._stepping_thread: threading.Thread | None = None
-        self._moved = time.monotonic()  # when a request came, or a step did something
+        self._moved = self._step_began = time.monotonic()  # when a request came, or a step did something
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -228,6 +228,11 @@ class Scheduler:
         """How long nothing was done; 0 in a step."""
         return 0.0 if self._is_stepping else time.monotonic() - self._moved
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that is under way has taken so far; 0 between two."""
+        return time.monotonic() - self._step_began if self._is_stepping else 0.0
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until there is work, at most `timeout` seconds → whether there is. For callers of `step`."""
         return self.driver.wait_for_work(self, timeout)
@@ -311,6 +316,7 @@ class Scheduler:
     @contextmanager
     def _stepping(self) -> Iterator[None]:
         self._steps += 1
+        self._step_began = time.monotonic()
         self._is_stepping, self._stepping_thread = True, threading.current_thread()
         self._prefixes.has_looked = False
         is_whole = False

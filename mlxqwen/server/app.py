@@ -15,22 +15,19 @@ from starlette.routing import Route
 
 from mlxqwen import __version__
 from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
-from mlxqwen.server.endpoints import (
-    cancel_response,
-    chat_completions,
-    compact,
-    completions,
-    count_tokens,
-    delete_response,
-    list_input_items,
-    messages,
-    responses,
-    show_response,
-)
+from mlxqwen.server.endpoints import chat_completions, completions, count_tokens, messages
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.journal import Journal
 from mlxqwen.server.openapi import document
 from mlxqwen.server.page_files import page_routes
+from mlxqwen.server.responses_endpoints import (
+    cancel_response,
+    compact,
+    delete_response,
+    list_input_items,
+    responses,
+    show_response,
+)
 from mlxqwen.server.service import Service, endpoint
 from mlxqwen.server.texts import detokenize, tokenize
 
@@ -52,8 +49,13 @@ async def show_model(service: Service, http: HttpRequest) -> Response:
 async def health(service: Service, http: HttpRequest) -> Response:
     """`GET /health`: 200 while requests are answered."""
     service.load.check_open()
-    if any(model.engine.scheduler.is_closed for model in service.models.all):
-        raise ApiError(503, "engine: closed, expected an open one", code="engine_closed")
+    for scheduler in (model.engine.scheduler for model in service.models.all):
+        if scheduler.is_closed:
+            raise ApiError(503, "engine: closed, expected an open one", code="engine_closed")
+        if (seconds := scheduler.step_seconds) > service.settings.stuck_seconds:
+            raise ApiError(
+                503, f"engine: stuck in one step for {seconds:.0f} s, expected it to go on", code="engine_stuck"
+            )
     return JSONResponse({"status": "ok"})
 
 

@@ -25,7 +25,12 @@ class Form(BaseModel):
 
 
 async def read_body(
-    request: HttpRequest, *, most: int, seconds: float, take: Callable[[int], None] = lambda count: None
+    request: HttpRequest,
+    *,
+    most: int,
+    seconds: float,
+    take: Callable[[int], None] = lambda count: None,
+    limits: set[asyncio.Timeout] | None = None,
 ) -> bytes:
     """The body of a request.
 
@@ -33,6 +38,7 @@ async def read_body(
         most: bytes that it may have.
         seconds: how long it may take.
         take: told of bytes as they come; raises if there is no room for them.
+        limits: has the limit of time in it as long as the body is read, so that it can be made to end now.
 
     Raises:
         ApiError: 413 if it is too large, 408 if it takes too long.
@@ -43,8 +49,10 @@ async def read_body(
         raise _too_large(most)
     pieces: list[bytes] = []
     size = 0
+    limits = set() if limits is None else limits
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
+            limits.add(limit)
             async for piece in request.stream():
                 size += len(piece)
                 if size > most:
@@ -55,6 +63,8 @@ async def read_body(
         raise ApiError(
             408, f"body: found {size:,} bytes after {seconds:g} seconds, expected all of it", code="body_timeout"
         ) from None
+    finally:
+        limits.discard(limit)
     return b"".join(pieces)
 
 

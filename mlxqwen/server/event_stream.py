@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 __all__ = ["COMMENT", "EventStream", "KeepAlive", "event", "to_json"]
 
 COMMENT = b": waiting\n\n"
-_STUCK_SECONDS = 60.0
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -34,11 +33,13 @@ class KeepAlive:
 
     Args:
         seconds: how long a stream is silent.
+        stuck_seconds: how long an engine may take for a step before nobody is told any more that it works.
         steps: how many steps the engine has begun.
     """
 
-    def __init__(self, seconds: float, steps: Callable[[], int]) -> None:
+    def __init__(self, seconds: float, stuck_seconds: float, steps: Callable[[], int]) -> None:
         self._seconds = seconds
+        self._stuck_seconds = stuck_seconds
         self._steps = steps
         self._sent = self._moved = time.monotonic()
         self._seen = steps()
@@ -52,7 +53,7 @@ class KeepAlive:
         now, steps = time.monotonic(), self._steps()
         if steps != self._seen:
             self._seen, self._moved = steps, now
-        if now - self._sent < self._seconds or now - self._moved > _STUCK_SECONDS:
+        if now - self._sent < self._seconds or now - self._moved > self._stuck_seconds:
             return False
         self._sent = now
         return True

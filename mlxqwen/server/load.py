@@ -21,6 +21,7 @@ class Load:
         is_draining: whether new requests are refused, as the server is to end.
         has_ended: whether replies that are under way are ended, too.
         body_bytes: bytes of all bodies that are being read.
+        bodies: how long each of these may take; none of them is waited for once the server is to end.
     """
 
     def __init__(self, max_running: int, max_queue: int) -> None:
@@ -31,6 +32,7 @@ class Load:
         self.is_draining = False
         self.has_ended = False
         self.body_bytes = 0
+        self.bodies: set[asyncio.Timeout] = set()
 
     def take_bytes(self, count: int, most: int) -> None:
         """Take room for so many bytes of a body. Raises `ApiError` 429 if all bodies had more than `most`."""
@@ -87,7 +89,7 @@ class Load:
             )
 
     async def drain(self, seconds: float, *, is_forced: asyncio.Event) -> None:
-        """Refuse new requests, let those under way end for `seconds`, then end them.
+        """Refuse new requests and those that are half there, let those under way end for `seconds`, then end them.
 
         Args:
             seconds: how long.
@@ -96,6 +98,8 @@ class Load:
         self.is_draining = True
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while self.requests and loop.time() < until and not is_forced.is_set():
+        for limit in self.bodies:
+            limit.reschedule(loop.time())
+        while (self.requests or self.replies) and loop.time() < until and not is_forced.is_set():
             await asyncio.sleep(0.05)
         self.has_ended = True

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mlxqwen.server.background import Background
 from mlxqwen.server.blocks import Block, Blocks, Step
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, openai_error
@@ -33,8 +34,8 @@ class ResponseReply:
         prepared: what it came to.
         store: knows of it while it is on its way, and keeps it afterwards if that is wanted.
         before: messages of the responses that it follows.
-        is_for_openai: whether a thought's events have OpenAI's name; otherwise, unless `reasoning` is asked for, they have
-            Open Responses'.
+        is_for_openai: whether a thought's events have OpenAI's name; otherwise, unless `reasoning` is asked for, they
+            have Open Responses'.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class ResponseReply:
         self._store = store
         self._before = before
         self._replies: Replies | None = None
-        self._is_cancelled = False
+        self._is_cancelled = self._is_forgotten = False
+        self._items = with_ids(input_items(fields.input))
+        self.background: Background | None = None
         self._created = int(time.time())
         self._id = f"resp_{os.urandom(16).hex()}"
         self._blocks = Blocks(1 if fields.parallel_tool_calls is False else None)
@@ -64,6 +67,11 @@ class ResponseReply:
         self._logprobs: ChoiceLogprobs | None = None
         if request.logprobs is not None:
             self._logprobs = ChoiceLogprobs(prepared.model.engine.tokenizer, request.end_token_ids)
+
+    @property
+    def id(self) -> str:
+        """The id of the response."""
+        return self._id
 
     @property
     def comment(self) -> bytes:
@@ -82,14 +90,29 @@ class ResponseReply:
                     replies.end(0)
         return self._over(replies)
 
+    def shown(self) -> dict[str, Any]:
+        """The response, as far as it has come."""
+        begun = self._replies is not None and self._replies.handles[0].has_begun
+        status = "cancelled" if self._is_cancelled else "in_progress" if begun else "queued"
+        response = self._response(status)
+        response["output"] = self._output("incomplete" if self._is_cancelled else "in_progress")
+        return response
+
+    def input_items(self) -> list[dict[str, Any]]:
+        """What was put in, with ids."""
+        return self._items
+
     def cancel(self) -> dict[str, Any]:
         """End the reply where it is → the response, as far as it has come."""
         self._is_cancelled = True
         if self._replies is not None:
             self._replies.end(0)
-        response = self._response("cancelled")
-        response["output"] = self._output("incomplete")
-        return response
+        return self.shown()
+
+    def forget(self) -> None:
+        """End the reply, and keep nothing of it."""
+        self._is_forgotten = True
+        self.cancel()
 
     @contextmanager
     def _running(self, replies: Replies) -> Iterator[None]:
@@ -124,6 +147,8 @@ class ResponseReply:
         told = openai_error(error)["error"]
         failed = self._response("failed", error={"code": told["code"] or "server_error", "message": told["message"]})
         failed["output"] = self._output("incomplete")
+        if self.background is not None:  # who asks for it later learns of it
+            self._keep(failed)
         return self._event("response.failed", response=failed) + b"data: [DONE]\n\n"
 
     def _event(self, kind: str, **values: Any) -> bytes:
@@ -145,10 +170,13 @@ class ResponseReply:
         response["completed_at"] = int(time.time()) if status == "completed" else None
         response["usage"] = response_usage(replies)
         if self._fields.store is not False:
-            items = with_ids(input_items(self._fields.input))
-            messages = [*self._before, *messages_of([*items, *response["output"]], [])]
-            self._store.keep(response, items, messages)
+            self._keep(response)
         return response
+
+    def _keep(self, response: dict[str, Any]) -> None:
+        if not self._is_forgotten:
+            messages = [*self._before, *messages_of([*self._items, *response["output"]], [])]
+            self._store.keep(response, self._items, messages)
 
     def _response(self, status: str, **values: Any) -> dict[str, Any]:
         fields = self._fields
@@ -160,7 +188,7 @@ class ResponseReply:
             "created_at": self._created,
             "completed_at": None,
             "status": status,
-            "background": False,
+            "background": fields.background is True,
             "error": None,
             "incomplete_details": None,
             "instructions": fields.instructions,

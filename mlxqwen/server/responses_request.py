@@ -19,7 +19,7 @@ from mlxqwen.server.summaries import read_summary
 __all__ = ["Input", "ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
 
 _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
-_NOT_DONE = ("background", "conversation", "prompt")
+_NOT_DONE = ("conversation", "prompt")
 _SUMMARY_BEGINS = "Summary of the conversation so far:"
 
 Input = str | Annotated[list[dict[str, Any]], Field(max_length=100_000)]
@@ -74,8 +74,8 @@ class ResponsesFields(Form):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     max_tool_calls: Any = None
-    # Asked for, these are refused.
     background: bool | None = None
+    # Asked for, these are refused.
     conversation: Any = None
     prompt: Any = None
 
@@ -111,6 +111,13 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
                 code="unsupported_parameter",
                 param=name,
             )
+    if fields.background and fields.store is False:
+        raise ApiError(
+            400,
+            "store: found false beside background, expected true: it is asked for once it is over",
+            code="invalid_value",
+            param="store",
+        )
     notes += unknown_fields(fields)
     instructions = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
     messages = [*instructions, *before, *messages_of(input_items(fields.input), notes)]
@@ -235,9 +242,10 @@ def previous_messages(response_id: str | None, store: ResponseStore) -> list[dic
         return []
     stored = store.find(response_id)
     if stored is None:
+        found = "one that is on its way" if response_id in store.running else "one that is not kept"
         raise ApiError(
             400,
-            "previous_response_id: found one that is not kept, expected the id of a response",
+            f"previous_response_id: found {found}, expected the id of a response that is over",
             code="previous_response_not_found",
             param="previous_response_id",
         )

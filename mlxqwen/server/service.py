@@ -14,8 +14,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from mlxqwen.cache.prefix_store import PrefixStore
+from mlxqwen.engine.memory import array_bytes
 from mlxqwen.errors import one_line
 from mlxqwen.server.access import error_response
+from mlxqwen.server.background import BackgroundRuns
 from mlxqwen.server.bodies import Form, parse_body, read_body
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
@@ -72,6 +74,7 @@ class Service:
         self.load = Load(settings.max_running, settings.max_queue)
         self.metrics = Metrics()
         self.responses = ResponseStore()
+        self.background = BackgroundRuns()
         self.metrics.watch(self._gauges)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mlxqwen request")
         self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="mlxqwen grammar")
@@ -102,8 +105,14 @@ class Service:
             held += count
 
         try:
-            body = await read_body(http, most=settings.max_body, seconds=settings.body_seconds, take=take)
+            body = await read_body(
+                http, most=settings.max_body, seconds=settings.body_seconds, take=take, limits=self.load.bodies
+            )
             return await self._parsed(body, form)
+        except ApiError as error:
+            if error.status == 408:
+                self.load.check_open()
+            raise
         finally:
             self.load.body_bytes -= held
 
@@ -121,6 +130,7 @@ class Service:
         present: Callable[[_FormT, Prepared], Presenter],
         *,
         look_up: Callable[[_FormT], None] | None = None,
+        in_background: Callable[[_FormT, Any, Replies, AsyncGenerator[bytes]], Awaitable[Response]] | None = None,
     ) -> Response:
         """Read, check and render a request; let the engine answer; send it whole or streamed.
 
@@ -130,6 +140,8 @@ class Service:
             prepare: called in a thread; makes the engine's requests.
             present: makes what gives the replies their form.
             look_up: called before `prepare`, by the loop's thread: takes from the server's state what that needs.
+            in_background: given the fields, what `present` made, the replies and their events: answers at once, and
+                closes them later, where the fields ask for that.
         """
         load, settings = self.load, self.settings
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
@@ -151,6 +163,10 @@ class Service:
             headers = self._told(http, prepared)
             presenter = present(fields, prepared)
             http.scope.setdefault("mlxqwen", {})["replies"] = replies
+            if in_background is not None and getattr(fields, "background", None):
+                begun = await in_background(fields, presenter, replies, self._events(presenter, replies))
+                begun.headers.update(headers)
+                return begun
             if getattr(fields, "stream", None):
                 events = self._events(presenter, replies)
                 return EventStream(events, close=replies.close, stall_seconds=settings.stall_seconds, headers=headers)
@@ -162,7 +178,7 @@ class Service:
         return response
 
     async def _events(self, presenter: Presenter, replies: Replies) -> AsyncGenerator[bytes]:
-        alive = KeepAlive(self.settings.keepalive_seconds, replies.steps)
+        alive = KeepAlive(self.settings.keepalive_seconds, self.settings.stuck_seconds, replies.steps)
         chunks = presenter.chunks(replies)
         try:
             async for piece in chunks:
@@ -194,6 +210,7 @@ class Service:
             "reading_replies": ("Replies whose prompts are read", float(sum(len(one.reading) for one in schedulers))),
             "waiting_replies": ("Replies that have not begun", float(sum(len(one.waiting) for one in schedulers))),
             "cache_bytes": ("Bytes of caches in use", float(sum(one.cache_bytes for one in schedulers))),
+            "array_bytes": ("Bytes of all arrays, weights and caches included", float(array_bytes())),
             "prefix_cache_bytes": ("Bytes of what was read and is kept", float(sum(one.held_nbytes for one in stores))),
         }
 

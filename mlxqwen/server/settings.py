@@ -41,6 +41,7 @@ class ServerSettings:
         body_seconds: how long a client may take to send one.
         stall_seconds: how long a client may read nothing of a stream that waits for it.
         keepalive_seconds: how long a stream is silent before a comment is sent.
+        stuck_seconds: how long a step of the engine may take before it counts as stuck.
 
     Raises:
         OptionError: a value out of range, or an open host without a key.
@@ -68,6 +69,7 @@ class ServerSettings:
     body_seconds: float = 60.0
     stall_seconds: float = 120.0
     keepalive_seconds: float = 5.0
+    stuck_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         check_integer("port", self.port, 0, 65_535)
