@@ -137,6 +137,11 @@ def config(**changes: Any) -> Damage:
     return lambda folder: (folder / "config.json").write_text(json.dumps({**DENSE, **changes}))
 
 
+def unknown_format(folder: Path) -> None:
+    config(quantization_config={"quant_method": "new"})(folder)
+    header(lambda entries: entries[NORM].update(dtype="I32"))(folder)
+
+
 def index(weight_map: Any) -> Damage:
     return lambda folder: (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
@@ -155,7 +160,7 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "another shape than the config's": (config(intermediate_size=64), "gate_proj"),
     "more layers in the config": (config(num_hidden_layers=3), "model.layers.2"),
     "fewer layers in the config": (config(num_hidden_layers=1), "model.layers.1"),
-    "a format that is not known": (config(quantization_config={"quant_method": "new"}), "new"),
+    "a format that is not known": (unknown_format, "new"),
     "an index without names": (index({}), INDEX_NAME),
     "an index of numbers": (index({NORM: 5}), NORM),
     "an index that leads out": (index({NORM: "../model.safetensors"}), "../model.safetensors"),

@@ -415,12 +415,14 @@ def looping_template(path: Path) -> None:
     (path / "chat_template.jinja").write_text(loop)
 
 
-def fp8(path: Path) -> None:
-    edit(path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+def unknown_format(path: Path) -> None:
+    as_codes(path / "model.safetensors")
+    edit(path / "config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
-def awq(path: Path) -> None:
-    edit(path / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+def as_codes(path: Path) -> None:
+    """Call the first tensor's dtype one of codes."""
+    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"I16" ', 1))
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -433,8 +435,7 @@ def edit(path: Path, **values: Any) -> None:
         (gguf, "GGUF"),
         (truncated, "model.safetensors"),
         (looping_template, "template"),
-        (fp8, "FP8"),
-        (awq, "AWQ"),
+        (unknown_format, "bitsandbytes"),
         (lambda path: (path / "config.json").unlink(), "config.json"),
         (lambda path: (path / "config.json").write_text("{"), "config.json"),
         (lambda path: (path / "model.safetensors").write_bytes(b""), "model.safetensors"),

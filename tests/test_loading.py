@@ -252,7 +252,8 @@ def test_a_config_that_speaks_of_quantization_where_there_is_none(tmp_path: Path
     ],
 )
 def test_formats_are_named_from_the_config(tmp_path: Path, method: str, name: str) -> None:
-    folder = write_folder(tmp_path, {**DENSE, "quantization_config": {"quant_method": method}}, make_weights(DENSE))
+    weights: Weights = {**make_weights(DENSE), "model.layers.0.mlp.up_proj.weight": np.zeros((48, 16), np.uint8)}
+    folder = write_folder(tmp_path, {**DENSE, "quantization_config": {"quant_method": method}}, weights)
     message = refusal(folder, UnsupportedFormatError)
     assert f"the weights are in {name}" in message
     assert "\x1b" not in message

@@ -54,11 +54,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
     foreign = whole | {"tokenizer.json": b"<html>", "config.json": whole["config.json"]}
     biased = files_of(write_folder(folder / "biased", SMALL, {**make_weights(SMALL), BIAS: np.zeros(64, np.float32)}))
     wrong = files_of(write_folder(folder / "wrong", SMALL, {**make_weights(SMALL), BIAS: np.ones(64, np.float32)}))
+    claimed = {**SMALL, "quantization": {"mode": "mxfp4", "bits": 4, "group_size": 32}}
     tools = {f"org/{path.name}": files_of(path) for path in TOOLS}
     return {
         **tools,
         "org/biased": biased,
         "org/wrong": wrong,
+        "org/claimed": files_of(write_folder(folder / "claimed", claimed, make_weights(SMALL))),
         "org/whole": whole,
         "org/fp8": fp8,
         "org/llama": llama,
@@ -123,7 +125,7 @@ def test_info_reads_headers_alone(hub: LoopbackHub, commands: Commands, model: s
         assert hub.sent_bytes <= small + (1 << 18)
 
 
-@pytest.mark.parametrize("name", ["biased", *(path.name for path in TOOLS)])
+@pytest.mark.parametrize("name", ["biased", "claimed", *(path.name for path in TOOLS)])
 def test_a_model_is_planned_as_its_folder_would_be(
     hub: LoopbackHub, commands: Commands, name: str, tmp_path: Path
 ) -> None:
@@ -143,6 +145,8 @@ def test_a_model_is_planned_as_its_folder_would_be(
 def test_notes_are_told_once_and_biases_after_the_download(commands: Commands) -> None:
     done = commands.run("generate", "Hello", "--model", "org/biased", "--max-tokens", "1")
     assert done.err.count("left out biases that are all zeros") == 1, done.err
+    done = commands.run("generate", "Hello", "--model", "org/claimed", "--max-tokens", "1")
+    assert done.err.count("config.json says that the weights are quantized (MLX), none is") == 1, done.err
     wrong = commands.run("generate", "Hello", "--model", "org/wrong", "--max-tokens", "1")
     assert "found biases that are not zero" in wrong.err
     assert "all zeros" not in wrong.err

@@ -21,6 +21,7 @@ _MOST_STEPS = 5_000_000
 _MOST_ENDINGS = 1_000
 _ONE_EXPERT = re.compile(r"experts\W*[\d\[\\(]")
 _NUMBER_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
+_WORD_OF_WEIGHT = re.compile(r"\.(weight|weight_packed|qweight)\Z")
 _PLAIN = re.compile(r"[\w.-]*", re.ASCII)
 _SHOWN = 3
 
@@ -28,7 +29,7 @@ _SHOWN = 3
 class Exemptions:
     """The list of one config, and the modules that are stored otherwise than it says."""
 
-    def __init__(self, key: str, entries: Sequence[str]) -> None:
+    def __init__(self, key: str | None, entries: Sequence[str]) -> None:
         self._key = key
         self._work = Work(_MOST_STEPS)
         self._unread: list[str] = []
@@ -87,7 +88,7 @@ class Exemptions:
 
     def compare(self, info: TensorInfo, *, is_float: bool, is_expected_quantized: bool) -> None:
         """Note a weight that is stored otherwise than the list says."""
-        name = info.name.partition("[")[0].removesuffix(".weight")
+        name = _WORD_OF_WEIGHT.sub("", info.name.partition("[")[0])
         if is_float != self.names(name):
             if not is_float:
                 self._listed_all_the_same.append(name)
@@ -101,12 +102,12 @@ class Exemptions:
         notes = []
         if self._listed_all_the_same:
             found = _some(self._listed_all_the_same)
-            notes.append(f"stored in FP8 and read as such, though config.json's {self._key} lists them: {found}")
+            notes.append(f"stored quantized and read as such, though config.json's {self._key} lists them: {found}")
         if self._not_listed:
             found = _some(self._not_listed)
-            notes.append(
-                f"stored unquantized and read as such, though config.json's {self._key} does not list them: {found}"
-            )
+            why = "does not say so" if self._key is None else f"{self._key} does not list them"
+            config = "config.json" if self._key is None else "config.json's"
+            notes.append(f"stored unquantized and read as such, though {config} {why}: {found}")
         return notes
 
 

@@ -54,7 +54,7 @@ class SourceFormat:
         block: height and width of FP8's blocks; None where it has a scale a row or for each tensor.
         symmetric: whether compressed-tensors' zero points are all the middle one.
         zero_offset: what to add to GPTQ's stored zeros.
-        exemptions: the modules that FP8's config says are not quantized; None where it does not say.
+        exemptions: the modules that the config says are not quantized; None where that is not compared.
         mlx: MLX's own quantization, for its own folders.
     """
 
@@ -89,9 +89,7 @@ class SourceFormat:
             return cls("mlx", label, own.bits, own.group_size, mlx=config.quantization)
         section = raw.get("quantization_config") or raw.get("compression_config")
         if not isinstance(section, Mapping):
-            dtype = raw.get("dtype") or raw.get("torch_dtype")
-            named = dtype if isinstance(dtype, str) else "float"
-            return cls("float", named.upper().replace("BFLOAT", "BF").replace("FLOAT", "F"))
+            return cls("float", "floats")
         keys = _Section(section, f"{source}: quantization_config")
         method = str(section.get("quant_method", "none"))
         readers = {"fp8": _fp8, "fbgemm_fp8": _fp8, "modelopt": _modelopt, "awq": _awq, "gptq": _gptq}
@@ -108,9 +106,10 @@ class SourceFormat:
         reader = self._reader(module, part)
         reader.check_part(named, part)
         if self.exemptions is not None:
-            is_float = part["weight"].dtype in FLOATS
+            weight = next(part[word] for word in ("weight", "weight_packed", "qweight") if word in part)
             kinds = ("attention", "mlp", "experts")
-            self.exemptions.compare(part["weight"], is_float=is_float, is_expected_quantized=module.kind in kinds)
+            is_float = isinstance(reader, FloatReader)
+            self.exemptions.compare(weight, is_float=is_float, is_expected_quantized=module.kind in kinds)
         return _settled(reader, named, part, files)
 
     def _reader(self, module: Module, part: Part) -> Reader:
@@ -275,7 +274,7 @@ def _modelopt(keys: _Section) -> SourceFormat:
     return SourceFormat("fp8", f"ModelOpt {algorithm.upper()}", exemptions=exemptions)
 
 
-def _exemptions(keys: _Section, *names: str) -> Exemptions | None:
+def _exemptions(keys: _Section, *names: str) -> Exemptions:
     """The list of modules that are not quantized, under the first of these keys that is there."""
     for name in names:
         listed = keys.values.get(name)
@@ -284,7 +283,12 @@ def _exemptions(keys: _Section, *names: str) -> Exemptions | None:
         if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
             raise keys.fail(name, "a list of modules")
         return Exemptions(name, listed)
-    return None
+    return Exemptions(None, [])
+
+
+def _no_exemptions(keys: _Section, *names: str) -> Exemptions | None:
+    """That no module is left out; None where one of these keys, each with rules of its own, says which are."""
+    return None if any(keys.values.get(name) for name in names) else Exemptions(None, [])
 
 
 def _awq(keys: _Section) -> SourceFormat:
@@ -293,7 +297,8 @@ def _awq(keys: _Section) -> SourceFormat:
         raise _unsupported(keys.source, f"AWQ {version}")
     keys.supported("bits", (4,), 4, "AWQ")
     group_size = keys.group_size()
-    return SourceFormat("awq", f"AWQ 4-bit, groups of {group_size or 'a row'}", 4, group_size)
+    exemptions = _no_exemptions(keys, "modules_to_not_convert")
+    return SourceFormat("awq", f"AWQ 4-bit, groups of {group_size or 'a row'}", 4, group_size, exemptions=exemptions)
 
 
 def _gptq(keys: _Section) -> SourceFormat:
@@ -304,8 +309,16 @@ def _gptq(keys: _Section) -> SourceFormat:
     group_size = keys.group_size()
     label = f"GPTQ {bits}-bit, groups of {group_size or 'a row'}"
     offset, act_order = 0 if packing == "gptq_v2" else 1, keys.values.get("desc_act") is True
-    is_dynamic = bool(keys.values.get("dynamic"))
-    return SourceFormat("gptq", label, bits, group_size, zero_offset=offset, act_order=act_order, is_dynamic=is_dynamic)
+    return SourceFormat(
+        "gptq",
+        label,
+        bits,
+        group_size,
+        zero_offset=offset,
+        act_order=act_order,
+        is_dynamic=bool(keys.values.get("dynamic")),
+        exemptions=_no_exemptions(keys, "dynamic", "modules_in_block_to_quantize", "modules_to_not_convert"),
+    )
 
 
 def _compressed_tensors(keys: _Section) -> SourceFormat:
@@ -320,6 +333,7 @@ def _compressed_tensors(keys: _Section) -> SourceFormat:
     if not isinstance(weights, Mapping):
         raise keys.fail("config_groups", "an object of weights")
     section = _Section(weights, f"{keys.source}: weights")
+    exemptions = _exemptions(keys, "ignore") if group.get("targets") == ["Linear"] else None
     packing = packing or group.get("format")
     strategy = weights.get("strategy")
     if (
@@ -329,8 +343,8 @@ def _compressed_tensors(keys: _Section) -> SourceFormat:
     ):
         if strategy == "block":
             block = weights.get("block_structure")
-            return _fp8(_Section({"weight_block_size": block}, section.source))
-        return SourceFormat("fp8", f"compressed-tensors FP8, scales by {strategy}")
+            return replace(_fp8(_Section({"weight_block_size": block}, section.source)), exemptions=exemptions)
+        return SourceFormat("fp8", f"compressed-tensors FP8, scales by {strategy}", exemptions=exemptions)
     if packing != "pack-quantized" or weights.get("type") != "int":
         raise _unsupported(keys.source, f"compressed-tensors {packing}")
     bits = section.supported("num_bits", (4, 8), 4, "compressed-tensors")
@@ -343,6 +357,7 @@ def _compressed_tensors(keys: _Section) -> SourceFormat:
         group_size,
         symmetric=section.one_of("symmetric", (True, False), True),
         act_order=weights.get("actorder") in ("group", "dynamic"),
+        exemptions=exemptions,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,14 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
         ConversionError: it is already what is asked for; or, with `strict`, a module cannot be quantized.
     """
     path = folder / "config.json"
-    raw = read_config_file(folder)
+    raw, config_notes = read_config_file(folder)
     config = ModelConfig.from_dict(raw, source=str(path))
     source = SourceFormat.of(config, raw, str(path))
     check_companions(folder)
     checkpoint = Checkpoint.open(folder)
-    notes = [*checkpoint.notes]
+    if source.name == "float":
+        source = replace(source, label=_stored_dtype(checkpoint))
+    notes = [*config_notes, *checkpoint.notes]
     advice: list[str] = []
     if config.tie_word_embeddings and options.lm_head_bits is not None:
         raise OptionError(
@@ -240,11 +242,6 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     notes += source.exemptions.notes() if source.exemptions is not None else []
     head = by_prefix.pop("lm_head", {}) if config.tie_word_embeddings else {}
     _refuse_unexpected(folder, by_prefix, unnamed)
-    if source.name != "float" and all(type(r) is FloatReader for _, _, readers in found for r in readers):
-        raise SourceError(
-            f"{path}: says that the weights are {source.label}, found none that are quantized",
-            hint="Remove quantization_config from config.json if the weights are unquantized.",
-        )
     target = _default_target(options, source, found)
     planned = tuple(_planned(*entry, source, target, dtype, options, notes) for entry in found)
     _refuse_same(folder, source, planned, options)
@@ -293,6 +290,11 @@ def _dtype(options: Options, source: SourceFormat, checkpoint: Checkpoint) -> st
         # There, zero points are a power of two, so that a bias takes no more bits than its scale.
         exact_in_bfloat16 = source.name == "int" and source.symmetric and scales == {"BF16"}
         return "BF16" if exact_in_bfloat16 else "F16"
+    return _stored_dtype(checkpoint)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that most of the floats are stored in, but for scales of FP8."""
     sizes: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         if info.dtype in FLOATS and not name.endswith(("weight_scale_inv", "weight_scale")):

@@ -121,7 +121,8 @@ class ModelConfig:
     """The shape of one Qwen3 model, in Hugging Face's names.
 
     `yarn_choices` are the scalings that a request may run under if it does not fit the trained context, by ascending
-    factor; empty where one RoPE holds for all requests. See `with_yarn_by_request`.
+    factor; empty where one RoPE holds for all requests. See `with_yarn_by_request`. `notes` are lines for what its
+    folder's files say and its weights do not bear out.
     """
 
     model_type: str
@@ -143,6 +144,7 @@ class ModelConfig:
     foreign_quantization: str | None = None
     yarn_choices: tuple[YarnScaling, ...] = ()
     architecture: str | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def context_length(self) -> int:
@@ -160,7 +162,8 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read `folder/config.json` as `read_config_file` does. Raises `ConfigError`."""
-        return cls.from_dict(read_config_file(folder), source=str(folder / "config.json"))
+        values, notes = read_config_file(folder)
+        return replace(cls.from_dict(values, source=str(folder / "config.json")), notes=notes)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:

@@ -17,6 +17,7 @@ from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub_errors import first_line, hub_error, hub_variables, unreachable, wrong_setting
 from mlxqwen.files.hub_settings import can_be_imported
+from mlxqwen.files.model_files import read_config_file, without_quantization
 
 if TYPE_CHECKING:
     from mlxqwen.files.preview import Listing
@@ -160,7 +161,9 @@ def check_kind(repo_id: str, folder: Path) -> None:
     """Raise the error that names the model's kind, if its `config.json` is not one of Qwen3's."""
     if (folder / "config.json").is_file():
         try:
-            ModelConfig.from_folder(folder)
+            # Whether what is said of a quantization counts, the weights' headers tell.
+            values = without_quantization(read_config_file(folder).values)
+            ModelConfig.from_dict(values, source=str(folder / "config.json"))
         except MlxqwenError as error:
             problem = error.problem.replace(str(folder), repo_id)
             raise type(error)(problem, hint=error.hint.replace(str(folder), repo_id)) from None

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-__all__ = ["foreign_prefix", "is_rotary_buffer", "is_scale_of_activations", "without_wrappers"]
+__all__ = ["ROOTS", "foreign_prefix", "is_rotary_buffer", "is_scale_of_activations", "without_wrappers"]
 
 # torch.compile; DataParallel, FSDP and activation checkpointing; PEFT; models of several modalities.
 WRAPPERS = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "language_model"}
 )
 ROOTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+"""What the names of a Qwen3 model's tensors begin with."""
 ROTARY_BUFFER = re.compile(r"model\.(layers\.[0-9]{1,4}\.self_attn\.)?rotary_emb\.inv_freq")
 # Of activations and of a key/value cache, as vLLM, llm-compressor and ModelOpt calibrate them.
 SCALE_OF_ACTIVATIONS = re.compile(r"(input|output|q|k|v|kv|prob)_(scale|zero_point)")

@@ -202,7 +202,7 @@ def prepare_model(
     spare = spare_tensors(checkpoint)
     tensors = model_tensors(config, checkpoint, spare)
     sources = _match(checkpoint, tensors, model, config)
-    for note in (*checkpoint.notes, *spare.notes, *generation_config.notes):
+    for note in (*config.notes, *checkpoint.notes, *spare.notes, *generation_config.notes):
         logger.warning(note)
     _note_ignored_head(checkpoint, tensors)
     compute = compute_dtype(checkpoint_dtype(tensors), dtype, device)
@@ -292,12 +292,14 @@ def foreign_format(config: ModelConfig, checkpoint: Checkpoint) -> str | None:
     """The name of a format that has to be converted first, by the config or the tensors; None if it runs."""
     method = config.foreign_quantization
     if method is None and config.quantization is None:
-        suffixes = {name.rpartition(".")[2] for name in checkpoint.tensors}
+        tied = "lm_head." if config.tie_word_embeddings else None
+        tensors = {n: info for n, info in checkpoint.tensors.items() if tied is None or not n.startswith(tied)}
+        suffixes = {name.rpartition(".")[2] for name in tensors}
         if "qweight" in suffixes:
             method = "gptq" if "g_idx" in suffixes else "awq"
         elif "weight_packed" in suffixes:
             method = "compressed-tensors"
-        elif any(info.dtype.startswith("F8") for info in checkpoint.tensors.values()):
+        elif any(info.dtype.startswith("F8") for info in tensors.values()):
             method = "fp8"
     return None if method is None else _FOREIGN.get(method, method)
 

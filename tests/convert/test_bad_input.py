@@ -204,11 +204,11 @@ def test_a_config_that_disagrees(tmp_path: Path, form: str, key: str, value: Any
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {}, "b": {}}}, ["2 config_groups", "Supported"]),
         ({"quant_method": "compressed-tensors", **PACKED_3_BIT}, ["(num_bits 3)", "Supported"]),
         ({"quant_method": "compressed-tensors", **PACKED_BY_TENSOR}, ["(strategy tensor)", "Supported"]),
-        ({"quant_method": "fp8", "fmt": "e4m3"}, ["FP8", "none that are quantized"]),
     ],
 )
 def test_formats_that_are_not_there(tmp_path: Path, section: dict[str, Any], words: list[str]) -> None:
-    source = make_source(tmp_path / "in", "bf16", {**DENSE, "quantization_config": section})
+    source = make_source(tmp_path / "in", "fp8")
+    source.config["quantization_config"] = section
     refuse(source.write(), tmp_path / "out", MlxqwenError, *words)
 
 
