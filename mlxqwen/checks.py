@@ -19,11 +19,15 @@ __all__ = [
     "check_number",
     "check_token_ids",
     "is_integer",
+    "parse_duration",
     "parse_size",
 ]
 
 _MOST_SHOWN = 80  # characters
 _SIZES = 'For example "512MB", "2GB" or "off".'
+_DURATIONS = 'For example "5m", "1h", 300 for seconds, or "off".'
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) *(ms|s|m|h|d|)", re.ASCII)
+_SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) *([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
 
@@ -151,3 +155,16 @@ def parse_size(name: str, value: object) -> int:
     elif not isinstance(value, str):
         return int(check_integer(name, value, 1, hint=_SIZES))
     raise OptionError(f"{name}: found {_shown(value)}, expected a size above 0 in B, KB, MB, GB or TB", hint=_SIZES)
+
+
+def parse_duration(name: str, value: str) -> float | None:
+    """Seconds, from text such as "300", "90s", "5m", "1.5h" or "1d"; None for "off" and, as Ollama has it, "-1".
+
+    Raises `OptionError` for what is neither.
+    """
+    text = value.strip().lower()
+    if text in ("off", "-1"):
+        return None
+    if (parts := _DURATION.fullmatch(text)) is None:
+        raise OptionError(f"{name}: found {_shown(value)}, expected a time in s, m, h or d, or off", hint=_DURATIONS)
+    return float(parts[1]) * _SECONDS[parts[2]]

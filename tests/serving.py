@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from mlxqwen.engine.engine import Engine
 from mlxqwen.server.app import make_app
 from mlxqwen.server.models import ServedModel
+from mlxqwen.server.registry import ModelRegistry
 from mlxqwen.server.service import Service
 from mlxqwen.server.settings import ServerSettings
 from tests.asgi_calls import HOST, events_of
@@ -61,7 +62,9 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Served]:
     """A server of `engine`."""
     chosen = ServerSettings(**settings)
     engine.scheduler.max_running = chosen.max_running
-    service = Service([ServedModel("demo", engine, chosen)], chosen)
+    models = ModelRegistry([], chosen)
+    models.add(ServedModel("demo", engine, chosen))
+    service = Service(models, chosen)
     app = make_app(service)
     client = TestClient(app, base_url=f"http://{HOST}", raise_server_exceptions=False)
     try:

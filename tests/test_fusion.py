@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_fusing_holds_one_module_twice(tmp_path: Path, base: Config, section: Se
 @pytest.mark.parametrize("section", [None, FOUR_BITS], ids=["plain", "quantized"])
 def test_a_prepared_model_is_read_as_often_as_is_asked(tmp_path: Path, section: Section | None) -> None:
     prepared = prepare_model(folder_of(tmp_path, WIDE_DENSE, section), device=CPU)
-    first, second = prepared.read(), prepared.read()
+    first, second = prepared.read(nullcontext()), prepared.read(nullcontext())
     ids = mx.array([prompt(9, 96)])
     expected = first(ids)
     first.update(halved(first))

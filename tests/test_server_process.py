@@ -13,9 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlxqwen.engine.engine import Engine
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import events_of
 from tests.command_line import run
 from tests.server_process import Process, process
@@ -36,6 +40,16 @@ def server() -> Iterator[Process]:
         status, log = made.end()
         assert status == 0, log
         assert "Traceback" not in log
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[tuple[Process, socket.socket]]:
+    """A server of the demo model and of one whose hub never answers, and that hub."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "600"}
+        demo = ROOT / "mlxqwen" / "demo"
+        with process("--drain", "0", "-m", f"demo={demo}", "-m", "org/model", **environment) as made:
+            yield made, hub
 
 
 def test_the_line_that_it_prints_works(server: Process) -> None:
@@ -66,6 +80,29 @@ def test_the_openai_client(server: Process) -> None:
             client.chat.completions.create(model="gpt-4", messages=QUESTION)
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="demo", messages=QUESTION, temperature=1000)
+
+
+def test_the_demo_holds_4096_tokens_and_answers_short_ones_as_ever(
+    several: tuple[Process, socket.socket], demo: tuple[Qwen3ForCausalLM, Tokenizer]
+) -> None:
+    server, _ = several
+
+    def asked(*messages: dict[str, str]) -> tuple[int, Any]:
+        body = {"model": "demo", "messages": messages, "seed": 5, "max_tokens": 4000}
+        status, text = server.get("/v1/chat/completions", "POST", body)
+        return status, json.loads(text)
+
+    assert json.loads(server.get("/v1/models")[1])["data"][0]["max_model_len"] == 4096
+    reply = asked(*QUESTION)[1]["choices"][0]["message"]
+    expected = Engine(*demo).chat(QUESTION, seed=5)
+    assert (reply["content"], reply["reasoning_content"]) == (expected.content, expected.reasoning)
+    rules = {"role": "system", "content": "Answer briefly and be correct. The files are in the folder. " * 17}
+    whole = asked(rules, *QUESTION)[1]
+    assert 512 < whole["usage"]["prompt_tokens"] < 1024
+    assert "3" in whole["choices"][0]["message"]["content"]
+    status, refused = asked({"role": "user", "content": "r " * 5000})
+    assert (status, refused["error"]["code"]) == (400, "context_length_exceeded")
+    assert "4,096" in refused["error"]["message"]
 
 
 def test_connections_that_say_nothing_or_half_keep_nobody_out(server: Process) -> None:
@@ -198,6 +235,23 @@ def test_it_ends_under_load() -> None:
         assert status == 0
         assert "Traceback" not in log
         assert "strawberry" in log
+
+
+def test_it_ends_while_a_model_is_loaded(several: tuple[Process, socket.socket]) -> None:
+    server, hub = several
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps({"model": "org/model", "messages": QUESTION}))
+    asked, _ = hub.accept()
+    states = {one["id"]: one["state"] for one in json.loads(server.get("/v1/models")[1])["data"]}
+    assert states["org/model"] == "loading"
+    server.process.send_signal(signal.SIGTERM)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (503, "server_shutdown")
+    connection.close()
+    status, log = server.end()
+    asked.close()
+    assert status == 0
+    assert "Traceback" not in log
 
 
 def test_options_that_cannot_be() -> None:

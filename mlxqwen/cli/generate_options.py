@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
     from mlxqwen.chat.structured.response_format import AnswerFormat
     from mlxqwen.engine.engine import Engine
+    from mlxqwen.engine.loading import MakeRoom
+    from mlxqwen.files.config import ModelConfig
     from mlxqwen.model.loading import LoadOptions
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "new_cache",
     "options_named",
     "read_form",
+    "read_model_config",
     "sampling_overrides",
     "schema_named",
 ]
@@ -223,19 +226,49 @@ def located_model(options: Mapping[str, Any]) -> Path:
     return locate_model(options["model"], revision=options["revision"], **_load_options(options))
 
 
-def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | None = None) -> Engine:
-    """Load the model; a conversion shows its progress, and calls `on_progress` each time."""
+def read_model_config(folder: Path, options: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model's folder under the RoPE scaling that is asked for. Raises `MlxqwenError`."""
+    from mlxqwen.model.loading import read_config
+
+    return read_config(
+        folder,
+        rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
+        yarn_factor=options["yarn_factor"],
+        yarn=options.get("yarn"),
+    )
+
+
+def load_engine(
+    options: Mapping[str, Any],
+    on_progress: Callable[[], None] | None = None,
+    *,
+    make_room: MakeRoom | None = None,
+    shows_progress: bool = True,
+) -> Engine:
+    """Load the model.
+
+    Args:
+        options: of the command.
+        on_progress: called each time a conversion goes on.
+        make_room: see `Engine.load`.
+        shows_progress: whether that of a conversion is shown, and that of a load that takes long.
+    """
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
         from mlxqwen.files.model_names import model_name
 
     model = options["model"]
     folder, how = located_model(options), _load_options(options)  # a download has lines of its own
-    with conversion_progress() as show, LoadingLine(sys.stderr, model_name(folder)) as loading:
+    with ExitStack() as shown:
+        show = shown.enter_context(conversion_progress()) if shows_progress else None
+        loading = LoadingLine(sys.stderr, model_name(folder))
+        if shows_progress:
+            shown.enter_context(loading)
 
         def on_convert(stage: str, done: int, total: int) -> None:
-            loading.end()
-            show(stage, done, total)
+            if show is not None:
+                loading.end()
+                show(stage, done, total)
             if on_progress is not None:
                 on_progress()
 
@@ -248,6 +281,7 @@ def load_engine(options: Mapping[str, Any], on_progress: Callable[[], None] | No
             prefix_cache=options.get("prefix_cache"),
             prompt_cache=options.get("prompt_cache"),
             max_running=options.get("max_running"),
+            make_room=make_room,
             **({} if options.get("draft_tokens") is None else {"draft_tokens": options["draft_tokens"]}),
         )
     if options.get("draft") is not None:

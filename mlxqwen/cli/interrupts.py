@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,7 +35,8 @@ def leave_at_once() -> Iterator[None]:
     Raised in the midst of an import, KeyboardInterrupt can come out as a RuntimeError, or be lost.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:  # ignored, as in a shell's background jobs
+    is_main = threading.current_thread() is threading.main_thread()  # signals are its alone
+    if not is_main or handler is not signal.default_int_handler:  # ignored, as in a shell's background jobs
         yield
         return
     signal.signal(signal.SIGINT, _leave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mlxqwen.checks import parse_duration
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_model_options, load_engine, options_named
+from mlxqwen.cli.generate_options import check_model_options, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
-from mlxqwen.cli.spellings import ModelCommand
+from mlxqwen.cli.served_models import sources_of
+from mlxqwen.cli.spellings import SettableCommand
 from mlxqwen.console import Output
-from mlxqwen.errors import OptionError, ServerError, install_command, one_line
+from mlxqwen.errors import ServerError, install_command, one_line
 
 if TYPE_CHECKING:
+    from mlxqwen.server.registry import ModelRegistry
     from mlxqwen.server.settings import ServerSettings
 
 __all__ = ["serve"]
@@ -65,8 +69,25 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(cls=ModelCommand)
+@click.command(cls=SettableCommand)
 @click.argument("model", required=False, shell_complete=complete_folder)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    shell_complete=complete_folder,
+    help="A model, and what clients call it; by default as given here. May be repeated: several are loaded when they "
+    "are first asked for, as far as memory allows.",
+)
+@click.option(
+    "--keep-alive",
+    default="off",
+    show_default=True,
+    metavar="DURATION",
+    help="Unload a model that nobody has used for so long, such as 5m; it is loaded again when it is asked for.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port to listen at; 0 takes a free one.")
 @click.option(
@@ -88,7 +109,7 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Let pages of this origin call, such as https://example.org; may be repeated, * is every one.",
 )
 @click.option("--served-model-name", metavar="NAME", help="What clients call the model; by default as given here.")
-@click.option("--single", is_flag=True, help="Answer whatever model a client names.")
+@click.option("--single", is_flag=True, help="Let any name that no model has mean the first one.")
 @click.option("--max-running", type=int, default=256, show_default=True, help="Replies that decode at once.")
 @click.option("--max-queue", type=int, default=1024, show_default=True, help="Replies that wait; more get 429.")
 @click.option(
@@ -119,8 +140,8 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
 def serve(ctx: click.Context, /, **options: Any) -> int:
     """Answer over HTTP, as OpenAI's API does: /v1/chat/completions and others.
 
-    MODEL is a folder, a hub id, or by default the demo model. Ctrl-C and SIGTERM end it: no new requests, running
-    replies go on for --drain seconds; a second one does not wait.
+    MODEL is a folder, a hub id, an alias such as qwen3:4b, or by default the demo model, which then holds 4,096 tokens.
+    Ctrl-C and SIGTERM end it: no new requests, running replies go on for --drain seconds; a second one does not wait.
     """
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
@@ -136,23 +157,40 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
         of_environment = ctx.get_parameter_source("api_key") is ParameterSource.ENVIRONMENT
         key = "$MLXQWEN_API_KEY" if of_environment else "YOUR_API_KEY"
     with leave_at_once():
-        from mlxqwen.server.models import ServedModel
+        from mlxqwen.server.registry import ModelRegistry
         from mlxqwen.server.run import open_socket
         from mlxqwen.server.run import serve as run
         from mlxqwen.server.service import Service
 
+    first = options["model"]
+    if options["models"] and ctx.get_parameter_source("model") is not ParameterSource.COMMANDLINE:
+        first = None  # a default, which what is typed replaces
     listener = open_socket(settings.host, settings.port)
     try:
         _note_needless(options)
-        with load_engine(options) as engine:
-            with options_named():
-                model = ServedModel(_name(options), engine, settings)
+        models = ModelRegistry(
+            sources_of(first, options["models"], options, settings), settings, force=options["force"]
+        )
+        try:
+            if len(models.entries) == 1:  # what is wrong with it is told before the server listens
+                models.load(models.entries[0])
             _log_requests()
-            service = Service([model], settings)
-            signal = run(service, listener, lambda port: _tell(settings, port, model.name, key))
+            signal = run(Service(models, settings), listener, lambda port: _tell(settings, port, models, key))
+        finally:
+            has_ended = models.close()
     finally:
         listener.close()
-    return INTERRUPTED if signal == 2 else 0
+    status = INTERRUPTED if signal == 2 else 0
+    if not has_ended:
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> None:
+    """End the process while another thread loads a model, which cannot be told to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 serve.params += [option for option in generate.params if option.name in _OF_GENERATE]
@@ -162,6 +200,8 @@ def _settings(options: Mapping[str, Any]) -> ServerSettings:
     with leave_at_once():
         from mlxqwen.server.settings import ServerSettings
 
+    with options_named():
+        keep_alive = parse_duration("keep_alive", options["keep_alive"])
     names = (
         *("host", "port", "allow_open", "max_running", "max_queue", "max_kv_size", "max_model_len", "prefill_chunk"),
         *("timeout", "drain", "single", "reasoning_field"),
@@ -175,27 +215,10 @@ def _settings(options: Mapping[str, Any]) -> ServerSettings:
             cors_origins=options["cors_origin"],
             kv_bits=None if options["kv_bits"] is None else int(options["kv_bits"]),
             log_content=options["log_content"],
+            keep_alive=keep_alive,
             **given,
             **kept,
         )
-
-
-def _name(options: Mapping[str, Any]) -> str:
-    """What clients call the model: the name given for it, a hub id, or the last part of a folder's path."""
-    given = options["served_model_name"]
-    if given is not None:
-        if not given or not given.isprintable() or len(given) > 256:
-            raise OptionError(f"--served-model-name: found {given[:80]!r}, expected 1 to 256 printable characters")
-        return str(given)
-    model = options["model"]
-    if model is None:
-        return "demo"
-    from pathlib import Path
-
-    from mlxqwen.files.hub import MODELSCOPE_PREFIX
-
-    path = Path(model)
-    return path.resolve().name or "model" if path.is_dir() else str(model).removeprefix(MODELSCOPE_PREFIX)
 
 
 def _note_needless(options: Mapping[str, Any]) -> None:
@@ -213,16 +236,17 @@ def _log_requests() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _tell(settings: ServerSettings, port: int, model: str, key: str) -> None:
+def _tell(settings: ServerSettings, port: int, models: ModelRegistry, key: str) -> None:
     """Say where the server listens, and a line that works, with `key` for the key if one is needed."""
+    names = [entry.name for entry in models.entries]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     url = f"http://{host}:{port}"
     header = f' -H "Authorization: Bearer {key}"' if key else ""
     message = '{"role": "user", "content": "How many r are in strawberry?"}'
-    question = f'{{"model": {json.dumps(model)}, "messages": [{message}]}}'
+    question = f'{{"model": {json.dumps(names[0])}, "messages": [{message}]}}'
     output = Output(sys.stdout)
-    output.write(f"{one_line(model)} is served at {url}/v1\n")
+    output.write(f"{one_line(', '.join(names))} {'is' if len(names) == 1 else 'are'} served at {url}/v1\n")
     output.write(f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{question}'\n")
     if key == "YOUR_API_KEY":
         output.write("Put the key of --api-key where YOUR_API_KEY is.\n")

@@ -20,7 +20,7 @@ from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
 from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, as_messages, option_names
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.handle import Handle, events_of
-from mlxqwen.engine.loading import Converter, load_models
+from mlxqwen.engine.loading import Converter, MakeRoom, load_models
 from mlxqwen.engine.options import ConstraintFactory
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, Request, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
@@ -190,6 +190,7 @@ class Engine:
         prompt_cache: str | PathLike[str] | None = None,
         max_running: int | None = None,
         converter: Converter | None = None,
+        make_room: MakeRoom | None = None,
         **options: Unpack[LoadOptions],
     ) -> Engine:
         """See `load`. All that can be wrong is found before the weights are read or converted.
@@ -200,6 +201,7 @@ class Engine:
             speculative: what guesses instead; see `Engine`.
             prefix_cache, prompt_cache, max_running: see `Engine`.
             converter: what to do with weights in a form that is not run; by default `mlxqwen_convert` converts them.
+            make_room: called with the bytes that the weights will take in memory, before they are read.
         """
         if model is not None:
             if path_or_id is not None:
@@ -217,7 +219,13 @@ class Engine:
         if draft is not None and speculative is not None:
             raise OptionError("draft and speculative: found both, expected one", hint="One of them does the guessing.")
         loaded, tokenizer, draft_model = load_models(
-            path_or_id, draft=draft, revision=revision, on_convert=on_convert, converter=converter, **options
+            path_or_id,
+            draft=draft,
+            revision=revision,
+            on_convert=on_convert,
+            converter=converter,
+            make_room=make_room,
+            **options,
         )
         if draft_model is not None:
             from mlxqwen.engine.speculation.draft_model import DraftModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Protocol, Unpack
 
 import mlx.core as mx
 
+from mlxqwen.engine.memory import account
+from mlxqwen.engine.scheduler import EVALUATION
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.config import ModelConfig
@@ -31,10 +34,13 @@ from mlxqwen.model.loading import (
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["Conversion", "Converter", "OnConvert", "load_models", "locate_model"]
+__all__ = ["Conversion", "Converter", "MakeRoom", "OnConvert", "load_models", "locate_model"]
 
 OnConvert = Callable[[str, int, int], None]
 """Called as a conversion goes on: "converting" or "verifying", weights done, weights in all."""
+
+MakeRoom = Callable[[int], None]
+"""Called with the bytes that weights will take in memory, before they are converted or read."""
 
 
 class Conversion(Protocol):
@@ -59,6 +65,7 @@ def load_models(
     revision: str | None = None,
     on_convert: OnConvert | None = None,
     converter: Converter | None = None,
+    make_room: MakeRoom | None = None,
     **options: Unpack[LoadOptions],
 ) -> tuple[Qwen3ForCausalLM, Tokenizer, Qwen3ForCausalLM | None]:
     """Load a model with its tokenizer, and perhaps a draft model. All checks come before weights are read.
@@ -69,6 +76,7 @@ def load_models(
         revision: a branch, tag or commit of a hub id.
         on_convert: see `OnConvert`.
         converter: for FP8, AWQ, GPTQ and the like; by default `mlxqwen_convert` converts into the user's cache.
+        make_room: see `MakeRoom`; what it raises is raised.
         options: see `prepare_model`.
 
     Raises:
@@ -80,18 +88,33 @@ def load_models(
     with ExitStack() as held:
         checked = _check(folder, convert, held, options)
         tokenizer = _read_tokenizer(folder)
+        make_room = make_room or (lambda nbytes: None)
         if draft is None:
-            return checked.prepare(on_convert).read(), tokenizer, None
+            make_room(checked.weight_bytes)
+            return checked.prepare(on_convert).read(_Turn()), tokenizer, None
         with _naming_the_draft():
             draft_folder = locate_model(draft, **_options_of_draft(options))
         _check_vocabulary(draft_folder, folder, tokenizer)
         with _naming_the_draft():
             checked_draft = _check(draft_folder, convert, held, _options_of_draft(options))
         checked.check_memory(held_bytes=checked_draft.weight_bytes)
+        make_room(checked.weight_bytes + checked_draft.weight_bytes)
         prepared = checked.prepare(on_convert)
         with _naming_the_draft():
             prepared_draft = checked_draft.prepare(on_convert)
-        return prepared.read(), tokenizer, prepared_draft.read()
+        return prepared.read(_Turn()), tokenizer, prepared_draft.read(_Turn())
+
+
+class _Turn:
+    """Holds the process's right to evaluate for one layer; then replies of other models have theirs."""
+
+    def __enter__(self) -> None:
+        EVALUATION.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        EVALUATION.release()
+        if any(one.running or one.reading or one.waiting for one in account().schedulers):
+            time.sleep(0.001)  # a lock that is asked for again at once is not given to others
 
 
 def locate_model(

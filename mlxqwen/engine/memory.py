@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +20,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["MemoryAccount", "account", "array_bytes", "buffer_bytes", "slot_bytes", "weight_bytes"]
+__all__ = ["MemoryAccount", "account", "array_bytes", "buffer_bytes", "give_back", "slot_bytes", "weight_bytes"]
 
 _WORK_SPACE = 64 * 2**20  # bytes that a chunk of a prompt, or a draw, takes in passing
 
@@ -108,6 +109,12 @@ class MemoryAccount:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def give_back() -> None:
+    """Give the system back what arrays took that nobody refers to any more, such as those of a model that has gone."""
+    gc.collect()
+    mx.clear_cache()
 
 
 _account: MemoryAccount | None = None

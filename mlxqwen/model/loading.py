@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -99,18 +100,19 @@ class PreparedModel:
     Args:
         weight_bytes: bytes that its weights take in memory.
         dtype: what it computes in.
-        read: reads the weights; each call makes another model.
+        read: reads the weights; each call makes another model. Each layer is evaluated within the context that it is
+            given.
     """
 
     weight_bytes: int
     dtype: mx.Dtype
-    read: Callable[[], Qwen3ForCausalLM]
+    read: Callable[[AbstractContextManager[object]], Qwen3ForCausalLM]
 
 
 def load_model(folder: str | Path, **options: Unpack[LoadOptions]) -> Qwen3ForCausalLM:
     """Load the weights of a folder; no tokenizer is needed. Options and errors are those of `prepare_model`."""
     check_process()
-    return prepare_model(folder, **options).read()
+    return prepare_model(folder, **options).read(nullcontext())
 
 
 def read_config(
@@ -220,18 +222,29 @@ def prepare_model(
 
     checked = [model]
 
-    def read() -> Qwen3ForCausalLM:
+    def read(turn: AbstractContextManager[object]) -> Qwen3ForCausalLM:
         device.keep_resident()
         if checked:
             model = checked.pop()
         else:
             model = Qwen3ForCausalLM(config, generation_config)
             _quantize(model, checkpoint, sources, config.quantization)
-        for layer, weights in _weights_by_layer(checkpoint, sources, compute):
+        layers = _weights_by_layer(checkpoint, sources, compute)
+
+        def read_layer() -> bool:
+            layer, weights = next(layers, (None, []))
+            if not weights:
+                return False
             model.update(tree_unflatten(weights))
             weights.clear()
             if fused and layer is not None:
                 model.model.layers[layer].fuse(device)
+            return True
+
+        goes_on = True
+        while goes_on:
+            with turn:
+                goes_on = read_layer()
         mx.clear_cache()  # the parts: each layer is read into those of the one before it
         if fused:
             model.dense_from = device.dense_from

@@ -38,7 +38,7 @@ _Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 
 async def list_models(service: Service, http: HttpRequest) -> Response:
     """`GET /v1/models`."""
-    return JSONResponse({"object": "list", "data": [model.described() for model in service.models.all]})
+    return JSONResponse({"object": "list", "data": [entry.described() for entry in service.models.entries]})
 
 
 async def show_model(service: Service, http: HttpRequest) -> Response:
@@ -47,16 +47,16 @@ async def show_model(service: Service, http: HttpRequest) -> Response:
 
 
 async def health(service: Service, http: HttpRequest) -> Response:
-    """`GET /health`: 200 while requests are answered."""
+    """`GET /health`: 200 while requests are answered; how many models are loaded needs no key, their names do."""
     service.load.check_open()
-    for scheduler in (model.engine.scheduler for model in service.models.all):
+    for scheduler in (model.engine.scheduler for model in service.models.loaded):
         if scheduler.is_closed:
             raise ApiError(503, "engine: closed, expected an open one", code="engine_closed")
         if (seconds := scheduler.step_seconds) > service.settings.stuck_seconds:
             raise ApiError(
                 503, f"engine: stuck in one step for {seconds:.0f} s, expected it to go on", code="engine_stuck"
             )
-    return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "ok", "models": service.models.count()})
 
 
 async def version(service: Service, http: HttpRequest) -> Response:

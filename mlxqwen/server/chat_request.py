@@ -10,7 +10,7 @@ from mlxqwen.chat.turns import prepare_conversation
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.chat_request import ChatOptions
 from mlxqwen.engine.options import ConstraintFactory
-from mlxqwen.engine.request import Request, with_yarn_factor
+from mlxqwen.engine.request import Request, config_of, with_yarn_factor
 from mlxqwen.engine.text_generation import end_token_ids
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.json_file import shown
@@ -208,6 +208,11 @@ def bounded(request: Request, model: ServedModel) -> Request:
         )
     if request.max_tokens is None:  # the server's limit is none of the request, and decides no YaRN factor
         request = with_yarn_factor(request, model.engine.model)
+    elif not model.limit_scales:
+        qwen = model.engine.model
+        scaled = [with_yarn_factor(replace(request, max_tokens=most), qwen) for most in (None, request.max_tokens)]
+        least = min(scaled, key=lambda one: config_of(one, qwen).context_length)
+        request = replace(request, cache=least.cache)
     return request if request.most_tokens <= room else replace(request, max_tokens=max(room, 1))
 
 

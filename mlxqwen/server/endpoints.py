@@ -62,9 +62,9 @@ async def messages(service: Service, http: HttpRequest) -> Response:
 async def count_tokens(service: Service, http: HttpRequest) -> Response:
     """`POST /v1/messages/count_tokens`."""
     fields = await service.form(http, CountFields)
-    model = service.models.find(fields.model)
+    async with service.model(http, fields.model) as model:
 
-    def count() -> int:
-        return len(prompt_ids(anthropic_request.as_chat(fields, []), model))
+        def count() -> int:
+            return len(prompt_ids(anthropic_request.as_chat(fields, []), model))
 
-    return JSONResponse({"input_tokens": await service.in_thread(count)})
+        return JSONResponse({"input_tokens": await service.in_thread(count)})

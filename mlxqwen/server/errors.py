@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from mlxqwen.errors import (
     ContextLengthError,
+    HubError,
     InsufficientMemoryError,
     MlxqwenError,
     OptionError,
@@ -19,7 +20,7 @@ from mlxqwen.errors import (
 )
 from mlxqwen.files.json_file import shown
 
-__all__ = ["ApiError", "anthropic_error", "api_error", "openai_error", "validation_error"]
+__all__ = ["ApiError", "anthropic_error", "api_error", "load_error", "openai_error", "validation_error"]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -36,6 +37,7 @@ _TYPES = {
 }
 _ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "overloaded_error"}
 _PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z ]+)?: ")
+_ABSOLUTE_PATH = re.compile(r"(?:^|[^\w./])~?/\w|\b[A-Za-z]:\\")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _KINDS = {"str", "int", "float", "bool", "dict", "list"}
 _PARAMS = {"salt": "cache_salt", "thinking": "chat_template_kwargs.enable_thinking"}
@@ -117,6 +119,23 @@ def _own_error(error: MlxqwenError) -> ApiError:
     if isinstance(error, InsufficientMemoryError):
         return ApiError(503, message, code="out_of_memory", headers={"retry-after": "10"})
     return ApiError(500, message, code="internal_error")
+
+
+def load_error(error: BaseException, name: str, location: str) -> ApiError:
+    """What those are told who wait for a model that cannot be loaded; where it lies is told to the log alone.
+
+    Args:
+        name: of the model.
+        location: the folder or hub id that errors name.
+    """
+    if isinstance(error, ApiError):
+        return error
+    told = api_error(error)
+    status, code = (503, "model_unavailable") if isinstance(error, HubError) else (told.status, told.code)
+    why = told.message if not location else told.message.replace(location, name)
+    if _ABSOLUTE_PATH.search(why):
+        why = "the server's log tells why"
+    return ApiError(500 if status < 500 else status, f"model: {shown(name)} cannot be loaded: {why}", code=code)
 
 
 def validation_error(error: ValidationError) -> ApiError:

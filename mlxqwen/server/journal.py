@@ -69,6 +69,7 @@ class Journal:
                 if self._log_content and "replies" in details:
                     for text in details["replies"].texts():
                         logger.info("said: %s", one_line(text, _MOST_LOGGED))
+            details.clear()  # a connection keeps its last request, which must not keep a model
 
 
 def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from mlxqwen.server.errors import ApiError
 
@@ -87,6 +88,13 @@ class Load:
                 code="server_shutdown",
                 headers={"retry-after": "5", "connection": "close"},
             )
+
+    def check_time(self, deadline: float | None) -> None:
+        """Raise `ApiError`: 504 once `deadline` (of `time.monotonic`) has passed, 503 once replies are ended."""
+        if deadline is not None and time.monotonic() >= deadline:
+            raise ApiError(504, "request: not over when its time was, expected it to be", code="deadline_exceeded")
+        if self.has_ended:
+            raise ApiError(503, "server: ends, expected this reply to be over", code="server_shutdown")
 
     async def drain(self, seconds: float, *, is_forced: asyncio.Event) -> None:
         """Refuse new requests and those that are half there, let those under way end for `seconds`, then end them.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["Metrics"]
+__all__ = ["Gauges", "Metrics"]
+
+Gauges = dict[str, tuple[str, float | Mapping[str, float]]]
+"""Name → what it says, and its value, or one for each model."""
 
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -42,8 +45,8 @@ class Metrics:
             "mlxqwen_aborted_replies", "Replies that ended early: clients gone, deadlines, errors", registry=registry
         )
 
-    def watch(self, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
-        """Add gauges that are looked at when asked for: name → what it says, and its value."""
+    def watch(self, gauges: Callable[[], Gauges]) -> None:
+        """Add gauges that are looked at when they are asked for."""
         self._registry.register(_Gauges(gauges))
 
     def read(self, prompt_tokens: int, cached_tokens: int) -> None:
@@ -57,9 +60,15 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
+    def __init__(self, gauges: Callable[[], Gauges]) -> None:
         self._gauges = gauges
 
     def collect(self) -> Iterator[Metric]:
         for name, (text, value) in self._gauges().items():
-            yield GaugeMetricFamily(f"mlxqwen_{name}", text, value=value)
+            if not isinstance(value, Mapping):
+                yield GaugeMetricFamily(f"mlxqwen_{name}", text, value=value)
+                continue
+            family = GaugeMetricFamily(f"mlxqwen_{name}", text, labels=["model"])
+            for model, one in value.items():
+                family.add_metric([model], one)
+            yield family

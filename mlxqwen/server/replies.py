@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_request import Prepared
-from mlxqwen.server.errors import ApiError
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Metrics
+from mlxqwen.server.registry import Lease
 
 __all__ = ["Replies"]
 
@@ -20,6 +20,7 @@ class Replies:
 
     Args:
         prepared: the model, and one request for each reply.
+        lease: of the model; released when they are closed.
         load: counts them; room for them has been taken there.
         metrics: are told of their tokens.
         deadline: when to give up, in seconds of `time.monotonic`; None for never.
@@ -34,12 +35,14 @@ class Replies:
     def __init__(
         self,
         prepared: Prepared,
+        lease: Lease,
         load: Load,
         metrics: Metrics,
         deadline: float | None = None,
     ) -> None:
         model, requests = prepared.model, prepared.requests
         self._model = model
+        self._lease = lease
         self._choices = prepared.choices
         self._load = load
         self._metrics = metrics
@@ -132,10 +135,7 @@ class Replies:
         self._last[row] = token
 
     def _check_time(self) -> None:
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise ApiError(504, "request: not over when its time was, expected it to be", code="deadline_exceeded")
-        if self._load.has_ended:
-            raise ApiError(503, "server: ends, expected this reply to be over", code="server_shutdown")
+        self._load.check_time(self._deadline)
 
     def end(self, row: int) -> None:
         """End one reply where it is: what it has counts as its whole."""
@@ -154,6 +154,7 @@ class Replies:
         for row in list(self._running):
             self.end(row)
         self._model.engine.scheduler.driver.wake()
+        self._lease.release()
 
     def _leave(self, row: int) -> None:
         del self._running[row]

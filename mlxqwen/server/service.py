@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.engine.memory import array_bytes
-from mlxqwen.errors import one_line
+from mlxqwen.errors import InsufficientMemoryError, one_line
 from mlxqwen.server.access import error_response
 from mlxqwen.server.background import BackgroundRuns
 from mlxqwen.server.bodies import Form, parse_body, read_body
@@ -23,12 +24,14 @@ from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
 from mlxqwen.server.event_stream import EventStream, KeepAlive
 from mlxqwen.server.load import Load
-from mlxqwen.server.metrics import Metrics
-from mlxqwen.server.models import Models, ServedModel
+from mlxqwen.server.metrics import Gauges, Metrics
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.registry import Lease, ModelRegistry
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.structured import may_compile
+from mlxqwen.server.wakeups import TICK
 
 __all__ = ["IGNORED_HEADER", "Presenter", "Service", "endpoint", "until_gone"]
 
@@ -68,9 +71,9 @@ class Service:
         settings: how.
     """
 
-    def __init__(self, models: list[ServedModel], settings: ServerSettings) -> None:
+    def __init__(self, models: ModelRegistry, settings: ServerSettings) -> None:
         self.settings = settings
-        self.models = Models(models, single=settings.single)
+        self.models = models
         self.load = Load(settings.max_running, settings.max_queue)
         self.metrics = Metrics()
         self.responses = ResponseStore()
@@ -80,11 +83,10 @@ class Service:
         self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="mlxqwen grammar")
 
     def close(self) -> None:
-        """Let the threads and the models go; engines stay open."""
+        """Let the threads and the models go; engines that were not loaded here stay open."""
         for pool in (self._threads, self._compiling):
             pool.shutdown(wait=False, cancel_futures=True)
-        for model in self.models.all:
-            model.close()
+        self.models.close()
 
     async def in_thread(self, work: Callable[[], _T], *, compiles: bool = False) -> _T:
         """Do `work` in one of a few threads, so that the loop goes on.
@@ -94,6 +96,44 @@ class Service:
         """
         pool = self._compiling if compiles else self._threads
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    async def lease(self, http: HttpRequest, name: str | None, deadline: float | None = None) -> Lease:
+        """The use of a model, which is loaded if need be.
+
+        Args:
+            http: the request, whose client may leave meanwhile.
+            name: the model's, or None.
+            deadline: when to give up, in seconds of `time.monotonic`; None for never.
+
+        Raises:
+            ApiError: there is no such model, it cannot be loaded, or not in time.
+        """
+        lease = self.models.lease(self.models.find(name))
+        if lease.loading is None:
+            return lease
+        try:
+            loading = asyncio.wrap_future(lease.loading)
+            loading.add_done_callback(lambda one: one.cancelled() or one.exception())  # perhaps nobody else asks for it
+            await until_gone(http, self._until_done(loading, deadline))
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    async def _until_done(self, loading: asyncio.Future[None], deadline: float | None) -> None:
+        while not loading.done():
+            self.load.check_time(deadline)
+            await asyncio.wait({loading}, timeout=TICK)
+        loading.result()
+
+    @asynccontextmanager
+    async def model(self, http: HttpRequest, name: str | None) -> AsyncIterator[ServedModel]:
+        """A model while it is used. Raises what `lease` raises."""
+        lease = await self.lease(http, name)
+        try:
+            yield lease.model
+        finally:
+            lease.release()
 
     async def form(self, http: HttpRequest, form: type[_FormT]) -> _FormT:
         """The fields of a request's body."""
@@ -146,18 +186,21 @@ class Service:
         load, settings = self.load, self.settings
         deadline = None if settings.timeout is None else time.monotonic() + settings.timeout
         load.take(1)
-        taken = 1
+        taken, lease = 1, None
         try:
             fields = await self.form(http, form)
-            model = self.models.find(getattr(fields, "model", None))
+            lease = await self.lease(http, getattr(fields, "model", None), deadline)
+            model = lease.model
             if look_up is not None:
                 look_up(fields)
             prepared = await self.in_thread(lambda: prepare(fields, model), compiles=may_compile(fields))
             load.take(len(prepared.requests) - 1, held=1)
             taken = 0  # from here on the replies give it back
-            replies = Replies(prepared, load, self.metrics, deadline)
+            replies = await self._replies(prepared, lease, deadline)
         except BaseException:
             load.leave(taken)
+            if lease is not None:
+                lease.release()
             raise
         try:
             headers = self._told(http, prepared)
@@ -176,6 +219,16 @@ class Service:
             raise
         replies.close()
         return response
+
+    async def _replies(self, prepared: Prepared, lease: Lease, deadline: float | None) -> Replies:
+        """Submit a request; one that does not fit beside models that nobody uses is submitted again without them."""
+        while True:
+            try:
+                return Replies(prepared, lease, self.load, self.metrics, deadline)
+            except InsufficientMemoryError:  # room among the replies was given back
+                if not await self.in_thread(lambda: self.models.unload_least_recently_used(prepared.model)):
+                    raise
+                self.load.take(len(prepared.requests))
 
     async def _events(self, presenter: Presenter, replies: Replies) -> AsyncGenerator[bytes]:
         alive = KeepAlive(self.settings.keepalive_seconds, self.settings.stuck_seconds, replies.steps)
@@ -202,8 +255,8 @@ class Service:
         http.scope.setdefault("mlxqwen", {})["ignored"] = notes
         return {IGNORED_HEADER: notes.encode("ascii", "replace").decode()}
 
-    def _gauges(self) -> dict[str, tuple[str, float]]:
-        schedulers = [model.engine.scheduler for model in self.models.all]
+    def _gauges(self) -> Gauges:
+        schedulers = [model.engine.scheduler for model in self.models.loaded]
         stores: list[PrefixStore] = [one.store for one in schedulers]
         return {
             "running_replies": ("Replies that decode", float(sum(len(one.running) for one in schedulers))),
@@ -212,6 +265,10 @@ class Service:
             "cache_bytes": ("Bytes of caches in use", float(sum(one.cache_bytes for one in schedulers))),
             "array_bytes": ("Bytes of all arrays, weights and caches included", float(array_bytes())),
             "prefix_cache_bytes": ("Bytes of what was read and is kept", float(sum(one.held_nbytes for one in stores))),
+            "model_loaded": (
+                "Whether a model is loaded",
+                {one.name: float(one.state == "loaded") for one in self.models.entries},
+            ),
         }
 
 

@@ -34,7 +34,8 @@ class ServerSettings:
         max_model_len: the most tokens of a prompt and its reply; None for what the model has room for.
         timeout: the longest that a request may take, in seconds; None for no limit.
         drain: how long running replies may go on once the server is told to end, in seconds.
-        single: whether any model's name means the one that is served.
+        single: whether a name that no model has means the first one.
+        keep_alive: seconds after which a model that nobody uses is unloaded; None for never.
         reasoning_field: the name that a reply's thought has in chat completions.
         log_content: whether what is asked and said is logged.
         max_body: bytes of a request's body.
@@ -63,6 +64,7 @@ class ServerSettings:
     timeout: float | None = None
     drain: float = 30.0
     single: bool = False
+    keep_alive: float | None = None
     reasoning_field: ReasoningField = "reasoning_content"
     log_content: bool = False
     max_body: int = 32 * 2**20
@@ -78,6 +80,8 @@ class ServerSettings:
         check_number("drain", self.drain, 0.0, 86_400.0)
         if self.timeout is not None:
             check_number("timeout", self.timeout, 0.0, 1e9, low_is_open=True)
+        if self.keep_alive is not None:
+            check_number("keep_alive", self.keep_alive, 0.0, 1e9)
         if self.max_model_len is not None:
             check_integer("max_model_len", self.max_model_len, 1)
         for key in self.api_keys:
@@ -88,6 +92,21 @@ class ServerSettings:
                 f"host: found {self.host} without a key, expected 127.0.0.1, localhost or ::1",
                 hint="Others could use the model: give --api-key KEY, or --allow-open if that is meant.",
             )
+
+    def context(self, room: int) -> int | None:
+        """The most tokens of a prompt and its reply where a model has room for `room`; None if a window slides.
+
+        Raises `OptionError` for a `max_model_len` that it has no room for.
+        """
+        slides = self.max_kv_size is not None and self.max_kv_size <= room
+        if slides:
+            return self.max_model_len
+        if self.max_model_len is not None and self.max_model_len > room:
+            raise OptionError(
+                f"max_model_len: found {self.max_model_len:,}, but the model's context is {room:,} tokens",
+                hint="Extend it with --yarn auto or --yarn-factor, slide over it with --max-kv-size, or ask for less.",
+            )
+        return min(room, self.max_model_len or room)
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ from mlxqwen.errors import OptionError
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields
 from mlxqwen.server.chat_request import prompt_ids
+from mlxqwen.server.models import ServedModel
 from mlxqwen.server.service import Service
 
 __all__ = ["DetokenizeFields", "TokenizeFields", "detokenize", "tokenize"]
@@ -42,9 +43,8 @@ class DetokenizeFields(Form):
 async def tokenize(service: Service, http: HttpRequest) -> Response:
     """`POST /tokenize`."""
     fields = await service.form(http, TokenizeFields)
-    model = service.models.find(fields.model)
 
-    def ids() -> list[int]:
+    def ids(model: ServedModel) -> list[int]:
         if (fields.prompt is None) == (fields.messages is None):
             raise OptionError("prompt: found both prompt and messages, or none, expected one of them")
         if fields.prompt is not None:
@@ -58,16 +58,17 @@ async def tokenize(service: Service, http: HttpRequest) -> Response:
         )
         return prompt_ids(chat, model)
 
-    tokens = await service.in_thread(ids)
-    return JSONResponse({"count": len(tokens), "max_model_len": model.context, "tokens": tokens})
+    async with service.model(http, fields.model) as model:
+        tokens = await service.in_thread(lambda: ids(model))
+        return JSONResponse({"count": len(tokens), "max_model_len": model.context, "tokens": tokens})
 
 
 async def detokenize(service: Service, http: HttpRequest) -> Response:
     """`POST /detokenize`."""
     fields = await service.form(http, DetokenizeFields)
-    model = service.models.find(fields.model)
 
-    def text() -> str:
+    def text(model: ServedModel) -> str:
         return model.engine.tokenizer.decode(check_token_ids("tokens", fields.tokens, model.vocab_size))
 
-    return JSONResponse({"prompt": await service.in_thread(text)})
+    async with service.model(http, fields.model) as model:
+        return JSONResponse({"prompt": await service.in_thread(lambda: text(model))})

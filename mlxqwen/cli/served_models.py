@@ -1,0 +1,113 @@
+"""The models that `mlxqwen serve` serves: names and places as they are typed → what the server loads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxqwen.cli.generate_options import load_engine, options_named, read_model_config
+from mlxqwen.errors import OptionError
+from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, located
+
+if TYPE_CHECKING:
+    from mlxqwen.engine.engine import Engine
+    from mlxqwen.engine.loading import MakeRoom
+    from mlxqwen.server.registry import ModelSource
+    from mlxqwen.server.settings import ServerSettings
+
+__all__ = ["sources_of"]
+
+# Holds 4,096 tokens, eight times what the demo model was trained on; each request takes the least factor that it needs.
+_SCALING_OF_DEMO = '{"rope_type": "yarn", "factor": 8.0}'
+_OF_ONE_MODEL = {
+    "served_model_name": "--served-model-name",
+    "revision": "--revision",
+    "draft": "--draft",
+}
+_LONGEST_NAME = 256
+
+
+def sources_of(
+    first: str | None, others: Sequence[str], options: Mapping[str, Any], settings: ServerSettings
+) -> list[ModelSource]:
+    """What is served, the default model first; the demo model if nothing is named.
+
+    Args:
+        first: MODEL.
+        others: the values of --model, each NAME=MODEL or MODEL.
+        options: of the command, for all of them.
+        settings: the server's.
+
+    Raises:
+        MlxqwenError: a name or a folder is wrong.
+        click.UsageError: options that go with one model, or a name that is given twice.
+    """
+    typed: list[tuple[str | None, str | None]] = [(None, first)] if first is not None or not others else []
+    typed += [_split(one) for one in others]
+    if len(typed) > 1:
+        for option, flag in _OF_ONE_MODEL.items():
+            if options[option] is not None:
+                raise click.UsageError(f"{flag} is about one model, and {len(typed)} are to be served: leave it out.")
+    sources = [_source(name, model, options, settings) for name, model in typed]
+    names = [source.name for source in sources]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.UsageError(f"--model: found the name {twice!r} twice: give one of them another, NAME=MODEL.")
+    return sources
+
+
+def _split(typed: str) -> tuple[str | None, str]:
+    """The name before the sign of equality, unless that belongs to a path, and the model."""
+    name, equals, model = typed.partition("=")
+    if not equals or os.path.isdir(typed) or "/" in name or os.sep in name:
+        return None, typed
+    return name, model
+
+
+def _source(name: str | None, model: str | None, options: Mapping[str, Any], settings: ServerSettings) -> ModelSource:
+    from mlxqwen.server.registry import ModelSource
+
+    place = located(model, options["revision"])
+    is_demo = isinstance(place, Path) and place.resolve() == DEMO_FOLDER.resolve()
+    chosen = {**options, "model": model}
+    if scales := is_demo and options["rope_scaling"] is None and options["yarn_factor"] is None:
+        chosen |= {"yarn": "auto", "rope_scaling": _SCALING_OF_DEMO}
+
+    def load(make_room: MakeRoom) -> Engine:
+        # Beside the lines of requests, which other threads log, progress would not be read.
+        is_first = threading.current_thread() is threading.main_thread()
+        engine = load_engine(chosen, make_room=make_room, shows_progress=is_first)
+        with options_named():
+            settings.context(engine.model.config.context_length)
+        return engine
+
+    context = None
+    if isinstance(place, Path):
+        with options_named():
+            context = settings.context(read_model_config(place, chosen).context_length)
+    return ModelSource(
+        name=_checked(name or options["served_model_name"], model),
+        load=load,
+        location=str(place if isinstance(place, Path) else place.repo_id),
+        repo_id=None if isinstance(place, Path) else place.repo_id,
+        context=context,
+        limit_scales=not scales,
+    )
+
+
+def _checked(given: str | None, model: str | None) -> str:
+    """What clients call a model: the name given for it, its id or alias, or the last part of a folder's path."""
+    if given is not None:
+        if not given or not given.isprintable() or len(given) > _LONGEST_NAME:
+            raise OptionError(
+                f"name of a model: found {given[:80]!r}, expected 1 to {_LONGEST_NAME} printable characters"
+            )
+        return given
+    if model is None:
+        return "demo"
+    path = Path(model).expanduser()
+    return path.resolve().name or "model" if path.is_dir() else model.removeprefix(MODELSCOPE_PREFIX)

@@ -1,0 +1,415 @@
+"""The models of a server by name: loaded when they are asked for, within memory, and unloaded when nobody uses them.
+
+A name stands for the weights of one folder or hub id. An adapter by name will be an entry of its own that shares the
+engine of its base, and whose requests carry the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from mlxqwen.device import current_device
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.loading import MakeRoom
+from mlxqwen.engine.memory import account, give_back
+from mlxqwen.engine.scheduler import EVALUATION
+from mlxqwen.errors import HubError, MlxqwenError, one_line
+from mlxqwen.files.aliases import hub_id_of_alias
+from mlxqwen.files.json_file import shown
+from mlxqwen.server.errors import ApiError, load_error
+from mlxqwen.server.models import ServedModel
+from mlxqwen.server.settings import ServerSettings
+
+__all__ = ["Entry", "Lease", "ModelRegistry", "ModelSource"]
+
+logger = logging.getLogger("mlxqwen.server")
+
+_SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far as unloading idle models leaves it
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the model of a name comes from.
+
+    Args:
+        name: what clients call it.
+        load: makes its engine; called by a thread of the registry's.
+        location: folder or hub id, which errors tell the log and no client.
+        repo_id: its hub id, which clients may call it by, too.
+        context: the most tokens of a prompt and its reply, if that is known before it is loaded.
+        limit_scales: see `ServedModel`.
+    """
+
+    name: str
+    load: Callable[[MakeRoom], Engine]
+    location: str = ""
+    repo_id: str | None = None
+    context: int | None = None
+    limit_scales: bool = True
+
+
+class Entry:
+    """A name of the registry's and what is known of its model.
+
+    Attributes:
+        name: what clients call it.
+        created: when the server began to serve it, in seconds since 1970.
+        model: what answers; None while it is not loaded.
+    """
+
+    def __init__(self, name: str, source: ModelSource | None, now: float) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.model: ServedModel | None = None
+        self.known_context = None if source is None else source.context
+        self.source = source
+        self.uses = 0  # requests that have the model
+        self.waiting: set[Lease] = set()  # those that are to have it
+        self.loading: Future[None] | None = None
+        self.is_leaving = False  # no further request gets it: another model needs its memory
+        self.last_used = now
+
+    @property
+    def state(self) -> str:
+        """`loaded`, `loading` or `unloaded`."""
+        if self.loading is not None:
+            return "loading"
+        return "unloaded" if self.model is None else "loaded"
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a prompt and its reply; None where it is not known yet, or a window slides."""
+        if self.model is not None:
+            self.known_context = self.model.context
+        return self.known_context
+
+    def described(self) -> dict[str, object]:
+        """The model as `GET /v1/models` lists it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "mlxqwen",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self.context,
+            "state": self.state,
+        }
+
+
+class Lease:
+    """The use of a model by one request: until it is released, the model stays.
+
+    Attributes:
+        loading: ends once `model` can be asked for; None if it can be at once.
+    """
+
+    def __init__(self, registry: ModelRegistry, entry: Entry) -> None:
+        self._registry = registry
+        self.entry = entry
+        self.held: ServedModel | None = None
+        self.loading: Future[None] | None = None
+
+    @property
+    def model(self) -> ServedModel:
+        """The model. Raises `ApiError` if it is not there."""
+        if self.held is None:
+            raise ApiError(503, f"model: {shown(self.entry.name)} is not loaded, expected it to be")
+        return self.held
+
+    def release(self) -> None:
+        """Use the model no more."""
+        self._registry.release(self)
+
+
+class ModelRegistry:
+    """The models of a server. Any thread may call it; one thread of its own loads and unloads them.
+
+    Args:
+        sources: the models by name, the default one first; nothing is loaded yet.
+        settings: the server's.
+        force: whether models are loaded where they do not fit beside those in use.
+        clock: seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[ModelSource],
+        settings: ServerSettings,
+        *,
+        force: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._force = force
+        self._clock = clock
+        self._entries = {one.name: Entry(one.name, one, clock()) for one in sources}
+        self._changed = threading.Condition(threading.RLock())
+        self._queue: deque[Entry] = deque()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def add(self, model: ServedModel) -> None:
+        """Serve a model that is loaded already, and stays the caller's: it is not unloaded."""
+        entry = Entry(model.name, None, self._clock())
+        entry.model = model
+        self._entries[model.name] = entry
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All names, the default one first."""
+        return list(self._entries.values())
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        """The models that are loaded."""
+        return [model for entry in self.entries if (model := entry.model) is not None]
+
+    def count(self) -> dict[str, int]:
+        """How many models are in each state."""
+        states = [entry.state for entry in self.entries]
+        return {state: states.count(state) for state in ("loaded", "loading", "unloaded")}
+
+    def find(self, name: str | None) -> Entry:
+        """The model of this name, hub id or alias. Raises `ApiError`: 404 if there is none, 400 without a name."""
+        names = ", ".join(self._entries)
+        if name is not None:
+            if name in self._entries:
+                return self._entries[name]
+            wanted = {name, _id_of_alias(name)}
+            for entry in self.entries:
+                if entry.source is not None and entry.source.repo_id in wanted - {None}:
+                    return entry
+        if self._settings.single:
+            return self.entries[0]
+        if name is None:
+            found = f"model: found none, expected one of {names}"
+            raise ApiError(400, found, code="missing_required_parameter", param="model")
+        raise ApiError(
+            404, f"model: found {shown(name)}, expected one of {names}", code="model_not_found", param="model"
+        )
+
+    def lease(self, entry: Entry) -> Lease:
+        """Use a model. If it is not there, its load begins behind those that were asked for before."""
+        with self._changed:
+            lease = Lease(self, entry)
+            if entry.model is not None and not entry.is_leaving:
+                lease.held = entry.model
+                entry.uses += 1
+                return lease
+            if self._is_closed:
+                raise ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
+            entry.waiting.add(lease)
+            if entry.loading is None:
+                entry.loading = Future()
+                entry.loading.set_running_or_notify_cancel()  # one who waits no more ends it for nobody else
+                self._queue.append(entry)
+                self._wake()
+            lease.loading = entry.loading
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """End a use; called once or more."""
+        with self._changed:
+            entry = lease.entry
+            entry.waiting.discard(lease)
+            if lease.held is None:
+                self._changed.notify_all()
+                return
+            lease.held = None
+            entry.uses -= 1
+            entry.last_used = self._clock()
+            if self._settings.keep_alive is not None and entry.source is not None:
+                self._wake()
+            self._changed.notify_all()
+
+    def load(self, entry: Entry) -> ServedModel:
+        """Load a model in this thread, before the server listens. Raises `MlxqwenError`."""
+        if entry.model is None:
+            entry.model = self._loaded(entry)
+            entry.last_used = self._clock()
+            if self._settings.keep_alive is not None:
+                with self._changed:
+                    self._wake()
+        return entry.model
+
+    def unload_idle(self) -> float | None:
+        """Unload the models that nobody has used for the server's `keep_alive` → seconds until the next is due."""
+        keep_alive = self._settings.keep_alive
+        if keep_alive is None:
+            return None
+        due = None
+        for entry in self._idle():
+            left = entry.last_used + keep_alive - self._clock()
+            if left <= 0:
+                self._unload(entry, f"not used for {keep_alive:g} s")
+            else:
+                due = left if due is None else min(due, left)
+        return due
+
+    def unload_least_recently_used(self, but: ServedModel) -> bool:
+        """Unload the model that nobody has used for the longest time → whether there was one beside `but`."""
+        others = [entry for entry in self._idle() if entry.model is not but]
+        return bool(others) and self._unload(others[0], f"memory for {but.name}")
+
+    def close(self, seconds: float = 0.5) -> bool:
+        """End all models that were loaded here → whether no load is still under way after `seconds`."""
+        with self._changed:
+            self._is_closed = True
+            for entry in self._queue:
+                self._fail(entry, ApiError(503, "server: ends, expected no new requests", code="server_shutdown"))
+            self._queue.clear()
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
+        for entry in self.entries:
+            model, entry.model = entry.model, None
+            if model is not None:
+                model.close()
+                if entry.source is not None:
+                    model.engine.close()
+        return self._thread is None or not self._thread.is_alive()
+
+    # The thread that loads and unloads
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mlxqwen models", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            due = self.unload_idle()
+            with self._changed:
+                if self._is_closed:
+                    return
+                if not self._queue:
+                    self._changed.wait(due)
+                    continue
+                entry = self._queue.popleft()
+            self._serve(entry)
+
+    def _serve(self, entry: Entry) -> None:
+        """Load a model for those who wait for it; what goes wrong is told them alone."""
+        try:
+            if entry.model is None and entry.waiting:
+                began = self._clock()
+                logger.info("%s: loading", one_line(entry.name))
+                model = self._loaded(entry)
+                logger.info("%s: ready after %.1f s", one_line(entry.name), self._clock() - began)
+                entry.model = model
+        except BaseException as error:
+            with self._changed:
+                self._fail(entry, self._told(entry, error))
+        else:
+            with self._changed:
+                for lease in entry.waiting:
+                    lease.held = entry.model
+                entry.uses += len(entry.waiting)
+                entry.waiting.clear()
+                entry.last_used = self._clock()
+                loading, entry.loading = entry.loading, None
+            if loading is not None:
+                loading.set_result(None)
+        finally:
+            with self._changed:
+                for one in self.entries:
+                    one.is_leaving = False
+
+    def _fail(self, entry: Entry, error: ApiError) -> None:
+        entry.waiting.clear()
+        loading, entry.loading = entry.loading, None
+        if loading is not None:
+            loading.set_exception(error)
+
+    def _told(self, entry: Entry, error: BaseException) -> ApiError:
+        """The error for those who wait; the log has what they are not told."""
+        if not entry.waiting:  # and nobody to tell
+            return load_error(error, entry.name, "")
+        unexpected = None if isinstance(error, MlxqwenError | ApiError) else error
+        logger.error("%s: cannot be loaded: %s", one_line(entry.name), error, exc_info=unexpected)
+        location = "" if entry.source is None else entry.source.location
+        return load_error(error, entry.name, location)
+
+    def _loaded(self, entry: Entry) -> ServedModel:
+        source = entry.source
+        if source is None:
+            raise ApiError(503, f"model: {shown(entry.name)} is closed, expected an open one", code="engine_closed")
+        engine = source.load(lambda nbytes: self._make_room(entry, nbytes))
+        try:
+            if self._is_closed:
+                raise ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
+            return ServedModel(entry.name, engine, self._settings, limit_scales=source.limit_scales)
+        except BaseException:
+            engine.close()
+            raise
+
+    def _idle(self) -> list[Entry]:
+        """The models that may be unloaded at once, the least recently used first."""
+        with self._changed:
+            idle = [one for one in self.entries if one.source is not None and one.model is not None and not one.uses]
+        return sorted(idle, key=lambda one: one.last_used)
+
+    def _unload(self, entry: Entry, why: str) -> bool:
+        """Let a model go that nobody uses → whether it has gone."""
+        with self._changed:
+            if entry.uses or entry.model is None:
+                return False
+            model, entry.model = entry.model, None
+            entry.known_context = model.context
+        model.close()
+        model.engine.close()
+        del model
+        give_back()
+        logger.info("%s: unloaded: %s", one_line(entry.name), why)
+        return True
+
+    def _make_room(self, entry: Entry, nbytes: int) -> None:
+        """Free memory for a model's weights, and some for its caches.
+
+        Stores give way first, then models that nobody uses, then, for the weights alone, those that are in use: no
+        further request gets them, and they are unloaded behind their last reply. What does not fit an empty machine is
+        refused before this is called.
+        """
+        wanted = nbytes + current_device().usable_memory // _SPARE_SHARE
+        while not _have_given_way(wanted):
+            idle = self._idle()
+            if not idle:
+                break
+            self._unload(idle[0], f"memory for {entry.name}")
+        while not self._force and not _have_given_way(nbytes):
+            with self._changed:
+                used = [one for one in self.entries if one.source is not None and one.model is not None]
+                if not used:
+                    return
+                leaving = min(used, key=lambda one: one.last_used)
+                leaving.is_leaving = True
+                while leaving.uses and entry.waiting and not self._is_closed:
+                    self._changed.wait()
+                if not entry.waiting or self._is_closed:
+                    raise ApiError(503, "model: not asked for any more", code="server_shutdown")
+            self._unload(leaving, f"memory for {entry.name}")
+
+
+def _have_given_way(nbytes: int) -> bool:
+    """Let the stores of all models give way until `nbytes` are free → whether they are."""
+    memory = account()
+    schedulers = list(memory.schedulers)
+    if not schedulers:
+        return nbytes <= memory.left()
+    with EVALUATION:
+        return memory.make_room(nbytes, schedulers[0])
+
+
+def _id_of_alias(name: str) -> str | None:
+    try:
+        return hub_id_of_alias(name)
+    except HubError:  # an alias of the family that does not exist
+        return None

@@ -1,0 +1,391 @@
+"""Several models of one server: loaded once, when asked for, within memory; unloaded when idle, never while in use."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxqwen.engine.engine import Engine
+from mlxqwen.engine.loading import MakeRoom
+from mlxqwen.engine.memory import slot_bytes, weight_bytes
+from mlxqwen.engine.request import CacheKind
+from mlxqwen.errors import CheckpointError, HubError, MlxqwenError
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.app import make_app
+from mlxqwen.server.registry import ModelRegistry, ModelSource
+from mlxqwen.server.service import Service
+from mlxqwen.server.settings import ServerSettings
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.asgi_calls import Call, until
+from tests.command_line import run as run_command
+from tests.conftest import random_model
+from tests.scheduling import machine
+from tests.serving import CHAT, ask
+
+SHORT = {"max_tokens": 2, "ignore_eos": True}
+LONG = {"max_tokens": 150, "ignore_eos": True, "stream": True}
+
+
+class Weights:
+    """Makes an engine each time it is loaded, of weights of its own.
+
+    Attributes:
+        loads: how often.
+        error: what loading raises; None if it succeeds.
+        may_end: loading waits for this before it reads.
+        model: refers to the last one that was loaded.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.loads = 0
+        self.error: BaseException | None = None
+        self.may_end = threading.Event()
+        self.may_end.set()
+        self.model: weakref.ref[Qwen3ForCausalLM] | None = None
+
+    def __call__(self, make_room: MakeRoom) -> Engine:
+        self.loads += 1
+        if self.error is not None:
+            raise self.error
+        made = model_of(self._tokenizer)
+        make_room(weight_bytes(made))
+        assert self.may_end.wait(60)
+        self.model = weakref.ref(made)
+        return Engine(made, self._tokenizer)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the weights are in memory."""
+        gc.collect()
+        return self.model is not None and self.model() is not None
+
+
+def model_of(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
+    return random_model(vocab_size=tokenizer.vocab_size, context=512, layers=1)
+
+
+class Several:
+    """A server of models `a` and `b`."""
+
+    def __init__(self, tokenizer: Tokenizer, **settings: Any) -> None:
+        self.now = 0.0
+        self.settings = ServerSettings(**settings)
+        self.weights = {"a": Weights(tokenizer), "b": Weights(tokenizer)}
+        sources = [
+            ModelSource("a", self.weights["a"], location="/home/me/a"),
+            ModelSource("b", self.weights["b"], repo_id="Qwen/Qwen3-4B-MLX-4bit"),
+        ]
+        self.models = ModelRegistry(sources, self.settings, clock=lambda: self.now)
+        self.service = Service(self.models, self.settings)
+        self.app = make_app(self.service)
+
+    def ask(self, model: str | None, **fields: Any) -> Call:
+        return Call(self.app, CHAT, {**ask(), **SHORT, "model": model, **fields})
+
+    async def get(self, path: str) -> Call:
+        return await Call(self.app, path, method="GET").end()
+
+    def states(self) -> dict[str, str]:
+        return {entry.name: entry.state for entry in self.models.entries}
+
+
+@contextmanager
+def several(tokenizer: Tokenizer, **settings: Any) -> Iterator[Several]:
+    made = Several(tokenizer, **settings)
+    try:
+        yield made
+    finally:
+        for weights in made.weights.values():
+            weights.may_end.set()
+        made.service.close()
+
+
+@contextmanager
+def room_for_one(tokenizer: Tokenizer, **settings: Any) -> Iterator[Several]:
+    """Where one model has room beside caches, and two have not."""
+    model = model_of(tokenizer)
+    with machine(model, weight_bytes(model) * 3 // 4), several(tokenizer, **settings) as made:
+        yield made
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_two_models_side_by_side(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        assert served.states() == {"a": "unloaded", "b": "unloaded"}
+        assert (await served.get("/health")).json["models"] == {"loaded": 0, "loading": 0, "unloaded": 2}
+        calls = [served.ask(name, **LONG) for name in ("a", "b")]
+        await until(lambda: all(len(call.sent) > 3 for call in calls))
+        listed = {one["id"]: one for one in (await served.get("/v1/models")).json["data"]}
+        assert [(one["state"], one["max_model_len"]) for one in listed.values()] == [("loaded", 512)] * 2
+        assert b'mlxqwen_model_loaded{model="b"} 1.0' in (await served.get("/metrics")).body
+        assert (await served.get("/v1/models/b")).json == listed["b"]
+        for name, call in zip("ab", calls, strict=True):
+            await call.end()
+            assert {one["model"] for one in call.events} == {name}
+            assert call.events[-1]["choices"][0]["finish_reason"] == "length"
+
+    with several(tokenizer) as served:
+        run(work(served))
+
+
+def test_first_requests_load_once_and_others_go_on(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        assert (await served.ask("a").end()).status == 200
+        served.weights["b"].may_end.clear()
+        calls = [served.ask("b") for _ in range(4)]
+        counted = Call(served.app, "/tokenize", {"model": "b", "prompt": "two"})
+        await until(lambda: served.weights["b"].loads)
+        assert served.states() == {"a": "loaded", "b": "loading"}
+        assert (await served.ask("a").end()).status == 200
+        assert (await served.get("/health")).status == 200
+        assert not any(call.task.done() for call in calls)
+        served.weights["b"].may_end.set()
+        assert [(await call.end()).status for call in [*calls, counted]] == [200] * 5
+        assert served.weights["b"].loads == 1
+
+    with several(tokenizer) as served:
+        run(work(served))
+
+
+def test_names_hub_ids_and_aliases(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        for name in ("b", "Qwen/Qwen3-4B-MLX-4bit", "qwen3:4b", "QWEN3:4b-q4_K_M"):
+            assert (await served.ask(name).end()).json["model"] == "b"
+        for name in ("gpt-4", "qwen3:4b-bf16", "qwen3:900b", "/home/me/a", "../a"):
+            error = (await served.ask(name).end()).json["error"]
+            assert (error["type"], error["code"], error["param"]) == ("not_found_error", "model_not_found", "model")
+        assert (await served.get("/v1/models/gpt-4")).status == 404
+        message = {**ask(), "model": "gpt-4", "max_tokens": 1}
+        refused = await Call(served.app, "/v1/messages", message).end()
+        assert (refused.status, refused.json["type"]) == (404, "error")
+        assert refused.json["error"]["type"] == "not_found_error"
+        assert (await served.ask(None).end()).json["error"]["code"] == "missing_required_parameter"
+        assert served.weights["a"].loads == 0
+
+    with several(tokenizer) as served:
+        run(work(served))
+
+
+def test_with_single_any_other_name_means_the_first(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        for name in ("gpt-4", None, "b"):
+            assert (await served.ask(name).end()).json["model"] == ("b" if name == "b" else "a")
+
+    with several(tokenizer, single=True) as served:
+        run(work(served))
+
+
+def test_an_idle_model_makes_room_for_another(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        for name, other in ("ab", "ba", "ab"):
+            assert (await served.ask(name).end()).status == 200
+            assert served.states() == {name: "loaded", other: "unloaded"}
+            assert served.weights[name].is_held
+            assert not served.weights[other].is_held
+            served.now += 1.0
+        assert [weights.loads for weights in served.weights.values()] == [2, 1]
+        assert b'mlxqwen_model_loaded{model="b"} 0.0' in (await served.get("/metrics")).body
+
+    with room_for_one(tokenizer) as served:
+        run(work(served))
+
+
+def test_a_model_in_use_stays_until_its_replies_are_over(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        first = served.ask("a", **LONG)
+        await until(lambda: len(first.sent) > 3)
+        second = served.ask("b")
+        await until(lambda: served.models.find("a").is_leaving)
+        third = served.ask("a")  # waits for b, as b waits for the first
+        await until(lambda: served.states()["a"] == "loading")
+        assert not second.task.done()
+        await first.end()
+        assert first.events[-1]["choices"][0]["finish_reason"] == "length"
+        assert (await second.end()).status == (await third.end()).status == 200
+        assert [weights.loads for weights in served.weights.values()] == [2, 1]
+
+    with room_for_one(tokenizer) as served:
+        run(work(served))
+
+
+def test_one_that_waits_no_more_drives_nobody_out(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        first = served.ask("a", **LONG)
+        await until(lambda: len(first.sent) > 3)
+        second = served.ask("b")
+        await until(lambda: served.models.find("a").is_leaving)
+        second.leave()
+        await second.end()
+        await until(lambda: not served.models.find("a").is_leaving)
+        assert (await served.ask("a").end()).status == 200
+        first.leave()
+        await first.end()
+        assert served.weights["a"].loads == 1
+        assert served.states() == {"a": "loaded", "b": "unloaded"}
+
+    with room_for_one(tokenizer) as served:
+        run(work(served))
+
+
+def test_a_prompt_that_needs_the_memory_of_an_idle_model_gets_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxqwen.server.registry._SPARE_SHARE", 1 << 40)
+    model = model_of(tokenizer)
+    beside_both = 300 * slot_bytes(model, CacheKind())  # of caches, whose buffers hold 256 tokens, then 512
+
+    async def work(served: Several) -> None:
+        for name in "ab":
+            assert (await served.ask(name).end()).status == 200
+        assert served.models.count()["loaded"] == 2
+        prompt = {"model": "b", "prompt": [5] * 470, "max_tokens": 1}
+        assert (await Call(served.app, "/v1/completions", prompt).end()).status == 200
+        assert served.states() == {"a": "unloaded", "b": "loaded"}
+
+    with machine(model, weight_bytes(model) + beside_both), several(tokenizer) as served:
+        run(work(served))
+
+
+def test_idle_models_are_unloaded_and_loaded_again(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        running = served.ask("a", **LONG)
+        await until(lambda: len(running.sent) > 3)
+        assert (await served.ask("b").end()).status == 200
+        served.now = 299.0
+        assert served.models.unload_idle() == 1.0
+        assert served.models.count()["loaded"] == 2
+        served.now = 300.0
+        served.models.unload_idle()
+        assert served.states() == {"a": "loaded", "b": "unloaded"}  # however long its reply takes
+        assert not served.weights["b"].is_held
+        assert (await served.get("/v1/models/b")).json["max_model_len"] == 512
+        running.leave()
+        await running.end()
+        assert served.models.unload_idle() == 300.0
+        assert (await served.ask("b").end()).status == 200
+        assert served.weights["b"].loads == 2
+
+    with several(tokenizer, keep_alive=300.0) as served:
+        run(work(served))
+
+
+def test_at_once(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        assert (await served.ask("a").end()).status == 200
+        await until(lambda: served.states()["a"] == "unloaded")
+
+    with several(tokenizer, keep_alive=0.0) as served:
+        run(work(served))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "told"),
+    [
+        (HubError("Qwen/x: the hub answered 500"), 503, "model_unavailable", "Qwen/x: the hub answered 500"),
+        (CheckpointError("/home/me/a: damaged"), 500, "internal_error", '"a" cannot be loaded: a: damaged'),
+        (CheckpointError("/home/me/elsewhere/config.json: damaged"), 500, "internal_error", "log tells why"),
+        (RuntimeError("[malloc] Unable to allocate 5 bytes"), 503, "out_of_memory", "none left"),
+        (ZeroDivisionError("secret"), 500, "internal_error", "its log tells"),
+    ],
+)
+def test_a_load_that_fails_is_those_requests_error(
+    tokenizer: Tokenizer, error: MlxqwenError, status: int, code: str, told: str
+) -> None:
+    async def work(served: Several) -> None:
+        served.weights["a"].error = error
+        calls = [served.ask("a"), served.ask("a", stream=True)]
+        for call in calls:
+            await call.end()
+            assert (call.status, call.json["error"]["code"]) == (status, code)
+            assert told in call.json["error"]["message"]
+            assert not {"/home", "secret"} & set(call.json["error"]["message"].replace("/home", "/home ").split())
+        assert (await served.ask("b").end()).status == 200
+        served.weights["a"].error = None
+        assert (await served.ask("a").end()).status == 200
+
+    with several(tokenizer) as served:
+        run(work(served))
+    assert served.service.load.replies == 0
+
+
+def test_a_deadline_and_the_end_count_while_a_model_is_loaded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxqwen.server.service.TICK", 0.005)
+
+    async def work(served: Several) -> None:
+        served.weights["a"].may_end.clear()
+        call = await served.ask("a").end()
+        assert (call.status, call.json["error"]["code"]) == (504, "deadline_exceeded")
+        gone = served.ask("a")
+        gone.leave()
+        await gone.end()
+        assert served.service.load.replies == 0
+
+    with several(tokenizer, timeout=0.02) as served:
+        run(work(served))
+
+    async def end(served: Several) -> None:
+        served.weights["a"].may_end.clear()
+        loading, queued = served.ask("a"), served.ask("b")
+        await until(lambda: served.weights["a"].loads and served.states()["b"] == "loading")
+        await served.service.load.drain(0.0, is_forced=asyncio.Event())
+        for call in (loading, queued):
+            await call.end()
+            assert (call.status, call.json["error"]["code"]) == (503, "server_shutdown")
+        assert not served.models.close(0.0)  # it cannot be told to stop
+        served.weights["a"].may_end.set()
+        assert served.models.close(60.0)
+        assert served.models.loaded == []
+
+    with several(tokenizer) as served:
+        run(end(served))
+    assert not served.weights["a"].is_held
+
+
+def test_replies_go_on_while_weights_are_read(tokenizer: Tokenizer) -> None:
+    """Of the real loader: it gives its right to evaluate away between layers."""
+    folder = Path(__file__).parent / "data" / "moe_demo"
+
+    async def work(served: Several) -> None:
+        running = served.ask("a", **LONG)
+        await until(lambda: len(running.sent) > 3)
+        assert (await served.ask("moe").end()).status == 200
+        running.leave()
+        await running.end()
+
+    with several(tokenizer) as served:
+        source = ModelSource("moe", lambda make_room: Engine.load(folder, make_room=make_room))
+        moe = ModelRegistry([source], served.settings).entries[0]
+        served.models._entries["moe"] = moe
+        run(work(served))
+
+
+def test_what_is_typed(tmp_path: Path) -> None:
+    demo = str(Path(__file__).parents[1] / "mlxqwen" / "demo")
+
+    def refused(*arguments: str) -> str:
+        began = time.monotonic()
+        result = run_command("serve", "--port", "0", *arguments)
+        assert result.status in (1, 2), time.monotonic() - began
+        return result.err
+
+    assert "found the name 'demo' twice" in refused(demo, "--model", f"demo={demo}")
+    assert "--draft is about one model, and 2 are to be served" in refused(demo, "-m", f"x={demo}", "--draft", demo)
+    assert f"{tmp_path / 'none'}: no such folder" in refused(demo, "-m", f"x={tmp_path / 'none'}")
+    assert "found no such alias" in refused(demo, "-m", "x=qwen3:5b")
+    assert "--keep-alive: found 'soon'" in refused("--keep-alive", "soon")
+    assert "--max-model-len: found 9,000, but the model's context is 4,096" in refused("--max-model-len", "9000")
