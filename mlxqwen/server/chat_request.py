@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlxqwen.server.bodies import unknown_fields
 from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.event_stream import to_json
+from mlxqwen.server.histories import with_whole_arguments, with_written_calls
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.structured import call_options, response_format
@@ -101,7 +102,7 @@ def prepare_chat(
         response_format=response_format(fields),
         **call_options(fields),
     )
-    request, _ = model.responder.request(fields.messages, options)
+    request, _ = model.responder.request(_messages(fields, notes), options)
     request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
     return Prepared(model, rows(request, fields), notes, fields.n or 1)
 
@@ -115,7 +116,7 @@ def prompt_ids(fields: ChatFields, model: ServedModel) -> list[int]:
     characters = len(to_json([fields.messages, fields.tools]))
     if characters > LONGEST_TEXT:
         raise OptionError(f"messages: found {characters:,} characters with tools, expected at most {LONGEST_TEXT:,}")
-    return model.responder.render(prepare_conversation(fields.messages), _shown_options(fields, []))
+    return model.responder.render(prepare_conversation(_messages(fields, [])), _shown_options(fields, []))
 
 
 def _shown_options(fields: ChatFields, notes: list[str]) -> ChatOptions:
@@ -222,6 +223,12 @@ def rows(request: Request, fields: ReplyFields) -> list[Request]:
     if fields.seed is not None:
         seeds = [(fields.seed + i) % 2**64 for i in range(len(seeds))]
     return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+
+def _messages(fields: ChatFields, notes: list[str]) -> list[Mapping[str, Any]]:
+    """The conversation; of what could not be read as it was meant a note is taken."""
+    messages = with_whole_arguments(fields.messages, notes)
+    return messages if fields.tools else with_written_calls(messages)
 
 
 def _thinking(fields: ChatFields) -> tuple[bool | None, int | None]:
