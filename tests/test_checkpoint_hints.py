@@ -146,6 +146,16 @@ def index(weight_map: Any) -> Damage:
     return lambda folder: (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def alone(damage: Damage) -> Damage:
+    """The damage, where the weights are under a name that only an index could give them."""
+
+    def damaged(folder: Path) -> None:
+        damage(folder)
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+
+    return damaged
+
+
 NORM = "model.norm.weight"
 WRONG: dict[str, tuple[Damage, str]] = {
     "a dtype": (header(lambda entries: entries[NORM].update(dtype="F4")), NORM),
@@ -161,8 +171,8 @@ WRONG: dict[str, tuple[Damage, str]] = {
     "more layers in the config": (config(num_hidden_layers=3), "model.layers.2"),
     "fewer layers in the config": (config(num_hidden_layers=1), "model.layers.1"),
     "a format that is not known": (unknown_format, "new"),
-    "an index without names": (index({}), INDEX_NAME),
-    "an index of numbers": (index({NORM: 5}), NORM),
+    "an index without names": (alone(index({})), INDEX_NAME),
+    "an index of numbers": (alone(index({NORM: 5})), NORM),
     "an index that leads out": (index({NORM: "../model.safetensors"}), "../model.safetensors"),
 }
 

@@ -195,3 +195,62 @@ def test_tensors_that_are_neither_named_nor_of_the_model_are_left_out(
     named = folder_of(tmp_path / "in", {**PLAIN, "mtp.fc.weight": TWO}, {})
     with pytest.raises(CheckpointError, match=r"no place for: mtp\.fc\.weight"):
         load_model(named)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "the file is empty"),
+    "blank": (b" \n", "the file is empty"),
+    "cut short": (b'{"weight_map": {"a": "mod', "not valid JSON"),
+    "no UTF-8": (b"\xff\xfe\x00", "not UTF-8"),
+    "a list": (b"[]", "found a list"),
+    "without a weight_map": (b'{"metadata": {}}', "found no weight_map"),
+    "an empty weight_map": (b'{"weight_map": {}}', "found no weight_map"),
+    "no object for a weight_map": (b'{"weight_map": []}', "found no weight_map"),
+    "numbers for files": (b'{"weight_map": {"model.norm.weight": 5}}', "expected a file name"),
+    "a git-lfs pointer": (POINTER, "a git-lfs pointer"),
+    "a web page": (b"<!DOCTYPE html><title>404</title>", "a web page"),
+}
+
+
+@pytest.mark.parametrize("files", [{"model.safetensors": NAMES}, SHARDS], ids=["one file", "shards"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_index_that_is_none_beside_whole_files(
+    tmp_path: Path,
+    expected: mx.array,
+    converted: bytes,
+    caplog: pytest.LogCaptureFixture,
+    case: str,
+    files: Mapping[str, Iterable[str]],
+) -> None:
+    data, why = BROKEN[case]
+    folder = folder_of(tmp_path / "in", {}, files)
+    (folder / INDEX_NAME).write_bytes(data)
+    assert mx.array_equal(load_model(folder, dtype="float32")(IDS), expected)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith(f"left aside {INDEX_NAME}, which cannot be used: ")
+    assert why in said[0]
+    assert [*measure(folder, check=True).notes] == said
+    assert convert_weights(folder, tmp_path / "out") == (converted, tuple(said))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_index_that_is_none_beside_nothing_or_a_part(tmp_path: Path, case: str) -> None:
+    data, why = BROKEN[case]
+    for files in ({}, {ONE: NAMES[:HALF]}, {"a.safetensors": NAMES}):
+        folder = folder_of(tmp_path / f"in{len(files)}{next(iter(files), '')}", {}, files)
+        (folder / INDEX_NAME).write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"{INDEX_NAME}: .*{why}") as caught:
+            load_model(folder)
+        assert caught.value.hint
+    lacking = folder_of(tmp_path / "lacking", {}, {"model.safetensors": NAMES[:-1]})
+    (lacking / INDEX_NAME).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"tensors are missing: {NAMES[-1]}"):
+        load_model(lacking)
+
+
+def test_an_index_that_is_broken_and_leads_out_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", {NAMES[0]: 5, NAMES[1]: "../model.safetensors"}, {"model.safetensors": NAMES})
+    with pytest.raises(CheckpointError, match=r"found the file name '\.\./model\.safetensors'"):
+        load_model(folder)

@@ -101,6 +101,33 @@ def test_an_adapter_alone_is_named_with_its_base(tmp_path: Path, case: str) -> N
         assert "ownload" not in str(caught.value)
 
 
+def test_adapters_in_folders_beside_the_weights_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = load_model(write_folder(tmp_path / "plain", DENSE, WEIGHTS), dtype="float32")(IDS)
+    folder = write_folder(tmp_path / "in", DENSE, WEIGHTS)
+    put(folder / "adapters", "0000100_adapters.safetensors", "adapters.safetensors", config=MLX_LM)
+    for number in (100, 200, 300):
+        put(folder / f"checkpoint-{number}", "adapter_model.safetensors", "optimizer.pt", config=PEFT)
+    put(folder / "assets", "logo.png")
+    put(folder / ".cache", "adapters.safetensors")
+    (folder / "notes").mkdir()
+    put(folder / "notes" / "deep", "adapters.safetensors")
+    assert mx.array_equal(load_model(folder, dtype="float32")(IDS), plain)
+    note = (
+        "adapters in folders beside the weights are not applied: adapters/adapters.safetensors, "
+        "checkpoint-100/adapter_model.safetensors, checkpoint-200/adapter_model.safetensors and 1 more"
+    )
+    assert [record.getMessage() for record in caplog.records] == [note]
+    found = measure(folder, check=True)
+    assert (found.runs, list(found.notes)) == (True, [note])
+    assert list(convert(folder, tmp_path / "out", bits=16, dtype="float16", workers=1).notes) == [note]
+
+
+def test_names_of_folders_are_not_trusted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", DENSE, WEIGHTS)
+    put(folder / "a\x1b[31m", "adapters.safetensors")
+    assert not [note for note in measure(folder).notes if "\x1b" in note]
+
+
 @pytest.mark.parametrize("config", ["[", "[]", '{"base_model_name_or_path": 5}', '{"model": "\\u001b[31m"}'])
 def test_configs_of_adapters_are_not_trusted(tmp_path: Path, config: str) -> None:
     folder = put(tmp_path / "in", "adapters.safetensors")

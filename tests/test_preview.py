@@ -60,6 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
         **tools,
         "org/biased": biased,
         "org/wrong": wrong,
+        "org/tuned": biased | {f"{name}/adapters.safetensors": bytes(9) for name in ("adapters", "..", "a/b", "new\n")},
         "org/claimed": files_of(write_folder(folder / "claimed", claimed, make_weights(SMALL))),
         "org/whole": whole,
         "org/fp8": fp8,
@@ -123,6 +124,14 @@ def test_info_reads_headers_alone(hub: LoopbackHub, commands: Commands, model: s
     if not ignores_ranges:
         small = sum(len(content) for name, content in hub.models[model].files.items() if ".safetensors" not in name)
         assert hub.sent_bytes <= small + (1 << 18)
+
+
+def test_adapters_beside_weights_are_told_and_not_downloaded(hub: LoopbackHub, commands: Commands) -> None:
+    note = "adapters in folders beside the weights are not applied: adapters/adapters.safetensors"
+    assert note in json.loads(commands.run("info", "org/tuned", "--json").out)["notes"]
+    done = commands.run("generate", "Hello", "--model", "org/tuned", "--max-tokens", "1")
+    assert done.err.count(note) == 1, done.err
+    assert not [name for name in hub.downloaded() if "adapters" in name]
 
 
 @pytest.mark.parametrize("name", ["biased", "claimed", *(path.name for path in TOOLS)])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxqwen.errors import OptionError
+from mlxqwen.files.adapters import adapters_below
 from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import AffineQuantization, ModelConfig
 from mlxqwen.files.model_files import read_config_file
@@ -222,7 +223,7 @@ def make_plan(folder: Path, options: Options, *, max_shard_bytes: int = MAX_SHAR
     dtype = _dtype(options, source, checkpoint)
     refuse_other_purpose(folder, config.architecture, checkpoint.tensors)
     spare = spare_tensors(checkpoint)
-    notes += spare.notes
+    notes += [*spare.notes, *adapters_below(folder)]
     by_prefix = PartsByPrefix(info for name, info in checkpoint.tensors.items() if name not in spare.names)
     lost = [module.path for module in modules(config) if module.kind != "experts" and module.path not in by_prefix]
     incomplete = checkpoint.lacks([f"{path}.weight" for path in lost]) if lost or checkpoint.absent else None

@@ -1,19 +1,29 @@
-"""Adapters (LoRA and its kin) in a model's folder, by the files of PEFT and mlx-lm; this version applies none."""
+"""Adapters (LoRA and its kin) in a model's folder or below, by the files of PEFT and mlx-lm; none is applied here."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError, one_line
 from mlxqwen.files.json_file import read_json_object
 
-__all__ = ["adapter_alone", "adapter_files", "refuse_adapter"]
+__all__ = [
+    "adapter_alone",
+    "adapter_files",
+    "adapters_among",
+    "adapters_below",
+    "is_adapter_below",
+    "refuse_adapter",
+]
 
 CONFIG = "adapter_config.json"
 # `adapter_model.safetensors` of PEFT, `adapters.safetensors` and `0000100_adapters.safetensors` of mlx-lm, and others
 # that are named so; files that begin as weights do are weights.
-FILES = re.compile(r"(?!model|weights).*(adapter|lora).*\.(safetensors|bin|pt|npz)|adapter_config\.json", re.IGNORECASE)
+FILES = re.compile(
+    r"(?!model|weights)[^/]*(adapter|lora)[^/]*\.(safetensors|bin|pt|npz)|adapter_config\.json", re.IGNORECASE
+)
 SHOWN = 3
 MERGE = "Merge it into its base first, by PEFT's merge_and_unload or by mlx_lm.fuse"
 
@@ -24,6 +34,28 @@ def adapter_files(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir() if FILES.fullmatch(path.name))
     except OSError:
         return []
+
+
+def adapters_below(folder: Path) -> tuple[str, ...]:
+    """A note on adapters in the folders within a folder, where trainers keep theirs; none if there are none."""
+    try:
+        below = [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return ()
+    return adapters_among(f"{path.name}/{name}" for path in below for name in adapter_files(path))
+
+
+def adapters_among(paths: Iterable[str]) -> tuple[str, ...]:
+    """The note of `adapters_below`, of the paths of all files, relative to the model's folder."""
+    by_folder = dict(sorted(path.split("/", 1) for path in paths if is_adapter_below(path)))
+    names = [one_line(f"{folder}/{name}", 120) for folder, name in by_folder.items()]
+    return (f"adapters in folders beside the weights are not applied: {some(names)}",) if names else ()
+
+
+def is_adapter_below(path: str) -> bool:
+    """Whether a path, relative to a model's folder, is that of an adapter's file in a folder within it."""
+    folder, _, name = path.partition("/")
+    return folder[:1] not in ("", ".") and len(path) < 256 and path.isprintable() and bool(FILES.fullmatch(name))
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import HubError, MlxqwenError
-from mlxqwen.files.adapters import adapter_alone
+from mlxqwen.files.adapters import adapter_alone, adapters_among
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub_errors import first_line, hub_error, hub_variables, unreachable, wrong_setting
 from mlxqwen.files.hub_settings import can_be_imported
@@ -34,6 +34,8 @@ __all__ = [
     "progress_on_terminal_only",
     "quiet_warnings",
 ]
+
+logger = logging.getLogger("mlxqwen")
 
 # Beside config and weights: what the model is used with, and its licence.
 COMPANION_FILES = (
@@ -107,6 +109,8 @@ def downloaded(
             repo_id, revision=place.revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
         )
     check_model(repo_id, Path(folder))
+    for note in adapters_among(known.adapters) if known is not None else ():
+        logger.warning(note)
     return Path(folder)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import CheckpointError, HubError, install_command
+from mlxqwen.files.adapters import adapters_among
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES, check_model
 from mlxqwen.files.hub_errors import first_line, found_here, is_interruption
@@ -55,26 +56,29 @@ def downloaded_from_modelscope(name: str, repo_id: str, revision: str | None) ->
         raise _malformed(name, cause) from cause
     try:
         with _quiet():
-            folder = _folder(name, repo_id, revision, client)
+            folder, notes = _folder(name, repo_id, revision, client)
     except HubError:
         raise
     except Exception as cause:  # the client lets errors of its HTTP and thread libraries through
         raise _hub_error(name, repo_id, revision, cause) from cause
     check_model(name, folder)
+    for note in notes:
+        logging.getLogger("mlxqwen").warning(note)
     return folder
 
 
-def _folder(name: str, repo_id: str, revision: str | None, client: Any) -> Path:
+def _folder(name: str, repo_id: str, revision: str | None, client: Any) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a model, and a note on what is not downloaded."""
     api: HubApi = client.HubApi()
     if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE:
-        return _known(name, api, repo_id, revision, None)
+        return _known(name, api, repo_id, revision, None), ()
     try:
         api = client.HubApi(endpoint=api.resolve_endpoint_for_read(repo_id))
         listed = api.list_repo_files(repo_id, "model", revision=revision)
     except client.NotExistError as cause:
         raise _not_found(name, repo_id, revision, api, client) from cause
     except client.NetworkError as cause:  # times out, or is refused
-        return _known(name, api, repo_id, revision, cause)
+        return _known(name, api, repo_id, revision, cause), ()
     wanted = [file for file in listed if file.type != "tree" and _is_wanted(name, file.path)]
     entries = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in wanted]
     folder = Path(api.download_repo(repo_id, "model", revision=revision, file_list=[]))  # its place alone
@@ -85,7 +89,7 @@ def _folder(name: str, repo_id: str, revision: str | None, client: Any) -> Path:
         states = {str(one["Path"]): _state(folder, one) for one in entries}
         with contextlib.suppress(OSError):  # then all are checked again
             write_file(folder / _CHECKED, json.dumps(states).encode(), private=True)
-    return folder
+    return folder, adapters_among(str(file.path) for file in listed)
 
 
 def _checked(folder: Path) -> dict[str, Any]:

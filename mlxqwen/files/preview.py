@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxqwen.errors import HubError, MlxqwenError
+from mlxqwen.files.adapters import is_adapter_below
 from mlxqwen.files.headers_only import PREVIEW
 
 __all__ = ["Listing", "check_room", "list_files", "preview"]
@@ -23,6 +24,7 @@ __all__ = ["Listing", "check_room", "list_files", "preview"]
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
 _LONGEST_HEADER = 16 * 2**20  # bytes; those of the largest releases have a few hundred thousand
 _AT_ONCE = 8
+_MOST_ADAPTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,14 @@ class Listing:
         commit: the state.
         sizes: bytes of each file that is wanted.
         missing: those that the hub's cache does not have.
+        adapters: files of adapters in folders of the model, which are not wanted; the first few.
     """
 
     repo_id: str
     commit: str
     sizes: dict[str, int]
     missing: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
 
     @property
     def missing_weights(self) -> tuple[str, ...]:
@@ -57,10 +61,11 @@ def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwant
     )
     commit = info.sha or ""
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    adapters = tuple(sorted(filter(is_adapter_below, sizes)))[:_MOST_ADAPTERS]
     names = filter_repo_objects(sizes, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
     sizes = {name: sizes[name] for name in names}
     missing = (name for name in sizes if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str))
-    return Listing(repo_id, commit, sizes, tuple(missing))
+    return Listing(repo_id, commit, sizes, tuple(missing), adapters)
 
 
 def check_room(listing: Listing, cache: Path) -> None:
@@ -96,6 +101,11 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
                 copy = folder / path.relative_to(small_files)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
+
+        for name in listing.adapters:
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            place.touch()
 
         def write(name: str) -> None:
             _write_sparse(folder / name, _head(listing, name), listing.sizes[name])

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxqwen.checks import check_integer
 from mlxqwen.device import Device
-from mlxqwen.files.adapters import adapter_files
+from mlxqwen.files.adapters import adapter_files, adapters_below
 from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.headers_only import has_weights
@@ -162,7 +162,13 @@ def measure(folder: Path, *, check: bool = False) -> Footprint:
         format=foreign or _native_format(config, dtype),
         runs=foreign is None and refusal is None,
         refusal=refusal,
-        notes=(*config.notes, *checkpoint.notes, *spare.notes, *_unread(folder, checkpoint)),
+        notes=(
+            *config.notes,
+            *checkpoint.notes,
+            *spare.notes,
+            *adapters_below(folder),
+            *_unread(folder, checkpoint),
+        ),
         parameters=parameters,
         active_parameters=active,
         numbers=sum(prod(info.shape) for info in floats),

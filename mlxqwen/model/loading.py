@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
-from mlxqwen.files.adapters import refuse_adapter
+from mlxqwen.files.adapters import adapters_below, refuse_adapter
 from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.files.headers_only import has_weights
@@ -204,7 +204,8 @@ def prepare_model(
     spare = spare_tensors(checkpoint)
     tensors = model_tensors(config, checkpoint, spare)
     sources = _match(checkpoint, tensors, model, config)
-    for note in (*config.notes, *checkpoint.notes, *spare.notes, *generation_config.notes):
+    below = adapters_below(checkpoint.folder)
+    for note in (*config.notes, *checkpoint.notes, *spare.notes, *below, *generation_config.notes):
         logger.warning(note)
     _note_ignored_head(checkpoint, tensors)
     compute = compute_dtype(checkpoint_dtype(tensors), dtype, device)

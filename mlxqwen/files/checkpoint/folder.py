@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_PREFIXES = ("model", "weights")
-WITHOUT_INDEX = f"Remove {INDEX_NAME}: files named model*.safetensors are found without it."
+WITHOUT_INDEX = "Take the index that was written with these weights, or none: files named model*.safetensors are found."
 SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -75,7 +75,7 @@ class Checkpoint:
 
         The files are `model.safetensors`, else all of `model*.safetensors` (or `weights*.safetensors`), unless
         `model.safetensors.index.json` names others that are there. What the files hold counts: an index decides which
-        files, and where a tensor is in two of them.
+        files, and where a tensor is in two of them; one that cannot be read is left aside where the files are whole.
 
         Raises:
             CheckpointError: files missing, damaged, incomplete, or outside the folder.
@@ -85,7 +85,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: no such folder", hint="Give the folder that holds the model.")
         index = folder / INDEX_NAME
         if os.path.lexists(index):
-            checkpoint = open_indexed(folder, read_weight_map(index))
+            checkpoint = open_beside_index(folder, index)
         else:
             checkpoint = open_unindexed(folder, weight_files(folder))
         if not checkpoint.tensors:
@@ -183,6 +183,23 @@ def unwrapped(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, T
     of_all = f"{len(prefixed):,} of {len(bare):,} tensors" if len(prefixed) < len(bare) else "all tensors"
     first = prefixed[0]
     return bare, [f"{of_all} have a wrapper's prefix, which is taken off: {first} is {without_wrappers(first)}"]
+
+
+def open_beside_index(folder: Path, index: Path) -> Checkpoint:
+    """The checkpoint of the files that an index names, or of those beside it if it cannot be read.
+
+    Raises:
+        CheckpointError: see `open_indexed`; the index's own error where no whole set of files is found without it.
+    """
+    found = read_weight_map(index)
+    if not isinstance(found, CheckpointError):
+        return open_indexed(folder, found)
+    try:
+        files = weight_files(folder)
+    except MlxqwenError:
+        raise found from None
+    note = f"left aside {INDEX_NAME}, which cannot be used: {found.problem.removeprefix(f'{index}: ')}"
+    return open_unindexed(folder, files, note)
 
 
 def open_indexed(folder: Path, weight_map: dict[str, str]) -> Checkpoint:
@@ -286,7 +303,7 @@ def in_two_files(folder: Path, first: TensorInfo, second: TensorInfo) -> Checkpo
     )
 
 
-def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
+def open_unindexed(folder: Path, files: list[Path], *notes: str) -> Checkpoint:
     """The checkpoint of all tensors in `files`. Raises `CheckpointError` for one that is in two of them."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
@@ -297,7 +314,8 @@ def open_unindexed(folder: Path, files: list[Path]) -> Checkpoint:
             if name in tensors:
                 raise in_two_files(folder, tensors[name], tensor)
             tensors[name] = tensor
-    return Checkpoint(folder, tensors, metadata, stray_files(folder, {path.name for path in files}, "not used"))
+    strays = stray_files(folder, {path.name for path in files}, "not used")
+    return Checkpoint(folder, tensors, metadata, [*notes, *strays])
 
 
 def stray_files(folder: Path, used: set[str], why: str) -> list[str]:
@@ -306,15 +324,25 @@ def stray_files(folder: Path, used: set[str], why: str) -> list[str]:
     return [f"ignored {counted(strays, 'stray file')} {why}: {some_of(strays)}"] if strays else []
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name → file name, every one plainly inside the folder."""
-    found = read_json_object(index, error=CheckpointError)
-    weight_map = found.get("weight_map")
+def read_weight_map(index: Path) -> dict[str, str] | CheckpointError:
+    """The `weight_map` of an index: tensor name → file name, every one plainly inside the folder.
+
+    An index that holds none comes as its error, as the files beside it may be whole.
+
+    Raises:
+        CheckpointError: a file name that leads out of the folder, or a name that no tensor has.
+    """
+    try:
+        weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
+    except CheckpointError as error:
+        return error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
+        return CheckpointError(
             f"{index}: found no weight_map, expected an object of tensor names and file names",
             hint=WITHOUT_INDEX,
         )
+    broken = None
+    files: dict[str, str] = {}
     for name, shard in weight_map.items():
         if len(name) > MAX_NAME_LENGTH:
             raise CheckpointError(
@@ -322,13 +350,15 @@ def read_weight_map(index: Path) -> dict[str, str]:
                 f"{MAX_NAME_LENGTH:,}",
                 hint=WITHOUT_INDEX,
             )
-        if not isinstance(shard, str):
-            raise CheckpointError(
+        if isinstance(shard, str):
+            if shard not in files:
+                files[shard] = checked_shard_name(index, shard)
+        elif broken is None:
+            broken = CheckpointError(
                 f"{index}: weight_map: {name}: found {shown(shard)}, expected a file name",
                 hint=WITHOUT_INDEX,
             )
-    files = {shard: checked_shard_name(index, shard) for shard in dict.fromkeys(weight_map.values())}
-    return {name: files[shard] for name, shard in weight_map.items()}
+    return broken or {name: files[shard] for name, shard in weight_map.items()}
 
 
 def checked_shard_name(index: Path, shard: str) -> str:
