@@ -79,6 +79,7 @@ def hub() -> Iterator[LoopbackModelScope]:
     models = {
         "org/model": ModelScopeModel({**WANTED, **UNWANTED}, revisions={"master", "v2"}),
         "org/demo": ModelScopeModel(DEMO),
+        "org/tuned": ModelScopeModel({**WANTED, "checkpoint-9/adapter_model.safetensors": b"x"}),
         "org/private": ModelScopeModel(WANTED, token="ms-secret"),
         "org/unsteady": ModelScopeModel(WANTED, cuts=1),
         "org/broken": ModelScopeModel(WANTED, broken={"tokenizer.json"}),
@@ -175,6 +176,14 @@ def test_what_is_there_is_neither_downloaded_nor_read_again(
     resolve_model("modelscope:org/model")
     assert len({*looked_at}) == len(WANTED)
     assert hub.downloaded() == set()
+
+
+@pytest.mark.usefixtures("here")
+def test_adapters_beside_weights_are_told(hub: LoopbackModelScope, caplog: pytest.LogCaptureFixture) -> None:
+    folder = resolve_model("modelscope:org/tuned")
+    assert files_in(folder) == WANTED
+    told = [record.getMessage() for record in caplog.records if record.name == "mlxqwen"]
+    assert told == ["adapters in folders beside the weights are not applied: checkpoint-9/adapter_model.safetensors"]
 
 
 @pytest.mark.usefixtures("here")
