@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -15,6 +16,7 @@ from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.completions import CompletionFields
+from mlxqwen.server.metrics import ToldTokens
 from mlxqwen.server.responses_request import ResponsesFields
 from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
 from mlxqwen.text.tokenizer import Tokenizer
@@ -202,6 +204,22 @@ def test_pages_of_the_server(served: Served) -> None:
     assert grown["mlxqwen_first_token_seconds_count"] == 2
     assert grown["mlxqwen_between_tokens_seconds_count"] == 4
     assert after["mlxqwen_running_replies"] == after["mlxqwen_waiting_replies"] == 0
+
+
+def test_seconds_between_tokens_are_counted_as_prometheus_counts_them() -> None:
+    ours, theirs, bounds = CollectorRegistry(), CollectorRegistry(), (0.25, 1.0, 2.5)
+    told = ToldTokens(bounds)
+    ours.register(told)
+    histogram = Histogram("mlxqwen_between_tokens_seconds", "", buckets=bounds, registry=theirs)
+    told.note(None)  # the first token of a reply
+    for seconds in (0.0, 0.25, 0.5, 1.0, 2.0, 64.0):
+        told.note(seconds)
+        histogram.observe(seconds)
+    tokens = "mlxqwen_generated_tokens_total"
+    assert ours.get_sample_value(tokens) == 7
+    samples = [(one.name, one.labels, one.value) for metric in theirs.collect() for one in metric.samples]
+    for name, labels, value in samples:
+        assert name.endswith("_created") or ours.get_sample_value(name, labels) == value
 
 
 def _metrics(served: Served) -> dict[str, float]:

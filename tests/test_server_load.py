@@ -9,12 +9,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from mlxqwen.engine import generation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server import endpoints, wakeups
-from mlxqwen.server.event_stream import COMMENT, KeepAlive
+from mlxqwen.server.event_stream import COMMENT, KeepAlive, in_time
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
 from tests.held_model import HeldModel, held_engine
@@ -191,6 +192,37 @@ def test_a_reader_that_stalls_is_hung_up_on(served: Served) -> None:
                 await call.end()
             assert strict.service.load.replies == 0
         await until(lambda: rows(served) == 0)
+
+    run(work())
+
+
+def test_each_call_has_the_time_that_a_client_has_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        loop, now, read = asyncio.get_running_loop(), [0.0], asyncio.Semaphore(0)
+        monkeypatch.setattr(loop, "time", lambda: now[0])
+
+        async def send(message: Message) -> None:
+            await read.acquire()
+
+        async def sends() -> None:
+            async with in_time(send, 1.0) as send_in_time:
+                for _ in range(3):
+                    await send_in_time({})
+
+        async def at(seconds: float, *, reads: bool = False) -> None:
+            now[0] = seconds
+            if reads:
+                read.release()
+            for _ in range(9):
+                await asyncio.sleep(0)
+
+        sending = asyncio.ensure_future(sends())
+        for seconds, reads in ((0.6, True), (0.9, True), (1.1, False), (1.8, False)):
+            await at(seconds, reads=reads)
+            assert not sending.done()  # the third call began at 0.9, and has until 1.9
+        await at(2.0)
+        with pytest.raises(TimeoutError):
+            sending.result()
 
     run(work())
 

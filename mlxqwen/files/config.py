@@ -145,6 +145,7 @@ class ModelConfig:
     yarn_choices: tuple[YarnScaling, ...] = ()
     architecture: str | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    _by_yarn_factor: dict[float, ModelConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def context_length(self) -> int:
@@ -230,12 +231,13 @@ class ModelConfig:
         return holding[0] if holding else self.yarn_choices[-1].factor
 
     @property
-    def by_yarn_factor(self) -> dict[float, ModelConfig]:
+    def by_yarn_factor(self) -> Mapping[float, ModelConfig]:
         """The same model as a request of each factor runs it, 1 for unscaled; empty without `yarn_choices`."""
-        scalings = (
-            {1.0: None, **{scaling.factor: scaling for scaling in self.yarn_choices}} if self.yarn_choices else {}
-        )
-        return {factor: replace(self, rope_scaling=one, yarn_choices=()) for factor, one in scalings.items()}
+        known = self._by_yarn_factor
+        if self.yarn_choices and not known:  # made once, as each request asks for it several times
+            scalings = {1.0: None, **{scaling.factor: scaling for scaling in self.yarn_choices}}
+            known |= {factor: replace(self, rope_scaling=one, yarn_choices=()) for factor, one in scalings.items()}
+        return known
 
     def at_yarn_factor(self, factor: float) -> ModelConfig:
         """One of `by_yarn_factor`. Raises `OptionError` for any other factor."""

@@ -182,19 +182,19 @@ class ChatReply:
         """The events of the reply that is streamed; nothing (empty bytes) about every second without any."""
         usage = ',"usage":null' if self._includes_usage else ""
         head = f"data: {to_json(self._head('chat.completion.chunk'))[:-1]}"
+        fronts = [f'{head},"choices":[{{"index":{row},"delta":' for row in range(len(self._choices))]
 
         def chunk(
             row: int, delta: dict[str, Any], ended: dict[str, Any] | None = None, told: dict[str, Any] | None = None
         ) -> bytes:
             rest = '"finish_reason":null' if ended is None else to_json(ended)[1:-1]
             logprobs = "null" if told is None else to_json(told)
-            text = f'{{"index":{row},"delta":{to_json(delta)},"logprobs":{logprobs},{rest}}}'
-            return f'{head},"choices":[{text}]{usage}}}\n\n'.encode()
+            return f'{fronts[row]}{to_json(delta)},"logprobs":{logprobs},{rest}}}]{usage}}}\n\n'.encode()
 
         yield b"".join(chunk(row, {"role": "assistant", "content": ""}) for row in range(len(self._choices)))
         cut: set[int] = set()
+        pieces: list[bytes] = []
         async for batch in replies.tokens():
-            pieces = []
             for row, token in batch:
                 if row in cut:
                     continue
@@ -208,10 +208,12 @@ class ChatReply:
                     replies.end(row)
                 if token.finish_reason is not None or choice.is_cut:
                     pieces.append(chunk(row, {}, choice.ending(replies.done[row])))
-            yield b"".join(pieces)
+            if not replies.is_over:  # the last ones go with the end
+                yield b"".join(pieces)
+                pieces = []
         if self._includes_usage:
-            yield f'{head},"choices":[],"usage":{to_json(usage_of(replies))}}}\n\n'.encode()
-        yield b"data: [DONE]\n\n"
+            pieces.append(f'{head},"choices":[],"usage":{to_json(usage_of(replies))}}}\n\n'.encode())
+        yield b"".join([*pieces, b"data: [DONE]\n\n"])
 
     def failure(self, error: ApiError) -> bytes:
         """What ends a stream in which something went wrong."""

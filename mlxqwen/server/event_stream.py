@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
+from pydantic_core import to_json as encode
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["COMMENT", "EventStream", "KeepAlive", "event", "to_json"]
+__all__ = ["COMMENT", "EventStream", "KeepAlive", "event", "in_time", "to_json"]
 
 COMMENT = b": waiting\n\n"
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def to_json(value: object) -> str:
     """A value as JSON on one line."""
-    return _ENCODER.encode(value)
+    return encode(value).decode()
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
@@ -85,12 +85,8 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Send all events, each within the time that the client has to read."""
-
-        async def send_in_time(message: Any) -> None:
-            async with asyncio.timeout(self._stall_seconds):
-                await send(message)
-
-        await super().stream_response(send_in_time)
+        async with in_time(send, self._stall_seconds) as send_in_time:
+            await super().stream_response(send_in_time)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -98,3 +94,36 @@ class EventStream(StreamingResponse):
         finally:
             self._close()
             await self._events.aclose()
+
+
+@asynccontextmanager
+async def in_time(send: Send, seconds: float) -> AsyncIterator[Send]:
+    """`send` as it is, but the block ends with `TimeoutError` where a single call takes more than `seconds`.
+
+    One timer serves all calls: it fires at most every `seconds`, and then looks at the call that is under way.
+    """
+    loop = asyncio.get_running_loop()
+    began: float | None = None
+    timer: asyncio.TimerHandle
+
+    async def send_in_time(message: Message) -> None:
+        nonlocal began
+        began = loop.time()
+        await send(message)
+        began = None
+
+    def look() -> None:
+        nonlocal timer
+        now = loop.time()
+        until = (now if began is None else began) + seconds
+        if until > now:
+            timer = loop.call_at(until, look)
+        else:
+            limit.reschedule(now)
+
+    timer = loop.call_later(seconds, look)
+    try:
+        async with asyncio.timeout(None) as limit:
+            yield send_in_time
+    finally:
+        timer.cancel()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-__all__ = ["Gauges", "Metrics"]
+__all__ = ["Gauges", "Metrics", "ToldTokens"]
 
 Gauges = dict[str, tuple[str, float | Mapping[str, float]]]
 """Name → what it says, and its value, or one for each model."""
@@ -23,8 +26,9 @@ class Metrics:
 
     Attributes:
         requests: by path and status.
-        first_token, between_tokens: histograms of seconds.
-        prompt_tokens, cached_tokens, generated_tokens, aborted: counters.
+        first_token: histogram of seconds.
+        prompt_tokens, cached_tokens, aborted: counters.
+        told: tokens of replies, and the seconds between them.
     """
 
     def __init__(self) -> None:
@@ -33,14 +37,12 @@ class Metrics:
         self.first_token = Histogram(
             "mlxqwen_first_token_seconds", "Seconds until a reply's first token", buckets=_FIRST, registry=registry
         )
-        self.between_tokens = Histogram(
-            "mlxqwen_between_tokens_seconds", "Seconds between tokens of a reply", buckets=_BETWEEN, registry=registry
-        )
         self.prompt_tokens = Counter("mlxqwen_prompt_tokens", "Tokens of prompts", registry=registry)
         self.cached_tokens = Counter(
             "mlxqwen_cached_tokens", "Tokens of prompts that were known and not read", registry=registry
         )
-        self.generated_tokens = Counter("mlxqwen_generated_tokens", "Tokens of replies", registry=registry)
+        self.told = ToldTokens(_BETWEEN)
+        registry.register(self.told)
         self.aborted = Counter(
             "mlxqwen_aborted_replies", "Replies that ended early: clients gone, deadlines, errors", registry=registry
         )
@@ -57,6 +59,38 @@ class Metrics:
     def page(self) -> bytes:
         """The text of the page."""
         return generate_latest(self._registry)
+
+
+class ToldTokens(Collector):
+    """Counts tokens of replies and the seconds between them, in plain numbers: it is told of every single token.
+
+    Args:
+        bounds: upper bounds of the histogram's buckets, in seconds, ascending.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._tokens = 0
+        self._seconds = 0.0
+        self._buckets = [0] * (len(bounds) + 1)
+
+    def note(self, seconds: float | None) -> None:
+        """Count a token that came `seconds` after the one before it; None for the first of a reply."""
+        self._tokens += 1
+        if seconds is not None:
+            self._seconds += seconds
+            self._buckets[bisect_left(self._bounds, seconds)] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("mlxqwen_generated_tokens", "Tokens of replies", value=self._tokens)
+        counts = list(accumulate(self._buckets))
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        yield HistogramMetricFamily(
+            "mlxqwen_between_tokens_seconds",
+            "Seconds between tokens of a reply",
+            buckets=list(zip(names, counts, strict=True)),
+            sum_value=self._seconds,
+        )
 
 
 class _Gauges(Collector):

@@ -75,6 +75,11 @@ class Replies:
         return sum(token.reasoning_tokens for token in self._last.values())
 
     @property
+    def is_over(self) -> bool:
+        """Whether all replies have ended."""
+        return not self._running
+
+    @property
     def seconds_to_first(self) -> float | None:
         """Seconds until the first token; None while there is none."""
         return self._first
@@ -123,15 +128,13 @@ class Replies:
 
     def _note(self, row: int, token: GeneratedToken) -> None:
         before = self._last.get(row)
+        self._metrics.told.note(None if before is None else token.time - before.time)
         if before is None:
             seconds = token.time - self._began
             self._first = seconds if self._first is None else self._first
             if row % self._choices == 0:
                 self._metrics.read(len(self.handles[row].request.prompt), self.handles[row].cached_tokens)
             self._metrics.first_token.observe(seconds)
-        else:
-            self._metrics.between_tokens.observe(token.time - before.time)
-        self._metrics.generated_tokens.inc()
         self._last[row] = token
 
     def _check_time(self) -> None:
