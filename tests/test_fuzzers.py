@@ -9,7 +9,7 @@ from typing import Any
 
 import fuzz
 import pytest
-from fuzzers import caches, configs, headers, replies, schemas
+from fuzzers import caches, configs, headers, kills, replies, schemas
 
 from mlxqwen.cache import block_file
 from mlxqwen.errors import MlxqwenError
@@ -73,3 +73,23 @@ def test_a_broken_rule_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_time_is_shared_and_the_end_tells(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.run("configs", 0, 7) == 0
     assert capsys.readouterr().out == "configs: 1 tried from seed 7 on, 0 broke a rule\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "too_early"),
+    [
+        ({"a.safetensors.part": b"we", "conversion.lock": b""}, False),
+        ({"a.safetensors": b"weights", "b.safetensors.part": b"mo"}, False),  # a whole shard, and no config yet
+        ({"a.safetensors": b"weights", "b.safetensors": b"more", "config.json": b"{}"}, False),  # the whole model
+        ({"a.safetensors": b"we"}, True),
+        ({"a.safetensors": b"weights", "config.json": b"{}"}, True),
+        ({"a.safetensors": b"weights", "b.safetensors": b"mo", "config.json": b"{}"}, True),
+        ({"config.json": b"{}"}, True),
+    ],
+    ids=str,
+)
+def test_what_looks_like_a_model_too_early(tmp_path: Path, files: dict[str, bytes], too_early: bool) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    whole = {"a.safetensors": b"weights", "b.safetensors": b"more", "config.json": b"{}"}
+    assert kills.looks_whole_too_early(tmp_path, whole) == too_early

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen_convert.partial import tidy_output
 
 ROOT = Path(__file__).parent.parent.parent
 _PATHS = os.pathsep.join([str(ROOT), str(ROOT / "convert")])
@@ -50,8 +51,19 @@ def expected(bits: int) -> dict[str, bytes]:
         return contents(output)
 
 
+def looks_whole_too_early(partial: Path, whole: dict[str, bytes]) -> bool:
+    """Whether the unfinished folder has a config, or weights of final names, before all is there under those names.
+
+    Just before the folder gets its own name, its files have theirs: then it is the model, to the byte.
+    """
+    if not (partial / "config.json").exists():
+        return any(path.read_bytes() != whole.get(path.name) for path in partial.glob("*.safetensors"))
+    found = contents(partial)
+    return any(found.get(name) != data for name, data in whole.items())
+
+
 def check(seed: int) -> str | None:
-    """What broke: weights in the unfinished folder, an error, or other bytes. None if nothing."""
+    """What broke: a part that looks like a model, an error, or other bytes. None if nothing."""
     draw = random.Random(seed)
     bits = draw.choice([4, 8])
     whole = expected(bits)
@@ -64,9 +76,11 @@ def check(seed: int) -> str | None:
             process.communicate()
             if output.exists():
                 break
-            if (partial / "config.json").exists() or list(partial.glob("*.safetensors")):
+            if partial.exists() and looks_whole_too_early(partial, whole):
                 return "an unfinished folder looks like a model"
-        if not output.exists():
+        if output.exists():
+            tidy_output(output)  # as the next conversion does: a crash may come between the folder's name and this
+        else:
             process = start(output, bits)
             said = process.communicate()[1]
             if process.returncode:
