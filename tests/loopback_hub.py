@@ -28,6 +28,7 @@ class HubModel:
         gated: everyone sees the list of files, nobody may download them.
         cuts: how often the server still breaks off in the middle of a file.
         broken: files that the server fails to deliver.
+        stalled: files of which it delivers half, and then nothing until it ends; parts of them are delivered.
         status: the HTTP status that is the answer to everything.
     """
 
@@ -37,6 +38,7 @@ class HubModel:
     gated: bool = False
     cuts: int = 0
     broken: set[str] = field(default_factory=set)
+    stalled: set[str] = field(default_factory=set)
     status: int | None = None
 
 
@@ -59,6 +61,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.sent_bytes = 0  # of files, whole answers alone
         self.ignores_ranges = False
         self.requests: list[Request] = []
+        self.ends = threading.Event()
 
     @property
     def url(self) -> str:
@@ -126,7 +129,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         elif wanted in model.broken and self.command == "GET":
             self.refuse(500, "")
         elif wanted in model.files:
-            self.send_file(model, model.files[wanted])
+            self.send_file(model, model.files[wanted], stalls=wanted in model.stalled)
         else:
             self.refuse(404, "EntryNotFound")
 
@@ -138,7 +141,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def send_file(self, model: HubModel, content: bytes) -> None:
+    def send_file(self, model: HubModel, content: bytes, *, stalls: bool) -> None:
         start, stop = self.wanted_bytes(len(content))
         is_part = (start, stop) != (0, len(content))
         self.send_response(206 if is_part else 200)
@@ -152,7 +155,12 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if model.cuts > 0:
+        if stalls and (self.headers.get("Range") or "-").endswith("-"):
+            self.wfile.write(content[start : start + (stop - start) // 2])
+            self.wfile.flush()
+            self.hub.ends.wait()
+            self.close_connection = True
+        elif model.cuts > 0:
             model.cuts -= 1
             self.wfile.write(content[start : start + len(content) // 2])
             self.close_connection = True
@@ -186,7 +194,10 @@ def blob_id(content: bytes) -> str:
 def running_hub(models: dict[str, HubModel]) -> Iterator[LoopbackHub]:
     """A hub that serves in a thread while the context lasts."""
     with LoopbackHub(models) as hub, in_a_thread(hub):
-        yield hub
+        try:
+            yield hub
+        finally:
+            hub.ends.set()
 
 
 @contextmanager

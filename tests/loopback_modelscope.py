@@ -56,6 +56,7 @@ class LoopbackModelScope(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), ModelScopeHandler)
         self.models = models
         self.requests: list[Request] = []
+        self.sent_bytes = 0  # of files
 
     @property
     def url(self) -> str:
@@ -69,6 +70,8 @@ class LoopbackModelScope(ThreadingHTTPServer):
 class ModelScopeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    last_byte: int | None = None
+
     def log_message(self, format: str, *args: object) -> None:
         """Tests print nothing."""
 
@@ -79,7 +82,8 @@ class ModelScopeHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         split = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(split.query).items()}
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, self.last_byte = int(first), int(last) if last else None
         self.hub.requests.append(Request(unquote(split.path), query.get("FilePath"), start))
         match unquote(split.path).strip("/").split("/"):
             case ["api", "v1", "models", owner, name, *wanted]:
@@ -129,18 +133,21 @@ class ModelScopeHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def send_file(self, model: ModelScopeModel, content: bytes, start: int) -> None:
-        self.send_response(206 if start else 200)
+        stop = len(content) if self.last_byte is None else min(self.last_byte + 1, len(content))
+        is_part = (start, stop) != (0, len(content))
+        self.send_response(206 if is_part else 200)
         self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
+        self.hub.sent_bytes += stop - start
         if model.cuts > 0 and len(content) > 1_000:
             model.cuts -= 1
             self.wfile.write(content[start : start + len(content) // 2])
             self.close_connection = True
         else:
-            self.wfile.write(content[start:])
+            self.wfile.write(content[start:stop])
 
 
 def entry(path: str, content: bytes) -> dict[str, object]:

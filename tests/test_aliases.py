@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -10,7 +11,7 @@ from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files import hub
 from mlxqwen.files.aliases import ALIASES, hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub import resolve_model
-from mlxqwen.files.hub_download import HubModel
+from mlxqwen.files.hub_source import Source
 from tests.command_line import run
 
 
@@ -93,12 +94,12 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """What is looked for on the hub, which has nothing."""
     asked: list[tuple[str, str | None]] = []
 
-    def downloaded(place: HubModel, *_: object, **known: object) -> Path:
-        asked.append((place.repo_id, place.revision))
-        raise HubError(f"{place.repo_id}: not there")
+    def not_there(source: Source, *_: object) -> NoReturn:
+        asked.append((source.place.repo_id, source.place.revision))
+        raise HubError(f"{source.place.repo_id}: not there")
 
-    monkeypatch.setattr(hub, "downloaded", downloaded)
-    monkeypatch.setattr(hub, "listed", lambda place: None)
+    for way in ("downloaded", "seen"):
+        monkeypatch.setattr(hub, way, not_there)
     return asked
 
 

@@ -19,6 +19,7 @@ LAYERS = [
     "errors",
     "checks",
     "console",
+    "status_line",
     "forks",
     "blas",
     "device",

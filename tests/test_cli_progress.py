@@ -9,7 +9,8 @@ import time
 import pytest
 
 from mlxqwen.chat.reply import Delta
-from mlxqwen.cli.terminal import LoadingLine, PrefillProgress, StatusLine, prefill_lines
+from mlxqwen.cli.terminal import LoadingLine, PrefillProgress, prefill_lines
+from mlxqwen.status_line import StatusLine
 from tests.command_line import Terminal, run
 from tests.test_cli_generate import says
 

@@ -23,8 +23,8 @@ from mlxqwen.text.tokenizer_file import build_tokenizer
 PACKAGE = Path(__file__).parent.parent / "mlxqwen"
 FOLDERS = ("cache", "chat", "cli", "engine", "sampling", "server", "text")
 FILES = (
-    *("atomic.py", "hub.py", "hub_download.py", "hub_errors.py", "hub_settings.py", "json_file.py"),
-    *("locks.py", "modelscope.py", "store.py", "unfinished.py"),
+    *("atomic.py", "hub.py", "hub_download.py", "hub_errors.py", "hub_settings.py", "hub_source.py"),
+    *("json_file.py", "locks.py", "modelscope.py", "preview.py", "store.py", "transfer.py", "unfinished.py"),
 )
 BLAMING = re.compile(
     r"\b(download|fetch|run|try|install|load|convert)\b[^.]*\b(again|anew)\b|damaged|tampered|permissions",

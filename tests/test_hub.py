@@ -148,7 +148,25 @@ def test_progress_is_shown_on_a_terminal(client: Client) -> None:
         timeout=60,
     )
     assert status == 0
-    assert b"100%" in output
+    assert output.startswith(b"\rLooking up org/model\r\x1b[K\rDownloading org/model ")
+    assert b"Fetching" not in output
+    assert b"tokenizer.json" not in output
+
+
+def test_what_is_there_is_asked_for_once(hub: LoopbackHub, client: Client) -> None:
+    folder = client.folder("org/model")
+    hub.requests.clear()
+    assert client.folder("org/model") == folder
+    assert asked(hub) == ["/api/models/org/model/revision/main"]
+    assert client.folder("org/model", "v2") == folder  # a name that the cache does not know yet
+    hub.requests.clear()
+    assert client.folder("org/model", "v2") == folder
+    assert asked(hub) == ["/api/models/org/model/revision/v2"]
+
+
+def asked(hub: LoopbackHub) -> list[str]:
+    """What was asked of the model; its client asks for other things of its own, too."""
+    return [request.path for request in hub.requests if "org/model" in request.path]
 
 
 def test_revisions(hub: LoopbackHub, client: Client) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import pytest
 
 import mlxqwen
 from mlxqwen.errors import HubError, OptionError
-from mlxqwen.files import modelscope
+from mlxqwen.files import hub_source, modelscope
 from mlxqwen.files.hub import DEMO_FOLDER, resolve_model
+from mlxqwen.files.hub_source import Source
 from tests.command_line import run as run_command
 from tests.loopback_hub import LoopbackHub, running_hub
 from tests.loopback_modelscope import LoopbackModelScope, ModelScopeModel, running_modelscope
+from tests.sparse_checkpoints import write_sparse
 from tests.test_hub import RESOLVE, UNWANTED, WANTED
 from tests.test_hub import files_in as all_files_in
 
@@ -145,7 +149,8 @@ def test_progress_is_shown_on_a_terminal(hub: LoopbackModelScope, tmp_path: Path
         command = shlex.join([sys.executable, "-c", RESOLVE, "modelscope:org/model"])
         output, status = pexpect.run(command, env=client.environment, withexitstatus=True, timeout=60)
     assert status == 0
-    assert b"100%" in output
+    assert output.startswith(b"\rLooking up modelscope:org/model\r\x1b[K\rDownloading modelscope:org/model ")
+    assert b"tokenizer.json" not in output
 
 
 @pytest.mark.usefixtures("here")
@@ -294,7 +299,12 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_the_variable_makes_it_the_default(hub: LoopbackModelScope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda place, check: Path("the other hub"))
+    downloaded = hub_source.downloaded
+
+    def from_either(source: Source, check: object) -> Path:
+        return downloaded(source) if source.place.is_on_modelscope else Path("the other hub")
+
+    monkeypatch.setattr("mlxqwen.files.hub.downloaded", from_either)
     for value, is_default in (("", False), ("false", False), ("0", False), ("True", True), ("1", True)):
         monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", value)
         assert (resolve_model("org/model") != Path("the other hub")) == is_default
@@ -306,7 +316,13 @@ def test_the_variable_makes_it_the_default(hub: LoopbackModelScope, monkeypatch:
 
 @pytest.mark.usefixtures("here")
 def test_aliases_and_pages(hub: LoopbackModelScope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", lambda place, check: Path("the other hub") / place.repo_id)
+    downloaded = hub_source.downloaded
+
+    def from_either(source: Source, check: object) -> Path:
+        place = source.place
+        return downloaded(source) if place.is_on_modelscope else Path("the other hub") / place.repo_id
+
+    monkeypatch.setattr("mlxqwen.files.hub.downloaded", from_either)
     hub.models["Qwen/Qwen3-4B-FP8"] = ModelScopeModel(WANTED)
     assert "Qwen--Qwen3-4B-FP8" in resolve_model("modelscope:qwen3:4b-fp8").parts
     monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", "true")
@@ -338,6 +354,63 @@ def test_wherever_a_model_can_be_named(tmp_path: Path) -> None:
     nothing = run_command("generate", "Hello", "--model", "modelscope:org/nothing")
     assert (nothing.status, nothing.out) == (1, "")
     assert "not found on ModelScope" in nothing.err
+
+
+@pytest.fixture
+def large(hub: LoopbackModelScope, tmp_path: Path) -> int:
+    """A model whose weights are larger than all else, and two that are refused → bytes of its weights."""
+    config = json.loads(DEMO["config.json"])
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    files = DEMO | {path.name: path.read_bytes() for path in write_sparse(tmp_path / "large", config).iterdir()}
+    llama = files | {"config.json": json.dumps({**config, "model_type": "llama"}).encode()}
+    damaged = files | {"model.safetensors": files["model.safetensors"][:-3]}
+    for name, content in (("large", files), ("llama", llama), ("damaged", damaged)):
+        hub.models[f"org/{name}"] = ModelScopeModel(content)
+    return len(files["model.safetensors"])
+
+
+@pytest.mark.usefixtures("here")
+def test_it_is_looked_at_before_its_weights_come(hub: LoopbackModelScope, large: int, tmp_path: Path) -> None:
+    info = run_command("info", "modelscope:org/large", "--json")
+    assert (info.status, json.loads(info.out)["model"]) == (0, "modelscope:org/large"), info
+    planned = run_command("convert", "modelscope:org/large", str(tmp_path / "out"), "--dry-run")
+    assert planned.status == 0, planned
+    assert hub.sent_bytes < large // 4
+    hub.requests.clear()
+    llama = run_command("generate", "Hello", "--model", "modelscope:org/llama")
+    assert llama.status == 1
+    assert "modelscope:org/llama" in llama.err
+    assert "'llama'" in llama.err
+    assert hub.downloaded() == {"config.json"}
+    damaged = run_command("generate", "Hello", "--model", "modelscope:org/damaged")
+    assert damaged.status == 1
+    assert "modelscope:org/damaged/model.safetensors" in damaged.err
+    assert "mlxqwen-preview" not in damaged.err
+    assert hub.sent_bytes < large // 2
+    loaded = run_command("generate", "Hello", "--model", "modelscope:org/large", "--max-tokens", "1")
+    assert loaded.status == 0, loaded
+    hub.requests.clear()
+    assert run_command("info", "modelscope:org/large").status == 0
+    assert len(hub.requests) == 1  # the list
+
+
+@pytest.mark.usefixtures("here")
+def test_a_download_that_stops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelscope_hub import HubApi
+
+    real, stopped = HubApi.download_repo, threading.Event()
+
+    def stops(*arguments: Any, **options: Any) -> Any:
+        if options.get("file_list"):
+            stopped.wait()
+            raise OSError
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(HubApi, "download_repo", stops)
+    monkeypatch.setenv("MODELSCOPE_DOWNLOAD_TIMEOUT", "0.2")
+    told = failure("modelscope:org/model")
+    assert "ModelScope cannot be reached: nothing came for 0.4 seconds (MODELSCOPE_DOWNLOAD_TIMEOUT sets half" in told
+    stopped.set()
 
 
 def test_nothing_of_it_is_loaded_without_need() -> None:

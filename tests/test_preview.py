@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pexpect
 import pytest
 
 from mlxqwen.errors import HubError
 from mlxqwen.files.hub import DEMO_FOLDER
-from mlxqwen.files.preview import Listing, check_room
+from mlxqwen.files.preview import Listing, bytes_of, check_room
 from tests.loopback_hub import HubModel, LoopbackHub, running_hub
 from tests.sparse_checkpoints import write_sparse
 from tests.test_hub import Client
@@ -224,19 +226,56 @@ def test_a_hub_that_never_answers_is_told(models: dict[str, dict[str, bytes]], t
     assert len(done.err.splitlines()) == 2
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_download_that_stops_is_given_up(hub: LoopbackHub, commands: Commands, file: str) -> None:
+    hub.models["org/whole"].stalled.add(file)
+    done = commands.run("generate", "Hello", "--model", "org/whole", HF_HUB_DOWNLOAD_TIMEOUT="2")
+    assert done.status == 1
+    assert "org/whole: no such folder here, " in done.err
+    assert (
+        "the hub cannot be reached: nothing came for 4 seconds (HF_HUB_DOWNLOAD_TIMEOUT sets half of them)" in done.err
+    )
+    assert len(done.err.splitlines()) == 2
+    hub.models["org/whole"].stalled.clear()
+    assert commands.run("generate", "Hello", "--model", "org/whole", "--max-tokens", "1").status == 0
+
+
+def test_ctrl_c_ends_a_download_that_has_stopped(hub: LoopbackHub, commands: Commands) -> None:
+    """Its connection would be given up after ten minutes."""
+    hub.models["org/whole"].stalled.add("model.safetensors")
+    command = shlex.join([sys.executable, "-m", "mlxqwen", "generate", "Hello", "--model", "org/whole"])
+    terminal = pexpect.spawn(command, env=commands.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "600"}, timeout=120)
+    terminal.expect_exact("Looking up org/whole")
+    terminal.expect_exact("Downloading org/whole")
+    terminal.expect_exact("nothing for")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 130
+    assert terminal.before is not None
+    assert b"Traceback" not in terminal.before
+
+
 def test_a_disk_without_room_is_told_before_anything_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place, blobs = tmp_path / "hub" / "models--org--m", tmp_path / "hub" / "models--org--m" / "blobs"
     listing = Listing(
-        "org/m", "c", {"config.json": 10, "model.safetensors": 6_000}, ("config.json", "model.safetensors")
+        name="org/m",
+        commit="c",
+        sizes={"config.json": 10, "model.safetensors": 6_000},
+        missing=("config.json", "model.safetensors"),
+        place=place,
+        setting="HF_HOME",
+        begun=lambda: bytes_of(blobs, "*.incomplete"),
+        first_bytes=lambda name, count: b"",
     )
     usage = shutil.disk_usage(tmp_path)
     for free in (6_010, 6_009):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if free == 6_010:
-            check_room(listing, tmp_path / "hub" / "not there yet")
+            check_room(listing)
             continue
         with pytest.raises(HubError, match=r"^org/m: 0.0 GB are to be downloaded, the disk of .* has 0.0 GB free"):
-            check_room(listing, tmp_path)
-        begun = tmp_path / "models--org--m" / "blobs"
-        begun.mkdir(parents=True)
-        (begun / "x.incomplete").write_bytes(bytes(100))
-        check_room(listing, tmp_path)  # of what has come already nothing is needed
+            check_room(listing)
+        blobs.mkdir(parents=True)
+        (blobs / "x.incomplete").write_bytes(bytes(100))
+        check_room(listing)  # of what has come already nothing is needed

@@ -20,9 +20,9 @@ from mlxqwen.cli.generate_options import check_model_options, load_engine, locat
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.cli.table import Column, columns_of, table
-from mlxqwen.cli.terminal import StatusLine
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, one_line
+from mlxqwen.status_line import StatusLine
 
 if TYPE_CHECKING:
     from mlxqwen.engine.benchmark import BenchmarkRun, Speed

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
-from mlxqwen.cli.terminal import terminal_size
+from mlxqwen.status_line import terminal_size
 
 __all__ = ["LiveLines", "terminal_size"]
 

@@ -14,10 +14,11 @@ import click
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.spellings import ModelCommand
-from mlxqwen.cli.terminal import count_of, terminal_size
+from mlxqwen.cli.terminal import count_of
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
 from mlxqwen.errors import UnsupportedFormatError, one_line
+from mlxqwen.status_line import terminal_size
 
 if TYPE_CHECKING:
     from mlxqwen.files.config import ModelConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from mlxqwen.cli.terminal import terminal_size
+from mlxqwen.status_line import terminal_size
 
 __all__ = ["Column", "columns_of", "table"]
 

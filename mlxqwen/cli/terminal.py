@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
-from typing import ClassVar, TextIO
+from typing import TextIO
 
 from mlxqwen.errors import one_line
+from mlxqwen.status_line import StatusLine, bar, time_left
 
 __all__ = [
     "ConversionProgress",
     "LoadingLine",
     "PrefillProgress",
-    "StatusLine",
     "be_quiet",
     "count_of",
     "counted",
@@ -23,17 +22,7 @@ __all__ = [
     "print_error",
     "print_notes",
     "progress_lines",
-    "terminal_size",
 ]
-
-
-def terminal_size(stream: TextIO) -> os.terminal_size:
-    """Columns and lines of the terminal of `stream` now; 80 by 24 if it does not tell."""
-    try:
-        columns, lines = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):
-        columns, lines = 0, 0
-    return os.terminal_size((columns or 80, lines or 24))
 
 
 def count_of(number: int) -> str:
@@ -47,53 +36,6 @@ def count_of(number: int) -> str:
 def counted(number: int, noun: str) -> str:
     """For example `1 token` and `2,000 tokens`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-class StatusLine:
-    """A last line on a terminal that is overwritten and wiped; nothing is written elsewhere."""
-
-    is_silenced: ClassVar[bool] = False
-    _shown: ClassVar[StatusLine | None] = None
-
-    def __init__(self, stream: TextIO) -> None:
-        self.shows = stream.isatty() and not StatusLine.is_silenced
-        self._stream = stream
-        self._erases = os.environ.get("TERM") != "dumb"
-        self._length = 0
-
-    @property
-    def columns(self) -> int:
-        """Columns of the terminal, except the last: some terminals wrap after it."""
-        return terminal_size(self._stream).columns
-
-    def draw(self, *versions: str) -> None:
-        """Show the first of `versions` that the terminal is wide enough for, or the beginning of the last."""
-        if not self.shows:
-            return
-        room = self.columns - 1
-        line = next((version for version in versions if len(version) <= room), versions[-1][:room])
-        self._write(f"\r{line}{self._blank(self._length - len(line))}")
-        self._length, StatusLine._shown = len(line), self
-
-    def wipe(self) -> None:
-        """Leave an empty line to whatever is written next."""
-        if self._length:
-            blank = self._blank(min(self._length, self.columns - 1))
-            self._write(f"\r{blank}" if self._erases else f"\r{blank}\r")
-            self._length, StatusLine._shown = 0, None
-
-    @classmethod
-    def wipe_shown(cls) -> None:
-        """Wipe whichever line is shown, for a message to take its place."""
-        if cls._shown is not None:
-            cls._shown.wipe()
-
-    def _blank(self, length: int) -> str:
-        return "" if length <= 0 else "\x1b[K" if self._erases else " " * length
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
 
 
 class PrefillProgress:
@@ -135,7 +77,7 @@ def prefill_lines(done: int, total: int, recent: int, seconds: float) -> list[st
     if recent and seconds >= 0.2:
         seconds_left = round((total - done) * seconds / recent)
         rate = f"  {recent / seconds:.0f} tokens/s"
-        left = f"  {seconds_left // 60}:{seconds_left % 60:02d} left"
+        left = f"  {time_left(seconds_left)}"
     return [line + rate + left, line + left, line, f"Prompt: {100 * done // total} %"]
 
 
@@ -221,15 +163,10 @@ def progress_lines(stage: str, done: int, total: int, recent: int, seconds: floa
         speed = recent / seconds
         seconds_left = round((total - done) / speed)
         rate = f"  {speed / 1e6:.0f} M weights/s"
-        left = f"  {seconds_left // 60}:{seconds_left % 60:02d} left"
-    long, middle, short = (_bar(width, done, total) for width in (20, 10, 6))
+        left = f"  {time_left(seconds_left)}"
+    long, middle, short = (bar(width, done, total) for width in (20, 10, 6))
     bars = [long + rate + left, middle + rate + left, middle + left, short + left, left, ""]
     return [percent + bar for bar in bars]
-
-
-def _bar(width: int, done: int, total: int) -> str:
-    filled = width * done // total
-    return f"  |{'#' * filled}{' ' * (width - filled)}|"
 
 
 class _Notes(logging.Handler):

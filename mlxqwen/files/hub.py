@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
-from mlxqwen.files.hub_download import HubModel, downloaded, listed, previewed
 from mlxqwen.files.hub_errors import URL_CREDENTIALS
 from mlxqwen.files.hub_settings import is_true
+from mlxqwen.files.hub_source import HubModel, Source, downloaded, seen
 
 __all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
 
@@ -42,8 +42,8 @@ def resolve_model(
             complete earlier download is used. `modelscope:Qwen/Qwen3-0.6B` is a model of ModelScope, as are ids and
             aliases without that prefix where MLXQWEN_USE_MODELSCOPE is true.
         revision: a branch, tag or commit of the hub's model.
-        check: called before weights of a model of the Hugging Face hub are downloaded, with a folder that can be read
-            as the model's up to its weights: see `mlxqwen.files.preview`. What it raises is raised.
+        check: called before weights are downloaded, with a folder that can be read as the model's up to its weights:
+            see `mlxqwen.files.preview`. What it raises is raised.
 
     Raises:
         HubError: no such folder, or the model cannot be found or downloaded.
@@ -52,12 +52,12 @@ def resolve_model(
     place = located(path_or_id, revision)
     if isinstance(place, Path):
         return place
-    return downloaded_from_modelscope(place) if place.is_on_modelscope else downloaded(place, check)
+    return downloaded(source_of(place), check)
 
 
 @contextmanager
 def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Iterator[Path]:
-    """The folder of a model, for those who read no weights: those of the Hugging Face hub are not downloaded.
+    """The folder of a model, for those who read no weights: these are not downloaded.
 
     The arguments and errors are those of `resolve_model`. A folder that is made for this is gone in the end.
     """
@@ -65,14 +65,7 @@ def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str
     if isinstance(place, Path):
         yield place
         return
-    if place.is_on_modelscope:
-        yield downloaded_from_modelscope(place)
-        return
-    known = listed(place)
-    if known is None or isinstance(known, Path) or not known.missing_weights:
-        yield downloaded(place, known=known)
-        return
-    with previewed(place, known) as folder:
+    with seen(source_of(place)) as folder:
         yield folder
 
 
@@ -107,11 +100,15 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     return HubModel(repo_id, revision, f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", is_on_modelscope)
 
 
-def downloaded_from_modelscope(place: HubModel) -> Path:
-    """The folder of a model of ModelScope, downloaded if it is not there. Raises `HubError`."""
-    from mlxqwen.files.modelscope import downloaded_from_modelscope  # of no use to most loads
+def source_of(place: HubModel) -> Source:
+    """The hub's client for a model."""
+    if place.is_on_modelscope:
+        from mlxqwen.files.modelscope import ModelScope  # of no use to most loads
 
-    return downloaded_from_modelscope(place.name, place.repo_id, place.revision)
+        return ModelScope(place)
+    from mlxqwen.files.hub_download import HuggingFace
+
+    return HuggingFace(place)
 
 
 def hub_id_in_address(address: str, revision: str | None) -> tuple[str, str | None]:

@@ -1,23 +1,21 @@
-"""A model of the Hugging Face hub → its folder in the hub's cache, looked at before its weights come."""
+"""A model of the Hugging Face hub → its folder in the hub's cache, by the hub's client."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import HubError, MlxqwenError
-from mlxqwen.files.adapters import adapter_alone, adapters_among
-from mlxqwen.files.config import ModelConfig
-from mlxqwen.files.hub_errors import first_line, hub_error, hub_variables, unreachable, wrong_setting
+from mlxqwen.files.hub_errors import first_line, hub_error, hub_variables, is_timeout, unreachable, wrong_setting
 from mlxqwen.files.hub_settings import can_be_imported
-from mlxqwen.files.model_files import read_config_file, without_quantization
+from mlxqwen.files.hub_source import HubModel, checked
+from mlxqwen.files.transfer import Download, Given, QuietLog, waited_for
 
 if TYPE_CHECKING:
     from mlxqwen.files.preview import Listing
@@ -26,16 +24,10 @@ __all__ = [
     "COMPANION_FILES",
     "UNWANTED_FILES",
     "WANTED_FILES",
-    "HubModel",
-    "check_model",
-    "downloaded",
-    "listed",
-    "previewed",
+    "HuggingFace",
     "progress_on_terminal_only",
     "quiet_warnings",
 ]
-
-logger = logging.getLogger("mlxqwen")
 
 # Beside config and weights: what the model is used with, and its licence.
 COMPANION_FILES = (
@@ -77,100 +69,125 @@ WANTED_FILES = [
 UNWANTED_FILES = ["model*/*", "weights*/*", "additional_chat_templates/*/*"]  # the hub's "*" matches "/" as well
 
 
-@dataclass(frozen=True, slots=True)
-class HubModel:
-    """A model of a hub: its id, the revision asked for, the name that the user gave, and whether ModelScope has it."""
-
-    repo_id: str
-    revision: str | None
-    name: str
-    is_on_modelscope: bool
+_LOG = QuietLog("huggingface_hub", logging.ERROR)
 
 
-def downloaded(
-    place: HubModel, check: Callable[[Path], object] | None = None, known: Listing | Path | None = None
-) -> Path:
-    """The folder of a model of the hub, downloaded if it is not there. Raises `HubError`, and what `check` raises.
+class HuggingFace:
+    """A model of the Hugging Face hub; see `mlxqwen.files.hub_source.Source`."""
 
-    Args:
-        place: the model.
-        check: called with a preview before weights are downloaded.
-        known: what `listed` has found, if it was asked before.
-    """
-    repo_id, client = place.repo_id, hub_client(place.repo_id)
-    known = listed(place) if known is None else known
-    if isinstance(known, Path):
-        return known
-    if check is not None and known is not None and known.missing_weights:
-        with previewed(place, known) as preview:
-            check(preview)
-    with hub_errors(place):
-        folder = client.snapshot_download(
-            repo_id, revision=place.revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES
-        )
-    check_model(repo_id, Path(folder))
-    for note in adapters_among(known.adapters) if known is not None else ():
-        logger.warning(note)
-    return Path(folder)
+    def __init__(self, place: HubModel) -> None:
+        self._place = place
 
+    @property
+    def place(self) -> HubModel:
+        """The model."""
+        return self._place
 
-@contextmanager
-def previewed(place: HubModel, listing: Listing) -> Iterator[Path]:
-    """The preview of a model. Raises `HubError` if the hub refuses it, or the disk has no room for it."""
-    from mlxqwen.files.preview import check_room, preview  # of no use to most loads
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        return self.place.repo_id
 
-    client = hub_client(place.repo_id)
-    check_room(listing, Path(client.constants.HF_HUB_CACHE))
-    with hub_errors(place):
-        # The configuration comes first and alone: a model of another kind is refused before anything else is asked.
-        first = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=["config.json"])
-    check_kind(place.repo_id, Path(first))
-    small = [name for name in listing.sizes if not name.endswith(".safetensors")]
-    with ExitStack() as stack:
-        with hub_errors(place):
-            folder = client.snapshot_download(place.repo_id, revision=place.revision, allow_patterns=small)
-            seen = stack.enter_context(preview(listing, Path(folder)))
-        check_model(place.repo_id, seen)
-        yield seen
+    def listed(self) -> Listing | Path | None:
+        """The hub's files of the model; an earlier download where it does not answer; None where it is not asked."""
+        from mlxqwen.files.preview import list_files  # of no use to most loads
 
-
-def listed(place: HubModel) -> Listing | Path | None:
-    """The hub's files of a model; the folder of an earlier download where the hub does not answer; None where it is
-    not to be asked, or where its client has to say what is wrong.
-
-    Raises `HubError` if the hub refuses the model, or does not answer and there is no earlier download.
-    """
-    from mlxqwen.files.preview import list_files  # of no use to most loads
-
-    client = hub_client(place.repo_id)
-    if client.constants.HF_HUB_OFFLINE:
-        return None
-    try:
-        return list_files(place.repo_id, place.revision or "main", WANTED_FILES, UNWANTED_FILES)
-    except Exception as cause:
-        if "TimeoutException" not in (kind.__name__ for kind in type(cause).__mro__):
-            return None  # its client looks for an earlier download, or says what is wrong
-        seconds = client.constants.HF_HUB_ETAG_TIMEOUT
-        silence = TimeoutError(f"no answer in {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets them)")
-    try:
-        with quiet_warnings():
-            folder = client.snapshot_download(place.repo_id, revision=place.revision, local_files_only=True)
-        check_model(place.repo_id, Path(folder))
-    except Exception as cause:
-        raise unreachable(place.repo_id, silence) from cause
-    return Path(folder)
-
-
-def check_kind(repo_id: str, folder: Path) -> None:
-    """Raise the error that names the model's kind, if its `config.json` is not one of Qwen3's."""
-    if (folder / "config.json").is_file():
+        place, client = self.place, hub_client(self.name)
+        if client.constants.HF_HUB_OFFLINE:
+            return None
         try:
-            # Whether what is said of a quantization counts, the weights' headers tell.
-            values = without_quantization(read_config_file(folder).values)
-            ModelConfig.from_dict(values, source=str(folder / "config.json"))
-        except MlxqwenError as error:
-            problem = error.problem.replace(str(folder), repo_id)
-            raise type(error)(problem, hint=error.hint.replace(str(folder), repo_id)) from None
+            return list_files(place.repo_id, place.revision or "main", WANTED_FILES, UNWANTED_FILES)
+        except Exception as cause:
+            if not is_timeout(cause):
+                return None  # its client looks for an earlier download, or says what is wrong
+            seconds = client.constants.HF_HUB_ETAG_TIMEOUT
+            silence = TimeoutError(f"no answer in {seconds} seconds (HF_HUB_ETAG_TIMEOUT sets them)")
+        try:
+            with quiet_warnings():
+                folder = client.snapshot_download(place.repo_id, revision=place.revision, local_files_only=True)
+            return checked(self, Path(folder))
+        except Exception as cause:
+            raise unreachable(place.repo_id, silence) from cause
+
+    def kept(self, listing: Listing) -> Path | None:
+        """The folder of the listed state, if it is whole and is what the revision means offline, too."""
+        if listing.missing:
+            return None
+        try:
+            with quiet_warnings():
+                folder = Path(
+                    hub_client(self.name).snapshot_download(
+                        self.name,
+                        revision=self.place.revision,
+                        allow_patterns=WANTED_FILES,
+                        ignore_patterns=UNWANTED_FILES,
+                        local_files_only=True,
+                    )
+                )
+        except Exception:  # its client is asked, and says what is wrong
+            return None
+        return folder if folder.name == listing.commit else None
+
+    def fetch(self, listing: Listing | None, names: Sequence[str] | None = None) -> Path:
+        """Download files, or all that are wanted → the model's folder. Raises `HubError`."""
+        client, place = hub_client(self.name), self.place
+
+        def work(given: Given) -> Path:
+            with quiet_warnings():  # also of downloads that nobody waits for any more
+                folder = client.snapshot_download(
+                    place.repo_id,
+                    revision=place.revision,
+                    allow_patterns=WANTED_FILES if names is None else [*names],
+                    ignore_patterns=UNWANTED_FILES,
+                    tqdm_class=_bar_that_stops(given),
+                )
+            return Path(folder)
+
+        with self.errors():
+            return waited_for(work, None if listing is None else self._download(listing, names))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns what the client raises into errors of ours; it lets those of its HTTP and thread libraries through."""
+        try:
+            with quiet_warnings():
+                yield
+        except MlxqwenError:
+            raise
+        except Exception as cause:
+            raise hub_error(self.name, self.place.revision, cause) from cause
+
+    def _download(self, listing: Listing, names: Sequence[str] | None) -> Download:
+        """What has to come, and how much of it has come by now."""
+        constants = hub_client(self.name).constants
+        missing = [name for name in listing.missing if names is None or name in names]
+
+        def arrived() -> int:
+            whole = listing.place / "snapshots" / listing.commit
+            return sum(listing.sizes[name] for name in missing if (whole / name).exists()) + listing.begun()
+
+        return Download(
+            self.place.name,
+            sum(listing.sizes[name] for name in missing),
+            arrived,
+            2.0 * float(constants.HF_HUB_DOWNLOAD_TIMEOUT),
+            "HF_HUB_DOWNLOAD_TIMEOUT",
+        )
+
+
+def _bar_that_stops(given: Given) -> type[Any]:
+    """A progress bar for the hub's client which shows nothing, and ends its downloads once nobody waits for them."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> Any:
+            given.check()
+            return super().update(n)
+
+    return Bar
 
 
 def hub_client(repo_id: str) -> Any:
@@ -191,28 +208,10 @@ def hub_client(repo_id: str) -> Any:
 
 
 @contextmanager
-def hub_errors(place: HubModel) -> Iterator[None]:
-    """Turns what the hub's client raises into errors of ours; errors of its HTTP and thread libraries are among it."""
-    try:
-        with quiet_warnings(), progress_on_terminal_only():
-            yield
-    except MlxqwenError:
-        raise
-    except Exception as cause:
-        raise hub_error(place.repo_id, place.revision, cause) from cause
-
-
-@contextmanager
 def quiet_warnings() -> Iterator[None]:
     """Keeps the client's warnings off the terminal: what matters in them comes as an error of ours."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    if level == logging.WARNING:
-        logger.setLevel(logging.ERROR)
-    try:
+    with _LOG.quiet():
         yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextmanager
@@ -233,23 +232,3 @@ def progress_on_terminal_only() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def check_model(repo_id: str, folder: Path) -> None:
-    """Raise `HubError` if what was downloaded has no config or no safetensors weights.
-
-    Raises:
-        UnsupportedFormatError: it is an adapter.
-    """
-    if not (folder / "config.json").is_file():
-        if adapter := adapter_alone(folder):
-            raise adapter
-        missing = "config.json"
-    elif not any(folder.glob("*.safetensors")):
-        missing = "safetensors weights"
-    else:
-        return
-    raise HubError(
-        f"{repo_id}: the model has no {missing}",
-        hint="Choose a version of the model with safetensors weights; GGUF and PyTorch files are not read.",
-    )

@@ -17,6 +17,7 @@ __all__ = [
     "hub_error",
     "hub_variables",
     "is_interruption",
+    "is_timeout",
     "unreachable",
     "wrong_setting",
 ]
@@ -31,7 +32,9 @@ INTERRUPTIONS = {
 
 def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
     """One clear error for whatever the hub's client raised."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
+
+    from mlxqwen.files.transfer import SilenceError
 
     if isinstance(cause, errors.LocalEntryNotFoundError):
         if fault := wrong_setting(repo_id):
@@ -39,6 +42,12 @@ def hub_error(repo_id: str, revision: str | None, cause: Exception) -> HubError:
         if not isinstance(cause.__cause__, errors.HfHubHTTPError):
             return unreachable(repo_id, cause)
         cause = cause.__cause__
+    if isinstance(cause, SilenceError):
+        return unreachable(repo_id, cause)
+    if is_timeout(cause):
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        silence = TimeoutError(f"no answer in {seconds} seconds (HF_HUB_DOWNLOAD_TIMEOUT sets them)")
+        return unreachable(repo_id, silence)
     if isinstance(cause, errors.HFValidationError):
         return HubError(f"{repo_id}: not a hub id: {first_line(cause)}", hint="Expected organisation/model.")
     if isinstance(cause, errors.GatedRepoError):
@@ -97,6 +106,11 @@ def is_interruption(cause: BaseException) -> bool:
         return True
     kinds = {kind.__name__ for kind in type(cause).__mro__}  # of whichever HTTP library the client uses
     return not kinds.isdisjoint(INTERRUPTIONS) or "consistency check failed" in str(cause).lower()
+
+
+def is_timeout(cause: BaseException) -> bool:
+    """Whether the HTTP library of the hub's client gave up waiting."""
+    return "TimeoutException" in (kind.__name__ for kind in type(cause).__mro__)
 
 
 def hub_variables(said: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A model of ModelScope → a folder on disk, by the downloads of ModelScope's own client, which is an extra."""
+"""A model of ModelScope → its folder, by ModelScope's own client, which is an extra."""
 
 from __future__ import annotations
 
@@ -8,43 +8,186 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.errors import CheckpointError, HubError, install_command
-from mlxqwen.files.adapters import adapters_among
+from mlxqwen.errors import CheckpointError, HubError, MlxqwenError, install_command
 from mlxqwen.files.atomic import write_file
-from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES, check_model
+from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES
 from mlxqwen.files.hub_errors import first_line, found_here, is_interruption
 from mlxqwen.files.hub_settings import TRUE
+from mlxqwen.files.hub_source import HubModel
 from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.preview import Listing, bytes_of, first_adapters
+from mlxqwen.files.transfer import Download, Given, QuietLog, SilenceError, waited_for
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
 
-__all__ = ["downloaded_from_modelscope"]
+__all__ = ["ModelScope"]
 
 _TOKEN = "MODELSCOPE_API_TOKEN"
+_TIMEOUT = "MODELSCOPE_DOWNLOAD_TIMEOUT"
+_LOG = QuietLog("modelscope_hub", logging.CRITICAL)
 _CHECKED = ".mlxqwen-checked.json"
 _INDEX = "model.safetensors.index.json"
 
 
-def downloaded_from_modelscope(name: str, repo_id: str, revision: str | None) -> Path:
-    """The folder of a model of ModelScope, downloaded if it is not there.
+class ModelScope:
+    """A model of ModelScope; see `mlxqwen.files.hub_source.Source`.
 
     The client resumes a file that was broken off, and checks the SHA-256 that the hub lists of each file, once: a file
     with the size and time that it had then is not read again.
-
-    Args:
-        name: what the user called it.
-        repo_id: organisation/model.
-        revision: a branch, tag or commit; None for "master".
-
-    Raises:
-        HubError: it cannot be found or downloaded, or its client is not installed.
     """
+
+    def __init__(self, place: HubModel) -> None:
+        self._place = place
+        self._found: HubApi | None = None
+        self._folder = Path()
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    @property
+    def place(self) -> HubModel:
+        """The model."""
+        return self._place
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        return self.place.name
+
+    def listed(self) -> Listing | Path | None:
+        """The hub's files of the model; an earlier download where it is not asked or does not answer."""
+        with self.errors():
+            return self._listed()
+
+    def kept(self, listing: Listing) -> Path | None:
+        """The folder, if all of it is here and was checked."""
+        return None if listing.missing else self._folder
+
+    def fetch(self, listing: Listing | None, names: Sequence[str] | None = None) -> Path:
+        """Download files, or all that are wanted → the model's folder. Raises `HubError`."""
+        wanted = [name for name in self._entries if names is None or name in names]
+        terminal = sys.stderr  # the client's own bars go elsewhere meanwhile
+        with self.errors():
+            missing = self._missing(wanted)
+            if missing:
+                waited_for(lambda given: self._download(missing, given), self._progress(missing), terminal=terminal)
+                states = _checked(self._folder) | {name: _state(self._folder, self._entries[name]) for name in wanted}
+                with contextlib.suppress(OSError):  # then all are checked again
+                    write_file(self._folder / _CHECKED, json.dumps(states).encode(), private=True)
+        return self._folder
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns what the client raises into errors of ours; it lets those of its HTTP and thread libraries through."""
+        client = _client(self.name)
+        try:
+            with _quiet():
+                yield
+        except MlxqwenError:
+            raise
+        except client.NotExistError as cause:
+            raise _not_found(self.place, self._api) from cause
+        except Exception as cause:
+            raise _hub_error(self.name, cause) from cause
+
+    @property
+    def _api(self) -> HubApi:
+        """The client, of the site that has the model once it is listed."""
+        if self._found is None:
+            self._found = _client(self.name).HubApi()
+        return self._found
+
+    def _listed(self) -> Listing | Path:
+        client, place, api = _client(self.name), self.place, self._api
+        if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE:
+            return _known(place, api, None)
+        try:
+            api = self._found = client.HubApi(endpoint=api.resolve_endpoint_for_read(place.repo_id))
+            listed = waited_for(lambda _: api.list_repo_files(place.repo_id, "model", revision=place.revision))
+        except client.NetworkError as cause:  # times out, or is refused
+            return _known(place, api, cause)
+        wanted = [file for file in listed if file.type != "tree" and _is_wanted(self.name, file.path)]
+        self._entries = {
+            file.path: {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in wanted
+        }
+        self._folder = Path(
+            api.download_repo(place.repo_id, "model", revision=place.revision, file_list=[])
+        )  # its place
+        sizes = {file.path: file.size or 0 for file in wanted}
+        missing = self._missing([*self._entries])
+        return Listing(
+            name=self.name,
+            commit=place.revision or "master",
+            sizes=sizes,
+            missing=tuple(missing),
+            place=self._folder,
+            setting="MODELSCOPE_CACHE",
+            begun=lambda: sum(bytes_of(self._folder, f"{escape(name)}?*") for name in missing),
+            first_bytes=self._first_bytes,
+            adapters=first_adapters(file.path for file in listed),
+        )
+
+    def _missing(self, names: Iterable[str]) -> list[str]:
+        """Files that are not here, or were not found to be what the hub lists."""
+        checked = _checked(self._folder)
+        states = {name: _state(self._folder, self._entries[name]) for name in names}
+        return [name for name, state in states.items() if state is None or state != checked.get(name)]
+
+    def _download(self, names: Iterable[str], given: Given) -> None:
+        from modelscope_hub import ProgressCallback
+
+        class Stopping(ProgressCallback):
+            def update(self, size: int) -> None:
+                given.check()
+
+        with _LOG.quiet():  # also of downloads that nobody waits for any more
+            self._api.download_repo(
+                self.place.repo_id,
+                "model",
+                revision=self.place.revision,
+                file_list=[self._entries[name] for name in names],
+                progress_callbacks=[Stopping],
+            )
+
+    def _progress(self, names: Sequence[str]) -> Download:
+        """What has to come, and how much of it has come by now: parts of a file have its name and more."""
+        sizes = {name: self._entries[name]["Size"] or 0 for name in names}
+        return Download(
+            self.name,
+            sum(sizes.values()),
+            lambda: sum(min(size, bytes_of(self._folder, f"{escape(name)}*")) for name, size in sizes.items()),
+            2.0 * _seconds(_TIMEOUT, 10.0),
+            _TIMEOUT,
+        )
+
+    def _first_bytes(self, name: str, count: int) -> bytes:
+        """The first `count` bytes of a file of the hub, and no more, whatever it sends."""
+        pieces = bytearray()
+        with self._api.legacy.download_stream(
+            self.place.repo_id, "model", name, self.place.revision or "master", {"Range": f"bytes=0-{count - 1}"}
+        ) as response:
+            for piece in response.iter_content(1 << 16):
+                pieces += piece
+                if len(pieces) >= count:
+                    break
+        return bytes(pieces[:count])
+
+
+def _seconds(variable: str, default: float) -> float:
+    """A setting of the client, which has refused what is no number."""
+    try:
+        return float(os.environ.get(variable) or default)
+    except ValueError:
+        return default
+
+
+def _client(name: str) -> Any:
+    """The module `modelscope_hub`. Raises `HubError` where it is not installed, or a setting of it is malformed."""
     try:
         import modelscope_hub as client  # brings its logger, which then writes to the real standard error
     except ImportError as cause:
@@ -54,42 +197,7 @@ def downloaded_from_modelscope(name: str, repo_id: str, revision: str | None) ->
         ) from cause
     except ValueError as cause:  # reads the environment
         raise _malformed(name, cause) from cause
-    try:
-        with _quiet():
-            folder, notes = _folder(name, repo_id, revision, client)
-    except HubError:
-        raise
-    except Exception as cause:  # the client lets errors of its HTTP and thread libraries through
-        raise _hub_error(name, repo_id, revision, cause) from cause
-    check_model(name, folder)
-    for note in notes:
-        logging.getLogger("mlxqwen").warning(note)
-    return folder
-
-
-def _folder(name: str, repo_id: str, revision: str | None, client: Any) -> tuple[Path, tuple[str, ...]]:
-    """The folder of a model, and a note on what is not downloaded."""
-    api: HubApi = client.HubApi()
-    if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE:
-        return _known(name, api, repo_id, revision, None), ()
-    try:
-        api = client.HubApi(endpoint=api.resolve_endpoint_for_read(repo_id))
-        listed = api.list_repo_files(repo_id, "model", revision=revision)
-    except client.NotExistError as cause:
-        raise _not_found(name, repo_id, revision, api, client) from cause
-    except client.NetworkError as cause:  # times out, or is refused
-        return _known(name, api, repo_id, revision, cause), ()
-    wanted = [file for file in listed if file.type != "tree" and _is_wanted(name, file.path)]
-    entries = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in wanted]
-    folder = Path(api.download_repo(repo_id, "model", revision=revision, file_list=[]))  # its place alone
-    checked = _checked(folder)
-    new = [one for one in entries if (state := _state(folder, one)) is None or state != checked.get(str(one["Path"]))]
-    if new:
-        api.download_repo(repo_id, "model", revision=revision, file_list=new)
-        states = {str(one["Path"]): _state(folder, one) for one in entries}
-        with contextlib.suppress(OSError):  # then all are checked again
-            write_file(folder / _CHECKED, json.dumps(states).encode(), private=True)
-    return folder, adapters_among(str(file.path) for file in listed)
+    return client
 
 
 def _checked(folder: Path) -> dict[str, Any]:
@@ -124,26 +232,30 @@ def _is_wanted(name: str, path: str) -> bool:
     )
 
 
-def _known(name: str, api: HubApi, repo_id: str, revision: str | None, cause: Exception | None) -> Path:
+def _known(place: HubModel, api: HubApi, cause: Exception | None) -> Path:
     """The folder of a complete earlier download. Raises `HubError` if there is none, and why it is not downloaded."""
     from modelscope_hub import CacheNotFound
 
     with contextlib.suppress(CacheNotFound):
-        folder = Path(api.download_repo(repo_id, "model", revision=revision, local_files_only=True))
+        folder = Path(api.download_repo(place.repo_id, "model", revision=place.revision, local_files_only=True))
         if _is_complete(folder):
             return folder
+    raise _unreachable(place.name, cause) from cause
+
+
+def _unreachable(name: str, cause: Exception | None) -> HubError:
+    """The error for a hub that does not answer, or is not to be asked."""
     why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
     if cause is not None:
         why = f"ModelScope cannot be reached: {_reason(cause)}"
         way_out = "Check the network and MODELSCOPE_ENDPOINT, or give a folder; files already complete are kept."
-    raise HubError(
-        f"{name}: {found_here(name)}, it is not completely in ModelScope's cache, and {why}", hint=way_out
-    ) from cause
+    return HubError(f"{name}: {found_here(name)}, it is not completely in ModelScope's cache, and {why}", hint=way_out)
 
 
 def _reason(cause: Exception) -> str:
     """What the system said of a connection, which the client wraps in its own words and addresses."""
-    said, one = "no answer in time" if isinstance(cause, TimeoutError) else first_line(cause), cause.__cause__
+    is_told = isinstance(cause, SilenceError) or not isinstance(cause, TimeoutError)
+    said, one = first_line(cause) if is_told else "no answer in time", cause.__cause__
     while one is not None:
         said = one.strerror if isinstance(one, OSError) and one.strerror else said
         one = one.__cause__ or one.__context__
@@ -163,10 +275,11 @@ def _is_complete(folder: Path) -> bool:
     return not isinstance(shards, dict) or all((folder / str(one)).is_file() for one in set(map(str, shards.values())))
 
 
-def _not_found(name: str, repo_id: str, revision: str | None, api: HubApi, client: Any) -> HubError:
+def _not_found(place: HubModel, api: HubApi) -> HubError:
     """Whether the model is missing, or its revision."""
+    name, revision = place.name, place.revision
     with contextlib.suppress(Exception):
-        known = [str(one.get("Revision")) for one in api.list_repo_revisions(repo_id, "model")]
+        known = [str(one.get("Revision")) for one in api.list_repo_revisions(place.repo_id, "model")]
         if known and (revision or "master") not in known:
             return HubError(
                 f"{name}: the model has no revision {revision or 'master'!r}",
@@ -178,10 +291,12 @@ def _not_found(name: str, repo_id: str, revision: str | None, api: HubApi, clien
     )
 
 
-def _hub_error(name: str, repo_id: str, revision: str | None, cause: Exception) -> HubError:
+def _hub_error(name: str, cause: Exception) -> HubError:
     """One clear error for whatever the client raised."""
     from modelscope_hub import APIError, FileDownloadError, FileIntegrityError
 
+    if isinstance(cause, SilenceError):
+        return _unreachable(name, cause)
     file = ""
     if isinstance(cause, FileDownloadError) and cause.failed_files:
         file, first = min(cause.failed_files.items())
@@ -230,15 +345,6 @@ def _malformed(name: str, cause: Exception) -> HubError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the client's log off the terminal, and its progress bars out of files and pipes."""
-    logger = logging.getLogger("modelscope_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        if sys.stderr is not None and sys.stderr.isatty():
-            yield
-            return
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        logger.setLevel(level)
+    """Keeps the client's log and its progress bars, one a file, off the terminal and out of files and pipes."""
+    with _LOG.quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield

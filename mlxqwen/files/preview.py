@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlxqwen.errors import HubError, MlxqwenError
 from mlxqwen.files.adapters import is_adapter_below
 from mlxqwen.files.headers_only import PREVIEW
+from mlxqwen.files.transfer import Given, waited_for
 
-__all__ = ["Listing", "check_room", "list_files", "preview"]
+__all__ = ["Listing", "bytes_of", "check_room", "first_adapters", "list_files", "preview"]
 
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
 _LONGEST_HEADER = 16 * 2**20  # bytes; those of the largest releases have a few hundred thousand
@@ -32,17 +34,25 @@ class Listing:
     """The files of one state of a model.
 
     Attributes:
-        repo_id: the model.
+        name: the model, as errors call it.
         commit: the state.
         sizes: bytes of each file that is wanted.
-        missing: those that the hub's cache does not have.
+        missing: those that are not on this machine.
+        place: the folder on whose disk they are kept.
+        setting: the variable that moves it to another disk.
+        begun: tells the bytes of files that have come in part.
+        first_bytes: a file's first bytes, as many as are asked for, from the hub.
         adapters: files of adapters in folders of the model, which are not wanted; the first few.
     """
 
-    repo_id: str
+    name: str
     commit: str
     sizes: dict[str, int]
     missing: tuple[str, ...]
+    place: Path
+    setting: str
+    begun: Callable[[], int]
+    first_bytes: Callable[[str, int], bytes]
     adapters: tuple[str, ...] = ()
 
     @property
@@ -61,27 +71,39 @@ def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwant
     )
     commit = info.sha or ""
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    adapters = tuple(sorted(filter(is_adapter_below, sizes)))[:_MOST_ADAPTERS]
+    adapters = first_adapters(sizes)
     names = filter_repo_objects(sizes, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
     sizes = {name: sizes[name] for name in names}
     missing = (name for name in sizes if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str))
-    return Listing(repo_id, commit, sizes, tuple(missing), adapters)
+    place = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    begun, first_bytes = partial(bytes_of, place / "blobs", "*.incomplete"), partial(_first_bytes, repo_id, commit)
+    return Listing(repo_id, commit, sizes, tuple(missing), place, "HF_HOME", begun, first_bytes, adapters)
 
 
-def check_room(listing: Listing, cache: Path) -> None:
+def first_adapters(paths: Iterable[str]) -> tuple[str, ...]:
+    """The first few of the adapters' files in folders of a model."""
+    return tuple(sorted(filter(is_adapter_below, paths)))[:_MOST_ADAPTERS]
+
+
+def bytes_of(folder: Path, pattern: str) -> int:
+    """Bytes of the files of a folder whose names match a pattern."""
+    found = 0
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # under another name meanwhile
+            found += path.stat().st_size
+    return found
+
+
+def check_room(listing: Listing) -> None:
     """Raise `HubError` if the disk of the hub's cache has no room for what has to be downloaded."""
-    begun = 0
-    for path in (cache / f"models--{listing.repo_id.replace('/', '--')}" / "blobs").glob("*.incomplete"):
-        with suppress(OSError):  # whole meanwhile, under another name
-            begun += path.stat().st_size
-    needed = sum(listing.sizes[name] for name in listing.missing) - begun
-    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    needed = sum(listing.sizes[name] for name in listing.missing) - listing.begun()
+    existing = next(parent for parent in (listing.place, *listing.place.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise HubError(
-            f"{listing.repo_id}: {needed / 1e9:.1f} GB are to be downloaded, the disk of {cache} has "
+            f"{listing.name}: {needed / 1e9:.1f} GB are to be downloaded, the disk of {listing.place} has "
             f"{free / 1e9:.1f} GB free",
-            hint="Free some space, or point HF_HOME to a larger disk.",
+            hint=f"Free some space, or point {listing.setting} to a larger disk.",
         )
 
 
@@ -93,8 +115,8 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
         listing: the files.
         small_files: a folder with all files but weights.
     """
-    with tempfile.TemporaryDirectory(prefix=PREVIEW) as root:
-        folder = Path(root) / listing.repo_id
+    with tempfile.TemporaryDirectory(prefix=PREVIEW, ignore_cleanup_errors=True) as root:
+        folder = Path(root) / listing.name
         folder.mkdir(parents=True)
         for path in small_files.rglob("*"):
             if path.is_file() and path.suffix != ".safetensors":
@@ -110,8 +132,11 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
         def write(name: str) -> None:
             _write_sparse(folder / name, _head(listing, name), listing.sizes[name])
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(write, (name for name in listing.sizes if name.endswith(".safetensors"))))
+        def write_all(_: Given) -> None:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(write, (name for name in listing.sizes if name.endswith(".safetensors"))))
+
+        waited_for(write_all)
         try:
             yield folder
         except MlxqwenError as error:
@@ -121,25 +146,25 @@ def preview(listing: Listing, small_files: Path) -> Iterator[Path]:
 
 def _head(listing: Listing, name: str) -> bytes:
     """The beginning of a file of weights, up to the end of its header."""
-    head = _first_bytes(listing, name, min(_FIRST_BYTES, listing.sizes[name]))
+    head = listing.first_bytes(name, min(_FIRST_BYTES, listing.sizes[name]))
     length = 8 + int.from_bytes(head[:8], "little")
     if _LONGEST_HEADER < length <= listing.sizes[name]:
         raise HubError(
-            f"{listing.repo_id}/{name}: found a header of {length:,} bytes, expected at most {_LONGEST_HEADER:,}",
+            f"{listing.name}/{name}: found a header of {length:,} bytes, expected at most {_LONGEST_HEADER:,}",
             hint="No release of Qwen3 has such files: check the name of the model.",
         )
     if len(head) < length <= listing.sizes[name]:
-        head = _first_bytes(listing, name, length)
+        head = listing.first_bytes(name, length)
     return head[:length]
 
 
-def _first_bytes(listing: Listing, name: str, count: int) -> bytes:
+def _first_bytes(repo_id: str, commit: str, name: str, count: int) -> bytes:
     """The first `count` bytes of a file of the hub, and no more, whatever it sends."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    url = hf_hub_url(listing.repo_id, name, revision=listing.commit)
+    url = hf_hub_url(repo_id, name, revision=commit)
     headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}"}
     timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     pieces = bytearray()

@@ -1,0 +1,109 @@
+"""Waiting for a hub: what is shown, silence, and leaving; by a clock of our own."""
+
+from __future__ import annotations
+
+import io
+import threading
+from itertools import count
+
+import pytest
+
+from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
+from mlxqwen.status_line import StatusLine
+from tests.command_line import Terminal
+
+
+@pytest.fixture
+def terminal() -> Terminal:
+    return Terminal(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
+
+
+def written(terminal: Terminal) -> str:
+    buffer = terminal.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode()
+
+
+def test_what_comes_is_told_with_its_rate() -> None:
+    lines = download_lines("Qwen/Qwen3-4B", 3_400_000_000, 8_000_000_000, 310_000_000, 10.0, 0.1)
+    assert lines[0] == ("Downloading Qwen/Qwen3-4B  42 %  |########            |  3.4 of 8.0 GB  31.0 MB/s  2:28 left")
+    assert lines[-3:] == [
+        "Downloading Qwen/Qwen3-4B  42 %  2:28 left",
+        "Downloading Qwen/Qwen3-4B  42 %",
+        "Downloading  42 %",
+    ]
+    assert download_lines("m", 0, 50_000, 0, 9.0, 8.0)[2] == "Downloading m   0 %  0.0 of 50.0 kB  nothing for 8 s"
+    assert download_lines("m", 9, 5, 1, 1.0, 0.0)[-1] == "Downloading 100 %"  # another revision's file counts, too
+    assert download_lines("m\n", 0, 10**11, 10**6, 1.0, 0.0)[4] == r"Downloading m\n   0 %  27:46:40 left"
+
+
+def test_silence_ends_the_wait_and_the_work_is_told(terminal: Terminal) -> None:
+    told, seconds = threading.Event(), count(0.0, 5.0)
+
+    def work(given: Given) -> None:
+        given.wait()
+        told.set()
+
+    download = Download("org/m", 100, lambda: 40, 20.0, "HF_HUB_DOWNLOAD_TIMEOUT")
+    with pytest.raises(SilenceError, match=r"^nothing came for 20 seconds \(HF_HUB_DOWNLOAD_TIMEOUT sets half"):
+        waited_for(work, download, terminal=terminal, clock=lambda: next(seconds))
+    assert told.wait(5)
+    assert "Downloading org/m  40 %" in written(terminal)
+    assert "nothing for 15 s" in written(terminal)
+    assert written(terminal).endswith("\r\x1b[K")
+
+
+def test_bytes_that_come_keep_it_waiting(terminal: Terminal) -> None:
+    seconds, arrived, looked = count(0.0, 15.0), count(1), threading.Semaphore(0)
+
+    def coming() -> int:
+        looked.release()
+        return next(arrived)
+
+    def work(_: Given) -> str:
+        for _number in range(4):
+            looked.acquire()
+        return "here"
+
+    download = Download("org/m", 100, coming, 20.0, "X")
+    assert waited_for(work, download, terminal=terminal, clock=lambda: next(seconds)) == "here"
+
+
+def test_errors_of_the_work_are_its_own() -> None:
+    def work(_: Given) -> None:
+        raise ValueError("so")
+
+    with pytest.raises(ValueError, match=r"^so$"):
+        waited_for(work)
+
+
+def test_ctrl_c_leaves_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, ended = threading.Event(), threading.Event()
+
+    def work(given: Given) -> None:
+        goes_on.wait()
+        with pytest.raises(SilenceError):
+            given.check()
+        ended.set()
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    arrived = iter([lambda: 0, interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        waited_for(work, Download("org/m", 1, lambda: next(arrived)(), 9.0, "X"))
+    assert has_abandoned()
+    goes_on.set()
+    assert ended.wait(5)
+
+
+def test_the_look_up_is_told_at_once(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal)
+    with looking_up("org/m"):
+        assert written(terminal) == "\rLooking up org/m"
+        StatusLine(terminal).draw("x")
+        assert written(terminal).endswith("\r\x1b[K\rx")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    before = written(terminal)
+    with looking_up("org/m"):
+        assert written(terminal) == before
