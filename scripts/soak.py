@@ -16,19 +16,16 @@ import random
 import re
 import socket
 import struct
-import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from served import server
+
 CLIENTS = 24
 MOST_SECONDS = 300.0  # for what a client does at once
 RESTED_SECONDS = 60.0
@@ -234,34 +231,6 @@ async def soak(port: int, seconds: float, seed: int, ends: Counter[str]) -> None
     await asyncio.gather(*(Client(port, seed + number, ends).run(until) for number in range(CLIENTS)))
 
 
-@contextmanager
-def server() -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
-    """The server's process, its port, and the lines of its log."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "convert")])
-    command = [sys.executable, "-m", "mlxqwen", "serve", "--port", "0", "--prefix-cache", str(PREFIX_CACHE)]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        found = re.search(r":(\d+)/v1", process.stdout.readline())
-        if found is None:
-            sys.exit(process.communicate()[1])
-        log: list[str] = []
-        reading = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
-        reading.start()
-        try:
-            yield process, int(found[1]), log
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-            reading.join(timeout=60)
-
-
 def differences(first: State, last: State) -> list[str]:
     """What is not as it was."""
     return [
@@ -287,7 +256,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do")
     options = parser.parse_args()
     ends = Counter[str]()
-    with server() as (process, port, log):
+    with server("--prefix-cache", str(PREFIX_CACHE)) as (process, port, log):
         states = []
         for number, part in enumerate((0.25, 0.75)):
             asyncio.run(soak(port, part * options.seconds, options.seed + number * CLIENTS, ends))

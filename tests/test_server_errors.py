@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
+from starlette.routing import Route
 
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -17,6 +18,7 @@ from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.completions import CompletionFields
 from mlxqwen.server.metrics import ToldTokens
+from mlxqwen.server.page_files import PAGE_PATHS
 from mlxqwen.server.responses_request import ResponsesFields
 from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
 from mlxqwen.text.tokenizer import Tokenizer
@@ -193,6 +195,15 @@ def test_pages_of_the_server(served: Served) -> None:
     assert set(schema["properties"]) == set(ChatFields.model_fields)
     assert "/v1/chat/completions" in document["paths"]
     json.dumps(document)
+    told = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
+    served_here = {
+        (route.path.replace("{name:path}", "{id}"), method)
+        for route in served.app.routes
+        if isinstance(route, Route) and route.path not in PAGE_PATHS
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    assert told == served_here
     before = _metrics(served)
     served.post(ask(max_tokens=3, n=2))
     served.refused(ask(n=0))

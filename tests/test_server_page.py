@@ -126,7 +126,7 @@ def test_the_page_is_one_line_of_the_log(served: Served, caplog: pytest.LogCaptu
         served.client.get(path)
     assert [message.split(", ")[0] for message in caplog.messages] == [
         "testclient GET '/' 200",
-        "testclient GET '/page/none' 404",
+        "testclient GET '/page/none' 404 (path_not_found)",
     ]
 
 

@@ -22,9 +22,10 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?")
 _OPEN_PATHS = {"/health", *PAGE_PATHS}
 
 
-def error_response(path: str, error: ApiError) -> JSONResponse:
-    """The response that tells an error in the form of the path's API."""
-    body = anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
+def error_response(scope: Scope, error: ApiError) -> JSONResponse:
+    """The response to a request that tells an error, which the log has too, in the form of the path's API."""
+    scope.setdefault("mlxqwen", {})["error"] = error
+    body = anthropic_error(error) if scope["path"].startswith("/v1/messages") else openai_error(error)
     return JSONResponse(body, error.status, headers=error.headers)
 
 
@@ -49,7 +50,7 @@ class OriginCheck:
             try:
                 self._check(Headers(scope=scope))
             except ApiError as error:
-                await error_response(scope["path"], error)(scope, receive, send)
+                await error_response(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -59,13 +60,17 @@ class OriginCheck:
         found = _HOST.fullmatch(host)
         if found is None or not self._is_own(found[1].strip("[]").lower().rstrip(".")):
             raise ApiError(
-                403, "host: found a name that is not this server's, expected its address (--allowed-host adds names)"
+                403,
+                "host: found a name that is not this server's, expected its address (--allowed-host adds names)",
+                code="host_not_allowed",
             )
         origin = headers.get("origin")
         if origin is None or {origin, "*"} & set(self._settings.cors_origins):
             return
         if urlsplit(origin).netloc.lower() != host.lower():
-            raise ApiError(403, "origin: found another site's, expected none, or one of --cors-origin")
+            raise ApiError(
+                403, "origin: found another site's, expected none, or one of --cors-origin", code="origin_not_allowed"
+            )
 
     def _is_own(self, name: str) -> bool:
         if name in self._names:
@@ -103,7 +108,7 @@ class KeyCheck:
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
-                await error_response(scope["path"], error)(scope, receive, send)
+                await error_response(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -135,7 +135,9 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = error.headers if isinstance(error, HTTPException) else None
     allowed = (headers or {}).get("Allow", "another")
-    problem = {404: _NO_SUCH_PATH, 405: f"method: found {http.method[:16]!a}, expected {allowed}"}
-    return error_response(
-        http.url.path, ApiError(status, problem.get(status, "request: not understood"), headers=headers)
-    )
+    problems = {
+        404: (_NO_SUCH_PATH, "path_not_found"),
+        405: (f"method: found {http.method[:16]!a}, expected {allowed}", "method_not_allowed"),
+    }
+    problem, code = problems.get(status, ("request: not understood", None))
+    return error_response(http.scope, ApiError(status, problem, code=code, headers=headers))

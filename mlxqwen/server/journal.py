@@ -19,6 +19,8 @@ __all__ = ["Journal"]
 logger = logging.getLogger("mlxqwen.server")
 
 _MOST_LOGGED = 10_000  # characters
+_LONGEST_PARAM = 100
+_GONE = 499
 # What is asked for every few seconds, and the parts of the page, for which "/" stands.
 _QUIET = {"/health", "/metrics", *PAGE_PATHS} - {"/"}
 
@@ -66,14 +68,14 @@ class Journal:
             self._metrics.requests.labels(path, str(status)).inc()
             if scope["path"] not in _QUIET:
                 _log(scope, status, time.perf_counter() - began, details)
-                if self._log_content and "replies" in details:
-                    for text in details["replies"].texts():
-                        logger.info("said: %s", one_line(text, _MOST_LOGGED))
+                if self._log_content:
+                    _log_content(details)
             details.clear()  # a connection keeps its last request, which must not keep a model
 
 
 def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> None:
-    parts = [f"{(scope.get('client') or ('-',))[0]} {scope['method'][:16]} {scope['path'][:100]!a} {status}"]
+    reason = _reason(status, details)
+    parts = [f"{(scope.get('client') or ('-',))[0]} {scope['method'][:16]} {scope['path'][:100]!a} {status}{reason}"]
     replies = details.get("replies")
     if replies is not None:
         said = sum(handle.token_count for handle in replies.handles)
@@ -84,3 +86,22 @@ def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> 
         parts.append(f"ignored: {ignored}")
     parts.append(f"{seconds:.2f} s, {details.get('request_id', '-')}")
     logger.info("%s", ", ".join(parts))
+
+
+def _reason(status: int, details: dict[str, Any]) -> str:
+    """Why a request was refused or its reply ended: a word and the field, nothing of what was asked."""
+    error = details.get("error")
+    if error is None:
+        replies = details.get("replies")
+        is_gone = status in (0, _GONE) or (replies is not None and replies.is_cut)
+        return " (client gone)" if is_gone else ""
+    where = "" if error.param is None else f": {one_line(error.param, _LONGEST_PARAM)}"
+    return f" ({error.code or 'refused'}{where})"
+
+
+def _log_content(details: dict[str, Any]) -> None:
+    if "error" in details:
+        logger.info("refused: %s", one_line(details["error"].message, _MOST_LOGGED))
+    if "replies" in details:
+        for text in details["replies"].texts():
+            logger.info("said: %s", one_line(text, _MOST_LOGGED))

@@ -82,6 +82,7 @@ class ToldTokens(Collector):
             self._buckets[bisect_left(self._bounds, seconds)] += 1
 
     def collect(self) -> Iterator[Metric]:
+        """What has been counted, as the registry asks for it."""
         yield CounterMetricFamily("mlxqwen_generated_tokens", "Tokens of replies", value=self._tokens)
         counts = list(accumulate(self._buckets))
         names = [*map(floatToGoString, self._bounds), "+Inf"]

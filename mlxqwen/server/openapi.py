@@ -35,6 +35,20 @@ _PAGES = {
     "/metrics": "Counters in Prometheus's form.",
     "/openapi.json": "This document.",
 }
+_BY_ID = {
+    "/v1/models/{id}": {"get": "One of the models."},
+    "/v1/responses/{id}": {"get": "A response that is kept or on its way.", "delete": "Forget a response."},
+    "/v1/responses/{id}/cancel": {"post": "End a response that is on its way."},
+    "/v1/responses/{id}/input_items": {"get": "What a response was asked."},
+}
+_QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
+    ("/v1/responses/{id}", "get"): {"stream": {"type": "boolean"}, "starting_after": {"type": "integer", "minimum": 0}},
+    ("/v1/responses/{id}/input_items", "get"): {
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+        "order": {"enum": ["asc", "desc"]},
+    },
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -74,13 +88,35 @@ def document() -> dict[str, Any]:
     )
     failed = {"description": "An error.", "content": {"application/json": {"schema": _ERROR}}}
     anthropic = {"description": "An error.", "content": {"application/json": {"schema": _ANTHROPIC_ERROR}}}
-    done = {"description": "As asked.", "content": {"application/json": {"schema": {"type": "object"}}}}
+    whole = {"application/json": {"schema": {"type": "object"}}}
+    done = {"description": "As asked.", "content": whole}
+    page = {"description": "As asked.", "content": {**whole, "text/plain": {}, "text/event-stream": {}}}
+    streamed = {"description": "As asked.", "content": {**whole, "text/event-stream": {"schema": {"type": "string"}}}}
     paths: dict[str, Any] = {
-        path: {"get": {"summary": summary, "responses": {"200": {"description": "As asked."}, "default": failed}}}
+        path: {"get": {"summary": summary, "responses": {"200": page, "default": failed}}}
         for path, summary in _PAGES.items()
     }
+    for path, methods in _BY_ID.items():
+        name = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        paths[path] = {
+            method: {
+                "summary": summary,
+                "parameters": [
+                    name,
+                    *(
+                        {"name": one, "in": "query", "schema": schema}
+                        for one, schema in _QUERIES.get((path, method), {}).items()
+                    ),
+                ],
+                "responses": {"200": page, "default": failed},
+            }
+            for method, summary in methods.items()
+        }
     for path, (form, summary) in _FORMS.items():
-        responses = {"200": done, "default": anthropic if path.startswith("/v1/messages") else failed}
+        responses = {
+            "200": streamed if "stream" in form.model_fields else done,
+            "default": anthropic if path.startswith("/v1/messages") else failed,
+        }
         schema = {"$ref": f"#/components/schemas/{form.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": responses}}

@@ -27,6 +27,7 @@ class Replies:
 
     Attributes:
         done: the end of each reply, by its number, as far as they have ended.
+        is_cut: whether replies were closed before their end.
 
     Raises:
         MlxqwenError: the model cannot answer one of them.
@@ -51,6 +52,7 @@ class Replies:
         self._last: dict[int, GeneratedToken] = {}
         self._first: float | None = None
         self.done: dict[int, Done] = {}
+        self.is_cut = False
         scheduler = model.engine.scheduler
         try:
             self.handles = [scheduler.submit(request) for request in requests]
@@ -152,6 +154,7 @@ class Replies:
 
     def close(self) -> None:
         """End the replies that are not over."""
+        self.is_cut |= bool(self._running)
         if self._running:
             self._metrics.aborted.inc(len(self._running))
         for row in list(self._running):

@@ -138,7 +138,11 @@ async def cancel_response(service: Service, http: HttpRequest) -> Response:
         return JSONResponse(running.cancel())
     response = _stored(service, http).response
     if response["status"] != "cancelled":
-        raise ApiError(400, f"response: found one that is {response['status']}, expected one that is on its way")
+        raise ApiError(
+            400,
+            f"response: found one that is {response['status']}, expected one that is on its way",
+            code="invalid_value",
+        )
     return JSONResponse(response)
 
 

@@ -207,11 +207,11 @@ class Service:
             presenter = present(fields, prepared)
             http.scope.setdefault("mlxqwen", {})["replies"] = replies
             if in_background is not None and getattr(fields, "background", None):
-                begun = await in_background(fields, presenter, replies, self._events(presenter, replies))
+                begun = await in_background(fields, presenter, replies, self._events(presenter, replies, http))
                 begun.headers.update(headers)
                 return begun
             if getattr(fields, "stream", None):
-                events = self._events(presenter, replies)
+                events = self._events(presenter, replies, http)
                 return EventStream(events, close=replies.close, stall_seconds=settings.stall_seconds, headers=headers)
             response = JSONResponse(await until_gone(http, presenter.whole(replies)), headers=headers)
         except BaseException:
@@ -230,7 +230,7 @@ class Service:
                     raise
                 self.load.take(len(prepared.requests))
 
-    async def _events(self, presenter: Presenter, replies: Replies) -> AsyncGenerator[bytes]:
+    async def _events(self, presenter: Presenter, replies: Replies, http: HttpRequest) -> AsyncGenerator[bytes]:
         alive = KeepAlive(self.settings.keepalive_seconds, self.settings.stuck_seconds, replies.steps)
         chunks = presenter.chunks(replies)
         try:
@@ -243,7 +243,8 @@ class Service:
         except Exception as error:
             log_failure(error)
             replies.close()
-            yield presenter.failure(api_error(error))
+            told = http.scope["mlxqwen"]["error"] = api_error(error)
+            yield presenter.failure(told)
         finally:
             await chunks.aclose()
 
@@ -309,6 +310,6 @@ def endpoint(handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
             log_failure(error)
-            return error_response(http.url.path, api_error(error))
+            return error_response(http.scope, api_error(error))
 
     return told
