@@ -15,8 +15,8 @@ WRAPPERS = frozenset(
 ROOTS = ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
 """What the names of a Qwen3 model's tensors begin with."""
 ROTARY_BUFFER = re.compile(r"model\.(layers\.[0-9]{1,4}\.self_attn\.)?rotary_emb\.inv_freq")
-# Of activations and of a key/value cache, as vLLM, llm-compressor and ModelOpt calibrate them.
-SCALE_OF_ACTIVATIONS = re.compile(r"(input|output|q|k|v|kv|prob)_(scale|zero_point)")
+# Of activations and of a key/value cache, as vLLM, llm-compressor, ModelOpt and FBGEMM calibrate them.
+SCALE_OF_ACTIVATIONS = re.compile(r"(input|output|q|k|v|kv|prob)_(scale|zero_point)|input_scale_ub")
 
 
 def without_wrappers(name: str) -> str:

@@ -241,6 +241,49 @@ def test_modelopt_fp8(tmp_path: Path, form: str, place: str, key: str) -> None:
     assert all(source.meaning[name].tobytes() in written for name in source.meaning)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_fbgemm_fp8(tmp_path: Path, dtype: str) -> None:
+    """transformers' FbgemmFp8Linear: E4M3 `weight`, `weight_scale` `[out, 1]`, and a bound of the activations."""
+    source = make_source(tmp_path / "in", "fp8-channel")
+    source.config["quantization_config"] = {
+        "quant_method": "fbgemm_fp8",
+        "activation_scale_ub": 1200.0,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    for name, (_, scales) in list(source.stored.items()):
+        if name.endswith("weight_scale") and dtype == "F32":
+            source.stored[name] = ("F32", (scales.astype(np.uint32) << 16).view(np.float32).reshape(-1, 1))
+    assert source.stored[f"{QUERY}.weight_scale"][1].shape == (128, 1)
+    source.stored[f"{QUERY}.input_scale_ub"] = ("F32", np.full(1, 1200, np.float32))
+    report = convert(source.write().folder, tmp_path / "out", bits=16, dtype="float32", workers=1)
+    written = (tmp_path / "out/model.safetensors").read_bytes()
+    assert all(source.meaning[name].tobytes() in written for name in source.meaning)
+    assert report.source_format == "FP8"
+    assert list(report.notes) == [
+        "left out 1 scale of activations or of a cache (input_scale_ub): neither is quantized by them here"
+    ]
+
+
+@pytest.mark.parametrize("form", ["fp8-channel", "fp8-tensor"])
+def test_naive_quantized_fp8(tmp_path: Path, form: str) -> None:
+    """compressed-tensors' oldest packing: the same tensors as `float-quantized`."""
+    source = make_source(tmp_path / "in", form)
+    source.config["quantization_config"]["format"] = "naive-quantized"
+    report = convert(source.write().folder, tmp_path / "out", bits=16, dtype="float32", workers=1)
+    written = (tmp_path / "out/model.safetensors").read_bytes()
+    assert all(source.meaning[name].tobytes() in written for name in source.meaning)
+    assert (report.source_format, list(report.notes)) == (f"compressed-tensors FP8, scales by {form[4:]}", [])
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int", 8), ("int", 4), ("float", 4)])
+def test_naive_quantized_otherwise_is_refused(tmp_path: Path, kind: str, bits: int) -> None:
+    source = make_source(tmp_path / "in", "fp8-channel")
+    source.config["quantization_config"]["format"] = "naive-quantized"
+    weights_of(source).update(type=kind, num_bits=bits)
+    with pytest.raises(UnsupportedFormatError, match="compressed-tensors naive-quantized"):
+        make_plan(source.write().folder, Options())
+
+
 @pytest.mark.parametrize("algorithm", ["NVFP4", "W4A8_AWQ", "MIXED_PRECISION", None, 5])
 def test_what_modelopt_writes_and_is_not_read(tmp_path: Path, algorithm: object) -> None:
     source = make_source(tmp_path / "in", "fp8")
