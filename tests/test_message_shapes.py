@@ -146,9 +146,46 @@ def test_contents_of_each_role(template: str, content: str) -> None:
     assert list(filter(None, wrong)) == []
 
 
+def without_content(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, **more} if content == "missing" else {"role": role, "content": None, **more}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("content", ["missing", "null"])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_content_that_is_none_is_the_templates_to_show(template: str, content: str, role: str) -> None:
+    message = without_content(role, content)
+    thought = {"role": "assistant", "content": "word1", "reasoning_content": "thought"}
+    orders: list[Messages] = [
+        [message, USER],
+        [USER, message, USER],
+        [USER, thought, message, USER],
+        [message, message, USER],
+    ]
+    if role != "assistant":  # behind which the reply would go on with nothing
+        orders += [[USER, message], [USER, thought, message], [message]]
+    wrong = [agrees(template, messages, tools) for messages in orders for tools in (None, [TOOL])]
+    assert list(filter(None, wrong)) == []
+    found = ours(template, [USER, message, USER], None)
+    assert isinstance(found, MessagesError) == (not template.endswith("2507"))
+    assert not isinstance(found, MessagesError) or "messages[1]: content: found none: the chat template raises" in str(
+        found
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("content", ["missing", "null"])
+@pytest.mark.parametrize("more", [{"tool_calls": [call()]}, {"reasoning_content": "thought"}], ids=["calls", "thought"])
+def test_an_assistant_may_lack_content_beside_more(template: str, content: str, more: dict[str, Any]) -> None:
+    """Qwen3's own template raises for what OpenAI's servers send; it is shown as an empty text, as the others do."""
+    after: Messages = [RESULT] if "tool_calls" in more else [USER]
+    empty = transformers_text(template, [USER, {"role": "assistant", "content": "", **more}, *after], None)
+    messages: Messages = [USER, without_content("assistant", content, **more), *after]
+    assert ours(template, messages, None) == empty
+    assert transformers_text(template, messages, None) in (None, empty)
+
+
 NO_TEXT: dict[str, Any] = {
-    "missing": ...,
-    "null": None,
     "number": 3,
     "bool": True,
     "object": {"a": 1},
@@ -160,13 +197,29 @@ NO_TEXT: dict[str, Any] = {
 @pytest.mark.parametrize("content", NO_TEXT)
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_content_that_is_no_text_is_raised_for_or_dropped(template: str, content: str, role: str) -> None:
-    message = {"role": role} if content == "missing" else {"role": role, "content": NO_TEXT[content]}
+    message = {"role": role, "content": NO_TEXT[content]}
     rendered = transformers_text(template, [USER, message, USER], None)
     assert role == "tool" or rendered is None or str(NO_TEXT[content]) not in rendered
     found = ours(template, [USER, message, USER], None)
     assert isinstance(found, MessagesError)
-    assert "raise an error, or drop it in silence" in found.problem
+    why = "write it as Python does" if role == "tool" and content != "image" else "raise an error"
+    assert f"{why}, or drop it in silence" in found.problem
     assert role != "tool" or content == "image" or "json.dumps(result)" in found.hint
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("content", ["missing", "null"])
+def test_a_result_that_is_none_is_shown_the_way_out(template: str, content: str) -> None:
+    """Templates write "None" or nothing for a null, which JSON spells otherwise."""
+    message = without_content("tool", content, tool_call_id="1")
+    messages: Messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call()]}, message]
+    rendered = transformers_text(template, messages, None)
+    assert rendered is not None
+    assert "null" not in rendered
+    found = ours(template, messages, None)
+    assert isinstance(found, MessagesError)
+    assert "found none, expected text" in found.problem
+    assert "json.dumps(result)" in found.hint
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -88,7 +88,7 @@ def render_prompt(
     values: dict[str, Any] = {"tools": schemas or None, "enable_thinking": thinking, **more}
     _check_shown(tokenizer, prepared, **values)
     values["trust_special_tokens"] = trust_special_tokens
-    begun = _BEGUN_THOUGHT.match(prepared[-1]["content"]) if goes_on and len(prepared) > 1 else None
+    begun = _BEGUN_THOUGHT.match(prepared[-1]["content"] or "") if goes_on and len(prepared) > 1 else None
     if begun is not None and knows_think_blocks(tokenizer, tools=bool(schemas)):
         asked = {**values, "add_generation_prompt": True, "enable_thinking": thinking or None}
         before: list[int] = tokenizer.apply_chat_template(prepared[:-1], **asked)
@@ -167,7 +167,7 @@ def _thought_ids(tokenizer: Tokenizer, before: Sequence[int], thought: str, trus
 def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_tokens: bool = False) -> int:
     """A lower bound of the length of the prompt for `messages`, computed without encoding it."""
     kept = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
-    return tokenizer.least_tokens("".join(message["content"].strip() for message in kept))
+    return tokenizer.least_tokens("".join((message["content"] or "").strip() for message in kept))
 
 
 def asks_for_thought(

@@ -38,7 +38,7 @@ def prepare_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[Message
 def soft_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
     """The latest soft switch in user or system messages: True for `/think`, False for `/no_think`, None without one."""
     for message in reversed(prepare_conversation(messages)):
-        if message["role"] in ("user", "system") and (switches := _SOFT_SWITCH.findall(message["content"])):
+        if message["role"] in ("user", "system") and (switches := _SOFT_SWITCH.findall(message["content"] or "")):
             return bool(switches[-1] == "/think")
     return None
 
@@ -159,5 +159,7 @@ def _check_arguments(arguments: object, where: str) -> None:
 
 def _is_question(message: Mapping[str, Any], trust_special_tokens: bool) -> bool:
     content = message["content"]
+    if content is None:  # of which no template of Qwen3's makes a question
+        return False
     is_result = content.startswith("<tool_response>") and content.endswith("</tool_response>")
     return message["role"] == "user" and not (trust_special_tokens and is_result)

@@ -121,7 +121,7 @@ class Conversation:
     def system(self) -> str | None:
         """The text of the system message, None without one. Setting it changes the message; None removes it."""
         first = prepare_conversation(self.messages[:1])[0] if self.messages else {}
-        return str(first["content"]) if first.get("role") == "system" else None
+        return str(first["content"] or "") if first.get("role") == "system" else None
 
     @system.setter
     def system(self, text: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +43,8 @@ def render_chat(
 
     Raises:
         TemplateError: the template is broken, forbidden or too expensive.
-        MessagesError: the template drops or changes the last message's content, so it cannot be continued.
+        MessagesError: the template raises for a message without content, or drops or changes the last message's, so
+            that it cannot be continued.
     """
     marker = f"continues-{secrets.token_hex(8)} " if continue_final_message else ""
     literals = tuple((replacements or {}).items())
@@ -51,19 +52,44 @@ def render_chat(
         messages = [_with_objects(message) for message in messages]
     last = dict(messages[-1])
     final_content = last["content"]
-    last["content"] = final_content + marker
-    text = render(
-        source,
-        {
-            "messages": [*messages[:-1], last],
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **(variables or {}),
-        },
-        replacements=replacements,
-    )
+    if continue_final_message:
+        if final_content is None:
+            raise MessagesError(
+                f"messages[{len(messages) - 1}]: content: found none, expected the beginning of the answer",
+                hint="Leave the message out, or give the text that the answer goes on with.",
+            )
+        last["content"] = final_content + marker
+
+    def rendered(shown: Sequence[Mapping[str, Any]]) -> str:
+        values = {"messages": shown, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return render(source, {**values, **(variables or {})}, replacements=replacements)
+
+    shown = [*messages[:-1], last]
+    try:
+        text = rendered(shown)
+    except TemplateError as error:
+        raise _for_lack_of_content(error, shown, rendered) from error
     return _cut_at(text, marker, final_content) if continue_final_message else text
+
+
+def _for_lack_of_content(
+    error: TemplateError, messages: Sequence[Mapping[str, Any]], rendered: Callable[[Sequence[Mapping[str, Any]]], str]
+) -> MessagesError | TemplateError:
+    """The error that names the first message without content, if the template raises for that alone; else `error`."""
+    lacking = [i for i, message in enumerate(messages) if message.get("content", "") is None]
+    if not lacking:
+        return error
+    try:
+        rendered(
+            [message if message.get("content", "") is not None else {**message, "content": ""} for message in messages]
+        )
+    except TemplateError:
+        return error
+    words = error.problem.removeprefix("chat template: ")
+    return MessagesError(
+        f"messages[{lacking[0]}]: content: found none: the chat template raises an error: {words}",
+        hint='Give text; "" is an empty turn. Only an assistant that calls tools or thinks may lack content.',
+    )
 
 
 @lru_cache(maxsize=16)

@@ -33,6 +33,7 @@ _OTHER_MEDIA = ("image", "audio", "input_image", "input_audio", "video", "file",
 _PARTS = 'Parts are texts such as {"type": "text", "text": "Hello"}.'
 # What chat templates of Qwen3 and of its 2507 releases make of content that is no text.
 _RAISE_OR_DROP = "the chat template would raise an error, or drop it in silence"
+_PYTHON_OR_DROP = "the chat template would write it as Python does, or drop it in silence"
 _RESULT = "Give a tool's result as text: json.dumps(result) writes an object, a number, a list or null as such."
 
 
@@ -108,6 +109,7 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ..
 
     Keys that are None are dropped, text parts of content are joined, content that an assistant lacks beside tool calls
     or reasoning becomes "", and reasoning is found as `reasoning_content` whichever of its usual names it came under.
+    Content that lacks elsewhere, but for a tool's, is None: some templates show an empty turn then, others raise.
 
     Raises:
         MessagesError: names the message and what is wrong with it.
@@ -150,9 +152,9 @@ def split_reasoning(message: Message) -> Message:
     Only closed think blocks that open the content count, and only where no reasoning is given beside it; tags further
     on are what the reply speaks of.
     """
-    if message["role"] != "assistant" or "reasoning_content" in message:
-        return message
     content = message["content"]
+    if message["role"] != "assistant" or "reasoning_content" in message or content is None:
+        return message
     thoughts = []
     end = 0
     while block := _THINK_BLOCK.match(content, end):
@@ -170,7 +172,7 @@ def without_reasoning(message: Message) -> Message:
         return message
     kept = {name: value for name, value in split.items() if name not in REASONING_NAMES}
     # Beside reasoning a think block is content, which it must not cease to be.
-    is_text = "reasoning_content" in message and "</think>" in message["content"]
+    is_text = "reasoning_content" in message and "</think>" in (message["content"] or "")
     return Message(_with_reasoning(kept, "") if is_text else kept)
 
 
@@ -201,22 +203,19 @@ def _prepare_message(message: object, where: str) -> Message:
                 hint="Leave it out, or None.",
             )
         plain = _with_reasoning(plain, reasoning)
-    may_lack_content = role == "assistant" and (bool(plain.get("tool_calls")) or reasoning is not None)
-    plain["content"] = _content_text(plain.get("content"), where, role, may_lack_content)
+    is_beside_more = role == "assistant" and (bool(plain.get("tool_calls")) or reasoning is not None)
+    plain["content"] = "" if is_beside_more and "content" not in plain else _content(plain.get("content"), where, role)
     return Message(plain)
 
 
-def _content_text(content: object, where: str, role: str, may_be_missing: bool) -> str:
-    if isinstance(content, str):
+def _content(content: object, where: str, role: str) -> str | None:
+    if isinstance(content, str) or (content is None and role != "tool"):
         return content
-    if content is None:
-        if may_be_missing:
-            return ""
-        hint = _RESULT if role == "tool" else "Only an assistant that calls tools or thinks may lack content."
-        raise MessagesError(f"{where}: content: found none, expected text: {_RAISE_OR_DROP}", hint=hint)
     if not isinstance(content, list):
+        found = "none" if content is None else json_kind(content)
         raise MessagesError(
-            f"{where}: content: found {json_kind(content)}, expected text or a list of parts: {_RAISE_OR_DROP}",
+            f"{where}: content: found {found}, expected text or a list of parts: "
+            f"{_PYTHON_OR_DROP if role == 'tool' else _RAISE_OR_DROP}",
             hint=_RESULT if role == "tool" else _PARTS,
         )
     return "".join(_part_text(part, f"{where}: content[{i}]", role) for i, part in enumerate(content))

@@ -338,8 +338,8 @@ class Tokenizer:
         Args:
             messages: dicts with `role` and `content`; content is a string or a list of parts
                 `{"type": "text", "text": …}`, which are joined. None as content becomes "" where the
-                message has tool calls or reasoning. Reasoning may be called `reasoning_content`,
-                `reasoning` or `thinking`. Never modified.
+                message has tool calls or reasoning, and is the template's to show elsewhere. Reasoning may be
+                called `reasoning_content`, `reasoning` or `thinking`. Never modified.
             tools: JSON schemas of the functions that the model may call.
             add_generation_prompt: end with the header of an assistant turn.
             tokenize: return ids instead of text.
