@@ -24,58 +24,13 @@ import mlx.core as mx
 
 from mlxqwen.files.checkpoint import INDEX_NAME, ITEM_BYTES
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.releases import RELEASES
 from mlxqwen_convert.names import Module, modules
 
 __all__ = ["FORMATS", "SHAPES", "make_checkpoint"]
 
 FORMATS = ("bf16", "fp8", "awq", "gptq")
-_COMMON = {
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "bos_token_id": 151_643,
-    "eos_token_id": 151_645,
-    "torch_dtype": "bfloat16",
-}
-_EXPERTS = {
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-def _shape(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, *, tied: bool, expert: int = 0) -> Any:
-    kind = "qwen3_moe" if expert else "qwen3"
-    return {
-        **_COMMON,
-        "architectures": ["Qwen3MoeForCausalLM" if expert else "Qwen3ForCausalLM"],
-        "model_type": kind,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": inner,
-        "tie_word_embeddings": tied,
-        **({**_EXPERTS, "moe_intermediate_size": expert} if expert else {}),
-    }
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": _shape(1024, 28, 16, 8, 3072, tied=True),
-    "Qwen3-1.7B": _shape(2048, 28, 16, 8, 6144, tied=True),
-    "Qwen3-4B": _shape(2560, 36, 32, 8, 9728, tied=True),
-    "Qwen3-8B": _shape(4096, 36, 32, 8, 12288, tied=False),
-    "Qwen3-14B": _shape(5120, 40, 40, 8, 17408, tied=False),
-    "Qwen3-32B": _shape(5120, 64, 64, 8, 25600, tied=False),
-    "Qwen3-30B-A3B": _shape(2048, 48, 32, 4, 6144, tied=False, expert=768),
-    "Qwen3-235B-A22B": _shape(4096, 94, 64, 4, 12288, tied=False, expert=1536),
-}
+SHAPES: dict[str, dict[str, Any]] = {f"Qwen3-{size}": dict(config) for size, config in RELEASES.items()}
 
 _GROUP = 128
 _BLOCK = 128

@@ -21,7 +21,8 @@ from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import CheckpointError, HubError, MlxqwenError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.app import make_app
-from mlxqwen.server.registry import ModelRegistry, ModelSource
+from mlxqwen.server.leases import ModelSource
+from mlxqwen.server.registry import ModelRegistry
 from mlxqwen.server.service import Service
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.text.tokenizer import Tokenizer

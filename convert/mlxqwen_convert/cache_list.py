@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mlxqwen.files.store import Entry, is_own
 from mlxqwen_convert.cache_entry import CacheEntry, Source, store
 from mlxqwen_convert.errors import OutputError, SourceError
 
-__all__ = ["CachedModel", "Removal", "cache_folder", "cached_models", "prune"]
+__all__ = ["CachedModel", "Removal", "cache_folder", "cached_models", "prune", "remove_made_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,19 @@ def cached_models() -> list[CachedModel]:
     return sorted(found, key=lambda model: (-model.last_used, model.folder.name))
 
 
+def remove_made_of(folders: Collection[Path], *, dry_run: bool = False) -> list[Removal]:
+    """Remove what was converted from one of these folders; what somebody loads or converts is left, and told.
+
+    Raises `OutputError` for an entry that cannot be removed; others are.
+    """
+    wanted = {str(folder) for folder in folders}
+
+    def reason(model: CachedModel) -> str | None:
+        return "source removed" if model.source_folder in wanted else None
+
+    return _remove(reason, dry_run)
+
+
 def prune(*, everything: bool = False, unused_days: float | None = None, dry_run: bool = False) -> list[Removal]:
     """Remove entries that are of no use any more: their source is gone or changed, or they were never finished.
 
@@ -84,12 +97,16 @@ def prune(*, everything: bool = False, unused_days: float | None = None, dry_run
     Raises:
         OutputError: an entry cannot be removed; others are.
     """
+    return _remove(lambda model: _reason(model, everything=everything, unused_days=unused_days), dry_run)
+
+
+def _remove(reason_of: Callable[[CachedModel], str | None], dry_run: bool) -> list[Removal]:
     removals: list[Removal] = []
     failure: OutputError | None = None
     for entry in sorted(store().entries(), key=lambda entry: (-entry.last_used, entry.folder.name)):
         with entry.tried() as is_free:
             model = _look(entry, is_converting=False if is_free else None)
-            reason = _reason(model, everything=everything, unused_days=unused_days)
+            reason = reason_of(model)
             if reason is None:
                 continue
             try:

@@ -26,13 +26,17 @@ _COMMANDS = {
     "convert": "mlxqwen.cli.convert",
     "generate": "mlxqwen.cli.generate",
     "info": "mlxqwen.cli.info",
+    "list": "mlxqwen.cli.list_models",
+    "pull": "mlxqwen.cli.pull",
+    "rm": "mlxqwen.cli.rm",
     "serve": "mlxqwen.cli.serve",
 }
 
 
 def _imported(name: str) -> click.Command:
     with leave_at_once():
-        command: click.Command = getattr(import_module(_COMMANDS[name]), name)
+        module = _COMMANDS[name]
+        command: click.Command = getattr(import_module(module), module.rpartition(".")[2])
     return command
 
 
@@ -89,7 +93,17 @@ class LazyGroup(click.Group):
 
 
 # What other tools call it.
-_ELSEWHERE = {"run": "chat", "ask": "generate", "prompt": "generate", "quantize": "convert", "show": "info"}
+_ELSEWHERE = {
+    "run": "chat",
+    "ask": "generate",
+    "prompt": "generate",
+    "quantize": "convert",
+    "show": "info",
+    "ls": "list",
+    "download": "pull",
+    "remove": "rm",
+    "delete": "rm",
+}
 
 
 def _way(word: str) -> str:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxqwen.cli.completion import complete_folder
+from mlxqwen.cli.fit import measured
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.cli.terminal import count_of
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
-from mlxqwen.errors import UnsupportedFormatError, one_line
+from mlxqwen.errors import one_line
 from mlxqwen.status_line import terminal_size
 
 if TYPE_CHECKING:
     from mlxqwen.files.config import ModelConfig
-    from mlxqwen.model.footprint import Footprint
 
 __all__ = ["info"]
 
@@ -53,12 +52,11 @@ def info(
         from mlxqwen.device import current_device
         from mlxqwen.files.hub import looked_at
         from mlxqwen.files.model_names import model_name
-        from mlxqwen.model.footprint import measure, size_up
+        from mlxqwen.model.footprint import size_up
 
     check_unicode(model=model, revision=revision)
     with looked_at(model, revision=revision) as folder:
-        stored = measure(folder, check=True)
-        loaded = stored if stored.runs or stored.refusal else _converted(folder, stored)
+        stored, loaded = measured(folder)
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {
@@ -85,21 +83,6 @@ def info(
         "fits": needed.fits,
     }
     Output(sys.stdout).write(json.dumps(facts) + "\n" if as_json else _table(facts))
-
-
-def _converted(folder: Path, stored: Footprint) -> Footprint | None:
-    """What loading would convert it to, in memory; None for a format that is not converted. Nothing is written.
-
-    Raises:
-        MlxqwenError: the checkpoint is damaged, so that it cannot be converted.
-    """
-    from mlxqwen_convert.cached import planned
-
-    try:
-        (dtype, packed_bytes, numbers), notes = planned(folder)
-    except UnsupportedFormatError:
-        return None
-    return replace(stored, dtype=dtype, packed_bytes=packed_bytes, numbers=numbers, notes=notes)
 
 
 def _table(facts: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, located
 if TYPE_CHECKING:
     from mlxqwen.engine.engine import Engine
     from mlxqwen.engine.loading import MakeRoom
-    from mlxqwen.server.registry import ModelSource
+    from mlxqwen.server.leases import ModelSource
     from mlxqwen.server.settings import ServerSettings
 
 __all__ = ["sources_of"]
@@ -69,7 +69,7 @@ def _split(typed: str) -> tuple[str | None, str]:
 
 
 def _source(name: str | None, model: str | None, options: Mapping[str, Any], settings: ServerSettings) -> ModelSource:
-    from mlxqwen.server.registry import ModelSource
+    from mlxqwen.server.leases import ModelSource
 
     place = located(model, options["revision"])
     is_demo = isinstance(place, Path) and place.resolve() == DEMO_FOLDER.resolve()

@@ -27,7 +27,7 @@ from mlxqwen.files.transfer import Download, Given, QuietLog, SilenceError, wait
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
 
-__all__ = ["ModelScope"]
+__all__ = ["ModelScope", "is_complete"]
 
 _TOKEN = "MODELSCOPE_API_TOKEN"
 _TIMEOUT = "MODELSCOPE_DOWNLOAD_TIMEOUT"
@@ -238,7 +238,7 @@ def _known(place: HubModel, api: HubApi, cause: Exception | None) -> Path:
 
     with contextlib.suppress(CacheNotFound):
         folder = Path(api.download_repo(place.repo_id, "model", revision=place.revision, local_files_only=True))
-        if _is_complete(folder):
+        if is_complete(folder):
             return folder
     raise _unreachable(place.name, cause) from cause
 
@@ -262,7 +262,7 @@ def _reason(cause: Exception) -> str:
     return said
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether no file was broken off, and all shards of the index are there."""
     if any(folder.rglob("*.incomplete")) or not (folder / "config.json").is_file():
         return False

@@ -24,7 +24,7 @@ from mlxqwen.model.loading import (
     parse_dtype,
 )
 
-__all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "size_up"]
+__all__ = ["Footprint", "Requirement", "cache_bytes", "measure", "parameter_counts", "size_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def measure(folder: Path, *, check: bool = False) -> Footprint:
     floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]
     float_bytes = sum(info.nbytes for info in floats)
     dtype = checkpoint_dtype(tensors)
-    parameters, active = _parameters(config)
+    parameters, active = parameter_counts(config)
     foreign = foreign_format(config, checkpoint)
     refusal = other_purpose(folder, config.architecture, checkpoint.tensors)
     if check and foreign is None and refusal is None:
@@ -191,7 +191,7 @@ def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, kv_bits: int | 
     return values * kv_bits // 8 + 2 * values // group_size * itemsize
 
 
-def _parameters(config: ModelConfig) -> tuple[int, int]:
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Weights by the shape alone: all, and those that one token uses."""
     c = config
     attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)

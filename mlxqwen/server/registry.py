@@ -12,120 +12,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from mlxqwen.device import current_device
-from mlxqwen.engine.engine import Engine
-from mlxqwen.engine.loading import MakeRoom
 from mlxqwen.engine.memory import account, give_back
 from mlxqwen.engine.scheduler import EVALUATION
 from mlxqwen.errors import HubError, MlxqwenError, one_line
 from mlxqwen.files.aliases import hub_id_of_alias
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.errors import ApiError, load_error
+from mlxqwen.server.leases import Entry, Lease, ModelSource
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
 
-__all__ = ["Entry", "Lease", "ModelRegistry", "ModelSource"]
+__all__ = ["ModelRegistry"]
 
 logger = logging.getLogger("mlxqwen.server")
 
 _SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far as unloading idle models leaves it
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where the model of a name comes from.
-
-    Args:
-        name: what clients call it.
-        load: makes its engine; called by a thread of the registry's.
-        location: folder or hub id, which errors tell the log and no client.
-        repo_id: its hub id, which clients may call it by, too.
-        context: the most tokens of a prompt and its reply, if that is known before it is loaded.
-        limit_scales: see `ServedModel`.
-    """
-
-    name: str
-    load: Callable[[MakeRoom], Engine]
-    location: str = ""
-    repo_id: str | None = None
-    context: int | None = None
-    limit_scales: bool = True
-
-
-class Entry:
-    """A name of the registry's and what is known of its model.
-
-    Attributes:
-        name: what clients call it.
-        created: when the server began to serve it, in seconds since 1970.
-        model: what answers; None while it is not loaded.
-    """
-
-    def __init__(self, name: str, source: ModelSource | None, now: float) -> None:
-        self.name = name
-        self.created = int(time.time())
-        self.model: ServedModel | None = None
-        self.known_context = None if source is None else source.context
-        self.source = source
-        self.uses = 0  # requests that have the model
-        self.waiting: set[Lease] = set()  # those that are to have it
-        self.loading: Future[None] | None = None
-        self.is_leaving = False  # no further request gets it: another model needs its memory
-        self.last_used = now
-
-    @property
-    def state(self) -> str:
-        """`loaded`, `loading` or `unloaded`."""
-        if self.loading is not None:
-            return "loading"
-        return "unloaded" if self.model is None else "loaded"
-
-    @property
-    def context(self) -> int | None:
-        """The most tokens of a prompt and its reply; None where it is not known yet, or a window slides."""
-        if self.model is not None:
-            self.known_context = self.model.context
-        return self.known_context
-
-    def described(self) -> dict[str, object]:
-        """The model as `GET /v1/models` lists it."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "mlxqwen",
-            "root": self.name,
-            "parent": None,
-            "max_model_len": self.context,
-            "state": self.state,
-        }
-
-
-class Lease:
-    """The use of a model by one request: until it is released, the model stays.
-
-    Attributes:
-        loading: ends once `model` can be asked for; None if it can be at once.
-    """
-
-    def __init__(self, registry: ModelRegistry, entry: Entry) -> None:
-        self._registry = registry
-        self.entry = entry
-        self.held: ServedModel | None = None
-        self.loading: Future[None] | None = None
-
-    @property
-    def model(self) -> ServedModel:
-        """The model. Raises `ApiError` if it is not there."""
-        if self.held is None:
-            raise ApiError(503, f"model: {shown(self.entry.name)} is not loaded, expected it to be")
-        return self.held
-
-    def release(self) -> None:
-        """Use the model no more."""
-        self._registry.release(self)
 
 
 class ModelRegistry:
@@ -198,7 +101,7 @@ class ModelRegistry:
     def lease(self, entry: Entry) -> Lease:
         """Use a model. If it is not there, its load begins behind those that were asked for before."""
         with self._changed:
-            lease = Lease(self, entry)
+            lease = Lease(entry, self.release)
             if entry.model is not None and not entry.is_leaving:
                 lease.held = entry.model
                 entry.uses += 1

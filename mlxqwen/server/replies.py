@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_request import Prepared
+from mlxqwen.server.leases import Lease
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Metrics
-from mlxqwen.server.registry import Lease
 
 __all__ = ["Replies"]
 

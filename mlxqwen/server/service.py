@@ -23,10 +23,11 @@ from mlxqwen.server.bodies import Form, parse_body, read_body
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
 from mlxqwen.server.event_stream import EventStream, KeepAlive
+from mlxqwen.server.leases import Lease
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Gauges, Metrics
 from mlxqwen.server.models import ServedModel
-from mlxqwen.server.registry import Lease, ModelRegistry
+from mlxqwen.server.registry import ModelRegistry
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.settings import ServerSettings
