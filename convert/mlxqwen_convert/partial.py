@@ -247,7 +247,8 @@ def partial_path(output: Path) -> Path:
 
 def tidy_output(output: Path) -> None:
     """Remove what a crash, right after a finished model got its name, left beside it."""
-    if not all((output / name).is_file() for name in (MANIFEST, _LOCK, "config.json")):
+    # The manifest may be gone already: the lock goes last.
+    if not all((output / name).is_file() for name in (_LOCK, "config.json")) or (output / _LOCK).stat().st_size:
         return
     with suppress(OSError):
         lock = open_lock(output / _LOCK)

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,40 @@ def test_a_crash_before_the_manifest_is_there(source: Source, tmp_path: Path, te
     ]
 
 
+@pytest.mark.parametrize("removed", range(4))
+def test_a_crash_while_a_finished_model_is_tidied(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """It has its name; what lies there beside the model goes when the output is looked at again."""
+    output, unlink = tmp_path / "out", Path.unlink
+    gone: list[str] = []
+
+    def crash(path: Path, *, missing_ok: bool = False) -> None:
+        if path.parent == output:
+            if len(gone) == removed:
+                raise Crash
+            gone.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", crash)
+        with suppress(Crash):
+            convert(source.folder, output)
+    assert len(gone) == removed
+    with pytest.raises(OutputError, match="already exists"):
+        convert(source.folder, output)
+    convert(source.folder, tmp_path / "expected/out")
+    assert_same(output, tmp_path / "expected/out")
+
+
+def test_a_lock_of_another_kind_stays(source: Source, tmp_path: Path) -> None:
+    convert(source.folder, tmp_path / "out")
+    (tmp_path / "out" / "conversion.lock").write_text("mine")
+    with pytest.raises(OutputError, match="already exists"):
+        convert(source.folder, tmp_path / "out")
+    assert (tmp_path / "out" / "conversion.lock").read_text() == "mine"
+
+
 def test_the_manifest_comes_whole(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         crash_in(patch, Path, "replace")
@@ -314,20 +349,6 @@ def test_a_crash_before_the_folder_has_its_name(
     tasks.clear()
     convert(source.folder, tmp_path / "out", resume=True)
     assert not tasks
-    assert_same(tmp_path / "out", tmp_path / "expected/out")
-
-
-def test_a_crash_right_after_the_folder_has_its_name(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    convert(source.folder, tmp_path / "expected/out")
-    with monkeypatch.context() as patch:
-        crash_in(patch, Path, "unlink")
-        with pytest.raises(Crash):
-            convert(source.folder, tmp_path / "out")
-    assert (tmp_path / "out/conversion.json").exists()
-    with pytest.raises(OutputError, match="already exists"):
-        convert(source.folder, tmp_path / "out", resume=True)
     assert_same(tmp_path / "out", tmp_path / "expected/out")
 
 
