@@ -37,11 +37,11 @@ class ScriptedModel:
         self._script = list(tokens)
 
     def model(
-        self, tokens: mx.array, cache: KVCache, *, lengths: Sequence[int] | None = None, last_only: bool = False
+        self, tokens: mx.array, cache: KVCache, *, lengths: Sequence[int] | None = None, **options: Any
     ) -> mx.array:
         if lengths is not None:  # as prompts are given
             self.read += sum(lengths)
-        return self._inner.model(tokens, cache, lengths=lengths, last_only=last_only)
+        return self._inner.model(tokens, cache, lengths=lengths, **options)
 
     def logits(self, hidden: mx.array) -> mx.array:
         logits = self._inner.logits(hidden)

@@ -8,7 +8,7 @@ from typing import NoReturn
 import pytest
 
 from mlxqwen.errors import HubError, OptionError
-from mlxqwen.files import hub
+from mlxqwen.files import hub_source
 from mlxqwen.files.aliases import ALIASES, hub_id_of_address, hub_id_of_alias
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.files.hub_source import Source
@@ -99,7 +99,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
         raise HubError(f"{source.place.repo_id}: not there")
 
     for way in ("downloaded", "seen"):
-        monkeypatch.setattr(hub, way, not_there)
+        monkeypatch.setattr(hub_source, way, not_there)
     return asked
 
 

@@ -304,7 +304,7 @@ def test_the_variable_makes_it_the_default(hub: LoopbackModelScope, monkeypatch:
     def from_either(source: Source, check: object) -> Path:
         return downloaded(source) if source.place.is_on_modelscope else Path("the other hub")
 
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", from_either)
+    monkeypatch.setattr(hub_source, "downloaded", from_either)
     for value, is_default in (("", False), ("false", False), ("0", False), ("True", True), ("1", True)):
         monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", value)
         assert (resolve_model("org/model") != Path("the other hub")) == is_default
@@ -322,7 +322,7 @@ def test_aliases_and_pages(hub: LoopbackModelScope, monkeypatch: pytest.MonkeyPa
         place = source.place
         return downloaded(source) if place.is_on_modelscope else Path("the other hub") / place.repo_id
 
-    monkeypatch.setattr("mlxqwen.files.hub.downloaded", from_either)
+    monkeypatch.setattr(hub_source, "downloaded", from_either)
     hub.models["Qwen/Qwen3-4B-FP8"] = ModelScopeModel(WANTED)
     assert "Qwen--Qwen3-4B-FP8" in resolve_model("modelscope:qwen3:4b-fp8").parts
     monkeypatch.setenv("MLXQWEN_USE_MODELSCOPE", "true")

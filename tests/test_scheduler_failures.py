@@ -15,7 +15,7 @@ from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
 from mlxqwen.errors import GenerationError
 from mlxqwen.model.attention import Attention
-from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.model.qwen3 import DecoderLayer, Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.sampling.sampler import Sampler
 from tests.conftest import VOCAB_SIZE, random_model
@@ -66,6 +66,7 @@ class Bomb:
 PLACES: dict[str, tuple[Any, str, bool]] = {
     "before attention": (Attention, "attend", False),
     "behind attention": (Attention, "attend", True),
+    "behind a layer": (DecoderLayer, "__call__", True),
     "before a draw": (Sampler, "__call__", False),
     "behind a draw": (Sampler, "__call__", True),
     "in the head": (Qwen3ForCausalLM, "logits", True),

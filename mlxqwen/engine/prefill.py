@@ -13,6 +13,7 @@ from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.interrupts import interrupts_deferred
 from mlxqwen.engine.logprobs import begin_logprobs
 from mlxqwen.engine.memory import buffer_bytes
+from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.running import RunningBatch, masks_of
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler
@@ -93,7 +94,13 @@ class Prefill:
         self.rows = [self.rows[place] for place in places]
         return [one for place in places if (one := generations[place]) is not None]
 
-    def read(self, generations: Sequence[Generation], chunk: int, begin: Callable[[RunningBatch], None]) -> None:
+    def read(
+        self,
+        generations: Sequence[Generation],
+        chunk: int,
+        begin: Callable[[RunningBatch], None],
+        pace: ReadingPace,
+    ) -> None:
         """Read at most `chunk` tokens of each row; once all is read, call `begin` with the batch that decodes.
 
         An interrupt leaves everything as before. An exception ends these generations.
@@ -102,15 +109,26 @@ class Prefill:
             generations: what `drop_ended` returned.
             chunk: tokens.
             begin: takes the batch.
+            pace: by which a long chunk is computed in parts.
         """
         self.cache.reserve(max(self._before[row] + len(one.text) for row, one in enumerate(generations)) + 1)
         pieces = [one.text[self.done(row) : self.done(row) + chunk] for row, one in enumerate(generations)]
         lengths = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
         before, model = _Checkpoint(self.cache), generations[0].model
+        tokens, began = len(padded) * max(lengths), pace.clock()
+        at_once = pace.layers_at_once(tokens)
+
+        def after_layer(index: int, hidden: mx.array) -> None:
+            if (index + 1) % at_once == 0:
+                mx.eval(hidden)
+
         try:
-            hidden = model.model(mx.array(padded, dtype=mx.int32), self.cache, lengths=lengths, last_only=True)
+            hidden = model.model(
+                mx.array(padded, dtype=mx.int32), self.cache, lengths=lengths, last_only=True, after_layer=after_layer
+            )
             mx.eval(self.cache.state, hidden)
+            pace.took(tokens, pace.clock() - began)
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
             if all(self.done(row) == len(one.text) for row, one in enumerate(generations)):
                 sampler, drawn = self._draw(generations, model.logits(hidden[:, 0]))

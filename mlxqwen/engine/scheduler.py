@@ -30,6 +30,7 @@ from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.interrupts import interrupts_deferred
 from mlxqwen.engine.memory import account, weight_bytes
+from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
@@ -85,6 +86,7 @@ class Scheduler:
         self.weight_bytes = weight_bytes(model)
         self._prefixes = SharedPrefixes(model, self._device.usable_memory // STORE_SHARE)
         self._chunk = fitting_prefill_chunk(model.config, self._device)
+        self._pace = ReadingPace(model.config.num_hidden_layers)
         self._numbers = count()
         self._submitted: deque[weakref.ref[Generation]] = deque()  # any thread adds
         self._waiting: list[weakref.ref[Generation]] = []
@@ -466,7 +468,7 @@ class Scheduler:
                 break
             chunk = min(chunk, self._up_to_mark(prefill, generations[0]))
             left -= min(prefill.left, chunk * len(generations))
-            prefill.read(generations, chunk, lambda batch: self._batches.append(weakref.ref(batch)))
+            prefill.read(generations, chunk, lambda batch: self._batches.append(weakref.ref(batch)), self._pace)
             worked = True
             with interrupts_deferred():
                 self._keep_read(prefill, generations)

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
-from mlxqwen.files.hub_errors import URL_CREDENTIALS
-from mlxqwen.files.hub_settings import is_true
-from mlxqwen.files.hub_source import HubModel, Source, downloaded, seen
+
+if TYPE_CHECKING:
+    from mlxqwen.files.hub_source import HubModel, Source
 
 __all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
 
@@ -52,6 +53,8 @@ def resolve_model(
     place = located(path_or_id, revision)
     if isinstance(place, Path):
         return place
+    from mlxqwen.files.hub_source import downloaded  # of no use to folders
+
     return downloaded(source_of(place), check)
 
 
@@ -65,6 +68,8 @@ def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str
     if isinstance(place, Path):
         yield place
         return
+    from mlxqwen.files.hub_source import seen
+
     with seen(source_of(place)) as folder:
         yield folder
 
@@ -96,6 +101,9 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
         )
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
+    from mlxqwen.files.hub_settings import is_true
+    from mlxqwen.files.hub_source import HubModel
+
     is_on_modelscope = not is_page and (is_prefixed or is_true(USE_MODELSCOPE))
     return HubModel(repo_id, revision, f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", is_on_modelscope)
 
@@ -115,6 +123,8 @@ def hub_id_in_address(address: str, revision: str | None) -> tuple[str, str | No
     """The id and revision that the address of a model's page means. Raises `HubError`, `OptionError`."""
     found = hub_id_of_address(address)
     if found is None:
+        from mlxqwen.files.hub_errors import URL_CREDENTIALS
+
         raise HubError(
             f"{URL_CREDENTIALS.sub('', address)}: a web address that is no model's page on the hub, expected a folder "
             "or a hub id",

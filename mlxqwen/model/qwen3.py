@@ -116,7 +116,8 @@ class Qwen3Model(nn.Module):
     """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised.
 
     With `last_only` it returns those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's
-    feed-forward is not computed for the others, as nothing would read it.
+    feed-forward is not computed for the others, as nothing would read it. `after_layer` is called with the index and
+    the output of each layer but the last; a decoder that is compiled for one token calls it with none.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -135,6 +136,7 @@ class Qwen3Model(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         last_only: bool = False,
+        after_layer: Callable[[int, mx.array], object] | None = None,
     ) -> mx.array:
         _check_tokens(tokens)
         layers = self.layers
@@ -152,8 +154,10 @@ class Qwen3Model(nn.Module):
         if L == 1 and self.decoder is not None:
             hidden = self.decoder(hidden, caches)
         else:
-            for layer, layer_cache in zip(layers[:-1], caches[:-1], strict=True):
+            for index, (layer, layer_cache) in enumerate(zip(layers[:-1], caches[:-1], strict=True)):
                 hidden = layer(hidden, B, layer_cache)
+                if after_layer is not None:
+                    after_layer(index, hidden)
             last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
             hidden = layers[-1](hidden, B, caches[-1], last)
         return self.norm(hidden).reshape(B, -1, hidden.shape[-1])

@@ -1,0 +1,74 @@
+"""Long chunks of a prompt are computed in parts, by a clock of the test's own; nothing else changes by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxqwen.engine.pace import ReadingPace
+from mlxqwen.engine.scheduler import Scheduler
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from tests.conftest import random_model
+from tests.scheduling import asked, new_scheduler, run
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    return random_model(context=512, layers=LAYERS)
+
+
+def test_parts_are_as_long_as_somebody_waits_for() -> None:
+    pace = ReadingPace(36)
+    assert pace.layers_at_once(1) == 1  # nothing is known yet
+    pace.took(100, 1.0)
+    assert [pace.layers_at_once(tokens) for tokens in (1, 50, 51, 100, 400, 2048)] == [36, 36, 17, 9, 2, 1]
+    pace.took(512, 0.1)
+    assert pace.layers_at_once(2048) == 36
+
+
+def clock_of(chunk_seconds: float) -> Callable[[], float]:
+    """Looked at twice a chunk."""
+    return count(0.0, chunk_seconds).__next__
+
+
+def evaluations(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many evaluations each step takes that reads a chunk → of the second chunk on, as the first tells the pace."""
+    calls: list[int] = []
+    found, real = [], mx.eval
+
+    def counted(*arrays: Any) -> None:
+        calls.append(1)
+        real(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    handle = scheduler.submit(asked(range(64), 1, prefill_chunk=16))
+    while scheduler.step():
+        found.append(len(calls))
+        calls.clear()
+    monkeypatch.setattr(mx, "eval", real)
+    del handle
+    return [number for number in found if number][:4]
+
+
+def test_only_slow_chunks_are_cut(model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, slow = new_scheduler(model), new_scheduler(model)
+    quick._pace = ReadingPace(LAYERS, clock_of(0.1))
+    slow._pace = ReadingPace(LAYERS, clock_of(4.0))
+    of_quick, of_slow = evaluations(quick, monkeypatch), evaluations(slow, monkeypatch)
+    assert of_quick[0] == of_slow[0]  # a layer at a time, as nothing is known
+    assert [later - earlier for earlier, later in zip(of_quick[1:], of_slow[1:], strict=True)] == [LAYERS - 1] * 3
+
+
+def test_parts_change_no_token(model: Qwen3ForCausalLM) -> None:
+    found = []
+    for seconds in (0.0, 0.9, 60.0):
+        scheduler = new_scheduler(model)
+        scheduler._pace = ReadingPace(LAYERS, clock_of(seconds))
+        found += run(scheduler, [scheduler.submit(asked(range(60), 8, prefill_chunk=16))])
+    assert found[0] == found[1] == found[2]
