@@ -275,7 +275,7 @@ _SPEED = (
     _speed(
         "--prefill-chunk",
         type=int,
-        help="Prompt tokens a step; 512 by default, fewer for wide models on a CPU.",
+        help="Prompt tokens a step at most; 512 by default, fewer for wide models on a CPU.",
     ),
 )
 _OUTPUT = (

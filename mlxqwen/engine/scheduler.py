@@ -86,7 +86,7 @@ class Scheduler:
         self.weight_bytes = weight_bytes(model)
         self._prefixes = SharedPrefixes(model, self._device.usable_memory // STORE_SHARE)
         self._chunk = fitting_prefill_chunk(model.config, self._device)
-        self._pace = ReadingPace(model.config.num_hidden_layers)
+        self._pace = ReadingPace(model.config, self._device)
         self._numbers = count()
         self._submitted: deque[weakref.ref[Generation]] = deque()  # any thread adds
         self._waiting: list[weakref.ref[Generation]] = []
@@ -462,12 +462,14 @@ class Scheduler:
             if not generations:
                 continue
             chunk = generations[0].request.prefill_chunk or self._chunk
+            rows, is_ring = len(generations), prefill.cache.max_kv_size is not None
+            chunk = max(1, self._pace.chunk(chunk * rows, is_ring=is_ring) // rows)
             if not worked:
                 left = chunk
             elif prefill.left > left:
                 break
             chunk = min(chunk, self._up_to_mark(prefill, generations[0]))
-            left -= min(prefill.left, chunk * len(generations))
+            left -= min(prefill.left, chunk * rows)
             prefill.read(generations, chunk, lambda batch: self._batches.append(weakref.ref(batch)), self._pace)
             worked = True
             with interrupts_deferred():
