@@ -19,7 +19,7 @@ import pytest
 from mlxqwen import Engine
 from mlxqwen.engine.engine import Done
 from mlxqwen.engine.request import Request
-from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
+from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -170,27 +170,41 @@ def test_a_plain_iterator_starts_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_the_loops_thread_ends_with_the_model() -> None:
-    before = set(threading.enumerate())
-    models = [random_model()]
-    list(generate_tokens(models[0], [1], max_tokens=2))
-    in_threads(1, lambda _: list(generate_tokens(models[0], [1], max_tokens=2)))
-    (own,) = set(threading.enumerate()) - before
-    models.clear()
-    own.join(timeout=60)
-    assert not own.is_alive()
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads of the system")
+def test_the_loops_thread_goes_on_with_the_next_model() -> None:
+    """Of an engine that is closed, and of a model that nobody refers to any more."""
+    out = run_python(
+        """
+        import gc, os, threading, time
+        from mlxqwen.engine.engine import Engine
+        from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
+        from mlxqwen.engine.token_stream import generate_tokens
+        from tests.conftest import random_model
 
+        def use(is_closed):
+            model = random_model(layers=1)
+            scheduler = scheduler_of(model)
+            scheduler.driver.start(scheduler)
+            assert len(list(generate_tokens(model, [1], max_tokens=2))) == 2
+            daemon = scheduler.driver._daemon
+            if is_closed:
+                close_scheduler(scheduler)
+                assert len(list(generate_tokens(model, [1], max_tokens=2))) == 2  # a new scheduler
+            del model, scheduler
+            gc.collect()
+            daemon.join(60)
+            assert not daemon.is_alive()
 
-def test_the_loops_thread_ends_as_the_engine_is_closed() -> None:
-    before = set(threading.enumerate())
-    model = random_model()
-    list(generate_tokens(model, [1], max_tokens=2))
-    in_threads(1, lambda _: list(generate_tokens(model, [1], max_tokens=2)))
-    (own,) = set(threading.enumerate()) - before
-    close_scheduler(scheduler_of(model))
-    own.join(timeout=60)
-    assert not own.is_alive()
-    assert len(list(generate_tokens(model, [1], max_tokens=2))) == 2  # a new scheduler
+        use(True)
+        use(False)
+        first = len(os.listdir("/proc/self/task")), threading.active_count()
+        for n in range(20):
+            use(n % 2 == 0)
+        print(*first, len(os.listdir("/proc/self/task")), threading.active_count())
+        """
+    )
+    tasks, python, tasks_after, python_after = map(int, out.split())
+    assert (tasks_after, python_after) == (tasks, python)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -13,8 +13,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from mlxqwen.engine.daemons import Daemon
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.memory import account
 from mlxqwen.errors import OptionError
@@ -48,7 +50,7 @@ class Driver:
         self._process = os.getpid()
         self._owner: weakref.ref[threading.Thread] | None = None
         self._changed = threading.Condition()
-        self._daemon: threading.Thread | None = None
+        self._daemon: Daemon | None = None
         self._stopped = threading.Event()
         self._listeners: list[Callable[[], None]] = []
 
@@ -129,8 +131,7 @@ class Driver:
             weakref.finalize(scheduler, _notify, self._changed).atexit = False
             _drivers.add(self)
             arguments = (weakref.ref(scheduler), self._changed, self._stopped, self._listeners)
-            self._daemon = threading.Thread(target=_run, args=arguments, name="mlxqwen scheduler", daemon=True)
-            self._daemon.start()
+            self._daemon = Daemon(partial(_run, *arguments))
 
 
 def _cannot_go_on() -> OptionError:
