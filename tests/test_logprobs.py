@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxqwen import Engine, SamplingParams, stream_generate
+from mlxqwen import Engine, SamplingParams, make_cache, stream_generate
 from mlxqwen.engine.engine import Done
+from mlxqwen.engine.request import CacheKind, Request
+from mlxqwen.engine.scheduler import Scheduler
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.sampler import token_logprobs
@@ -88,3 +91,40 @@ def test_streams_of_text_have_them(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> 
 def test_values_out_of_range(engine: Engine, value: Any) -> None:
     with pytest.raises(OptionError, match="logprobs"):
         engine.stream(QUESTION, logprobs=value)
+
+
+def one_by_one(model: Qwen3ForCausalLM, kind: CacheKind, prompt: tuple[int, ...]) -> np.ndarray:
+    """Log-softmax behind each token of a prompt, read one by one."""
+    cache = kind.make(model)
+    rows = [model(mx.array([[token]]), cache)[0, -1] for token in prompt]
+    return np.array([row - mx.logsumexp(row) for row in rows])
+
+
+@pytest.mark.parametrize("cache", [CacheKind(), CacheKind(max_kv_size=24)], ids=["linear", "ring"])
+def test_those_of_a_prompt_are_the_models_own(tiny: Qwen3ForCausalLM, cache: CacheKind) -> None:
+    """Read in chunks, also where the prompt is known, beside others, and without a change of the reply."""
+    scheduler = Scheduler(tiny)
+    prompt = tuple(range(3, 43))
+    plain = Request(prompt, SamplingParams(seed=1), max_tokens=6, cache=cache, prefill_chunk=7)
+    asking = replace(plain, prompt_logprobs=3)
+    first = scheduler.submit(plain).result()
+    handles = [scheduler.submit(request) for request in (asking, plain, asking)]
+    assert handles[0].prompt_logprobs is None
+    assert [handle.result().tokens for handle in handles] == [first.tokens] * 3
+    assert handles[1].prompt_logprobs is None
+    expected = one_by_one(tiny, cache, prompt)
+    for handle in (handles[0], handles[2]):
+        told = handle.prompt_logprobs
+        assert told is not None
+        assert handle.cached_tokens == 0
+        assert [one.token for one in told] == list(prompt[1:])
+        for place, one in enumerate(told):
+            assert one.logprob == pytest.approx(expected[place, one.token], abs=2e-5)
+            best = sorted(expected[place], reverse=True)[:3]
+            assert [value for _, value in one.likeliest] == pytest.approx(best, abs=2e-5)
+
+
+def test_what_a_callers_cache_holds_is_not_told(tiny: Qwen3ForCausalLM) -> None:
+    with pytest.raises(OptionError, match="prompt_logprobs: found beside a cache"):
+        Request((1, 2), cache=make_cache(tiny), prompt_logprobs=1)
+    assert Scheduler(tiny).submit(Request((1,), max_tokens=1, prompt_logprobs=1)).prompt_logprobs == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import mlxqwen
@@ -78,11 +79,66 @@ def test_logprobs_in_the_old_form(served: Served) -> None:
     assert [token for part in parts for token in part["tokens"]] == told["tokens"]
 
 
+def spelled(served: Served, ids: list[int]) -> list[bytes]:
+    return [served.engine.tokenizer.token_bytes(one) for one in ids]
+
+
+def test_logprobs_of_a_prompt_that_is_echoed(served: Served) -> None:
+    text = "strawberry, wörld 🍓 and straw"
+    ids = served.engine.tokenizer.encode(text)
+    logits = served.engine.model(mx.array([ids]))[0]
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    body = {"prompt": text, "seed": 4, "max_tokens": 5, "logprobs": 2, "echo": True}
+    plain = served.post({**body, "echo": False}, PATH)["choices"][0]
+    for given in ({}, {"prompt": ids}, {}):  # what is known makes no difference
+        reply = served.post({**body, **given}, PATH)
+        choice = reply["choices"][0]
+        told = choice["logprobs"]
+        assert choice["text"] == text + plain["text"]
+        assert [len(values) for values in told.values()] == [len(ids) + 5] * 4
+        assert told["tokens"][len(ids) :] == plain["logprobs"]["tokens"]
+        assert told["token_logprobs"][len(ids) :] == pytest.approx(plain["logprobs"]["token_logprobs"], abs=1e-5)
+        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+        own = [expected[place, token].item() for place, token in enumerate(ids[1:])]
+        assert told["token_logprobs"][1 : len(ids)] == pytest.approx(own, abs=2e-5)
+        assert all(1 <= len(likeliest) <= 2 for likeliest in told["top_logprobs"][1:])
+        assert told["text_offset"][len(ids)] == len(text)
+        for place, offset in enumerate(told["text_offset"][: len(ids)]):
+            before = b"".join(spelled(served, ids[:place])).decode("utf-8", "replace")
+            assert offset == len(before)
+        assert reply["usage"]["completion_tokens"] == 5
+    parts = [event["choices"][0] for event in served.stream(body, PATH)]
+    assert "".join(part["text"] for part in parts) == choice["text"]
+    assert [token for part in parts if part["logprobs"] for token in part["logprobs"]["tokens"]] == told["tokens"]
+
+
+def test_every_choice_has_the_logprobs_of_its_prompt(served: Served) -> None:
+    prompts = ["straw", "berry pie"]
+    body = {"prompt": prompts, "n": 2, "seed": 4, "max_tokens": 3, "logprobs": 0, "echo": True}
+    tokens = [choice["logprobs"]["tokens"] for choice in served.post(body, PATH)["choices"]]
+    assert ["".join(one[:-3]) for one in tokens] == ["straw", "straw", "berry pie", "berry pie"]
+    pieces: list[list[str]] = [[], [], [], []]
+    for event in served.stream(body, PATH):
+        for choice in event["choices"]:
+            pieces[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
+    assert pieces == tokens
+
+
+def test_a_text_is_scored_without_going_on(served: Served) -> None:
+    body = {"prompt": "strawberry", "max_tokens": 0, "logprobs": 1, "echo": True}
+    reply = served.post(body, PATH)
+    choice = reply["choices"][0]
+    ids = served.engine.tokenizer.encode("strawberry")
+    assert (choice["text"], len(choice["logprobs"]["tokens"])) == ("strawberry", len(ids))
+    assert choice["finish_reason"] == "length"
+    assert (reply["usage"]["completion_tokens"], reply["usage"]["total_tokens"]) == (0, len(ids))
+    assert streamed(served.stream(body, PATH)) == ["strawberry"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),

@@ -22,7 +22,8 @@ def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Gener
         if one.own_cache is not None:
             owners.setdefault(id(one.own_cache), []).append(one)
         else:
-            kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots), []).append(one)
+            alone = one.number if one.lacks_prompt_logprobs else None
+            kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots, alone), []).append(one)
     for several in owners.values():
         yield from _groups_behind(several, chunk)
     for several in kinds.values():

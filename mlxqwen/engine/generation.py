@@ -86,6 +86,7 @@ class Generation:
         cached_tokens: tokens of the prompt that were copied from the store or the caller's cache.
         prefill, batch: where it runs; both None while it waits.
         begun_logprobs: of the token that is being drawn, if the request asks for them.
+        prompt_logprobs: of the prompt's tokens, from the second on, as far as they were read, if they are asked for.
         match: the blocks of the store for its text, from admission until they are copied.
         pin: what the store keeps for it.
     """
@@ -115,6 +116,7 @@ class Generation:
         "pins",
         "pipeline",
         "prefill",
+        "prompt_logprobs",
         "read",
         "records",
         "request",
@@ -149,6 +151,7 @@ class Generation:
         self.prefill: Prefill | None = None
         self.batch: RunningBatch | None = None
         self.begun_logprobs: BegunLogprobs | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.match: Match | None = None
         self.own_cache = None if isinstance(request.cache, CacheKind) else request.cache
         self.pins: dict[str, Pin] = {}
@@ -189,6 +192,12 @@ class Generation:
     def is_forcing(self) -> bool:
         """Whether a constraint is known to replace the next token drawn."""
         return self.budget is not None and self.budget.is_forcing
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether those of its prompt are asked for, and not all there."""
+        request = self.request
+        return request.prompt_logprobs is not None and len(self.prompt_logprobs) < len(request.prompt) - 1
 
     def make_sampler(self) -> Sampler:
         """Make the request's sampler; called by the thread that evaluates."""

@@ -170,6 +170,14 @@ class Handle:
         return generation.prefill is not None or generation.batch is not None or generation.count > 0
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Those of the prompt's tokens, from the second on; None until all are there, or if they were not asked for."""
+        generation = self._generation
+        if generation.request.prompt_logprobs is None or generation.lacks_prompt_logprobs:
+            return None
+        return tuple(generation.prompt_logprobs)
+
+    @property
     def token_count(self) -> int:
         """How many tokens were taken."""
         return len(self._tokens)

@@ -11,7 +11,7 @@ import mlx.core as mx
 if TYPE_CHECKING:
     from mlxqwen.engine.generation import Generation
 
-__all__ = ["MAX_ALTERNATIVES", "BegunLogprobs", "TokenLogprobs", "begin_logprobs"]
+__all__ = ["MAX_ALTERNATIVES", "BegunLogprobs", "TokenLogprobs", "begin_logprobs", "logprobs_of"]
 
 MAX_ALTERNATIVES = 20
 """The most likeliest tokens that are told beside one."""
@@ -72,3 +72,16 @@ def begin_logprobs(generations: Sequence[Generation | None], logits: mx.array) -
             one.begun_logprobs = BegunLogprobs(logits[row], one.request.logprobs)
             arrays += one.begun_logprobs.arrays
     return arrays
+
+
+def logprobs_of(logits: mx.array, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """How likely tokens that are given were. Called by the thread that evaluates.
+
+    Args:
+        logits: `[len(tokens), V]`, raw, each of the place where its token stands.
+        tokens: their ids.
+        count: how many of the likeliest are told with each.
+    """
+    begun = [BegunLogprobs(row, count) for row in logits]
+    mx.eval([one.arrays for one in begun])
+    return [one.of(token) for one, token in zip(begun, tokens, strict=True)]

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.interrupts import interrupts_deferred
-from mlxqwen.engine.logprobs import begin_logprobs
+from mlxqwen.engine.logprobs import begin_logprobs, logprobs_of
 from mlxqwen.engine.memory import buffer_bytes
 from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.running import RunningBatch, masks_of
@@ -20,6 +20,7 @@ from mlxqwen.sampling.sampler import Sampler
 
 __all__ = ["Prefill", "read_together"]
 
+_LOGPROBS_AT_ONCE = 16  # places of which all logits are there: 10 MB of 151,936 tokens in float32
 _PADDING = 16  # tokens a row: reading so many more costs less than one step more
 
 
@@ -117,6 +118,8 @@ class Prefill:
         padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
         before, model = _Checkpoint(self.cache), generations[0].model
         tokens, began = len(padded) * max(lengths), pace.clock()
+        tells = generations[0].lacks_prompt_logprobs  # such a prompt is read alone
+        start = self.done()
         at_once = pace.layers_at_once(tokens)
 
         def after_layer(index: int, hidden: mx.array) -> None:
@@ -125,13 +128,19 @@ class Prefill:
 
         try:
             hidden = model.model(
-                mx.array(padded, dtype=mx.int32), self.cache, lengths=lengths, last_only=True, after_layer=after_layer
+                mx.array(padded, dtype=mx.int32),
+                self.cache,
+                lengths=lengths,
+                last_only=not tells,
+                after_layer=after_layer,
             )
             mx.eval(self.cache.state, hidden)
             pace.took(tokens, pace.clock() - began)
+            if tells:
+                _tell_prompt(generations[0], start, hidden[0])
             mx.clear_cache()  # the chunk's work space, which decoding has no use for
             if all(self.done(row) == len(one.text) for row, one in enumerate(generations)):
-                sampler, drawn = self._draw(generations, model.logits(hidden[:, 0]))
+                sampler, drawn = self._draw(generations, model.logits(hidden[:, -1]))
                 with interrupts_deferred():
                     begin(RunningBatch(generations, self.cache, sampler, drawn, self.owner))
                     self.rows = []
@@ -154,6 +163,23 @@ class Prefill:
         drawn = sampler(apply_masks(logits, masks_of(generations)))
         mx.async_eval(drawn, sampler.arrays, self.cache.state, begin_logprobs(generations, logits))
         return sampler, drawn
+
+
+def _tell_prompt(one: Generation, start: int, hidden: mx.array) -> None:
+    """Take the log-probabilities of the prompt's tokens that follow those of a chunk.
+
+    Args:
+        one: asks for them.
+        start: the place of the chunk's first token in its text.
+        hidden: `[L, hidden_size]`, normalised, of the chunk's tokens.
+    """
+    prompt, count = one.request.prompt, one.request.prompt_logprobs or 0
+    first = len(one.prompt_logprobs)  # of the token before the one that is told next
+    last = min(start + hidden.shape[0], len(prompt) - 1)
+    for place in range(first, last, _LOGPROBS_AT_ONCE):
+        end = min(place + _LOGPROBS_AT_ONCE, last)
+        logits = one.model.logits(hidden[place - start : end - start])
+        one.prompt_logprobs += logprobs_of(logits, prompt[place + 1 : end + 1], count)
 
 
 def _alive(row: weakref.ref[Generation]) -> Generation | None:

@@ -84,17 +84,20 @@ class SharedPrefixes:
         return PrefixStore(fingerprint, capacity, disk)
 
     def match(self, one: Generation) -> Match:
-        """The blocks that the store has for a generation's text; none for a generation with its caller's cache."""
+        """The blocks that the store has for a generation's text.
+
+        There are none for a generation with its caller's cache, and for one that has to read its prompt.
+        """
         kind = one.request.cache
         one.epoch = self._epoch
-        if not isinstance(kind, CacheKind):
+        if not isinstance(kind, CacheKind) or one.lacks_prompt_logprobs:
             return Match(())
         ring = None if kind.max_kv_size is None else (kind.max_kv_size, kind.keep)
         return self.store.match(_space(one, kind.make(one.model)), one.text, ring=ring)
 
     def reader_of(self, one: Generation, known: int, others: Iterable[Generation]) -> Generation | None:
         """Which of `others` is reading a block of this text, beyond `known` tokens, that the store lacks."""
-        if not self.store.keeps:
+        if not self.store.keeps or one.lacks_prompt_logprobs:
             return None
         for other in others:
             is_alike = other.own_cache is None and _may_share(other.request, one.request)

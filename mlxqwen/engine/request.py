@@ -113,6 +113,8 @@ class Request(ReplyOptions):
         drafter: guesses tokens for one pass of the model to check.
         draft_tokens: the most that are guessed at once, up to 64.
         reports_progress: whether the handle tells how much of the prompt was read.
+        prompt_logprobs: None, or how many of the likeliest tokens are told with the log-probability of each token of
+            the prompt, up to 20. All of it is read for that, whatever is known.
 
     Raises:
         OptionError: a value out of range.
@@ -135,6 +137,7 @@ class Request(ReplyOptions):
     drafter: Drafter | None = None
     draft_tokens: int = DEFAULT_DRAFT_TOKENS
     reports_progress: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -157,8 +160,11 @@ class Request(ReplyOptions):
             put(name, as_integer(getattr(self, name)))
         if self.prefill_chunk is not None:
             put("prefill_chunk", check_integer("prefill_chunk", self.prefill_chunk, 1))
-        if self.logprobs is not None:
-            put("logprobs", check_integer("logprobs", self.logprobs, 0, MAX_ALTERNATIVES))
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                put(name, check_integer(name, count, 0, MAX_ALTERNATIVES))
+        if self.prompt_logprobs is not None and isinstance(self.cache, KVCache):
+            raise OptionError("prompt_logprobs: found beside a cache, expected none: what it holds is not read again")
         put("draft_tokens", check_draft_tokens(self.draft_tokens))
         StopStrings(self.stop)  # raises for what is no stop string
         put("drafter", None if self.drafter is None else as_drafter(self.drafter))
