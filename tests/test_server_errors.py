@@ -119,7 +119,7 @@ def test_a_wrong_value_of_any_field_is_a_400_that_names_it(served: Served, path:
         ({"priority": 1000}, "priority", "expected an integer from -100 to 100"),
         ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_budget", "expected one"),
         ({"messages": []}, "messages", "found 0, expected at least 1"),
-        ({"messages": [{"role": "user"}]}, "messages[0]", "content: found none, expected text"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "content: found none"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0]", "found 'wizard'"),
         ({"tools": [{"type": "function", "function": {"name": "a<b"}}]}, "tools[0]", "expected"),
     ],
