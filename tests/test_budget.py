@@ -181,13 +181,18 @@ def test_bytes_that_never_become_a_character_are_not_waited_for() -> None:
 CALL = [TOOL_CALL, *QWEN.encode('{"name": "now"}\n</tool_call>')]
 
 
-def test_a_call_ends_a_thought_only_where_there_are_tools() -> None:
-    drawn = [OPEN, *ANSWER, *CALL, *ANSWER * 40]
+def test_a_call_ends_a_thought_where_there_are_tools_and_nothing_follows() -> None:
+    called = [OPEN, *ANSWER, *CALL]
     for budget in (2, 3):
         row = Row(budget, tools=True)
-        assert reply(row, drawn) == (drawn, [])
+        assert reply(row, [*called, END]) == ([*called, END], [])
+        row.pipeline.finish()
         assert (row.reasoning_tokens, row.exhausted) == (2, False)
-    assert forced_by(Row(3), drawn) == EARLY_STOP
+        # Text behind it shows that it was only thought of, and the budget ends the thought then.
+        tokens, forced = reply(Row(budget, tools=True), [*called, *ANSWER * 40])
+        assert tokens[: len(called) + 1] == [*called, ANSWER[0]]
+        assert tokens[len(called) + 1 :][: len(forced)] == forced == EARLY_STOP
+    assert forced_by(Row(3), [*called, *ANSWER * 40]) == EARLY_STOP
 
 
 def test_a_call_that_is_only_talked_about_is_thought() -> None:

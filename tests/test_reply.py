@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlxqwen.chat import splitter
+from mlxqwen.chat.open_call import OpenCall
 from mlxqwen.chat.reply import (
     Delta,
     Reply,
@@ -24,7 +25,8 @@ from mlxqwen.chat.reply import (
     join_deltas,
 )
 from mlxqwen.chat.reply_parser import ReplyParser, TagLexer, parse_reply
-from mlxqwen.chat.splitter import MAX_WARNINGS, Splitter, Tag, _OpenCall
+from mlxqwen.chat.splitter import MAX_WARNINGS, Splitter
+from mlxqwen.chat.tags import Tag
 from mlxqwen.errors import OptionError
 
 # Text of a thinking model → reasoning and content.
@@ -237,40 +239,44 @@ def by_the_book(text: str, thinking: bool | None, tools: bool = False, *, read: 
     thinks = thinking or (thinking is None and text.lstrip("\n").startswith("<think>"))
     start = len(text) - len(text.lstrip("\n")) if thinks else 0
     start += len("<think>") if thinks and text.startswith("<think>", start) else 0
-    reasoning, at, read = thought_by_the_book(text, start, tools, read) if thinks else ("", start, read)
-    content = text[at:]
     calls: list[tuple[str, str]] = []
-    if tools:
-        is_cut = thinks and text[at:].startswith("<tool_call>") and not text[:at].endswith("</think>")
-        content, calls = calls_by_the_book(text, at, is_cut=is_cut, read=read)
+    reasoning, at = "", start
+    if thinks:
+        reasoning, at, read, calls = thought_by_the_book(text, start, tools, read)
+    content = text[at:]
+    if tools and not calls:
+        content, calls = calls_by_the_book(text, at, read=read)
     return Reply(reasoning.strip("\n") or None, content.strip("\n"), calls_of(calls))
 
 
-def thought_by_the_book(text: str, start: int, tools: bool, read: int) -> tuple[str, int, int]:
-    """The thought, where the reply goes on, and up to where tags are tags in strings, too."""
+def thought_by_the_book(text: str, start: int, tools: bool, read: int) -> tuple[str, int, int, list[tuple[str, str]]]:
+    """The thought, where the reply goes on, up to where tags are tags in strings, too, and the calls that end it."""
     at = start
+    first: int | None = None  # of the calls behind which nothing has been said yet
+    held: list[tuple[str, str]] = []
     while tag := re.compile("</think>|<tool_call>" if tools else "</think>").search(text, at):
+        if text[at : tag.start()].strip(" \t\n\r"):
+            first, held = None, []
         if tag[0] == "</think>":
-            return text[start : tag.start()], tag.end(), read
+            if first is not None and not text[tag.end() :].strip(" \t\n\r"):
+                return text[start:first], len(text), read, held
+            return text[start : tag.start()], tag.end(), read, []
         at, calls, read_now = call_by_the_book(text, tag.end(), is_due=True, read=read)
         if calls is not None:
-            return text[start : tag.start()], tag.start(), read
-        read = max(read, read_now)
-    return text[start:], len(text), read
+            first, held = tag.start() if first is None else first, held + calls
+        else:
+            first, held, read = None, [], max(read, read_now)
+    if first is not None and not text[at:].strip(" \t\n\r"):
+        return text[start:first], len(text), read, held
+    return text[start:], len(text), read, []
 
 
-def calls_by_the_book(text: str, at: int, *, is_cut: bool, read: int) -> tuple[str, list[tuple[str, str]]]:
-    """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile.
-
-    It also stands for the `</think>` of a thought that a call has ended.
-    """
+def calls_by_the_book(text: str, at: int, *, read: int) -> tuple[str, list[tuple[str, str]]]:
+    """An answer without its calls, and those. A NUL, which no text here has, stands for a call meanwhile."""
     content, calls = "", []
-    while tag := re.compile("<tool_call>|</think>" if is_cut else "<tool_call>").search(text, at):
+    while tag := re.compile("<tool_call>").search(text, at):
         content += text[at : tag.start()]
-        if tag[0] == "</think>":
-            content, at, is_cut = content + "\0", tag.end(), False
-            continue
-        at, made, read_now = call_by_the_book(text, tag.end(), is_due=is_cut, read=read)
+        at, made, read_now = call_by_the_book(text, tag.end(), is_due=False, read=read)
         read = max(read, read_now)
         content += text[tag.start() : at] if made is None else "\0"
         calls += made or []
@@ -462,20 +468,24 @@ def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
     ("text", "reasoning", "content", "calls"),
     [
         (f"Hm.\n{NOW}", "Hm.", "", 1),
-        (f"<think>\nHm.\n{NOW}\nb", "Hm.", "b", 1),
+        (f"<think>\nHm.\n{NOW}\nb", f"Hm.\n{NOW}\nb", "", 0),
         (f"{NOW}", None, "", 1),
         (f"<think>{NOW}</think>", None, "", 1),
-        (f"<think>\nHm.\n{NOW}\n</think>\n\nYes.", "Hm.", "Yes.", 1),
-        (f"Hm.{NOW}a\n</think>\nb</think>", "Hm.", "a\nb</think>", 1),
-        (f"Hm.{NOW}a{NOW}b</think>c", "Hm.", "abc", 2),
+        (f"<think>\nHm.\n{NOW}\n</think>\n\n", "Hm.", "", 1),
+        (f"<think>\nHm.\n{NOW}\n</think>\n\nYes.", f"Hm.\n{NOW}", "Yes.", 0),
+        (f"Hm.{NOW}\n</think>\n{NOW}", f"Hm.{NOW}", "", 1),
+        (f"Hm.{NOW}\n{NOW}\n", "Hm.", "", 2),
+        (f"Hm.{NOW}a\n</think>\nb</think>", f"Hm.{NOW}a", "b</think>", 0),
+        (f"Hm.{NOW}a{NOW}b</think>c", f"Hm.{NOW}a{NOW}b", "c", 0),
+        (f"Hm.{NOW}a{NOW}", f"Hm.{NOW}a", "", 1),
         ("Hm. <tool_call> or", "Hm. <tool_call> or", "", 0),
         ("I could use <tool_call> tags here.</think>Yes.", "I could use <tool_call> tags here.", "Yes.", 0),
         ("a<tool_call></think>b", "a<tool_call>", "b", 0),
-        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', 'a<tool_call>{"name": 1}</tool_call>b', "c", 1),
+        (f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', f'a<tool_call>{{"name": 1}}</tool_call>b{NOW}c', "", 0),
         ('a\n<tool_call>{"name": "f}</tool_call>\nb\n</think>c', 'a\n<tool_call>{"name": "f}</tool_call>\nb', "c", 0),
         ('a<tool_call>{"name": "f</think>b', 'a<tool_call>{"name": "f', "b", 0),
         ('a<tool_call>{"x": "</think>b"}</tool_call>', 'a<tool_call>{"x": "', 'b"}</tool_call>', 0),
-        (f'{NOW}<tool_call>{{"name": "f</think>b', None, '<tool_call>{"name": "fb', 1),
+        (f'{NOW}<tool_call>{{"name": "f</think>b', f'{NOW}<tool_call>{{"name": "f', "b", 0),
         ('Hm.<tool_call>\n```json\n{"name": "now"}\n```\n</tool_call>', "Hm.", "", 1),
         ('a<tool_call>{"name": "now",}</tool_call>', 'a<tool_call>{"name": "now",}</tool_call>', "", 0),
         ('Hm.<tool_call>{"name": "now"}', "Hm.", "", 1),
@@ -483,7 +493,9 @@ def test_a_broken_call_is_content_and_the_next_one_counts(text: str) -> None:
         ("Hm. <tool_calls></think>a", "Hm. <tool_calls>", "a", 0),
     ],
 )
-def test_only_a_call_ends_open_reasoning(text: str, reasoning: str | None, content: str, calls: int) -> None:
+def test_only_a_call_that_nothing_follows_ends_open_reasoning(
+    text: str, reasoning: str | None, content: str, calls: int
+) -> None:
     assert_every_cut(text, True, Reply(reasoning, content, calls_of([("now", "{}")] * calls)))
     assert whole(f"a{NOW}</think>b", True) == Reply(f"a{NOW}", "b")
 
@@ -650,7 +662,7 @@ def test_every_character_is_looked_at_a_few_times_at_most(
 
     counting(TagLexer, "_search", "searched")
     counting(Splitter, "take", "taken")
-    counting(_OpenCall, "_follow", "followed")
+    counting(OpenCall, "_follow", "followed")
     counting(splitter, "parse_tool_calls", "parsed")
     reply, _ = in_pieces([text[at : at + size] for at in range(0, len(text), size)], thinking, tools=True)
     length = len(text)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from mlxqwen.chat.pipeline import ReplyPipeline
-from mlxqwen.chat.splitter import Tag
+from mlxqwen.chat.tags import Tag
 from mlxqwen.chat.thinking import check_budget, check_early_stop_text
 from mlxqwen.errors import OptionError
 from mlxqwen.sampling.constraint import Constraint, Unconstrained

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from mlxqwen.chat.reply import Delta, Reply, join_deltas, new_call_id
 from mlxqwen.chat.reply_parser import TagLexer
-from mlxqwen.chat.splitter import Splitter, Tag
+from mlxqwen.chat.splitter import Splitter
+from mlxqwen.chat.tags import Tag
 from mlxqwen.text.stop import StopStrings
 from mlxqwen.text.tokenizer import Tokenizer
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 
 from mlxqwen.chat.reply import Delta, Reply, join_deltas, new_call_id
-from mlxqwen.chat.splitter import Splitter, Tag
+from mlxqwen.chat.splitter import Splitter
+from mlxqwen.chat.tags import Tag
 from mlxqwen.errors import OptionError
 
 __all__ = ["ReplyParser", "TagLexer", "parse_reply"]

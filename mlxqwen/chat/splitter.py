@@ -7,32 +7,19 @@ Qwen3 thinks between `<think>` and `</think>` and answers behind it; a call stan
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from enum import Enum
+from collections.abc import Callable, Collection, Sequence
 
 from mlxqwen.chat.constrained_call import ConstrainedCall
 from mlxqwen.chat.edge_line_breaks import EdgeLineBreaks
+from mlxqwen.chat.open_call import HeldCalls, OpenCall
 from mlxqwen.chat.reply import Delta, ToolCallDelta, new_call_id
+from mlxqwen.chat.tags import Tag
 from mlxqwen.chat.tool_call_text import parse_tool_calls
 
-__all__ = ["MAX_WARNINGS", "Splitter", "Tag"]
+__all__ = ["MAX_WARNINGS", "Splitter"]
 
 MAX_WARNINGS = 20
-_FENCE = "```"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_BETWEEN_STRINGS = re.compile(r"[ \t\n\r,:+\-.0-9Eaeflnrstu]*")  # brackets aside, all that JSON holds there
-_NOTHING = re.compile("")
-_NO_QUOTE = re.compile(r'[^"]*')
-_IN_STRING = re.compile(r'[^"\\]*')
-
-
-class Tag(Enum):
-    """A tag of a reply; its value is how it is spelled."""
-
-    THINK = "<think>"
-    END_THINK = "</think>"
-    CALL = "<tool_call>"
-    END_CALL = "</tool_call>"
 
 
 class Splitter:
@@ -40,10 +27,12 @@ class Splitter:
 
     Think tags count only around the reply's first thought; elsewhere they are text. The text of a call is kept until
     its closing tag and parsed then. What is no call stays where it stands, as reasoning or as content, exactly as
-    written, and `warnings` says why it is none. What is no JSON behind a `<tool_call>` is text at once. A call ends a
-    thought, and the `</think>` that may still follow is not shown. A whole call at the end of the reply counts without
-    its closing tag. Line breaks around a call are no content, except that texts before and behind it stay on lines of
-    their own.
+    written, and `warnings` says why it is none. What is no JSON behind a `<tool_call>` is text at once. A whole call at
+    the end of the reply counts without its closing tag. Line breaks around a call are no content, except that texts
+    before and behind it stay on lines of their own.
+
+    A call in a thought is made, and ends it, where the reply has nothing further to say: the model has forgotten to
+    close its thought. Where more thought or an answer follows, it was only thought of, and is reasoning.
 
     In a call, another `<tool_call>`, and a `</think>` that is still due, end it as text. Tags that are spelled by text
     are no tags inside a JSON string; if that call comes to nothing, it ends at the first of them, and what follows is
@@ -87,14 +76,15 @@ class Splitter:
         self._new_id = new_id
         self._spelled = frozenset(spelled)
         self._calls = 0
-        self._call: _OpenCall | None = None
+        self._call: OpenCall | None = None
+        self._held: HeldCalls | None = None
         self._edges = EdgeLineBreaks()
         self._rereads = False
 
     @property
     def in_reasoning(self) -> bool:
         """Whether the text so far ends in reasoning; not while it may be a call that ends it."""
-        return self.in_thought and self._call is None
+        return self.in_thought and self._call is None and self._held is None
 
     @property
     def may_reason(self) -> bool:
@@ -104,7 +94,7 @@ class Splitter:
     @property
     def shows_text(self) -> bool:
         """Whether text without line breaks at its ends is shown as it is."""
-        is_in_call = self._call is not None or self._constrained is not None
+        is_in_call = self._call is not None or self._constrained is not None or self._held is not None
         return not is_in_call and not self.may_open and self._edges.is_clear
 
     def awaits(self, tag: Tag) -> bool:
@@ -126,6 +116,11 @@ class Splitter:
         """
         if self._constrained is not None:
             return self._take_constrained(self._constrained, piece)
+        if self._held is not None and self._call is None:
+            if self._holds(self._held, piece, at):
+                return []
+            if piece is not Tag.CALL or self._held.closed_at is not None:
+                return self._let_go() + self.take(piece, at, end)
         if isinstance(piece, Tag):
             if not self.awaits(piece):
                 return self._take_text(piece.value, at)
@@ -140,7 +135,7 @@ class Splitter:
         deltas: list[Delta] = []
         while self._call is not None:
             deltas += self._end_call(self._call)
-        return deltas
+        return deltas + self._make_held()
 
     def _take_text(self, text: str, at: int) -> list[Delta]:
         if self._call is not None:
@@ -172,7 +167,7 @@ class Splitter:
             if self.keeps_calls and not self.in_thought:
                 self._constrained = ConstrainedCall()
             else:
-                self._call = _OpenCall(at)
+                self._call = OpenCall(at)
             return deltas
         self._end_think_due = False
         if self.in_thought:
@@ -203,11 +198,11 @@ class Splitter:
     def _end_thought(self, end: int) -> None:
         self.in_thought, self.reasoning_end, self._edges = False, end, EdgeLineBreaks()
 
-    def _add_to_call(self, call: _OpenCall, piece: str | Tag, at: int) -> list[Delta]:
+    def _add_to_call(self, call: OpenCall, piece: str | Tag, at: int) -> list[Delta]:
         call.add(piece, at)
         return [] if call.problem is None else self._give_up(call, call.problem)
 
-    def _end_call(self, call: _OpenCall, closed_at: int | None = None) -> list[Delta]:
+    def _end_call(self, call: OpenCall, closed_at: int | None = None) -> list[Delta]:
         try:
             calls = parse_tool_calls(call.text)
         except ValueError as problem:
@@ -216,8 +211,15 @@ class Splitter:
             call.add(Tag.END_CALL, closed_at)
             return self._give_up(call, str(problem))
         self._call = None
-        if self.in_thought:
-            self._end_thought(call.at)
+        if not self.in_thought:
+            return self._made(calls)
+        self._held = self._held or HeldCalls(call.at)
+        self._held.calls += calls
+        closing = "" if closed_at is None else Tag.END_CALL.value
+        self._held.texts.append(f"{Tag.CALL.value}{call.text}{closing}")
+        return []
+
+    def _made(self, calls: Sequence[tuple[str, str]]) -> list[Delta]:
         self._edges.cut()
         deltas = []
         for name, arguments in calls:
@@ -225,12 +227,42 @@ class Splitter:
             self._calls += 1
         return deltas
 
-    def _give_up(self, call: _OpenCall, problem: str) -> list[Delta]:
+    def _holds(self, held: HeldCalls, piece: str | Tag, at: int) -> bool:
+        """Whether the calls in the thought are still undecided behind `piece`, which is kept with them then."""
+        if piece is Tag.END_THINK and self._end_think_due:
+            self._end_think_due = False
+            held.closed_at = at
+            return True
+        if isinstance(piece, Tag) or _SPACE.fullmatch(piece) is None:
+            return False
+        (held.texts if held.closed_at is None else held.behind).append(piece)
+        return True
+
+    def _make_held(self) -> list[Delta]:
+        """The calls in the thought, behind which the reply has ended."""
+        held, self._held = self._held, None
+        if held is None:
+            return []
+        self._end_thought(held.at)
+        return self._made(held.calls)
+
+    def _let_go(self) -> list[Delta]:
+        """The calls in the thought as the reasoning that they are, since something follows."""
+        held, self._held = self._held, None
+        if held is None:
+            return []
+        deltas = self._shown("".join(held.texts))
+        if held.closed_at is not None:
+            self._end_thought(held.closed_at)
+            deltas += self._shown("".join(held.behind))
+        return deltas
+
+    def _give_up(self, call: OpenCall, problem: str) -> list[Delta]:
         """Give up `call`: show its text up to the first tag in it, and read the rest again."""
         self._call = None
         self._warn(problem)
         text, rest = call.parts()
-        deltas = self._shown(Tag.CALL.value + text)
+        deltas = self._let_go() + self._shown(Tag.CALL.value + text)
         rereads, self._rereads = self._rereads, True
         for piece, at in rest:
             deltas += self.take(piece, at, at + len(piece.value if isinstance(piece, Tag) else piece))
@@ -251,90 +283,3 @@ class Splitter:
             self.warnings.append(f"a tool call was kept as text: {problem[:200]}")
         elif len(self.warnings) == MAX_WARNINGS:
             self.warnings.append("more tool calls were kept as text")
-
-
-class _OpenCall:
-    """What stands behind a `<tool_call>` that is not closed yet.
-
-    Attributes:
-        at: the position of the tag.
-        in_string: whether the text so far ends in a JSON string.
-        problem: why it can no longer become a call: what no JSON holds outside of strings, or text behind the JSON.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.in_string = False
-        self.problem: str | None = None
-        self._texts: list[str] = []
-        self._pieces: list[tuple[str | Tag, int]] = []  # those of the texts, from the first tag on
-        self._before = 0  # texts that are not among the pieces
-        self._fence = ""  # of a code fence, as much as has come
-        self._depth = 0
-        self._is_whole = False
-        self._is_escaped = False
-
-    @property
-    def text(self) -> str:
-        return "".join(self._texts)
-
-    def add(self, piece: str | Tag, at: int) -> None:
-        """Take the next piece, which begins at position `at`."""
-        text = piece.value if isinstance(piece, Tag) else piece
-        self._texts.append(text)
-        if self._pieces or isinstance(piece, Tag):
-            self._pieces.append((piece, at))
-        else:
-            self._before += 1
-        self._follow(text)
-
-    def parts(self) -> tuple[str, list[tuple[str | Tag, int]]]:
-        """The text up to the first tag or the closing tag, and the pieces from there on."""
-        closes = 1 if self._pieces and self._pieces[0][0] is Tag.END_CALL else 0
-        return "".join(self._texts[: self._before + closes]), self._pieces[closes:]
-
-    def _follow(self, text: str) -> None:
-        at = 0
-        while at < len(text) and self.problem is None:
-            if self.in_string:
-                at = self._follow_string(text, at)
-            else:
-                at = _end_of(self._plain, text, at)
-                if at < len(text):
-                    self._follow_structure(text[at])
-                    at += 1
-
-    @property
-    def _plain(self) -> re.Pattern[str]:
-        """What may stand here without being looked at."""
-        if self._fence:
-            return _NO_QUOTE if self._fence == _FENCE else _NOTHING
-        return _BETWEEN_STRINGS if self._depth else _SPACE
-
-    def _follow_string(self, text: str, at: int) -> int:
-        if self._is_escaped:
-            self._is_escaped = False
-            return at + 1
-        at = _end_of(_IN_STRING, text, at)
-        if at < len(text):
-            self.in_string, self._is_escaped = text[at] != '"', text[at] == "\\"
-        return at + 1
-
-    def _follow_structure(self, character: str) -> None:
-        if self._fence == _FENCE:
-            self.in_string = True
-        elif character == "`" and not self._depth and not self._is_whole:
-            self._fence += character
-        elif self._fence or self._is_whole or character not in ('"{[]}' if self._depth else "{["):
-            expected = Tag.END_CALL.value if self._is_whole else "JSON" if self._depth else "an object"
-            self.problem = f"found {character!r}, expected {expected}"
-        elif character == '"':
-            self.in_string = True
-        else:
-            self._depth += 1 if character in "{[" else -1
-            self._is_whole = self._depth == 0
-
-
-def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
-    found = pattern.match(text, start)
-    return start if found is None else found.end()

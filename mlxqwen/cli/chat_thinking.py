@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mlxqwen.chat.splitter import Tag
+from mlxqwen.chat.tags import Tag
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.cli.terminal import counted

@@ -219,7 +219,7 @@ def stream_generate(
         skip_special_tokens: whether special tokens leave no text; end tokens never do.
         stop_on_loop: end a reply that repeats itself without end, as `mlxqwen.engine.loops` defines it.
         expect_thought: whether a reply that the prompt leaves free begins in thought without a `<think>` of its own.
-        tools: whether the model may call tools: a call ends its thought.
+        tools: whether the model may call tools: a call that nothing follows ends its thought.
         cache: a `KVCache` of one row that holds what came before the prompt, and at the end everything but the last
             token (a device that overlaps steps may have added that too: `offsets` tell). By default what
             was read of other prompts is shared.

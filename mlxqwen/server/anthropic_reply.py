@@ -73,10 +73,12 @@ class MessageReply:
         return event(anthropic_error(error), "error")
 
     def _ending(self, done: Done) -> dict[str, Any]:
+        """Why it ended, and that it did so in thought, if nothing was said."""
         if done.stop_string is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": done.stop_string}
         reason = "tool_use" if self._blocks.is_cut else _REASONS[done.finish_reason]
-        return {"stop_reason": reason, "stop_sequence": None}
+        in_thought = {"ended_in_thought": True} if self._blocks.is_thought_alone else {}
+        return {"stop_reason": reason, "stop_sequence": None, **in_thought}
 
 
 def _call_id(block: Block) -> str:

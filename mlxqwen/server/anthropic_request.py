@@ -13,10 +13,10 @@ from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form, form_of, unknown_fields
 from mlxqwen.server.chat_fields import ChatFields, Number
 from mlxqwen.server.errors import ApiError
+from mlxqwen.server.histories import kept_instructions
 
 __all__ = ["CountFields", "MessagesFields", "as_chat"]
 
-_BILLING = "x-anthropic-billing-header:"
 _WITHOUT_TEXT = {"redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result"}
 
 Content = str | list[dict[str, Any]]
@@ -111,12 +111,12 @@ def _response_format(given: object) -> dict[str, Any] | None:
 
 
 def _system(system: Content | None) -> Iterator[dict[str, Any]]:
-    """The system message, without a line that a client's bookkeeping changes with every request."""
+    """The system message."""
     if system is None:
         return
     texts = [system] if isinstance(system, str) else list(_texts(system, "system"))
-    kept = [text for text in texts if not text.startswith(_BILLING)]
-    if any(kept):
+    kept = [text for text in map(kept_instructions, texts) if text]
+    if kept:
         yield {"role": "system", "content": "\n\n".join(kept) if len(kept) > 1 else kept[0]}
 
 

@@ -19,7 +19,7 @@ from mlxqwen.server.bodies import unknown_fields
 from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.event_stream import to_json
-from mlxqwen.server.histories import with_whole_arguments, with_written_calls
+from mlxqwen.server.histories import with_kept_instructions, with_whole_arguments, with_written_calls
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.structured import call_options, response_format
@@ -227,7 +227,7 @@ def rows(request: Request, fields: ReplyFields) -> list[Request]:
 
 def _messages(fields: ChatFields, notes: list[str]) -> list[Mapping[str, Any]]:
     """The conversation; of what could not be read as it was meant a note is taken."""
-    messages = with_whole_arguments(fields.messages, notes)
+    messages = with_kept_instructions(with_whole_arguments(fields.messages, notes))
     return messages if fields.tools else with_written_calls(messages)
 
 

@@ -1,7 +1,8 @@
-"""Talks as clients send them back → as the library takes them: calls that were cut off, and calls written as text."""
+"""Talks as clients send them → as the library takes them: bookkeeping in them, calls cut off, calls written as text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,34 @@ from mlxqwen.errors import MlxqwenError
 from mlxqwen.files.json_file import parse_json
 from mlxqwen.server.event_stream import to_json
 
-__all__ = ["with_whole_arguments", "with_written_calls"]
+__all__ = ["kept_instructions", "with_kept_instructions", "with_whole_arguments", "with_written_calls"]
+
+# Lines of Claude Code's that differ with every request, and would keep its instructions from being known: what is to be
+# billed, at their beginning, and how many tokens are left of a budget that is not this server's.
+_HEADER = re.compile(r"x-anthropic-[a-z-]+:[^\n]*\n*")
+_TOKENS_LEFT = re.compile(r"(?:\A|\n)<total_tokens>\d{1,15} tokens left</total_tokens>(?=\n|\Z)")
+
+
+def kept_instructions(text: str) -> str:
+    """Instructions without the lines of a client's bookkeeping."""
+    at = 0
+    while header := _HEADER.match(text, at):
+        at = header.end()
+    rest, found = _TOKENS_LEFT.subn("", text[at:])
+    return rest.rstrip("\n") if found else rest
+
+
+def with_kept_instructions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, those of the system and of developers without the lines of a client's bookkeeping."""
+    kept: list[Mapping[str, Any]] = []
+    for message in messages:
+        text = _text(message.get("content")) if message.get("role") in ("system", "developer") else None
+        rest = text if text is None else kept_instructions(text)
+        if rest == text:
+            kept.append(message)
+        elif rest:
+            kept.append({**message, "content": rest})
+    return kept
 
 
 def with_whole_arguments(messages: Sequence[Mapping[str, Any]], notes: list[str]) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxqwen.chat.reply import Delta
-from mlxqwen.chat.splitter import Tag
+from mlxqwen.chat.tags import Tag
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.errors import MlxqwenError

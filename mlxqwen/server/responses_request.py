@@ -63,6 +63,7 @@ class ResponsesFields(Form):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
+    response_format: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
@@ -132,7 +133,7 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
         "tools": _tools(fields.tools or (), notes) or None,
         "tool_choice": _choice(fields.tool_choice),
         "reasoning_effort": None if fields.reasoning is None else fields.reasoning.effort,
-        "response_format": _response_format(fields.text),
+        "response_format": _response_format(fields),
         "logprobs": True if tells or fields.top_logprobs else None,
         "top_logprobs": fields.top_logprobs,
     }
@@ -228,11 +229,18 @@ def _choice(choice: str | dict[str, Any] | None) -> Any:
     return choice
 
 
-def _response_format(text: TextOptions | None) -> dict[str, Any] | None:
-    """`text.format` in the form of chat completions."""
-    given = None if text is None else text.format
+def _response_format(fields: ResponsesFields) -> dict[str, Any] | None:
+    """`text.format`, or chat completions' own field, in the form of chat completions."""
+    given = None if fields.text is None else fields.text.format
+    if given is not None and fields.response_format is not None:
+        raise ApiError(
+            400,
+            "response_format: found one beside text.format, expected one of them",
+            code="invalid_value",
+            param="response_format",
+        )
     if given is None or given.get("type") != "json_schema":
-        return given
+        return given or fields.response_format
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 

@@ -10,8 +10,8 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from mlxqwen.chat.pipeline import ReplyPipeline
-from mlxqwen.chat.splitter import Tag
 from mlxqwen.chat.structured.compiler import CompiledGrammar, problem_of
+from mlxqwen.chat.tags import Tag
 from mlxqwen.errors import GenerationError, OptionError
 from mlxqwen.sampling.constraint import Mask, mask_of_bytes
 from mlxqwen.text.tokenizer import Tokenizer

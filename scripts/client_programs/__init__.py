@@ -1,0 +1,1 @@
+"""Programs of real clients, unpatched, that `scripts/clients` runs in environments of their own."""
