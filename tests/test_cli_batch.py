@@ -409,7 +409,7 @@ def test_options_that_do_not_go_together(arguments: list[str], words: str) -> No
     [
         ("{", "not valid JSON at column 2"),
         ('{"prompt": "a", "heat": 5}', "found 'heat'"),
-        ('{"messages": [{"role": "user"}]}', "messages[0]: content"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "messages[0]: content"),
         ('{"prompt": "a", "sampling": {"top_k": -2}}', "top_k: found -2"),
         ('{"prompt": "\x1b[31m"}', "Invalid control character"),
     ],

@@ -131,7 +131,7 @@ def test_files_that_cannot_be_written(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     conversation.save(path)
     before = path.read_bytes()
-    conversation.messages[1]["content"] = None
+    conversation.messages[1]["content"] = 3
     with pytest.raises(MessagesError):
         conversation.save(path)
     conversation.messages[1] = {"role": "user", "content": "a", "score": float("nan")}

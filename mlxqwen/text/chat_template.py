@@ -87,7 +87,7 @@ def _for_lack_of_content(
         return error
     words = error.problem.removeprefix("chat template: ")
     return MessagesError(
-        f"messages[{lacking[0]}]: content: found none: the chat template raises an error: {words}",
+        f"messages[{lacking[0]}]: content: found none, expected text: the chat template raises an error: {words}",
         hint='Give text; "" is an empty turn. Only an assistant that calls tools or thinks may lack content.',
     )
 
