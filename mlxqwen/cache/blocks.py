@@ -48,8 +48,10 @@ def take_blocks(cache: KVCache, row: int, start: int, stop: int) -> list[Stored]
     return blocks
 
 
-def put_blocks(cache: KVCache, blocks: Sequence[Stored]) -> None:
+def put_blocks(cache: KVCache, blocks: Sequence[Stored], *, joins: bool = False) -> None:
     """Fill an empty cache of one row with copies of blocks, from the first block of the row on; evaluated.
+
+    Where the row only `joins` another cache, it is not evaluated, and has no room to grow.
 
     Raises `CacheError` for a cache that is not empty, or blocks of another kind of cache.
     """
@@ -57,9 +59,11 @@ def put_blocks(cache: KVCache, blocks: Sequence[Stored]) -> None:
     _check_fits(cache, blocks, BLOCK, length)
     if not blocks:
         return
-    capacity = cache.placement.capacity_for(length)
+    capacity = length if joins else cache.placement.capacity_for(length)
     parts = [_joined([_layers(part) for part in same], capacity) for same in zip(*blocks, strict=True)]
     _fill(cache, parts, length)
+    if not joins:
+        mx.eval(cache.state)
 
 
 def take_window(cache: KVCache, row: int) -> Stored:
@@ -84,6 +88,7 @@ def put_window(cache: KVCache, window: Stored, offset: int) -> None:
         raise CacheError("cache: not a ring that such a window belongs to", hint="Make it with like(1).")
     _check_fits(cache, [window], size, 0)
     _fill(cache, [[mx.contiguous(layer) for layer in _layers(part)] for part in window], offset)
+    mx.eval(cache.state)
 
 
 def _buffers(cache: KVCache) -> list[list[mx.array]]:
@@ -120,7 +125,6 @@ def _fill(cache: KVCache, parts: Sequence[Sequence[mx.array]], offset: int) -> N
     for number, layer in enumerate(cache):
         layer.keys = tuple(buffers[number] for buffers in parts)
         layer.values = tuple(buffers[count + number] for buffers in parts)
-    mx.eval(cache.state)
     cache.placement.offsets = [offset]
 
 

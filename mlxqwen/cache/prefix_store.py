@@ -115,15 +115,15 @@ class Match:
         self._window = window
         self.length = len(blocks) * BLOCK if window is None else window.length
 
-    def fill(self, cache: KVCache) -> None:
-        """Copy it into an empty cache of one row, of the kind that was asked for; evaluated.
+    def fill(self, cache: KVCache, *, joins: bool = False) -> None:
+        """Copy it into an empty cache of one row, of the kind that was asked for; see `put_blocks`.
 
         Raises `CacheError` for another cache.
         """
         if self._window is not None:
             put_window(cache, self._window.parts, self.length)
         else:
-            put_blocks(cache, [block.parts for block in self._blocks])
+            put_blocks(cache, [block.parts for block in self._blocks], joins=joins)
 
 
 class Pin:

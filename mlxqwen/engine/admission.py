@@ -36,7 +36,7 @@ def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Gener
 
 
 def new_prefill(generations: list[Generation]) -> Prefill:
-    """Make a prefill with a new cache, filled with the blocks that the store has for each prompt."""
+    """Make a prefill with a new cache, filled with the blocks that the store has for each prompt; evaluated."""
     if generations[0].own_cache is not None:
         return _prefill_behind(generations, generations[0].own_cache)
     kind = generations[0].request.cache
@@ -45,7 +45,7 @@ def new_prefill(generations: list[Generation]) -> Prefill:
     for one in generations:
         cache = kind.make(one.model)
         if one.match is not None and one.match.length:
-            one.match.fill(cache)
+            one.match.fill(cache, joins=len(generations) > 1)
         one.match = None
         filled.append(cache)
     cache = filled[0]

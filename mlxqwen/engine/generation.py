@@ -200,11 +200,10 @@ class Generation:
         return request.prompt_logprobs is not None and len(self.prompt_logprobs) < len(request.prompt) - 1
 
     def make_sampler(self) -> Sampler:
-        """Make the request's sampler; called by the thread that evaluates."""
+        """Make the request's sampler, whose arrays are not evaluated."""
         if self.sampler is None:
             request = self.request
             self.sampler = Sampler([request.sampling], [request.prompt], self.model.config.vocab_size)
-            mx.eval(self.sampler.arrays)  # another thread may go on with it
         return self.sampler
 
     def mask(self) -> mx.array | None:

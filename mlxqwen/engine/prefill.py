@@ -21,7 +21,7 @@ from mlxqwen.sampling.sampler import Sampler
 __all__ = ["Prefill", "read_together"]
 
 _LOGPROBS_AT_ONCE = 16  # places of which all logits are there: 10 MB of 151,936 tokens in float32
-_PADDING = 16  # tokens a row: reading so many more costs less than one step more
+_PADDING = 16  # tokens a row: attention alone sees them, which costs less than one step more
 
 
 class Prefill:
@@ -158,7 +158,9 @@ class Prefill:
 
     def _draw(self, generations: Sequence[Generation], logits: mx.array) -> tuple[Sampler, mx.array]:
         """The sampler of all rows, and their first tokens, which are being computed."""
-        sampler, *others = [one.make_sampler().extract([0]) for one in generations]
+        samplers = [one.make_sampler() for one in generations]
+        mx.eval([sampler.arrays for sampler in samplers])  # another thread may go on with them
+        sampler, *others = [one.extract([0]) for one in samplers]
         sampler.join(others)
         drawn = sampler(apply_masks(logits, masks_of(generations)))
         mx.async_eval(drawn, sampler.arrays, self.cache.state, begin_logprobs(generations, logits))

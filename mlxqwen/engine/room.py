@@ -15,7 +15,16 @@ from mlxqwen.errors import InsufficientMemoryError
 if TYPE_CHECKING:
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["grows", "may_grow", "may_guess", "may_merge", "may_start", "out_of_memory", "refuse_if_never"]
+__all__ = [
+    "bytes_to_start",
+    "grows",
+    "may_grow",
+    "may_guess",
+    "may_merge",
+    "may_start",
+    "out_of_memory",
+    "refuse_if_never",
+]
 
 
 def refuse_if_never(scheduler: Scheduler, cache: object, tokens: int) -> None:
@@ -25,18 +34,20 @@ def refuse_if_never(scheduler: Scheduler, cache: object, tokens: int) -> None:
         account().refuse_if_never(needed, f"prompt: its cache of {tokens:,} tokens")
 
 
-def may_start(
-    scheduler: Scheduler, one: Generation, admitted: Sequence[Generation], batches: Sequence[RunningBatch]
-) -> bool:
-    """Whether a prompt and one step of growth fit, beside the admitted ones and one layer of rows that join."""
+def bytes_to_start(scheduler: Scheduler, one: Generation) -> int:
+    """Bytes of the buffers for a prompt and one step of growth."""
+    return buffer_bytes(scheduler.model, one.request.cache, len(one.text) + 1)
+
+
+def may_start(scheduler: Scheduler, nbytes: int, admitted: int, batches: Sequence[RunningBatch]) -> bool:
+    """Whether a prompt of `nbytes` fits, beside the `admitted` bytes of others and one layer of rows that join."""
     if not scheduler.checks_memory:
         return True
-    needed = sum(buffer_bytes(scheduler.model, other.request.cache, len(other.text) + 1) for other in (*admitted, one))
     joining = max((batch.cache.nbytes // len(batch.cache) for batch in batches), default=0)
-    if account().make_room(needed + joining, scheduler):
+    if account().make_room(admitted + nbytes + joining, scheduler):
         return True
     is_alone = not admitted and not any(other.cache_bytes for other in account().schedulers)
-    return is_alone and needed <= account().most()
+    return is_alone and nbytes <= account().most()
 
 
 def may_merge(scheduler: Scheduler, batches: Sequence[RunningBatch]) -> bool:

@@ -34,7 +34,16 @@ from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
-from mlxqwen.engine.room import grows, may_grow, may_guess, may_merge, may_start, out_of_memory, refuse_if_never
+from mlxqwen.engine.room import (
+    bytes_to_start,
+    grows,
+    may_grow,
+    may_guess,
+    may_merge,
+    may_start,
+    out_of_memory,
+    refuse_if_never,
+)
 from mlxqwen.engine.running import RunningBatch
 from mlxqwen.engine.speculation.draft_model import DraftModel
 from mlxqwen.engine.speculation.guesses import Guesser
@@ -359,12 +368,13 @@ class Scheduler:
     def _admit(self) -> bool:
         """Let waiting requests begin, in order, as far as rows and memory allow → whether one tells progress."""
         admitted: list[Generation] = []
-        has_looked, filled = False, 0
+        has_looked, filled, nbytes = False, 0, 0
         # A reply with its caller's cache that is far ahead of its reader keeps no other from running.
         running = len(self.reading) + sum(not (one.is_parked and one.own_cache is not None) for one in self.running)
         for one in self.waiting:
             if one.own_cache is not None:  # its rows begin together
                 admitted.append(one)
+                nbytes += bytes_to_start(self, one)
                 continue
             if one.is_parked:  # it has given up its row
                 continue
@@ -385,12 +395,14 @@ class Scheduler:
             if one.waits_for_reader():
                 one.match = None
                 continue
+            own = bytes_to_start(self, one)
             if (filled > _MOST_FILLED * self._chunk and admitted) or not may_start(
-                self, one, admitted, self._alive_batches()
+                self, own, nbytes, self._alive_batches()
             ):
                 one.match = None
                 break
             admitted.append(one)
+            nbytes += own
         chosen = {id(one) for one in admitted}
         self._waiting = [one for one in self._waiting if id(one()) not in chosen]
         for group in groups_of(admitted, self._chunk):
@@ -493,13 +505,17 @@ class Scheduler:
                     drafter.read(one.text, prefill.done())
                 except Exception as error:
                     one.fail(error)
+        self._make_store_fit()
 
     def _keep(self, one: Generation, cache: KVCache, row: int, what: str, *, at_mark: bool) -> None:
-        """Put a row's text into the store, which evicts blocks where memory ends."""
+        """Put a row's text into the store."""
         try:
             self._prefixes.keep(one, cache, row, what, at_mark=at_mark)
         except Exception as error:  # nobody's reply ends because it cannot be stored
             logger.warning("prefix cache: a prompt is not kept: %s", error)
+
+    def _make_store_fit(self) -> None:
+        """Let the store evict blocks where memory ends."""
         if self.checks_memory:
             account().make_room(0, self)
 
@@ -540,6 +556,7 @@ class Scheduler:
     def _keep_said(self, one: Generation, batch: RunningBatch, place: int) -> None:
         """Put what a reply has read and generated into the store."""
         self._keep(one, batch.cache, place, "reply", at_mark=one.request.holds_cache)
+        self._make_store_fit()
 
     def _arrange(self) -> list[RunningBatch]:
         """Let rows share batches, as far as memory allows longer buffers."""

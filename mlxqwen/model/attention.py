@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlxqwen.device import Device
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.linear import FusedLinear, fuse_children
+from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope
 
 __all__ = ["Attention", "LayerCache"]
@@ -51,12 +52,16 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
         return self.output(self.attend(*self.project(x, batch_size), cache))
 
-    def project(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, num_attention_heads, L, head_dim]`, keys and values, not rotated."""
+    def project(
+        self, x: mx.array, batch_size: int, packing: Packing | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, num_attention_heads, L, head_dim]`, keys and values, not rotated; `x` may be packed."""
         if "qkv_proj" in self:
             qkv = self["qkv_proj"](x)
         else:
             qkv = mx.concatenate([self["q_proj"](x), self["k_proj"](x), self["v_proj"](x)], axis=-1)
+        if packing is not None:
+            qkv = packing.unpack(qkv)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         by_head = _split_heads(qkv, batch_size, heads + 2 * kv_heads)
         queries, keys, values = mx.split(by_head, [heads, heads + kv_heads], axis=1)
@@ -76,9 +81,10 @@ class Attention(nn.Module):
             mask="causal" if queries.shape[2] > 1 else None,
         )
 
-    def output(self, attended: mx.array) -> mx.array:
-        """`[B, num_attention_heads, L, head_dim]` → `[B * L, hidden_size]`."""
-        return self["o_proj"](_merge_heads(attended))
+    def output(self, attended: mx.array, packing: Packing | None = None) -> mx.array:
+        """`[B, num_attention_heads, L, head_dim]` → `[B * L, hidden_size]`, or packed, `[N, hidden_size]`."""
+        merged = _merge_heads(attended)
+        return self["o_proj"](merged if packing is None else packing.pack(merged))
 
     def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike."""

@@ -22,6 +22,7 @@ from mlxqwen.model.attention import Attention, LayerCache
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
+from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope, rope_of
 
 __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
@@ -56,23 +57,34 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def __call__(
-        self, x: mx.array, batch_size: int, cache: LayerCache | None = None, positions: mx.array | None = None
+        self,
+        x: mx.array,
+        batch_size: int,
+        cache: LayerCache | None = None,
+        positions: mx.array | None = None,
+        packing: Packing | None = None,
     ) -> mx.array:
-        """`[B * L, hidden_size]` → `[B * L, hidden_size]`, or `[B, hidden_size]` of one of each row's `positions`."""
-        attended = self["self_attn"].attend(*self.before_attention(x, batch_size), cache)
+        """`[B * L, hidden_size]` → `[B * L, hidden_size]`, or `[B, hidden_size]` of one of each row's `positions`.
+
+        Where `x` is packed, `[N, hidden_size]` → `[N, hidden_size]`.
+        """
+        attended = self["self_attn"].attend(*self.before_attention(x, batch_size, packing), cache)
         if positions is not None:
+            x, packing = x if packing is None else packing.unpack(x), None
             by_row, index = x.reshape(batch_size, -1, x.shape[-1]), positions[:, None, None]
             x = mx.take_along_axis(by_row, index, axis=1).squeeze(1)
             attended = mx.take_along_axis(attended, index[:, None], axis=2)
-        return self.after_attention(x, attended)
+        return self.after_attention(x, attended, packing)
 
-    def before_attention(self, x: mx.array, batch_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    def before_attention(
+        self, x: mx.array, batch_size: int, packing: Packing | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values, `[B, heads, L, head_dim]`."""
-        return self["self_attn"].project(self["input_layernorm"](x), batch_size)
+        return self["self_attn"].project(self["input_layernorm"](x), batch_size, packing)
 
-    def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+    def after_attention(self, x: mx.array, attended: mx.array, packing: Packing | None = None) -> mx.array:
         """Add the output of attention, then that of the feed-forward layer."""
-        x = x + self["self_attn"].output(attended)
+        x = x + self["self_attn"].output(attended, packing)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
     def fuse(self, device: Device) -> None:
@@ -116,8 +128,9 @@ class Qwen3Model(nn.Module):
     """Tokens `[B, L]` → hidden states `[B, L, hidden_size]`, normalised.
 
     With `last_only` it returns those of each row's last token that counts, `[B, 1, hidden_size]`: the last layer's
-    feed-forward is not computed for the others, as nothing would read it. `after_layer` is called with the index and
-    the output of each layer but the last; a decoder that is compiled for one token calls it with none.
+    feed-forward is not computed for the others, as nothing would read it, and padding goes through attention alone.
+    `after_layer` is called with the index and the output of each layer but the last; a decoder that is compiled for one
+    token calls it with none.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -150,16 +163,20 @@ class Qwen3Model(nn.Module):
             caches = cache.begin(B, L, lengths)
         elif lengths is not None:
             raise OptionError("lengths: found without a cache", hint="Pass cache=make_cache(model, batch_size=rows).")
-        hidden = self.embed_tokens(tokens.reshape(B * L))
+        tokens, packing = tokens.reshape(B * L), None
+        if last_only and lengths is not None and 0 < min(lengths) < L:
+            packing = Packing(lengths, L)
+            tokens = packing.pack(tokens)
+        hidden = self.embed_tokens(tokens)
         if L == 1 and self.decoder is not None:
             hidden = self.decoder(hidden, caches)
         else:
             for index, (layer, layer_cache) in enumerate(zip(layers[:-1], caches[:-1], strict=True)):
-                hidden = layer(hidden, B, layer_cache)
+                hidden = layer(hidden, B, layer_cache, packing=packing)
                 if after_layer is not None:
                     after_layer(index, hidden)
             last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
-            hidden = layers[-1](hidden, B, caches[-1], last)
+            hidden = layers[-1](hidden, B, caches[-1], last, packing)
         return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
 
 
