@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
-__all__ = ["Output", "spell_out_controls"]
+__all__ = ["Output", "counted", "spell_out_controls"]
 
 # A model's words must not steer the terminal: every control character but line breaks and tabs is spelled out. So are
 # soft hyphens, which nobody sees but who copies them, and the embeddings, overrides and isolates of
@@ -20,6 +20,11 @@ _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 def spell_out_controls(text: str) -> str:
     """`text` whose control characters, but line breaks and tabs, are spelled out: a terminal only shows it."""
     return text.translate(_CONTROLS)
+
+
+def counted(number: int, noun: str) -> str:
+    """For example `1 token` and `2,000 tokens`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class Output:

@@ -430,7 +430,10 @@ def test_a_budget_of_a_line_beside_the_switch_of_all(files: Files) -> None:
 
 @pytest.mark.usefixtures("no_model")
 def test_inputs_that_are_none(files: Files) -> None:
-    for content, words in ((b"", "found no lines"), (b"\xff", "found byte 0xff at 0, expected UTF-8 text")):
+    for content, words in (
+        (b"", "found no lines"),
+        (b'{}\n\n{"prompt": "caf\xe9"}', "found byte 0xe9 at 19, in line 3, expected UTF-8 text"),
+    ):
         files.input.write_bytes(content)
         assert_error(files.run(), f"{files.input}: {words}")
     with files.input.open("wb") as large:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxqwen.chat.reply import Delta
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
+from mlxqwen.cli.chat_answer import OnPrefill, show_answer
 from mlxqwen.cli.chat_session import ChatSession
+from mlxqwen.cli.chat_view import PlainView
 from mlxqwen.engine.engine import Engine
-from mlxqwen.engine.events import Done
+from mlxqwen.engine.events import Done, Event
 from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import Result, run
 from tests.test_cli_generate import CALCULATOR
@@ -195,6 +201,30 @@ def test_thinking_is_told_in_a_sentence(engine: Engine) -> None:
     ]
 
 
+def test_ctrl_c_ends_the_reading_of_a_prompt_at_once_and_an_answer_behind_its_piece(engine: Engine) -> None:
+    done: list[str] = []
+
+    def reading(on_prefill: OnPrefill) -> Generator[Event]:
+        on_prefill(0, 1_000)
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("the chunk")
+        yield Delta(content="x")
+
+    def answering(on_prefill: OnPrefill) -> Generator[Event]:
+        on_prefill(0, 1_000)
+        on_prefill(1_000, 1_000)
+        yield Delta(content="x")
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("the piece")
+        yield Delta(content="y")
+        done.append("the next one")
+
+    view = PlainView(io.StringIO(), io.StringIO(), folds_reasoning=False, count_tokens=len)
+    assert not show_answer(reading, view, stoppable=True).has_begun
+    assert show_answer(answering, view, stoppable=True).has_begun
+    assert done == ["the piece"]
+
+
 def test_a_stopped_call_is_left_out(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mlxqwen.cli import chat_session
     from mlxqwen.cli.chat_answer import Answer
@@ -213,4 +243,11 @@ def test_a_stopped_call_is_left_out(engine: Engine, monkeypatch: pytest.MonkeyPa
     chat.handle("What is 1234 * 5678?")
     chat.handle(f"/save {tmp_path / 'a'}")
     assert view.said[0] == "Stopped; what is shown stays."
+    chat.handle("/stats")
+    assert view.said[-1].startswith(
+        "The last answer was stopped: its tokens were not counted.\nConversation: 2 messages."
+    )
+    chat.handle("/undo")
+    chat.handle("/stats")
+    assert view.said[-1].startswith("There is no last answer.\n")
     assert "tool_calls" not in json.loads((tmp_path / "a").read_text())["messages"][-1]

@@ -47,7 +47,6 @@ __all__ = ["REPORT_NAME", "Progress", "convert"]
 
 REPORT_NAME = "conversion_report.json"
 # What else is written: config, index, report, card.
-_MARGIN_BYTES = 4 << 20
 _COMPARED_BYTES = 1 << 22
 
 T = TypeVar("T")
@@ -355,7 +354,7 @@ def _too_little_room(plan: Plan, output: Path) -> str | None:
     except OSError as cause:
         raise unwritable(partial, cause) from None
     extras = sum((plan.folder / name).stat().st_size for name in companion_files(plan.folder))
-    needed = plan.target_bytes + extras + _MARGIN_BYTES
+    needed = plan.target_bytes + extras
     if needed - taken <= free:
         return None
     return f"{output}: needs {size_of(needed)}, the disk has {size_of(free)} free"

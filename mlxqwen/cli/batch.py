@@ -20,8 +20,9 @@ from mlxqwen.cli.generate_options import (
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.reply_printer import print_request, yarn_field
-from mlxqwen.cli.terminal import counted, print_error
+from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import read_text, source_name
+from mlxqwen.console import counted
 from mlxqwen.errors import MlxqwenError, OptionError, one_line
 from mlxqwen.status_line import StatusLine
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from mlxqwen.cli.chat_interrupt import stop_on_interrupt
+from mlxqwen.cli.chat_interrupt import Interrupt, stop_on_interrupt
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.terminal import PrefillProgress
 from mlxqwen.engine.events import Done, Event
@@ -35,17 +35,18 @@ def show_answer(begin: Callable[[OnPrefill], Generator[Event]], view: ChatView, 
     progress = PrefillProgress(sys.stderr)
     has_begun = False
     done: Done | None = None
-    with stop_on_interrupt(stoppable) as is_stopped:
+    with stop_on_interrupt(stoppable) as interrupt:
 
         def on_prefill(read: int, total: int) -> None:
             progress(read, total)
-            if is_stopped():
+            if interrupt.is_pressed:
                 raise KeyboardInterrupt
+            interrupt.raises = read < total  # a chunk that is being read is as if it had not begun
 
         shown = view.reply()
         try:
             with closing(begin(on_prefill)) as events:
-                for event in _until(is_stopped, events):
+                for event in _until(interrupt, events):
                     if isinstance(event, Done):
                         done = event
                     else:
@@ -60,8 +61,9 @@ def show_answer(begin: Callable[[OnPrefill], Generator[Event]], view: ChatView, 
     return Answer(done, has_begun)
 
 
-def _until(is_stopped: Callable[[], bool], events: Iterator[Event]) -> Iterator[Event]:
+def _until(interrupt: Interrupt, events: Iterator[Event]) -> Iterator[Event]:
     for event in events:
+        interrupt.raises = False
         yield event
-        if is_stopped():
+        if interrupt.is_pressed:
             return

@@ -17,7 +17,7 @@ from mlxqwen.cli.chat_thinking import describe_thinking, without_sentence
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
 from mlxqwen.cli.reply_printer import print_note, print_speed
-from mlxqwen.cli.terminal import counted
+from mlxqwen.console import counted
 from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event
@@ -65,6 +65,7 @@ class ChatSession:
         self._calls = OpenCalls()
         self._answers = 0
         self._last: Done | None = None
+        self._was_stopped = False
         self._file: Path | None = None  # that the conversation was last saved to or loaded from
         if options["messages"] is not None:
             self._file = Path(options["messages"])
@@ -125,7 +126,8 @@ class ChatSession:
         except ContextLengthError as error:
             raise ContextLengthError(error.problem, hint=self._ways_out()) from None
         self._answers += 1
-        self._last = answer.done
+        if answer.done is not None or answer.has_begun:
+            self._last, self._was_stopped = answer.done, answer.done is None
         if answer.done is not None:
             if self._is_verbose:
                 print_speed(answer.done)
@@ -224,7 +226,8 @@ class ChatSession:
     def _load(self, argument: str) -> None:
         path = _path("/load", argument)
         conversation = Conversation.load(path, self._engine, **self._given)
-        self._conversation, self._file, self._last = conversation, path, None
+        self._conversation, self._file = conversation, path
+        self._forget_last()
         self._tell_loaded(path)
 
     def _tell_loaded(self, path: Path | str) -> None:
@@ -236,25 +239,34 @@ class ChatSession:
 
     def _undo(self) -> None:
         self._conversation.undo()
-        self._last = None
+        self._forget_last()
         self._view.say(f"Undone; {self._count()} left.")
 
     def _drop(self) -> None:
         self._conversation.drop_oldest()
-        self._last = None
+        self._forget_last()
         self._view.say(f"Dropped the oldest turn; {self._count()} left.")
 
     def _clear(self) -> None:
         self._conversation.clear()
-        self._last = self._file = None
+        self._file = None
+        self._forget_last()
         self._view.say("Cleared." if self._conversation.system is None else "Cleared, but for the system message.")
 
     def _count(self) -> str:
         return counted(len(self._conversation.messages), "message")
 
+    def _forget_last(self) -> None:
+        self._last, self._was_stopped = None, False
+
     def _stats(self) -> str:
+        none = (
+            "The last answer was stopped: its tokens were not counted."
+            if self._was_stopped
+            else "There is no last answer."
+        )
         return (
-            (_last_answer(self._last, self._engine) if self._last is not None else "There is no last answer.\n")
+            (_last_answer(self._last, self._engine) if self._last is not None else f"{none}\n")
             + f"Conversation: {self._count()}.\n"
             + f"{self._describe_thinking()}\n"
             + f"Answers are drawn with {self._sampling()}.\n"

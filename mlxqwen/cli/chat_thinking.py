@@ -9,7 +9,7 @@ from typing import Any
 from mlxqwen.chat.tags import Tag
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT
 from mlxqwen.chat.thinking_modes import thinking_modes
-from mlxqwen.cli.terminal import counted
+from mlxqwen.console import counted
 from mlxqwen.engine.events import Done
 from mlxqwen.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from mlxqwen.cli.chat_markdown import wrap
-from mlxqwen.cli.terminal import counted
+from mlxqwen.console import counted
 
 __all__ = ["Thought", "thought_line"]
 

@@ -14,8 +14,7 @@ from mlxqwen.cli.fit import measured
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.spellings import SettableCommand
 from mlxqwen.cli.table import Column, columns_of, table
-from mlxqwen.cli.terminal import counted
-from mlxqwen.console import Output
+from mlxqwen.console import Output, counted
 from mlxqwen.errors import MlxqwenError, one_line
 
 if TYPE_CHECKING:

@@ -108,7 +108,7 @@ _THINKING = (
     _thinking(
         "--thinking/--no-thinking",
         default=None,
-        help="Let the model think first, or not; its chat template decides by default (Qwen3's thinks).",
+        help="Think first, or not: the last one counts. By default the chat template decides (Qwen3's thinks).",
         also=("--think", "--enable-thinking"),
         also_off=("--no-think",),
     ),

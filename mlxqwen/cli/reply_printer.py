@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.cli.terminal import counted
-from mlxqwen.console import Output
+from mlxqwen.console import Output, counted
 from mlxqwen.errors import one_line
 from mlxqwen.files.json_file import parse_json
 
@@ -136,7 +135,7 @@ def print_request(
     used = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if value is not None)
     sys.stderr.write(f"{context}, dtype {str(engine.model.dtype).rpartition('.')[2]}\n")
     bounded = "" if window else " within the context"
-    sys.stderr.write(f"sampling: {used}; at most {max_tokens:,} tokens{bounded}\n")
+    sys.stderr.write(f"sampling: {used}; at most {counted(max_tokens, 'token')}{bounded}\n")
     if _is_low_bits_penalty(engine, sampling, overrides):
         sys.stderr.write(
             f"presence_penalty {sampling.presence_penalty} is the profile of weights of 4 bits or fewer, which repeat "

@@ -9,9 +9,8 @@ import click
 
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.spellings import SettableCommand
-from mlxqwen.cli.terminal import counted
 from mlxqwen.cli.text_input import check_unicode
-from mlxqwen.console import Output
+from mlxqwen.console import Output, counted
 from mlxqwen.errors import one_line
 
 if TYPE_CHECKING:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import textwrap
 import threading
 import time
 from typing import TextIO
 
 from mlxqwen.errors import one_line
-from mlxqwen.status_line import StatusLine, bar, time_left
+from mlxqwen.status_line import StatusLine, bar, terminal_size, time_left
 
 __all__ = [
     "ConversionProgress",
@@ -17,12 +19,13 @@ __all__ = [
     "PrefillProgress",
     "be_quiet",
     "count_of",
-    "counted",
     "prefill_lines",
     "print_error",
     "print_notes",
     "progress_lines",
 ]
+
+_COMMAND = re.compile(r"(?<=: )(\S*/)?(mlxqwen|pip|python[\d.]*|hf) .*")  # a hint's, which ends it
 
 
 def count_of(number: int) -> str:
@@ -31,11 +34,6 @@ def count_of(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return str(number)
-
-
-def counted(number: int, noun: str) -> str:
-    """For example `1 token` and `2,000 tokens`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class PrefillProgress:
@@ -172,7 +170,8 @@ def progress_lines(stage: str, done: int, total: int, recent: int, seconds: floa
 class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         StatusLine.wipe_shown()
-        sys.stderr.write(f"note: {one_line(record.getMessage())}\n")
+        line = f"note: {one_line(record.getMessage())}"
+        sys.stderr.write("".join(f"{one}\n" for one in _between_words(line, 6)))
 
 
 def print_notes() -> None:
@@ -190,5 +189,23 @@ def be_quiet() -> None:
 
 
 def print_error(problem: str, hint: str = "") -> None:
-    """One line, or two, on standard error."""
-    sys.stderr.write(f"error: {one_line(problem)}\n" + (f"       {one_line(hint)}\n" if hint else ""))
+    """One line, or two, on standard error; on a terminal that is narrower, more, broken between words."""
+    lines = [f"error: {one_line(problem)}"] + ([f"       {one_line(hint)}"] if hint else [])
+    sys.stderr.write("".join(f"{one}\n" for line in lines for one in _between_words(line, 7)))
+
+
+def _between_words(line: str, indent: int) -> list[str]:
+    """A line for standard error in pieces that its terminal is wide enough for; a command stays whole, to be copied."""
+    columns = terminal_size(sys.stderr).columns if sys.stderr.isatty() else 0
+    if not 2 * indent < columns < len(line):
+        return [line]
+    text, command = line, ""
+    if found := _COMMAND.search(line):
+        text, command = line[: found.start()], found[0]
+    blank = " " * indent
+    pieces = textwrap.wrap(text, columns, subsequent_indent=blank, break_long_words=False, break_on_hyphens=False)
+    if command and len(pieces[-1]) + 1 + len(command) <= columns:
+        pieces[-1] += f" {command}"
+    elif command:
+        pieces.append(blank + command)
+    return pieces

@@ -70,7 +70,9 @@ def _decode(source: str, data: bytes, max_bytes: int) -> str:
     try:
         return data.decode("utf-8-sig")  # some systems begin a file with a byte order mark
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        in_line = f", in line {line}" if line > 1 else ""
         raise OptionError(
-            f"{source}: found byte {data[error.start]:#04x} at {error.start}, expected UTF-8 text",
+            f"{source}: found byte {data[error.start]:#04x} at {error.start}{in_line}, expected UTF-8 text",
             hint="Convert it to UTF-8 first.",
         ) from None

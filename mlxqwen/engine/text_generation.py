@@ -18,7 +18,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.chat.thinking import begins_in_thought
 from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
-from mlxqwen.console import Output
+from mlxqwen.console import Output, counted
 from mlxqwen.engine.generation import FinishReason
 from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.engine.options import ConstraintFactory
@@ -471,8 +471,8 @@ def generate(
         output.end_line()
         output.write(
             f"{'=' * 10}\n"
-            f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
-            f"Answer: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"Prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s\n"
+            f"Answer: {counted(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s\n"
             f"{drafts_line('Drafts', last.drafted_tokens, last.accepted_tokens)}"
             f"{yarn_line('YaRN', last.yarn_factor)}"
             f"Peak memory: {last.peak_memory:.3f} GB\n"
