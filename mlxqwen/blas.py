@@ -8,9 +8,12 @@ rounding. `MLXQWEN_BLAS=off` leaves everything as it is; so does a process that 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 __all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas", "uses_openblas"]
 
@@ -38,6 +41,8 @@ def load_openblas() -> bool:
     global _openblas
     if sys.platform != "linux" or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
         return False
+    import ctypes
+
     try:
         library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_LOCAL)
         if not computes_right(library):
@@ -58,6 +63,8 @@ def computes_right(library: ctypes.CDLL) -> bool:
 
 def _computes_right(library: ctypes.CDLL, rows: int, columns: int, inner: int) -> bool:
     """Whether `x @ w.T` has the right numbers, at places spread over it."""
+    import ctypes
+
     x = [((7 * n) % 31 - 15) / 16 for n in range(rows * inner)]
     w = [((11 * n) % 29 - 14) / 16 for n in range(columns * inner)]
     floats, zeros = ctypes.c_float, [0.0] * (rows * columns)

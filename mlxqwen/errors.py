@@ -20,7 +20,6 @@ Every error names the thing, what was found and what was expected in its first l
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 __all__ = [
@@ -53,6 +52,8 @@ def one_line(text: str, limit: int = 600) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of mlxqwen for the Python that runs, such as `server`."""
+    import shlex
+
     return f'{shlex.quote(sys.executable or "python3")} -m pip install "mlxqwen[{extra}]"'
 
 

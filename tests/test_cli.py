@@ -16,6 +16,7 @@ import pytest
 
 from mlxqwen import __version__
 from mlxqwen.chat.reply import Delta
+from mlxqwen.cli.commands import _COMMANDS, mlxqwen
 from mlxqwen.engine.engine import Done, Engine
 from mlxqwen.errors import GenerationError
 from mlxqwen.files.hub import DEMO_FOLDER
@@ -613,6 +614,13 @@ def test_help_and_version_import_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stderr.count("error:")) == (0, 1), result.stderr
     assert __version__ in result.stdout
+
+
+def test_the_list_of_commands_has_the_first_sentence_of_each() -> None:
+    with click.Context(mlxqwen) as context:
+        helps = {name: mlxqwen.get_command(context, name) for name in mlxqwen.list_commands(context)}
+    sentences = {name: command.get_short_help_str(200) for name, command in helps.items() if command is not None}
+    assert sentences == _COMMANDS
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "generate --help", "2>&1"])

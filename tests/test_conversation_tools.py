@@ -12,7 +12,8 @@ import pytest
 from mlxqwen import Conversation, Engine, make_cache
 from mlxqwen.cache.blocks import BLOCK
 from mlxqwen.chat.tools import tool_schema
-from mlxqwen.engine.engine import Done, ToolResult
+from mlxqwen.engine.events import Done
+from mlxqwen.engine.tool_loop import ToolResult
 from mlxqwen.errors import ContextLengthError, GenerationError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import pytest
 
 from mlxqwen import Engine, make_cache
 from mlxqwen.chat.reply import Delta
-from mlxqwen.engine.engine import Done, ToolResult, ToolRun
+from mlxqwen.engine.events import Done
+from mlxqwen.engine.tool_loop import ToolResult, ToolRun
 from mlxqwen.errors import ContextLengthError, OptionError
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is 1234 * 567?"}]

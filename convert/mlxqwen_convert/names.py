@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
@@ -143,7 +143,7 @@ class Parts(Sequence[Part]):
         name = info.name.replace(".experts.0.", f".experts.{index}.")
         if name.endswith("[0]"):
             name = f"{name[:-2]}{index}]"
-        return replace(info, name=name, path=paths[index], start=starts[index], stop=starts[index] + info.nbytes)
+        return info._replace(name=name, path=paths[index], start=starts[index], stop=starts[index] + info.nbytes)
 
 
 def _kinds(part: Part) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -218,7 +218,7 @@ def _slice(info: TensorInfo, index: int, module: Module) -> TensorInfo:
         return info  # of no use as it is; whoever checks its shape says so
     size = info.nbytes // module.count
     start = info.start + index * size
-    return replace(info, name=f"{info.name}[{index}]", shape=info.shape[1:], start=start, stop=start + size)
+    return info._replace(name=f"{info.name}[{index}]", shape=info.shape[1:], start=start, stop=start + size)
 
 
 def _fused(module: Module, projection: str, fused: Part) -> tuple[Part, ...]:
@@ -231,6 +231,6 @@ def _fused(module: Module, projection: str, fused: Part) -> tuple[Part, ...]:
         if projection != "down_proj" and len(info.shape) == 2 and info.shape[0] % 2 == 0:
             half = info.nbytes // 2
             start = info.start + (half if projection == "up_proj" else 0)
-            info = replace(info, shape=(info.shape[0] // 2, info.shape[1]), start=start, stop=start + half)
+            info = info._replace(shape=(info.shape[0] // 2, info.shape[1]), start=start, stop=start + half)
         parts.append({"weight": info})
     return tuple(parts)

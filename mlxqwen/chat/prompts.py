@@ -11,7 +11,6 @@ from typing import Any
 from mlxqwen.chat.shown import check_shown
 from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
 from mlxqwen.chat.thinking_modes import thinking_modes
-from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
 from mlxqwen.checks import check_flag
 from mlxqwen.errors import ContextLengthError, OptionError
@@ -81,7 +80,7 @@ def render_prompt(
     thinking = hard_switch(thinking)
     check_conversation(messages)
     more = _check_variables(variables)
-    schemas = check_tool_schemas(tools) if tools is not None else None
+    schemas = _check_tools(tools) if tools is not None else None
     prepared = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
     prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
     goes_on = _goes_on(prepared, continue_final_message)
@@ -100,6 +99,12 @@ def render_prompt(
         **values,
     )
     return ids
+
+
+def _check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from mlxqwen.chat.tools import check_tool_schemas  # of no use to most prompts
+
+    return check_tool_schemas(tools)
 
 
 def check_messages(tokenizer: Tokenizer, messages: Messages) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
@@ -30,8 +29,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ThinkingModes:
+class ThinkingModes(NamedTuple):
     """How a model's chat template treats the hard switch.
 
     Attributes:
@@ -47,15 +45,8 @@ class ThinkingModes:
         return thinking if self.can_switch and thinking is not None else self.default
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is known of one tokenizer, and which notes were logged."""
-
-    modes: dict[tuple[object, ...], ThinkingModes] = field(default_factory=dict)
-    noted: set[bool] = field(default_factory=set)
-
-
-_KNOWN: WeakKeyDictionary[Tokenizer, _Known] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Tokenizer, dict[tuple[object, ...], ThinkingModes]] = WeakKeyDictionary()
+_NOTED: WeakKeyDictionary[Tokenizer, set[bool]] = WeakKeyDictionary()  # the switches whose note was logged
 _LOCK = Lock()
 
 
@@ -73,10 +64,10 @@ def thinking_modes(tokenizer: Tokenizer, *, tools: bool = False) -> ThinkingMode
         return ThinkingModes(default=True, can_switch=False)
     key = (bool(tools), *tokenizer.chat_templates.items())
     with _LOCK:
-        known = _KNOWN.setdefault(tokenizer, _Known())
-        modes = known.modes.get(key)
+        known = _KNOWN.setdefault(tokenizer, {})
+        modes = known.get(key)
     if modes is None:
-        modes = known.modes[key] = _read_off(tokenizer, tools)
+        modes = known[key] = _read_off(tokenizer, tools)
     return modes
 
 
@@ -108,9 +99,9 @@ def note_switch(tokenizer: Tokenizer, thinking: bool | None, *, tools: bool = Fa
     if thinking is None or thinking_modes(tokenizer, tools=tools).thinks(thinking) == thinking:
         return
     with _LOCK:
-        known = _KNOWN.setdefault(tokenizer, _Known())
-        is_noted = thinking in known.noted
-        known.noted.add(thinking)
+        noted = _NOTED.setdefault(tokenizer, set())
+        is_noted = thinking in noted
+        noted.add(thinking)
     if not is_noted:
         logger.warning(_WITHOUT_EFFECT[thinking])
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from importlib import import_module
-from shlex import quote
 from typing import Any
 
 import click
@@ -18,25 +16,26 @@ from mlxqwen.cli.terminal import print_notes
 
 __all__ = ["mlxqwen"]
 
+# The first sentence of each command's help, so that the list of all imports none of them.
 _COMMANDS = {
-    "bench": "mlxqwen.cli.bench",
-    "cache": "mlxqwen.cli.cache",
-    "chat": "mlxqwen.cli.chat",
-    "completion": "mlxqwen.cli.completion",
-    "convert": "mlxqwen.cli.convert",
-    "generate": "mlxqwen.cli.generate",
-    "info": "mlxqwen.cli.info",
-    "list": "mlxqwen.cli.list_models",
-    "pull": "mlxqwen.cli.pull",
-    "rm": "mlxqwen.cli.rm",
-    "serve": "mlxqwen.cli.serve",
+    "bench": "Measure how fast MODEL reads prompts and writes answers, by the length of the prompt.",
+    "cache": "Models that were converted when they were first loaded.",
+    "chat": "Talk with MODEL, beginning with MESSAGE; /help lists what can be typed besides messages.",
+    "completion": "Print the script that lets SHELL complete commands, options and folders.",
+    "convert": "Turn SOURCE (a folder, hub id or alias) into OUTPUT, a folder that MLX's loaders read.",
+    "generate": "Answer PROMPT, a conversation, or a file of prompts.",
+    "info": "Tell what MODEL takes, and whether it fits this machine.",
+    "list": "List the models of Qwen3's that are downloaded: size, whether they fit this machine, converted copies.",
+    "pull": "Download MODEL into the hub's cache, so that it is there when it is needed.",
+    "rm": "Remove downloaded models, and what was converted from them when they were loaded.",
+    "serve": "Answer over HTTP, as OpenAI's API does: /v1/chat/completions and others.",
 }
 
 
 def _imported(name: str) -> click.Command:
     with leave_at_once():
-        module = _COMMANDS[name]
-        command: click.Command = getattr(import_module(module), module.rpartition(".")[2])
+        module = "list_models" if name == "list" else name
+        command: click.Command = getattr(import_module(f"mlxqwen.cli.{module}"), module)
     return command
 
 
@@ -49,9 +48,8 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """First sentences, wrapped instead of cut short."""
-        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, found.get_short_help_str(200)) for name, found in commands if found is not None])
+            formatter.write_dl([(name, _COMMANDS[name]) for name in self.list_commands(ctx)])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The subcommand of this name, imported now; None if there is none."""
@@ -108,6 +106,9 @@ _ELSEWHERE = {
 
 def _way(word: str) -> str:
     """Where to go from a word that is no command: a similar one, or what a model or a text is given to."""
+    from difflib import get_close_matches
+    from shlex import quote
+
     meant = get_close_matches(word, _COMMANDS, n=1)
     if word in _ELSEWHERE or meant:
         return f"Did you mean {_ELSEWHERE.get(word) or meant[0]!r}?"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +102,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror or error}", hint="Mend or remove it.") from None
+    import tomllib
+
     try:
         if len(data) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes")
@@ -113,6 +113,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unknown(path: Path, found: str, known: Mapping[str, str], *, table: str = "") -> OptionError:
+    from difflib import get_close_matches
+
     meant = get_close_matches(found.replace("_", "-"), known, n=1)
     if meant:
         return OptionError(

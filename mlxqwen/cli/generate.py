@@ -81,12 +81,13 @@ def generate(ctx: click.Context, /, **options: Any) -> int:
 
 def _model(options: Mapping[str, Any]) -> str:
     """The name of the model: its id, as it was given, or that of the demo."""
-    from mlxqwen.files.aliases import hub_id_of_alias
     from mlxqwen.files.model_names import DEMO_NAME
 
     given = options["model"]
     if given is None:
         return DEMO_NAME
+    from mlxqwen.files.aliases import hub_id_of_alias
+
     return given if os.path.isdir(given) else hub_id_of_alias(given) or given
 
 

@@ -8,7 +8,7 @@ import select
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 
@@ -20,8 +20,7 @@ _SECONDS = 1.0
 _PLACE = re.compile(r"(?<!\S)-[^\S\n]*$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class PromptWords:
+class PromptWords(NamedTuple):
     """PROMPT as it was typed: a text, or what stands before and behind `-`, where standard input goes.
 
     Args:

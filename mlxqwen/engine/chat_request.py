@@ -28,7 +28,7 @@ __all__ = ["ChatOptions", "ChatRequest", "Messages", "Responder", "as_messages",
 Messages = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChatOptions(ReplyOptions):
     """The options of `Engine.stream`, whose docstring explains them."""
 

@@ -24,9 +24,10 @@ from mlxqwen.engine.conversation_file import read_conversation, write_conversati
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.handle import Handle
+from mlxqwen.engine.options import DEFAULT_MAX_ROUNDS
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import Request
-from mlxqwen.engine.tool_loop import DEFAULT_MAX_ROUNDS, ToolEvent, ToolRun, Tools, stream_tool_loop, tool_choices
+from mlxqwen.engine.tool_loop import ToolEvent, ToolRun, Tools, stream_tool_loop, tool_choices
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json

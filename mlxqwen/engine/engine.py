@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import mlx.core as mx
 
-from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.chat.reply import Reply
 from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.checks import check_integer
@@ -21,21 +20,12 @@ from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Resp
 from mlxqwen.engine.events import Done, Event, Timings, Usage
 from mlxqwen.engine.handle import Handle, events_of
 from mlxqwen.engine.loading import Converter, MakeRoom, load_models
-from mlxqwen.engine.options import ConstraintFactory
+from mlxqwen.engine.options import DEFAULT_MAX_ROUNDS, ConstraintFactory
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, Request, check_draft_tokens
 from mlxqwen.engine.schedulers import close_scheduler, scheduler_of
 from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes, use_store
 from mlxqwen.engine.text_generation import Sampling, check_keywords, stream_generate, text_request
 from mlxqwen.engine.token_stream import OnPrefill
-from mlxqwen.engine.tool_loop import (
-    DEFAULT_MAX_ROUNDS,
-    ToolEvent,
-    ToolResult,
-    ToolRun,
-    Tools,
-    stream_tool_loop,
-    tool_choices,
-)
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.model.loading import LoadOptions
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -44,7 +34,9 @@ from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mlxqwen.cache import KVCache
+    from mlxqwen.cache.disk_tier import DiskTier
     from mlxqwen.engine.speculation.drafter import Speculative
+    from mlxqwen.engine.tool_loop import ToolEvent, ToolRun, Tools
 
 __all__ = [
     "DEFAULT_BATCH_SIZE",
@@ -54,9 +46,6 @@ __all__ = [
     "Engine",
     "Event",
     "Timings",
-    "ToolEvent",
-    "ToolResult",
-    "ToolRun",
     "Usage",
     "load",
 ]
@@ -433,6 +422,8 @@ class Engine:
         **options: Any,
     ) -> ToolRun:
         """Answer a conversation with the help of functions: the last event of `stream_tools`."""
+        from mlxqwen.engine.tool_loop import ToolRun
+
         events = self.stream_tools(messages, tools, max_rounds=max_rounds, **options)
         return next(event for event in events if isinstance(event, ToolRun))
 
@@ -453,6 +444,8 @@ class Engine:
             **options: those of `stream`, for each reply, except `tools` and `cache`. A `tool_choice` that asks for a
                 call asks the first reply alone.
         """
+        from mlxqwen.engine.tool_loop import stream_tool_loop, tool_choices
+
         _refuse_cache(options)
         option_names("a run with tools", options, "tools", "cache")
         choices = tool_choices(options.get("tool_choice"))

@@ -8,9 +8,8 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -37,8 +36,7 @@ FinishReason = Literal["stop", "length", "loop", "tool_calls"]
 """How a reply ends: tokens know the first three, what the text means the last."""
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
+class GeneratedToken(NamedTuple):
     """One token of a reply, and what it made certain.
 
     Args:
@@ -63,8 +61,7 @@ class GeneratedToken:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How many tokens of the prompt have been read (`done`), of those that have to be (`total`)."""
 
     done: int

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import NamedTuple, Protocol, Unpack
 
 import mlx.core as mx
 
@@ -141,8 +139,7 @@ def _default_converter() -> Converter:
     return find_or_plan
 
 
-@dataclass(frozen=True, slots=True)
-class _Checked:
+class _Checked(NamedTuple):
     """A folder that can be loaded, as it is or once it is converted.
 
     Args:
@@ -278,6 +275,8 @@ def _check_vocabulary(draft_folder: Path, folder: Path, tokenizer: Tokenizer) ->
 
 def _are_same_files(first: Path, second: Path) -> bool:
     """Whether both files can be read and have the same SHA-256."""
+    import hashlib
+
     try:
         with first.open("rb") as one, second.open("rb") as other:
             return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()

@@ -12,13 +12,16 @@ from typing import Any, TypeAlias
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.sampling.constraint import Constraint
 
-__all__ = ["ConstraintFactory", "ReplyOptions"]
+__all__ = ["DEFAULT_MAX_ROUNDS", "ConstraintFactory", "ReplyOptions"]
+
+DEFAULT_MAX_ROUNDS = 8
+"""Replies of a run with tools."""
 
 ConstraintFactory: TypeAlias = Callable[[ReplyPipeline | None], Constraint]
 """Makes the constraint of one reply, given the pipeline that its tokens go through."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplyOptions:
     """Options that a request has by the names that callers use. `Request` checks them.
 

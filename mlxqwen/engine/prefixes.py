@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.cache.blocks import BLOCK
-from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.cache.fingerprint import model_fingerprint
 from mlxqwen.cache.prefix_store import Match, PrefixStore, namespace
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.request import CacheKind, Request
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from mlxqwen.cache.disk_tier import DiskTier
 
 __all__ = ["SharedPrefixes", "common_prefix"]
 

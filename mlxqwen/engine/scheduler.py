@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlxqwen.cache import KVCache
-from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.device import current_device
 from mlxqwen.engine.admission import groups_of, new_prefill
@@ -45,10 +45,13 @@ from mlxqwen.engine.room import (
     refuse_if_never,
 )
 from mlxqwen.engine.running import RunningBatch
-from mlxqwen.engine.speculation.draft_model import DraftModel
-from mlxqwen.engine.speculation.guesses import Guesser
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from mlxqwen.cache.disk_tier import DiskTier
+    from mlxqwen.engine.speculation.draft_model import DraftModel
+    from mlxqwen.engine.speculation.guesses import Guesser
 
 logger = logging.getLogger("mlxqwen")
 
@@ -500,7 +503,7 @@ class Scheduler:
             if not one.is_over:
                 self._keep(one, prefill.cache, row, "prompt", at_mark=prefill.done(row) == one.mark)
             is_lone = len(generations) == 1 and all(other is one for other in self.running)
-            if is_lone and isinstance(drafter := one.request.drafter, DraftModel):
+            if is_lone and (drafter := _draft_model(one.request.drafter)) is not None:
                 try:
                     drafter.read(one.text, prefill.done())
                 except Exception as error:
@@ -576,13 +579,25 @@ class Scheduler:
         if not may_guess(self, batches[0], one.request.draft_tokens):
             return None
         if one not in self._drafters:
+            from mlxqwen.engine.speculation.guesses import Guesser
+
             self._drafters[one] = Guesser(one.request.drafter, one.request.draft_tokens)
         return self._drafters[one]
 
 
+def _draft_model(drafter: object) -> DraftModel | None:
+    """The drafter, if it is a model."""
+    if drafter is None:
+        return None
+    from mlxqwen.engine.speculation.draft_model import DraftModel
+
+    return drafter if isinstance(drafter, DraftModel) else None
+
+
 def _bytes_of_draft_model(drafter: object) -> int:
     """Bytes of a draft model's cache, and of its weights if no scheduler of its own counts them."""
-    if not isinstance(drafter, DraftModel):
+    draft = _draft_model(drafter)
+    if draft is None:
         return 0
-    is_counted = any(one.is_of(drafter.model) for one in account().schedulers)
-    return drafter.nbytes + (0 if is_counted else weight_bytes(drafter.model))
+    is_counted = any(one.is_of(draft.model) for one in account().schedulers)
+    return draft.nbytes + (0 if is_counted else weight_bytes(draft.model))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlxqwen.cache.disk_tier import DiskTier
 from mlxqwen.checks import parse_size
 from mlxqwen.device import Device
 from mlxqwen.engine.scheduler import STORE_SHARE, Scheduler
 from mlxqwen.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlxqwen.cache.disk_tier import DiskTier
 
 __all__ = ["open_prompt_cache", "prefix_cache_bytes", "use_store"]
 
@@ -45,6 +47,10 @@ def open_prompt_cache(folder: str | PathLike[str]) -> DiskTier:
     """Open the disk tier in `folder`, of at most a tenth of its disk. Raises `CacheError`."""
     if not isinstance(folder, str | PathLike):
         raise OptionError(f"prompt_cache: found {type(folder).__name__}, expected the path of a folder")
+    import shutil
+
+    from mlxqwen.cache.disk_tier import DiskTier
+
     parent = Path(os.path.abspath(os.fspath(folder))).parent
     total = shutil.disk_usage(parent).total if parent.is_dir() else 1 << 30  # what is wrong is told below
     return DiskTier(folder, max(total // _DISK_SHARE, 1))
@@ -60,8 +66,9 @@ def use_store(
     if size is None and prompt_cache is None:
         return
     capacity = scheduler.store.capacity if size is None else prefix_cache_bytes(size, device)
-    if prompt_cache is None or isinstance(prompt_cache, DiskTier):
-        disk = prompt_cache
-    else:
-        disk = open_prompt_cache(prompt_cache)
-    scheduler.use_store(capacity, disk or scheduler.store.disk)
+    disk = scheduler.store.disk
+    if prompt_cache is not None:
+        from mlxqwen.cache.disk_tier import DiskTier
+
+        disk = prompt_cache if isinstance(prompt_cache, DiskTier) else open_prompt_cache(prompt_cache)
+    scheduler.use_store(capacity, disk)

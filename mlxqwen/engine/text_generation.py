@@ -139,8 +139,11 @@ def text_request(
 
         drafter = as_drafter(speculative, model.config)
     begins = begins_in_thought(tokenizer, ids) if ids else None
-    thinks = thinking_modes(tokenizer).default if begins is None else begins
-    params = resolve_params(model, sampling, thinking=thinks, noted=noted)
+    if isinstance(sampling, SamplingParams):
+        params = sampling
+    else:
+        thinks = thinking_modes(tokenizer).default if begins is None else begins
+        params = resolve_params(model, sampling, thinking=thinks, noted=noted)
     ends = frozenset(end_token_ids(model, tokenizer))
     if options.get("response_format") is not None or (calls is not None and not calls.is_free):
         made = _reply_constraint(model, tokenizer, ends, options.get("response_format"), calls)

@@ -11,11 +11,10 @@ from mlxqwen.chat.tools import call_tool, tool_schema
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.events import Done, Event, assistant_message
 from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.options import DEFAULT_MAX_ROUNDS
 from mlxqwen.errors import ContextLengthError, OptionError
 
-__all__ = ["DEFAULT_MAX_ROUNDS", "ToolEvent", "ToolResult", "ToolRun", "Tools", "stream_tool_loop", "tool_choices"]
-
-DEFAULT_MAX_ROUNDS = 8
+__all__ = ["ToolEvent", "ToolResult", "ToolRun", "Tools", "stream_tool_loop", "tool_choices"]
 
 _NOT_CALLED = "Error: the reply was cut off, so the tool was not called"
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +29,7 @@ def write_file(path: Path, data: bytes | Iterable[bytes], *, private: bool = Fal
         OSError: it cannot be written; nothing is left of the new one.
         ValueError: no file system has such a name.
     """
-    staged = path.with_name(f"{STAGED_PREFIX}{secrets.token_hex(8)}")
+    staged = path.with_name(f"{STAGED_PREFIX}{os.urandom(8).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(staged, flags, 0o600 if private else 0o666)
     try:
@@ -73,6 +70,9 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     Raises:
         OSError, ValueError: it cannot be made.
     """
+    import shutil
+    import tempfile
+
     staging = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=parent))
     try:
         yield staging

@@ -12,9 +12,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -93,8 +92,7 @@ class LoadOptions(TypedDict, total=False):
     device: Device | None
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedModel:
+class PreparedModel(NamedTuple):
     """A model that has been checked and not read yet.
 
     Args:
@@ -330,8 +328,7 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(NamedTuple):
     """The tensors that make up one parameter: a single one, several to be stacked, or rows of a fused one."""
 
     tensors: tuple[TensorInfo, ...]

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -212,8 +212,7 @@ def check_token(token: int, row: int | None = None) -> int:
     return token
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SamplerState:
+class SamplerState(NamedTuple):
     """The state of a `Sampler`: the random keys and the history of each of its groups."""
 
     groups: tuple[_GroupState, ...]

@@ -48,8 +48,10 @@ def render_chat(
     """
     marker = f"continues-{secrets.token_hex(8)} " if continue_final_message else ""
     literals = tuple((replacements or {}).items())
-    if any(message.get("tool_calls") for message in messages) and _needs_objects(source, literals):
-        messages = [_with_objects(message) for message in messages]
+    if any(message.get("tool_calls") for message in messages):
+        with_objects = [_with_objects(message) for message in messages]
+        if with_objects != list(messages) and _needs_objects(source, literals):
+            messages = with_objects
     last = dict(messages[-1])
     final_content = last["content"]
     if continue_final_message:

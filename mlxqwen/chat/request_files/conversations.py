@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from json import JSONDecodeError
 from typing import Any
 
-from mlxqwen.chat.tools import check_tool_schemas
 from mlxqwen.chat.turns import check_conversation
 from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import json_kind, parse_json
@@ -99,7 +98,7 @@ def conversation_of(value: Mapping[str, Any]) -> MessagesWithTools:
     messages: Any = value.get("messages")  # what is no list, the check refuses
     check_conversation(messages)
     tools = value.get("tools")
-    return MessagesWithTools(tuple(messages), None if tools is None else tuple(check_tool_schemas(tools)))
+    return MessagesWithTools(tuple(messages), None if tools is None else _checked(tools))
 
 
 def parse_tools(text: str, source: str) -> tuple[Mapping[str, Any], ...]:
@@ -110,7 +109,13 @@ def parse_tools(text: str, source: str) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(tools, list) or not tools:
             found = json_kind(tools) if tools != [] else "an empty list"
             raise OptionError(f"found {found}, expected a list of function schemas", hint=hint)
-        return tuple(check_tool_schemas(tools))
+        return _checked(tools)
+
+
+def _checked(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    from mlxqwen.chat.tools import check_tool_schemas  # of no use without tools
+
+    return tuple(check_tool_schemas(tools))
 
 
 def parse_json_text(text: str, *, hint: str) -> Any:

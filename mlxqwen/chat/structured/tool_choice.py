@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlxqwen.checks import check_flag
 from mlxqwen.errors import OptionError
@@ -15,8 +14,7 @@ __all__ = ["CallRules", "read_tool_choice"]
 _FORMS = '"auto", "none", "required" or {"type": "function", "function": {"name": …}}'
 
 
-@dataclass(frozen=True, slots=True)
-class CallRules:
+class CallRules(NamedTuple):
     """Which calls a reply makes.
 
     Args:

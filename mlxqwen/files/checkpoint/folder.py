@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -178,7 +177,7 @@ def unwrapped(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, T
             )
         if short != name:
             prefixed.append(name)
-            info = replace(info, name=short, stored_as=name)
+            info = info._replace(name=short, stored_as=name)
         bare[short] = info
     of_all = f"{len(prefixed):,} of {len(bare):,} tensors" if len(prefixed) < len(bare) else "all tensors"
     first = prefixed[0]

@@ -13,11 +13,10 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
 from mlxqwen.files.json_file import parse_json, shown
@@ -52,8 +51,7 @@ MLX_DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where one tensor lies and what it is.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -136,6 +135,8 @@ def strftime_now(format: str) -> str:
     """The local time, as templates ask for it. Raises `TemplateError` for a long format."""
     if len(format) > MAX_TIME_FORMAT:
         raise too_expensive("an argument is too long")
+    from datetime import datetime
+
     return datetime.now().strftime(format)
 
 
@@ -185,19 +186,10 @@ def compile_template(source: str, replacements: tuple[tuple[str, str], ...] = ()
     return jinja2.Template.from_code(environment, environment.compile(tree), environment.globals)
 
 
-def render(source: str, variables: Mapping[str, Any], *, replacements: Mapping[str, str] | None = None) -> str:
-    """Render a template.
-
-    Args:
-        source: the template; compiled once for the same `replacements`.
-        variables: plain JSON values by name; the template cannot change them.
-        replacements: texts in the template's own literals → what stands in their place; variables are left alone.
-
-    Raises:
-        TemplateError: the template is broken, forbidden, too expensive, or raises an exception of its own.
-    """
+def render_template(source: str, variables: Mapping[str, Any], replacements: tuple[tuple[str, str], ...]) -> str:
+    """See `mlxqwen.text.sandbox.render`."""
     try:
-        template = compile_template(source, tuple((replacements or {}).items()))
+        template = compile_template(source, replacements)
         context: Any = template.new_context(dict(variables))
         context.meter = Meter(sum(weigh(value, 2**62) for value in variables.values()))
         return "".join(template.root_render_func(context))
