@@ -53,6 +53,7 @@ class CountFields(Form):
     tools: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
+    cache_control: Any = None
 
 
 class MessagesFields(CountFields):

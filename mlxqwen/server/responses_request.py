@@ -74,6 +74,7 @@ class ResponsesFields(Form):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
     max_tool_calls: Any = None
     background: bool | None = None
     # Asked for, these are refused.
