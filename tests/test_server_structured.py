@@ -13,7 +13,9 @@ import pytest
 from jsonschema import validate
 
 from mlxqwen.chat.structured import compiler
+from mlxqwen.chat.structured.constraint import GrammarConstraint
 from mlxqwen.engine.engine import Engine
+from mlxqwen.errors import GenerationError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
@@ -224,3 +226,63 @@ def test_schemas_that_take_long_keep_no_other_request_waiting(served: Served, mo
             go.set()
 
     asyncio.run(work())
+
+
+def test_white_space_is_bounded(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
+    """Where blanks are all that a model wants to say, JSON ends all the same, before its tokens are used up."""
+    blanks = [n for n in range(tokenizer.vocab_size) if not tokenizer.token_bytes(n).strip()]
+    bias = {str(token): 100.0 for token in blanks}
+    flags = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "flags", "schema": {**flags, "additionalProperties": False}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {**flags, "additionalProperties": False}}}
+    asked = ask(max_tokens=60, temperature=0.0, logit_bias=bias, chat_template_kwargs={"enable_thinking": False})
+    with serving(Engine(babbler, tokenizer)) as blank:
+        reply = blank.post({**asked, "response_format": form})
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        validate(json.loads(content(reply)), flags)
+        called = blank.post({**asked, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False})
+        (call,) = called["choices"][0]["message"]["tool_calls"]
+        validate(json.loads(call["function"]["arguments"]), flags)
+
+
+@pytest.mark.parametrize("problem", [GenerationError("constraint: it fails"), RuntimeError("inside")])
+def test_a_constraint_that_fails_is_an_error_and_no_free_text(
+    served: Served, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    seen = 0
+
+    def fails(self: GrammarConstraint) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 5:
+            raise problem
+
+    monkeypatch.setattr(GrammarConstraint, "mask", fails)
+    body = ask(response_format=OPENAI, **PLAIN)
+    whole_reply = served.client.post(CHAT, json=body)
+    assert whole_reply.status_code == 500, whole_reply.text
+    assert "choices" not in whole_reply.json()
+    seen = 0
+    events = served.stream(body)
+    assert events[-1]["error"]["code"] == "internal_error"
+    assert all(choice["finish_reason"] is None for event in events[:-1] for choice in event["choices"])
+    monkeypatch.undo()
+    assert content(served.post(ask(seed=1)))
+
+
+def test_long_arguments_of_calls_that_have_to_be_made_come_in_pieces(served: Served) -> None:
+    words = {"type": "array", "items": {"enum": ["strawberry"]}, "minItems": 12, "maxItems": 12}
+    parameters = {
+        "type": "object",
+        "properties": {"words": words},
+        "required": ["words"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "note", "parameters": parameters}}
+    body = ask("Hi", tools=[tool], tool_choice="required", parallel_tool_calls=False, **{**PLAIN, "max_tokens": 400})
+    events = served.stream(body)
+    calls = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls", ())]
+    pieces = [call["function"]["arguments"] for call in calls]
+    assert json.loads("".join(pieces)) == {"words": ["strawberry"] * 12}
+    assert len(pieces) > 24
+    assert max(map(len, pieces)) < 30

@@ -96,7 +96,6 @@ class ChatFields(ReplyFields):
     function_call: Any = None
     web_search_options: Any = None
     prediction: Any = None
-    verbosity: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
