@@ -24,7 +24,16 @@ PACKAGE = Path(__file__).parent.parent / "mlxqwen"
 FOLDERS = ("cache", "chat", "cli", "engine", "sampling", "server", "text")
 FILES = (
     *("atomic.py", "hub.py", "hub_download.py", "hub_errors.py", "hub_settings.py", "hub_source.py"),
-    *("json_file.py", "locks.py", "modelscope.py", "preview.py", "store.py", "transfer.py", "unfinished.py"),
+    *(
+        "json_file.py",
+        "locks.py",
+        "modelscope.py",
+        "modelscope_errors.py",
+        "preview.py",
+        "store.py",
+        "transfer.py",
+        "unfinished.py",
+    ),
 )
 BLAMING = re.compile(
     r"\b(download|fetch|run|try|install|load|convert)\b[^.]*\b(again|anew)\b|damaged|tampered|permissions",

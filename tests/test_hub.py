@@ -187,7 +187,7 @@ def test_the_token_opens_a_private_model(hub: LoopbackHub, client: Client) -> No
     [
         ("org/nothing", "no such folder here, and not found on the hub"),
         ("org/gated", "gated"),
-        ("org/gguf", "no config.json"),
+        ("org/gguf", "found GGUF files (model.gguf), which are not read"),
         ("org/weightless", "no safetensors weights"),
         ("org/double--dash", "not a hub id"),
     ],

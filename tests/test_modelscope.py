@@ -214,7 +214,7 @@ def test_the_token_opens_a_private_model(hub: LoopbackModelScope, tmp_path: Path
     ("repo_id", "said"),
     [
         ("org/nothing", "no such folder here, and not found on ModelScope"),
-        ("org/gguf", "no config.json"),
+        ("org/gguf", "found GGUF files (model.gguf), which are not read"),
         ("org/weightless", "no safetensors weights"),
         ("org/status-403", "ModelScope answered 403"),
         ("org/status-418", "the download failed"),

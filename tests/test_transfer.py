@@ -44,7 +44,7 @@ def test_silence_ends_the_wait_and_the_work_is_told(terminal: Terminal) -> None:
         given.wait()
         told.set()
 
-    download = Download("org/m", 100, lambda: 40, 20.0, "HF_HUB_DOWNLOAD_TIMEOUT")
+    download = Download("org/m", 100, lambda: 40, 20.0, "HF_HUB_DOWNLOAD_TIMEOUT", is_shown=True)
     with pytest.raises(SilenceError, match=r"^nothing came for 20 seconds \(HF_HUB_DOWNLOAD_TIMEOUT sets half"):
         waited_for(work, download, terminal=terminal, clock=lambda: next(seconds))
     assert told.wait(5)
@@ -65,7 +65,7 @@ def test_bytes_that_come_keep_it_waiting(terminal: Terminal) -> None:
             looked.acquire()
         return "here"
 
-    download = Download("org/m", 100, coming, 20.0, "X")
+    download = Download("org/m", 100, coming, 20.0, "X", is_shown=False)
     assert waited_for(work, download, terminal=terminal, clock=lambda: next(seconds)) == "here"
 
 
@@ -91,7 +91,7 @@ def test_ctrl_c_leaves_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     arrived = iter([lambda: 0, interrupted])
     with pytest.raises(KeyboardInterrupt):
-        waited_for(work, Download("org/m", 1, lambda: next(arrived)(), 9.0, "X"))
+        waited_for(work, Download("org/m", 1, lambda: next(arrived)(), 9.0, "X", is_shown=True))
     assert has_abandoned()
     goes_on.set()
     assert ended.wait(5)

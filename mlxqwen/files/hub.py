@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxqwen.errors import HubError, OptionError
+from mlxqwen.errors import HubError, OptionError, one_line
 from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
 
 if TYPE_CHECKING:
     from mlxqwen.files.hub_source import HubModel, Source
 
-__all__ = ["DEMO_FOLDER", "MODELSCOPE_PREFIX", "looked_at", "resolve_model"]
+__all__ = ["DEMO_FOLDER", "GGUF_SUFFIXES", "MODELSCOPE_PREFIX", "gguf_error", "looked_at", "resolve_model"]
 
 MODELSCOPE_PREFIX = "modelscope:"
 """Before an id, names a model of ModelScope."""
@@ -157,11 +157,16 @@ def refuse_gguf(folder: Path) -> None:
         return
     found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in GGUF_SUFFIXES)
     if found:
-        raise HubError(
-            f"{folder}: found GGUF files ({', '.join(found[:3])}), which are not read, expected config.json and "
-            "safetensors weights",
-            hint=NO_GGUF_HINT,
-        )
+        raise gguf_error(str(folder), found)
+
+
+def gguf_error(name: str, files: Sequence[str]) -> HubError:
+    """The error for a model that is GGUF files."""
+    shown = ", ".join(one_line(file, 80) for file in files[:3])
+    return HubError(
+        f"{name}: found GGUF files ({shown}), which are not read, expected config.json and safetensors weights",
+        hint=NO_GGUF_HINT,
+    )
 
 
 def refuse_revision(revision: str | None, what: str) -> None:

@@ -172,6 +172,7 @@ class HuggingFace:
             arrived,
             2.0 * float(constants.HF_HUB_DOWNLOAD_TIMEOUT),
             "HF_HUB_DOWNLOAD_TIMEOUT",
+            is_shown=names is None,
         )
 
 

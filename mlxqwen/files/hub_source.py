@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from mlxqwen.errors import HubError, MlxqwenError
 from mlxqwen.files.adapters import adapter_alone, adapters_among
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.files.hub import gguf_error
 from mlxqwen.files.model_files import read_config_file, without_quantization
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def downloaded(source: Source, check: Callable[[Path], object] | None = None) ->
     from mlxqwen.files.transfer import looking_up  # of no use to most loads
 
     with looking_up(source.name):
-        known = source.listed()
+        known = _listed(source)
         if isinstance(known, Path):
             return known
         folder = None if known is None else source.kept(known)
@@ -93,7 +94,7 @@ def seen(source: Source) -> Iterator[Path]:
 
     with ExitStack() as stack:
         with looking_up(source.name):
-            known = source.listed()
+            known = _listed(source)
             if isinstance(known, Path):
                 folder = known
             elif known is not None and known.missing_weights:
@@ -102,6 +103,14 @@ def seen(source: Source) -> Iterator[Path]:
                 kept = None if known is None else source.kept(known)
                 folder = checked(source, source.fetch(known) if kept is None else kept)
         yield folder
+
+
+def _listed(source: Source) -> Listing | Path | None:
+    """What the hub has. Raises `HubError` where it is GGUF files alone."""
+    known = source.listed()
+    if known is not None and not isinstance(known, Path) and known.gguf and "config.json" not in known.sizes:
+        raise gguf_error(source.name, known.gguf)
+    return known
 
 
 @contextmanager

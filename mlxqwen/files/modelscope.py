@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -17,19 +16,23 @@ from typing import TYPE_CHECKING, Any
 from mlxqwen.errors import CheckpointError, HubError, MlxqwenError, install_command
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES
-from mlxqwen.files.hub_errors import first_line, found_here, is_interruption
 from mlxqwen.files.hub_settings import TRUE
 from mlxqwen.files.hub_source import HubModel
 from mlxqwen.files.json_file import read_json_object
-from mlxqwen.files.preview import Listing, bytes_of, first_adapters
-from mlxqwen.files.transfer import Download, Given, QuietLog, SilenceError, waited_for
+from mlxqwen.files.modelscope_errors import (
+    model_not_found,
+    modelscope_error,
+    modelscope_malformed,
+    modelscope_unreachable,
+)
+from mlxqwen.files.preview import Listing, bytes_of, first_adapters, first_gguf
+from mlxqwen.files.transfer import Download, Given, QuietLog, waited_for
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
 
 __all__ = ["ModelScope", "is_complete"]
 
-_TOKEN = "MODELSCOPE_API_TOKEN"
 _TIMEOUT = "MODELSCOPE_DOWNLOAD_TIMEOUT"
 _LOG = QuietLog("modelscope_hub", logging.CRITICAL)
 _CHECKED = ".mlxqwen-checked.json"
@@ -75,7 +78,11 @@ class ModelScope:
         with self.errors():
             missing = self._missing(wanted)
             if missing:
-                waited_for(lambda given: self._download(missing, given), self._progress(missing), terminal=terminal)
+                waited_for(
+                    lambda given: self._download(missing, given),
+                    self._progress(missing, is_shown=names is None),
+                    terminal=terminal,
+                )
                 states = _checked(self._folder) | {name: _state(self._folder, self._entries[name]) for name in wanted}
                 with contextlib.suppress(OSError):  # then all are checked again
                     write_file(self._folder / _CHECKED, json.dumps(states).encode(), private=True)
@@ -91,9 +98,9 @@ class ModelScope:
         except MlxqwenError:
             raise
         except client.NotExistError as cause:
-            raise _not_found(self.place, self._api) from cause
+            raise model_not_found(self.place, self._api) from cause
         except Exception as cause:
-            raise _hub_error(self.name, cause) from cause
+            raise modelscope_error(self.name, cause) from cause
 
     @property
     def _api(self) -> HubApi:
@@ -130,6 +137,7 @@ class ModelScope:
             begun=lambda: sum(bytes_of(self._folder, f"{escape(name)}?*") for name in missing),
             first_bytes=self._first_bytes,
             adapters=first_adapters(file.path for file in listed),
+            gguf=first_gguf(file.path for file in listed),
         )
 
     def _missing(self, names: Iterable[str]) -> list[str]:
@@ -154,7 +162,7 @@ class ModelScope:
                 progress_callbacks=[Stopping],
             )
 
-    def _progress(self, names: Sequence[str]) -> Download:
+    def _progress(self, names: Sequence[str], *, is_shown: bool) -> Download:
         """What has to come, and how much of it has come by now: parts of a file have its name and more."""
         sizes = {name: self._entries[name]["Size"] or 0 for name in names}
         return Download(
@@ -163,6 +171,7 @@ class ModelScope:
             lambda: sum(min(size, bytes_of(self._folder, f"{escape(name)}*")) for name, size in sizes.items()),
             2.0 * _seconds(_TIMEOUT, 10.0),
             _TIMEOUT,
+            is_shown=is_shown,
         )
 
     def _first_bytes(self, name: str, count: int) -> bytes:
@@ -196,7 +205,7 @@ def _client(name: str) -> Any:
             hint=f"Install it: {install_command('modelscope')}",
         ) from cause
     except ValueError as cause:  # reads the environment
-        raise _malformed(name, cause) from cause
+        raise modelscope_malformed(name, cause) from cause
     return client
 
 
@@ -240,26 +249,7 @@ def _known(place: HubModel, api: HubApi, cause: Exception | None) -> Path:
         folder = Path(api.download_repo(place.repo_id, "model", revision=place.revision, local_files_only=True))
         if is_complete(folder):
             return folder
-    raise _unreachable(place.name, cause) from cause
-
-
-def _unreachable(name: str, cause: Exception | None) -> HubError:
-    """The error for a hub that does not answer, or is not to be asked."""
-    why, way_out = "HF_HUB_OFFLINE forbids to download it", "Unset HF_HUB_OFFLINE, or give a folder."
-    if cause is not None:
-        why = f"ModelScope cannot be reached: {_reason(cause)}"
-        way_out = "Check the network and MODELSCOPE_ENDPOINT, or give a folder; files already complete are kept."
-    return HubError(f"{name}: {found_here(name)}, it is not completely in ModelScope's cache, and {why}", hint=way_out)
-
-
-def _reason(cause: Exception) -> str:
-    """What the system said of a connection, which the client wraps in its own words and addresses."""
-    is_told = isinstance(cause, SilenceError) or not isinstance(cause, TimeoutError)
-    said, one = first_line(cause) if is_told else "no answer in time", cause.__cause__
-    while one is not None:
-        said = one.strerror if isinstance(one, OSError) and one.strerror else said
-        one = one.__cause__ or one.__context__
-    return said
+    raise modelscope_unreachable(place.name, cause) from cause
 
 
 def is_complete(folder: Path) -> bool:
@@ -273,74 +263,6 @@ def is_complete(folder: Path) -> bool:
     except CheckpointError:
         return True  # the loader says what is wrong with it
     return not isinstance(shards, dict) or all((folder / str(one)).is_file() for one in set(map(str, shards.values())))
-
-
-def _not_found(place: HubModel, api: HubApi) -> HubError:
-    """Whether the model is missing, or its revision."""
-    name, revision = place.name, place.revision
-    with contextlib.suppress(Exception):
-        known = [str(one.get("Revision")) for one in api.list_repo_revisions(place.repo_id, "model")]
-        if known and (revision or "master") not in known:
-            return HubError(
-                f"{name}: the model has no revision {revision or 'master'!r}",
-                hint="Give a branch, tag or commit of the model, or leave the revision out.",
-            )
-    return HubError(
-        f"{name}: {found_here(name)}, and not found on ModelScope: it is misspelt, or the model is private",
-        hint=f"Check the name; for a private model set {_TOKEN} to a token that may read it.",
-    )
-
-
-def _hub_error(name: str, cause: Exception) -> HubError:
-    """One clear error for whatever the client raised."""
-    from modelscope_hub import APIError, FileDownloadError, FileIntegrityError
-
-    if isinstance(cause, SilenceError):
-        return _unreachable(name, cause)
-    file = ""
-    if isinstance(cause, FileDownloadError) and cause.failed_files:
-        file, first = min(cause.failed_files.items())
-        cause = first if isinstance(first, Exception) else cause
-    if isinstance(cause, FileIntegrityError):
-        return HubError(
-            f"{name}: {file or 'a file'} is not what ModelScope lists (size or SHA-256): {first_line(cause)}",
-            hint="Run it again; if it stays so, the model is damaged on the hub.",
-        )
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return HubError(
-            f"{name}: the disk is full",
-            hint="Free some space or point MODELSCOPE_CACHE to a larger disk; files already complete are kept.",
-        )
-    status = cause.status_code if isinstance(cause, APIError) else None
-    if status == 401:
-        return HubError(
-            f"{name}: ModelScope refused the token", hint=f"Set {_TOKEN} to a valid token, or unset it and log out."
-        )
-    if status == 403:
-        return HubError(
-            f"{name}: ModelScope answered 403: the model is private or gated, or the token may not read it",
-            hint=f"Accept its terms on its page, then set {_TOKEN} to a token of an account that may read it.",
-        )
-    if status == 429:
-        return HubError(f"{name}: ModelScope answered 429: too many requests", hint="Wait a few minutes, then retry.")
-    if status is not None and status >= 500:
-        return HubError(
-            f"{name}: ModelScope answered {status}", hint="Try again later: files already complete are kept."
-        )
-    problem = f"{name}: the download failed: {type(cause).__name__}: {first_line(cause)}"
-    if is_interruption(cause):
-        return HubError(problem, hint="Run it again: files already complete are kept.")
-    if isinstance(cause, OSError) and cause.filename is not None:
-        return HubError(problem, hint="Point MODELSCOPE_CACHE to a folder that can be written to.")
-    variables = ", ".join(sorted(variable for variable in os.environ if variable.startswith("MODELSCOPE_")))
-    return HubError(problem, hint=f"Check {variables} in the environment." if variables else "")
-
-
-def _malformed(name: str, cause: Exception) -> HubError:
-    return HubError(
-        f"{name}: a setting of ModelScope's client is malformed: {first_line(cause)}",
-        hint="Check MODELSCOPE_ENDPOINT and the other MODELSCOPE_… variables of the environment.",
-    )
 
 
 @contextlib.contextmanager

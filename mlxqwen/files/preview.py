@@ -19,14 +19,16 @@ from pathlib import Path
 from mlxqwen.errors import HubError, MlxqwenError
 from mlxqwen.files.adapters import is_adapter_below
 from mlxqwen.files.headers_only import PREVIEW
+from mlxqwen.files.hub import GGUF_SUFFIXES
 from mlxqwen.files.transfer import Given, waited_for
 
-__all__ = ["Listing", "bytes_of", "check_room", "first_adapters", "list_files", "preview"]
+__all__ = ["Listing", "bytes_of", "check_room", "first_adapters", "first_gguf", "list_files", "preview"]
 
 _FIRST_BYTES = 1 << 18  # of a file of weights; most headers are shorter
 _LONGEST_HEADER = 16 * 2**20  # bytes; those of the largest releases have a few hundred thousand
 _AT_ONCE = 8
 _MOST_ADAPTERS = 64
+_MOST_GGUF = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Listing:
         begun: tells the bytes of files that have come in part.
         first_bytes: a file's first bytes, as many as are asked for, from the hub.
         adapters: files of adapters in folders of the model, which are not wanted; the first few.
+        gguf: files that are not read; the first few.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Listing:
     begun: Callable[[], int]
     first_bytes: Callable[[str, int], bytes]
     adapters: tuple[str, ...] = ()
+    gguf: tuple[str, ...] = ()
 
     @property
     def missing_weights(self) -> tuple[str, ...]:
@@ -71,18 +75,23 @@ def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwant
     )
     commit = info.sha or ""
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    adapters = first_adapters(sizes)
+    adapters, gguf = first_adapters(sizes), first_gguf(sizes)
     names = filter_repo_objects(sizes, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
     sizes = {name: sizes[name] for name in names}
     missing = (name for name in sizes if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str))
     place = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     begun, first_bytes = partial(bytes_of, place / "blobs", "*.incomplete"), partial(_first_bytes, repo_id, commit)
-    return Listing(repo_id, commit, sizes, tuple(missing), place, "HF_HOME", begun, first_bytes, adapters)
+    return Listing(repo_id, commit, sizes, tuple(missing), place, "HF_HOME", begun, first_bytes, adapters, gguf)
 
 
 def first_adapters(paths: Iterable[str]) -> tuple[str, ...]:
     """The first few of the adapters' files in folders of a model."""
     return tuple(sorted(filter(is_adapter_below, paths)))[:_MOST_ADAPTERS]
+
+
+def first_gguf(paths: Iterable[str]) -> tuple[str, ...]:
+    """The first few of a model's GGUF files."""
+    return tuple(sorted(path for path in paths if path.lower().endswith(GGUF_SUFFIXES)))[:_MOST_GGUF]
 
 
 def bytes_of(folder: Path, pattern: str) -> int:

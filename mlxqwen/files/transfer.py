@@ -94,6 +94,7 @@ class Download:
         arrived: tells how many of them have.
         patience: seconds without a byte that are waited.
         setting: the variable that is half of them.
+        is_shown: whether a terminal is shown how far it is; that of a look-up, which has a line of its own, is not.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Download:
     arrived: Callable[[], int]
     patience: float
     setting: str
+    is_shown: bool
 
 
 def has_abandoned() -> bool:
@@ -176,15 +178,18 @@ class _Watch:
         self._download = download
         self._clock = clock
         self._heard = clock()
-        self._seen: deque[tuple[float, int]] = deque([(self._heard, download.arrived())])
+        self._arrived = download.arrived()
+        self._seen: deque[tuple[float, int]] = deque([(self._heard, self._arrived)])
 
     def look(self) -> None:
         now, arrived, download = self._clock(), self._download.arrived(), self._download
-        if arrived != self._seen[-1][1]:
-            self._heard = now
+        if arrived != self._arrived:
+            self._heard, self._arrived = now, arrived
         silent = now - self._heard
         if silent >= download.patience:
             raise SilenceError(f"nothing came for {download.patience:g} seconds ({download.setting} sets half of them)")
+        if not download.is_shown:
+            return
         self._seen.append((now, arrived))
         while now - self._seen[0][0] > _RATE_OVER:
             self._seen.popleft()
