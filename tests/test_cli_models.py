@@ -118,6 +118,16 @@ def test_names_and_states_cannot_forge_rows(cache: Path) -> None:
     assert "\x1b" not in out
     assert len(out.splitlines()) == 3
     assert out.splitlines()[-1].startswith("not read: ")
+    assert run("rm", "org/odd", "--yes").out == f"removed org/odd: {len(SECOND)} bytes freed\n"
+    assert not (cache / "models--org--odd").exists()
+
+
+def test_caches_that_cannot_be_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelscope_hub.HubApi.scan_cache", lambda self: int("x"))
+    assert "not read: the cache of ModelScope: " in run("list").out
+    cache.write_text("a file")
+    result = run("list")
+    assert (result.status, "HF_HOME" in result.err) == (1, True)
 
 
 def test_models_of_modelscope(tmp_path: Path) -> None:

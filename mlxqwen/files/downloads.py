@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlxqwen.errors import ConfigError, HubError, one_line
 from mlxqwen.files.hub import MODELSCOPE_PREFIX, located
 from mlxqwen.files.hub_download import hub_client, quiet_warnings
+from mlxqwen.files.hub_source import HubModel
 from mlxqwen.files.json_file import read_json_object
 
 if TYPE_CHECKING:
@@ -98,12 +99,15 @@ class Removal:
 def downloads() -> tuple[list[Download], list[str]]:
     """All models in the caches, whatever their kind → those, and a line for each folder that cannot be read.
 
-    Raises `HubError` where the client's settings are malformed.
+    Raises `HubError` where the settings of the hub's client are malformed.
     """
     info = _hub_cache()
     found = [] if info is None else [one for repo in info.repos for one in _of_hub(repo)]
     faults = [] if info is None else [one_line(str(warning)) for warning in info.warnings]
-    found += [one for repo in _modelscope_repos() for one in _of_modelscope(repo)]
+    try:
+        found += [one for repo in _modelscope_repos() for one in _of_modelscope(repo)]
+    except (OSError, ValueError) as error:  # its client reads the environment
+        faults.append(one_line(f"the cache of ModelScope: {error}"))
     return sorted(found, key=lambda one: (one.repo_id.lower(), one.is_of_modelscope, -one.last_used)), faults
 
 
@@ -126,6 +130,9 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
     known = [
         one for one in downloads()[0] if one.repo_id == place.repo_id and one.is_of_modelscope == place.is_on_modelscope
     ]
+    revision = revision or place.revision
+    if not known and revision is None and not place.is_on_modelscope and (damaged := _damaged(place)) is not None:
+        return damaged
     removed = tuple(one for one in known if revision is None or one.is_meant_by(revision))
     if not removed:
         which = "" if revision is None or not known else f" of revision {revision!r}"
@@ -138,6 +145,18 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
     if place.is_on_modelscope:
         return _modelscope_removal(place.name, removed, kept)
     return _hub_removal(place.name, removed, kept)
+
+
+def _damaged(place: HubModel) -> Removal | None:
+    """The removal of a folder of the hub's cache that its client cannot read; None if there is none."""
+    root = Path(hub_client(place.repo_id).constants.HF_HUB_CACHE)
+    folder = root / f"models--{place.repo_id.replace('/', '--')}"
+    if not folder.is_dir():
+        return None
+    _check_within(place.name, [folder], folder)
+    return Removal(
+        place.name, (), (), _disk_bytes(folder), (folder,), lambda: shutil.rmtree(folder, ignore_errors=True)
+    )
 
 
 def _hub_removal(name: str, removed: tuple[Download, ...], kept: tuple[Download, ...]) -> Removal:
@@ -206,6 +225,8 @@ def _hub_cache() -> HFCacheInfo | None:
             return client.scan_cache_dir(client.constants.HF_HUB_CACHE)  # type: ignore[no-any-return]
     except CacheNotFound:
         return None
+    except ValueError as error:  # a file
+        raise HubError(f"the hub's cache: {error}", hint="Check HF_HOME and HF_HUB_CACHE.") from None
 
 
 def _of_hub(repo: CachedRepoInfo) -> Iterator[Download]:
