@@ -245,6 +245,8 @@ def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
     ("fields", "words"),
     [
         ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt: found one"),
+        ({"context_management": [{"type": "compaction", "compact_threshold": 1000}]}, "/v1/responses/compact"),
         ({"input": None}, "input: found none"),
         ({"input": []}, "input: found none"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),

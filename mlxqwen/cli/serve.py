@@ -19,9 +19,10 @@ from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_model_options, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.served_models import sources_of
-from mlxqwen.cli.spellings import SettableCommand
+from mlxqwen.cli.spellings import SettableCommand, SpelledOption
 from mlxqwen.console import Output
-from mlxqwen.errors import ServerError, install_command, one_line
+from mlxqwen.errors import OptionError, ServerError, install_command, one_line
+from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
     from mlxqwen.server.registry import ModelRegistry
@@ -48,24 +49,24 @@ _OF_GENERATE = (
     "draft_tokens",
 )
 _LIBRARIES = ("starlette", "uvicorn", "httptools", "prometheus_client")
-# What cards of other servers show, and what needs no asking for here.
-_NEEDLESS: dict[str, Any] = {
-    "reasoning_parser": str,
-    "tool_call_parser": str,
-    "enable_reasoning": None,
-    "enable_auto_tool_choice": None,
+# What model cards give to other servers, and what needs no asking for here: flags, whether a value follows, why.
+_TOLD_APART = "thought and calls are told apart"
+_NEEDLESS: dict[str, tuple[tuple[str, ...], bool, str]] = {
+    "reasoning_parser": (("--reasoning-parser",), True, _TOLD_APART),
+    "tool_call_parser": (("--tool-call-parser",), True, _TOLD_APART),
+    "enable_reasoning": (("--enable-reasoning",), False, _TOLD_APART),
+    "enable_auto_tool_choice": (("--enable-auto-tool-choice",), False, _TOLD_APART),
+    "tensor_parallel_size": (
+        ("--tensor-parallel-size", "-tp", "--tp-size", "--tp"),
+        True,
+        "one machine computes it all",
+    ),
 }
 
 
 def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, kind in _NEEDLESS.items():
-        flag = f"--{name.replace('_', '-')}"
-        option = (
-            click.option(flag, is_flag=True, hidden=True)
-            if kind is None
-            else click.option(flag, type=kind, hidden=True)
-        )
-        command = option(command)
+    for name, (flags, takes_value, _) in _NEEDLESS.items():
+        command = click.option(*flags, name, is_flag=not takes_value, hidden=True)(command)
     return command
 
 
@@ -75,6 +76,8 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
     "-m",
     "--model",
     "models",
+    cls=SpelledOption,
+    also=("--model-path",),
     multiple=True,
     metavar="[NAME=]MODEL",
     shell_complete=complete_folder,
@@ -135,6 +138,7 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What the thought is called in chat completions.",
 )
 @click.option("--log-content", is_flag=True, help="Log what is asked and answered, too.")
+@click.option("--json-model-override-args", "overrides", hidden=True)
 @_needless
 @click.pass_context
 def serve(ctx: click.Context, /, **options: Any) -> int:
@@ -149,6 +153,8 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             f"serve: found no {', '.join(missing)}, which it is made with",
             hint=f"Install them: {install_command('server')}",
         )
+    if options["overrides"] is not None:
+        options["rope_scaling"] = _overridden_rope_scaling(options["overrides"], options["rope_scaling"])
     check_model_options(options)
     settings = _settings(options)
     key = ""
@@ -222,9 +228,24 @@ def _settings(options: Mapping[str, Any]) -> ServerSettings:
 
 
 def _note_needless(options: Mapping[str, Any]) -> None:
-    for name in _NEEDLESS:
+    for name, (flags, _, why) in _NEEDLESS.items():
         if options[name]:
-            sys.stderr.write(f"note: --{name.replace('_', '-')} is not needed here: thought and calls are told apart\n")
+            sys.stderr.write(f"note: {flags[0]} is not needed here: {why}\n")
+
+
+def _overridden_rope_scaling(text: str, other: str | None) -> str:
+    """The value of --rope-scaling in SGLang's spelling. Raises `OptionError` for anything else."""
+    hint = "Give --rope-scaling JSON."
+    try:
+        given = parse_json(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or list(given) != ["rope_scaling"]:
+        found = f"found {one_line(text, 100)}"
+        raise OptionError(f'--json-model-override-args: {found}, expected {{"rope_scaling": …}}', hint=hint)
+    if other is not None:
+        raise OptionError("--json-model-override-args: found beside --rope-scaling, expected one of them")
+    return json.dumps(given["rope_scaling"])
 
 
 def _log_requests() -> None:

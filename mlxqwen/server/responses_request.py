@@ -19,7 +19,11 @@ from mlxqwen.server.summaries import read_summary
 __all__ = ["Input", "ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
 
 _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
-_NOT_DONE = ("conversation", "prompt")
+_NOT_DONE = {
+    "conversation": "previous_response_id goes on from a response",
+    "prompt": "give instructions and input",
+    "context_management": "POST /v1/responses/compact shortens a talk, truncation auto leaves out its oldest turns",
+}
 _SUMMARY_BEGINS = "Summary of the conversation so far:"
 
 Input = str | Annotated[list[dict[str, Any]], Field(max_length=100_000)]
@@ -80,6 +84,7 @@ class ResponsesFields(Form):
     # Asked for, these are refused.
     conversation: Any = None
     prompt: Any = None
+    context_management: Any = None
 
 
 def input_items(given: Input | None) -> list[dict[str, Any]]:
@@ -105,11 +110,11 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
     Raises:
         ApiError, MessagesError: items that a text model does not read, or what is not done.
     """
-    for name in _NOT_DONE:
+    for name, way_out in _NOT_DONE.items():
         if getattr(fields, name):
             raise ApiError(
                 400,
-                f"{name}: found one, expected none: it is not done here",
+                f"{name}: found one, expected none: it is not done here, but {way_out}",
                 code="unsupported_parameter",
                 param=name,
             )
