@@ -260,6 +260,25 @@ def test_a_prompt_that_needs_the_memory_of_an_idle_model_gets_it(
         run(work(served))
 
 
+def test_a_reply_that_grows_gets_the_memory_of_an_idle_model(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxqwen.server.registry._SPARE_SHARE", 1 << 40)
+    model = model_of(tokenizer)
+
+    async def work(served: Several) -> None:
+        for name in "ab":
+            assert (await served.ask(name).end()).status == 200
+        assert served.models.count()["loaded"] == 2
+        reply = await served.ask("b", max_tokens=300).end()
+        assert reply.json["usage"]["completion_tokens"] == 300
+        assert served.states() == {"a": "unloaded", "b": "loaded"}
+        assert not served.weights["a"].is_held
+
+    with machine(model, weight_bytes(model) + 300 * slot_bytes(model, CacheKind())), several(tokenizer) as served:
+        run(work(served))
+
+
 def test_idle_models_are_unloaded_and_loaded_again(tokenizer: Tokenizer) -> None:
     async def work(served: Several) -> None:
         running = served.ask("a", **LONG)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -57,10 +57,15 @@ class MemoryAccount:
 
     Args:
         device: says how much may be used in all.
+
+    Attributes:
+        lenders: asked, once stores have nothing left, by the scheduler that needs memory: each gives some back, such as
+            that of a model that nobody uses, and says whether it has. Not those of that scheduler's own model.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.lenders: list[Callable[[Scheduler], bool]] = []
         self._schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
     def add(self, scheduler: Scheduler) -> None:
@@ -82,12 +87,17 @@ class MemoryAccount:
         return self.device.usable_memory - taken - _WORK_SPACE
 
     def make_room(self, nbytes: int, first: Scheduler) -> bool:
-        """Let stores evict blocks until `nbytes` are free, beginning with the store of `first` → whether they are."""
+        """Let stores evict blocks until `nbytes` are free, beginning with the store of `first` → whether they are.
+
+        Then lenders give back what they have.
+        """
         for one in [first, *(other for other in self.schedulers if other is not first)]:
             missing = nbytes - self.left()
             if missing <= 0:
                 return True
             one.give_way(missing)
+        while nbytes > self.left() and any(lend(first) for lend in list(self.lenders)):
+            pass
         return nbytes <= self.left()
 
     def most(self) -> int:
@@ -127,5 +137,6 @@ def account() -> MemoryAccount:
         fresh = MemoryAccount(current_device())
         for scheduler in () if _account is None else _account.schedulers:
             fresh.add(scheduler)
+        fresh.lenders = [] if _account is None else _account.lenders
         _account = fresh
     return _account

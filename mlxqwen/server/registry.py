@@ -12,10 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 
 from mlxqwen.device import current_device
 from mlxqwen.engine.memory import account, give_back
-from mlxqwen.engine.scheduler import EVALUATION
+from mlxqwen.engine.scheduler import EVALUATION, Scheduler
 from mlxqwen.errors import HubError, MlxqwenError, one_line
 from mlxqwen.files.aliases import hub_id_of_alias
 from mlxqwen.files.json_file import shown
@@ -57,6 +58,7 @@ class ModelRegistry:
         self._queue: deque[Entry] = deque()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        account().lenders.append(self._lend)
 
     def add(self, model: ServedModel) -> None:
         """Serve a model that is loaded already, and stays the caller's: it is not unloaded."""
@@ -161,8 +163,15 @@ class ModelRegistry:
         others = [entry for entry in self._idle() if entry.model is not but]
         return bool(others) and self._unload(others[0], f"memory for {but.name}")
 
+    def _lend(self, borrower: Scheduler) -> bool:
+        """Called in a step of another model's that needs memory: unload a model that nobody uses, if there is one."""
+        others = [one for one in self._idle() if one.model is not None and one.model.engine.scheduler is not borrower]
+        return bool(others) and self._unload(others[0], "memory for replies")
+
     def close(self, seconds: float = 0.5) -> bool:
         """End all models that were loaded here → whether no load is still under way after `seconds`."""
+        with suppress(ValueError):  # it was closed before
+            account().lenders.remove(self._lend)
         with self._changed:
             self._is_closed = True
             for entry in self._queue:
