@@ -105,7 +105,7 @@ def test_a_cut_inside_the_thought_doubles_and_halves_nothing(
         else:
             closed = f"\n</think>\n\n{content}" if content else ""
             assert reply["content"] == (f"<think>\n{thought}{closed}" if thought else "")
-        assert reply.get("ended_in_thought", False) is (thought is not None and not content)
+        assert reply.get("ended_in_thought", False) is (not content)
 
 
 def test_a_begun_answer_whose_thought_is_closed_is_content(speaking: tuple[Served, ScriptedModel]) -> None:
@@ -116,24 +116,27 @@ def test_a_begun_answer_whose_thought_is_closed_is_content(speaking: tuple[Serve
     assert "ended_in_thought" not in reply
 
 
-@pytest.mark.parametrize(("text", "fields", "reason"), [("Hm, so", {}, "stop"), ("Hm, so" * 9, {"limit": 4}, "length")])
+@pytest.mark.parametrize(
+    ("text", "fields", "reason"),
+    [("Hm, so", {}, "stop"), ("", {}, "stop"), ("Hm, so" * 9, {"limit": 4}, "length"), ("Hm", {"limit": 1}, "length")],
+)
 def test_an_answer_that_the_thought_has_taken_is_told_by_every_api(
     speaking: tuple[Served, ScriptedModel], text: str, fields: dict[str, int], reason: str
 ) -> None:
     speaker, most = says(speaking, f"<think>\n{text}"), fields.get("limit", 99)
     reply = speaker.both(ask(max_tokens=most))
     assert (reply["content"], reply["finish_reason"], reply["ended_in_thought"]) == ("", reason, True)
-    assert reply["reasoning_content"]
+    assert bool(reply["reasoning_content"]) is (text != "" and most > 1)
     hidden = speaker.both(ask(max_tokens=most, include_reasoning=False))
     assert (hidden["content"], hidden["ended_in_thought"]) == ("", True)
     response = speaker.post({"input": "Hi", "max_output_tokens": most}, "/v1/responses")
-    assert [item["type"] for item in response["output"]] == ["reasoning"]
+    assert {item["type"] for item in response["output"]} <= {"reasoning"}
     assert response["ended_in_thought"] is True
     assert response["status"] == {"stop": "completed", "length": "incomplete"}[reason]
     thinking = {"type": "enabled", "budget_tokens": 1024}
     body = {"messages": ask()["messages"], "max_tokens": most, "thinking": thinking}
     message = speaker.post(body, "/v1/messages")
-    assert [block["type"] for block in message["content"]] == ["thinking"]
+    assert {block["type"] for block in message["content"]} <= {"thinking"}
     assert message["ended_in_thought"] is True
     assert message["stop_reason"] == {"stop": "end_turn", "length": "max_tokens"}[reason]
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from mlxqwen.engine.events import Done
 from mlxqwen.server.blocks import Block, Blocks, Step
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, anthropic_error
@@ -51,7 +50,7 @@ class MessageReply:
                 if self._blocks.is_cut:
                     replies.end(row)
         content = [_whole(block) for block in self._blocks.blocks]
-        return {**self._head, "content": content, **self._ending(replies.done[0]), "usage": _usage(replies)}
+        return {**self._head, "content": content, **self._ending(replies), "usage": _usage(replies)}
 
     async def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
         """The events of the reply that is streamed."""
@@ -64,7 +63,7 @@ class MessageReply:
             if self._blocks.is_cut:
                 replies.end(0)
         yield b"".join(map(_told, self._blocks.finish()))
-        delta = {"type": "message_delta", "delta": self._ending(replies.done[0]), "usage": _usage(replies)}
+        delta = {"type": "message_delta", "delta": self._ending(replies), "usage": _usage(replies)}
         yield event(delta, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
@@ -72,12 +71,13 @@ class MessageReply:
         """What ends a stream in which something went wrong."""
         return event(anthropic_error(error), "error")
 
-    def _ending(self, done: Done) -> dict[str, Any]:
+    def _ending(self, replies: Replies) -> dict[str, Any]:
         """Why it ended, and that it did so in thought, if nothing was said."""
+        done = replies.done[0]
         if done.stop_string is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": done.stop_string}
         reason = "tool_use" if self._blocks.is_cut else _REASONS[done.finish_reason]
-        in_thought = {"ended_in_thought": True} if self._blocks.is_thought_alone else {}
+        in_thought = {"ended_in_thought": True} if replies.ended_in_thought(0) else {}
         return {"stop_reason": reason, "stop_sequence": None, **in_thought}
 
 

@@ -63,11 +63,6 @@ class Blocks:
         self._open: Block | None = None
         self._call = -1
 
-    @property
-    def is_thought_alone(self) -> bool:
-        """Whether there is thought, and nothing else."""
-        return bool(self.blocks) and all(block.kind == "reasoning" for block in self.blocks)
-
     def feed(self, deltas: Sequence[Delta]) -> Iterator[Step]:
         """What the next deltas do."""
         for delta in deltas:

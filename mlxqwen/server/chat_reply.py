@@ -45,7 +45,6 @@ class ChatChoice:
         self._content: list[str] = []
         self._calls: list[dict[str, Any]] = []
         self._is_in_thought = False
-        self._has_thought = False
         self.is_cut = False
 
     def pieces(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
@@ -53,7 +52,6 @@ class ChatChoice:
         pieces: list[dict[str, Any]] = []
         for delta in deltas:
             if delta.reasoning is not None:
-                self._has_thought = True
                 pieces += self._thought(delta.reasoning)
             elif delta.content is not None:
                 pieces += self._said(delta.content)
@@ -107,13 +105,13 @@ class ChatChoice:
             message["tool_calls"] = self._calls
         return message
 
-    def ending(self, done: Done) -> dict[str, Any]:
+    def ending(self, done: Done, *, in_thought: bool) -> dict[str, Any]:
         """Why it ended: also which stop string or token did it, and that it did so in thought, if nothing was said."""
         reason = "tool_calls" if self.is_cut else "stop" if done.finish_reason == "loop" else done.finish_reason
         ended: dict[str, Any] = {"finish_reason": reason, "stop_reason": done.stop_string}
         if done.tokens and done.tokens[-1] in self._stop_token_ids:
             ended["stop_reason"] = done.tokens[-1]
-        if self._has_thought and not done.reply.content and not done.reply.tool_calls:
+        if in_thought:
             ended["ended_in_thought"] = True
         return ended
 
@@ -172,7 +170,7 @@ class ChatReply:
                 "index": row,
                 "message": choice.message(),
                 "logprobs": None if self._logprobs is None else self._logprobs[row].whole(),
-                **choice.ending(replies.done[row]),
+                **choice.ending(replies.done[row], in_thought=replies.ended_in_thought(row)),
             }
             for row, choice in enumerate(self._choices)
         ]
@@ -207,7 +205,9 @@ class ChatReply:
                     cut.add(row)
                     replies.end(row)
                 if token.finish_reason is not None or choice.is_cut:
-                    pieces.append(chunk(row, {}, choice.ending(replies.done[row])))
+                    pieces.append(
+                        chunk(row, {}, choice.ending(replies.done[row], in_thought=replies.ended_in_thought(row)))
+                    )
             if not replies.is_over:  # the last ones go with the end
                 yield b"".join(pieces)
                 pieces = []

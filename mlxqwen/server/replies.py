@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
+from mlxqwen.chat.tags import Tag
 from mlxqwen.engine.events import Done
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_request import Prepared
@@ -141,6 +142,15 @@ class Replies:
 
     def _check_time(self) -> None:
         self._load.check_time(self._deadline)
+
+    def ended_in_thought(self, row: int) -> bool:
+        """Whether a reply that is over has said nothing but its thought, if even that."""
+        done = self.done[row]
+        if done.reply.content or done.reply.tool_calls:
+            return False
+        think = self._model.engine.tokenizer.token_to_id(Tag.THINK.value)
+        has_begun = self.handles[row].request.begins_in_thought is True or think in done.tokens
+        return has_begun or bool(done.reply.reasoning)
 
     def end(self, row: int) -> None:
         """End one reply where it is: what it has counts as its whole."""

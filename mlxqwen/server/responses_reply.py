@@ -169,7 +169,7 @@ class ResponseReply:
         response["output"] = self._output("completed" if status == "completed" else "incomplete")
         response["completed_at"] = int(time.time()) if status == "completed" else None
         response["usage"] = response_usage(replies)
-        if self._blocks.is_thought_alone:
+        if done is not None and replies.ended_in_thought(0):
             response["ended_in_thought"] = True
         if self._fields.store is not False:
             self._keep(response)
