@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_prompts_of_many_requests_share_one_budget_a_step(model: Qwen3ForCausalL
             for handle in handles:
                 taken(handle)
     assert sum(fed) == 5 * 30
+
+
+def test_prompts_that_end_together_join_in_one_copy(model: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts that are read apart, as their lengths differ, in the step of one chunk."""
+    merged: list[int] = []
+    merge = RunningBatch.merge
+
+    def counted(self: RunningBatch, others: Sequence[RunningBatch]) -> None:
+        merged.append(len(others))
+        merge(self, others)
+
+    monkeypatch.setattr(RunningBatch, "merge", counted)
+    scheduler, requests = new_scheduler(model), [asked([1] * length, 4) for length in (40, 2, 100)]
+    handles = [scheduler.submit(request) for request in requests]
+    assert scheduler.step()
+    assert (len(scheduler.running), merged) == (3, [2])
+    assert run(scheduler, handles) == [alone(model, request) for request in requests]
 
 
 # Who begins

@@ -18,16 +18,24 @@ def padding_is_small(lengths: Sequence[int]) -> bool:
 def arrange(batches: Iterable[RunningBatch], has_room: Callable[[Sequence[RunningBatch]], bool]) -> list[RunningBatch]:
     """Arrange rows anew: parked ones apart, long ones apart from short ones, all others together.
 
-    A batch whose next forward pass is queued stays as it is.
+    A batch whose next forward pass is queued stays as it is. Rows that come together are copied once, as far as memory
+    allows.
     """
     parts = [part for batch in batches for part in ([batch, *_split(batch)] if batch.may_change else [batch])]
-    arranged: list[RunningBatch] = []
+    groups: list[list[RunningBatch]] = []
     for batch in sorted((part for part in parts if part.rows), key=lambda part: part.number):
-        partner = next((other for other in arranged if _may_merge(other, batch, has_room)), None)
-        if partner is None:
-            arranged.append(batch)
+        group = next((group for group in groups if _are_alike([*group, batch])), None)
+        if group is None:
+            groups.append([batch])
         else:
-            partner.merge([batch])
+            group.append(batch)
+    arranged: list[RunningBatch] = []
+    for first, *others in groups:
+        while others and not has_room([first, *others]):
+            arranged.append(others.pop())
+        if others:
+            first.merge(others)
+        arranged.append(first)
     for batch in arranged:
         batch.adopt()
     return arranged
@@ -48,13 +56,15 @@ def _split(batch: RunningBatch) -> list[RunningBatch]:
     return taken
 
 
-def _may_merge(one: RunningBatch, other: RunningBatch, has_room: Callable[[Sequence[RunningBatch]], bool]) -> bool:
-    if not (one.may_merge and other.may_merge) or (one.drawn is None) != (other.drawn is None):
+def _are_alike(batches: Sequence[RunningBatch]) -> bool:
+    """Whether the rows of all these batches may share one, if memory allows it."""
+    first = batches[0]
+    if not all(one.may_merge and (one.drawn is None) == (first.drawn is None) for one in batches):
         return False
-    if one.owner is not None or other.owner is not None:
-        return one.owner is other.owner
-    is_alike = one.kind == other.kind and padding_is_small([*_slots(one), *_slots(other)])
-    return is_alike and has_room([one, other])
+    if any(one.owner is not None for one in batches):
+        return all(one.owner is first.owner for one in batches)
+    is_one_kind = all(one.kind == first.kind for one in batches)
+    return is_one_kind and padding_is_small([slots for one in batches for slots in _slots(one)])
 
 
 def _slots(batch: RunningBatch) -> list[int]:

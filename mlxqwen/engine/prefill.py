@@ -117,7 +117,7 @@ class Prefill:
         lengths = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
         before, model = _Checkpoint(self.cache), generations[0].model
-        tokens, began = len(padded) * max(lengths), pace.clock()
+        tokens, began = sum(lengths), pace.clock()
         tells = generations[0].lacks_prompt_logprobs  # such a prompt is read alone
         start = self.done()
         at_once = pace.layers_at_once(tokens)
