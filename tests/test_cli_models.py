@@ -242,6 +242,8 @@ def test_a_model_is_pulled(tmp_path: Path) -> None:
         before = hub.sent_bytes
         assert commands.run("pull", "org/demo") == done
         assert hub.sent_bytes == before
+        (row,) = json.loads(commands.run("list", "--json").out)["models"]
+        assert (row["id"], row["refs"], row["path"], row["state"]) == ("org/demo", ["main"], str(folder), "ready")
         refused = commands.run("pull", "org/llama")
         assert (refused.status, "model_type" in refused.err) == (1, True)
         assert [path.name for path in commands.home.rglob("model.safetensors")] == ["model.safetensors"]
