@@ -292,6 +292,26 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ModelScope cannot be reached: no answer in time" in failure("modelscope:org/model")
 
 
+@pytest.mark.usefixtures("here")
+def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import modelscope_hub
+
+    folder, speaks = resolve_model("modelscope:org/model"), threading.Event()
+
+    def silent(*arguments: object, **options: object) -> list[object]:
+        speaks.wait()
+        return []
+
+    monkeypatch.setattr(modelscope_hub.HubApi, "list_repo_files", silent)
+    monkeypatch.setenv("MODELSCOPE_API_TIMEOUT", "0.1")
+    assert resolve_model("modelscope:org/model") == folder  # an earlier download
+    told = failure("modelscope:org/demo")
+    assert (
+        "ModelScope cannot be reached: nothing came for 0.2 seconds (MODELSCOPE_API_TIMEOUT sets half of them)" in told
+    )
+    speaks.set()
+
+
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert 'pip install "mlxqwen[modelscope]"' in failure("modelscope:org/model")

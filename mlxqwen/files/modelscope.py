@@ -26,7 +26,7 @@ from mlxqwen.files.modelscope_errors import (
     modelscope_unreachable,
 )
 from mlxqwen.files.preview import Listing, bytes_of, first_adapters, first_gguf
-from mlxqwen.files.transfer import Download, Given, QuietLog, waited_for
+from mlxqwen.files.transfer import Download, Given, QuietLog, SilenceError, waited_for
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelScope", "is_complete"]
 
 _TIMEOUT = "MODELSCOPE_DOWNLOAD_TIMEOUT"
+_ANSWERS = "MODELSCOPE_API_TIMEOUT"
 _LOG = QuietLog("modelscope_hub", logging.CRITICAL)
 _CHECKED = ".mlxqwen-checked.json"
 _INDEX = "model.safetensors.index.json"
@@ -113,11 +114,17 @@ class ModelScope:
         client, place, api = _client(self.name), self.place, self._api
         if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE:
             return _known(place, api, None)
+
+        def ask(_: Given) -> list[Any]:
+            self._found = client.HubApi(endpoint=api.resolve_endpoint_for_read(place.repo_id))
+            return list(self._found.list_repo_files(place.repo_id, "model", revision=place.revision))
+
+        answer = Download(self.name, 0, lambda: 0, 2.0 * _seconds(_ANSWERS, 10.0), _ANSWERS, is_shown=False)
         try:
-            api = self._found = client.HubApi(endpoint=api.resolve_endpoint_for_read(place.repo_id))
-            listed = waited_for(lambda _: api.list_repo_files(place.repo_id, "model", revision=place.revision))
-        except client.NetworkError as cause:  # times out, or is refused
+            listed = waited_for(ask, answer)
+        except (client.NetworkError, SilenceError) as cause:  # times out, is refused, or is silent
             return _known(place, api, cause)
+        api = self._api
         wanted = [file for file in listed if file.type != "tree" and _is_wanted(self.name, file.path)]
         self._entries = {
             file.path: {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in wanted
