@@ -10,6 +10,9 @@ import pytest
 from mlxqwen.chat.structured.compiler import GrammarCompiler
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.anthropic_request import MessagesFields, as_chat
+from mlxqwen.server.bodies import form_of
+from mlxqwen.server.chat_request import thinking_of
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.scripted_model import scripted_engine
 from tests.serving import Served, serving
@@ -84,6 +87,26 @@ def test_thought_is_a_block_of_its_own_and_streams_add_up(served: Served, client
     ]
     block = ["content_block_start", "content_block_stop"]
     assert raw == ["message_start", *block, *block, "message_stop"]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "effort", "budget"),
+    [
+        ({"type": "adaptive"}, "low", 1024),
+        ({"type": "adaptive"}, "max", None),
+        ({"type": "enabled", "budget_tokens": 7}, "low", 7),
+        ({"type": "disabled"}, "low", None),
+        (None, "low", None),
+        ({"type": "adaptive"}, "huge", None),
+    ],
+)
+def test_effort_is_a_budget_where_the_model_thinks(thinking: Any, effort: str, budget: int | None) -> None:
+    given = {"messages": QUESTION, "max_tokens": 5, "thinking": thinking, "output_config": {"effort": effort}}
+    notes: list[str] = []
+    chat = as_chat(form_of(given, MessagesFields), notes)
+    switch, found = thinking_of(chat)
+    assert (switch, found) == (thinking is not None and thinking["type"] != "disabled", budget)
+    assert notes == (["output_config.effort"] if effort == "huge" else [])
 
 
 def test_calls_and_their_results(client: Any) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from mlxqwen.errors import MessagesError
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form, form_of, unknown_fields
-from mlxqwen.server.chat_fields import ChatFields, Number
+from mlxqwen.server.chat_fields import ChatFields, Effort, Number
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.histories import kept_instructions
 
@@ -101,6 +101,11 @@ def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
         for name in ("max_tokens", "temperature", "top_p", "top_k"):
             chat[name] = getattr(fields, name)
         chat["stop"] = fields.stop_sequences
+        effort = (fields.output_config or {}).get("effort")
+        if isinstance(effort, str) and effort in get_args(Effort):
+            chat["reasoning_effort"] = effort if thinks else None
+        elif effort is not None:
+            notes.append("output_config.effort")
         chat["response_format"] = _response_format(fields.output_format or (fields.output_config or {}).get("format"))
     return form_of(chat, ChatFields)
 

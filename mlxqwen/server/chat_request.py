@@ -34,6 +34,7 @@ __all__ = [
     "prompt_ids",
     "rows",
     "sampling_of",
+    "thinking_of",
 ]
 
 EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 16_384, "xhigh": 32_768, "max": None}
@@ -121,7 +122,7 @@ def prompt_ids(fields: ChatFields, model: ServedModel) -> list[int]:
 
 def _shown_options(fields: ChatFields, notes: list[str]) -> ChatOptions:
     """The options that make the prompt; of tools that are left out a note is taken."""
-    thinking, budget = _thinking(fields)
+    thinking, budget = thinking_of(fields)
     variables = dict(fields.chat_template_kwargs or {})
     variables.pop("enable_thinking", None)
     return ChatOptions(
@@ -231,7 +232,7 @@ def _messages(fields: ChatFields, notes: list[str]) -> list[Mapping[str, Any]]:
     return messages if fields.tools else with_written_calls(messages)
 
 
-def _thinking(fields: ChatFields) -> tuple[bool | None, int | None]:
+def thinking_of(fields: ChatFields) -> tuple[bool | None, int | None]:
     """The hard switch and the budget that the request's fields make together."""
     switch = (fields.chat_template_kwargs or {}).get("enable_thinking")
     budget = budget_of(fields)
