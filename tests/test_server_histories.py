@@ -66,6 +66,13 @@ def test_arguments_that_are_no_object_are_shown_as_they_were(
     assert response.headers.get(IGNORED) == (note if is_told else None)
 
 
+def test_a_custom_tools_call_is_shown_with_its_input(served: Served, tokenizer: Tokenizer) -> None:
+    call = {"id": "c", "type": "custom", "custom": {"name": "apply_patch", "input": 'a "b"'}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompt = ids(served, [QUESTION, calling, {"role": "tool", "tool_call_id": "c", "content": "ok"}])
+    assert '{"name": "apply_patch", "arguments": {"input": "a \\"b\\""}}' in tokenizer.decode(prompt)
+
+
 def test_the_other_apis_take_them_too(served: Served) -> None:
     items = [
         {"role": "user", "content": "Hi"},

@@ -45,7 +45,8 @@ def with_kept_instructions(messages: Sequence[Mapping[str, Any]]) -> list[Mappin
 def with_whole_arguments(messages: Sequence[Mapping[str, Any]], notes: list[str]) -> list[Mapping[str, Any]]:
     """The messages, in which arguments of calls that are no JSON are JSON strings: so the model is shown what it wrote.
 
-    Models' calls may be cut off, and agents send them back. A note is taken of each.
+    Models' calls may be cut off, and agents send them back. A note is taken of each. Calls of custom tools, which other
+    models have made, are shown as calls with one argument, `input`.
     """
     return [_with_whole_arguments(message, f"messages[{place}]", notes) for place, message in enumerate(messages)]
 
@@ -56,6 +57,10 @@ def _with_whole_arguments(message: Mapping[str, Any], where: str, notes: list[st
         return message
     whole = []
     for place, call in enumerate(calls):
+        if isinstance(call, Mapping) and call.get("type") == "custom" and isinstance(call.get("custom"), Mapping):
+            custom = call["custom"]  # of a tool without a schema, whose input is one text
+            arguments = {"input": custom.get("input")}
+            call = {**call, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping) and _is_cut(function.get("arguments")):
             notes.append(f"{where}.tool_calls[{place}].function.arguments")
