@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -106,7 +105,6 @@ def test_a_client_that_leaves_frees_its_rows(held: tuple[Served, HeldModel], str
             await other.end()
         passes = model.passes
         model.release()
-        gc.collect()
         await until(lambda: scheduler.cache_bytes == 0)
         assert model.passes == passes
 

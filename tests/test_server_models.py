@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.engine import generation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.loading import MakeRoom
 from mlxqwen.engine.memory import slot_bytes, weight_bytes
@@ -33,7 +34,13 @@ from tests.scheduling import machine
 from tests.serving import CHAT, ask
 
 SHORT = {"max_tokens": 2, "ignore_eos": True}
-LONG = {"max_tokens": 150, "ignore_eos": True, "stream": True}
+LONG: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(autouse=True)
+def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long reply waits for its reader: one that nobody reads is not over before a test is."""
+    monkeypatch.setattr(generation, "MAX_UNREAD", 16)
 
 
 class Weights:
@@ -90,8 +97,8 @@ class Several:
         self.service = Service(self.models, self.settings)
         self.app = make_app(self.service)
 
-    def ask(self, model: str | None, **fields: Any) -> Call:
-        return Call(self.app, CHAT, {**ask(), **SHORT, "model": model, **fields})
+    def ask(self, model: str | None, *, reads: bool = True, **fields: Any) -> Call:
+        return Call(self.app, CHAT, {**ask(), **SHORT, "model": model, **fields}, reads=reads)
 
     async def get(self, path: str) -> Call:
         return await Call(self.app, path, method="GET").end()
@@ -206,13 +213,14 @@ def test_an_idle_model_makes_room_for_another(tokenizer: Tokenizer) -> None:
 
 def test_a_model_in_use_stays_until_its_replies_are_over(tokenizer: Tokenizer) -> None:
     async def work(served: Several) -> None:
-        first = served.ask("a", **LONG)
-        await until(lambda: len(first.sent) > 3)
+        first = served.ask("a", reads=False, **LONG)
+        await until(lambda: first.status == 200)
         second = served.ask("b")
         await until(lambda: served.models.find("a").is_leaving)
         third = served.ask("a")  # waits for b, as b waits for the first
         await until(lambda: served.states()["a"] == "loading")
         assert not second.task.done()
+        first.may_read.set()
         await first.end()
         assert first.events[-1]["choices"][0]["finish_reason"] == "length"
         assert (await second.end()).status == (await third.end()).status == 200
@@ -224,8 +232,8 @@ def test_a_model_in_use_stays_until_its_replies_are_over(tokenizer: Tokenizer) -
 
 def test_one_that_waits_no_more_drives_nobody_out(tokenizer: Tokenizer) -> None:
     async def work(served: Several) -> None:
-        first = served.ask("a", **LONG)
-        await until(lambda: len(first.sent) > 3)
+        first = served.ask("a", reads=False, **LONG)
+        await until(lambda: first.status == 200)
         second = served.ask("b")
         await until(lambda: served.models.find("a").is_leaving)
         second.leave()
@@ -281,8 +289,8 @@ def test_a_reply_that_grows_gets_the_memory_of_an_idle_model(
 
 def test_idle_models_are_unloaded_and_loaded_again(tokenizer: Tokenizer) -> None:
     async def work(served: Several) -> None:
-        running = served.ask("a", **LONG)
-        await until(lambda: len(running.sent) > 3)
+        running = served.ask("a", reads=False, **LONG)
+        await until(lambda: running.status == 200)
         assert (await served.ask("b").end()).status == 200
         served.now = 299.0
         assert served.models.unload_idle() == 1.0
