@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlxqwen.device import Device
-from mlxqwen.engine.pace import ReadingPace
+from mlxqwen.engine.interrupts import ReadingPace
 from mlxqwen.engine.scheduler import Scheduler
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM

@@ -10,10 +10,9 @@ import mlx.core as mx
 
 from mlxqwen.cache import KVCache
 from mlxqwen.engine.generation import Generation
-from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.interrupts import ReadingPace, interrupts_deferred
 from mlxqwen.engine.logprobs import begin_logprobs, logprobs_of
 from mlxqwen.engine.memory import buffer_bytes
-from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.running import RunningBatch, masks_of
 from mlxqwen.sampling.constraint import apply_masks
 from mlxqwen.sampling.sampler import Sampler

@@ -28,9 +28,8 @@ from mlxqwen.engine.arrangement import arrange
 from mlxqwen.engine.driver import Driver
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.handle import Handle
-from mlxqwen.engine.interrupts import interrupts_deferred
+from mlxqwen.engine.interrupts import ReadingPace, interrupts_deferred
 from mlxqwen.engine.memory import account, weight_bytes
-from mlxqwen.engine.pace import ReadingPace
 from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
