@@ -101,7 +101,7 @@ def events_of(body: bytes) -> list[Any]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-async def until(condition: Any, seconds: float = 30.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     """Wait until `condition()` holds. Raises `TimeoutError`."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -155,11 +155,9 @@ def test_a_second_server_on_the_port_is_refused(server: Process) -> None:
 
 
 def test_ctrl_c_lets_replies_end_and_keys_are_not_logged() -> None:
-    with process("--drain", "60", MLXQWEN_API_KEY="sesame") as server:
+    with process("--drain", "60", *WINDOW, MLXQWEN_API_KEY="sesame") as server:
         assert server.get("/v1/models")[0] == 401
-        body = json.dumps(
-            {"model": "demo", "messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 300}
-        )
+        body = json.dumps({**ENDLESS, "max_tokens": 600})
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("POST", "/v1/chat/completions", body, {"authorization": "Bearer sesame"})
         response = connection.getresponse()
