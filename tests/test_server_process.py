@@ -105,6 +105,24 @@ def test_the_demo_holds_4096_tokens_and_answers_short_ones_as_ever(
     assert "4,096" in refused["error"]["message"]
 
 
+def test_the_openai_client_asks_for_a_response_in_the_background(server: Process) -> None:
+    openai = pytest.importorskip("openai")
+    asked: dict[str, Any] = {"model": "demo", "input": QUESTION[0]["content"], "temperature": 0.0}
+    with openai.OpenAI(base_url=server.url, api_key="EMPTY") as client:
+        expected = client.responses.create(**asked).output_text
+        response = client.responses.create(**asked, background=True)
+        while response.status in ("queued", "in_progress"):
+            time.sleep(0.01)
+            response = client.responses.retrieve(response.id)
+        assert (response.status, response.output_text) == ("completed", expected)
+        with client.responses.create(**asked, background=True, stream=True) as events:
+            first = next(iter(events))
+        rest = list(client.responses.retrieve(first.response.id, stream=True, starting_after=first.sequence_number))
+        assert [event.sequence_number for event in rest] == list(range(1, len(rest) + 1))
+        assert rest[-1].response.output_text == expected
+        client.responses.delete(first.response.id)
+
+
 def test_connections_that_say_nothing_or_half_keep_nobody_out(server: Process) -> None:
     silent = [server.connect() for _ in range(200)]
     for half in silent[:20]:
