@@ -16,7 +16,7 @@ from mlxqwen.engine.scheduler import Scheduler
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from tests.conftest import random_model
-from tests.scheduling import GPU, asked, new_scheduler, run
+from tests.scheduling import GPU, alone, asked, new_scheduler, run
 
 LAYERS = 5
 
@@ -99,3 +99,15 @@ def test_parts_change_no_token(model: Qwen3ForCausalLM) -> None:
         scheduler._pace = ReadingPace(model.config, GPU, clock_of(seconds))
         found += run(scheduler, [scheduler.submit(asked(range(60), 8, prefill_chunk=16))])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 4, 30, 60])
+def test_prompts_that_come_together_are_whole_where_chunks_are_short(
+    model: Qwen3ForCausalLM, tokens_at_once: int
+) -> None:
+    own = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34)
+    asked_for = [asked([(7 * n + row) % 50 for n in range(length)], 8) for row, length in enumerate((10, 20, 24, 14))]
+    scheduler = new_scheduler(model)
+    scheduler._pace = ReadingPace(model.config, own, count(0.0, 1e6).__next__)
+    scheduler._pace._shortest = tokens_at_once
+    assert run(scheduler, [scheduler.submit(one) for one in asked_for]) == [alone(model, one) for one in asked_for]

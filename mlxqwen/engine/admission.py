@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mlxqwen.cache import KVCache
 from mlxqwen.cache.placement import slots_to_allocate
@@ -13,8 +13,13 @@ from mlxqwen.engine.request import CacheKind
 __all__ = ["groups_of", "new_prefill"]
 
 
-def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Generation]]:
-    """Group prompts that are read together: of one kind of cache, and about equally long."""
+def groups_of(admitted: Sequence[Generation], chunk_of: Callable[[Generation], int]) -> Iterator[list[Generation]]:
+    """Group prompts that are read together: of one kind of cache, about equally long, and all in one chunk.
+
+    Args:
+        admitted: they begin now.
+        chunk_of: the most tokens of prompts of one kind that are read at once.
+    """
     kinds: dict[object, list[Generation]] = {}
     owners: dict[int, list[Generation]] = {}
     for one in admitted:
@@ -25,10 +30,10 @@ def groups_of(admitted: Sequence[Generation], chunk: int) -> Iterator[list[Gener
             alone = one.number if one.lacks_prompt_logprobs else None
             kinds.setdefault((request.cache, request.adapter, request.prefill_chunk, slots, alone), []).append(one)
     for several in owners.values():
-        yield from _groups_behind(several, chunk)
+        yield from _groups_behind(several, chunk_of(several[0]))
     for several in kinds.values():
         unread = [len(one.text) - (one.match.length if one.match else 0) for one in several]
-        together = several[0].request.prefill_chunk or chunk
+        together = chunk_of(several[0])
         if any(one.fills_window for one in several):
             together = 1  # each apart, as it may have to stop on its way to keep its window
         for group in read_together(unread, together):
@@ -62,7 +67,7 @@ def _groups_behind(several: list[Generation], chunk: int) -> Iterator[list[Gener
     rows = [one.request.cache_row for one in several]
     known = first.request.cached_tokens or 0
     longest = max(len(one.text) - known for one in several)
-    fits = len(several) * longest <= (first.request.prefill_chunk or chunk)
+    fits = len(several) * longest <= chunk
     if first.own_cache is not None and rows == list(range(first.own_cache.batch_size)) and fits:
         yield several
     else:

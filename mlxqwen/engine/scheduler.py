@@ -407,7 +407,7 @@ class Scheduler:
             nbytes += own
         chosen = {id(one) for one in admitted}
         self._waiting = [one for one in self._waiting if id(one()) not in chosen]
-        for group in groups_of(admitted, self._chunk):
+        for group in groups_of(admitted, self._chunk_of):
             try:
                 self._reading.append(weakref.ref(new_prefill(group)))
             except Exception as error:  # memory ends, or a caller's cache is not as it was
@@ -475,9 +475,9 @@ class Scheduler:
             generations = prefill.drop_ended()
             if not generations:
                 continue
-            chunk = generations[0].request.prefill_chunk or self._chunk
-            rows, is_ring = len(generations), prefill.cache.max_kv_size is not None
-            chunk = max(1, self._pace.chunk(chunk * rows, is_ring=is_ring) // rows)
+            chunk, rows = self._chunk_of(generations[0]), len(generations)
+            if rows > 1:
+                chunk = max(chunk, prefill.left)  # they end together, as their first tokens are drawn together
             if not worked:
                 left = chunk
             elif prefill.left > left:
@@ -490,6 +490,11 @@ class Scheduler:
                 self._keep_read(prefill, generations)
         self._reading = [weakref.ref(one) for one in self._alive_prefills()]
         return worked
+
+    def _chunk_of(self, one: Generation) -> int:
+        """The most tokens of prompts such as this that are read at once."""
+        is_ring = one.request.cache.max_kv_size is not None
+        return self._pace.chunk(one.request.prefill_chunk or self._chunk, is_ring=is_ring)
 
     def _up_to_mark(self, prefill: Prefill, first: Generation) -> int:
         """Tokens up to where a window that slides is to be kept, if the next chunk would pass that place."""
