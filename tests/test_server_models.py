@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import pytest
 from mlxqwen.engine import generation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.loading import MakeRoom
-from mlxqwen.engine.memory import slot_bytes, weight_bytes
+from mlxqwen.engine.memory import account, slot_bytes, weight_bytes
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import CheckpointError, HubError, MlxqwenError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.app import make_app
-from mlxqwen.server.leases import ModelSource
+from mlxqwen.server.leases import Lease, ModelSource
 from mlxqwen.server.registry import ModelRegistry
 from mlxqwen.server.service import Service
 from mlxqwen.server.settings import ServerSettings
@@ -285,6 +285,70 @@ def test_a_reply_that_grows_gets_the_memory_of_an_idle_model(
 
     with machine(model, weight_bytes(model) + 300 * slot_bytes(model, CacheKind())), several(tokenizer) as served:
         run(work(served))
+
+
+@pytest.mark.parametrize("longest_idle", ["a", "b"])
+def test_the_model_that_nobody_has_used_for_longest_makes_room(
+    tokenizer: Tokenizer, longest_idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxqwen.server.registry._SPARE_SHARE", 1 << 40)
+    model = model_of(tokenizer)
+    sources = [ModelSource(name, Weights(tokenizer)) for name in "abc"]
+    with machine(model, weight_bytes(model) * 3 // 2):
+        models = ModelRegistry(sources, ServerSettings(), clock=iter(range(1000)).__next__)
+        try:
+            for name in ("a", "b", "a") if longest_idle == "b" else ("a", "b"):
+                taken(models, name).release()
+            taken(models, "c")
+            states = {entry.name: entry.state for entry in models.entries}
+            assert states == {"a": "loaded", "b": "loaded", "c": "loaded", longest_idle: "unloaded"}
+        finally:
+            models.close(60.0)
+
+
+def taken(models: ModelRegistry, name: str) -> Lease:
+    """The use of a model, once it is there."""
+    lease = models.lease(models.find(name))
+    if lease.loading is not None:
+        lease.loading.result(60)
+    return lease
+
+
+class Interposed(threading.Condition):
+    """A condition that does something before it is entered, once, by whoever enters it first from then on."""
+
+    before: Callable[[], object] | None = None
+
+    def __enter__(self) -> bool:
+        before, self.before = self.before, None
+        if before is not None:
+            before()
+        return super().__enter__()
+
+
+def test_a_model_that_is_just_loaded_is_lent_to_nobody_before_who_asked_for_it_has_it(tokenizer: Tokenizer) -> None:
+    changed = Interposed(threading.RLock())
+    weights = Weights(tokenizer)
+
+    def load(make_room: MakeRoom) -> Engine:
+        engine = weights(make_room)
+        changed.before = lambda: account().make_room(1 << 62, engine_of_another.scheduler)
+        return engine
+
+    engine_of_another = Engine(model_of(tokenizer), tokenizer)
+    models = ModelRegistry([ModelSource("a", load)], ServerSettings())
+    models._changed = changed
+    try:
+        lease = taken(models, "a")
+        assert changed.before is None
+        assert lease.model is lease.entry.model
+        lease.release()
+        assert lease.entry.uses == 0
+        assert not account().make_room(1 << 62, engine_of_another.scheduler)
+        assert lease.entry.state == "unloaded"
+    finally:
+        models.close(60.0)
+        engine_of_another.close()
 
 
 def test_idle_models_are_unloaded_and_loaded_again(tokenizer: Tokenizer) -> None:

@@ -87,17 +87,25 @@ class MemoryAccount:
         return self.device.usable_memory - taken - _WORK_SPACE
 
     def make_room(self, nbytes: int, first: Scheduler) -> bool:
-        """Let stores evict blocks until `nbytes` are free, beginning with the store of `first` → whether they are.
+        """Let stores evict blocks until `nbytes` are free, then lenders give back what they have → whether they are.
 
-        Then lenders give back what they have.
+        Args:
+            nbytes: that are to be free.
+            first: needs them; its own store gives way first.
         """
-        for one in [first, *(other for other in self.schedulers if other is not first)]:
+        if self.shrink_stores(nbytes, first):
+            return True
+        while nbytes > self.left() and any(lend(first) for lend in list(self.lenders)):
+            pass
+        return nbytes <= self.left()
+
+    def shrink_stores(self, nbytes: int, first: Scheduler | None = None) -> bool:
+        """Let stores evict blocks until `nbytes` are free, beginning with that of `first` → whether they are."""
+        for one in sorted(self.schedulers, key=lambda one: one is not first):
             missing = nbytes - self.left()
             if missing <= 0:
                 return True
             one.give_way(missing)
-        while nbytes > self.left() and any(lend(first) for lend in list(self.lenders)):
-            pass
         return nbytes <= self.left()
 
     def most(self) -> int:

@@ -109,7 +109,7 @@ class ModelRegistry:
                 entry.uses += 1
                 return lease
             if self._is_closed:
-                raise ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
+                raise _closing()
             entry.waiting.add(lease)
             if entry.loading is None:
                 entry.loading = Future()
@@ -175,17 +175,18 @@ class ModelRegistry:
         with self._changed:
             self._is_closed = True
             for entry in self._queue:
-                self._fail(entry, ApiError(503, "server: ends, expected no new requests", code="server_shutdown"))
+                self._fail(entry, _closing())
             self._queue.clear()
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(seconds)
         for entry in self.entries:
-            model, entry.model = entry.model, None
-            if model is not None:
+            with self._changed:
+                model, entry.model = entry.model, None
+            if model is not None and entry.source is None:
                 model.close()
-                if entry.source is not None:
-                    model.engine.close()
+            elif model is not None:
+                _end(model)
         return self._thread is None or not self._thread.is_alive()
 
     # The thread that loads and unloads
@@ -210,30 +211,42 @@ class ModelRegistry:
 
     def _serve(self, entry: Entry) -> None:
         """Load a model for those who wait for it; what goes wrong is told them alone."""
+        loaded = None
         try:
             if entry.model is None and entry.waiting:
                 began = self._clock()
                 logger.info("%s: loading", one_line(entry.name))
-                model = self._loaded(entry)
+                loaded = self._loaded(entry)
                 logger.info("%s: ready after %.1f s", one_line(entry.name), self._clock() - began)
-                entry.model = model
+            self._hand_out(entry, loaded)
         except BaseException as error:
+            if loaded is not None:
+                _end(loaded)
             with self._changed:
                 self._fail(entry, self._told(entry, error))
-        else:
-            with self._changed:
-                for lease in entry.waiting:
-                    lease.held = entry.model
-                entry.uses += len(entry.waiting)
-                entry.waiting.clear()
-                entry.last_used = self._clock()
-                loading, entry.loading = entry.loading, None
-            if loading is not None:
-                loading.set_result(None)
         finally:
             with self._changed:
                 for one in self.entries:
                     one.is_leaving = False
+
+    def _hand_out(self, entry: Entry, loaded: ServedModel | None) -> None:
+        """Give those who wait their model: it is in use before another thread may unload it."""
+        with self._changed:
+            if self._is_closed:
+                raise _closing()
+            if loaded is not None:
+                entry.model = loaded
+            if entry.model is None and entry.waiting:  # it has gone since it was looked at
+                self._queue.appendleft(entry)
+                return
+            for lease in entry.waiting:
+                lease.held = entry.model
+            entry.uses += len(entry.waiting)
+            entry.waiting.clear()
+            entry.last_used = self._clock()
+            loading, entry.loading = entry.loading, None
+        if loading is not None:
+            loading.set_result(None)
 
     def _fail(self, entry: Entry, error: ApiError) -> None:
         entry.waiting.clear()
@@ -257,7 +270,7 @@ class ModelRegistry:
         engine = source.load(lambda nbytes: self._make_room(entry, nbytes))
         try:
             if self._is_closed:
-                raise ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
+                raise _closing()
             return ServedModel(entry.name, engine, self._settings, limit_scales=source.limit_scales)
         except BaseException:
             engine.close()
@@ -276,8 +289,7 @@ class ModelRegistry:
                 return False
             model, entry.model = entry.model, None
             entry.known_context = model.context
-        model.close()
-        model.engine.close()
+        _end(model)
         del model
         give_back()
         logger.info("%s: unloaded: %s", one_line(entry.name), why)
@@ -312,12 +324,17 @@ class ModelRegistry:
 
 def _have_given_way(nbytes: int) -> bool:
     """Let the stores of all models give way until `nbytes` are free → whether they are."""
-    memory = account()
-    schedulers = list(memory.schedulers)
-    if not schedulers:
-        return nbytes <= memory.left()
     with EVALUATION:
-        return memory.make_room(nbytes, schedulers[0])
+        return account().shrink_stores(nbytes)
+
+
+def _end(model: ServedModel) -> None:
+    model.close()
+    model.engine.close()
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
 
 
 def _id_of_alias(name: str) -> str | None:
