@@ -19,18 +19,28 @@ _DENSE_BLOCK = 1 << 21
 class JoinedRows(nn.Module):
     """The weights of several linear maps, or of several stacks of them, joined.
 
-    Plain weights are `[..., in, out]`, quantized ones as MLX packs them. For `dense_from` see `Device`.
+    Plain weights are `[..., in, out]`, quantized ones as MLX packs them. Nothing is evaluated.
+
+    Args:
+        parts: the linear maps.
+        names: what they are called in the module that they belong to.
+        dense_from: see `Device`.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], dense_from: int = NEVER) -> None:
+    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], dense_from: int = NEVER) -> None:
         super().__init__()
+        self.names = tuple(names)
         self.dense_from = dense_from
         self.weight, *quantization = _joined_rows(parts)
         if quantization:
             self.scales, self.biases = quantization
             self.group_size, self.bits = parts[0].group_size, parts[0].bits
         else:
-            self.weight = self.weight.swapaxes(-1, -2)
+            self.weight = self.turned(self.weight)
+
+    def turned(self, rows: mx.array) -> mx.array:
+        """A parameter, `[..., rows, width]` as it lies in memory, as it is held here."""
+        return rows if "scales" in self else rows.swapaxes(-1, -2)
 
 
 class FusedLinear(JoinedRows):
@@ -86,13 +96,12 @@ def fuse_children(
 ) -> None:
     """Replace children of `module` by one fused child; children of different forms stay as they are.
 
-    Meanwhile, the weights of these children are held twice.
+    Nothing is evaluated: weights that are not read yet can be read into the fused child.
     """
     parts = [module[name] for name in names]
     if len({_form(part) for part in parts}) > 1:
         return
-    fused = kind(parts, device.dense_from)
-    mx.eval(fused.parameters())
+    fused = kind(parts, names, device.dense_from)
     for name in names:
         del module[name]
     module[fused_name] = fused

@@ -22,14 +22,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapters_below, refuse_adapter
-from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
+from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, TensorReader, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.forks import check_process
+from mlxqwen.model.linear import JoinedRows
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
+from mlxqwen.model.reading import ParameterSource, WeightReader
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -228,23 +230,24 @@ def prepare_model(
         else:
             model = Qwen3ForCausalLM(config, generation_config)
             _quantize(model, checkpoint, sources, config.quantization)
-        layers = _weights_by_layer(checkpoint, sources, compute)
+        if fused:
+            for layer in model.model.layers:
+                layer.fuse(device)
+        mx.clear_cache()  # else small arrays get the larger memory of what was there before
+        layers = _weights_by_layer(model, sources, compute)
 
         def read_layer() -> bool:
-            layer, weights = next(layers, (None, []))
+            weights = next(layers, [])
             if not weights:
                 return False
             model.update(tree_unflatten(weights))
-            weights.clear()
-            if fused and layer is not None:
-                model.model.layers[layer].fuse(device)
             return True
 
         goes_on = True
         while goes_on:
             with turn:
                 goes_on = read_layer()
-        mx.clear_cache()  # the parts: each layer is read into those of the one before it
+        mx.clear_cache()
         if fused:
             model.dense_from = device.dense_from
         if fused and device.compiles_kernels:
@@ -328,25 +331,9 @@ def _refuse_foreign(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -
         )
 
 
-class _Source(NamedTuple):
-    """The tensors that make up one parameter: a single one, several to be stacked, or rows of a fused one."""
-
-    tensors: tuple[TensorInfo, ...]
-    rows: slice | None = None
-    stacked: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.tensors[0].shape
-        if self.rows is not None:
-            half = len(range(*self.rows.indices(shape[1])))
-            return (shape[0], half, *shape[2:])
-        return (len(self.tensors), *shape) if self.stacked else shape
-
-
-def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, _Source]:
+def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_experts: int) -> dict[str, ParameterSource]:
     """The tensors for each parameter: separate or fused experts become the stacked `switch_mlp`."""
-    sources: dict[str, _Source] = {}
+    sources: dict[str, ParameterSource] = {}
     experts: dict[str, dict[int, TensorInfo]] = {}
     for name, info in tensors.items():
         if num_experts and (match := _EXPERT.fullmatch(name)):
@@ -355,16 +342,16 @@ def _sources(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], num_expe
         elif name.endswith(".mlp.experts.gate_up_proj") and len(info.shape) == 3:
             half = info.shape[1] // 2
             module = name.removesuffix("experts.gate_up_proj") + "switch_mlp"
-            sources[f"{module}.gate_proj.weight"] = _Source((info,), slice(0, half))
-            sources[f"{module}.up_proj.weight"] = _Source((info,), slice(half, None))
+            sources[f"{module}.gate_proj.weight"] = ParameterSource((info,), slice(0, half))
+            sources[f"{module}.up_proj.weight"] = ParameterSource((info,), slice(half, None))
         elif name.endswith(".mlp.experts.down_proj"):
-            sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = _Source((info,))
+            sources[name.removesuffix("experts.down_proj") + "switch_mlp.down_proj.weight"] = ParameterSource((info,))
         else:
-            sources[name] = _Source((info,))
+            sources[name] = ParameterSource((info,))
     for parameter, stack in experts.items():
         if parameter in sources or stack.keys() != set(range(num_experts)):
             raise _wrong_experts(checkpoint, parameter, stack.keys(), num_experts)
-        sources[parameter] = _Source(tuple(stack[expert] for expert in range(num_experts)), stacked=True)
+        sources[parameter] = ParameterSource(tuple(stack[expert] for expert in range(num_experts)), stacked=True)
     return sources
 
 
@@ -388,7 +375,7 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint, tensors: Mapping[
 
 def _match(
     checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], model: Qwen3ForCausalLM, config: ModelConfig
-) -> dict[str, _Source]:
+) -> dict[str, ParameterSource]:
     """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
     sources = _sources(checkpoint, tensors, 0 if config.moe is None else config.moe.num_experts)
     _quantize(model, checkpoint, sources, config.quantization)
@@ -410,7 +397,7 @@ def _match(
 def _quantize(
     model: Qwen3ForCausalLM,
     checkpoint: Checkpoint,
-    sources: Mapping[str, _Source],
+    sources: Mapping[str, ParameterSource],
     quantization: Quantization | None,
 ) -> None:
     """Replace the modules whose weights come with scales by quantized ones."""
@@ -437,7 +424,7 @@ def _quantize(
     model.update_modules(tree_unflatten(replaced))
 
 
-def _check(expected: mx.array, source: _Source) -> None:
+def _check(expected: mx.array, source: ParameterSource) -> None:
     """Raise unless `source` has the parameter's shape and a dtype that it can be made of."""
     packed = expected.dtype == mx.uint32
     for info in source.tensors:
@@ -453,7 +440,7 @@ def _check(expected: mx.array, source: _Source) -> None:
             )
 
 
-def _expected_shape(source: _Source, expected: mx.array) -> list[int]:
+def _expected_shape(source: ParameterSource, expected: mx.array) -> list[int]:
     shape = list(expected.shape)
     if source.rows is not None:
         return [shape[0], 2 * shape[1], *shape[2:]]
@@ -489,33 +476,28 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def _weights_by_layer(
-    checkpoint: Checkpoint, sources: Mapping[str, _Source], dtype: mx.Dtype
-) -> Iterator[tuple[int | None, list[tuple[str, mx.array]]]]:
-    """Read the weights, in `dtype` except packed codes → (number of a layer or None, its weights by name).
+    model: Qwen3ForCausalLM, sources: Mapping[str, ParameterSource], dtype: mx.Dtype
+) -> Iterator[list[tuple[str, mx.array]]]:
+    """Read the weights of `model`, fused or not, in `dtype` except packed codes: those of one layer after another.
 
     A caller that drops the weights of one layer before asking for the next holds one layer at a time.
     """
-    arrays = checkpoint.arrays(info.name for source in sources.values() for info in source.tensors)
-    by_group: dict[str, list[tuple[str, mx.array]]] = {}
-    for name, source in sources.items():
-        by_group.setdefault(".".join(name.split(".")[:3]), []).append((name, _assemble(source, arrays, dtype)))
-    arrays.clear()
-    for group in list(by_group):
-        weights = by_group.pop(group)
-        try:
-            mx.eval([array for _, array in weights])
-        except RuntimeError as error:  # MLX's word for a file that shrank or failed under its hands
-            raise CheckpointError(f"{checkpoint.folder}: the weights of {group} could not be read: {error}") from None
-        yield int(group.rpartition(".")[2]) if group.startswith("model.layers.") else None, weights
-
-
-def _assemble(source: _Source, arrays: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-    """One parameter, made of its tensors; not read yet."""
-    parts = [arrays[info.name] for info in source.tensors]
-    array = mx.stack(parts) if source.stacked else parts[0]
-    if source.rows is not None:
-        array = array[:, source.rows]
-    return array if array.dtype == mx.uint32 else array.astype(dtype)
+    joined = {path: module for path, module in model.named_modules() if isinstance(module, JoinedRows)}
+    layers: dict[str, dict[str, list[ParameterSource]]] = {}
+    for name in dict(tree_flatten(model.parameters())):
+        *parent, child, key = name.split(".")
+        module = joined.get(".".join((*parent, child)))
+        parts = [name] if module is None else [".".join((*parent, part, key)) for part in module.names]
+        layers.setdefault(".".join(name.split(".")[:3]), {})[name] = [sources[part] for part in parts]
+    with TensorReader() as files:
+        reader = WeightReader(files, dtype)
+        for parameters in layers.values():
+            arrays = reader.read(parameters)
+            for name in arrays:
+                path = name.rpartition(".")[0]
+                if path in joined:
+                    arrays[name] = joined[path].turned(arrays[name])
+            yield list(arrays.items())
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

@@ -4,6 +4,7 @@ The only room that touches weight files.
 """
 
 from mlxqwen.files.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlxqwen.files.checkpoint.reading import TensorReader
 from mlxqwen.files.checkpoint.safetensors_file import (
     ITEM_BYTES,
     MLX_DTYPES,
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "SpareTensors",
     "TensorInfo",
+    "TensorReader",
     "load_safetensors",
     "read_header",
     "save_safetensors",

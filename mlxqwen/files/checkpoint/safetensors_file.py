@@ -334,6 +334,14 @@ def unreadable(path: Path, cause: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {reason}", hint="Check the file and its permissions.")
 
 
+def ended(path: Path, position: int, missing: int) -> CheckpointError:
+    """The error for a file that ends before the bytes that its header announced."""
+    return CheckpointError(
+        f"{path}: the file ends at byte {position:,}, {missing:,} more were expected",
+        hint=f"The file became shorter while it was read. {DOWNLOAD_AGAIN}",
+    )
+
+
 def read_exactly(path: Path, descriptor: int, start: int, length: int) -> bytes:
     """`length` bytes from `start`: one system call gives less than 2 GiB, and a file can shrink."""
     parts: list[bytes] = []
@@ -344,10 +352,7 @@ def read_exactly(path: Path, descriptor: int, start: int, length: int) -> bytes:
         except OSError as cause:
             raise unreadable(path, cause) from None
         if not part:
-            raise CheckpointError(
-                f"{path}: the file ends at byte {start:,}, {remaining:,} more were expected",
-                hint=f"The file became shorter while it was read. {DOWNLOAD_AGAIN}",
-            )
+            raise ended(path, start, remaining)
         parts.append(part)
         start += len(part)
         remaining -= len(part)
