@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from mlxqwen import Engine
+from mlxqwen.engine import daemons
 from mlxqwen.engine.engine import Done
 from mlxqwen.engine.request import Request
 from mlxqwen.engine.schedulers import scheduler_of
@@ -121,6 +123,23 @@ def run_python(script: str) -> str:
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+
+
+def test_a_daemon_thread_that_an_error_has_ended_is_given_no_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: SimpleQueue[str] = SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", lambda found: told.put(str(found.exc_value)))
+    monkeypatch.setattr(daemons, "_idle", [])
+
+    def fail() -> None:
+        raise RuntimeError("broken on purpose")
+
+    for fails in (True, False, True, False):
+        daemon = daemons.Daemon(fail if fails else lambda: None)
+        daemon.join(60)
+        assert not daemon.is_alive()
+        if fails:
+            assert told.get(timeout=60) == "broken on purpose"
+    assert len(daemons._idle) == 1
 
 
 @needs_proc

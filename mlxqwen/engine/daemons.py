@@ -49,9 +49,9 @@ def _do_one_after_the_other(tasks: _Tasks) -> None:
     while True:
         work, is_over = tasks.get()
         try:
-            work()
-        finally:
+            work()  # an error of its own ends this thread, which is then not used again
             del work
             with _lock:
                 _idle.append(tasks)
+        finally:
             is_over.set()
