@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.server import background
+from mlxqwen.server import background, wakeups
+from mlxqwen.server.event_stream import COMMENT
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, until
 from tests.held_model import HeldModel, held_engine
@@ -106,6 +107,31 @@ def test_whoever_leaves_does_not_end_it_and_may_follow_it_again(held: tuple[Serv
         assert (await get(served, f"{PATH}/{name}", query="stream=true&starting_after=x")).status == 400
 
     run(work())
+
+
+def test_who_waits_is_told_that_it_goes_on_and_nothing_of_that_is_kept(
+    babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "TICK", 0.001)
+    monkeypatch.setattr(wakeups, "TICK", 0.001)
+    engine, model = held_engine(babbler, tokenizer)
+
+    async def work(served: Served) -> None:
+        model.hold(after=4)
+        call = Call(served.app, PATH, {**BODY, "stream": True})
+        await until(lambda: call.sent.count(COMMENT) > 9)
+        model.release()
+        await call.end()
+        assert [event["sequence_number"] for event in call.events] == list(range(len(call.events)))
+        later = await get(served, f"{PATH}/{call.events[0]['response']['id']}", query="stream=true")
+        assert later.events == call.events
+        assert [event["type"] for event in later.events].count("response.in_progress") == 1
+
+    with serving(engine, keepalive_seconds=0.0) as served:
+        try:
+            run(work(served))
+        finally:
+            model.release()
 
 
 def test_it_is_ended_and_forgotten(held: tuple[Served, HeldModel]) -> None:

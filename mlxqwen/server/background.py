@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 
 from mlxqwen.server.errors import ApiError
+from mlxqwen.server.event_stream import COMMENT, KeepAlive
+from mlxqwen.server.wakeups import TICK
 
 __all__ = ["Background", "BackgroundRuns"]
 
@@ -20,12 +23,22 @@ class Background:
         events: what makes it, as a stream would get it; taken to its end.
         is_logged: whether its events are kept for who follows it.
         at_end: called once it is over, in every case.
+        steps: how many steps the engine has begun.
 
     Attributes:
+        steps: as given.
         events: those so far, each by the number in its place, if they are kept.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes], *, is_logged: bool, at_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        is_logged: bool,
+        at_end: Callable[[], None],
+        steps: Callable[[], int],
+    ) -> None:
+        self.steps = steps
         self._source = events
         self.is_logged = is_logged
         self._at_end = at_end
@@ -62,18 +75,28 @@ class Background:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self, after: int) -> AsyncGenerator[bytes]:
-        """Yield the events behind number `after`, those that are there and those that come."""
+    async def follow(self, after: int, alive: KeepAlive) -> AsyncGenerator[bytes]:
+        """Yield the events behind number `after`, those that are there and those that come.
+
+        Args:
+            after: the number of the last event that the client has; -1 for none.
+            alive: says when a comment is due, as nothing else comes.
+        """
         place = after + 1
         while True:
             changed = self._changed
             while place < len(self.events):
+                alive.sent()
                 yield self.events[place]
                 place += 1
             if self._is_over:
                 yield _DONE + b"\n\n"
                 return
-            await changed.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), TICK)
+                continue
+            if alive.is_due():
+                yield COMMENT
 
 
 class BackgroundRuns:

@@ -13,7 +13,7 @@ from mlxqwen.server.background import Background
 from mlxqwen.server.chat_request import Prepared, prepare_chat
 from mlxqwen.server.compaction import CompactFields, CompactionReply
 from mlxqwen.server.errors import ApiError
-from mlxqwen.server.event_stream import EventStream
+from mlxqwen.server.event_stream import EventStream, KeepAlive
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_reply import ResponseReply
@@ -53,7 +53,7 @@ async def responses(service: Service, http: HttpRequest) -> Response:
             replies.close()
             store.keep_events(reply.id, run.events)
 
-        run = reply.background = Background(events, is_logged=is_streamed, at_end=at_end)
+        run = reply.background = Background(events, is_logged=is_streamed, at_end=at_end, steps=replies.steps)
         await service.background.start(run)
         return _followed(service, run, -1) if is_streamed else JSONResponse(reply.shown())
 
@@ -62,9 +62,9 @@ async def responses(service: Service, http: HttpRequest) -> Response:
 
 def _followed(service: Service, run: Background, after: int) -> Response:
     """The events of a response in the background, behind number `after`; who leaves does not end it."""
-    return EventStream(
-        run.follow(after), close=lambda: None, stall_seconds=service.settings.stall_seconds, headers=None
-    )
+    settings = service.settings
+    alive = KeepAlive(settings.keepalive_seconds, settings.stuck_seconds, run.steps)
+    return EventStream(run.follow(after, alive), close=lambda: None, stall_seconds=settings.stall_seconds)
 
 
 async def compact(service: Service, http: HttpRequest) -> Response:

@@ -208,7 +208,8 @@ class Service:
             presenter = present(fields, prepared)
             http.scope.setdefault("mlxqwen", {})["replies"] = replies
             if in_background is not None and getattr(fields, "background", None):
-                begun = await in_background(fields, presenter, replies, self._events(presenter, replies, http))
+                events = self._events(presenter, replies, http, is_followed=False)
+                begun = await in_background(fields, presenter, replies, events)
                 begun.headers.update(headers)
                 return begun
             if getattr(fields, "stream", None):
@@ -231,7 +232,10 @@ class Service:
                     raise
                 self.load.take(len(prepared.requests))
 
-    async def _events(self, presenter: Presenter, replies: Replies, http: HttpRequest) -> AsyncGenerator[bytes]:
+    async def _events(
+        self, presenter: Presenter, replies: Replies, http: HttpRequest, *, is_followed: bool = True
+    ) -> AsyncGenerator[bytes]:
+        """The events of a reply; where a client follows them, with what says that it is on its way."""
         alive = KeepAlive(self.settings.keepalive_seconds, self.settings.stuck_seconds, replies.steps)
         chunks = presenter.chunks(replies)
         try:
@@ -239,7 +243,7 @@ class Service:
                 if piece:
                     alive.sent()
                     yield piece
-                elif alive.is_due():
+                elif is_followed and alive.is_due():
                     yield presenter.comment
         except Exception as error:
             log_failure(error)
