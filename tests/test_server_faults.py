@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxqwen.engine.engine import Engine
-from mlxqwen.errors import InsufficientMemoryError, MlxqwenError
+from mlxqwen.errors import CacheError, InsufficientMemoryError, MlxqwenError
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ FAULTS = {
     "memory that Python does not get": (MemoryError(), 503, "out_of_memory"),
     "memory that is kept free": (InsufficientMemoryError("memory: 1 GB, expected 2"), 503, "out_of_memory"),
     "an error of ours": (ZeroDivisionError("/secret/path"), 500, "internal_error"),
+    "an error that names a folder": (CacheError("/secret/cache: the disk is full"), 500, "internal_error"),
 }
 
 

@@ -84,7 +84,7 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of `error`. Of what is not ours nothing is told but that it happened."""
+    """What a client is told of `error`: of what is not ours, or names a folder, nothing but that it happened."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
@@ -93,7 +93,7 @@ def api_error(error: BaseException) -> ApiError:
         return _own_error(error)
     if _is_out_of_memory(error):
         return ApiError(503, "memory: found none left for this request", code="out_of_memory")
-    return ApiError(500, "server: an error of its own, which its log tells", code="internal_error")
+    return _internal_error()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -104,8 +104,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _message(error: MlxqwenError) -> str:
+    return error.problem if not error.hint else f"{error.problem.rstrip('.')}. {error.hint}"
+
+
 def _own_error(error: MlxqwenError) -> ApiError:
-    message = error.problem if not error.hint else f"{error.problem.rstrip('.')}. {error.hint}"
+    message = _message(error)
     found = _PARAM.match(f"{error.problem} ")
     param = None if found is None else _PARAMS.get(found[1], found[1])
     if isinstance(error, ContextLengthError):
@@ -118,7 +122,11 @@ def _own_error(error: MlxqwenError) -> ApiError:
         return ApiError(400, message, code="invalid_value", param="messages")
     if isinstance(error, InsufficientMemoryError):
         return ApiError(503, message, code="out_of_memory", headers={"retry-after": "10"})
-    return ApiError(500, message, code="internal_error")
+    return _internal_error() if _ABSOLUTE_PATH.search(message) else ApiError(500, message, code="internal_error")
+
+
+def _internal_error() -> ApiError:
+    return ApiError(500, "server: an error of its own, which its log tells", code="internal_error")
 
 
 def load_error(error: BaseException, name: str, location: str) -> ApiError:
@@ -132,7 +140,8 @@ def load_error(error: BaseException, name: str, location: str) -> ApiError:
         return error
     told = api_error(error)
     status, code = (503, "model_unavailable") if isinstance(error, HubError) else (told.status, told.code)
-    why = told.message if not location else told.message.replace(location, name)
+    why = _message(error) if isinstance(error, MlxqwenError) else told.message
+    why = why if not location else why.replace(location, name)
     if _ABSOLUTE_PATH.search(why):
         why = "the server's log tells why"
     return ApiError(500 if status < 500 else status, f"model: {shown(name)} cannot be loaded: {why}", code=code)
