@@ -171,6 +171,14 @@ def test_removal(cache: Path, tmp_path: Path) -> None:
     assert "found nothing in the cache" in run("rm", "org/fp8", "--yes").err
 
 
+def test_a_model_that_is_named_twice_is_removed_once(cache: Path) -> None:
+    store(cache, "Qwen/Qwen3-0.6B-MLX-4bit", DEMO)
+    names = ("qwen3:0.6b", "Qwen/Qwen3-0.6B-MLX-4bit", "qwen3:0.6b")
+    assert run("rm", *names, "--dry-run").out.count("would remove") == 1
+    assert run("rm", *names, "--yes").out.count("removed") == 1
+    assert listed() == {}
+
+
 def test_what_another_revision_shares_stays(cache: Path) -> None:
     first = store(cache, "Qwen/Qwen3-0.6B", DEMO, FIRST, "old")
     changed = {**DEMO, "config.json": DEMO["config.json"] + b"\n"}

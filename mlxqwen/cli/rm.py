@@ -36,7 +36,8 @@ def rm(models: tuple[str, ...], revision: str | None, yes: bool, dry_run: bool) 
     with leave_at_once():
         from mlxqwen.files.downloads import removal_of
 
-    removals = [removal_of(name, revision) for name in dict.fromkeys(models)]
+    found = [removal_of(name, revision) for name in models]
+    removals = {(one.name, frozenset(one.paths)): one for one in found}.values()  # a model may be named twice
     output = Output(sys.stdout)
     if dry_run:
         for removal in removals:
