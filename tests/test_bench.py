@@ -13,11 +13,11 @@ from pathlib import Path
 import bench
 import mlx.core as mx
 import pytest
-from benchmarks import baseline, batches, counts, parts, starting, steps
+from benchmarks import baseline, batches, counts, graph, parts, sampling, starting, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, Table, quartiles, take_turns
-from benchmarks.machine import describe
-from benchmarks.primitives import uncompiled
+from benchmarks.machine import Machine, describe
+from benchmarks.primitives import KINDS, uncompiled
 from benchmarks.processes import ROOT, ProcessError, Run, own_cache, python, timed
 from benchmarks.settings import Settings
 from hypothesis import given
@@ -25,6 +25,12 @@ from hypothesis import strategies as st
 
 from mlxqwen.device import current_device
 from mlxqwen.files.hub import DEMO_FOLDER
+
+
+def iter_of(lines: list[Comparison | Table]) -> Iterator[Comparison | Table]:
+    """Lines as a part gives them."""
+    yield from lines
+
 
 costs = st.floats(1e-6, 1e6)
 
@@ -107,12 +113,23 @@ def test_what_cannot_be_is_told(arguments: list[str], message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_mlx_lm_is_told_with_the_way_out(
+def test_without_mlx_lm_mlxqwen_is_measured_alone_and_told_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "missing_packages", lambda: ["mlx-lm"])
-    assert bench.main(["import"]) == 1
-    assert "mlx-lm not installed: pip install -e '.[dev]'" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "run_part", lambda *_: iter_of([]))
+    monkeypatch.setattr(bench, "describe", lambda machine: "here")
+    assert bench.main(["import"]) == 0
+    told = "mlx-lm not installed: rows that need it are missing, or stand alone: pip install -e '.[dev]'"
+    assert told in capsys.readouterr().err
+    monkeypatch.setattr(sampling, "has_mlx_lm", lambda: False)
+    (drawn, greedy) = sampling.sample(Settings(Path(), runs=2, quick=True))
+    assert [drawn.is_alone, greedy.is_alone] == [True, True]
+    assert len(drawn.ours) == 2
+    monkeypatch.setattr(graph, "has_mlx_lm", lambda: False)
+    monkeypatch.setattr(graph, "KINDS", {"dense, BF16": KINDS["dense, BF16"]})
+    primitives, _ = graph.graph(Settings(Path(), runs=1, quick=True))
+    assert primitives.markdown().endswith("| 625 |  |  |  | 1 |")
 
 
 def test_settings_give_turns() -> None:
@@ -131,7 +148,7 @@ def test_every_part_is_there() -> None:
     for part in parts.PARTS.values():
         assert part.module in modules
         source = (ROOT / "scripts" / "benchmarks" / f"{part.module}.py").read_text()
-        result = "Table" if part.has_table else "list[Comparison]"
+        result = "Table" if part.has_table else "Iterator[Comparison]"
         assert f"def {part.function}(settings: Settings) -> {result}:" in source
 
 
@@ -140,13 +157,17 @@ def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
 ) -> None:
     broken = parts.Part("checkpoints", "layers_of", "a folder that is no path", 0)
     monkeypatch.setitem(parts.PARTS, "broken", broken)
-    monkeypatch.setattr(bench, "describe", lambda: "here")
+    monkeypatch.setattr(bench, "describe", lambda machine: "here")
 
-    figures: dict[str, list[Comparison] | list[Table]] = {
+    figures: dict[str, list[Comparison | Table]] = {
         "draws": [Table("Draws", ("what", "number"), [("one", "1")])],
         "import": [Comparison("import", "import mlx_lm", "s", [1.0], [2.0])],
     }
-    monkeypatch.setattr(bench, "run_part", lambda name, settings: figures.get(name) or parts.run_part(name, settings))
+
+    def run_part(name: str, settings: Settings, deadline: float | None) -> Iterator[Comparison | Table]:
+        yield from figures.get(name) or parts.run_part(name, settings, deadline)
+
+    monkeypatch.setattr(bench, "run_part", run_part)
     assert bench.main(["draws", "broken", "import"]) == 1
     told = capsys.readouterr()
     assert "bench: broken: TypeError: " in told.err
@@ -160,7 +181,7 @@ def test_a_part_that_fails_is_named_and_leaves_the_others_their_lines(
 def test_imports_are_lines_beside_mlx_lm_and_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"import mlxqwen": 1.0, "import mlx_lm": 3.0, "import mlx.core": 2.0}
     monkeypatch.setattr(starting, "timed", lambda command: Run(seconds[command[-1]], 0.0, 0))
-    rows = starting.imports(Settings(Path(), runs=2))
+    rows = [*starting.imports(Settings(Path(), runs=2))]
     assert [(row.beside, row.ours, row.theirs) for row in rows] == [
         ("import mlx_lm", [1.0, 1.0], [3.0, 3.0]),
         ("import mlx.core", [1.0, 1.0], [2.0, 2.0]),
@@ -170,15 +191,16 @@ def test_imports_are_lines_beside_mlx_lm_and_mlx(monkeypatch: pytest.MonkeyPatch
 def test_parts_with_tables_alone_print_no_head_of_the_common_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "describe", lambda: "here")
-    monkeypatch.setattr(bench, "run_part", lambda name, settings: [Table(name, ("what", "number"), [("one", "1")])])
+    monkeypatch.setattr(bench, "describe", lambda machine: "here")
+    table = Table("draws", ("what", "number"), [("one", "1")])
+    monkeypatch.setattr(bench, "run_part", lambda *_: iter_of([table]))
     assert bench.main(["draws"]) == 0
     assert capsys.readouterr().out == "here\n\ndraws:\n\n| what | number |\n| --- | ---: |\n| one | 1 |\n"
 
 
 def test_the_machine_in_a_line() -> None:
     line = r"mlx [\d.]+, mlx-lm [\d.]+, tokenizers [\d.]+; Python .*; load at the start [\d./]+"
-    assert re.fullmatch(line, describe())
+    assert re.fullmatch(line, describe(Machine.of_this()))
 
 
 def test_a_command_that_fails_is_told_with_what_it_wrote() -> None:
@@ -346,11 +368,11 @@ def test_steps_are_timed_in_turn_and_the_first_two_do_not_count(monkeypatch: pyt
 
 def test_many_rows_of_the_demo_model_beside_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "_models", lambda settings: [("demo model", None, DEMO_FOLDER)])
-    rows = batches.batch(Settings(Path(), runs=2))
+    rows = [*batches.batch(Settings(Path(), runs=2))]
     assert [row.what for row in rows[::2]] == [f"batch of {size}, demo model" for size in (1, 8, 32)]
     assert {(row.unit, row.more_is_better, len(row.ours), len(row.theirs)) for row in rows} == {
         ("tokens/s", True, 2, 2)
     }
-    computing = batches.batch(Settings(Path(), runs=1, quick=True, processor_time=True))
+    computing = [*batches.batch(Settings(Path(), runs=1, quick=True, processor_time=True))]
     assert {row.unit for row in computing} == {"tokens per processor second"}
     assert len(computing) == len(rows) - 2

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, generation_stream
 
 from benchmarks.checkpoints import bits_name, checkpoint, layers_of
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import Comparison, Point, compared
+from benchmarks.machine import has_mlx_lm
 from benchmarks.settings import Settings
-from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs
+from benchmarks.sides import FLOAT32, MLX_LM, Ours, Theirs, on_cpu
 from benchmarks.steps import seconds_per_step
 from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.sampling.params import SamplingParams
 
-__all__ = ["batch"]
+__all__ = ["batch", "few_layers", "tokens_per_second"]
 
 _SIZES = (1, 8, 32)
 _LAYERS = 2
@@ -27,37 +27,46 @@ _MOST_IN_BFLOAT16 = 8  # quantized rows; on a CPU mlx-lm would take minutes to r
 _MOST_TOKENS = 256  # never decoded to the end
 
 
-def batch(settings: Settings) -> list[Comparison]:
+def batch(settings: Settings) -> Iterator[Comparison]:
     """Tokens per second with 1, 8 and 32 rows: few layers of a release, and the whole demo model."""
-    unit = "tokens per processor second" if settings.processor_time else "tokens/s"
-    rows = []
+    sizes = _SIZES[:2] if settings.quick else _SIZES
     for name, bits, folder in _models(settings):
-        for size in _SIZES[:2] if settings.quick else _SIZES:
-            what = f"batch of {size}, {name}"
-            settings.tell(what)
-            sides = _sides(folder, bits, size)
-            times = seconds_per_step([*sides.values()], settings.turns(5, quick=2))
-            ours, *others = [[size / seconds for seconds in side] for side in times]
-            for beside, theirs in zip([*sides][1:], others, strict=True):
-                rows.append(Comparison(what, beside, unit, ours, theirs, more_is_better=True))
-    return rows
+        yield from tokens_per_second(settings, name, bits, folder, sizes)
+
+
+def tokens_per_second(
+    settings: Settings, name: str, bits: int | None, folder: Path, sizes: Sequence[int]
+) -> Iterator[Comparison]:
+    """Lines for so many rows of one model, which `name` names."""
+    unit = "tokens per processor second" if settings.processor_time else "tokens/s"
+    for size in sizes:
+        what = f"batch of {size}, {name}"
+        settings.tell(what)
+        sides = _sides(folder, bits, size)
+        times = seconds_per_step([*sides.values()], settings.turns(5, quick=2))
+        rates = {side: [size / seconds for seconds in some] for side, some in zip(sides, times, strict=True)}
+        yield from compared(what, unit, rates, more_is_better=True, point=Point("rows", name, size))
+
+
+def few_layers(settings: Settings, bits: int | None) -> tuple[str, int | None, Path]:
+    """A release of few layers: name, bits, folder."""
+    folder = checkpoint(settings, bits, layers=settings.layers or _LAYERS)
+    return f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}, {layers_of(folder)} layers", bits, folder
 
 
 def _models(settings: Settings) -> Iterator[tuple[str, int | None, Path]]:
     """Name, bits, folder."""
-    for bits in (None, 4):
-        folder = checkpoint(settings, bits, layers=settings.layers or _LAYERS)
-        yield f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}, {layers_of(folder)} layers", bits, folder
+    yield from (few_layers(settings, bits) for bits in (None, 4))
     yield "demo model", None, DEMO_FOLDER
 
 
 def _sides(folder: Path, bits: int | None, rows: int) -> dict[str, Iterator[None]]:
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
     sides = {"mlxqwen": _our_steps(Ours.load(folder).model, rows)}
-    if not on_cpu or bits is None or rows <= _MOST_IN_BFLOAT16:
-        sides[MLX_LM] = _their_steps(Theirs.load(folder).model, rows)
-    if on_cpu:
-        sides[FLOAT32] = _their_steps(Theirs.load(folder, mx.float32).model, rows)
+    if has_mlx_lm():
+        if not on_cpu() or bits is None or rows <= _MOST_IN_BFLOAT16:
+            sides[MLX_LM] = _their_steps(Theirs.load(folder).model, rows)
+        if on_cpu():
+            sides[FLOAT32] = _their_steps(Theirs.load(folder, mx.float32).model, rows)
     return sides
 
 
@@ -75,6 +84,8 @@ def _our_steps(model: Any, rows: int) -> Iterator[None]:
 
 
 def _their_steps(model: Any, rows: int) -> Iterator[None]:
+    from mlx_lm.generate import BatchGenerator, generation_stream
+
     generator = BatchGenerator(model, completion_batch_size=rows, prefill_batch_size=rows)
     generator.insert(_prompts(rows), max_tokens=[_MOST_TOKENS] * rows)
     while True:

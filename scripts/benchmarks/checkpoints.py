@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.processes import ROOT, python, timed
@@ -23,13 +26,15 @@ def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None
     if not plain.exists():
         settings.tell(f"writing {plain.name}")
         some = [] if layers is None else ["--layers", str(layers)]
-        timed(python(ROOT / "scripts" / "make_checkpoint.py", "--shape", shape, *some, plain))
+        with _unfinished(plain) as written:
+            timed(python(ROOT / "scripts" / "make_checkpoint.py", "--shape", shape, *some, written))
     if bits is None:
         return plain
     folder = settings.work / f"{plain.name}-{bits}-bit"
     if not folder.exists():
         settings.tell(f"converting {plain.name} to {bits}-bit")
-        timed(python("-m", "mlxqwen", "convert", plain, folder, "--bits", str(bits), "--no-verify"))
+        with _unfinished(folder) as written:
+            timed(python("-m", "mlxqwen", "convert", plain, written, "--bits", str(bits), "--no-verify"))
     return folder
 
 
@@ -37,9 +42,18 @@ def small_checkpoint(settings: Settings, layers: int = 2) -> Path:
     """The folder that `small_model.py` writes: narrow layers, the real vocabulary and tokenizer."""
     folder = settings.work / f"small-{layers}-layers"
     if not folder.exists():
-        folder.mkdir()
-        timed(python("-m", "benchmarks.small_model", folder, "--layers", str(layers)))
+        with _unfinished(folder) as written:
+            timed(python("-m", "benchmarks.small_model", written, "--layers", str(layers)))
     return folder
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A name beside `folder` to write under, which it gets at the end: a part that is stopped leaves no half of it."""
+    written = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(written, ignore_errors=True)
+    yield written
+    written.rename(folder)
 
 
 def layers_of(folder: Path) -> int:

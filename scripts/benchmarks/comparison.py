@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["HEAD", "Comparison", "Table", "quartiles", "take_turns"]
+__all__ = ["HEAD", "Comparison", "Point", "Table", "compared", "quartiles", "take_turns"]
 
 HEAD = """\
 | what | beside | mlxqwen | the other | ratio | quartiles | turns |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a line of the table stands in the plot: the panel's axis ("rows" or "context"), the model, the place."""
+
+    axis: str
+    model: str
+    at: int
 
 
 @dataclass(frozen=True)
@@ -20,37 +29,59 @@ class Comparison:
 
     Args:
         what: what was measured.
-        beside: what it was measured beside.
+        beside: what it was measured beside; empty for a line of mlxqwen alone.
         unit: of the numbers: "s", "ms", "MiB", "tokens/s"; none for counts.
-        ours, theirs: one number a turn, in turn.
+        ours, theirs: one number a turn, in turn; no numbers of theirs where mlxqwen stands alone.
         more_is_better: for rates; ratios above one are always in our favour.
+        point: where the plot has it, if it has.
     """
 
     what: str
     beside: str
     unit: str
     ours: Sequence[float]
-    theirs: Sequence[float]
+    theirs: Sequence[float] = ()
     more_is_better: bool = field(default=False, kw_only=True)
+    point: Point | None = field(default=None, kw_only=True)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nothing beside mlxqwen."""
+        return not self.theirs
 
     @property
     def ratios(self) -> list[float]:
-        """How many times better mlxqwen is, turn by turn: what slows a turn slows both."""
+        """How many times better mlxqwen is, turn by turn: what slows a turn slows both. None where it stands alone."""
+        if self.is_alone:
+            return []
         pairs = zip(self.ours, self.theirs, strict=True)
         return [_over(ours, theirs) if self.more_is_better else _over(theirs, ours) for ours, theirs in pairs]
 
     @property
     def ratio(self) -> float:
-        """The median of the ratios."""
+        """The median of the ratios, of which there must be one."""
         return statistics.median(self.ratios)
 
     def markdown(self) -> str:
         """The line."""
+        if self.is_alone:
+            cells = (self.what, "", self._median(self.ours), "", "", "", str(len(self.ours)))
+            return f"| {' | '.join(cells)} |"
         low, high = quartiles(self.ratios)
         spread = "" if len(self.ratios) == 1 else f"{low:.2f}–{high:.2f}"
-        numbers = [f"{_short(statistics.median(side))} {self.unit}".rstrip() for side in (self.ours, self.theirs)]
-        cells = (self.what, self.beside, *numbers, f"{self.ratio:.2f} ×", spread, str(len(self.ratios)))
+        cells = (
+            self.what,
+            self.beside,
+            self._median(self.ours),
+            self._median(self.theirs),
+            f"{self.ratio:.2f} ×",
+            spread,
+            str(len(self.ratios)),
+        )
         return f"| {' | '.join(cells)} |"
+
+    def _median(self, side: Sequence[float]) -> str:
+        return f"{_short(statistics.median(side))} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -67,6 +98,20 @@ class Table:
         rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
         lines = (f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
         return "\n".join(("", f"{self.title}:", "", *lines))
+
+
+def compared(
+    what: str,
+    unit: str,
+    sides: Mapping[str, Sequence[float]],
+    *,
+    more_is_better: bool = False,
+    point: Point | None = None,
+) -> Iterator[Comparison]:
+    """The first of the sides, mlxqwen, beside each of the others, or alone where there are none."""
+    (_, ours), *others = sides.items()
+    for beside, theirs in others or [("", ())]:
+        yield Comparison(what, beside, unit, ours, theirs, more_is_better=more_is_better, point=point)
 
 
 def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
@@ -106,7 +151,7 @@ def _over(upper: float, lower: float) -> float:
 
 def _short(number: float) -> str:
     """Three digits that count, no exponent."""
-    if number == 0:
-        return "0"
+    if number == 0 or math.isinf(number):
+        return f"{number:.0f}"
     digits = max(0, 2 - math.floor(math.log10(abs(number))))
     return f"{number:,.{digits}f}"

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.checkpoints import checkpoint
-from benchmarks.comparison import Comparison, take_turns
+from benchmarks.comparison import Comparison, compared, take_turns
+from benchmarks.machine import has_mlx_lm
 from benchmarks.processes import Run, python, timed
 from benchmarks.settings import Settings
 
 __all__ = ["convert"]
 
-_NAMES = ("verified", "--no-verify", "mlx_lm.convert")
+_PEER = "mlx_lm.convert"
 
 
-def convert(settings: Settings) -> list[Comparison]:
+def convert(settings: Settings) -> Iterator[Comparison]:
     """Seconds, and the most memory that a process held."""
-    return [row for shape in settings.all_shapes() for row in _rows(settings, shape)]
+    for shape in settings.all_shapes():
+        yield from _rows(settings, shape)
 
 
-def _rows(settings: Settings, shape: str) -> list[Comparison]:
+def _rows(settings: Settings, shape: str) -> Iterator[Comparison]:
     source, output = checkpoint(settings, None, shape=shape), settings.work / "converted"
     ours = python("-m", "mlxqwen", "convert", source, output, "--bits", "4")
     theirs = python("-m", "mlx_lm", "convert", "--hf-path", source, "--mlx-path", output, "-q")
-    runs: list[list[Run]] = [[], [], []]
+    commands = {"verified": ours, "--no-verify": [*ours, "--no-verify"]}
+    if has_mlx_lm():
+        commands[_PEER] = theirs
+    runs: dict[str, list[Run]] = {side: [] for side in commands}
 
-    def seconds(side: int, command: list[str]) -> float:
+    def seconds(side: str, command: list[str]) -> float:
         run = timed(command)
         shutil.rmtree(output)
         runs[side].append(run)
@@ -34,15 +40,13 @@ def _rows(settings: Settings, shape: str) -> list[Comparison]:
 
     turns = settings.turns(3)
     name = f"convert, {source.name.removeprefix('Qwen3-')}, BF16 → 4-bit"
-    commands = enumerate((ours, [*ours, "--no-verify"], theirs))
     numbers = take_turns(
-        [partial(seconds, side, command) for side, command in commands],
+        [partial(seconds, side, command) for side, command in commands.items()],
         turns,
         lambda turn: settings.tell(f"{name}: turn {turn} of {turns}" if turn else f"{name}: warm"),
     )
-    peaks = [[run.peak_bytes / 2**20 for run in side[-turns:]] for side in runs]
-    return [
-        Comparison(f"{name}, {_NAMES[side]}{end}", _NAMES[2], unit, table[side], table[2])
-        for side in (0, 1)
-        for end, unit, table in (("", "s", numbers), (": memory", "MiB", peaks))
-    ]
+    times = dict(zip(commands, numbers, strict=True))
+    peaks = {side: [run.peak_bytes / 2**20 for run in some[-turns:]] for side, some in runs.items()}
+    for way in ("verified", "--no-verify"):
+        for end, unit, table in (("", "s", times), (": memory", "MiB", peaks)):
+            yield from compared(f"{name}, {way}{end}", unit, {s: table[s] for s in (way, _PEER) if s in table})

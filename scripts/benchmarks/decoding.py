@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from benchmarks.checkpoints import bits_name, checkpoint, layers_of, small_checkpoint
-from benchmarks.comparison import Comparison, take_turns
+from benchmarks.comparison import Comparison, compared, take_turns
 from benchmarks.settings import Settings
-from benchmarks.sides import FLOAT32, MLX_LM, Ours, Side, Theirs, prompt_ids, seconds_per_token, seconds_to_first_token
+from benchmarks.sides import Side, all_sides, prompt_ids, seconds_per_token, seconds_to_first_token
 
 __all__ = ["decode", "first_token", "prefill"]
 
@@ -21,30 +21,26 @@ _PREFILL_LAYERS = 4  # mlx-lm takes seconds for each token of 28 quantized layer
 _NARROW_LAYERS = 6  # of the last one, some work on a prompt is left out: it must not be half of all
 
 
-def decode(settings: Settings) -> list[Comparison]:
+def decode(settings: Settings) -> Iterator[Comparison]:
     """Seconds a token behind a short prompt."""
     count = 4 if settings.quick else 8
     measure = partial(seconds_per_token, prompt=prompt_ids(4), count=count)
-    rows = []
     for bits in _BITS:
         folder = checkpoint(settings, bits)
-        rows += _beside_mlx_lm(f"decode, {_name(settings, bits, folder)}, a token", folder, measure, settings, 5)
-    return rows
+        yield from _beside_mlx_lm(f"decode, {_name(settings, bits, folder)}, a token", folder, measure, settings, 5)
 
 
-def prefill(settings: Settings) -> list[Comparison]:
+def prefill(settings: Settings) -> Iterator[Comparison]:
     """Seconds for a prompt, its first token included."""
     length = 16 if settings.quick else 32
     measure = partial(seconds_to_first_token, prompt=prompt_ids(length))
-    rows = []
     for bits in _BITS:
         folder = checkpoint(settings, bits, layers=settings.layers or _PREFILL_LAYERS)
         what = f"prefill, {_name(settings, bits, folder)}, {length} tokens"
-        rows += _beside_mlx_lm(what, folder, measure, settings, 5)
-    return rows
+        yield from _beside_mlx_lm(what, folder, measure, settings, 5)
 
 
-def first_token(settings: Settings) -> list[Comparison]:
+def first_token(settings: Settings) -> Iterator[Comparison]:
     """Seconds from 4,096 ids to the first token: of a small model, unless shape or layers are given."""
     length = 1024 if settings.quick else 4096
     measure = partial(seconds_to_first_token, prompt=prompt_ids(length))
@@ -53,7 +49,7 @@ def first_token(settings: Settings) -> list[Comparison]:
         name = _name(settings, None, folder)
     else:
         folder, name = small_checkpoint(settings, _NARROW_LAYERS), f"{_NARROW_LAYERS} narrow layers, BF16"
-    return _beside_mlx_lm(f"time to first token, {name}, {length:,} tokens", folder, measure, settings, 3)
+    yield from _beside_mlx_lm(f"time to first token, {name}, {length:,} tokens", folder, measure, settings, 3)
 
 
 def _name(settings: Settings, bits: int | None, folder: Path) -> str:
@@ -63,17 +59,11 @@ def _name(settings: Settings, bits: int | None, folder: Path) -> str:
 def _beside_mlx_lm(
     what: str, folder: Path, measure: Callable[[Side], float], settings: Settings, turns: int
 ) -> list[Comparison]:
-    """mlxqwen beside mlx-lm as it is, and, on a CPU, beside mlx-lm set to compute in what mlxqwen computes in."""
-    sides: dict[str, Side] = {"mlxqwen": Ours.load(folder), MLX_LM: Theirs.load(folder)}
-    if mx.default_device().type == mx.DeviceType.cpu:
-        sides[FLOAT32] = Theirs.load(folder, mx.float32)
+    sides = all_sides(folder)
     turns = settings.turns(turns)
     told = partial(_tell, settings, what, turns)
     numbers = take_turns([partial(measure, side) for side in sides.values()], turns, told)
-    rows = [
-        Comparison(what, beside, "s", numbers[0], theirs)
-        for beside, theirs in zip([*sides][1:], numbers[1:], strict=True)
-    ]
+    rows = [*compared(what, "s", dict(zip(sides, numbers, strict=True)))]
     sides.clear()
     gc.collect()
     mx.clear_cache()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.checkpoints import bits_name, checkpoint, layers_of
-from benchmarks.comparison import Comparison
+from benchmarks.comparison import Comparison, compared
+from benchmarks.machine import has_mlx_lm
 from benchmarks.settings import Settings
 
 __all__ = ["memory"]
@@ -36,32 +38,31 @@ _CACHES: dict[str, dict[str, int]] = {
 }
 
 
-def memory(settings: Settings) -> list[Comparison]:
+def memory(settings: Settings) -> Iterator[Comparison]:
     """Peaks beside mlx-lm's, and what mlxqwen generates with, beyond weights and cache, beside a bound."""
-    return [*_beside_mlx_lm(settings), *_beside_the_bound(settings)]
+    yield from _beside_mlx_lm(settings)
+    yield from _beside_the_bound(settings)
 
 
-def _beside_mlx_lm(settings: Settings) -> list[Comparison]:
+def _beside_mlx_lm(settings: Settings) -> Iterator[Comparison]:
     """A long prompt through few layers, and a short one through all; by default each side computes as it likes."""
     long, some = (256, 2) if settings.quick else (512, 4)
-    rows = []
+    sides = {"mlxqwen": "Ours", "mlx-lm": "Theirs"} if has_mlx_lm() else {"mlxqwen": "Ours"}
     for bits, layers, prompt in ((None, settings.layers or some, long), (None, None, 16), (4, None, 8)):
         folder = checkpoint(settings, bits, layers=layers)
         name = f"{settings.shape.removeprefix('Qwen3-')} {bits_name(bits)}"
         what = f"{name}, {layers_of(folder)} layers, {prompt} + 8 tokens"
         settings.tell(f"memory: {what}")
-        ours, theirs = (_in_a_process(side, folder, prompt) for side in ("Ours", "Theirs"))
+        peaks = {name: _in_a_process(side, folder, prompt) for name, side in sides.items()}
         for peak in ("generating, beyond weights and cache", "loading, beyond weights", "process, at most"):
             field = peak.partition(",")[0]
-            pair = [getattr(ours, field)], [getattr(theirs, field)]
-            rows.append(Comparison(f"memory, {what}: {peak}", "mlx-lm", "MiB", *pair))
-    return rows
+            mebibytes = {name: [getattr(side, field)] for name, side in peaks.items()}
+            yield from compared(f"memory, {what}: {peak}", "MiB", mebibytes)
 
 
-def _beside_the_bound(settings: Settings) -> list[Comparison]:
+def _beside_the_bound(settings: Settings) -> Iterator[Comparison]:
     """A prompt of two chunks, whose activations grow with a model's width and not with its layers, in 4 bits."""
     shapes = dict.fromkeys(settings.shapes, _LARGE_LAYERS) or {"Qwen3-0.6B": 4, "Qwen3-8B": _LARGE_LAYERS}
-    rows = []
     for number, (shape, layers) in enumerate(shapes.items()):
         if number and settings.quick:
             break
@@ -72,8 +73,7 @@ def _beside_the_bound(settings: Settings) -> list[Comparison]:
             settings.tell(f"memory: {what}")
             peak = _in_a_process("Ours", folder, _LONG_PROMPT, **options).generating
             what = f"memory, {what}: generating, beyond weights and cache"
-            rows.append(Comparison(what, "a bound", "MiB", [peak], [_BOUND]))
-    return rows
+            yield Comparison(what, "a bound", "MiB", [peak], [_BOUND])
 
 
 def _in_a_process(side: str, folder: Path, prompt: int, **cache_options: int) -> Peaks:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import os
+import signal
+import time
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
-from typing import cast
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 from benchmarks.clock import use_processor_time
 from benchmarks.comparison import Comparison, Table
@@ -15,6 +19,9 @@ from benchmarks.processes import ProcessError
 from benchmarks.settings import Settings
 
 __all__ = ["PARTS", "Part", "PartError", "run_part"]
+
+
+_LEAVING = 10  # seconds that a process may take to end once it has measured everything
 
 
 class PartError(Exception):
@@ -46,6 +53,9 @@ PARTS = {
     "sample": Part("sampling", "sample", "a draw from 151,936 logits, with the card's profile and greedily", 1),
     "batch": Part("batches", "batch", "tokens per second with 1, 8 and 32 rows", 9),
     "context": Part("contexts", "context", "a token behind up to 16,384, and in a ring of 1,024", 5),
+    "curves": Part(
+        "curves", "curves", "what the plot shows: 1 to 32 rows, and 256 to 8,192 tokens", 3, by_default=False
+    ),
     "moe": Part("experts", "moe", "a block of experts on 1, 8, 64 and 512 tokens", 4),
     "serve": Part("serving", "serve", "the demo over HTTP, 1 to 128 streams", 6, by_default=False),
     "convert": Part(
@@ -65,22 +75,61 @@ PARTS = {
 }
 
 
-def run_part(name: str, settings: Settings) -> list[Comparison] | list[Table]:
-    """Run a part in a process of its own, so that it starts with nothing. Raises `PartError` if it fails."""
-    part = PARTS[name]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def run_part(name: str, settings: Settings, deadline: float | None = None) -> Generator[Comparison | Table, None, None]:
+    """Run a part in a process of its own, so that it starts with nothing → its lines, or its table, as they come.
+
+    Args:
+        name: of the part.
+        settings: what the user asked for.
+        deadline: when it has to be over, by `time.monotonic`; then it is stopped.
+
+    Raises:
+        PartError: it failed, or was stopped.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(PARTS[name], settings, sender))
+    with receiver:
+        process.start()
+        sender.close()
         try:
-            return pool.submit(_run, part, settings).result()
-        except BrokenProcessPool:
-            raise PartError(f"{name}: its process was killed; there may not be enough memory") from None
-        except ProcessError as error:
-            raise PartError(f"{name}: {error}") from None
-        except Exception as error:  # the other parts' figures are not lost with this one's
-            raise PartError(f"{name}: {type(error).__name__}: {error}") from error
+            while True:
+                if not receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    raise PartError(f"{name}: stopped, as its time was over")
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    raise PartError(f"{name}: its process was killed; there may not be enough memory") from None
+                if message is None:
+                    process.join(_LEAVING)
+                    return
+                if isinstance(message, str):
+                    raise PartError(f"{name}: {message}")
+                yield message
+        finally:
+            _end(process)
 
 
-def _run(part: Part, settings: Settings) -> list[Comparison] | list[Table]:
+def _run(part: Part, settings: Settings, sender: Connection) -> None:
+    """In the part's process: send what it yields, then None, or in words why it failed."""
+    os.setpgid(0, 0)  # a group with the processes that it starts, to be ended together
     if settings.processor_time:
         use_processor_time()
-    function = getattr(import_module(f"benchmarks.{part.module}"), part.function)
-    return [cast(Table, function(settings))] if part.has_table else cast(list[Comparison], list(function(settings)))
+    try:
+        function = getattr(import_module(f"benchmarks.{part.module}"), part.function)
+        for row in [function(settings)] if part.has_table else function(settings):
+            sender.send(row)
+        sender.send(None)
+    except ProcessError as error:
+        sender.send(str(error))
+    except Exception as error:  # the other parts' figures are not lost with this one's
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _end(process: BaseProcess) -> None:
+    """End a part's process if it is not over, with all that it has started."""
+    if process.pid is not None and process.is_alive():
+        with suppress(OSError):  # it has no group of its own yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()

@@ -34,7 +34,16 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
-__all__ = ["KINDS", "Decoding", "GraphCost", "compare", "count_primitives", "single_nodes", "write_model"]
+__all__ = [
+    "KINDS",
+    "Decoding",
+    "GraphCost",
+    "compare",
+    "count_primitives",
+    "graph_costs",
+    "single_nodes",
+    "write_model",
+]
 
 LAYERS = 28
 GROUP_SIZE = 64
@@ -72,19 +81,28 @@ class Decoding:
 
 
 def compare(kind: str, steps: int = 200, device: Device | None = None) -> tuple[GraphCost, GraphCost]:
-    """Our cost and mlx-lm's, measured turn by turn.
+    """Our cost and mlx-lm's, measured turn by turn: see `graph_costs`."""
+    mine, peers = graph_costs(kind, steps, device)
+    return mine, peers
+
+
+def graph_costs(
+    kind: str, steps: int = 200, device: Device | None = None, *, has_mlx_lm: bool = True
+) -> list[GraphCost]:
+    """Our cost and, where mlx-lm is there, its cost, measured turn by turn.
 
     Args:
         kind: one of `KINDS`.
         steps: tokens that are timed.
         device: the machine that mlxqwen takes this one for; by default a GPU, for whose kernels the stand-ins stand.
+        has_mlx_lm: whether to measure mlx-lm too.
     """
     device = device or dataclasses.replace(current_device(), is_gpu=True)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), *KINDS[kind])
-        sides = [ours(Path(folder), device), theirs(Path(folder))]
-    seconds: list[list[float]] = [[], []]
-    primitives = [Counter[str](), Counter[str]()]
+        sides = [ours(Path(folder), device), *([theirs(Path(folder))] if has_mlx_lm else [])]
+    seconds: list[list[float]] = [[] for _ in sides]
+    primitives = [Counter[str]() for _ in sides]
     token = mx.array([[5]])
     with single_nodes():
         for turn in range(steps + 5):
@@ -98,8 +116,7 @@ def compare(kind: str, steps: int = 200, device: Device | None = None) -> tuple[
                     seconds[number].append(elapsed)
                 del logits
                 side.rewind()
-    costs = [GraphCost(*pair) for pair in zip(primitives, map(statistics.median, seconds), strict=True)]
-    return costs[0], costs[1]
+    return [GraphCost(*pair) for pair in zip(primitives, map(statistics.median, seconds), strict=True)]
 
 
 def ours(folder: Path, device: Device) -> Decoding:

@@ -16,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from benchmarks.comparison import Comparison, take_turns
+from benchmarks.comparison import Comparison, compared, take_turns
 from benchmarks.http_clients import Stream, ask_all, ask_one
+from benchmarks.machine import has_mlx_lm
 from benchmarks.processes import ROOT, ProcessError, environment, python
 from benchmarks.settings import Settings
 from mlxqwen.files.hub import DEMO_FOLDER
@@ -31,7 +32,7 @@ _LONG_PROMPT = 1_200  # tokens, about: what joins beside a running stream
 _PREFIX = 300
 
 
-def serve(settings: Settings) -> list[Comparison]:
+def serve(settings: Settings) -> Iterator[Comparison]:
     """Tokens per second and first tokens with 1 to 128 streams, a known front, and a long prompt beside a stream."""
     with ExitStack() as stack:
         sides: dict[str, int] = {}
@@ -39,15 +40,17 @@ def serve(settings: Settings) -> list[Comparison]:
             port = _free_port()
             stack.enter_context(_running(name, [*command, str(port)], port))
             sides[name] = port
-        return [*_streams(settings, sides), *_known_front(settings, sides), *_beside_a_long_prompt(settings, sides)]
+        yield from _streams(settings, sides)
+        yield from _known_front(settings, sides)
+        yield from _beside_a_long_prompt(settings, sides)
 
 
 def _commands() -> dict[str, list[str]]:
     """Name → command line that a port is added to."""
-    commands = {
-        "mlxqwen": python("-m", "mlxqwen", "serve", "--single", "--yarn", "auto", "--port"),
-        "mlx_lm.server": python("-m", "mlx_lm", "server", "--model", DEMO_FOLDER, "--log-level", "ERROR", "--port"),
-    }
+    commands = {"mlxqwen": python("-m", "mlxqwen", "serve", "--single", "--yarn", "auto", "--port")}
+    if has_mlx_lm():
+        theirs = python("-m", "mlx_lm", "server", "--model", DEMO_FOLDER, "--log-level", "ERROR", "--port")
+        commands["mlx_lm.server"] = theirs
     if (rapid := shutil.which("rapid-mlx")) is not None:
         commands["rapid-mlx"] = [rapid, "serve", str(DEMO_FOLDER), "--port"]
     return commands
@@ -81,10 +84,10 @@ def _streams(settings: Settings, sides: Mapping[str, int]) -> Iterator[Compariso
         settings.tell(what)
         bodies = [_body(_WORDS[place % len(_WORDS)]) for place in range(size)]
         rates, firsts, lasts, dropped = _turns(settings, sides, bodies)
-        yield from _compared(what, "tokens/s", rates, more_is_better=True)
-        yield from _compared(f"{what}: first token, median", "ms", firsts)
-        yield from _compared(f"{what}: first token, 95 of 100", "ms", lasts)
-        yield from _compared(f"{what}: dropped", "", dropped)
+        yield from compared(what, "tokens/s", rates, more_is_better=True)
+        yield from compared(f"{what}: first token, median", "ms", firsts)
+        yield from compared(f"{what}: first token, 95 of 100", "ms", lasts)
+        yield from compared(f"{what}: dropped", "", dropped)
 
 
 def _turns(
@@ -129,7 +132,7 @@ def _known_front(settings: Settings, sides: Mapping[str, int]) -> Iterator[Compa
     turns = settings.turns(9, quick=3)
     take_turns([partial(measure, name) for name in sides], turns)
     what = f"first token behind {_PREFIX} known tokens"
-    yield from _compared(what, "ms", {name: numbers[-turns:] for name, numbers in waits.items()})
+    yield from compared(what, "ms", {name: numbers[-turns:] for name, numbers in waits.items()})
 
 
 def _beside_a_long_prompt(settings: Settings, sides: Mapping[str, int]) -> Iterator[Comparison]:
@@ -154,15 +157,7 @@ def _beside_a_long_prompt(settings: Settings, sides: Mapping[str, int]) -> Itera
     turns = settings.turns(5, quick=2)
     take_turns([partial(measure, name) for name in sides], turns)
     what = f"longest wait between two tokens while {_LONG_PROMPT:,} tokens are read"
-    yield from _compared(what, "ms", {name: numbers[-turns:] for name, numbers in gaps.items()})
-
-
-def _compared(
-    what: str, unit: str, numbers: Mapping[str, Sequence[float]], *, more_is_better: bool = False
-) -> Iterator[Comparison]:
-    for beside, theirs in numbers.items():
-        if beside != "mlxqwen":
-            yield Comparison(what, beside, unit, numbers["mlxqwen"], theirs, more_is_better=more_is_better)
+    yield from compared(what, "ms", {name: numbers[-turns:] for name, numbers in gaps.items()})
 
 
 def _body(word: str, *, system: str = "", max_tokens: int = 160) -> dict[str, Any]:

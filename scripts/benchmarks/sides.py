@@ -10,17 +10,26 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model as load_theirs
 
 from benchmarks.clock import now
+from benchmarks.machine import has_mlx_lm
 from mlxqwen.cache import make_cache
 from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.model.loading import load_model
 from mlxqwen.sampling.params import SamplingParams
 
-__all__ = ["FLOAT32", "MLX_LM", "Ours", "Side", "Theirs", "prompt_ids", "seconds_per_token", "seconds_to_first_token"]
+__all__ = [
+    "FLOAT32",
+    "MLX_LM",
+    "Ours",
+    "Side",
+    "Theirs",
+    "all_sides",
+    "on_cpu",
+    "prompt_ids",
+    "seconds_per_token",
+    "seconds_to_first_token",
+]
 
 MLX_LM = "mlx-lm"
 FLOAT32 = "mlx-lm set to float32"
@@ -94,6 +103,8 @@ class Theirs:
     @classmethod
     def load(cls, folder: Path, dtype: mx.Dtype | None = None) -> Theirs:
         """As the checkpoint says, or set to compute in `dtype`."""
+        from mlx_lm.utils import load_model as load_theirs  # need not be installed
+
         model, _ = load_theirs(folder)
         if dtype is not None:
             model.set_dtype(dtype)
@@ -102,6 +113,9 @@ class Theirs:
 
     def tokens(self, prompt: list[int], count: int) -> Iterator[object]:
         """See `Side`."""
+        from mlx_lm.generate import generate_step
+        from mlx_lm.models.cache import make_prompt_cache
+
         self.cache = make_prompt_cache(self.model)
         return iter(generate_step(mx.array(prompt), self.model, max_tokens=count, prompt_cache=self.cache))
 
@@ -119,6 +133,21 @@ class Theirs:
     def cache_bytes(self) -> int:
         """See `Side`."""
         return sum(int(layer.nbytes) for layer in self.cache)
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU, where mlxqwen computes in float32."""
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def all_sides(folder: Path) -> dict[str, Side]:
+    """mlxqwen; mlx-lm, where it is installed; and, on a CPU, mlx-lm set to compute in what mlxqwen computes in."""
+    sides: dict[str, Side] = {"mlxqwen": Ours.load(folder)}
+    if has_mlx_lm():
+        sides[MLX_LM] = Theirs.load(folder)
+        if on_cpu():
+            sides[FLOAT32] = Theirs.load(folder, mx.float32)
+    return sides
 
 
 def _bytes(model: Any) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from benchmarks.checkpoints import small_checkpoint
-from benchmarks.comparison import Comparison, take_turns
+from benchmarks.comparison import Comparison, compared, take_turns
+from benchmarks.machine import has_mlx_lm
 from benchmarks.processes import Run, python, timed
 from benchmarks.settings import Settings
 
@@ -16,26 +18,25 @@ PROMPT = "How many r's in strawberry?"
 _TURNS = 15
 
 
-def imports(settings: Settings) -> list[Comparison]:
+def imports(settings: Settings) -> Iterator[Comparison]:
     """`import mlxqwen` beside `import mlx_lm` and `import mlx.core`."""
-    commands = [python("-c", f"import {name}") for name in ("mlxqwen", "mlx_lm", "mlx.core")]
-    runs = _runs(commands, settings)
-    ours, *others = [[run.time(settings) for run in side] for side in runs]
-    names = ("import mlx_lm", "import mlx.core")
-    return [
-        Comparison("import, whole process", name, "s", ours, theirs) for name, theirs in zip(names, others, strict=True)
-    ]
+    names = ("mlxqwen", "mlx_lm", "mlx.core") if has_mlx_lm() else ("mlxqwen", "mlx.core")
+    runs = _runs({f"import {name}": python("-c", f"import {name}") for name in names}, settings)
+    times = {name: [run.time(settings) for run in side] for name, side in runs.items()}
+    yield from compared("import, whole process", "s", times)
 
 
-def cold_start(settings: Settings) -> list[Comparison]:
+def cold_start(settings: Settings) -> Iterator[Comparison]:
     """One token of a small model with the real tokenizer, from the command line, with the card's profile."""
     folder = small_checkpoint(settings)
-    runs = _runs([ours_command(folder), theirs_command(folder)], settings)
-    what, beside = "cold start, one token, 2 layers, real tokenizer", "mlx_lm.generate"
-    return [
-        Comparison(what, beside, "s", *([run.time(settings) for run in side] for side in runs)),
-        Comparison(f"{what}: memory", beside, "MiB", *([run.peak_bytes / 2**20 for run in side] for side in runs)),
-    ]
+    commands = {"mlxqwen": ours_command(folder)}
+    if has_mlx_lm():
+        commands["mlx_lm.generate"] = theirs_command(folder)
+    runs = _runs(commands, settings)
+    what = "cold start, one token, 2 layers, real tokenizer"
+    yield from compared(what, "s", {name: [run.time(settings) for run in side] for name, side in runs.items()})
+    peaks = {name: [run.peak_bytes / 2**20 for run in side] for name, side in runs.items()}
+    yield from compared(f"{what}: memory", "MiB", peaks)
 
 
 def ours_command(folder: Path) -> list[str]:
@@ -49,14 +50,14 @@ def theirs_command(folder: Path) -> list[str]:
     return python("-m", "mlx_lm", "generate", "--model", folder, "--prompt", PROMPT, *options)
 
 
-def _runs(commands: list[list[str]], settings: Settings) -> list[list[Run]]:
-    runs: list[list[Run]] = [[] for _ in commands]
+def _runs(commands: Mapping[str, list[str]], settings: Settings) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {side: [] for side in commands}
 
-    def seconds(side: int) -> float:
+    def seconds(side: str) -> float:
         run = timed(commands[side])
         runs[side].append(run)
         return run.time(settings)
 
     turns = settings.turns(_TURNS)
-    take_turns([partial(seconds, side) for side in range(len(commands))], turns)
-    return [side[-turns:] for side in runs]
+    take_turns([partial(seconds, side) for side in commands], turns)
+    return {side: some[-turns:] for side, some in runs.items()}
