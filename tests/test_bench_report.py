@@ -15,7 +15,7 @@ from typing import Any
 
 import bench
 import pytest
-from benchmarks import budget, parts
+from benchmarks import budget, parts, prefixes, scheduling
 from benchmarks.budget import Budget
 from benchmarks.comparison import Comparison, Point, Table
 from benchmarks.machine import Machine
@@ -23,6 +23,8 @@ from benchmarks.plot import Curve, curves_of
 from benchmarks.processes import ROOT
 from benchmarks.report import ON_METAL, PartRecord, Report, ReportError, anonymous
 from benchmarks.settings import Settings
+
+from mlxqwen.files.hub import DEMO_FOLDER
 
 MAC = Machine(
     chip="Apple M3 Max",
@@ -285,3 +287,25 @@ def test_a_plot_is_drawn_from_a_report(tmp_path: Path, capsys: pytest.CaptureFix
     Report(MAC).write(tmp_path / "report.json")
     assert bench.main(["table", str(tmp_path / "report.json"), "--plot", str(path)]) == 1
     assert "found no rows for a plot" in capsys.readouterr().err
+
+
+def test_steps_of_more_replies_stand_beside_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_SIZES", (1, 3))
+    monkeypatch.setattr(scheduling, "_LAYERS", (1,))
+    alone, beside = scheduling.scheduler(Settings(Path(), runs=2))
+    assert alone.what == "scheduler: host time of a step, 1 layer, 1 running"
+    assert alone.is_alone
+    assert (beside.beside, beside.theirs) == ("1 running", alone.ours)
+    assert len(beside.ours) == 2
+
+
+def test_hits_of_the_prefix_store_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "few_layers", lambda settings, bits: ("demo", None, DEMO_FOLDER))
+    monkeypatch.setattr(prefixes, "prompt_ids", lambda count: [n % 100 for n in range(count)])
+    for name, tokens in (("_HELD", 64), ("_RESTORED", 48), ("_READ", 16)):
+        monkeypatch.setattr(prefixes, name, tokens)
+    found, copied, restored = prefixes.prefix(Settings(tmp_path, runs=2))
+    assert (found.beside, found.theirs) == ("a bound", [50.0, 50.0])
+    assert copied.what.startswith("prefix store, 64 tokens, demo: copying a hit of")
+    assert restored.beside == "3 times reading 16"
+    assert not [*tmp_path.iterdir()]

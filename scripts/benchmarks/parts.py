@@ -57,6 +57,8 @@ PARTS = {
         "curves", "curves", "what the plot shows: 1 to 32 rows, and 256 to 8,192 tokens", 3, by_default=False
     ),
     "moe": Part("experts", "moe", "a block of experts on 1, 8, 64 and 512 tokens", 4),
+    "scheduler": Part("scheduling", "scheduler", "host time of a step with 1 to 128 replies", 1),
+    "prefix": Part("prefixes", "prefix", "hits of the prefix store, in memory and on disk", 2),
     "serve": Part("serving", "serve", "the demo over HTTP, 1 to 128 streams", 6, by_default=False),
     "convert": Part(
         "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, whole processes", 2, by_default=False
