@@ -5,7 +5,6 @@ No worker ever holds more than a chunk of a task, so that memory depends neither
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +20,7 @@ from mlxqwen_convert.formats import mlx_dtype
 from mlxqwen_convert.names import Part
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import FloatReader, Reader
+from mlxqwen_convert.scales import has_infinities
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.target_files import TargetFiles
 from mlxqwen_convert.tasks import Allowance, Task, chunks_of
@@ -191,6 +191,9 @@ def _make_rows(
     if planned.method == "repack":
         arrays = repacked(planned, reader, part, source, rows, dtype, check=True)
         floats = reader.floats(source, part, *rows, check=False) if measure else mx.array(0.0)
+    elif target is None and isinstance(reader, FloatReader) and part["weight"].dtype == plan.dtype:
+        arrays = (reader.stored(source, part, *rows),)
+        floats = arrays[0].astype(mx.float32) if measure else mx.array(0.0)
     else:
         # Floats that are not finite show in what is made of them.
         floats = reader.floats(source, part, *rows, check=not isinstance(reader, FloatReader))
@@ -199,11 +202,11 @@ def _make_rows(
         else:
             arrays = affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
     sums = compare(floats, arrays, planned, plan) if measure else mx.zeros(0)
-    finite = mx.stack([(array * 0.0).sum().astype(mx.float32) for array in arrays if array.dtype != mx.uint32])
-    found = mx.concatenate([sums, finite])
+    infinite = mx.stack([has_infinities(array).astype(mx.float32) for array in arrays if array.dtype != mx.uint32])
+    found = mx.concatenate([sums, infinite])
     mx.eval(found, *arrays)  # all at once: each wait costs more than the small sums
     numbers = cast(list[float], found.tolist())
-    if any(map(math.isnan, numbers[sums.size :])):
+    if any(numbers[sums.size :]):
         _refuse_infinities(plan, task, source, rows, arrays)
     return arrays, error_of(numbers[: sums.size], planned, rows) if measure else ModuleError()
 

@@ -114,14 +114,15 @@ class FloatReader:
         require(module, part, "weight", FLOATS, [(module.rows, module.width) if module.is_matrix else module.shape])
 
     def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
-        info = part["weight"]
-        if len(info.shape) == 1:
-            rows = files.whole(info).reshape(1, -1).astype(mx.float32)
-        else:
-            rows = files.rows(info, start, stop).astype(mx.float32)
+        rows = self.stored(files, part, start, stop).astype(mx.float32)
         if check:
-            _check_finite(rows, info, start)
+            _check_finite(rows, part["weight"], start)
         return rows
+
+    def stored(self, files: SourceFiles, part: Part, start: int, stop: int) -> mx.array:
+        """Rows `start:stop` as they are in the file, `[stop - start, width]`; all of a vector as `[1, width]`."""
+        info = part["weight"]
+        return files.whole(info).reshape(1, -1) if len(info.shape) == 1 else files.rows(info, start, stop)
 
     def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
         return no_codes(part)

@@ -8,8 +8,13 @@ import mlx.core as mx
 
 from mlxqwen_convert.errors import SourceError
 
-__all__ = ["check_scales", "refuse_lost_scales", "refuse_zero_scales"]
+__all__ = ["check_scales", "has_infinities", "refuse_lost_scales", "refuse_zero_scales"]
 
+_EXPONENTS = {
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+    mx.float32: (mx.uint32, 0x7F800000),
+}
 _SMALLEST_NORMAL = 2.0**-126
 _TOLERATED_LOSS = 0.01
 _HINT = "No quantizer writes such a scale: use another release of the model."
@@ -31,6 +36,15 @@ def check_scales(scales: mx.array, name: str, origin: tuple[int, ...] = (), *, s
         expected = "a finite number" if signed else "a finite number that is not negative"
         raise SourceError(f"{name}: scale {shown_index(index, origin)} is {found:g}, expected {expected}", hint=_HINT)
     return bool((scales == 0).any().item())
+
+
+def has_infinities(floats: mx.array) -> mx.array:
+    """Whether a float16, bfloat16 or float32 is infinite or NaN; one bool, not evaluated yet.
+
+    By their exponents as integers: MLX's CPU backend takes twenty times as long for arithmetic in float16.
+    """
+    words, exponent = _EXPONENTS[floats.dtype]
+    return (floats.view(words) & mx.array(exponent, dtype=words)).max() == exponent
 
 
 def refuse_zero_scales(lost: mx.array, name: str, origin: tuple[int, ...] = ()) -> None:
