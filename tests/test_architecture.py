@@ -21,6 +21,7 @@ LAYERS = [
     "console",
     "status_line",
     "forks",
+    "daemons",
     "blas",
     "device",
     "files",

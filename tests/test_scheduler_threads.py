@@ -15,10 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
-from mlxqwen import Engine
-from mlxqwen.engine import daemons
+from mlxqwen import Engine, daemons, load
 from mlxqwen.engine.engine import Done
 from mlxqwen.engine.request import Request
 from mlxqwen.engine.schedulers import scheduler_of
@@ -180,6 +180,59 @@ def test_fresh_threads_leave_at_most_one_of_the_systems_behind() -> None:
     assert python == 2  # the main one, and the loop's own
     assert after <= first
     assert after - before <= 2  # the loop's own thread, and what MLX has begun for it
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_a_lasting_thread_gives_what_the_work_gives_or_raises(in_main_thread: bool) -> None:
+    def fail() -> None:
+        raise OptionError("broken on purpose")
+
+    def work() -> None:
+        thread = daemons.in_lasting_thread(threading.current_thread)
+        assert thread.is_alive()
+        assert (thread is threading.main_thread()) == in_main_thread
+        assert thread is threading.current_thread() or thread.daemon
+        with pytest.raises(OptionError, match="broken on purpose"):
+            daemons.in_lasting_thread(fail)
+
+    if in_main_thread:
+        work()
+    else:
+        in_threads(1, lambda _: work())
+
+
+def test_a_thread_that_loads_a_model_and_asks_it_draws_nothing_of_its_own() -> None:
+    """MLX aborts a process that ends as a thread does that has its own generator of random numbers."""
+
+    def state() -> list[Any]:
+        keys: Any = mx.random.state
+        return [key.tolist() for key in keys]
+
+    def ask() -> None:
+        mx.random.seed(7)
+        before = state()
+        with Engine(*load()) as engine:
+            assert engine.chat("12 + 39?", max_tokens=3, sampling={"temperature": 1.0}).content is not None
+        assert state() == before
+
+    in_threads(1, lambda _: ask())
+
+
+def test_a_process_may_end_with_the_threads_that_loaded_its_models() -> None:
+    out = run_python(
+        """
+        import threading
+        from mlxqwen import load
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("loaded", flush=True)
+        """
+    )
+    assert out == "loaded\n"
 
 
 def test_a_plain_iterator_starts_no_thread() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mlxqwen.engine.daemons import Daemon
+from mlxqwen.daemons import Daemon
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.memory import account
 from mlxqwen.errors import OptionError

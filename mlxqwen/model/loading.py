@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxqwen.daemons import in_lasting_thread
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapters_below, refuse_adapter
@@ -200,10 +201,9 @@ def prepare_model(
         refuse_adapter(folder)
     generation_config = GenerationConfig.from_folder(folder)
 
-    model = Qwen3ForCausalLM(config, generation_config)
     spare = spare_tensors(checkpoint)
     tensors = model_tensors(config, checkpoint, spare)
-    sources = _match(checkpoint, tensors, model, config)
+    model, sources = _match(checkpoint, tensors, config, generation_config)
     below = adapters_below(checkpoint.folder)
     for note in (*config.notes, *checkpoint.notes, *spare.notes, *below, *generation_config.notes):
         logger.warning(note)
@@ -228,8 +228,7 @@ def prepare_model(
         if checked:
             model = checked.pop()
         else:
-            model = Qwen3ForCausalLM(config, generation_config)
-            _quantize(model, checkpoint, sources, config.quantization)
+            model = _unread(checkpoint, sources, config, generation_config)
         if fused:
             for layer in model.model.layers:
                 layer.fuse(device)
@@ -370,15 +369,18 @@ def _wrong_experts(checkpoint: Checkpoint, parameter: str, found: Collection[int
 
 def check_tensors(config: ModelConfig, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise `CheckpointError` unless `tensors` are those of the model, in names, dtypes and shapes."""
-    _match(checkpoint, tensors, Qwen3ForCausalLM(config), config)
+    _match(checkpoint, tensors, config)
 
 
 def _match(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], model: Qwen3ForCausalLM, config: ModelConfig
-) -> dict[str, ParameterSource]:
-    """Quantize the model's modules as the checkpoint is, and check every name, dtype and shape."""
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    generation_config: GenerationConfig | None = None,
+) -> tuple[Qwen3ForCausalLM, dict[str, ParameterSource]]:
+    """The model without its weights, and where they are. Checks every name, dtype and shape."""
     sources = _sources(checkpoint, tensors, 0 if config.moe is None else config.moe.num_experts)
-    _quantize(model, checkpoint, sources, config.quantization)
+    model = _unread(checkpoint, sources, config, generation_config)
     expected = dict(tree_flatten(model.parameters()))
     missing = [name for name in expected if name not in sources]
     if missing:
@@ -391,7 +393,26 @@ def _match(
         )
     for name, array in expected.items():
         _check(array, sources[name])
-    return {name: source for name, source in sources.items() if name in expected}
+    return model, {name: source for name, source in sources.items() if name in expected}
+
+
+def _unread(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, ParameterSource],
+    config: ModelConfig,
+    generation_config: GenerationConfig | None,
+) -> Qwen3ForCausalLM:
+    """The model in the checkpoint's form, its weights still to be read.
+
+    Until then MLX's layers have random ones, drawn by the generator of the thread that makes them.
+    """
+
+    def make() -> Qwen3ForCausalLM:
+        model = Qwen3ForCausalLM(config, generation_config)
+        _quantize(model, checkpoint, sources, config.quantization)
+        return model
+
+    return in_lasting_thread(make)
 
 
 def _quantize(

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
-__all__ = ["Daemon"]
+__all__ = ["Daemon", "in_lasting_thread"]
+
+_T = TypeVar("_T")
 
 
 class Daemon:
@@ -37,6 +41,26 @@ class Daemon:
     def join(self, timeout: float) -> None:
         """Wait until the work is over, at most `timeout` seconds."""
         self._is_over.wait(timeout)
+
+
+def in_lasting_thread(work: Callable[[], _T]) -> _T:
+    """What `work` returns or raises, done in a thread that does not end before the process: the main one or a daemon.
+
+    For what makes MLX keep a generator of random numbers for the thread: where a thread that has one ends while the
+    interpreter does, the process is aborted.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return work()
+    result: Future[_T] = Future()
+
+    def do() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Daemon(do)
+    return result.result()
 
 
 _Tasks = SimpleQueue[tuple[Callable[[], None], threading.Event]]
