@@ -165,7 +165,8 @@ def draw(report: Report, path: Path) -> bool:
         print("bench: --plot: found no rows for a plot, expected those of curves, batch or context", file=sys.stderr)
         return False
     busy = ", while other programs ran" if any(part.is_busy for part in report.parts) else ""
-    write_plot(path, panels, f"{report.machine.short_line()}{busy}")
+    unit = "tokens/s" if report.clock == "wall" else "tokens per processor second"
+    write_plot(path, panels, title=f"{report.machine.short_line()}{busy}", unit=unit)
     return True
 
 

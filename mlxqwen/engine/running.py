@@ -295,7 +295,7 @@ def masks_of(generations: Sequence[Generation | None]) -> list[mx.array | None]:
     masks: list[mx.array | None] = []
     for one in generations:
         masks.append(None)
-        if one is not None and not one.is_over:
+        if one is not None and one.constraints and not one.is_over:
             try:
                 masks[-1] = one.mask()
             except KeyboardInterrupt:

@@ -17,8 +17,7 @@ _CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def curves(settings: Settings) -> Iterator[Comparison]:
-    """The demo model and few layers of a release in BF16 with 1 to 32 rows; the latter behind 256 to 8,192 tokens."""
-    name, bits, folder = few_layers(settings, None)
+    """The demo model with 1 to 32 rows, and few layers of a release in BF16 behind 256 to 8,192 tokens."""
+    name, _, folder = few_layers(settings, None)
     yield from tokens_per_second(settings, "demo model", None, DEMO_FOLDER, _ROWS)
-    yield from tokens_per_second(settings, name, bits, folder, _ROWS)
     yield from milliseconds_behind(settings, name, folder, _CONTEXTS)

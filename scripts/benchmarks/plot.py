@@ -54,7 +54,7 @@ def missing_for_plot(path: Path) -> str:
     return "" if find_spec("matplotlib") else "matplotlib is not installed: pip install -e '.[plot]'"
 
 
-def write_plot(path: Path, panels: dict[tuple[str, str], list[Curve]], title: str) -> None:
+def write_plot(path: Path, panels: dict[tuple[str, str], list[Curve]], *, title: str, unit: str) -> None:
     """Draw a panel for each axis and model, whole or not at all. Raises `OSError`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def write_plot(path: Path, panels: dict[tuple[str, str], list[Curve]], title: st
         axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:,.0f}"))
         axes.set_ylim(0, 1.1 * max(rate for curve in curves for rate in curve.rates))
         axes.set_xlabel(_LABELS[axis])
-        axes.set_ylabel("tokens/s")
+        axes.set_ylabel(unit)
         axes.set_title(model, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
