@@ -33,7 +33,10 @@ _SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far
 
 
 class ModelRegistry:
-    """The models of a server. Any thread may call it; one thread of its own loads and unloads them.
+    """The models of a server. Any thread may call it; one thread of its own loads them.
+
+    That thread unloads what nobody has used for long, and what a load needs the memory of; a reply that needs memory
+    unloads in the thread that asks for it.
 
     Args:
         sources: the models by name, the default one first; nothing is loaded yet.
@@ -189,7 +192,7 @@ class ModelRegistry:
                 _end(model)
         return self._thread is None or not self._thread.is_alive()
 
-    # The thread that loads and unloads
+    # The thread that loads
 
     def _wake(self) -> None:
         if self._thread is None:
