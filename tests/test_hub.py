@@ -318,6 +318,8 @@ def test_nothing_means_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("models\\qwen", "no such folder"),
         (Path("org/model"), "no such folder"),
         ("qwen3", "neither an existing folder nor a hub id"),
+        ("qwen/..", "neither an existing folder nor a hub id"),
+        ("qwen/.", "neither an existing folder nor a hub id"),
         ("", "neither"),
         ("org/", "neither"),
         ("org/a b", "neither"),

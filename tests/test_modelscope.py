@@ -224,6 +224,7 @@ def test_the_token_opens_a_private_model(hub: LoopbackModelScope, tmp_path: Path
         ("org/changed", "model.safetensors is not what ModelScope lists (size or SHA-256)"),
         ("org", "neither an existing folder nor a hub id"),
         ("org/模型", "neither an existing folder nor a hub id"),
+        ("org/..", "neither an existing folder nor a hub id"),
     ],
 )
 def test_failures_have_one_clear_line(repo_id: str, said: str) -> None:
