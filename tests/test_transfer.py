@@ -53,6 +53,12 @@ def test_silence_ends_the_wait_and_the_work_is_told(terminal: Terminal) -> None:
     assert written(terminal).endswith("\r\x1b[K")
 
 
+def test_what_comes_at_once_is_told_too(terminal: Terminal) -> None:
+    download = Download("org/m", 100, lambda: 40, 20.0, "X", is_shown=True)
+    assert waited_for(lambda given: "here", download, terminal=terminal) == "here"
+    assert written(terminal).startswith("\rDownloading org/m  40 %")
+
+
 def test_bytes_that_come_keep_it_waiting(terminal: Terminal) -> None:
     seconds, arrived, looked = count(0.0, 15.0), count(1), threading.Semaphore(0)
 

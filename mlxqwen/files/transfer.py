@@ -155,9 +155,11 @@ def waited_for(
     watch = None if download is None else _Watch(download, terminal, clock)
     thread.start()
     try:
-        while not ended.wait(_POLL):
+        is_over = False
+        while not is_over:
             if watch is not None:
                 watch.look()
+            is_over = ended.wait(_POLL)
     except BaseException:
         given.set()
         _abandoned.append(thread)
