@@ -96,7 +96,7 @@ def test_what_a_line_is(typed: str, meant: object) -> None:
         ("/hlep", ["/hlep", "Did you mean /help?", "//"]),
         ("/tihnk How many?", ["/tihnk", "/think"]),
         ("/HELP", ["/HELP", "no such command"]),
-        ("/", ["/: found no such command"]),
+        ("/", ["/: found no such command", "/help lists all"]),
         ("/etc/hosts", ["/etc/hosts", "//"]),
         ("/\x1b[31m", ["\\x1b"]),
         ("/quit now", ["/quit", "'now'", "nothing"]),

@@ -371,7 +371,7 @@ def test_sentences_that_end_no_thought(text: str, words: str) -> None:
 def test_files_are_read_before_a_model_is_loaded(tmp_path: Path, option: str) -> None:
     file = tmp_path / "file.json"
     for content, words in (
-        (b"", "file.json: not valid JSON at column 1"),
+        (b"", "file.json: found no text, expected JSON"),
         (b"[{]", "not valid JSON"),
         (b"\xff", "file.json: found byte 0xff at 0, expected UTF-8 text"),
         (b"5", "file.json: found a number, expected a list"),
@@ -386,6 +386,19 @@ def test_files_are_read_before_a_model_is_loaded(tmp_path: Path, option: str) ->
     with file.open("wb") as large:
         large.truncate(64 * 1024 * 1024 + 1)
     assert_error(run("generate", "hi", option, str(file)), "file.json", "67,108,864 bytes")
+
+
+def test_a_role_that_the_template_drops_is_told_with_its_file(tmp_path: Path) -> None:
+    file = written(tmp_path / "role.json", [{"role": "usr", "content": "a"}])
+    assert_error(run("generate", "--messages", file), "role.json: messages[0]: role: found 'usr'")
+    found = run("generate", "--messages", file, "--system", "s")  # counted with that message
+    assert found.err.startswith("error: messages[1]: role: found 'usr'")
+
+
+def test_ways_out_of_a_conversation_that_is_too_long(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "word " * 200} for role in ("user", "assistant", "user")]
+    file = written(tmp_path / "long.json", turns)
+    assert_error(run("generate", "--messages", file), "--drop-oldest", "--yarn auto", "--max-kv-size")
 
 
 @pytest.mark.usefixtures("no_model")

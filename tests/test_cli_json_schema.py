@@ -68,7 +68,10 @@ def test_lines_of_a_batch_have_their_own(tmp_path: Path) -> None:
     ("schema", "message"),
     [
         ('{"type": ', "schema.json: not valid JSON at column 10"),
+        (" \n", "schema.json: found no text, expected JSON"),
         ([1], "schema.json: found a list, expected a JSON schema"),
+        ('"x"', "schema.json: found text, expected a JSON schema"),
+        ("7", "schema.json: found a number, expected a JSON schema"),
         ({"uniqueItems": True}, '"uniqueItems"'),
         ({"type": "json_schema", "json_schema": {}}, "without a schema"),
     ],

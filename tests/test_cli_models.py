@@ -212,8 +212,9 @@ def test_nothing_outside_the_cache_is_removed(cache: Path, tmp_path: Path) -> No
     (cache / "models--org--linked").symlink_to(real)
     assert "a link, expected a folder of the cache" in run("rm", "org/linked", "--yes").err
     assert (real / "snapshots" / FIRST / "config.json").exists()
-    for name in ("org/..", "../precious.txt", str(tmp_path), "modelscope:org/.."):
+    for name in ("org/..", "../precious.txt", str(tmp_path), "./none", "modelscope:org/.."):
         assert run("rm", name, "--yes").status == 1
+    assert "./none: a folder, expected a model that was downloaded" in run("rm", "./none", "--yes").err
     assert precious.read_text() == "mine"
 
 

@@ -18,6 +18,7 @@ from mlxqwen.files.hub import resolve_model
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen_convert.sizes import size_of
 from tests.command_line import run
 from tests.sparse_checkpoints import RELEASES, matrices, norms, write_sparse
 
@@ -168,6 +169,14 @@ def test_bad_input(arguments: list[str]) -> None:
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("error: ")
     assert len(result.err.splitlines()) <= 2
+
+
+def test_the_option_is_named_before_a_model_is_looked_for() -> None:
+    assert run("info", "org/none", "--context", "0").err == "error: --context: found 0, expected an integer from 1\n"
+
+
+def test_sizes_beyond_gigabytes() -> None:
+    assert [size_of(n) for n in (999, 10**12 - 10**10, 4 * 10**15)] == ["999 bytes", "990.00 GB", "4000.00 TB"]
 
 
 def test_names_cannot_forge_rows(tmp_path: Path) -> None:

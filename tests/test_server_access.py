@@ -111,6 +111,8 @@ def test_an_open_server_needs_a_key_or_a_word(engine: Engine) -> None:
         ServerSettings(host=host)
     with pytest.raises(OptionError, match="api_key"):
         ServerSettings(api_keys=("a b\n",))
+    with pytest.raises(OptionError, match="api_key: found an empty one"):
+        ServerSettings(api_keys=("",))
     with serving(engine, host="0.0.0.0", allow_open=True) as served:
         assert served.client.get("/health", headers={"host": "192.168.1.4:8000"}).status_code == 200
         assert served.client.get("/health", headers={"host": "evil.example"}).status_code == 403

@@ -14,14 +14,17 @@ from starlette.routing import Route
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.request import Request
+from mlxqwen.errors import GenerationError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.completions import CompletionFields
+from mlxqwen.server.errors import ApiError
 from mlxqwen.server.metrics import ToldTokens
 from mlxqwen.server.page_files import PAGE_PATHS
 from mlxqwen.server.responses_request import ResponsesFields
+from mlxqwen.server.service import log_failure
 from mlxqwen.server.texts import DetokenizeFields, TokenizeFields
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.serving import CHAT, Served, ask, serving
@@ -136,6 +139,23 @@ def test_errors_name_the_field_what_was_found_and_what_was_expected(
     assert words in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("error", "is_expected"),
+    [
+        (ApiError(500, "model: cannot be loaded", code="internal_error"), True),
+        (GenerationError("logits: found NaN"), True),
+        (RuntimeError("broken on purpose"), False),
+    ],
+)
+def test_the_log_traces_only_what_nobody_foresaw(
+    error: Exception, is_expected: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_failure(error)
+    (record,) = caplog.records
+    assert str(error) in record.getMessage()
+    assert (record.exc_info is None) == is_expected
+
+
 MANY = [{"type": "function", "name": f"f{n}", "function": {"name": f"f{n}"}} for n in range(10_000)]
 
 
@@ -144,6 +164,7 @@ MANY = [{"type": "function", "name": f"f{n}", "function": {"name": f"f{n}"}} for
     [
         ("/v1/completions", {"n": 1_000_000}, "n: found 1000000, expected at most 128"),
         ("/v1/completions", {"prompt": ["a"] * 1000, "n": 128}, "prompt: found 1,000"),
+        ("/v1/completions", {"prompt": ""}, 'prompt: found "", expected text that is not empty'),
         ("/v1/completions", {"stop": ["a"] * 100_000}, "stop: found 100,000, expected at most 64"),
         ("/v1/completions", {"logit_bias": {"999999999": 1}}, "logit_bias: found 999999999"),
         ("/v1/completions", {"stop_token_ids": [999_999_999]}, "stop_token_ids: found 999999999"),

@@ -18,10 +18,10 @@ from mlxqwen.cli.generate_options import (
     cache_options,
     check_usage,
     check_values,
+    files_named,
     load_engine,
     read_form,
     sampling_overrides,
-    schema_named,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
 from mlxqwen.cli.option_list import generate_options
@@ -113,7 +113,7 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     progress = PrefillProgress(sys.stderr)
     try:
         engine = load_engine(options)
-        with schema_named(options), closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
+        with files_named(options), closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
             for event in events:
                 printer.print(event)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.option_list import DEFAULT_KV_KEEP
 from mlxqwen.cli.terminal import LoadingLine
 from mlxqwen.cli.text_input import check_unicode, read_text, source_name
-from mlxqwen.errors import OptionError
+from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "check_model_options",
     "check_usage",
     "check_values",
+    "files_named",
     "load_engine",
     "located_model",
     "new_cache",
@@ -39,7 +40,6 @@ __all__ = [
     "read_form",
     "read_model_config",
     "sampling_overrides",
-    "schema_named",
 ]
 
 
@@ -157,10 +157,15 @@ def _schema_name(options: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def schema_named(options: Mapping[str, Any]) -> Iterator[None]:
-    """Let an `OptionError` about the form of answers name the file of --json-schema."""
+def files_named(options: Mapping[str, Any]) -> Iterator[None]:
+    """Let errors about the form of answers name the file of --json-schema, those about messages that of --messages."""
     try:
         yield
+    except MessagesError as error:
+        # With --system the messages are counted from another one on.
+        if options["messages"] is not None and options["system"] is None and error.problem.startswith("messages["):
+            error.problem = f"{source_name(options['messages'])}: {error.problem}"
+        raise
     except OptionError as error:
         if options["json_schema"] is not None and error.problem.startswith("response_format: "):
             error.problem = f"{_schema_name(options)}: {error.problem.removeprefix('response_format: ')}"

@@ -49,12 +49,17 @@ def info(
     """
     with leave_at_once():
         from mlxqwen.blas import blas_in_use
+        from mlxqwen.checks import check_integer
+        from mlxqwen.cli.generate_options import options_named
         from mlxqwen.device import current_device
         from mlxqwen.files.hub import looked_at
         from mlxqwen.files.model_names import model_name
         from mlxqwen.model.footprint import size_up
 
     check_unicode(model=model, revision=revision)
+    if context is not None:
+        with options_named():
+            check_integer("context", context, 1)
     with looked_at(model, revision=revision) as folder:
         stored, loaded = measured(folder)
     bits = None if kv_bits is None else int(kv_bits)

@@ -121,8 +121,9 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
     Raises:
         HubError: it is not in the cache, or is no plain folder there.
     """
-    place = located(name, None)
-    if isinstance(place, Path):
+    is_path = name.startswith(("/", ".", "~"))  # whether there is such a folder or not
+    place = None if is_path else located(name, None)
+    if place is None or isinstance(place, Path):
         raise HubError(
             f"{name}: a folder, expected a model that was downloaded from a hub",
             hint="Folders of your own are yours to remove.",

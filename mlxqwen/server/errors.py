@@ -191,6 +191,8 @@ def _wanted(detail: ErrorDetails) -> str:
         "too_short": ("at least {min_length:,} of them", "min_length"),
         "string_too_long": ("at most {max_length:,} characters", "max_length"),
     }
+    if detail["type"] == "string_too_short":
+        return "text that is not empty"
     form, name = forms.get(detail["type"], ("", ""))
     if name in bounds:
         return form.format(**bounds)

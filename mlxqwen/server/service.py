@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.engine.memory import array_bytes
-from mlxqwen.errors import InsufficientMemoryError, one_line
+from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, one_line
 from mlxqwen.server.access import error_response
 from mlxqwen.server.background import BackgroundRuns
 from mlxqwen.server.bodies import Form, parse_body, read_body
@@ -282,7 +282,8 @@ def log_failure(error: BaseException) -> None:
     """Log an error that is not the client's; what a client did wrong it is told itself."""
     told = api_error(error)
     if told.status == 500:
-        logger.error("request failed: %s: %s", type(error).__name__, error, exc_info=error)
+        unexpected = None if isinstance(error, MlxqwenError | ApiError) else error
+        logger.error("request failed: %s: %s", type(error).__name__, error, exc_info=unexpected)
 
 
 async def until_gone(http: HttpRequest, work: Awaitable[_T]) -> _T:

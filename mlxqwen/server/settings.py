@@ -85,7 +85,9 @@ class ServerSettings:
         if self.max_model_len is not None:
             check_integer("max_model_len", self.max_model_len, 1)
         for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            if not key:
+                raise OptionError("api_key: found an empty one, expected a plain word")
+            if not key.isascii() or not key.isprintable() or key != key.strip():
                 raise OptionError("api_key: found one with other than visible ASCII characters, expected a plain word")
         if not (self.api_keys or self.allow_open or is_loopback(self.host)):
             raise OptionError(

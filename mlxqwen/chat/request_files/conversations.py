@@ -120,6 +120,8 @@ def _checked(tools: Any) -> tuple[Mapping[str, Any], ...]:
 
 def parse_json_text(text: str, *, hint: str) -> Any:
     """The strict JSON value of a text. Raises `OptionError`."""
+    if not text.strip():
+        raise OptionError("found no text, expected JSON", hint=hint)
     try:
         return parse_json(text)
     except JSONDecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlxqwen.chat.request_files.conversations import located, parse_json_text
 from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
 from mlxqwen.errors import OptionError
+from mlxqwen.files.json_file import json_kind
 
 __all__ = ["parse_schema"]
 
@@ -22,6 +23,8 @@ def parse_schema(text: str, source: str) -> AnswerFormat | None:
     """
     with located(source):
         value = parse_json_text(text, hint=_HINT)
+        if not isinstance(value, dict | bool):
+            raise OptionError(f"found {json_kind(value)}, expected a JSON schema", hint=_HINT)
         wrapped = isinstance(value, dict) and value.get("type") == "json_schema"
         try:
             return read_response_format(value if wrapped else {"json": value})
