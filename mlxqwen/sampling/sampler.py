@@ -207,8 +207,8 @@ def check_token(token: int, row: int | None = None) -> int:
         where = "logits" if row is None else f"logits of row {row}"
         raise GenerationError(
             f"{where}: found NaN, +inf or nothing but -inf, expected numbers to draw a token from",
-            hint="Try --dtype float32: a narrower one may not hold these weights. If it is in use, some weights are NaN, "
-            "infinite or far too large.",
+            hint="Try --dtype float32: a narrower one may not hold these weights. If it is in use, some weights are "
+            "NaN, infinite or far too large.",
         )
     return token
 
