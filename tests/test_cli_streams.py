@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from mlxqwen.cli import _told
 from mlxqwen.cli.streams import name_streams
+from tests.command_line import run
 
 FULL = Path("/dev/full")
 ON_FULL = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -115,3 +118,19 @@ def test_streams_in_memory_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     name_streams()
     assert sys.stdin is sys.stdout is memory
     assert sys.stderr is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    assert run("generate", "--model", str(folder), "hi").err == (
+        f"error: {folder / 'config.json'}: Permission denied\n"
+        "       Check its permissions, and those of the folders that it lies in.\n"
+    )
+
+
+def test_a_file_that_may_not_be_read_is_told_with_a_way_out() -> None:
+    problem, hint = _told(PermissionError(errno.EACCES, "Permission denied", "/models/config.json"))
+    assert (problem, hint[:22]) == ("/models/config.json: Permission denied", "Check its permissions,")
+    assert _told(PermissionError(errno.EACCES, "Permission denied")) == ("Permission denied", "")

@@ -50,6 +50,7 @@ CONDITIONS = {
     "Check its permissions, or give another name.": "the system answered that the user may not",
     "Load the model again, or close it behind the last request.": "the model was closed",
     "Add rows while others run, or start anew.": "rows were added to a stream that is over",
+    "Check its permissions, and those of the folders that it lies in.": "the system says that permission is denied",
     " is damaged: ": "a file of blocks has not the length, or its bytes not the hash, that its header tells",
 }
 

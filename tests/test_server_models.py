@@ -476,6 +476,8 @@ def test_what_is_typed(tmp_path: Path) -> None:
         return result.err
 
     assert "found the name 'demo' twice" in refused(demo, "--model", f"demo={demo}")
+    for typed in ("a=", "=a"):
+        assert f"--model: found '{typed}', expected MODEL or NAME=MODEL." in refused("--model", typed)
     assert "--draft is about one model, and 2 are to be served" in refused(demo, "-m", f"x={demo}", "--draft", demo)
     assert f"{tmp_path / 'none'}: no such folder" in refused(demo, "-m", f"x={tmp_path / 'none'}")
     assert "found no such alias" in refused(demo, "-m", "x=qwen3:5b")

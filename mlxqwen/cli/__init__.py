@@ -104,6 +104,8 @@ def _told(error: OSError) -> tuple[str, str]:
     """Problem and hint: what failed is the error's file or stream; it has none where the working folder is gone."""
     reason = error.strerror or str(error)
     problem, hint = reason if error.filename is None else f"{error.filename}: {reason}", ""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        hint = "Check its permissions, and those of the folders that it lies in."
     if isinstance(error, FileNotFoundError):
         try:
             os.getcwd()

@@ -65,6 +65,8 @@ def _split(typed: str) -> tuple[str | None, str]:
     name, equals, model = typed.partition("=")
     if not equals or os.path.isdir(typed) or "/" in name or os.sep in name:
         return None, typed
+    if not name or not model:
+        raise click.UsageError(f"--model: found {typed!r}, expected MODEL or NAME=MODEL.")
     return name, model
 
 
