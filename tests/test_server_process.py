@@ -264,6 +264,11 @@ def test_it_ends_while_a_model_is_loaded(several: tuple[Process, socket.socket])
     response = connection.getresponse()
     assert (response.status, json.loads(response.read())["error"]["code"]) == (503, "server_shutdown")
     connection.close()
+    while (
+        server.process.poll() is None
+    ):  # whenever a second signal comes, until nothing is left that could be waited for
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     status, log = server.end()
     asked.close()
     assert status == 0

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -181,21 +182,31 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             if len(models.entries) == 1:  # what is wrong with it is told before the server listens
                 models.load(models.entries[0])
             _log_requests()
-            signal = run(Service(models, settings), listener, lambda port: _tell(settings, port, models, key))
+            signal = run(
+                Service(models, settings),
+                listener,
+                lambda port: _tell(settings, port, models, key),
+                lambda number: _leave(_status(number)),
+            )
         finally:
             has_ended = models.close()
     finally:
         listener.close()
-    status = INTERRUPTED if signal == 2 else 0
-    if not has_ended:
+    status = _status(signal)
+    if not has_ended:  # another thread loads a model, which cannot be told to stop
         _leave(status)
     return status
 
 
+def _status(signal: int | None) -> int:
+    return INTERRUPTED if signal == 2 else 0
+
+
 def _leave(status: int) -> None:
-    """End the process while another thread loads a model, which cannot be told to stop."""
+    """End the process at once."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(RuntimeError):  # the signal came while it was being written to
+            stream.flush()
     os._exit(status)
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 
@@ -21,6 +22,7 @@ __all__ = ["open_socket", "serve"]
 
 logger = logging.getLogger("mlxqwen.server")
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _OPEN_FILES = 8192
 _BACKLOG = 2048
 
@@ -30,10 +32,17 @@ class _Server(uvicorn.Server):
 
     should_exit: bool
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        on_ready: Callable[[int], None],
+        leave: Callable[[int], object],
+    ) -> None:
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready
+        self._leave = leave
         self._is_forced = asyncio.Event()
         self.signal: int | None = None
 
@@ -65,13 +74,19 @@ class _Server(uvicorn.Server):
                 self._tell_of_end()
             self.should_exit, self.signal = True, number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        def ask_again(number: int, frame: FrameType | None) -> None:
+            self._leave(self.signal or number)
+
+        for number in _ENDING:
             loop.add_signal_handler(number, ask_to_end, number)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            for number in _ENDING:
                 loop.remove_signal_handler(number)
+                signal.signal(number, ask_again)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -96,13 +111,17 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(service: Service, listener: socket.socket, on_ready: Callable[[int], None]) -> int | None:
+def serve(
+    service: Service, listener: socket.socket, on_ready: Callable[[int], None], leave: Callable[[int], object]
+) -> int | None:
     """Serve until Ctrl-C or SIGTERM → the number of the signal.
 
     Args:
         service: what answers.
         listener: from `open_socket`; closed at the end.
         on_ready: told the port once requests are answered.
+        leave: ends the process, given the number of the signal that ended the server; called by each signal that comes
+            once no request is answered any more, however long models take to close.
     """
     _allow_open_files()
     config = uvicorn.Config(
@@ -119,7 +138,7 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[int], N
     )
 
     async def run() -> int | None:
-        server = _Server(config, service, on_ready)
+        server = _Server(config, service, on_ready, leave)
         await server.serve(sockets=[listener])
         return server.signal
 
