@@ -57,10 +57,11 @@ def test_what_is_added_to_a_conversation() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "file: not valid JSON at column 1"),
+        ("", "file: found no text, expected JSON"),
         ('[{"role":\n "user",}]', "file: not valid JSON at line 2"),
         ('"hi"', "file: found text, expected a list or an object"),
-        ("{}", "file: messages: found null"),
+        ("{}", "file: found no 'messages', expected a list of them"),
+        ('{"messages": null}', "file: messages: found null"),
         ("[]", "file: messages: found an empty list"),
         ('{"messages": []}', "empty list"),
         ('{"messages": [{"role": "user", "content": "a"}], "model": "b"}', "found 'model', expected messages, tools"),

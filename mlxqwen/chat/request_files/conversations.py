@@ -79,6 +79,8 @@ def parse_conversation(text: str, source: str) -> MessagesWithTools:
         if "format" in value:
             return conversation_of(_saved(value))
         check_keys(value, {"messages", "tools"}, hint=_FORM)
+        if "messages" not in value:
+            raise OptionError("found no 'messages', expected a list of them", hint=_FORM)
         return conversation_of(value)
 
 
