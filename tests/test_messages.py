@@ -224,9 +224,9 @@ def test_a_chat_checks_each_message_once(monkeypatch: pytest.MonkeyPatch) -> Non
     checked: list[object] = []
     check = messages_module._prepare_message
 
-    def counting(message: object, where: str) -> Message:
+    def counting(message: object, index: int) -> Message:
         checked.append(message)
-        return check(message, where)
+        return check(message, index)
 
     thinking_modes(QWEN)  # is read off once, from messages of its own
     monkeypatch.setattr(messages_module, "_prepare_message", counting)

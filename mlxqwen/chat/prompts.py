@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from mlxqwen.chat.shown import check_shown
+from mlxqwen.chat.shown import check_shown, fate_of_content
 from mlxqwen.chat.thinking import begins_in_thought, knows_think_blocks
 from mlxqwen.chat.thinking_modes import thinking_modes
-from mlxqwen.chat.turns import check_conversation, count_turns, soft_switch, without_old_reasoning, without_oldest_turns
+from mlxqwen.chat.turns import (
+    check_conversation,
+    count_turns,
+    prepare_conversation,
+    soft_switch,
+    without_old_reasoning,
+    without_oldest_turns,
+)
 from mlxqwen.checks import check_flag
-from mlxqwen.errors import ContextLengthError, OptionError
+from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.files.json_file import json_kind, shown
-from mlxqwen.text.messages import Message, split_reasoning
+from mlxqwen.text.messages import ContentError, Message, split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "drop_oldest_turns",
     "hard_switch",
     "least_tokens",
+    "prepare_for",
     "render_prompt",
 ]
 
@@ -61,6 +70,19 @@ def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bo
     return False
 
 
+def prepare_for(tokenizer: Tokenizer, messages: Messages) -> tuple[Message, ...]:
+    """`prepare_conversation`, whose error says of content that is no text what this model's template makes of it."""
+    try:
+        return prepare_conversation(messages)
+    except ContentError as error:
+        fate = None
+        with suppress(MlxqwenError):
+            fate = fate_of_content(messages, error.index, _renderer(tokenizer, {}))
+        if fate is None:
+            raise
+        raise MessagesError(f"{error.found}: {fate}", hint=error.hint) from None
+
+
 def render_prompt(
     tokenizer: Tokenizer,
     messages: Messages,
@@ -78,6 +100,7 @@ def render_prompt(
         variables: further variables of the template; those that are arguments here, or the tokenizer's, are none.
     """
     thinking = hard_switch(thinking)
+    messages = prepare_for(tokenizer, messages)
     check_conversation(messages)
     more = _check_variables(variables)
     schemas = _check_tools(tools) if tools is not None else None
@@ -114,15 +137,20 @@ def check_messages(tokenizer: Tokenizer, messages: Messages) -> None:
         MessagesError: names the message, what a template would do with it, and the way out.
         TemplateError: the template raises for another reason.
     """
+    messages = prepare_for(tokenizer, messages)
     check_conversation(messages)
     _check_shown(tokenizer, without_old_reasoning(messages))
 
 
 def _check_shown(tokenizer: Tokenizer, prepared: Sequence[Message], **values: Any) -> None:
-    def render(some: Sequence[Message]) -> str:
-        return tokenizer.apply_chat_template(some, add_generation_prompt=True, tokenize=False, **values)
+    check_shown(prepared, _renderer(tokenizer, values))
 
-    check_shown(prepared, render)
+
+def _renderer(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Callable[[Sequence[Message]], str]:
+    def render(messages: Sequence[Message]) -> str:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **values)
+
+    return render
 
 
 def _goes_on(messages: Messages, continue_final_message: bool | None) -> bool:

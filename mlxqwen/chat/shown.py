@@ -13,9 +13,9 @@ from typing import Any
 from mlxqwen.chat.turns import CALL_FORM, ROLES
 from mlxqwen.errors import MessagesError, MlxqwenError, TemplateError
 from mlxqwen.files.json_file import json_kind, parse_json
-from mlxqwen.text.messages import Message
+from mlxqwen.text.messages import Message, prepare_messages, to_plain_json
 
-__all__ = ["check_shown"]
+__all__ = ["check_shown", "fate_of_content"]
 
 Render = Callable[[Sequence[Message]], str]
 Odd = tuple[int, str, str]  # a message's index, what is odd about it, the way out
@@ -64,6 +64,23 @@ def _why_raised(error: TemplateError, messages: Sequence[Message], odd: Sequence
             words = error.problem.removeprefix("chat template: ")
             return MessagesError(f"messages[{i}]: {found}: the chat template raises an error: {words}", hint=hint)
     return error
+
+
+def fate_of_content(messages: Sequence[Mapping[str, Any]], index: int, render: Render) -> str | None:
+    """What the template makes of a message whose content is no text, in words; None where other messages decide it."""
+    before = prepare_messages(messages[:index]) if index else ()
+    plain = to_plain_json(messages[index], f"messages[{index}]")
+    try:
+        without = render([*before, Message({**plain, "content": ""})])
+    except TemplateError:
+        return None
+    try:
+        text = render([*before, Message({"content": None, **plain})])
+    except TemplateError as error:
+        return f"the chat template raises an error: {error.problem.removeprefix('chat template: ')}"
+    if text == without:
+        return "the chat template would drop it in silence"
+    return "the chat template would write it as Python does, or a part of it alone"
 
 
 def _raises(render: Render, messages: Sequence[Message]) -> bool:

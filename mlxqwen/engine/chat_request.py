@@ -7,10 +7,17 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.cache import KVCache
-from mlxqwen.chat.prompts import asks_for_thought, drop_oldest_turns, hard_switch, least_tokens, render_prompt
+from mlxqwen.chat.prompts import (
+    asks_for_thought,
+    drop_oldest_turns,
+    hard_switch,
+    least_tokens,
+    prepare_for,
+    render_prompt,
+)
 from mlxqwen.chat.structured.tool_choice import read_tool_choice
 from mlxqwen.chat.thinking_modes import note_switch
-from mlxqwen.chat.turns import count_turns, prepare_conversation, without_oldest_turns
+from mlxqwen.chat.turns import count_turns, without_oldest_turns
 from mlxqwen.checks import as_integer, check_integer
 from mlxqwen.engine.options import ReplyOptions
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, room_for_answer
@@ -104,7 +111,7 @@ class Responder:
         if options.max_tokens is not None:
             check_integer("max_tokens", options.max_tokens, 1)
         cache = self.cache_of(options)
-        messages = prepare_conversation(messages)  # once: later checks accept prepared messages as they are
+        messages = prepare_for(self.tokenizer, messages)  # once: later checks accept prepared messages as they are
         if not options.drop_oldest:
             self._refuse_if_too_long(messages, options, cache)
         messages, prompt = self._prompt(messages, options, cache)
@@ -132,7 +139,7 @@ class Responder:
 
     def sampling(self, messages: Messages, options: ChatOptions) -> SamplingParams:
         """See `Engine.sampling_for`."""
-        messages, prompt = self._prompt(prepare_conversation(messages), options, self.cache_of(options))
+        messages, prompt = self._prompt(prepare_for(self.tokenizer, messages), options, self.cache_of(options))
         return self._sampling(prompt, messages, options)
 
     def fit(self, messages: Messages, options: ChatOptions) -> list[Mapping[str, Any]]:

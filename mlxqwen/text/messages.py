@@ -15,6 +15,7 @@ from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.files.json_file import find_lone_surrogate, json_kind
 
 __all__ = [
+    "ContentError",
     "Message",
     "check_unicode",
     "prepare_messages",
@@ -35,6 +36,21 @@ _PARTS = 'Parts are texts such as {"type": "text", "text": "Hello"}.'
 _RAISE_OR_DROP = "the chat template would raise an error, or drop it in silence"
 _PYTHON_OR_DROP = "the chat template would write it as Python does, or drop it in silence"
 _RESULT = "Give a tool's result as text: json.dumps(result) writes an object, a number, a list or null as such."
+
+
+class ContentError(MessagesError):
+    """Content that is no text. What becomes of it, templates decide: without one, the problem says what may.
+
+    Args:
+        found: the content, what was found and what was expected.
+        fate: what a chat template makes of it.
+        hint: the way out.
+        index: of the message.
+    """
+
+    def __init__(self, found: str, fate: str, *, hint: str, index: int = 0) -> None:
+        super().__init__(f"{found}: {fate}", hint=hint)
+        self.found, self.index = found, index
 
 
 class Message(Mapping[str, Any]):
@@ -122,8 +138,7 @@ def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ..
     if not messages:
         raise MessagesError("messages: found an empty list, expected at least one message")
     return tuple(
-        message if isinstance(message, Message) else _prepare_message(message, f"messages[{i}]")
-        for i, message in enumerate(messages)
+        message if isinstance(message, Message) else _prepare_message(message, i) for i, message in enumerate(messages)
     )
 
 
@@ -180,7 +195,8 @@ def _with_reasoning(message: Mapping[str, Any], reasoning: object) -> dict[str, 
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _prepare_message(message: object, where: str) -> Message:
+def _prepare_message(message: object, index: int) -> Message:
+    where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise MessagesError(
             f"{where}: found {json_kind(message)}, expected a dict",
@@ -204,24 +220,25 @@ def _prepare_message(message: object, where: str) -> Message:
             )
         plain = _with_reasoning(plain, reasoning)
     is_beside_more = role == "assistant" and (bool(plain.get("tool_calls")) or reasoning is not None)
-    plain["content"] = "" if is_beside_more and "content" not in plain else _content(plain.get("content"), where, role)
+    plain["content"] = "" if is_beside_more and "content" not in plain else _content(plain.get("content"), index, role)
     return Message(plain)
 
 
-def _content(content: object, where: str, role: str) -> str | None:
+def _content(content: object, index: int, role: str) -> str | None:
     if isinstance(content, str) or (content is None and role != "tool"):
         return content
     if not isinstance(content, list):
         found = "none" if content is None else json_kind(content)
-        raise MessagesError(
-            f"{where}: content: found {found}, expected text or a list of parts: "
-            f"{_PYTHON_OR_DROP if role == 'tool' else _RAISE_OR_DROP}",
+        raise ContentError(
+            f"messages[{index}]: content: found {found}, expected text or a list of parts",
+            _PYTHON_OR_DROP if role == "tool" else _RAISE_OR_DROP,
             hint=_RESULT if role == "tool" else _PARTS,
+            index=index,
         )
-    return "".join(_part_text(part, f"{where}: content[{i}]", role) for i, part in enumerate(content))
+    return "".join(_part_text(part, i, index, role) for i, part in enumerate(content))
 
 
-def _part_text(part: object, where: str, role: str) -> str:
+def _part_text(part: object, place: int, index: int, role: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str):
@@ -232,8 +249,11 @@ def _part_text(part: object, where: str, role: str) -> str:
         hint = "Qwen3 reads text only: leave images, audio and files out."
     else:
         hint = _RESULT if role == "tool" else _PARTS
-    raise MessagesError(
-        f'{where}: found {found}, expected text or {{"type": "text", "text": …}}: {_RAISE_OR_DROP}', hint=hint
+    raise ContentError(
+        f'messages[{index}]: content[{place}]: found {found}, expected text or {{"type": "text", "text": …}}',
+        _RAISE_OR_DROP,
+        hint=hint,
+        index=index,
     )
 
 
