@@ -233,7 +233,11 @@ class Responder:
         try:
             room_for_answer(self.model.config, _held(cache) + prompt_tokens, cache.max_kv_size)
         except ContextLengthError as error:
-            drop = "Drop the oldest turns (--drop-oldest; in Python drop_oldest=True). " if turns > 1 else ""
+            drop = (
+                "Drop the oldest turns (--drop-oldest; in Python drop_oldest=True or engine.fit(messages)). "
+                if turns > 1
+                else ""
+            )
             problem = error.problem.replace("prompt: ", "prompt: at least ", 1) if is_bound else error.problem
             raise ContextLengthError(problem, hint=f"{drop}{error.hint}") from None
 
