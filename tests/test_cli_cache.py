@@ -105,7 +105,8 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     options = ["--temperature", "0", "--max-tokens", "4", "--no-thinking"]
     command = [sys.executable, "-m", "mlxqwen", "generate", "Hello", "--model", str(source), *options]
     environment = {**ENVIRONMENT, "MLXQWEN_CACHE": str(tmp_path / "cache")}
-    shown = [pexpect.run(" ".join(command), env=environment, timeout=60, encoding="utf-8") for _ in range(2)]
+    wide = {"timeout": 60, "encoding": "utf-8", "dimensions": (24, 300)}  # no path is wrapped
+    shown = [pexpect.run(" ".join(command), env=environment, **wide) for _ in range(2)]
     first, second = (re.sub(r"\rLoading [^\r]*\r\x1b\[K", "", text) for text in shown)  # on a slow machine
     notice, _, rest = first.partition("\r\n")
     assert notice.startswith(f"note: {source} (FP8")

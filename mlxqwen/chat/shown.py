@@ -33,24 +33,26 @@ def check_shown(messages: Sequence[Message], render: Render) -> None:
         render: messages → the text that the template makes of them.
 
     Raises:
-        MessagesError: names the first message that the template raises for, or would drop; a content that is None is
-            nothing to drop.
+        MessagesError: names the first message that the template raises for, or would drop.
         TemplateError: it raises for another reason.
     """
     odd = sorted([*_odd_messages(messages), *_odd_calls(messages)])
     if not odd and all(message["content"] is not None for message in messages):
         return
-    marks = {i: f"{secrets.token_hex(8)}-{i}." for i, _, _ in odd if messages[i]["content"] is not None}
+    marks = {i: f"{secrets.token_hex(8)}-{i}." for i, _, _ in odd}
     marked = [
-        Message({**message, "content": message["content"] + marks[i]}) if i in marks else message
+        Message({**message, "content": (message["content"] or "") + marks[i]}) if i in marks else message
         for i, message in enumerate(messages)
     ]
-    try:
-        text = render(marked)
-    except TemplateError as error:
-        raise _why_raised(error, marked, odd, render) from None
+    text = ""
+    # Last the marked ones; a content that is None is asked about as it is, too.
+    for some in [messages, marked] if any(messages[i]["content"] is None for i in marks) else [marked]:
+        try:
+            text = render(some)
+        except TemplateError as error:
+            raise _why_raised(error, some, odd, render) from None
     for i, found, hint in odd:
-        if i in marks and marks[i] not in text:
+        if marks[i] not in text:
             raise MessagesError(f"messages[{i}]: {found}: the chat template would drop it in silence", hint=hint)
 
 
