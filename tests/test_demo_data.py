@@ -87,6 +87,7 @@ _message = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     messages=st.lists(_message, min_size=1, max_size=7),

@@ -99,6 +99,7 @@ def test_models_give_the_same_logits(
     assert bool(by_expert) == name.startswith("MoE")
 
 
+@pytest.mark.slow
 def test_dequantized_weights_are_held_a_block_at_a_time() -> None:
     """However many products are asked for at once: without care, all 24 matrices of 2 MiB would be there."""
     weights = [packed(512, 1024, 64, 4) for _ in range(24)]

@@ -19,6 +19,7 @@ def test_the_table_has_a_row_for_each_budget() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["count", "sum"])
 def test_the_demo_is_right_more_often_the_longer_it_may_think(demo: tuple[Any, Any], task: str) -> None:
     none, some, enough = (mark(*demo, task, budget, n=12, seed=2) for budget in (0, 20, 96))

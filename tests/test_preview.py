@@ -136,6 +136,7 @@ def test_adapters_beside_weights_are_told_and_not_downloaded(hub: LoopbackHub, c
     assert not [name for name in hub.downloaded() if "adapters" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["biased", "claimed", *(path.name for path in TOOLS)])
 def test_a_model_is_planned_as_its_folder_would_be(
     hub: LoopbackHub, commands: Commands, name: str, tmp_path: Path

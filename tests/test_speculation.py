@@ -123,6 +123,7 @@ def disturbed(model: Qwen3ForCausalLM, amount: float) -> Qwen3ForCausalLM:
 # The reply is that of plain decoding
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), prompt=PROMPT, params=SEEDED, count=st.integers(1, 30), drafts=st.integers(1, 9))
 def test_a_reply_is_that_of_the_seed_whatever_is_guessed(

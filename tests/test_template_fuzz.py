@@ -23,6 +23,7 @@ def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "MAX_MADE", 2**18)
 
 
+@pytest.mark.slow
 def test_random_templates_stay_within_the_rules() -> None:
     broken = {seed: problem for seed in range(40) if (problem := broken_rule(make_template(seed))) is not None}
     assert broken == {}

@@ -276,6 +276,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(fp8: Path, tmp_path: Path) ->
     assert states() == ["ready"]
 
 
+@pytest.mark.slow
 def test_a_hub_id_on_the_command_line(tmp_path: Path) -> None:
     source = make_demo(tmp_path / "in", "awq").folder
     files = {path.name: path.read_bytes() for path in source.iterdir()}
