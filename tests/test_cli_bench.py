@@ -65,6 +65,7 @@ def test_json_has_every_run_and_their_medians() -> None:
     assert facts["speeds"][1]["cache_bytes"] < measured("--context", "32", *SHORT)["speeds"][0]["cache_bytes"]
 
 
+@pytest.mark.slow
 def test_usual_contexts_and_longer_ones() -> None:
     assert [speed["context"] for speed in measured(*SHORT)["speeds"]] == [128, 507]
     facts = measured("--context", "508", "--yarn-factor", "2", *SHORT)
@@ -104,6 +105,7 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(
     assert_error(run("bench", *arguments), message)
 
 
+@pytest.mark.slow
 def test_a_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, magic in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.PDF", b"%PDF")):

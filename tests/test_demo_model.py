@@ -86,6 +86,7 @@ def demo() -> tuple[Any, Any]:
     return mlxqwen.load(str(DEMO))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["count", "sum"])
 def test_thinking_gets_words_and_numbers_right_that_were_never_trained_on(demo: tuple[Any, Any], task: str) -> None:
     # 95 % over many exercises, as the model's README shows: of twenty-four, twenty-two leaves room for chance

@@ -95,6 +95,7 @@ def test_one_prompt_in_chunks_of_any_size(
     assert row_of(stream) == by_the_book(tiny, prompt, params, count)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     prompts=st.lists(PROMPT, min_size=1, max_size=4),

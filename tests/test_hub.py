@@ -196,6 +196,7 @@ def test_failures_have_one_clear_line(client: Client, repo_id: str, said: str) -
     assert said in client.failure(repo_id)
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_goes_on(hub: LoopbackHub, client: Client) -> None:
     assert files_in(client.folder("org/unsteady")) == WANTED
 

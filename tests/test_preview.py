@@ -154,6 +154,7 @@ def test_a_model_is_planned_as_its_folder_would_be(
     assert done.status == commands.run("convert", str(folder), str(tmp_path / "out2"), "--strict").status, done.err
 
 
+@pytest.mark.slow
 def test_notes_are_told_once_and_biases_after_the_download(commands: Commands) -> None:
     done = commands.run("generate", "Hello", "--model", "org/biased", "--max-tokens", "1")
     assert done.err.count("left out biases that are all zeros") == 1, done.err

@@ -383,6 +383,7 @@ def test_tokens_of_any_spelling_cannot_be_forged(bracketed: Tokenizer, content: 
     assert ids == harmless
 
 
+@pytest.mark.slow
 def test_vocabulary_without_added_tokens() -> None:
     parts = json.loads(REFERENCE.to_str())
     plain = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps({**parts, "added_tokens": []})))

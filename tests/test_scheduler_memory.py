@@ -234,6 +234,7 @@ def test_who_gave_way_and_fits_no_empty_machine_ends_with_its_text_so_far(model:
         assert found[1] == alone(model, asked(text(200, 1), 400))[: len(found[1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_a_reply_that_is_far_ahead_of_its_reader_may_give_way(
     model: Qwen3ForCausalLM, expected_of: Expected, is_gpu: bool

@@ -38,6 +38,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
+@pytest.mark.slow
 def test_replies_of_many_threads_are_as_alone(small: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:
     """8 threads × 20 replies on one engine, of five questions, each with a seed."""
     engine = Engine(*small)

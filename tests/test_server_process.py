@@ -222,6 +222,7 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
+@pytest.mark.slow
 def test_it_ends_under_load() -> None:
     """Streams that run and wait, whole replies, halves of requests, idle connections: all are told, or hung up on."""
     with process("--drain", "0.2", "--max-running", "4", "--log-content", *WINDOW) as server:

@@ -294,6 +294,7 @@ def test_a_hub_id_on_the_command_line(tmp_path: Path) -> None:
 # Interrupted, crowded, damaged
 
 
+@pytest.mark.slow
 def test_killed_and_taken_up_again(tmp_path: Path) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
     convert(source, tmp_path / "in-mlx")
@@ -324,6 +325,7 @@ def test_interrupted(tmp_path: Path) -> None:
     assert states() == ["unfinished"]
 
 
+@pytest.mark.slow
 def test_two_at_once_convert_once(tmp_path: Path) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
     first = generate(source)
