@@ -7,7 +7,7 @@ Mac of any size in their hands.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlxqwen.blas import uses_openblas
 
-__all__ = ["NEVER", "Device", "container_limit", "current_device", "device_from_info"]
+__all__ = ["NEVER", "Device", "container_limit", "current_device", "device_from_info", "usable_cores"]
 
 NEVER = 1 << 62
 """More rows than there are."""
@@ -36,6 +36,7 @@ class Device:
         usable_memory: what weights and caches together may take. On Metal the working set that the system recommends,
             elsewhere the memory less a tenth for everything else.
         has_openblas: whether float32 products on the CPU are OpenBLAS's.
+        cores: that a product on the CPU is shared among; one on a GPU.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Device:
     memory: int
     usable_memory: int
     has_openblas: bool = False
+    cores: int = 1
 
     def compute_dtype(self, checkpoint_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype to compute in: the checkpoint's on a GPU, float32 on a CPU.
@@ -89,7 +91,13 @@ class Device:
 
 
 def device_from_info(
-    info: Mapping[str, Any], *, is_gpu: bool, physical: int, limit: int | None = None, has_openblas: bool = False
+    info: Mapping[str, Any],
+    *,
+    is_gpu: bool,
+    physical: int,
+    limit: int | None = None,
+    has_openblas: bool = False,
+    cores: int = 1,
 ) -> Device:
     """The machine that MLX describes.
 
@@ -99,12 +107,14 @@ def device_from_info(
         physical: memory of the machine in bytes, in case MLX does not say.
         limit: the most that this process may take, in bytes, if something confines it.
         has_openblas: whether float32 products on the CPU are OpenBLAS's.
+        cores: that this process may use.
     """
     memory = int(info.get("memory_size") or physical)
     memory = memory if limit is None else min(memory, limit)
     working_set = info.get("max_recommended_working_set_size") if is_gpu else None
     usable = min(int(working_set or memory * 9 // 10), memory)
-    return Device(str(info.get("device_name", "unknown")), is_gpu, memory, usable, has_openblas)
+    name = str(info.get("device_name", "unknown"))
+    return Device(name, is_gpu, memory, usable, has_openblas, 1 if is_gpu else cores)
 
 
 def container_limit(root: Path = Path("/")) -> int | None:
@@ -112,24 +122,53 @@ def container_limit(root: Path = Path("/")) -> int | None:
 
     `root` is where `/proc` and `/sys` are found. A group's limit binds all groups inside it, so the smallest counts.
     """
+    limits = [
+        _read_limit(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
+        for version, folder in _control_groups("memory", root)
+    ]
+    smallest = min(limits, default=_NO_LIMIT)
+    return None if smallest >= _NO_LIMIT else smallest
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Processors that Linux lets this process run on, less what control groups withhold; 1 on other systems.
+
+    `root` is as for `container_limit`.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    for version, folder in _control_groups("cpu", root):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            share = int(quota) // int(period)
+        except (OSError, ValueError, ZeroDivisionError):  # no such file, or the word "max"
+            continue
+        if share >= 0:  # version 1 spells "none" as -1
+            cores = min(cores, max(share, 1))
+    return cores
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
+    """The version and folder of each control group that this process is in, those around it included."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return None
-    limits: list[int] = []
+        return
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:
-            top, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            version, top = 2, root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            version, top = 1, root / "sys/fs/cgroup" / controller
         else:
             continue
         inner = top / group.lstrip("/")
-        limits += [_read_limit(folder / name) for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
-    smallest = min(limits, default=_NO_LIMIT)
-    return None if smallest >= _NO_LIMIT else smallest
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(top):
+                yield version, folder
 
 
 def _read_limit(path: Path) -> int:
@@ -145,5 +184,10 @@ def current_device() -> Device:
     is_gpu = mx.default_device().type == mx.DeviceType.gpu
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return device_from_info(
-        mx.device_info(), is_gpu=is_gpu, physical=physical, limit=container_limit(), has_openblas=uses_openblas()
+        mx.device_info(),
+        is_gpu=is_gpu,
+        physical=physical,
+        limit=container_limit(),
+        has_openblas=uses_openblas(),
+        cores=usable_cores(),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxqwen.device import NEVER, Device
+from mlxqwen.model.cores import Shares, shares_of
 
 __all__ = ["FusedLinear", "JoinedRows", "fuse_children", "quantized_product"]
 
@@ -24,13 +26,13 @@ class JoinedRows(nn.Module):
     Args:
         parts: the linear maps.
         names: what they are called in the module that they belong to.
-        dense_from: see `Device`.
+        device: that multiplies by them.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], dense_from: int = NEVER) -> None:
+    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.dense_from = dense_from
+        self.dense_from = device.dense_from
         self.weight, *quantization = _joined_rows(parts)
         if quantization:
             self.scales, self.biases = quantization
@@ -50,15 +52,24 @@ class FusedLinear(JoinedRows):
     them, `[out, in * bits / 32]` with `scales` and `biases`.
     """
 
+    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
+        super().__init__(parts, names, device)
+        self.shares = shares_of(device, quantized="scales" in self, axis=0 if "scales" in self else 1)
+
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
             packed = self["weight"], self["scales"], self["biases"]
-            return quantized_product(x, packed, self.group_size, self.bits, self.dense_from)
-        return x @ self["weight"]
+            return quantized_product(x, packed, self.group_size, self.bits, self.dense_from, self.shares)
+        return x @ self["weight"] if self.shares is None else self.shares.product(mx.matmul, x, self["weight"])
 
 
 def quantized_product(
-    x: mx.array, packed: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int, dense_from: int = NEVER
+    x: mx.array,
+    packed: tuple[mx.array, mx.array, mx.array],
+    group_size: int,
+    bits: int,
+    dense_from: int = NEVER,
+    shares: Shares | None = None,
 ) -> mx.array:
     """`[..., in]` through affine-quantized weights → `[..., out]`.
 
@@ -71,10 +82,13 @@ def quantized_product(
         packed: `weight`, `[out, in * bits / 32]`, `scales` and `biases`, `[out, in / group_size]`.
         group_size, bits: of the weights.
         dense_from: see `Device`.
+        shares: of these weights among a processor's cores; by default one core computes all.
     """
     weight, scales, biases = packed
     if x.shape[0] < dense_from or x.ndim != 2 or scales.dtype != mx.float32:
-        return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)
+        if shares is None:
+            return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)
+        return shares.product(partial(mx.quantized_matmul, group_size=group_size, bits=bits), x, *packed)
     rows, step = len(weight), max(1, _DENSE_BLOCK // x.shape[1])
     blocks = []
     for start in range(0, rows, step):
@@ -101,7 +115,7 @@ def fuse_children(
     parts = [module[name] for name in names]
     if len({_form(part) for part in parts}) > 1:
         return
-    fused = kind(parts, names, device.dense_from)
+    fused = kind(parts, names, device)
     for name in names:
         del module[name]
     module[fused_name] = fused

@@ -29,6 +29,7 @@ from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.forks import check_process
+from mlxqwen.model.cores import shares_of
 from mlxqwen.model.linear import JoinedRows
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
@@ -249,6 +250,7 @@ def prepare_model(
         mx.clear_cache()
         if fused:
             model.dense_from = device.dense_from
+            model.shares = shares_of(device, quantized="scales" in model.head)
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model

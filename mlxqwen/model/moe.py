@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlxqwen.device import NEVER, Device
 from mlxqwen.files.config import AffineQuantization, MoeConfig
+from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children, quantized_product
 from mlxqwen.model.mlp import compiled_swiglu, swiglu
 
@@ -99,18 +100,20 @@ class SwitchGLU(nn.Module):
         self.down_proj = SwitchLinear(moe_intermediate_size, hidden_size, num_experts)
         self.swiglu = swiglu
         self.dense_from = NEVER  # rows an expert; see `Device`
+        self.cores = 1  # see `Device`
+        self.multiplications = 3 * hidden_size * moe_intermediate_size  # of a token in an expert
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         N, k = experts.shape
         if N * k < _SORT_FROM:
-            return self._experts(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
+            return self._shared(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         chosen = experts.reshape(N * k)
         by_expert = mx.argsort(chosen)
         if N * k >= self.dense_from * len(self["down_proj"]["weight"]):
             outputs = self._expert_by_expert(x[by_expert // k], chosen[by_expert])
         else:
             rows = x[by_expert // k][:, None, :]
-            outputs = self._experts(rows, chosen[by_expert], sorted_experts=True).squeeze(-2)
+            outputs = self._shared(rows, chosen[by_expert], sorted_experts=True).squeeze(-2)
         return outputs[mx.argsort(by_expert)].reshape(N, k, -1)
 
     def _expert_by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
@@ -121,6 +124,19 @@ class SwitchGLU(nn.Module):
             outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
             start += count
         return mx.concatenate(outputs)
+
+    def _shared(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
+        """`_experts`, each core with some of each token's experts `[N, k]`, or with some of the sorted rows `[N]`."""
+        axis = experts.ndim - 1
+        parts = ranges(experts.shape[axis], self.cores, experts.size * self.multiplications)
+        if len(parts) == 1:
+            return self._experts(x, experts, sorted_experts=sorted_experts)
+        outputs = []
+        for core, part in enumerate(parts):
+            with on_core(core):
+                rows, chosen = (x, experts[:, part]) if axis else (x[part], experts[part])
+                outputs.append(self._experts(rows, chosen, sorted_experts=sorted_experts))
+        return mx.concatenate(outputs, axis)
 
     def _experts(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
         if "gate_up_proj" in self:
@@ -135,6 +151,7 @@ class SwitchGLU(nn.Module):
         self.swiglu = compiled_swiglu if device.compiles_kernels else swiglu
         fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear, device)
         fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear, device)
+        self.cores = device.cores
         if "gate_up_proj" in self:
             self.dense_from = device.dense_from
 

@@ -19,6 +19,7 @@ from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.forks import check_process
 from mlxqwen.model.attention import Attention, LayerCache
+from mlxqwen.model.cores import Shares
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
@@ -192,6 +193,11 @@ def _check_tokens(tokens: object) -> None:
     )
 
 
+def _by_rows(x: mx.array, weight: mx.array, stream: mx.ThreadLocalStream | None = None) -> mx.array:
+    """`[..., in]` through rows `[out, in]` → `[..., out]`."""
+    return mx.matmul(x, mx.swapaxes(weight, -1, -2, stream=stream), stream=stream)
+
+
 class Qwen3ForCausalLM(nn.Module):
     """Tokens `[B, L]` → logits `[B, L, vocab_size]` of the token that comes next."""
 
@@ -201,6 +207,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.generation_config = generation_config or GenerationConfig()
         self.model = Qwen3Model(config)
         self.dense_from = NEVER  # of the head; see `Device`
+        self.shares: Shares | None = None  # of the head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -230,12 +237,22 @@ class Qwen3ForCausalLM(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states `[..., hidden_size]` → logits `[..., vocab_size]`."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        if "scales" in head and hidden.size // hidden.shape[-1] >= self.dense_from:
-            packed, rows = (head["weight"], head["scales"], head["biases"]), hidden.reshape(-1, hidden.shape[-1])
-            logits = quantized_product(rows, packed, head.group_size, head.bits, self.dense_from)
-            return logits.reshape(*hidden.shape[:-1], -1)
+        head = self.head
+        if "scales" in head:
+            packed = head["weight"], head["scales"], head["biases"]
+            many = hidden.size // hidden.shape[-1] >= self.dense_from
+            rows = hidden.reshape(-1, hidden.shape[-1]) if many else hidden
+            logits = quantized_product(rows, packed, head.group_size, head.bits, self.dense_from, self.shares)
+            return logits.reshape(*hidden.shape[:-1], -1) if many else logits
+        if self.shares is not None:
+            return self.shares.product(_by_rows, hidden, head["weight"])
         return head.as_linear(hidden) if self.config.tie_word_embeddings else head(hidden)
+
+    @property
+    def head(self) -> nn.Module:
+        """What gives the logits: `lm_head`, or the embeddings where they are tied."""
+        head: nn.Module = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head
 
     @property
     def dtype(self) -> mx.Dtype:
