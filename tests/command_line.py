@@ -67,3 +67,10 @@ def library_logging_kept() -> Iterator[None]:
         yield
     finally:
         logger.handlers, logger.propagate = handlers, propagate
+
+
+def written(terminal: Terminal) -> str:
+    """What a terminal in memory was sent."""
+    buffer = terminal.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode()

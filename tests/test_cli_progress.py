@@ -11,19 +11,13 @@ import pytest
 from mlxqwen.chat.reply import Delta
 from mlxqwen.cli.terminal import LoadingLine, PrefillProgress, prefill_lines
 from mlxqwen.status_line import StatusLine
-from tests.command_line import Terminal, run
+from tests.command_line import Terminal, run, written
 from tests.test_cli_generate import says
 
 
 @pytest.fixture
 def terminal() -> Terminal:
     return Terminal(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
-
-
-def written(terminal: Terminal) -> str:
-    buffer = terminal.buffer
-    assert isinstance(buffer, io.BytesIO)
-    return buffer.getvalue().decode()
 
 
 def test_a_long_prompt_is_told_before_its_first_chunk(terminal: Terminal) -> None:

@@ -10,18 +10,12 @@ import pytest
 
 from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
 from mlxqwen.status_line import StatusLine
-from tests.command_line import Terminal
+from tests.command_line import Terminal, written
 
 
 @pytest.fixture
 def terminal() -> Terminal:
     return Terminal(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
-
-
-def written(terminal: Terminal) -> str:
-    buffer = terminal.buffer
-    assert isinstance(buffer, io.BytesIO)
-    return buffer.getvalue().decode()
 
 
 def test_what_comes_is_told_with_its_rate() -> None:
