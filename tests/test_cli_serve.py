@@ -25,7 +25,7 @@ def serve(
     """What `look` sees of the service that the command would run, and what was written."""
     seen: list[Any] = []
 
-    def instead(service: Service, listener: socket.socket, on_ready: Callable[[int], None], leave: object) -> None:
+    def instead(service: Service, listener: socket.socket, on_ready: Callable[[int], None], *_: object) -> None:
         on_ready(listener.getsockname()[1])
         seen.append(look(service))
 

@@ -255,6 +255,7 @@ def test_ctrl_c_ends_a_download_that_has_stopped(hub: LoopbackHub, commands: Com
     assert terminal.exitstatus == 130
     assert terminal.before is not None
     assert b"Traceback" not in terminal.before
+    assert terminal.before.endswith(b"\r\n")
 
 
 def test_a_disk_without_room_is_told_before_anything_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import suppress
 
-from mlxqwen.cli.interrupts import BROKEN_PIPE, INTERRUPTED, leave_at_once
+from mlxqwen.cli.interrupts import BROKEN_PIPE, INTERRUPTED, end_interrupted_line, leave_at_once
 
 __all__ = ["is_out_of_memory", "main"]
 
@@ -24,6 +24,7 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
+        end_interrupted_line()
     except BrokenPipeError:
         status = BROKEN_PIPE
         _silence()
@@ -73,7 +74,9 @@ def _run() -> int:
     except click.ClickException as error:
         print_error(error.format_message())
         return error.exit_code
-    except click.Abort:
+    except click.Abort:  # click has ended the line on standard error
+        if not sys.stderr.isatty():
+            end_interrupted_line()
         return INTERRUPTED
     except MlxqwenError as error:
         print_error(error.problem, error.hint)

@@ -18,7 +18,7 @@ from mlxqwen.cli.generate_options import (
     read_form,
     sampling_overrides,
 )
-from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once, tell_interrupted
 from mlxqwen.cli.reply_printer import print_request, yarn_field
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import read_text, source_name
@@ -94,7 +94,7 @@ def generate_batch(options: Mapping[str, Any]) -> int:
             _answer_all(missing, answers, {**options, "response_format": form})
         except KeyboardInterrupt:
             done = f"{len(answers.answered):,} of {len(requests):,}"
-            sys.stderr.write(f"interrupted after {done} answers; the same command goes on from here\n")
+            tell_interrupted(f" after {done} answers; the same command goes on from here")
             return INTERRUPTED
         failed = answers.failed
     if failed:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlxqwen.cli.interrupts import tell_interrupted
 from mlxqwen.cli.terminal import ConversionProgress
 
 __all__ = ["conversion_progress"]
@@ -26,7 +27,7 @@ def conversion_progress() -> Iterator[Callable[[str, int, int], None]]:
     except KeyboardInterrupt:
         bar.close()
         if unfinished:
-            sys.stderr.write("interrupted; the same command goes on from here\n")
+            tell_interrupted("; the same command goes on from here")
         raise
     finally:
         bar.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxqwen.cli.completion import complete_folder
-from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once, tell_interrupted
 from mlxqwen.cli.spellings import SpelledCommand, spelled_option
 from mlxqwen.cli.streams import silence_streams
 from mlxqwen.cli.table import Column, columns_of, table
@@ -157,7 +157,7 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
         report = convert_folder(source, output, progress=progress, **options)
     except KeyboardInterrupt:
         progress.close()
-        sys.stderr.write("interrupted; the same command with --resume goes on from here\n")
+        tell_interrupted("; the same command with --resume goes on from here")
         return INTERRUPTED
     except OptionError as error:
         raise _in_options_words(error, options) from None
@@ -278,7 +278,7 @@ def _upload(report: Report, repo_id: str) -> str:
         return upload(folder, repo_id)
     except KeyboardInterrupt:
         command = one_line(upload_command(folder, repo_id))
-        sys.stderr.write(f"interrupted; the folder is whole, this uploads it: {command}\n")
+        tell_interrupted(f"; the folder is whole, this uploads it: {command}")
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from mlxqwen.checks import parse_duration
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_model_options, options_named
-from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.interrupts import INTERRUPTED, end_interrupted_line, leave_at_once
 from mlxqwen.cli.served_models import sources_of
 from mlxqwen.cli.spellings import SettableCommand, SpelledOption
 from mlxqwen.console import Output
@@ -182,24 +183,30 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             if len(models.entries) == 1:  # what is wrong with it is told before the server listens
                 models.load(models.entries[0])
             _log_requests()
-            signal = run(
+            number = run(
                 Service(models, settings),
                 listener,
                 lambda port: _tell(settings, port, models, key),
+                _end_line,
                 lambda number: _leave(_status(number)),
             )
         finally:
             has_ended = models.close()
     finally:
         listener.close()
-    status = _status(signal)
+    status = _status(number)
     if not has_ended:  # another thread loads a model, which cannot be told to stop
         _leave(status)
     return status
 
 
-def _status(signal: int | None) -> int:
-    return INTERRUPTED if signal == 2 else 0
+def _status(number: int | None) -> int:
+    return INTERRUPTED if number == signal.SIGINT else 0
+
+
+def _end_line(number: int) -> None:
+    if number == signal.SIGINT:
+        end_interrupted_line()
 
 
 def _leave(status: int) -> None:

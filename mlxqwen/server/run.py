@@ -37,11 +37,13 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         service: Service,
         on_ready: Callable[[int], None],
+        on_signal: Callable[[int], None],
         leave: Callable[[int], object],
     ) -> None:
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready
+        self._on_signal = on_signal
         self._leave = leave
         self._is_forced = asyncio.Event()
         self.signal: int | None = None
@@ -68,6 +70,7 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def ask_to_end(number: int) -> None:
+            self._on_signal(number)
             if self.should_exit:
                 self._is_forced.set()
             else:
@@ -75,6 +78,7 @@ class _Server(uvicorn.Server):
             self.should_exit, self.signal = True, number
 
         def ask_again(number: int, frame: FrameType | None) -> None:
+            self._on_signal(number)
             self._leave(self.signal or number)
 
         for number in _ENDING:
@@ -112,7 +116,11 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    service: Service, listener: socket.socket, on_ready: Callable[[int], None], leave: Callable[[int], object]
+    service: Service,
+    listener: socket.socket,
+    on_ready: Callable[[int], None],
+    on_signal: Callable[[int], None],
+    leave: Callable[[int], object],
 ) -> int | None:
     """Serve until Ctrl-C or SIGTERM → the number of the signal.
 
@@ -120,6 +128,7 @@ def serve(
         service: what answers.
         listener: from `open_socket`; closed at the end.
         on_ready: told the port once requests are answered.
+        on_signal: told the number of each such signal when it comes.
         leave: ends the process, given the number of the signal that ended the server; called by each signal that comes
             once no request is answered any more, however long models take to close.
     """
@@ -138,7 +147,7 @@ def serve(
     )
 
     async def run() -> int | None:
-        server = _Server(config, service, on_ready, leave)
+        server = _Server(config, service, on_ready, on_signal, leave)
         await server.serve(sockets=[listener])
         return server.signal
 
