@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxqwen import Conversation, Engine, load, make_cache
+from mlxqwen import (
+    Conversation,
+    DraftModel,
+    Engine,
+    batch_generate,
+    batch_stream,
+    generate,
+    load,
+    load_cache,
+    make_cache,
+    stream_generate,
+)
 from mlxqwen.engine.chat_request import ChatRequest
+from mlxqwen.engine.token_stream import generate_tokens
 from mlxqwen.errors import OptionError
 
 GREEDY: dict[str, Any] = {"max_tokens": 8, "sampling": {"temperature": 0}, "thinking": False}
+SWAPPED = "model, tokenizer: found the tokenizer before the model,"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
@@ -83,3 +98,42 @@ def test_what_is_printed_says_what_it_is(engine: Engine) -> None:
         f"KVCache({config.num_hidden_layers} layers, offsets=(0,), max_kv_size=32, keep=4, kv_bits=8, 0 bytes)"
     )
     assert repr(Conversation(engine, messages=MESSAGES)) == "<Conversation: 1 message>"
+
+
+def misplaced(value: object) -> Any:
+    """What a type checker would tell."""
+    return value
+
+
+MISPLACED: list[tuple[Callable[[Any, Any], object], str, str]] = [
+    (lambda m, t: generate(t, m, "a"), SWAPPED, "generate(model, tokenizer, prompt)"),
+    (lambda m, t: stream_generate(t, m, "a"), SWAPPED, "stream_generate(model, tokenizer, prompt)"),
+    (lambda m, t: batch_generate(t, m, ["a"]), SWAPPED, "batch_generate(model, tokenizer, prompts)"),
+    (lambda m, t: batch_stream(t, m, ["a"]), SWAPPED, "batch_stream(model, tokenizer, prompts)"),
+    (lambda m, t: Engine(t, m), SWAPPED, "Engine(model, tokenizer), or Engine.load(…)"),
+    (lambda m, t: generate_tokens(t, [1]), "model: found Tokenizer,", "generate_tokens(model, prompts)"),
+    (lambda m, t: make_cache(t), "model: found Tokenizer,", "make_cache(model)"),
+    (lambda m, t: DraftModel(t), "model: found Tokenizer,", "DraftModel(model)"),
+    (lambda m, t: load_cache(m, misplaced("a")), "model: found the text 'a',", "load_cache(path, model)"),
+    (
+        lambda m, t: generate(misplaced("qwen3:4b"), misplaced("Hi"), "a"),
+        "model: found the text 'qwen3:4b',",
+        "generate(model, ",
+    ),
+    (lambda m, t: generate(m, misplaced("Hi"), "a"), "tokenizer: found the text 'Hi',", "generate(model, "),
+    (lambda m, t: generate(misplaced((m, t)), misplaced("Hi"), "a"), "model: found tuple,", "generate(model, "),
+    (lambda m, t: generate(m, m, "a"), "tokenizer: found Qwen3ForCausalLM,", "generate(model, "),
+    (lambda m, t: generate(misplaced(Path("a")), t, "a"), "model: found pathlib.", "generate(model, "),
+    (lambda m, t: make_cache(misplaced(None)), "model: found NoneType,", "make_cache(model)"),
+    (lambda m, t: Conversation(m), "engine: found Qwen3ForCausalLM,", "Conversation(Engine(model, tokenizer))"),
+]
+
+
+@pytest.mark.parametrize(("call", "found", "order"), MISPLACED)
+def test_what_stands_in_the_wrong_place_is_named(
+    engine: Engine, call: Callable[[Any, Any], object], found: str, order: str
+) -> None:
+    with pytest.raises(OptionError) as raised:
+        call(engine.model, engine.tokenizer)
+    assert raised.value.problem.startswith(found)
+    assert raised.value.hint.startswith(f"It is called as {order}")

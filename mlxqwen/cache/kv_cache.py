@@ -17,6 +17,7 @@ from mlxqwen.checks import as_integer, check_integer, is_integer
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.checkpoint import load_safetensors, save_safetensors
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.given import check_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.model.rope import Rope, rope_of
 
@@ -268,6 +269,7 @@ def make_cache(
     Raises:
         OptionError: a value out of range.
     """
+    check_model(model, "make_cache(model)")
     batch_size = check_integer("batch_size", batch_size, 1, _MAX_ROWS)
     kind = max_kv_size, keep, kv_bits, kv_group_size
     if yarn_factor is None and not model.config.yarn_choices:
@@ -352,7 +354,9 @@ def load_cache(path: str | Path, model: Qwen3ForCausalLM) -> tuple[KVCache, dict
     Raises:
         CheckpointError: a damaged file.
         CacheError: not a cache, or one of a model of another shape or dtype.
+        OptionError: `model` is none.
     """
+    check_model(model, "load_cache(path, model)")
     path, config, rope = Path(path), model.config, None
     arrays, metadata = load_safetensors(path)
     if metadata.get("format") != _FILE_FORMAT:

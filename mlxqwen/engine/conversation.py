@@ -29,6 +29,7 @@ from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import Request
 from mlxqwen.engine.tool_loop import ToolEvent, ToolRun, Tools, stream_tool_loop, tool_choices
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.model.given import given_kind
 from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.text.messages import prepare_messages, to_plain_json
 
@@ -94,6 +95,7 @@ class Conversation:
         kv_bits: int | None = None,
         **options: Any,
     ) -> None:
+        _check_engine(engine, "Conversation(Engine(model, tokenizer)), or Conversation(Engine.load(…))")
         self.engine = engine
         self.options = options
         self._cache: dict[str, Any] = {"max_kv_size": max_kv_size, "keep": keep, "kv_bits": kv_bits}
@@ -269,6 +271,7 @@ class Conversation:
             MessagesError: the file cannot be read, or is no valid conversation.
             OptionError: an argument out of range.
         """
+        _check_engine(engine, "Conversation.load(path, engine)")
         messages, options = read_conversation(Path(path))
         try:
             cls(engine, messages=messages, **options)
@@ -443,3 +446,9 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """A copy made of plain JSON values. Raises `MessagesError`."""
     prepare_messages(messages)
     return [to_plain_json(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_engine(given: object, call: str) -> None:
+    """Raise `OptionError` unless `given` is an engine; `call` is how the function is called."""
+    if not isinstance(given, Engine):
+        raise OptionError(f"engine: found {given_kind(given)}, expected an Engine", hint=f"It is called as {call}.")

@@ -18,6 +18,7 @@ from mlxqwen.device import current_device
 from mlxqwen.engine.batch import DEFAULT_BATCH_SIZE, answer_batch
 from mlxqwen.engine.chat_request import ChatOptions, ChatRequest, Messages, Responder, as_messages, option_names
 from mlxqwen.engine.events import Done, Event, Timings, Usage
+from mlxqwen.engine.given import check_loaded
 from mlxqwen.engine.handle import Handle, events_of
 from mlxqwen.engine.loading import Converter, MakeRoom, load_models
 from mlxqwen.engine.options import DEFAULT_MAX_ROUNDS, ConstraintFactory
@@ -151,6 +152,7 @@ class Engine:
         max_running: int | None = None,
         checks_memory: bool = True,
     ) -> None:
+        check_loaded(model, tokenizer, "Engine(model, tokenizer), or Engine.load(…)")
         _check_speculative(speculative, draft_tokens)
         self.model = model
         self.tokenizer = tokenizer

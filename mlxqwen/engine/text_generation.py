@@ -20,6 +20,7 @@ from mlxqwen.chat.thinking_modes import thinking_modes
 from mlxqwen.checks import as_token_ids, check_token_ids, is_integer
 from mlxqwen.console import Output, counted
 from mlxqwen.engine.generation import FinishReason
+from mlxqwen.engine.given import check_loaded
 from mlxqwen.engine.logprobs import TokenLogprobs
 from mlxqwen.engine.options import ConstraintFactory
 from mlxqwen.engine.request import DEFAULT_DRAFT_TOKENS, CacheKind, Request, check_request
@@ -251,6 +252,7 @@ def stream_generate(
         GenerationError: while iterating, if the model's logits are NaN.
     """
     check_keywords("stream_generate", single, stream_generate)
+    check_loaded(model, tokenizer, "stream_generate(model, tokenizer, prompt)")
     responses = batch_stream(
         model,
         tokenizer,
@@ -348,6 +350,7 @@ def batch_stream(
             for all, or a list with one for each prompt. A `cache` has a row for each prompt.
     """
     check_keywords("batch_stream", options, stream_generate)
+    check_loaded(model, tokenizer, "batch_stream(model, tokenizer, prompts)")
     given = [] if isinstance(prompts, str) else as_token_ids(prompts)
     if not given or is_integer(given[0]):
         found = "one prompt" if given or prompts else "none"
@@ -463,6 +466,7 @@ def generate(
         **options: those of `stream_generate`.
     """
     check_keywords("generate", options, stream_generate)
+    check_loaded(model, tokenizer, "generate(model, tokenizer, prompt)")
     pieces = []
     last = None
     output = Output(sys.stdout)
@@ -507,6 +511,7 @@ def batch_generate(
         **options: those of `batch_stream`.
     """
     check_keywords("batch_generate", options, stream_generate)
+    check_loaded(model, tokenizer, "batch_generate(model, tokenizer, prompts)")
     pieces: defaultdict[int, list[str]] = defaultdict(list)
     for row, response in batch_stream(model, tokenizer, prompts, **options):
         pieces[row].append(response.text)

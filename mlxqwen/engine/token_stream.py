@@ -13,6 +13,7 @@ from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.request import CacheKind, Request, check_request
 from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.errors import CacheError, OptionError
+from mlxqwen.model.given import check_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.params import SamplingParams
 
@@ -138,6 +139,7 @@ def generate_tokens(
         ContextLengthError, OptionError, CacheError: at once.
         GenerationError: while iterating, if a row's logits are NaN.
     """
+    check_model(model, "generate_tokens(model, prompts)")
     given = as_token_ids(prompts)
     rows = [as_token_ids(row) for row in given] if given and not _is_id(given[0]) else [given]
     check_rows(cache, len(rows))

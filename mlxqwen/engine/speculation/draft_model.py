@@ -13,6 +13,7 @@ from mlxqwen.device import current_device
 from mlxqwen.engine.prefixes import common_prefix
 from mlxqwen.engine.request import fitting_prefill_chunk
 from mlxqwen.engine.speculation.reading import read_tokens
+from mlxqwen.model.given import check_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.sampling.sampler import BAD_TOKEN, Sampler
 
@@ -44,6 +45,7 @@ class DraftModel:
         kv_bits: int | None = None,
         prefill_chunk: int | None = None,
     ) -> None:
+        check_model(model, "DraftModel(model)")
         if max_kv_size is not None:
             max_kv_size = check_integer("max_kv_size", max_kv_size, 1)
         self.model = model
