@@ -16,8 +16,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlxqwen.blas import uses_openblas
+from mlxqwen.errors import OptionError
 
-__all__ = ["NEVER", "Device", "container_limit", "current_device", "device_from_info", "usable_cores"]
+__all__ = ["CORES_VARIABLE", "NEVER", "Device", "container_limit", "current_device", "device_from_info", "usable_cores"]
+
+CORES_VARIABLE = "MLXQWEN_CORES"
+"""The environment variable that says how many cores a product on the CPU is shared among at most."""
 
 NEVER = 1 << 62
 """More rows than there are."""
@@ -133,8 +137,20 @@ def container_limit(root: Path = Path("/")) -> int | None:
 def usable_cores(root: Path = Path("/")) -> int:
     """Processors that Linux lets this process run on, less what control groups withhold; 1 on other systems.
 
-    `root` is as for `container_limit`.
+    `MLXQWEN_CORES` may ask for fewer. `root` is as for `container_limit`.
+
+    Raises:
+        OptionError: `MLXQWEN_CORES` is no whole number from 1.
     """
+    asked = os.environ.get(CORES_VARIABLE, "").strip()
+    most = int(asked.lstrip("0")[:9] or 0) if asked.isascii() and asked.isdigit() else 0
+    if asked and not most:
+        raise OptionError(f"{CORES_VARIABLE}: found {asked[:40]!r}, expected a whole number from 1")
+    cores = _cores_of_this_process(root)
+    return min(cores, most) if asked else cores
+
+
+def _cores_of_this_process(root: Path) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return 1
     cores = len(os.sched_getaffinity(0))

@@ -48,6 +48,7 @@ class Chat:
                 "PROMPT_TOOLKIT_NO_CPR": "1",
                 "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
                 "MLXQWEN_BLAS": os.environ["MLXQWEN_BLAS"],
+                "MLXQWEN_CORES": os.environ["MLXQWEN_CORES"],
                 **env,
             },
             encoding="utf-8",

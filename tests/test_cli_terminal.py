@@ -55,6 +55,7 @@ def start(
             "TERM": "xterm",
             "LANG": "C.UTF-8",
             "MLXQWEN_BLAS": os.environ["MLXQWEN_BLAS"],
+            "MLXQWEN_CORES": os.environ["MLXQWEN_CORES"],
             **environment,
         },
         encoding="utf-8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxqwen.cache import make_cache
-from mlxqwen.device import Device, device_from_info, usable_cores
+from mlxqwen.device import CORES_VARIABLE, Device, device_from_info, usable_cores
+from mlxqwen.errors import OptionError
 from mlxqwen.model import cores
 from mlxqwen.model.cores import Shares, ranges, shares_of
 from mlxqwen.model.loading import load_model
@@ -139,10 +141,30 @@ def test_what_shares() -> None:
 def test_cores_that_a_container_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], count: int
 ) -> None:
+    monkeypatch.delenv(CORES_VARIABLE, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert usable_cores(write(tmp_path, files)) == count
 
 
+@pytest.mark.parametrize(
+    ("asked", "count"), [("", 8), ("1", 1), (" 3 ", 3), ("8", 8), ("64", 8), ("0" * 30 + "2", 2), ("9" * 30, 8)]
+)
+def test_fewer_may_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, count: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv(CORES_VARIABLE, asked)
+    assert usable_cores(tmp_path) == count
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "1.5", "two", "²", "0" * 30])
+def test_no_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv(CORES_VARIABLE, asked)
+    with pytest.raises(
+        OptionError, match=rf"MLXQWEN_CORES: found '{re.escape(asked)}', expected a whole number from 1"
+    ):
+        usable_cores(tmp_path)
+
+
 def test_other_systems_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CORES_VARIABLE, raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert usable_cores(tmp_path) == 1
