@@ -1,9 +1,10 @@
-"""OpenBLAS on Linux: products of several rows by the system's library, in place of the one in MLX's wheel.
+"""OpenBLAS on Linux: products of several rows by it, in place of the library in MLX's wheel.
 
 The wheel for Linux carries the reference BLAS, which knows no vector instructions. MLX looks its functions up by name
-when it is loaded, and takes those that the process offers to all libraries by then. So the library is loaded, and its
-products are checked, before `mlx.core` is first imported (`mlxqwen/__init__.py`). Results differ within float32's
-rounding. `MLXQWEN_BLAS=off` leaves everything as it is; so does a process that has imported MLX before mlxqwen.
+when it is loaded, and takes those that the process offers to all libraries by then. So the system's OpenBLAS, or else
+that of the package `scipy-openblas32`, is loaded, its products are checked, and MLX is offered them, before `mlx.core`
+is first imported (`mlxqwen/__init__.py`). Results differ within float32's rounding. `MLXQWEN_BLAS=off` leaves
+everything as it is; so does a process that has imported MLX before mlxqwen.
 """
 
 from __future__ import annotations
@@ -13,27 +14,56 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import ctypes
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
-__all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas", "uses_openblas"]
+__all__ = ["VARIABLE", "blas_in_use", "computes_right", "limit_threads", "load_openblas", "uses_openblas"]
 
 VARIABLE = "MLXQWEN_BLAS"
-_LIBRARY = "libopenblas.so.0"  # of Debian, Ubuntu, Fedora and Arch
+_PRODUCT = "cblas_sgemm"
+_SYSTEMS = "libopenblas.so.0"  # of Debian, Ubuntu, Fedora and Arch
+_PACKAGE = "scipy_openblas32"  # OpenBLAS for x86-64 and aarch64, kept by the makers of NumPy's wheels
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 _CHECKED = ((3, 33, 64), (17, 20, 40), (64, 48, 96))  # rows, columns, inner: small, odd and in whole blocks
 _SAMPLED = 40  # numbers of each product that are computed again
 
-_openblas = ""
+_openblas: _OpenBLAS | None = None
+
+
+class _OpenBLAS:
+    """A library that is loaded, whose functions may have a prefix."""
+
+    def __init__(self, path: str, prefix: str) -> None:
+        """Raises OSError and AttributeError where it is not OpenBLAS."""
+        import ctypes
+
+        library = ctypes.CDLL(path, mode=os.RTLD_LOCAL)
+        self.product, self._threads, self._set_threads, describe = (
+            library[prefix + name]
+            for name in (_PRODUCT, "openblas_get_num_threads", "openblas_set_num_threads", "openblas_get_config")
+        )
+        describe.restype = ctypes.c_char_p
+        self.name = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
+
+    def limit_threads(self, most: int) -> None:
+        if self._threads() > most:
+            self._set_threads(most)
 
 
 def uses_openblas() -> bool:
     """Whether OpenBLAS computes MLX's float32 products on the CPU."""
-    return bool(_openblas)
+    return _openblas is not None
 
 
 def blas_in_use() -> str:
     """The library that computes float32 products on the CPU, for people to read."""
-    return _openblas or "MLX's own"
+    return "MLX's own" if _openblas is None else _openblas.name
+
+
+def limit_threads(most: int) -> None:
+    """Let OpenBLAS compute on so many cores at most; it knows nothing of what control groups withhold."""
+    if _openblas is not None:
+        _openblas.limit_threads(most)
 
 
 def load_openblas() -> bool:
@@ -41,27 +71,36 @@ def load_openblas() -> bool:
     global _openblas
     if sys.platform != "linux" or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
         return False
-    import ctypes
+    from mlxqwen.symbol_alias import offer
 
-    try:
-        library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_LOCAL)
-        if not computes_right(library):
-            return False
-        ctypes.CDLL(_LIBRARY, mode=os.RTLD_GLOBAL)
-        describe = library.openblas_get_config
-    except (OSError, AttributeError):  # not installed, or without what it should have
-        return False
-    describe.restype = ctypes.c_char_p
-    _openblas = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
-    return True
+    for path, prefix in _candidates():
+        try:
+            library = _OpenBLAS(path, prefix)
+            if computes_right(library.product):
+                offer(_PRODUCT, library.product)
+                _openblas = library
+                return True
+        except (OSError, AttributeError):  # not installed, or without what it should have
+            continue
+    return False
 
 
-def computes_right(library: ctypes.CDLL) -> bool:
+def _candidates() -> Iterator[tuple[str, str]]:
+    """Paths of libraries with the prefix of their functions' names, the best first."""
+    yield _SYSTEMS, ""
+    from importlib.machinery import PathFinder
+
+    package = PathFinder.find_spec(_PACKAGE)  # not imported: it would read its own metadata
+    for folder in (package and package.submodule_search_locations) or ():
+        yield f"{folder}/lib/libscipy_openblas.so", "scipy_"
+
+
+def computes_right(product: Callable[..., Any]) -> bool:
     """Whether three products of `cblas_sgemm` hold within float32's bound; old builds are wrong on some processors."""
-    return all(_computes_right(library, *shape) for shape in _CHECKED)
+    return all(_computes_right(product, *shape) for shape in _CHECKED)
 
 
-def _computes_right(library: ctypes.CDLL, rows: int, columns: int, inner: int) -> bool:
+def _computes_right(product: Callable[..., Any], rows: int, columns: int, inner: int) -> bool:
     """Whether `x @ w.T` has the right numbers, at places spread over it."""
     import ctypes
 
@@ -70,7 +109,7 @@ def _computes_right(library: ctypes.CDLL, rows: int, columns: int, inner: int) -
     floats, zeros = ctypes.c_float, [0.0] * (rows * columns)
     left, right, out = (floats * len(x))(*x), (floats * len(w))(*w), (floats * len(zeros))(*zeros)
     one, none = ctypes.c_float(1.0), ctypes.c_float(0.0)
-    library.cblas_sgemm(
+    product(
         *(
             _ROW_MAJOR,
             _NO_TRANSPOSE,
@@ -91,6 +130,6 @@ def _computes_right(library: ctypes.CDLL, rows: int, columns: int, inner: int) -
     for place in range(0, rows * columns, max(1, rows * columns // _SAMPLED)):
         row, column = divmod(place, columns)
         terms = [x[row * inner + n] * w[column * inner + n] for n in range(inner)]
-        if abs(out[place] - sum(terms)) > inner * 2.0**-23 * sum(map(abs, terms)):
+        if not abs(out[place] - sum(terms)) <= inner * 2.0**-23 * sum(map(abs, terms)):  # so is what is no number
             return False
     return True

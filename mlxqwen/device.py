@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxqwen.blas import uses_openblas
+from mlxqwen.blas import limit_threads, uses_openblas
 from mlxqwen.errors import OptionError
 
 __all__ = ["CORES_VARIABLE", "NEVER", "Device", "container_limit", "current_device", "device_from_info", "usable_cores"]
@@ -199,11 +199,13 @@ def current_device() -> Device:
     """The machine this process runs on."""
     is_gpu = mx.default_device().type == mx.DeviceType.gpu
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = usable_cores()
+    limit_threads(cores)
     return device_from_info(
         mx.device_info(),
         is_gpu=is_gpu,
         physical=physical,
         limit=container_limit(),
         has_openblas=uses_openblas(),
-        cores=usable_cores(),
+        cores=cores,
     )

@@ -22,6 +22,7 @@ LAYERS = [
     "status_line",
     "forks",
     "daemons",
+    "symbol_alias",
     "blas",
     "device",
     "files",

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlxqwen import blas
-from mlxqwen.blas import blas_in_use, computes_right, load_openblas
+from mlxqwen import blas, symbol_alias
+from mlxqwen.blas import blas_in_use, computes_right, limit_threads, load_openblas
+from mlxqwen.symbol_alias import alias_library, offer
 
 is_linux = sys.platform == "linux"
-is_installed = is_linux and ctypes.util.find_library("openblas") is not None
-needs_openblas = pytest.mark.skipif(not is_installed, reason="libopenblas0 is not installed")
+needs_linux = pytest.mark.skipif(not is_linux, reason="MLX's packages for Linux alone carry the reference BLAS")
+is_there = {
+    "system": is_linux and ctypes.util.find_library("openblas") is not None,
+    "package": is_linux and importlib.util.find_spec("scipy_openblas32") is not None,
+}
+sources = pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("system", marks=pytest.mark.skipif(not is_there["system"], reason="no libopenblas0")),
+        pytest.param("package", marks=pytest.mark.skipif(not is_there["package"], reason="no scipy-openblas32")),
+    ],
+)
 
 
 def floats(address: Any, count: int) -> np.ndarray:
     return np.frombuffer(address, dtype=np.float32, count=count)
 
 
-class Library:
-    """`cblas_sgemm` by NumPy, with an error added to one number of each product of a given shape."""
+class Product:
+    """`cblas_sgemm` by NumPy, with an error added to the products of a given shape."""
 
-    def __init__(self, wrong: tuple[int, int] | None = None) -> None:
-        self._wrong = wrong
+    def __init__(self, wrong: tuple[int, int] | None = None, error: float = 1e-3) -> None:
+        self._wrong, self._error = wrong, error
         self.shapes: list[tuple[int, int, int]] = []
 
-    def cblas_sgemm(self, *arguments: Any) -> None:
+    def __call__(self, *arguments: Any) -> None:
         order, left, right, rows, columns, inner, _, x, x_step, w, w_step, _, out, out_step = arguments
         assert (order, left, right) == (101, 111, 112)  # of cblas.h: row-major, as it is, transposed
         assert (x_step, w_step, out_step) == (inner, inner, columns)
         product = floats(x, rows * inner).reshape(rows, inner) @ floats(w, columns * inner).reshape(columns, inner).T
         if self._wrong == (rows, columns):
-            product += 1e-3
+            product += self._error
         ctypes.memmove(out, product.astype(np.float32).tobytes(), 4 * rows * columns)
         self.shapes.append((rows, columns, inner))
 
 
 def test_three_products_are_checked() -> None:
-    library = Library()
-    assert computes_right(library)  # type: ignore[arg-type]
-    assert len(library.shapes) == 3
-    for rows, columns, _ in library.shapes:
-        assert not computes_right(Library((rows, columns)))  # type: ignore[arg-type]
+    product = Product()
+    assert computes_right(product)
+    assert len(product.shapes) == 3
+    for rows, columns, _ in product.shapes:
+        assert not computes_right(Product((rows, columns)))
+        assert not computes_right(Product((rows, columns), float("nan")))
 
 
 @pytest.mark.parametrize("value", ["off", "0", " OFF ", "no"])
@@ -61,57 +76,136 @@ def test_it_can_be_switched_off(value: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_machine_without_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(blas.VARIABLE)
-    monkeypatch.setattr(blas, "_LIBRARY", "libnothing-such.so.0")
+    monkeypatch.setattr(blas, "_SYSTEMS", "libnothing-such.so.0")
+    monkeypatch.setattr(blas, "_PACKAGE", "nothing_such")
     assert not load_openblas()
 
 
-def test_a_library_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+class Library:
+    """What stands for an OpenBLAS that was loaded, on four threads."""
+
+    def __init__(self, product: Callable[..., None], name: str) -> None:
+        self.product, self.name, self.threads = product, name, 4
+
+    def limit_threads(self, most: int) -> None:
+        self.threads = min(self.threads, most)
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What MLX would be offered, on a Linux where nothing is loaded yet."""
+    functions: list[object] = []
     monkeypatch.delenv(blas.VARIABLE)
-    modes: list[int] = []
-
-    def load(name: str, mode: int) -> Library:
-        modes.append(mode)
-        return Library((17, 20))
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "_openblas", None)
+    monkeypatch.setattr(symbol_alias, "offer", lambda name, function: functions.append((name, function)))
+    return functions
+
+
+def test_the_first_library_that_is_right_is_taken(offered: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, right = Library(Product((17, 20)), "wrong"), Library(Product(), "right")
+    libraries = {"a": wrong, "b": right}
+    monkeypatch.setattr(blas, "_OpenBLAS", lambda path, prefix: libraries[path])
+    monkeypatch.setattr(blas, "_candidates", lambda: [("a", ""), ("b", ""), ("not looked at", "")])
+    assert load_openblas()
+    assert offered == [("cblas_sgemm", right.product)]
+    assert blas_in_use() == "right"
+    limit_threads(2)
+    assert (wrong.threads, right.threads) == (4, 2)
+
+
+def test_a_library_that_is_wrong_is_not_taken(offered: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_OpenBLAS", lambda path, prefix: Library(Product((17, 20)), "wrong"))
     assert not load_openblas()
-    assert modes == [os.RTLD_LOCAL]
+    assert not offered
+    assert blas_in_use() == "MLX's own"
+
+
+@needs_linux
+def test_a_library_without_its_functions_is_not_taken(offered: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_SYSTEMS", "libc.so.6")
+    monkeypatch.setattr(blas, "_PACKAGE", "nothing_such")
+    assert not load_openblas()
+    assert not offered
+
+
+@needs_linux
+def test_a_function_is_found_under_another_name() -> None:
+    library = ctypes.CDLL("libc.so.6")
+    offer("mlxqwen_absolute_value", library["labs"])
+    everything = ctypes.CDLL(None)
+    assert everything["mlxqwen_absolute_value"](-5) == 5
+    with pytest.raises(AttributeError):
+        everything["mlxqwen_absolute"]
+
+
+def test_other_processors_have_no_alias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(OSError, match="riscv64"):
+        offer("mlxqwen_nothing", ctypes.CFUNCTYPE(None)(lambda: None))
+
+
+@pytest.mark.parametrize("name", ["f", "cblas_sgemm", "a_name_of_another_length"])
+def test_an_alias_is_one_symbol_without_code(name: str) -> None:
+    """Read as the System V ABI lays it out; only the dynamic section leads to the rest."""
+    data = alias_library(name, 0x1234_5678_9ABC, 183)
+
+    def number(place: int, size: int) -> int:
+        return int.from_bytes(data[place : place + size], "little")
+
+    assert data[:7] == b"ELF"
+    assert (number(16, 2), number(18, 2)) == (3, 183)
+    start, size, count = number(32, 8), number(54, 2), number(56, 2)
+    segments = {number(start + n * size, 4): start + n * size for n in range(count)}
+    assert not any(number(place + 4, 4) & 1 for place in segments.values())  # none can be executed
+    table, length = (number(segments[2] + offset, 8) for offset in (8, 32))
+    assert table + length == len(data)
+    tags = {number(place, 8): number(place + 8, 8) for place in range(table, table + length, 16)}
+    assert (number(tags[4], 4), number(tags[4] + 4, 4)) == (1, 2)  # a bucket, two symbols
+    symbol = tags[6] + number(tags[4] + 8, 4) * tags[11]
+    text = data[tags[5] + number(symbol, 4) : tags[5] + tags[10]]
+    assert text == name.encode() + b"\0"
+    assert (number(symbol + 6, 2), number(symbol + 8, 8)) == (0xFFF1, 0x1234_5678_9ABC)
 
 
 PROGRAM = """
 import json, sys
-if "mlx first" in sys.argv:
+source, *rest = sys.argv[1:]
+if rest:
     import mlx.core
 import mlxqwen
+from mlxqwen import blas
+if source == "package":
+    blas._SYSTEMS = "libnothing-such.so.0"
+else:
+    blas._PACKAGE = "nothing_such"
 from mlxqwen import load
 import mlx.core as mx
-from mlxqwen.blas import blas_in_use
 model, tokenizer = load()
 ids = tokenizer.encode("How many letters are in the word strawberries, and how many of them are r?")
-print(json.dumps([blas_in_use(), mx.concatenate([model(mx.array([ids]))[0, -1:]]).tolist()[0]]))
+print(json.dumps([blas.blas_in_use(), mx.concatenate([model(mx.array([ids]))[0, -1:]]).tolist()[0]]))
 """
 
 
-def answer(*arguments: str, value: str) -> tuple[str, np.ndarray]:
+def answer(source: str, *arguments: str, value: str) -> tuple[str, np.ndarray]:
     environment = {**os.environ, blas.VARIABLE: value}
-    command = [sys.executable, "-c", PROGRAM, *arguments]
+    command = [sys.executable, "-c", PROGRAM, source, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
     name, logits = json.loads(done.stdout)
     return name, np.array(logits)
 
 
-@needs_openblas
-def test_logits_are_those_of_mlx_within_the_rounding_of_float32() -> None:
-    name, logits = answer(value="on")
+@sources
+def test_logits_are_those_of_mlx_within_the_rounding_of_float32(source: str) -> None:
+    name, logits = answer(source, value="on")
     assert name.startswith("OpenBLAS ")
-    own, expected = answer(value="off")
+    own, expected = answer(source, value="off")
     assert own == "MLX's own"
     # Four layers of products of up to 512 numbers; 1e-5 of the largest is what another order of sums comes to.
     assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
     assert not np.array_equal(logits, expected)  # other kernels ran
 
 
-@needs_openblas
-def test_a_process_that_imported_mlx_before_keeps_its_products() -> None:
-    assert answer("mlx first", value="on")[0] == "MLX's own"
+@sources
+def test_a_process_that_imported_mlx_before_keeps_its_products(source: str) -> None:
+    assert answer(source, "mlx first", value="on")[0] == "MLX's own"
