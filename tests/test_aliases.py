@@ -9,10 +9,12 @@ import pytest
 
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files import hub_source
-from mlxqwen.files.aliases import ALIASES, hub_id_of_address, hub_id_of_alias
+from mlxqwen.files.aliases import ALIASES, hub_id_of_address, hub_id_of_alias, naming_alias
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.files.hub_source import Source
 from tests.command_line import run
+
+FOUR = "Qwen/Qwen3-4B-MLX-4bit"
 
 
 @pytest.mark.parametrize(
@@ -105,17 +107,22 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
 def test_every_command_takes_them(downloads: list[tuple[str, str | None]], tmp_path: Path) -> None:
     page = "https://huggingface.co/Qwen/Qwen3-4B/tree/v1"
-    for name, meant in (("qwen3:4b-fp8", ("Qwen/Qwen3-4B-FP8", None)), (page, ("Qwen/Qwen3-4B", "v1"))):
+    alias = "qwen3:4b-fp8"
+    for name, meant in ((alias, ("Qwen/Qwen3-4B-FP8", None)), (page, ("Qwen/Qwen3-4B", "v1"))):
         for arguments in (
             ["generate", "Hello", "--model", name],
             ["generate", "Hello", "--draft", name],
             ["chat", name],
             ["info", name],
             ["bench", name],
+            ["pull", name],
+            ["serve", "--port", "0", name],
             ["convert", name, str(tmp_path / "out")],
+            ["convert", name],
         ):
             result = run(*arguments)
-            assert (result.status, "not there" in result.err) == (1, True), result
+            about = f"{name} (Qwen/Qwen3-4B-FP8)" if name == alias else "Qwen/Qwen3-4B"
+            assert (result.status, f"{about}: not there" in result.err) == (1, True), result
             assert downloads.pop() == meant, arguments
 
 
@@ -134,3 +141,30 @@ def test_a_folder_comes_first_and_a_path_is_no_alias(
         with pytest.raises(HubError):
             resolve_model("https://hf.co/Qwen/Qwen3-4B/tree/v1", revision=revision)
         assert downloads.pop() == ("Qwen/Qwen3-4B", "v1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem", "told"),
+    [
+        ("qwen3:4b", f"{FOUR}: gone", f"qwen3:4b ({FOUR}): gone"),
+        ("Qwen3:4B", f"{FOUR}: gone", f"Qwen3:4B ({FOUR}): gone"),
+        ("modelscope:qwen3:4b", f"modelscope:{FOUR}: gone", f"modelscope:qwen3:4b (modelscope:{FOUR}): gone"),
+        ("qwen3:4b", f"{FOUR}/model.safetensors: short", f"qwen3:4b: {FOUR}/model.safetensors: short"),
+        (
+            "qwen3:4b",
+            "/c/models--Qwen--Qwen3-4B-MLX-4bit/snapshots/a: short",
+            "qwen3:4b: /c/models--Qwen--Qwen3-4B-MLX-4bit/snapshots/a: short",
+        ),
+        ("qwen3:4b", "yarn_factor: found 0", "yarn_factor: found 0"),
+        ("qwen3:4b", f"draft model: qwen3:4b ({FOUR}): gone", f"draft model: qwen3:4b ({FOUR}): gone"),
+        (FOUR, f"{FOUR}: gone", f"{FOUR}: gone"),
+        ("qwen3:nothing", "qwen3:nothing: no alias", "qwen3:nothing: no alias"),
+        (Path("qwen3:4b"), f"{FOUR}: gone", f"{FOUR}: gone"),
+        (None, f"{FOUR}: gone", f"{FOUR}: gone"),
+    ],
+)
+def test_errors_name_the_alias_beside_what_it_means(typed: str | Path | None, problem: str, told: str) -> None:
+    with pytest.raises(HubError) as raised, naming_alias(typed):
+        raise HubError(problem, hint="Wait.")
+    assert (raised.value.problem, raised.value.hint) == (told, "Wait.")
+    assert str(raised.value).startswith(told)

@@ -214,7 +214,9 @@ def test_nothing_outside_the_cache_is_removed(cache: Path, tmp_path: Path) -> No
     assert (real / "snapshots" / FIRST / "config.json").exists()
     for name in ("org/..", "../precious.txt", str(tmp_path), "./none", "modelscope:org/.."):
         assert run("rm", name, "--yes").status == 1
-    assert "./none: a folder, expected a model that was downloaded" in run("rm", "./none", "--yes").err
+    assert "./none: no such folder; it is a path, and no hub id" in run("rm", "./none", "--yes").err
+    own = f"{tmp_path}: a path of this machine, expected a model that was downloaded"
+    assert own in run("rm", str(tmp_path), "--yes").err
     assert precious.read_text() == "mine"
 
 
@@ -260,6 +262,20 @@ def test_a_model_is_pulled(tmp_path: Path) -> None:
 
 def test_what_is_no_model_of_a_hub_is_not_pulled() -> None:
     assert "a folder of this machine" in run("pull", str(DEMO_FOLDER)).err
+    for path in ("./none", "../none", "/none", "~/none", "a/b/none", r"a\none"):
+        told = f"error: {path}: no such folder; it is a path, and no hub id, which is written organisation/model\n"
+        for arguments in (
+            ["pull"],
+            ["info"],
+            ["rm", "--yes"],
+            ["chat"],
+            ["bench"],
+            ["serve", "--port", "0"],
+            ["convert"],
+        ):
+            result = run(*arguments, path)
+            assert (result.status, result.err.startswith(told), result.err.count("\n")) == (1, True, 2), result.err
+            assert "or a hub id, such as Qwen/Qwen3-0.6B" in result.err
     assert run("pull").status == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 import weakref
@@ -20,6 +21,7 @@ from mlxqwen.engine.loading import MakeRoom
 from mlxqwen.engine.memory import account, slot_bytes, weight_bytes
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import CheckpointError, HubError, MlxqwenError
+from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.app import make_app
 from mlxqwen.server.leases import Lease, ModelSource
@@ -479,7 +481,37 @@ def test_what_is_typed(tmp_path: Path) -> None:
     for typed in ("a=", "=a"):
         assert f"--model: found '{typed}', expected MODEL or NAME=MODEL." in refused("--model", typed)
     assert "--draft is about one model, and 2 are to be served" in refused(demo, "-m", f"x={demo}", "--draft", demo)
-    assert f"{tmp_path / 'none'}: no such folder" in refused(demo, "-m", f"x={tmp_path / 'none'}")
-    assert "found no such alias" in refused(demo, "-m", "x=qwen3:5b")
+    assert f"error: x: {tmp_path / 'none'}: no such folder" in refused(demo, "-m", f"x={tmp_path / 'none'}")
+    assert f"error: {tmp_path / 'none'}: no such folder" in refused(demo, "-m", f"{tmp_path / 'none'}")
+    assert "error: x: qwen3:5b: found no such alias" in refused(demo, "-m", "x=qwen3:5b")
+    both = refused("-m", f"a={demo}", "-m", f"b={demo}", "--max-model-len", "9000")
+    assert "error: a: --max-model-len: found 9,000, but the model's context is 4,096" in both
     assert "--keep-alive: found 'soon'" in refused("--keep-alive", "soon")
     assert "--max-model-len: found 9,000, but the model's context is 4,096" in refused("--max-model-len", "9000")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("model.safetensors", b"cut", "model.safetensors: "),
+        ("config.json", b"{", "config.json: "),
+        ("tokenizer.json", b"{}", "tokenizer.json: "),
+        ("model.safetensors", None, "found no weight files"),
+    ],
+    ids=["cut short", "config", "tokenizer", "no weights"],
+)
+def test_broken_files_are_told_before_the_server_listens(
+    tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
+    """Though the models are loaded when they are asked for."""
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO_FOLDER, broken)
+    whole = (broken / name).read_bytes()
+    if content is None:
+        (broken / name).unlink()
+    else:
+        (broken / name).write_bytes(whole[:-1] if content == b"cut" else content)
+    result = run_command("serve", "--port", "0", "-m", f"a={DEMO_FOLDER}", "-m", f"b={broken}")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"error: b: {broken}")
+    assert told in result.err

@@ -134,6 +134,7 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
     GPTQ, compressed-tensors and MLX checkpoints, dense and mixture of experts.
     """
     with leave_at_once():
+        from mlxqwen.files.aliases import naming_alias
         from mlxqwen_convert import convert as convert_folder
 
     source, output = _paths(options)
@@ -154,7 +155,8 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
         _note(f"nothing to resume beside {output}: the conversion begins from the start")
     progress = ConversionProgress(sys.stderr)
     try:
-        report = convert_folder(source, output, progress=progress, **options)
+        with naming_alias(source):
+            report = convert_folder(source, output, progress=progress, **options)
     except KeyboardInterrupt:
         progress.close()
         tell_interrupted("; the same command with --resume goes on from here")

@@ -231,6 +231,13 @@ def located_model(options: Mapping[str, Any]) -> Path:
     return locate_model(options["model"], revision=options["revision"], **_load_options(options))
 
 
+def check_model_files(folder: Path, options: Mapping[str, Any]) -> None:
+    """Check all of a model's folder that can be checked without its weights. Raises `MlxqwenError`."""
+    from mlxqwen.engine.loading import check_files
+
+    check_files(folder, **_load_options(options))
+
+
 def read_model_config(folder: Path, options: Mapping[str, Any]) -> ModelConfig:
     """The config of a model's folder under the RoPE scaling that is asked for. Raises `MlxqwenError`."""
     from mlxqwen.model.loading import read_config
@@ -260,11 +267,12 @@ def load_engine(
     """
     with leave_at_once():
         from mlxqwen.engine.engine import Engine
+        from mlxqwen.files.aliases import naming_alias
         from mlxqwen.files.model_names import model_name
 
     model = options["model"]
     folder, how = located_model(options), _load_options(options)  # a download has lines of its own
-    with ExitStack() as shown:
+    with naming_alias(model), ExitStack() as shown:
         show = shown.enter_context(conversion_progress()) if shows_progress else None
         loading = LoadingLine(sys.stderr, model_name(folder))
         if shows_progress:

@@ -34,6 +34,7 @@ def pull(model: str | None, revision: str | None, force: bool) -> None:
     with leave_at_once():
         from mlxqwen.device import current_device
         from mlxqwen.engine.loading import locate_model
+        from mlxqwen.files.aliases import naming_alias
         from mlxqwen.files.hub import located
         from mlxqwen.model.footprint import size_up
         from mlxqwen_convert.sizes import size_of
@@ -44,7 +45,8 @@ def pull(model: str | None, revision: str | None, force: bool) -> None:
             f"{model}: a folder of this machine, expected a model of a hub", hint="It is used as it is, by its path."
         )
     folder = locate_model(model, revision=revision, force=force)
-    stored, loaded = measured(folder)
+    with naming_alias(model):
+        stored, loaded = measured(folder)
     needed = size_up(loaded or stored, current_device(), tokens=1)
     how = "" if stored.runs else "; it is converted once, when it is first loaded"
     fits = "fits this machine" if needed.fits else "does not fit this machine"

@@ -34,9 +34,13 @@ def rm(models: tuple[str, ...], revision: str | None, yes: bool, dry_run: bool) 
     if revision is not None and len(models) > 1:
         raise click.UsageError("--revision is about one model: remove them one by one.")
     with leave_at_once():
+        from mlxqwen.files.aliases import naming_alias
         from mlxqwen.files.downloads import removal_of
 
-    found = [removal_of(name, revision) for name in models]
+    found = []
+    for name in models:
+        with naming_alias(name):
+            found.append(removal_of(name, revision))
     removals = {(one.name, frozenset(one.paths)): one for one in found}.values()  # a model may be named twice
     output = Output(sys.stdout)
     if dry_run:

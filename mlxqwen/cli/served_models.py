@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxqwen.cli.generate_options import load_engine, options_named, read_model_config
-from mlxqwen.errors import OptionError
+from mlxqwen.cli.generate_options import check_model_files, load_engine, options_named, read_model_config
+from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, located
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def sources_of(
         settings: the server's.
 
     Raises:
-        MlxqwenError: a name or a folder is wrong.
+        MlxqwenError: a name or a folder is wrong; of several models, the error says which.
         click.UsageError: options that go with one model, or a name that is given twice.
     """
     typed: list[tuple[str | None, str | None]] = [(None, first)] if first is not None or not others else []
@@ -53,7 +54,10 @@ def sources_of(
         for option, flag in _OF_ONE_MODEL.items():
             if options[option] is not None:
                 raise click.UsageError(f"{flag} is about one model, and {len(typed)} are to be served: leave it out.")
-    sources = [_source(name, model, options, settings) for name, model in typed]
+    sources = []
+    for name, model in typed:
+        with _naming(name or model, several=len(typed) > 1):
+            sources.append(_source(name, model, options, settings, is_alone=len(typed) == 1))
     names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise click.UsageError(f"--model: found the name {twice!r} twice: give one of them another, NAME=MODEL.")
@@ -70,7 +74,20 @@ def _split(typed: str) -> tuple[str | None, str]:
     return name, model
 
 
-def _source(name: str | None, model: str | None, options: Mapping[str, Any], settings: ServerSettings) -> ModelSource:
+@contextmanager
+def _naming(typed: str | None, *, several: bool) -> Iterator[None]:
+    """Let errors say which of several models they are about."""
+    try:
+        yield
+    except MlxqwenError as error:
+        if not several or typed is None or error.problem.startswith(f"{typed}: "):
+            raise
+        raise type(error)(f"{typed}: {error.problem}", hint=error.hint) from error.__cause__
+
+
+def _source(
+    name: str | None, model: str | None, options: Mapping[str, Any], settings: ServerSettings, *, is_alone: bool
+) -> ModelSource:
     from mlxqwen.server.leases import ModelSource
 
     place = located(model, options["revision"])
@@ -91,6 +108,8 @@ def _source(name: str | None, model: str | None, options: Mapping[str, Any], set
     if isinstance(place, Path):
         with options_named():
             context = settings.context(read_model_config(place, chosen).context_length)
+        if not is_alone:  # what is alone is loaded before the server listens
+            check_model_files(place, chosen)
     return ModelSource(
         name=_checked(name or options["served_model_name"], model),
         load=load,

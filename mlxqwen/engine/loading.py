@@ -18,6 +18,7 @@ from mlxqwen.engine.memory import account
 from mlxqwen.engine.scheduler import EVALUATION
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
+from mlxqwen.files.aliases import naming_alias
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.forks import check_process
@@ -32,7 +33,7 @@ from mlxqwen.model.loading import (
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["Conversion", "Converter", "MakeRoom", "OnConvert", "load_models", "locate_model"]
+__all__ = ["Conversion", "Converter", "MakeRoom", "OnConvert", "check_files", "load_models", "locate_model"]
 
 OnConvert = Callable[[str, int, int], None]
 """Called as a conversion goes on: "converting" or "verifying", weights done, weights in all."""
@@ -83,22 +84,22 @@ def load_models(
     check_process()
     convert = converter or _default_converter()
     folder = locate_model(path_or_id, revision=revision, **options)
-    with ExitStack() as held:
+    with naming_alias(path_or_id), ExitStack() as held:
         checked = _check(folder, convert, held, options)
         tokenizer = _read_tokenizer(folder)
         make_room = make_room or (lambda nbytes: None)
         if draft is None:
             make_room(checked.weight_bytes)
             return checked.prepare(on_convert).read(_Turn()), tokenizer, None
-        with _naming_the_draft():
+        with _naming_the_draft(draft):
             draft_folder = locate_model(draft, **_options_of_draft(options))
         _check_vocabulary(draft_folder, folder, tokenizer)
-        with _naming_the_draft():
+        with _naming_the_draft(draft):
             checked_draft = _check(draft_folder, convert, held, _options_of_draft(options))
         checked.check_memory(held_bytes=checked_draft.weight_bytes)
         make_room(checked.weight_bytes + checked_draft.weight_bytes)
         prepared = checked.prepare(on_convert)
-        with _naming_the_draft():
+        with _naming_the_draft(draft):
             prepared_draft = checked_draft.prepare(on_convert)
         return prepared.read(_Turn()), tokenizer, prepared_draft.read(_Turn())
 
@@ -127,7 +128,7 @@ def locate_model(
     Raises:
         MlxqwenError: there is no such model, or it cannot be loaded.
     """
-    return resolve_model(path_or_id, revision=revision, check=partial(_check_preview, options))
+    return resolve_model(path_or_id, revision=revision, check=partial(check_files, **options))
 
 
 def _default_converter() -> Converter:
@@ -188,10 +189,17 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
     return _Checked(folder, options, prepared.weight_bytes, prepared.dtype, prepared)
 
 
-def _check_preview(options: LoadOptions, folder: Path) -> None:
-    """Check all of a model of the hub that can be checked before its weights are downloaded. Raises `MlxqwenError`.
+def check_files(folder: Path, **options: Unpack[LoadOptions]) -> None:
+    """Check all of a model that can be checked without its weights: headers, sizes, memory, the tokenizer.
 
-    Nothing is logged: notes come when the weights are there.
+    Nothing is logged: notes come when the weights are read.
+
+    Args:
+        folder: the model's, or a preview of it.
+        options: that the model is to be loaded with.
+
+    Raises:
+        MlxqwenError: it cannot be loaded.
     """
     with _quiet():
         _check_headers(options, folder)
@@ -250,10 +258,11 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 @contextmanager
-def _naming_the_draft() -> Iterator[None]:
+def _naming_the_draft(typed: str | PathLike[str]) -> Iterator[None]:
     """Let errors say that they are about the draft model."""
     try:
-        yield
+        with naming_alias(typed):
+            yield
     except MlxqwenError as error:
         raise type(error)(f"draft model: {error.problem}", hint=error.hint) from None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
 
-from mlxqwen.errors import HubError
+from mlxqwen.errors import HubError, MlxqwenError
 
-__all__ = ["ALIASES", "DEFAULT_SIZE", "hub_id_of_address", "hub_id_of_alias"]
+__all__ = ["ALIASES", "DEFAULT_SIZE", "hub_id_of_address", "hub_id_of_alias", "known_alias", "naming_alias"]
 
 _FAMILY = "qwen3"
 DEFAULT_SIZE = "8b"
@@ -72,6 +73,35 @@ def hub_id_of_alias(name: str) -> str | None:
     if found is None:
         raise HubError(f"{name}: found no such alias, expected one of {_nearest(size)}", hint=_HINT)
     return found
+
+
+def known_alias(name: str) -> str | None:
+    """The id that an alias stands for; None for anything else, an alias that does not exist among it."""
+    try:
+        return hub_id_of_alias(name)
+    except HubError:
+        return None
+
+
+@contextmanager
+def naming_alias(typed: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Let errors about a model repeat the alias that it was named by: they know its id, or its folder in a cache.
+
+    Args:
+        typed: what the user named the model by; whatever is no alias changes no error.
+    """
+    try:
+        yield
+    except MlxqwenError as error:
+        name = typed if isinstance(typed, str) and not os.path.isdir(typed) else ""
+        repo_id = known_alias(name.rpartition("modelscope:")[2])
+        said = error.problem
+        if repo_id is None or name in said or not (repo_id in said or repo_id.replace("/", "--") in said):
+            raise
+        subject, colon, rest = said.partition(": ")
+        is_itself = subject.removeprefix("modelscope:") == repo_id
+        problem = f"{name} ({subject}){colon}{rest}" if is_itself else f"{name}: {said}"
+        raise type(error)(problem, hint=error.hint) from error.__cause__
 
 
 _HINT = "A hub id, such as Qwen/Qwen3-4B, or a folder is taken too."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.errors import ConfigError, HubError, one_line
-from mlxqwen.files.hub import MODELSCOPE_PREFIX, located
+from mlxqwen.files.hub import MODELSCOPE_PREFIX, expanded, located
 from mlxqwen.files.hub_download import hub_client, quiet_warnings
 from mlxqwen.files.hub_source import HubModel
 from mlxqwen.files.json_file import read_json_object
@@ -121,13 +121,11 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
     Raises:
         HubError: it is not in the cache, or is no plain folder there.
     """
-    is_path = name.startswith(("/", ".", "~"))  # whether there is such a folder or not
-    place = None if is_path else located(name, None)
-    if place is None or isinstance(place, Path):
-        raise HubError(
-            f"{name}: a folder, expected a model that was downloaded from a hub",
-            hint="Folders of your own are yours to remove.",
-        )
+    if name.startswith(("/", ".", "~")) and os.path.lexists(expanded(name)):  # whatever it is
+        raise _own_folder(name)
+    place = located(name, None)
+    if isinstance(place, Path):
+        raise _own_folder(name)
     known = [
         one for one in downloads()[0] if one.repo_id == place.repo_id and one.is_of_modelscope == place.is_on_modelscope
     ]
@@ -146,6 +144,13 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
     if place.is_on_modelscope:
         return _modelscope_removal(place.name, removed, kept)
     return _hub_removal(place.name, removed, kept)
+
+
+def _own_folder(name: str) -> HubError:
+    return HubError(
+        f"{name}: a path of this machine, expected a model that was downloaded from a hub",
+        hint="Files and folders of your own are yours to remove.",
+    )
 
 
 def _damaged(place: HubModel) -> Removal | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import HubError, OptionError, one_line
-from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias
+from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias, naming_alias
 
 if TYPE_CHECKING:
     from mlxqwen.files.hub_source import HubModel, Source
@@ -55,7 +55,8 @@ def resolve_model(
         return place
     from mlxqwen.files.hub_source import downloaded  # of no use to folders
 
-    return downloaded(source_of(place), check)
+    with naming_alias(path_or_id):
+        return downloaded(source_of(place), check)
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str
         return
     from mlxqwen.files.hub_source import seen
 
-    with seen(source_of(place)) as folder:
+    with naming_alias(path_or_id), seen(source_of(place)) as folder:
         yield folder
 
 
@@ -78,7 +79,9 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     """The folder that a name means, or the model of a hub. Raises `HubError`, `OptionError`."""
     if path_or_id is None:
         refuse_revision(revision, "the demo model")
-        return existing_folder(DEMO_FOLDER, hint="The package is incomplete: install it again.")
+        if not DEMO_FOLDER.is_dir():
+            raise HubError(f"{DEMO_FOLDER}: no such folder", hint="The package is incomplete: install it again.")
+        return DEMO_FOLDER
     name = os.fspath(path_or_id)
     folder = expanded(name)
     if name and os.path.isdir(folder):
@@ -93,7 +96,7 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     elif name.startswith(("http://", "https://")):
         (repo_id, revision), is_page = hub_id_in_address(name, revision), True
     if looks_like_path(repo_id) or isinstance(path_or_id, Path) or os.path.isfile(folder):
-        return existing_folder(folder, hint="Give the folder that holds config.json and the weights.")
+        return existing_folder(folder, name)
     if not HUB_ID.fullmatch(repo_id):
         raise HubError(
             f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model",
@@ -191,12 +194,16 @@ def looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def existing_folder(folder: Path, *, hint: str) -> Path:
-    """The folder. Raises `HubError` if it is a file or does not exist."""
+def existing_folder(folder: Path, typed: str) -> Path:
+    """The folder that was typed as a path. Raises `HubError` if it is a file or does not exist."""
     if os.path.isdir(folder):
         return folder
     if os.path.isfile(folder) and folder.suffix.lower() in GGUF_SUFFIXES:
         raise HubError(f"{folder}: a GGUF file, which is not read, expected a model's folder", hint=NO_GGUF_HINT)
     if os.path.isfile(folder):
         raise HubError(f"{folder}: a file, expected a model's folder", hint=f"Give {folder.parent} instead.")
-    raise HubError(f"{folder}: no such folder", hint=hint)
+    raise HubError(
+        f"{typed}: no such folder; it is a path, and no hub id, which is written organisation/model",
+        hint="Give the folder that holds config.json and the weights, or a hub id, such as Qwen/Qwen3-0.6B, or "
+        "qwen3:0.6b for short.",
+    )

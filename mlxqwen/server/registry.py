@@ -17,8 +17,8 @@ from contextlib import suppress
 from mlxqwen.device import current_device
 from mlxqwen.engine.memory import account, give_back
 from mlxqwen.engine.scheduler import EVALUATION, Scheduler
-from mlxqwen.errors import HubError, MlxqwenError, one_line
-from mlxqwen.files.aliases import hub_id_of_alias
+from mlxqwen.errors import MlxqwenError, one_line
+from mlxqwen.files.aliases import known_alias
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.errors import ApiError, load_error
 from mlxqwen.server.leases import Entry, Lease, ModelSource
@@ -90,7 +90,7 @@ class ModelRegistry:
         if name is not None:
             if name in self._entries:
                 return self._entries[name]
-            wanted = {name, _id_of_alias(name)}
+            wanted = {name, known_alias(name)}
             for entry in self.entries:
                 if entry.source is not None and entry.source.repo_id in wanted - {None}:
                     return entry
@@ -338,10 +338,3 @@ def _end(model: ServedModel) -> None:
 
 def _closing() -> ApiError:
     return ApiError(503, "server: ends, expected no new requests", code="server_shutdown")
-
-
-def _id_of_alias(name: str) -> str | None:
-    try:
-        return hub_id_of_alias(name)
-    except HubError:  # an alias of the family that does not exist
-        return None
