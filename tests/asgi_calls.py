@@ -9,6 +9,8 @@ from typing import Any
 from starlette.applications import Starlette
 
 HOST = "127.0.0.1:8000"
+PATIENCE = 120.0
+"""Seconds after which a test that waits for what does not come fails: far more than a busy machine takes."""
 
 
 class Call:
@@ -76,7 +78,7 @@ class Call:
 
     async def end(self) -> Call:
         """Wait for the end of the response."""
-        await asyncio.wait_for(self.task, 60)
+        await asyncio.wait_for(self.task, PATIENCE)
         return self
 
     @property
@@ -101,8 +103,8 @@ def events_of(body: bytes) -> list[Any]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-async def until(condition: Any, seconds: float = 60.0) -> None:
-    """Wait until `condition()` holds. Raises `TimeoutError`."""
-    async with asyncio.timeout(seconds):
+async def until(condition: Any) -> None:
+    """Wait until `condition()` holds. Raises `TimeoutError` if it never does."""
+    async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.002)

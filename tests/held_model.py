@@ -11,7 +11,7 @@ from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 
 
 class HeldModel:

@@ -16,7 +16,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server import endpoints, wakeups
 from mlxqwen.server.event_stream import COMMENT, KeepAlive, in_time
 from mlxqwen.text.tokenizer import Tokenizer
-from tests.asgi_calls import Call, until
+from tests.asgi_calls import PATIENCE, Call, until
 from tests.held_model import HeldModel, held_engine
 from tests.scripted_model import ScriptedModel, scripted_engine
 from tests.serving import CHAT, Served, ask, serving
@@ -149,7 +149,7 @@ def test_an_engine_that_is_stuck_is_told_and_no_sign_of_life_is_given(
         while (told := await health()).status == 200:
             await asyncio.sleep(0.002)
         assert (told.status, told.json["error"]["code"]) == (503, "engine_stuck")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             count = -1
             while count != len(call.sent):
                 count = len(call.sent)
@@ -314,21 +314,32 @@ def test_comments_come_while_nothing_else_does_and_the_engine_works() -> None:
     assert alive.is_due()
 
 
-def test_a_stream_that_waits_gets_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_waits_gets_comments(
+    babbler: Qwen3ForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the engine takes: it is held in the midst of a step until the comment has come."""
     monkeypatch.setattr(wakeups, "TICK", 0.002)
+    engine, model = held_engine(babbler, tokenizer)
 
-    async def work() -> None:
+    async def work(served: Served) -> None:
         others = [Call(served.app, CHAT, ask(stream=True, **LONG)) for _ in range(2)]
-        await until(lambda: len(served.engine.scheduler.running) == 2)
+        await until(lambda: len(engine.scheduler.running) == 2)
+        model.hold()
         waiting = Call(served.app, CHAT, ask(stream=True, max_tokens=1))
         await until(lambda: COMMENT in waiting.sent)
+        assert len(engine.scheduler.waiting) == 1
         for call in others:
             call.leave()
             await call.end()
+        model.release()
         await waiting.end()
         assert waiting.events[-1]["choices"][0]["finish_reason"] == "length"
 
-    run(work())
+    with serving(engine, stuck_seconds=1e6, **FEW) as served:
+        try:
+            run(work(served))
+        finally:
+            model.release()
 
 
 def test_a_failure_is_that_requests_alone(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from mlxqwen.server.blocks import Block, Blocks, Step
-from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, anthropic_error
 from mlxqwen.server.event_stream import event
+from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 
 __all__ = ["MessageReply"]
@@ -20,22 +20,20 @@ _DIRECT = {"type": "direct"}  # no program that the model wrote
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "loop": "end_turn"}
 
 
-class MessageReply:
+class MessageReply(Presenter):
     """The reply to one message.
 
     Args:
-        prepared: what it came to.
+        name: of the model.
         most_calls: how many calls it may have; None for any number.
     """
 
-    comment = _PING
-
-    def __init__(self, prepared: Prepared, most_calls: int | None) -> None:
+    def __init__(self, name: str, most_calls: int | None) -> None:
         self._head = {
             "id": f"msg_{os.urandom(12).hex()}",
             "type": "message",
             "role": "assistant",
-            "model": prepared.model.name,
+            "model": name,
             "stop_details": None,
             "container": None,
         }
@@ -66,6 +64,10 @@ class MessageReply:
         delta = {"type": "message_delta", "delta": self._ending(replies), "usage": _usage(replies)}
         yield event(delta, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
+
+    def comment(self) -> bytes:
+        """What says that the reply is on its way; Anthropic's libraries take it anywhere, before the beginning too."""
+        return _PING
 
     def failure(self, error: ApiError) -> bytes:
         """What ends a stream in which something went wrong."""

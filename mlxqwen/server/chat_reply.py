@@ -13,9 +13,9 @@ from mlxqwen.engine.events import Done
 from mlxqwen.engine.generation import GeneratedToken
 from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.chat_request import Prepared
-from mlxqwen.server.errors import ApiError, openai_error
-from mlxqwen.server.event_stream import COMMENT, event, to_json
+from mlxqwen.server.event_stream import to_json
 from mlxqwen.server.logprobs import ChoiceLogprobs
+from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import ReasoningField
 
@@ -116,37 +116,38 @@ class ChatChoice:
         return ended
 
 
-class ChatReply:
+class ChatReply(Presenter):
     """The reply to one chat completion.
 
     Args:
         fields: the request's.
-        prepared: what it came to.
+        name: of the model.
         reasoning_field: the name that thought has.
     """
 
-    comment = COMMENT
-
-    def __init__(self, fields: ChatFields, prepared: Prepared, reasoning_field: ReasoningField) -> None:
+    def __init__(self, fields: ChatFields, name: str, reasoning_field: ReasoningField) -> None:
         self.id = f"chatcmpl-{os.urandom(12).hex()}"
         self._created = int(time.time())
-        self._model = prepared.model
+        self._name = name
         self._fields = fields
-        self._logprobs = None
-        if prepared.requests[0].logprobs is not None:
-            ends = prepared.requests[0].end_token_ids
-            tokenizer, tells = prepared.model.engine.tokenizer, fields.include_reasoning is not False
-            self._logprobs = [ChoiceLogprobs(tokenizer, ends, tells_thought=tells) for _ in prepared.requests]
+        self._logprobs: list[ChoiceLogprobs] | None = None
         self._choices = [ChatChoice(fields, reasoning_field) for _ in range(fields.n or 1)]
         options = fields.stream_options
         self._includes_usage = options is not None and options.include_usage is True
+
+    def begin(self, prepared: Prepared) -> None:
+        """Take what the request came to."""
+        if prepared.requests[0].logprobs is not None:
+            ends = prepared.requests[0].end_token_ids
+            tokenizer, tells = prepared.model.engine.tokenizer, self._fields.include_reasoning is not False
+            self._logprobs = [ChoiceLogprobs(tokenizer, ends, tells_thought=tells) for _ in prepared.requests]
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
             "created": self._created,
-            "model": self._model.name,
+            "model": self._name,
             "system_fingerprint": FINGERPRINT,
             "service_tier": "default",
         }
@@ -214,10 +215,6 @@ class ChatReply:
         if self._includes_usage:
             pieces.append(f'{head},"choices":[],"usage":{to_json(usage_of(replies))}}}\n\n'.encode())
         yield b"".join([*pieces, b"data: [DONE]\n\n"])
-
-    def failure(self, error: ApiError) -> bytes:
-        """What ends a stream in which something went wrong."""
-        return event(openai_error(error)) + b"data: [DONE]\n\n"
 
 
 def usage_of(replies: Replies) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from mlxqwen.server.bodies import Form, form_of, unknown_fields
 from mlxqwen.server.chat_fields import ChatFields
-from mlxqwen.server.errors import ApiError, openai_error
-from mlxqwen.server.event_stream import COMMENT, event
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.event_stream import event
+from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_reply import response_usage
 from mlxqwen.server.responses_request import Input, input_items, messages_of, with_ids
@@ -66,15 +67,13 @@ def as_chat(fields: CompactFields, before: Sequence[Mapping[str, Any]], notes: l
     return form_of(chat, ChatFields)
 
 
-class CompactionReply:
+class CompactionReply(Presenter):
     """The talk that has become shorter.
 
     Args:
         fields: the request's.
         before: messages of the responses that it follows.
     """
-
-    comment = COMMENT
 
     def __init__(self, fields: CompactFields, before: Sequence[Mapping[str, Any]]) -> None:
         self._fields = fields
@@ -91,10 +90,6 @@ class CompactionReply:
         async for _ in replies.tokens():
             yield b""
         yield event(self._over(replies)) + b"data: [DONE]\n\n"
-
-    def failure(self, error: ApiError) -> bytes:
-        """What ends a stream in which something went wrong."""
-        return event(openai_error(error)) + b"data: [DONE]\n\n"
 
     def _over(self, replies: Replies) -> dict[str, Any]:
         """The users' messages as they are, then the summary."""

@@ -29,10 +29,11 @@ from mlxqwen.server.chat_request import (
     rows,
     sampling_of,
 )
-from mlxqwen.server.errors import ApiError, openai_error
-from mlxqwen.server.event_stream import COMMENT, event
+from mlxqwen.server.errors import ApiError
+from mlxqwen.server.event_stream import event
 from mlxqwen.server.logprobs import spelled_entry
 from mlxqwen.server.models import ServedModel
+from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import MOST_CHOICES, ServerSettings
 from mlxqwen.server.structured import response_format
@@ -116,35 +117,37 @@ def _no_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-class CompletionReply:
+class CompletionReply(Presenter):
     """The reply to a completion, whole or as chunks; both are made of the same pieces.
 
     Args:
         fields: the request's.
-        prepared: what it came to.
+        name: of the model.
     """
 
-    comment = COMMENT
-
-    def __init__(self, fields: CompletionFields, prepared: Prepared) -> None:
+    def __init__(self, fields: CompletionFields, name: str) -> None:
+        self._fields = fields
         self._head = {
             "id": f"cmpl-{os.urandom(12).hex()}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": prepared.model.name,
+            "model": name,
             "system_fingerprint": FINGERPRINT,
         }
-        tokenizer = prepared.model.engine.tokenizer
-        self._tokenizer = tokenizer
         self._tells = fields.logprobs is not None
-        self._ends = prepared.requests[0].end_token_ids
         options = fields.stream_options
         self._includes_usage = options is not None and options.include_usage is True
+        self._tells_prompt = self._tells and fields.echo is True
+        self._only_echoes = only_echoes(fields)
+
+    def begin(self, prepared: Prepared) -> None:
+        """Take what the request came to."""
+        fields, tokenizer = self._fields, prepared.model.engine.tokenizer
+        self._tokenizer = tokenizer
+        self._ends = prepared.requests[0].end_token_ids
         echoed = [one if isinstance(one, str) else tokenizer.decode(one) for one in prompts_of(fields)]
         self._begins = [echoed[row // prepared.choices] if fields.echo else "" for row in range(len(prepared.requests))]
         self._lengths = [len(text) for text in self._begins]
-        self._tells_prompt = self._tells and fields.echo is True
-        self._only_echoes = only_echoes(fields)
         self._choices = prepared.choices
 
     def _piece(self, row: int, token: GeneratedToken) -> tuple[str, dict[str, Any] | None]:
@@ -241,7 +244,3 @@ class CompletionReply:
         if self._includes_usage:
             yield event({**self._head, "choices": [], "usage": self._usage(replies)})
         yield b"data: [DONE]\n\n"
-
-    def failure(self, error: ApiError) -> bytes:
-        """What ends a stream in which something went wrong."""
-        return event(openai_error(error)) + b"data: [DONE]\n\n"

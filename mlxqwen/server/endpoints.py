@@ -6,6 +6,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from mlxqwen.server import anthropic_request
+from mlxqwen.server.answers import answer
 from mlxqwen.server.anthropic_reply import MessageReply
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.chat_fields import ChatFields
@@ -29,10 +30,10 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     def prepare(fields: ChatFields, model: ServedModel) -> Prepared:
         return prepare_chat(fields, model, service.settings)
 
-    def present(fields: ChatFields, prepared: Prepared) -> ChatReply:
-        return ChatReply(fields, prepared, service.settings.reasoning_field)
+    def present(fields: ChatFields, name: str) -> ChatReply:
+        return ChatReply(fields, name, service.settings.reasoning_field)
 
-    return await service.answer(http, ChatFields, prepare, present)
+    return await answer(service, http, ChatFields, prepare, present)
 
 
 async def completions(service: Service, http: HttpRequest) -> Response:
@@ -41,7 +42,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     def prepare(fields: CompletionFields, model: ServedModel) -> Prepared:
         return prepare_completion(fields, model, service.settings)
 
-    return await service.answer(http, CompletionFields, prepare, CompletionReply)
+    return await answer(service, http, CompletionFields, prepare, CompletionReply)
 
 
 async def messages(service: Service, http: HttpRequest) -> Response:
@@ -51,12 +52,12 @@ async def messages(service: Service, http: HttpRequest) -> Response:
         notes: list[str] = []
         return prepare_chat(anthropic_request.as_chat(fields, notes), model, service.settings, notes=notes)
 
-    def present(fields: MessagesFields, prepared: Prepared) -> MessageReply:
+    def present(fields: MessagesFields, name: str) -> MessageReply:
         choice = fields.tool_choice
         most_calls = 1 if choice is not None and choice.disable_parallel_tool_use else None
-        return MessageReply(prepared, most_calls)
+        return MessageReply(name, most_calls)
 
-    return await service.answer(http, MessagesFields, prepare, present)
+    return await answer(service, http, MessagesFields, prepare, present)
 
 
 async def count_tokens(service: Service, http: HttpRequest) -> Response:

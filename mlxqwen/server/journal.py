@@ -93,7 +93,7 @@ def _reason(status: int, details: dict[str, Any]) -> str:
     error = details.get("error")
     if error is None:
         replies = details.get("replies")
-        is_gone = status in (0, _GONE) or (replies is not None and replies.is_cut)
+        is_gone = status in (0, _GONE) or "is_cut" in details or (replies is not None and replies.is_cut)
         return " (client gone)" if is_gone else ""
     where = "" if error.param is None else f": {one_line(error.param, _LONGEST_PARAM)}"
     return f" ({error.code or 'refused'}{where})"

@@ -9,13 +9,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from mlxqwen.server import compaction, responses_request
+from mlxqwen.server.answers import Beginning, answer
 from mlxqwen.server.background import Background
 from mlxqwen.server.chat_request import Prepared, prepare_chat
 from mlxqwen.server.compaction import CompactFields, CompactionReply
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.event_stream import EventStream, KeepAlive
 from mlxqwen.server.models import ServedModel
-from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_reply import ResponseReply
 from mlxqwen.server.responses_request import ResponsesFields
 from mlxqwen.server.responses_store import StoredResponse
@@ -40,24 +40,27 @@ async def responses(service: Service, http: HttpRequest) -> Response:
         chat = responses_request.as_chat(fields, before, notes)
         return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=fields.truncation == "auto")
 
-    def present(fields: ResponsesFields, prepared: Prepared) -> ResponseReply:
-        return ResponseReply(fields, prepared, store, before, is_for_openai=_OPENAI_HEADER in http.headers)
+    def present(fields: ResponsesFields, name: str) -> ResponseReply:
+        return ResponseReply(fields, name, store, before, is_for_openai=_OPENAI_HEADER in http.headers)
 
     async def in_background(
-        fields: ResponsesFields, reply: ResponseReply, replies: Replies, events: AsyncGenerator[bytes]
+        fields: ResponsesFields,
+        reply: ResponseReply,
+        beginning: Beginning[ResponsesFields],
+        events: AsyncGenerator[bytes],
     ) -> Response:
         is_streamed = fields.stream is True
         service.background.check_room(is_logged=is_streamed)
 
         def at_end() -> None:
-            replies.close()
+            beginning.close()
             store.keep_events(reply.id, run.events)
 
-        run = reply.background = Background(events, is_logged=is_streamed, at_end=at_end, steps=replies.steps)
+        run = reply.background = Background(events, is_logged=is_streamed, at_end=at_end, steps=beginning.steps)
         await service.background.start(run)
         return _followed(service, run, -1) if is_streamed else JSONResponse(reply.shown())
 
-    return await service.answer(http, ResponsesFields, prepare, present, look_up=look_up, in_background=in_background)
+    return await answer(service, http, ResponsesFields, prepare, present, look_up=look_up, in_background=in_background)
 
 
 def _followed(service: Service, run: Background, after: int) -> Response:
@@ -79,10 +82,10 @@ async def compact(service: Service, http: HttpRequest) -> Response:
         chat = compaction.as_chat(fields, before, notes)
         return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=True)
 
-    def present(fields: CompactFields, prepared: Prepared) -> CompactionReply:
+    def present(fields: CompactFields, name: str) -> CompactionReply:
         return CompactionReply(fields, before)
 
-    return await service.answer(http, CompactFields, prepare, present, look_up=look_up)
+    return await answer(service, http, CompactFields, prepare, present, look_up=look_up)
 
 
 async def show_response(service: Service, http: HttpRequest) -> Response:

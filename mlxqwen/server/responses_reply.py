@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.server.background import Background
 from mlxqwen.server.blocks import Block, Blocks, Step
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, openai_error
 from mlxqwen.server.event_stream import event
 from mlxqwen.server.logprobs import ChoiceLogprobs
+from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_request import ResponsesFields, input_items, messages_of, with_ids
 from mlxqwen.server.responses_store import ResponseStore
@@ -26,12 +28,12 @@ _OPEN_RESPONSES_EVENTS = {"reasoning": "response.reasoning", "content": "respons
 _OPENAI_EVENTS = {"reasoning": "response.reasoning_text", "content": "response.output_text"}
 
 
-class ResponseReply:
+class ResponseReply(Presenter):
     """The reply to one response that was asked for.
 
     Args:
         fields: the request's.
-        prepared: what it came to.
+        name: of the model.
         store: knows of it while it is on its way, and keeps it afterwards if that is wanted.
         before: messages of the responses that it follows.
         is_for_openai: whether a thought's events have OpenAI's name; otherwise, unless `reasoning` is asked for, they
@@ -41,14 +43,15 @@ class ResponseReply:
     def __init__(
         self,
         fields: ResponsesFields,
-        prepared: Prepared,
+        name: str,
         store: ResponseStore,
         before: Sequence[dict[str, Any]],
         *,
         is_for_openai: bool = False,
     ) -> None:
         self._fields = fields
-        self._prepared = prepared
+        self._name = name
+        self._sampling: SamplingParams | None = None
         self._store = store
         self._before = before
         self._replies: Replies | None = None
@@ -63,8 +66,13 @@ class ResponseReply:
         self._summarizes = fields.reasoning is not None and fields.reasoning.summary is not None
         self._ids: list[str] = []
         self._number = 0
-        request = prepared.requests[0]
         self._logprobs: ChoiceLogprobs | None = None
+        self._give_up: Callable[[], object] | None = None
+
+    def begin(self, prepared: Prepared) -> None:
+        """Take what the request came to."""
+        request = prepared.requests[0]
+        self._sampling = request.sampling
         if request.logprobs is not None:
             self._logprobs = ChoiceLogprobs(prepared.model.engine.tokenizer, request.end_token_ids)
 
@@ -73,10 +81,17 @@ class ResponseReply:
         """The id of the response."""
         return self._id
 
-    @property
     def comment(self) -> bytes:
         """An event that says that the response is on its way, while nothing else does."""
         return self._event("response.in_progress", response=self._response("in_progress"))
+
+    def waiting(self, give_up: Callable[[], object]) -> bytes:
+        """Events that say that the response is queued; from the first on it may be asked for, and cancelled."""
+        queued = self._response("queued")
+        created = b"" if self._give_up is not None else self._event("response.created", response=queued)
+        self._give_up = give_up
+        self._store.running[self._id] = self
+        return created + self._event("response.queued", response=queued)
 
     async def whole(self, replies: Replies) -> dict[str, Any]:
         """The reply that is not streamed."""
@@ -107,6 +122,8 @@ class ResponseReply:
         self._is_cancelled = True
         if self._replies is not None:
             self._replies.end(0)
+        elif self._give_up is not None:
+            self._give_up()
         return self.shown()
 
     def forget(self) -> None:
@@ -121,13 +138,14 @@ class ResponseReply:
         try:
             yield
         finally:
-            del self._store.running[self._id]
+            self.close()
 
     async def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
         """The events of the reply that is streamed."""
         with self._running(replies):
             begun = self._response("in_progress")
-            yield self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+            created = b"" if self._give_up is not None else self._event("response.created", response=begun)
+            yield created + self._event("response.in_progress", response=begun)
             async for batch in replies.tokens():
                 events = []
                 for _, token in batch:
@@ -138,12 +156,22 @@ class ResponseReply:
                 if self._blocks.is_cut:
                     replies.end(0)
             yield b"".join(self._told(step, []) for step in self._blocks.finish())
+        yield self._told_over(replies)
+
+    def _told_over(self, replies: Replies | None) -> bytes:
         over = self._over(replies)
         kind = "completed" if over["status"] == "completed" else "incomplete"
-        yield self._event(f"response.{kind}", response=over) + b"data: [DONE]\n\n"
+        return self._event(f"response.{kind}", response=over) + b"data: [DONE]\n\n"
+
+    def close(self) -> None:
+        """It is on its way no more."""
+        self._store.running.pop(self._id, None)
 
     def failure(self, error: ApiError) -> bytes:
         """What ends a stream in which something went wrong."""
+        self.close()
+        if self._is_cancelled and self._replies is None:
+            return self._told_over(None)
         told = openai_error(error)["error"]
         failed = self._response("failed", error={"code": told["code"] or "server_error", "message": told["message"]})
         failed["output"] = self._output("incomplete")
@@ -155,9 +183,9 @@ class ResponseReply:
         number, self._number = self._number, self._number + 1
         return event({"type": kind, "sequence_number": number, **values}, kind)
 
-    def _over(self, replies: Replies) -> dict[str, Any]:
-        """The response that is over; it is kept if that is wanted."""
-        done = replies.done.get(0)
+    def _over(self, replies: Replies | None) -> dict[str, Any]:
+        """The response that is over, without replies if it was cancelled before any; it is kept if that is wanted."""
+        done = None if replies is None else replies.done.get(0)
         details: dict[str, Any] | None = None
         if self._is_cancelled or done is None:
             status = "cancelled"
@@ -168,9 +196,10 @@ class ResponseReply:
         response = self._response(status, incomplete_details=details)
         response["output"] = self._output("completed" if status == "completed" else "incomplete")
         response["completed_at"] = int(time.time()) if status == "completed" else None
-        response["usage"] = response_usage(replies)
-        if done is not None and replies.ended_in_thought(0):
-            response["ended_in_thought"] = True
+        if replies is not None:
+            response["usage"] = response_usage(replies)
+            if done is not None and replies.ended_in_thought(0):
+                response["ended_in_thought"] = True
         if self._fields.store is not False:
             self._keep(response)
         return response
@@ -182,7 +211,7 @@ class ResponseReply:
 
     def _response(self, status: str, **values: Any) -> dict[str, Any]:
         fields = self._fields
-        sampling = self._prepared.requests[0].sampling
+        sampling = self._sampling or fields  # while its model is not there, what was asked for
         reasoning = fields.reasoning
         return {
             "id": self._id,
@@ -196,7 +225,7 @@ class ResponseReply:
             "instructions": fields.instructions,
             "max_output_tokens": fields.max_output_tokens,
             "max_tool_calls": None,
-            "model": self._prepared.model.name,
+            "model": self._name,
             "output": [],
             "parallel_tool_calls": fields.parallel_tool_calls is not False,
             "previous_response_id": fields.previous_response_id,
