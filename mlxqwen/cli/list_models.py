@@ -87,14 +87,12 @@ def _facts(models: Sequence[Download], context: int) -> list[dict[str, Any]]:
 
 
 def _facts_of(model: Download, conversions: Sequence[CachedModel], context: int) -> dict[str, Any]:
-    from mlxqwen.files.modelscope import is_complete
-
     stored: Footprint | None = None
     loaded: Footprint | None = None
-    if not any(model.folder.glob("*.safetensors")):
-        state = "no weights"
-    elif not is_complete(model.folder):
+    if model.is_incomplete:
         state = "incomplete"
+    elif not any(model.folder.glob("*.safetensors")):
+        state = "no weights"
     else:
         try:
             stored, loaded = measured(model.folder)
@@ -112,6 +110,7 @@ def _facts_of(model: Download, conversions: Sequence[CachedModel], context: int)
         "bytes": model.nbytes,
         "last_used": datetime.fromtimestamp(model.last_used, UTC).isoformat(timespec="seconds"),
         "state": state,
+        "downloading": state == "incomplete" and model.is_under_way,
         "format": None if stored is None else stored.format,
         "parameters": None if stored is None else stored.parameters,
         **_needs(sized, context),
@@ -145,7 +144,7 @@ def _aliases(known: Sequence[Download], context: int) -> list[dict[str, Any]]:
     from mlxqwen.files.aliases import ALIASES
     from mlxqwen.model.releases import footprints_of_release
 
-    here = {model.repo_id for model in known if any(model.folder.glob("*.safetensors"))}
+    here = {one.repo_id for one in known if any(one.folder.glob("*.safetensors")) and not one.is_incomplete}
     rows = []
     for alias, repo_id in ALIASES.items():
         sizes = footprints_of_release(repo_id)
@@ -174,7 +173,8 @@ def _downloads_text(rows: Sequence[dict[str, Any]], others: int, faults: Sequenc
         alias = min(row["aliases"], key=len, default="")
         converted = sum(one["bytes"] for one in row["converted"])
         words = (name, alias, _size(row["bytes"]), _yes(row["fits"]), _size(converted) if converted else "")
-        cells.append([one_line(word) for word in (*words, row["state"], row["last_used"][:10])])
+        state = f"{row['state']}, downloading" if row["downloading"] else row["state"]
+        cells.append([one_line(word) for word in (*words, state, row["last_used"][:10])])
     text = table(_DOWNLOADS, cells, columns_of(sys.stdout)) if cells else "no model is downloaded; see mlxqwen pull\n"
     if others:
         text += f"and {counted(others, 'model')} of other kinds in the same caches\n"

@@ -16,6 +16,8 @@ from mlxqwen.files.hub import MODELSCOPE_PREFIX, expanded, located
 from mlxqwen.files.hub_download import hub_client, quiet_warnings
 from mlxqwen.files.hub_source import HubModel
 from mlxqwen.files.json_file import read_json_object
+from mlxqwen.files.modelscope import is_complete
+from mlxqwen.files.under_way import is_under_way, locks_of, none_under_way
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, HFCacheInfo
@@ -35,6 +37,7 @@ class Download:
         revision: the commit, or with ModelScope the branch or tag.
         refs: branches and tags that mean this commit.
         folder: its files.
+        locks: the folder of the model's locks; see `mlxqwen.files.under_way`.
         nbytes: what they take on the disk.
         last_used: in seconds since 1970; 0 where it is not known.
         model_type: of its `config.json`; None if it has none.
@@ -45,6 +48,7 @@ class Download:
     revision: str
     refs: tuple[str, ...]
     folder: Path
+    locks: Path
     nbytes: int
     last_used: float
     model_type: str | None
@@ -53,6 +57,19 @@ class Download:
     def name(self) -> str:
         """What it is called wherever a model is named."""
         return f"{MODELSCOPE_PREFIX * self.is_of_modelscope}{self.repo_id}"
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a process downloads a state of the model now."""
+        return is_under_way(self.locks)
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether some of its files are missing, as far as can be told without the hub."""
+        if any(self.folder.glob("*.safetensors")):
+            return not is_complete(self.folder)
+        has_parts = any((self.folder.parent.parent / "blobs").glob("*.incomplete"))
+        return self.is_under_way or has_parts or any(self.folder.glob("*.incomplete"))
 
     @property
     def is_of_qwen3(self) -> bool:
@@ -73,6 +90,7 @@ class Removal:
         name: the model's.
         removed: its states that go.
         kept: those that stay.
+        locks: the folder of the model's locks.
         nbytes: what is freed; what another state shares stays, and does not count.
         paths: the files and folders, all of them in the model's own folder.
         remove: removes them as far as it can.
@@ -81,13 +99,15 @@ class Removal:
     name: str
     removed: tuple[Download, ...]
     kept: tuple[Download, ...]
+    locks: Path
     nbytes: int
     paths: tuple[Path, ...]
     remove: Callable[[], None]
 
     def run(self) -> None:
-        """Remove it. Raises `HubError` for what cannot be removed; the rest is gone then."""
-        self.remove()
+        """Remove it. Raises `HubError` while another process downloads it, and for what cannot be removed."""
+        with none_under_way(self.locks, self.name):
+            self.remove()
         left = next((path for path in self.paths if os.path.lexists(path)), None)
         if left is not None:
             raise HubError(
@@ -119,8 +139,14 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
         revision: a commit, the beginning of one, a branch or a tag; by default all that is there.
 
     Raises:
-        HubError: it is not in the cache, or is no plain folder there.
+        HubError: it is not in the cache, is no plain folder there, or is being downloaded by another process.
     """
+    removal = _found(name, revision)
+    with none_under_way(removal.locks, removal.name):
+        return removal
+
+
+def _found(name: str, revision: str | None) -> Removal:
     if name.startswith(("/", ".", "~")) and os.path.lexists(expanded(name)):  # whatever it is
         raise _own_folder(name)
     place = located(name, None)
@@ -160,8 +186,9 @@ def _damaged(place: HubModel) -> Removal | None:
     if not folder.is_dir():
         return None
     _check_within(place.name, [folder], folder)
+    locks = locks_of(root, place.repo_id)
     return Removal(
-        place.name, (), (), _disk_bytes(folder), (folder,), lambda: shutil.rmtree(folder, ignore_errors=True)
+        place.name, (), (), locks, _disk_bytes(folder), (folder,), lambda: shutil.rmtree(folder, ignore_errors=True)
     )
 
 
@@ -186,14 +213,14 @@ def _hub_removal(name: str, removed: tuple[Download, ...], kept: tuple[Download,
         with quiet_warnings():
             strategy.execute()
 
-    return Removal(name, removed, kept, nbytes, paths, remove)
+    return Removal(name, removed, kept, removed[0].locks, nbytes, paths, remove)
 
 
 def _modelscope_removal(name: str, removed: tuple[Download, ...], kept: tuple[Download, ...]) -> Removal:
     """Folders of revisions share nothing; with the last one, the model's own goes."""
     paths = []
     for one in removed:
-        root = _repo_folder(one.folder)
+        root = one.locks
         path = one.folder if kept else root
         _check_within(name, [path], root)
         paths += [path] if path not in paths else []
@@ -203,7 +230,7 @@ def _modelscope_removal(name: str, removed: tuple[Download, ...], kept: tuple[Do
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
 
-    return Removal(name, removed, kept, nbytes, tuple(paths), remove)
+    return Removal(name, removed, kept, removed[0].locks, nbytes, tuple(paths), remove)
 
 
 def _check_within(name: str, paths: Sequence[Path], folder: Path) -> None:
@@ -245,6 +272,7 @@ def _of_hub(repo: CachedRepoInfo) -> Iterator[Download]:
             revision=revision.commit_hash,
             refs=tuple(sorted(revision.refs)),
             folder=Path(revision.snapshot_path),
+            locks=locks_of(repo.repo_path.parent, repo.repo_id),
             nbytes=revision.size_on_disk,
             last_used=repo.last_accessed,
             model_type=_model_type(Path(revision.snapshot_path)),
@@ -272,14 +300,11 @@ def _of_modelscope(repo: Any) -> Iterator[Download]:
                 revision="master" if folder == root else folder.name,
                 refs=(),
                 folder=folder,
+                locks=root,
                 nbytes=_disk_bytes(folder),
                 last_used=folder.stat().st_mtime,
                 model_type=_model_type(folder),
             )
-
-
-def _repo_folder(folder: Path) -> Path:
-    return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 
 def _model_type(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from mlxqwen.files.hub_errors import first_line, hub_error, hub_variables, is_ti
 from mlxqwen.files.hub_settings import can_be_imported
 from mlxqwen.files.hub_source import HubModel, checked
 from mlxqwen.files.transfer import Download, Given, QuietLog, waited_for
+from mlxqwen.files.under_way import locks_of, remove_leftovers
 
 if TYPE_CHECKING:
     from mlxqwen.files.preview import Listing
@@ -88,6 +89,11 @@ class HuggingFace:
         """The model's id."""
         return self.place.repo_id
 
+    @property
+    def locks(self) -> Path:
+        """The folder of the model's locks."""
+        return locks_of(Path(hub_client(self.name).constants.HF_HUB_CACHE), self.name)
+
     def listed(self) -> Listing | Path | None:
         """The hub's files of the model; an earlier download where it does not answer; None where it is not asked."""
         from mlxqwen.files.preview import list_files  # of no use to most loads
@@ -131,6 +137,7 @@ class HuggingFace:
     def fetch(self, listing: Listing | None, names: Sequence[str] | None = None) -> Path:
         """Download files, or all that are wanted → the model's folder. Raises `HubError`."""
         client, place = hub_client(self.name), self.place
+        remove_leftovers(Path(client.constants.HF_HUB_CACHE) / self.locks.name / "blobs", self.locks)
 
         def work(given: Given) -> Path:
             with quiet_warnings():  # also of downloads that nobody waits for any more

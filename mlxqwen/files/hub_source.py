@@ -58,6 +58,10 @@ class Source(Protocol):
     def fetch(self, listing: Listing | None, names: Sequence[str] | None = None) -> Path:
         """Download files, or all that are wanted → the model's folder. Raises `HubError`."""
 
+    @property
+    def locks(self) -> Path:
+        """The folder of the model's locks, once it is listed; see `mlxqwen.files.under_way`."""
+
     def errors(self) -> AbstractContextManager[None]:
         """Turns what the hub's client raises into `HubError`."""
 
@@ -70,6 +74,7 @@ def downloaded(source: Source, check: Callable[[Path], object] | None = None) ->
         check: called with a preview before weights are downloaded.
     """
     from mlxqwen.files.transfer import looking_up  # of no use to most loads
+    from mlxqwen.files.under_way import is_under_way, marked
 
     with looking_up(source.name):
         known = _listed(source)
@@ -77,10 +82,13 @@ def downloaded(source: Source, check: Callable[[Path], object] | None = None) ->
             return known
         folder = None if known is None else source.kept(known)
         if folder is None:
-            if check is not None and known is not None and known.missing_weights:
-                with _previewed(source, known) as preview:
-                    check(preview)
-            folder = source.fetch(known)
+            if is_under_way(source.locks):
+                logger.warning("%s: another process is downloading it; what it has begun is waited for", source.name)
+            with marked(source.locks):
+                if check is not None and known is not None and known.missing_weights:
+                    with _previewed(source, known) as preview:
+                        check(preview)
+                folder = source.fetch(known)
         checked(source, folder)
     for note in adapters_among(known.adapters) if known is not None else ():
         logger.warning(note)

@@ -63,6 +63,12 @@ class ModelScope:
         """What the user called it."""
         return self.place.name
 
+    @property
+    def locks(self) -> Path:
+        """The model's own folder: its client's locks lie elsewhere."""
+        folder = self._folder
+        return folder.parent.parent if folder.parent.name == "snapshots" else folder
+
     def listed(self) -> Listing | Path | None:
         """The hub's files of the model; an earlier download where it is not asked or does not answer."""
         with self.errors():

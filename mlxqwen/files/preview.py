@@ -21,6 +21,7 @@ from mlxqwen.files.adapters import is_adapter_below
 from mlxqwen.files.headers_only import PREVIEW
 from mlxqwen.files.hub import GGUF_SUFFIXES
 from mlxqwen.files.transfer import Given, waited_for
+from mlxqwen.files.under_way import begun_bytes, locks_of
 
 __all__ = ["Listing", "bytes_of", "check_room", "first_adapters", "first_gguf", "list_files", "preview"]
 
@@ -80,7 +81,8 @@ def list_files(repo_id: str, revision: str | None, wanted: Sequence[str], unwant
     sizes = {name: sizes[name] for name in names}
     missing = (name for name in sizes if not isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str))
     place = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    begun, first_bytes = partial(bytes_of, place / "blobs", "*.incomplete"), partial(_first_bytes, repo_id, commit)
+    locks = locks_of(Path(constants.HF_HUB_CACHE), repo_id)
+    begun, first_bytes = partial(begun_bytes, place / "blobs", locks), partial(_first_bytes, repo_id, commit)
     return Listing(repo_id, commit, sizes, tuple(missing), place, "HF_HOME", begun, first_bytes, adapters, gguf)
 
 
