@@ -7,17 +7,19 @@ of the result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlxqwen_convert import integer
 from mlxqwen_convert.affine import Packed, unpack
 from mlxqwen_convert.scales import check_scales, refuse_zero_scales
 
-__all__ = ["check", "dequantize", "repack"]
+__all__ = ["NIBBLES", "check", "dequantize", "repack"]
 
 _BITS = 4
-# The nibble that holds the column.
-_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+# The nibble of a word that holds each of its columns.
+NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def repack(qweight: mx.array, qzeros: mx.array, scales: mx.array, dtype: mx.Dtype = mx.float16) -> Packed:
@@ -46,20 +48,16 @@ def check(
 
 
 def _words(qweight: mx.array) -> mx.array:
-    """uint32 `[out, in / 8]` from `[in, out / 8]`: eight words are an 8 × 8 matrix of nibbles to transpose."""
-    words = mx.contiguous(qweight).view(mx.uint32)
-    width, columns = words.shape
-    for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-        shift, low = 4 * half, mx.array(mask, dtype=mx.uint32)
-        pairs = words.reshape(-1, 2, half * columns)
-        upper, lower = pairs[:, 0], pairs[:, 1]
-        words = mx.stack([(upper & low) | ((lower & low) << shift), ((upper >> shift) & low) | (lower & ~low)], axis=1)
-    nibbles = words.reshape(width // 8, 8, columns)
-    columns_in_order = nibbles[:, mx.array(_NIBBLES)]
-    return mx.contiguous(columns_in_order.transpose(2, 1, 0)).reshape(8 * columns, width // 8)
+    """uint32 `[out, in / 8]` from `[in, out / 8]`."""
+    import numpy as np  # not all conversions need it
+
+    from mlxqwen_convert.awq_words import mlx_words
+
+    words: Any = mlx_words(np.asarray(qweight).view(np.uint32))
+    return mx.array(words)
 
 
 def _zeros(qzeros: mx.array) -> mx.array:
     """float32 `[out, groups]`."""
-    nibbles = unpack(qzeros, _BITS).reshape(len(qzeros), -1, 8)[..., mx.array(_NIBBLES)]
+    nibbles = unpack(qzeros, _BITS).reshape(len(qzeros), -1, 8)[..., mx.array(NIBBLES)]
     return mx.contiguous(nibbles.reshape(len(qzeros), -1).T).astype(mx.float32)

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Buffers", "Quantized", "Quantizer", "Read", "working_bytes"]
+from mlxqwen_convert.buffers import Buffers
+
+__all__ = ["Quantized", "Quantizer", "Read", "working_bytes"]
 
 Floats = NDArray[np.float32]
 Words = NDArray[Any]
@@ -30,8 +32,7 @@ Read = Callable[[Words, int], None]
 
 _UNIT = 8
 _LANES = _UNIT // 2
-_CACHE_LINE = 64
-_PASSING_BYTES, _PASSING_BYTES_OF_GROUP = 1 << 20, 40
+_PASSING_BYTES_OF_GROUP = 40
 _WEIGHTS_PER_BLOCK = 1 << 18
 # Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
 _WIDTH_STEP = 16
@@ -60,26 +61,6 @@ class Quantized(NamedTuple):
     wide_biases: Floats
     squared_error: float
     squared_norm: float
-
-
-class Buffers:
-    """Memory for one quantizer after another, of any size: fresh memory takes as long as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Words] = {}
-        # The C library of Linux gives blocks larger than any freed so far back to the system, which zeroes them for
-        # their next use: a twentieth of all time for the passing arrays of groups. Once it has seen this one, it keeps
-        # them.
-        np.empty(_PASSING_BYTES, np.uint8)
-
-    def array(self, name: str, dtype: type[np.generic], *shape: int) -> Words:
-        """One that begins where a line of the cache does: no vector then lies across two of them."""
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        if name not in self._kept or self._kept[name].nbytes < nbytes:
-            self._kept.pop(name, None)  # the old one goes before the new one comes
-            memory = np.empty(nbytes + _CACHE_LINE, np.uint8)
-            self._kept[name] = memory[-memory.ctypes.data % _CACHE_LINE :]
-        return self._kept[name][:nbytes].view(dtype).reshape(shape)
 
 
 class Quantizer:

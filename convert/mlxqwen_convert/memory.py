@@ -19,6 +19,8 @@ _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 _NUMPY_BYTES = 15 << 20
 # Its buffers, those of all threads together, at most: alone, and where MLX has its own beside them; and at least.
 _NUMPY_CHUNKS_BYTES, _NUMPY_CHUNKS_BESIDE_MLX, _LEAST_NUMPY_CHUNKS_BYTES = 26 << 20, 8 << 20, 2 << 20
+# What threads keep to compare codes in, all together.
+_KEPT_CODES_BYTES = 6 << 20
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
 _BUFFER_BYTES = 44
 # Strips of what is read by columns, those of all workers together.
@@ -70,9 +72,19 @@ def _fixed_bytes(plan: Plan) -> int:
     tensors = sum(len(part) for planned in plan.modules for part in planned.parts)
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
-    by_numpy = True in _by_numpy(plan)
+    by_numpy = True in _by_numpy(plan) or _keeps_codes(plan)
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
-    return _BASE_BYTES + tables + by_columns * _STRIPS_BYTES + by_numpy * _NUMPY_BYTES
+    return (
+        _BASE_BYTES
+        + tables
+        + by_columns * _STRIPS_BYTES
+        + by_numpy * _NUMPY_BYTES
+        + _keeps_codes(plan) * _KEPT_CODES_BYTES
+    )
+
+
+def _keeps_codes(plan: Plan) -> bool:
+    return any(planned.method == "repack" for planned in plan.modules)
 
 
 def _by_numpy(plan: Plan) -> set[bool]:

@@ -24,14 +24,17 @@ from mlxqwen_convert.scales import has_infinities
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.target_files import TargetFiles
 from mlxqwen_convert.tasks import Allowance, Task, chunks_of
-from mlxqwen_convert.verification import ModuleError, compare, error_of, error_of_bfloat16
+from mlxqwen_convert.verification import ModuleError, compare, error_of_bfloat16, error_of_kept_codes
 
 if TYPE_CHECKING:
     from mlxqwen_convert.bfloat16 import Quantizer
+    from mlxqwen_convert.buffers import Buffers
 
 __all__ = ["NumpyRows", "Written", "check_on_disk", "is_on_disk", "numpy_target", "repacked", "write_task"]
 
 _NUMPY_BITS = (4, 8)
+# What a weight takes whose code is kept, beside one that is made of a float.
+_REPACKED_SHARE = 1 / 4
 # Larger chunks of NumPy's are no quicker.
 _LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
 
@@ -97,11 +100,13 @@ def write_task(
     planned = plan.modules[task.module]
     digests, total = _Digests(planned), ModuleError()
     target_form = numpy_target(plan, planned, task.part)
-    make = _make_rows if target_form is None else numpy_rows.make
-    for rows in chunks_of(planned, task, chunk if target_form is None else numpy_rows.chunk(target_form)):
-        # NumPy's chunks have memory of their own.
-        in_hand = (rows[1] - rows[0]) * planned.module.width if target_form is None else 0
-        with allowance.taken(in_hand):
+    make, share = _make_rows, 1.0
+    if target_form is not None:
+        make, share, chunk = numpy_rows.make, 0.0, numpy_rows.chunk(target_form)  # these have memory of their own
+    elif planned.method == "repack":
+        make, share, chunk = numpy_rows.repack, _REPACKED_SHARE, int(chunk / _REPACKED_SHARE)
+    for rows in chunks_of(planned, task, chunk):
+        with allowance.taken(int(share * (rows[1] - rows[0]) * planned.module.width)):
             arrays, error = make(plan, task, source, rows, measure)
             for number, (tensor, array) in enumerate(zip(planned.outputs, arrays, strict=True)):
                 data = as_bytes(array)
@@ -127,7 +132,7 @@ def numpy_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantiz
 
 
 class NumpyRows:
-    """Makes rows of a `numpy_target`; each thread keeps its buffers for further chunks.
+    """Makes rows of a `numpy_target`, and those whose codes are kept; each thread keeps its buffers for further chunks.
 
     Attributes:
         bytes_of_thread: what a thread may hold, as given.
@@ -167,8 +172,34 @@ class NumpyRows:
             return _make_rows(plan, task, source, rows, measure)  # says what is wrong
         return (found.weight, found.scales, found.biases), error_of_bfloat16(found) if measure else ModuleError()
 
+    def repack(
+        self, plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
+    ) -> tuple[tuple[Any, ...], ModuleError]:
+        """As `_make_rows` does, where codes are kept."""
+        planned, dtype = plan.modules[task.module], mlx_dtype(plan.dtype)
+        part, reader, target = planned.parts[task.part], planned.readers[task.part], planned.target
+        packed = repacked(planned, reader, part, source, rows, dtype, check=True)
+        infinite = has_infinities(packed.scales) | has_infinities(packed.biases)
+        mx.eval(infinite, *packed)  # all at once: each wait costs more than the small sums
+        if infinite.item():
+            _refuse_infinities(plan, task, source, rows, packed)
+        if not measure or target is None:
+            return packed, ModuleError()
+        from mlxqwen_convert.kept_codes import look_at  # takes NumPy, which not all conversions need
+
+        found = look_at(
+            reader.source_codes(source, part, *rows), packed, target.bits, target.group_size, self._buffers()
+        )
+        return packed, error_of_kept_codes(found, planned, plan.dtype, rows)
+
+    def _buffers(self) -> Buffers:
+        from mlxqwen_convert.buffers import Buffers
+
+        kept: Buffers = self._local.__dict__.setdefault("buffers", Buffers())
+        return kept
+
     def _quantizer(self, weights: int, target: AffineQuantization | None) -> Quantizer:
-        from mlxqwen_convert.bfloat16 import Buffers, Quantizer  # takes NumPy, which not all conversions need
+        from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
 
         if target is None:
             raise ConversionError("found no target, expected 4 or 8 bits")
@@ -176,8 +207,7 @@ class NumpyRows:
         kept: Quantizer | None = own.get("quantizer")
         if kept is None or kept.form != (weights, target.group_size, target.bits):
             kept = own["quantizer"] = None  # lets go of its buffers
-            buffers = own.setdefault("buffers", Buffers())
-            kept = own["quantizer"] = Quantizer(weights, target.group_size, target.bits, buffers)
+            kept = own["quantizer"] = Quantizer(weights, target.group_size, target.bits, self._buffers())
         return kept
 
 
@@ -188,10 +218,7 @@ def _make_rows(
     planned, dtype = plan.modules[task.module], mlx_dtype(plan.dtype)
     part, reader, target = planned.parts[task.part], planned.readers[task.part], planned.target
     arrays: tuple[mx.array, ...]
-    if planned.method == "repack":
-        arrays = repacked(planned, reader, part, source, rows, dtype, check=True)
-        floats = reader.floats(source, part, *rows, check=False) if measure else mx.array(0.0)
-    elif target is None and isinstance(reader, FloatReader) and part["weight"].dtype == plan.dtype:
+    if target is None and isinstance(reader, FloatReader) and part["weight"].dtype == plan.dtype:
         arrays = (reader.stored(source, part, *rows),)
         floats = arrays[0].astype(mx.float32) if measure else mx.array(0.0)
     else:
@@ -201,14 +228,14 @@ def _make_rows(
             arrays = (floats.astype(dtype),)
         else:
             arrays = affine.quantize(floats, target.group_size, target.bits, dtype, search=plan.options.quality)
-    sums = compare(floats, arrays, planned, plan) if measure else mx.zeros(0)
+    sums = compare(floats, arrays, planned, plan) if measure else mx.zeros(3)
     infinite = mx.stack([has_infinities(array).astype(mx.float32) for array in arrays if array.dtype != mx.uint32])
     found = mx.concatenate([sums, infinite])
     mx.eval(found, *arrays)  # all at once: each wait costs more than the small sums
-    numbers = cast(list[float], found.tolist())
-    if any(numbers[sums.size :]):
+    error, norm, bound, *infinities = cast(list[float], found.tolist())
+    if any(infinities):
         _refuse_infinities(plan, task, source, rows, arrays)
-    return arrays, error_of(numbers[: sums.size], planned, rows) if measure else ModuleError()
+    return arrays, ModuleError(error, norm, bound)
 
 
 def _refuse_infinities(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import mlx.core as mx
 
@@ -20,6 +20,9 @@ from mlxqwen_convert.errors import SourceError
 from mlxqwen_convert.names import Module, Part
 from mlxqwen_convert.scales import first_true, refuse_lost_scales
 from mlxqwen_convert.source_files import SourceFiles
+
+if TYPE_CHECKING:
+    from mlxqwen_convert.kept_codes import SourceCodes
 
 __all__ = [
     "CHECK_CONFIG",
@@ -68,6 +71,10 @@ class Reader(Protocol):
         """The rows' own codes as MLX packs them, their scales and biases in `dtype`."""
         ...
 
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        """The rows' own codes, scales and biases, to compare with what is written of `packed`."""
+        ...
+
 
 def require(module: Module, part: Part, word: str, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
     """Raise `SourceError` unless `part` has a tensor of one of these dtypes and shapes."""
@@ -96,7 +103,7 @@ def allow(part: Part, words: Sequence[str]) -> None:
             )
 
 
-def no_codes(part: Part) -> Packed:
+def no_codes(part: Part) -> NoReturn:
     """Raise `SourceError`: a format of floats has nothing that MLX could pack."""
     info = next(iter(part.values()))
     raise SourceError(f"{info.name}: has no codes to keep")
@@ -125,7 +132,10 @@ class FloatReader:
         return files.whole(info).reshape(1, -1) if len(info.shape) == 1 else files.rows(info, start, stop)
 
     def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
-        return no_codes(part)
+        no_codes(part)
+
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        no_codes(part)
 
 
 def _check_finite(rows: mx.array, info: TensorInfo, start: int) -> None:
@@ -187,7 +197,10 @@ class Fp8Reader:
         return fp8.dequantize_rows(codes, scale, self.block, start)
 
     def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
-        return no_codes(part)
+        no_codes(part)
+
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        no_codes(part)
 
 
 def _whole_or_row(module: Module) -> list[tuple[int, ...]]:
@@ -229,6 +242,11 @@ class MlxReader:
             affine.check(packed, part["weight"].name, start)
         return packed
 
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        from mlxqwen_convert.kept_codes import of_mlx  # takes NumPy, which not all conversions need
+
+        return of_mlx(self.packed(files, part, start, stop, mx.float32, check=False), self.own.bits)
+
 
 @dataclass(frozen=True, slots=True)
 class AwqReader:
@@ -257,6 +275,11 @@ class AwqReader:
         if check:
             refuse_lost_scales(tile[2], dtype, part["scales"].name)
         return awq.repack(*tile, dtype)
+
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        from mlxqwen_convert.kept_codes import of_awq  # takes NumPy, which not all conversions need
+
+        return of_awq(*self._tile(files, part, start, stop, False))
 
     def _tile(
         self, files: SourceFiles, part: Part, start: int, stop: int, check: bool
@@ -311,6 +334,11 @@ class GptqReader:
             self._check(tile, part, None, start)
             refuse_lost_scales(tile[2], dtype, part["scales"].name)
         return gptq.repack(*tile, self.bits, dtype, zero_offset=self.zero_offset)
+
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        from mlxqwen_convert.kept_codes import of_gptq  # takes NumPy, which not all conversions need
+
+        return of_gptq(*self._tile(files, part, start, stop), self.bits, self.zero_offset)
 
     def _tile(self, files: SourceFiles, part: Part, start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:
         words = 32 // self.bits
@@ -373,6 +401,11 @@ class PackedReader:
             compressed_tensors.check(*tile, self.bits, width, name=part["weight_scale"].name, row_offset=start)
             refuse_lost_scales(tile[1], dtype, part["weight_scale"].name)
         return compressed_tensors.repack(*tile, self.bits, width, dtype)
+
+    def source_codes(self, files: SourceFiles, part: Part, start: int, stop: int) -> SourceCodes:
+        from mlxqwen_convert.kept_codes import of_compressed_tensors  # takes NumPy, which not all conversions need
+
+        return of_compressed_tensors(*self._tile(files, part, start, stop), self.bits)
 
     def _width(self, part: Part) -> int:
         return part["weight_packed"].shape[1] * 32 // self.bits

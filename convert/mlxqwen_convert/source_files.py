@@ -17,9 +17,12 @@ from mlxqwen_convert.open_files import OpenFiles
 __all__ = ["SMALL_STRIP", "STRIP_BYTES", "FileState", "SourceFiles", "as_array", "file_state"]
 
 # What a thread reads at once of a matrix that is wanted by columns.
-STRIP_BYTES = 1 << 20
+STRIP_BYTES = 1 << 21
 # Zeros and scales are so few beside the codes that a strip of this part of it has those of as many columns.
 SMALL_STRIP = 8
+# Between two pieces of a strip that are read as one: a call of the system takes as long as so many bytes.
+_LONGEST_GAP = 1 << 13
+_SPAN_BYTES = 1 << 18
 
 FileState = tuple[int, int, int]
 """Size, time of change in nanoseconds, and the file's number."""
@@ -93,12 +96,10 @@ class SourceFiles:
         if stop - start == width:
             return self.rows(info, 0, rows)
         item = ITEM_BYTES[info.dtype]
-        first, size, pitch = start * item, (stop - start) * item, width * item
-        data = bytearray(rows * size)
+        data = bytearray(rows * (stop - start) * item)
         try:
             with self._files.opened(info.path) as descriptor:
-                for row in range(rows):
-                    data[row * size : (row + 1) * size] = _read(descriptor, info, first + row * pitch, size)
+                _read_columns(descriptor, info, (start * item, (stop - start) * item, width * item), data)
         except OSError as cause:
             raise unreadable(info.path, cause) from None
         return as_array(data, info.dtype, (rows, stop - start))
@@ -119,9 +120,7 @@ class SourceFiles:
         """Fill a buffer with the bytes of a tensor from `start` on."""
         try:
             with self._files.opened(info.path) as descriptor:
-                count = os.preadv(descriptor, [buffer], info.start + start)
-                if count < len(buffer):
-                    buffer[count:] = _read(descriptor, info, start + count, len(buffer) - count)
+                _read_into(descriptor, info, start, buffer)
         except OSError as cause:
             raise unreadable(info.path, cause) from None
 
@@ -137,6 +136,38 @@ class SourceFiles:
     def close(self) -> None:
         """Close all files."""
         self._files.close()
+
+
+def _read_columns(descriptor: int, info: TensorInfo, place: tuple[int, int, int], data: bytearray) -> None:
+    """Fill `data` with a piece of each row of a matrix.
+
+    Args:
+        place: where the piece begins in a row, its size and the row's, in bytes.
+    """
+    first, size, pitch = place
+    rows = len(data) // size
+    if pitch - size > _LONGEST_GAP:
+        view = memoryview(data)
+        for row in range(rows):
+            _read_into(descriptor, info, first + row * pitch, view[row * size : (row + 1) * size])
+        return
+    import numpy as np  # not all conversions need it
+
+    pieces = np.frombuffer(data, np.uint8).reshape(rows, size)
+    most = min(rows, max(1, _SPAN_BYTES // pitch))
+    span = bytearray(most * pitch)
+    by_row = np.frombuffer(span, np.uint8).reshape(most, pitch)
+    for row in range(0, rows, most):
+        count = min(most, rows - row)
+        last = (count - 1) * pitch + size  # what follows the last piece may lie beyond the tensor
+        _read_into(descriptor, info, first + row * pitch, memoryview(span)[:last])
+        pieces[row : row + count] = by_row[:count, :size]
+
+
+def _read_into(descriptor: int, info: TensorInfo, start: int, buffer: memoryview) -> None:
+    count = os.preadv(descriptor, [buffer], info.start + start)
+    if count < len(buffer):
+        buffer[count:] = _read(descriptor, info, start + count, len(buffer) - count)
 
 
 def _read(descriptor: int, info: TensorInfo, start: int, size: int) -> bytes:

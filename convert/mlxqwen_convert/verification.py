@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,15 +16,19 @@ from mlxqwen_convert.plan import Plan, PlannedModule
 
 if TYPE_CHECKING:
     from mlxqwen_convert.bfloat16 import Quantized
+    from mlxqwen_convert.kept_codes import Found
 
-__all__ = ["ModuleError", "check_errors", "compare", "error_of", "error_of_bfloat16"]
+__all__ = ["ModuleError", "check_errors", "compare", "error_of_bfloat16", "error_of_kept_codes"]
 
 # A number's distance from the nearest one in a dtype, relative to it: half a unit in the last place.
 _HALF_ULP = {"BF16": 2.0**-9, "F16": 2.0**-12, "F32": 0.0}
 _FAULTY = "The disk or the memory may be faulty. Convert again, and tell the developers if this comes back."
 # Arrays of MLX or NumPy.
 Magnitudes = TypeVar("Magnitudes", bound=Any)
+# Half of the smallest number above zero, where weights come near it.
 _SMALLEST = {"BF16": 0.0, "F16": 2.0**-25, "F32": 0.0}
+# Half of the smallest number above zero of BF16.
+_SUBNORMAL = 2.0**-134
 # What may be lost to numbers too small for a dtype, relative to the weights' root mean square.
 _LOST_TO_SMALLNESS = 0.01
 
@@ -68,10 +72,9 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedModule, plan: Plan) -> mx.array:
-    """The sums that `error_of` reads, float32 `[4]`, not evaluated yet.
+    """The sums of a `ModuleError`, float32 `[3]`, not evaluated yet.
 
-    They are those of the squared differences, of the squared weights and of what the squared differences may come to,
-    and, where codes are kept, how far the worst weight is beyond what rounding explains.
+    They are those of the squared differences, of the squared weights and of what the squared differences may come to.
 
     Args:
         expected: float32 `[rows, width]`, dequantized from the source.
@@ -83,25 +86,19 @@ def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedM
     if planned.target is None:
         error = affine.sum_of_squares(expected - written[0].astype(mx.float32))
         bound = 8 * norm * _HALF_ULP[plan.dtype] ** 2 + 2 * expected.size * mx.square(smallest)
-        return mx.stack([error, norm, bound, mx.array(0.0)])
+        return mx.stack([error, norm, bound])
     packed, group_size, bits = Packed(*written), planned.target.group_size, planned.target.bits
     difference = expected - affine.dequantize(packed, group_size, bits)
     scales, biases = mx.abs(packed.scales.astype(mx.float32)), mx.abs(packed.biases.astype(mx.float32))
-    # Nearest codes are off by half a step at most, repacked ones by what their bias and scale lose when rounded; at
-    # the ends of the range a rounded scale or bias moves what can be reached.
-    rounding = _rounding(scales, biases, bits, plan.dtype)
-    reach, beyond = 2 * (rounding + smallest), mx.array(0.0)
-    if planned.method == "repack":
-        most = 2 * (rounding + _SMALLEST[plan.dtype] * 2**bits)
-        beyond = (mx.abs(difference).reshape(*scales.shape, group_size).max(axis=-1) - most).max()
-    else:
-        # A search gives up the ends of the range for a smaller error in all.
-        reach = reach + scales * (1.0 if plan.options.quality else 0.5)
-    return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size, beyond])
+    # Nearest codes are off by half a step at most; at the ends of the range a rounded scale or bias moves what can be
+    # reached. A search gives up the ends of the range for a smaller error in all.
+    reach = 2 * (_rounding(scales, biases, bits, plan.dtype) + smallest)
+    reach = reach + scales * (1.0 if plan.options.quality else 0.5)
+    return mx.stack([affine.sum_of_squares(difference), norm, affine.sum_of_squares(reach) * group_size])
 
 
 def error_of_bfloat16(found: Quantized) -> ModuleError:
-    """What `compare` and `error_of` find for nearest codes with BF16 scales, from sums that are at hand."""
+    """What `compare` finds for nearest codes with BF16 scales, from sums that are at hand."""
     import numpy as np  # not all conversions need it
 
     # A chunk has so many groups that fresh memory for each step would take longer than the steps.
@@ -120,17 +117,30 @@ def _rounding(scales: Magnitudes, biases: Magnitudes, bits: int, dtype: str) -> 
     return moved
 
 
-def error_of(sums: Sequence[float], planned: PlannedModule, rows: tuple[int, int]) -> ModuleError:
-    """What `compare` found for some rows. Raises `VerificationError` if codes that should be kept are not."""
-    error, norm, bound, beyond = sums
-    if planned.method != "repack":
-        return ModuleError(error, norm, bound)
-    if not beyond <= 0:
-        raise VerificationError(
-            f"{planned.module.path}: repacked codes differ from the source's between rows {rows[0]} and {rows[1]}",
-            hint=_FAULTY,
-        )
-    return ModuleError(error, norm, bound, (rows[1] - rows[0]) * planned.module.width)
+def error_of_kept_codes(found: Found, planned: PlannedModule, dtype: str, rows: tuple[int, int]) -> ModuleError:
+    """The sums for codes that were kept, which differ from the source by what rounding their scales and biases does.
+
+    Raises:
+        VerificationError: codes are not the source's, or a scale or a bias is not the nearest to its own.
+    """
+    import numpy as np  # not all conversions need it
+
+    target, where = planned.target, f"between rows {rows[0]} and {rows[1]}"
+    if target is None:
+        raise VerificationError(f"{planned.module.path}: has no codes to compare", hint=_FAULTY)
+    if not found.codes_are_kept:
+        raise VerificationError(f"{planned.module.path}: repacked codes differ from the source's {where}", hint=_FAULTY)
+    relative, absolute = 2 * _HALF_ULP[dtype] + 2.0**-23, max(_SMALLEST[dtype], _SUBNORMAL)
+    for errors, own in ((found.scale_errors, found.scales), (found.bias_errors, found.biases)):
+        if not (np.abs(errors) <= relative * np.abs(own) + absolute).all():
+            raise VerificationError(
+                f"{planned.module.path}: scales or biases differ from the source's {where}", hint=_FAULTY
+            )
+    count = (rows[1] - rows[0]) * planned.module.width
+    smallest = min(_SMALLEST[dtype], _LOST_TO_SMALLNESS * math.sqrt(found.squared_norm / count))
+    reach = 2 * (_rounding(np.abs(found.scales), np.abs(found.biases), target.bits, dtype) + smallest)
+    bound = float(np.square(reach).sum()) * target.group_size
+    return ModuleError(found.squared_error, found.squared_norm, bound, count)
 
 
 def check_errors(errors: Mapping[str, ModuleError]) -> None:

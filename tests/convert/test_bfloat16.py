@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mlxqwen_convert import affine, bfloat16
 from mlxqwen_convert.affine import GROUP_SIZES, Packed
-from mlxqwen_convert.bfloat16 import Buffers, Quantized, Quantizer, Read, working_bytes
+from mlxqwen_convert.bfloat16 import Quantized, Quantizer, Read, working_bytes
+from mlxqwen_convert.buffers import Buffers
 from mlxqwen_convert.verification import error_of_bfloat16
 from tests.convert.encoders import unpack_affine
 from tests.convert.test_affine import KINDS, random_weight

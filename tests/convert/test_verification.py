@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -57,18 +58,43 @@ def test_a_bit_that_flips_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     mended(source.folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["awq", "gptq8"])
-def test_a_code_that_is_not_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+@pytest.mark.parametrize("word", ["weight", "scales", "biases"])
+@pytest.mark.parametrize("form", ["awq", "gptq8", "int4-asymmetric"])
+def test_what_is_not_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, word: str) -> None:
     source = make_source(tmp_path / "in", form).write()
 
     def wrong(*arguments: Any, **options: Any) -> Packed:
-        weight, scales, biases = repacked(*arguments, **options)
-        return Packed(weight ^ (mx.arange(weight.shape[1]) == 3).astype(mx.uint32), scales, biases)
+        packed = repacked(*arguments, **options)
+        array = getattr(packed, word)
+        bits = array.view(mx.uint32 if word == "weight" else mx.uint16)
+        flipped = bits ^ (mx.arange(bits.shape[1]) == 1).astype(bits.dtype) * (1 if word == "weight" else 4)
+        return packed._replace(**{word: flipped.view(array.dtype)})
 
     monkeypatch.setattr("mlxqwen_convert.pipeline.repacked", wrong)
-    refused(source.folder, tmp_path / "out", "repacked codes differ")
+    what = "repacked codes differ" if word == "weight" else "scales or biases differ"
+    refused(source.folder, tmp_path / "out", what)
     monkeypatch.undo()
     mended(source.folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("form", "step", "match"),
+    [
+        ("awq", "mlxqwen_convert.awq._words", "repacked codes differ"),
+        ("awq", "mlxqwen_convert.awq._zeros", "scales or biases differ"),
+        ("gptq", "mlxqwen_convert.gptq._zeros", "scales or biases differ"),
+        ("int8-asymmetric", "mlxqwen_convert.compressed_tensors._zeros", "scales or biases differ"),
+    ],
+)
+def test_each_step_of_repacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, step: str, match: str
+) -> None:
+    """What compares them does not share a step with what repacks them."""
+    source = make_source(tmp_path / "in", form).write()
+    module, _, name = step.rpartition(".")
+    right = getattr(importlib.import_module(module), name)
+    monkeypatch.setattr(step, lambda *arguments: mx.concatenate([right(*arguments)[1:], right(*arguments)[:1]]))
+    refused(source.folder, tmp_path / "out", match)
 
 
 def test_scales_that_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
