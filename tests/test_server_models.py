@@ -253,7 +253,7 @@ def test_a_model_that_is_just_loaded_is_lent_to_nobody_before_who_asked_for_it_h
         assert changed.before is None
         assert lease.model is lease.entry.model
         lease.release()
-        assert lease.entry.uses == 0
+        assert not lease.entry.users
         assert not account().make_room(1 << 62, engine_of_another.scheduler)
         assert lease.entry.state == "unloaded"
     finally:

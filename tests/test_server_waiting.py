@@ -213,7 +213,7 @@ def test_models_that_take_turns(tokenizer: Tokenizer, path: str) -> None:
     async def turn(served: Several, name: str, other: str) -> None:
         entry = served.models.find(other)
         running = served.ask(other, reads=False, **LONG)
-        await until(lambda: entry.uses)
+        await until(lambda: entry.users)
         call = await waiting(served, path, model=name)
         await until(lambda: entry.is_leaving)
         running.may_read.set()

@@ -59,6 +59,11 @@ class Driver:
         """Whether this process was forked from the one that the driver belongs to."""
         return os.getpid() != self._process
 
+    @property
+    def has_daemon(self) -> bool:
+        """Whether steps are taken though no thread waits for a token."""
+        return self._daemon is not None and self._daemon.is_alive()
+
     def check_process(self) -> None:
         """Raise `OptionError` in a forked process, which lacks MLX's threads."""
         check_process()

@@ -74,6 +74,7 @@ class Generation:
     Attributes:
         request: what was submitted.
         number: its place in the order of submission.
+        submitted: when it was, in seconds of `time.monotonic`.
         text: ids of the prompt and the reply.
         count, limit: tokens of the reply so far, and at most.
         sampler: the request's own, while it is in no batch.
@@ -118,6 +119,7 @@ class Generation:
         "records",
         "request",
         "sampler",
+        "submitted",
         "text",
     )
 
@@ -125,6 +127,7 @@ class Generation:
         self.request = request
         self.model = model
         self.number = number
+        self.submitted = time.monotonic()
         self.text = list(request.prompt)
         self.count = 0
         window = request.cache.max_kv_size
@@ -163,6 +166,11 @@ class Generation:
     def urgency(self) -> tuple[int, int]:
         """The sort key of requests, the most urgent first: by priority, then by the order of submission."""
         return self.request.priority, self.number
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The sort key beside replies of other schedulers, the most urgent first."""
+        return self.request.priority, self.submitted
 
     @property
     def reader(self) -> Generation | None:

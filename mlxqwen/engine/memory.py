@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -18,9 +18,19 @@ from mlxqwen.errors import InsufficientMemoryError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 if TYPE_CHECKING:
+    from mlxqwen.engine.generation import Generation
     from mlxqwen.engine.scheduler import Scheduler
 
-__all__ = ["MemoryAccount", "account", "array_bytes", "buffer_bytes", "give_back", "slot_bytes", "weight_bytes"]
+__all__ = [
+    "Lender",
+    "MemoryAccount",
+    "account",
+    "array_bytes",
+    "buffer_bytes",
+    "give_back",
+    "slot_bytes",
+    "weight_bytes",
+]
 
 _WORK_SPACE = 64 * 2**20  # bytes that a chunk of a prompt, or a draw, takes in passing
 
@@ -52,6 +62,29 @@ def weight_bytes(model: Qwen3ForCausalLM) -> int:
     return sum(array.nbytes for _, array in parameters)
 
 
+class Lender(Protocol):
+    """Gives memory back for others, such as that of a model that nobody uses."""
+
+    def lend(self, borrower: Scheduler) -> bool:
+        """Give some back now, not of the borrower's own model → whether it has."""
+
+    def lendable_bytes(self, borrower: Scheduler) -> int:
+        """Bytes that it gives back sooner or later, once nobody uses them."""
+
+
+class Claim(NamedTuple):
+    """What waits for memory first among the replies of one scheduler."""
+
+    generation: weakref.ref[Generation]
+    nbytes: int
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it still waits."""
+        one = self.generation()
+        return one is not None and not one.is_over and one.prefill is None and one.batch is None
+
+
 class MemoryAccount:
     """Bytes that weights, caches in use and stores take, of all schedulers that share this machine.
 
@@ -59,13 +92,14 @@ class MemoryAccount:
         device: says how much may be used in all.
 
     Attributes:
-        lenders: asked, once stores have nothing left, by the scheduler that needs memory: each gives some back, such as
-            that of a model that nobody uses, and says whether it has. Not those of that scheduler's own model.
+        lenders: asked, once stores have nothing left, by the scheduler that needs memory.
+        reserved: bytes of weights that are being read, by the names of their models.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.lenders: list[Callable[[Scheduler], bool]] = []
+        self.lenders: list[Lender] = []
+        self.reserved: dict[str, int] = {}
         self._schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
     def add(self, scheduler: Scheduler) -> None:
@@ -83,8 +117,7 @@ class MemoryAccount:
 
     def left(self) -> int:
         """Bytes that are free."""
-        taken = sum(one.weight_bytes + one.cache_bytes + one.store.held_nbytes for one in self.schedulers)
-        return self.device.usable_memory - taken - _WORK_SPACE
+        return self.most() - sum(one.cache_bytes + one.store.held_nbytes for one in self.schedulers)
 
     def make_room(self, nbytes: int, first: Scheduler) -> bool:
         """Let stores evict blocks until `nbytes` are free, then lenders give back what they have → whether they are.
@@ -95,7 +128,7 @@ class MemoryAccount:
         """
         if self.shrink_stores(nbytes, first):
             return True
-        while nbytes > self.left() and any(lend(first) for lend in list(self.lenders)):
+        while nbytes > self.left() and any(lender.lend(first) for lender in list(self.lenders)):
             pass
         return nbytes <= self.left()
 
@@ -109,13 +142,17 @@ class MemoryAccount:
         return nbytes <= self.left()
 
     def most(self) -> int:
-        """Bytes that caches may take if nothing else runs: all except the weights."""
-        weights = sum(one.weight_bytes for one in self.schedulers)
+        """Bytes that caches may take beside the weights that are there, or are being read."""
+        weights = sum(one.weight_bytes for one in self.schedulers) + sum(self.reserved.values())
         return self.device.usable_memory - weights - _WORK_SPACE
 
-    def refuse_if_never(self, nbytes: int, what: str) -> None:
+    def most_ever(self, scheduler: Scheduler) -> int:
+        """Bytes that the caches of `scheduler` may take once lenders have given back all they can."""
+        return self.most() + sum(lender.lendable_bytes(scheduler) for lender in self.lenders)
+
+    def refuse_if_never(self, nbytes: int, what: str, scheduler: Scheduler) -> None:
         """Raise `InsufficientMemoryError` if `nbytes` would not fit even if nothing else ran."""
-        most = self.most()
+        most = self.most_ever(scheduler)
         if nbytes > most:
             raise InsufficientMemoryError(
                 f"{what} takes {_size(nbytes)}, expected at most {_size(max(most, 0))}, which this machine has beside "
@@ -123,6 +160,31 @@ class MemoryAccount:
                 hint="Shorten the prompt, hold fewer tokens (--max-kv-size) or fewer bits of them (--kv-bits 8), or "
                 "switch the check off (--force; Engine.load(force=True)).",
             )
+
+    # Who waits for memory. Replies of several schedulers come to it in one order, as those of one scheduler do.
+
+    def has_turn(self, scheduler: Scheduler, one: Generation) -> bool:
+        """Whether `one` may take memory: no more urgent reply of another scheduler waits for what caches hold."""
+        return all(claim.nbytes > self.most() for claim in self._claims_before(scheduler, one))
+
+    def is_crossed(self, scheduler: Scheduler, one: Generation, nbytes: int) -> bool:
+        """Whether `one` and a more urgent reply both wait for weights of each other's model to go."""
+        most = self.most()
+        return nbytes > most and any(claim.nbytes > most for claim in self._claims_before(scheduler, one))
+
+    def is_wanted(self, scheduler: Scheduler) -> bool:
+        """Whether a reply of another scheduler waits for weights to go."""
+        most = self.most()
+        return any(claim.nbytes > most for claim in self._claims(scheduler))
+
+    def _claims(self, but: Scheduler) -> list[Claim]:
+        """The claims of other schedulers that take their steps by themselves: others might never go on."""
+        others = [one for one in self.schedulers if one is not but and one.driver.has_daemon]
+        return [claim for one in others if (claim := one.claim) is not None and claim.is_live]
+
+    def _claims_before(self, scheduler: Scheduler, one: Generation) -> list[Claim]:
+        claims = [(claim, claim.generation()) for claim in self._claims(scheduler)]
+        return [claim for claim, other in claims if other is not None and other.rank < one.rank]
 
 
 def _size(nbytes: int) -> str:
@@ -145,6 +207,7 @@ def account() -> MemoryAccount:
         fresh = MemoryAccount(current_device())
         for scheduler in () if _account is None else _account.schedulers:
             fresh.add(scheduler)
-        fresh.lenders = [] if _account is None else _account.lenders
+        if _account is not None:
+            fresh.lenders, fresh.reserved = _account.lenders, _account.reserved
         _account = fresh
     return _account

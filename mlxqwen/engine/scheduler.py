@@ -29,13 +29,15 @@ from mlxqwen.engine.driver import Driver
 from mlxqwen.engine.generation import Generation
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.interrupts import ReadingPace, interrupts_deferred
-from mlxqwen.engine.memory import account, weight_bytes
+from mlxqwen.engine.memory import Claim, account, weight_bytes
 from mlxqwen.engine.prefill import Prefill
 from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
 from mlxqwen.engine.room import (
     bytes_to_start,
     grows,
+    is_crossed,
+    may_begin_anew,
     may_grow,
     may_guess,
     may_merge,
@@ -81,6 +83,7 @@ class Scheduler:
     Attributes:
         max_running, checks_memory: as given.
         weight_bytes: bytes of the model's weights.
+        claim: what waits for memory first; None if nothing does.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Scheduler:
         self._is_stepping = False
         self._stepping_thread: threading.Thread | None = None
         self._moved = self._step_began = time.monotonic()  # when a request came, or a step did something
+        self.claim: Claim | None = None
         self.is_closed = False
         self.driver = Driver()
         account().add(self)
@@ -370,7 +374,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Let waiting requests begin, in order, as far as rows and memory allow → whether one tells progress."""
         admitted: list[Generation] = []
-        has_looked, filled, nbytes = False, 0, 0
+        has_looked, waits_for_memory, filled, nbytes = False, False, 0, 0
         # A reply with its caller's cache that is far ahead of its reader keeps no other from running.
         running = len(self.reading) + sum(not (one.is_parked and one.own_cache is not None) for one in self.running)
         for one in self.waiting:
@@ -383,6 +387,9 @@ class Scheduler:
             if running + len(admitted) >= self.max_running:
                 break
             if one.waits_for_reader():  # what it will share is not there yet
+                continue
+            if is_crossed(self, one):
+                one.fail(out_of_memory(one))
                 continue
             if not has_looked:
                 self._look_at_weights(within=_LOOK_EVERY if running else 0.0)
@@ -398,13 +405,15 @@ class Scheduler:
                 one.match = None
                 continue
             own = bytes_to_start(self, one)
-            if (filled > _MOST_FILLED * self._chunk and admitted) or not may_start(
-                self, own, nbytes, self._alive_batches()
-            ):
+            is_full = filled > _MOST_FILLED * self._chunk and bool(admitted)
+            waits_for_memory = not is_full and not may_start(self, one, own, nbytes, self._alive_batches())
+            if is_full or waits_for_memory:
                 one.match = None
                 break
             admitted.append(one)
             nbytes += own
+        if not waits_for_memory:
+            self.claim = None
         chosen = {id(one) for one in admitted}
         self._waiting = [one for one in self._waiting if id(one()) not in chosen]
         for group in groups_of(admitted, self._chunk_of):
@@ -435,7 +444,7 @@ class Scheduler:
         while batch.rows and not may_grow(self, batch):
             begun = [*self.running, *self.reading]
             victim = max((one for one in begun if one.may_begin_anew), key=lambda one: one.urgency, default=None)
-            if victim is not None and len(begun) > 1:
+            if victim is not None and (len(begun) > 1 or may_begin_anew(self, victim)):
                 self._preempt(victim)
                 continue
             for one in batch.going:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from mlxqwen.engine.room import missing_room
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
@@ -68,31 +69,40 @@ class Beginning(Generic[_FormT]):
         return self._lease.entry.name
 
     async def begin(self, fields: _FormT, presenter: Presenter, patience: float | None) -> None:
-        """Come to replies; where the model is not there yet, within `patience` seconds (None for any time) or later.
+        """Come to replies; where the model or its memory is not there yet, perhaps after `patience` seconds.
 
         Raises:
             ApiError, MlxqwenError: it cannot be answered, or not in time.
             ClientDisconnect: the client has gone.
         """
-        if self._lease is not None and self._lease.loading is None:
-            await self._submit(fields, presenter, self._lease)
+        assert self._lease is not None
+        if self._lease.loading is None and await self._submit(fields, presenter, self._lease):
             return
         self._waiting = asyncio.ensure_future(self._wait_and_submit(fields, presenter))
         await until_gone(self._http, self.wait(patience))
 
     async def _wait_and_submit(self, fields: _FormT, presenter: Presenter) -> None:
-        assert self._lease is not None
-        await self._service.loaded(self._lease, self._deadline)
-        await self._submit(fields, presenter, self._lease)
+        while True:
+            assert self._lease is not None
+            await self._service.loaded(self._lease, self._deadline)
+            if await self._submit(fields, presenter, self._lease):
+                return
 
-    async def _submit(self, fields: _FormT, presenter: Presenter, lease: Lease) -> None:
+    async def _submit(self, fields: _FormT, presenter: Presenter, lease: Lease) -> bool:
+        """Render and submit it → whether that was done; otherwise it waits for memory, with a new lease."""
         service, model = self._service, lease.model
         prepared = await service.in_thread(lambda: self._prepare(fields, model), compiles=may_compile(fields))
         presenter.begin(prepared)
         service.load.take(len(prepared.requests) - self._held, held=self._held)
+        self._held = len(prepared.requests)
+        if room := missing_room(model.engine.scheduler, prepared.requests):
+            lease.release()
+            self._lease = service.models.lease(lease.entry, room)
+            return False
         self._held = 0  # from here on the replies give it back
-        self.replies = await service.submitted(prepared, lease, self._deadline)
+        self.replies = Replies(prepared, lease, service.load, service.metrics, self._deadline)
         self.prepared = prepared
+        return True
 
     async def wait(self, seconds: float | None) -> None:
         """Wait for the replies, at most `seconds`. Raises what keeps it from coming to any."""

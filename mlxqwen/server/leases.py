@@ -48,7 +48,7 @@ class Entry:
     Attributes:
         created: when the server began to serve it, in seconds since 1970.
         model: what answers; None while it is not loaded.
-        uses: requests that have the model.
+        users: the leases that have the model.
         waiting: those that are to have it.
         loading: ends with its load, which is queued or under way.
         is_leaving: whether another model needs its memory, so that no further request gets it.
@@ -61,7 +61,7 @@ class Entry:
         self.model: ServedModel | None = None
         self.known_context = None if source is None else source.context
         self.source = source
-        self.uses = 0
+        self.users: set[Lease] = set()
         self.waiting: set[Lease] = set()
         self.loading: Future[None] | None = None
         self.is_leaving = False
@@ -101,14 +101,17 @@ class Lease:
     Args:
         entry: the model's.
         release: ends the use; may be called again.
+        room: bytes for the cache of a prompt that does not fit beside the weights that are there; 0 for none.
 
     Attributes:
+        room: as given, until the prompt has been read.
         held: the model, once it is there, until the use ends.
         loading: ends once `model` can be asked for; None if it can be at once.
     """
 
-    def __init__(self, entry: Entry, release: Callable[[Lease], None]) -> None:
+    def __init__(self, entry: Entry, release: Callable[[Lease], None], room: int = 0) -> None:
         self.entry = entry
+        self.room = room
         self._release = release
         self.held: ServedModel | None = None
         self.loading: Future[None] | None = None

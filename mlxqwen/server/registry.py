@@ -1,7 +1,8 @@
 """The models of a server by name: loaded when they are asked for, within memory, and unloaded when nobody uses them.
 
 A name stands for the weights of one folder or hub id. An adapter by name will be an entry of its own that shares the
-engine of its base, and whose requests carry the adapter.
+engine of its base, and whose requests carry the adapter. Leases, loads and memory share one lock and the same entries, so
+they stand in one file.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = ["ModelRegistry"]
 
 logger = logging.getLogger("mlxqwen.server")
 
+_POLL = 0.05  # seconds between looks whether a model is still wanted
 _SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far as unloading idle models leaves it
 
 
@@ -61,7 +63,7 @@ class ModelRegistry:
         self._queue: deque[Entry] = deque()
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        account().lenders.append(self._lend)
+        account().lenders.append(self)
 
     def add(self, model: ServedModel) -> None:
         """Serve a model that is loaded already, and stays the caller's: it is not unloaded."""
@@ -103,13 +105,19 @@ class ModelRegistry:
             404, f"model: found {shown(name)}, expected one of {names}", code="model_not_found", param="model"
         )
 
-    def lease(self, entry: Entry) -> Lease:
-        """Use a model. If it is not there, its load begins behind those that were asked for before."""
+    def lease(self, entry: Entry, room: int = 0) -> Lease:
+        """Use a model. If it is not there, its load begins behind those that were asked for before.
+
+        Args:
+            entry: the model's.
+            room: bytes of a cache that has no room beside the weights that are there: others are unloaded, those in use
+                behind their last replies.
+        """
         with self._changed:
-            lease = Lease(entry, self.release)
-            if entry.model is not None and not entry.is_leaving:
+            lease = Lease(entry, self.release, room)
+            if entry.model is not None and not entry.is_leaving and not room and not self._is_wanted(entry):
                 lease.held = entry.model
-                entry.uses += 1
+                entry.users.add(lease)
                 return lease
             if self._is_closed:
                 raise _closing()
@@ -131,7 +139,7 @@ class ModelRegistry:
                 self._changed.notify_all()
                 return
             lease.held = None
-            entry.uses -= 1
+            entry.users.discard(lease)
             entry.last_used = self._clock()
             if self._settings.keep_alive is not None and entry.source is not None:
                 self._wake()
@@ -161,20 +169,23 @@ class ModelRegistry:
                 due = left if due is None else min(due, left)
         return due
 
-    def unload_least_recently_used(self, but: ServedModel) -> bool:
-        """Unload the model that nobody has used for the longest time → whether there was one beside `but`."""
-        others = [entry for entry in self._idle() if entry.model is not but]
-        return bool(others) and self._unload(others[0], f"memory for {but.name}")
-
-    def _lend(self, borrower: Scheduler) -> bool:
+    def lend(self, borrower: Scheduler) -> bool:
         """Called in a step of another model's that needs memory: unload a model that nobody uses, if there is one."""
         others = [one for one in self._idle() if one.model is not None and one.model.engine.scheduler is not borrower]
         return bool(others) and self._unload(others[0], "memory for replies")
 
+    def lendable_bytes(self, borrower: Scheduler) -> int:
+        """Bytes of the weights of all other models that may be unloaded, also once they are used no more."""
+        with self._changed:
+            models = [one.model for one in self.entries if one.source is not None and one.model is not None]
+        schedulers = [model.engine.scheduler for model in models]
+        weights = sum(scheduler.weight_bytes for scheduler in schedulers if scheduler is not borrower)
+        return weights + sum(account().reserved.values())
+
     def close(self, seconds: float = 0.5) -> bool:
         """End all models that were loaded here → whether no load is still under way after `seconds`."""
         with suppress(ValueError):  # it was closed before
-            account().lenders.remove(self._lend)
+            account().lenders.remove(self)
         with self._changed:
             self._is_closed = True
             for entry in self._queue:
@@ -216,6 +227,9 @@ class ModelRegistry:
         """Load a model for those who wait for it; what goes wrong is told them alone."""
         loaded = None
         try:
+            self._wait_while_wanted(entry)
+            if entry.model is not None and any(lease.room for lease in entry.waiting):
+                self._make_room(entry, 0)
             if entry.model is None and entry.waiting:
                 began = self._clock()
                 logger.info("%s: loading", one_line(entry.name))
@@ -244,7 +258,7 @@ class ModelRegistry:
                 return
             for lease in entry.waiting:
                 lease.held = entry.model
-            entry.uses += len(entry.waiting)
+            entry.users |= entry.waiting
             entry.waiting.clear()
             entry.last_used = self._clock()
             loading, entry.loading = entry.loading, None
@@ -270,7 +284,10 @@ class ModelRegistry:
         source = entry.source
         if source is None:
             raise ApiError(503, f"model: {shown(entry.name)} is closed, expected an open one", code="engine_closed")
-        engine = source.load(lambda nbytes: self._make_room(entry, nbytes))
+        try:
+            engine = source.load(lambda nbytes: self._reserve(entry, nbytes))
+        finally:
+            account().reserved.pop(entry.name, None)
         try:
             if self._is_closed:
                 raise _closing()
@@ -282,13 +299,13 @@ class ModelRegistry:
     def _idle(self) -> list[Entry]:
         """The models that may be unloaded at once, the least recently used first."""
         with self._changed:
-            idle = [one for one in self.entries if one.source is not None and one.model is not None and not one.uses]
+            idle = [one for one in self.entries if one.source is not None and one.model is not None and not one.users]
         return sorted(idle, key=lambda one: one.last_used)
 
     def _unload(self, entry: Entry, why: str) -> bool:
         """Let a model go that nobody uses → whether it has gone."""
         with self._changed:
-            if entry.uses or entry.model is None:
+            if entry.users or entry.model is None:
                 return False
             model, entry.model = entry.model, None
             entry.known_context = model.context
@@ -298,31 +315,59 @@ class ModelRegistry:
         logger.info("%s: unloaded: %s", one_line(entry.name), why)
         return True
 
-    def _make_room(self, entry: Entry, nbytes: int) -> None:
-        """Free memory for a model's weights, and some for its caches.
+    def _is_wanted(self, entry: Entry) -> bool:
+        """Whether a reply of another model waits for this one's memory."""
+        return (
+            entry.source is not None and entry.model is not None and account().is_wanted(entry.model.engine.scheduler)
+        )
 
-        Stores give way first, then models that nobody uses, then, for the weights alone, those that are in use: no
-        further request gets them, and they are unloaded behind their last reply. What does not fit an empty machine is
-        refused before this is called.
+    def _wait_while_wanted(self, entry: Entry) -> None:
+        """Wait until the model has gone for the reply that needs its memory, or is needed no more."""
+        while self._is_wanted(entry) and entry.waiting and not self._is_closed:
+            with self._changed:
+                self._changed.wait(_POLL)
+
+    def _reserve(self, entry: Entry, nbytes: int) -> None:
+        """Free memory for a model's weights, which counts as theirs from now on."""
+        self._make_room(entry, nbytes)
+        account().reserved[entry.name] = nbytes
+
+    def _make_room(self, entry: Entry, nbytes: int) -> None:
+        """Free memory for a model's weights, some for its caches, and all that a prompt needs beside them.
+
+        Stores give way first, then models that nobody uses, then, for weights and prompts alone, those that are in use:
+        no further request gets them, and they are unloaded behind their last reply. What does not fit an empty machine
+        is refused before this is called.
+
+        Args:
+            entry: the model's.
+            nbytes: of its weights; 0 if they are there.
         """
-        wanted = nbytes + current_device().usable_memory // _SPARE_SHARE
-        while not _have_given_way(wanted):
-            idle = self._idle()
+        wanted = nbytes + (current_device().usable_memory // _SPARE_SHARE if nbytes else 0)
+        while not self._has_room(entry, wanted):
+            idle = [one for one in self._idle() if one is not entry]
             if not idle:
                 break
             self._unload(idle[0], f"memory for {entry.name}")
-        while not self._force and not _have_given_way(nbytes):
+        while not self._force and not self._has_room(entry, nbytes):
             with self._changed:
-                used = [one for one in self.entries if one.source is not None and one.model is not None]
+                used = [one for one in self.entries if one.source and one.model and one is not entry]
                 if not used:
                     return
                 leaving = min(used, key=lambda one: one.last_used)
                 leaving.is_leaving = True
-                while leaving.uses and entry.waiting and not self._is_closed:
+                while leaving.users and entry.waiting and not self._is_closed:
                     self._changed.wait()
                 if not entry.waiting or self._is_closed:
                     raise ApiError(503, "model: not asked for any more", code="server_shutdown")
             self._unload(leaving, f"memory for {entry.name}")
+
+    def _has_room(self, entry: Entry, nbytes: int) -> bool:
+        """Whether `nbytes` fit, with room beside all weights for the largest prompt that was promised some."""
+        with self._changed:
+            promised = {*entry.waiting, *(lease for one in self.entries for lease in one.users)}
+        room = max((lease.room for lease in promised), default=0)
+        return nbytes + room <= account().most() and _have_given_way(nbytes)
 
 
 def _have_given_way(nbytes: int) -> bool:

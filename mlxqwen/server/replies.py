@@ -133,6 +133,7 @@ class Replies:
         before = self._last.get(row)
         self._metrics.told.note(None if before is None else token.time - before.time)
         if before is None:
+            self._lease.room = 0  # it has it
             seconds = token.time - self._began
             self._first = seconds if self._first is None else self._first
             if row % self._choices == 0:

@@ -15,18 +15,16 @@ from starlette.responses import Response
 
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.engine.memory import array_bytes
-from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, one_line
+from mlxqwen.errors import MlxqwenError, one_line
 from mlxqwen.server.access import error_response
 from mlxqwen.server.background import BackgroundRuns
 from mlxqwen.server.bodies import Form, parse_body, read_body
-from mlxqwen.server.chat_request import Prepared
 from mlxqwen.server.errors import ApiError, api_error
 from mlxqwen.server.leases import Lease
 from mlxqwen.server.load import Load
 from mlxqwen.server.metrics import Gauges, Metrics
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.registry import ModelRegistry
-from mlxqwen.server.replies import Replies
 from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.server.wakeups import TICK
@@ -131,16 +129,6 @@ class Service:
         if settings.log_content:
             logger.info("asked: %s", one_line(body.decode("utf-8", "replace"), _MOST_LOGGED))
         return await self.in_thread(lambda: parse_body(body, form))
-
-    async def submitted(self, prepared: Prepared, lease: Lease, deadline: float | None) -> Replies:
-        """Submit a request; one that does not fit beside models that nobody uses is submitted again without them."""
-        while True:
-            try:
-                return Replies(prepared, lease, self.load, self.metrics, deadline)
-            except InsufficientMemoryError:  # room among the replies was given back
-                if not await self.in_thread(lambda: self.models.unload_least_recently_used(prepared.model)):
-                    raise
-                self.load.take(len(prepared.requests))
 
     def _gauges(self) -> Gauges:
         schedulers = [model.engine.scheduler for model in self.models.loaded]
