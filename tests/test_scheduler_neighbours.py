@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -16,6 +17,7 @@ from mlxqwen.cache import make_cache
 from mlxqwen.cache.prefix_store import PrefixStore
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done
+from mlxqwen.engine.prefixes import _sample
 from mlxqwen.engine.request import Request
 from mlxqwen.engine.schedulers import scheduler_of
 from mlxqwen.engine.token_stream import generate_tokens
@@ -57,6 +59,28 @@ def test_weights_that_change_leave_nothing_in_the_store(change: Callable[[Qwen3F
     assert tokens_of(model) == before
     change(model)
     assert tokens_of(model) == without_store(model) != before
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32])
+@pytest.mark.parametrize("shape", [(5,), (6, 4), (7, 20), (3, 5, 9)])
+def test_the_numbers_of_a_weight_are_read_where_they_lie(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    weight = mx.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    for array in (weight, weight.T, weight[..., 1:]):
+        row = array
+        while row.ndim > 1:
+            row = row[row.shape[0] // 2]
+        assert _sample(array) == bytes(memoryview(cast(Any, mx.contiguous(row[:8]).view(mx.uint8))))
+        assert _sample(array + 1) != _sample(array)
+
+
+def test_a_weight_without_rows_is_read_whole() -> None:
+    assert _sample(mx.array(2.0)) == _sample(mx.array(2.0)) != _sample(mx.array(3.0))
+    assert _sample(mx.zeros((0, 4))) == _sample(mx.zeros((0, 4)))
+
+
+def test_a_weight_that_is_no_number_has_not_changed() -> None:
+    nothing = mx.full((4, 4), float("nan"))
+    assert _sample(nothing) == _sample(nothing) == _sample(nothing.T)
 
 
 def test_a_reply_across_a_change_of_weights_is_not_stored() -> None:

@@ -84,13 +84,16 @@ def _join_part(parts: Sequence[tuple[mx.array | None, Sequence[int]]], like: mx.
     pieces: list[mx.array] = []
     for array, rows in parts:
         if array is None:
-            pieces.append(mx.zeros((len(rows), heads, capacity, width), dtype=like.dtype))
+            pieces.append(mx.zeros((len(rows), heads, 0, width), dtype=like.dtype))
             continue
-        for start, stop in _runs(rows):
-            piece = array[start:stop, :, :capacity]
-            missing = capacity - piece.shape[2]
-            pieces.append(mx.pad(piece, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else piece)
-    return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces)
+        pieces += [array[start:stop, :, :capacity] for start, stop in _runs(rows)]
+    if all(piece.shape[2] == capacity for piece in pieces):
+        return mx.contiguous(pieces[0]) if len(pieces) == 1 else mx.concatenate(pieces)
+    joined, row = mx.zeros((sum(map(len, pieces)), heads, capacity, width), dtype=like.dtype), 0
+    for piece in pieces:  # each is copied once, however many slots stay empty
+        joined[row : row + len(piece), :, : piece.shape[2]] = piece
+        row += len(piece)
+    return joined
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
