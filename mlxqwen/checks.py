@@ -93,7 +93,7 @@ def check_number(
     name: str, value: object, low: float, high: float, *, low_is_open: bool = False, hint: str = ""
 ) -> float:
     """`value` as a `float` from `low` to `high`; with `low_is_open` above `low`. Raises `OptionError`."""
-    if not isinstance(value, bool) and isinstance(value, Real):
+    if type(value) is float or (not isinstance(value, bool) and isinstance(value, Real)):
         try:
             number = float(value)
         except OverflowError:

@@ -11,6 +11,7 @@ import pytest
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.request import Request
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.chat_fields import ChatFields
 from mlxqwen.server.chat_request import bounded
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
@@ -406,7 +407,9 @@ def test_texts_become_ids_and_back(served: Served) -> None:
 def test_the_limit_of_a_server_decides_no_yarn_factor(limit: int | None, bound: int, factor: float) -> None:
     engine = Engine.load(yarn="auto")
     served = ServedModel("a model", engine, ServerSettings(max_model_len=bound))
-    asked = bounded(Request(prompt=tuple(range(100)), max_tokens=limit), served)
+    asked = bounded(
+        Request(prompt=tuple(range(100)), max_tokens=limit), ChatFields(messages=[{"role": "user"}]), served
+    )
     served.close()
     assert asked.max_tokens == bound - 100
     assert engine.scheduler.submit(asked).yarn_factor == factor

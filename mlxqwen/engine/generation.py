@@ -131,7 +131,7 @@ class Generation:
         self.text = list(request.prompt)
         self.count = 0
         window = request.cache.max_kv_size
-        room = room_for_answer(config_of(request, model), held_tokens(request) + len(request.prompt), window)
+        room = room_for_answer(config_of(request.cache, model), held_tokens(request) + len(request.prompt), window)
         self.limit = min(request.most_tokens, room)
         self.pipeline = None if request.tokenizer is None else request.make_pipeline(request.tokenizer)
         self.budget = None if self.pipeline is None else request.make_budget(self.pipeline)

@@ -84,7 +84,7 @@ class Handle:
         model = self._generation.model
         if not model.config.yarn_choices:
             return None
-        scaling = config_of(self.request, model).rope_scaling
+        scaling = config_of(self.request.cache, model).rope_scaling
         return 1.0 if scaling is None else scaling.factor
 
     def generation_of(self, scheduler: Scheduler) -> Generation:

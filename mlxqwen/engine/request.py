@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast
 
 from mlxqwen.cache import KVCache, check_quantization, check_window, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
@@ -38,6 +38,7 @@ __all__ = [
     "config_of",
     "fitting_prefill_chunk",
     "room_for_answer",
+    "scaled_cache",
     "with_yarn_factor",
 ]
 
@@ -172,7 +173,7 @@ class Request(ReplyOptions):
         put("constraints", tuple(self.constraints))
         if self.early_stop_text is not None:
             check_early_stop_text(self.early_stop_text)  # also where no budget makes use of it
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.thinking_budget is not None:
             self.make_budget(self.make_pipeline(self.tokenizer))  # raises for options that contradict each other
 
     @property
@@ -239,18 +240,23 @@ def with_yarn_factor(request: Request, model: Qwen3ForCausalLM) -> Request:
     What counts is the prompt and the limit that it gives, or without one a little room: the default limit is more than
     all but few replies need, and would scale short texts, which costs them accuracy.
     """
+    scaled = scaled_cache(request, model, request.max_tokens)
+    return request if scaled is request.cache else replace(request, cache=scaled)
+
+
+def scaled_cache(request: Request, model: Qwen3ForCausalLM, max_tokens: int | None) -> CacheKind | KVCache:
+    """The request's cache under the YaRN factor of `with_yarn_factor`, as if its limit were `max_tokens`."""
     kind, choices = request.cache, model.config.yarn_choices
     if not choices or isinstance(kind, KVCache) or kind.yarn_factor is not None:
-        return request
+        return kind
     room = min(_USUAL_ROOM, choices[0].original_max_position_embeddings // 4)
-    tokens = len(request.prompt) + (room if request.max_tokens is None else request.max_tokens)
+    tokens = len(request.prompt) + (room if max_tokens is None else max_tokens)
     seen = tokens if kind.max_kv_size is None else min(tokens, kind.max_kv_size)
-    return replace(request, cache=replace(kind, yarn_factor=model.config.yarn_factor_for(seen)))
+    return replace(kind, yarn_factor=model.config.yarn_factor_for(seen))
 
 
-def config_of(request: Request, model: Qwen3ForCausalLM) -> ModelConfig:
-    """The model's config under the RoPE of the request's cache."""
-    cache = request.cache
+def config_of(cache: CacheKind | KVCache, model: Qwen3ForCausalLM) -> ModelConfig:
+    """The model's config under the RoPE of a request's cache."""
     if isinstance(cache, KVCache):
         return cache.config
     return model.config if cache.yarn_factor is None else model.config.at_yarn_factor(cache.yarn_factor)
@@ -277,7 +283,7 @@ def _check_cached_tokens(value: object, cache: KVCache, prompt: Sequence[int]) -
 def check_draft_tokens(value: object) -> int:
     """The most tokens to guess at once, 1 to 64. Raises `OptionError`."""
     hint = "Longer drafts gain nothing: few of them are right to the end, and all their logits take memory."
-    is_long = isinstance(value, SupportsIndex) and is_integer(value) and operator.index(value) > MAX_DRAFT_TOKENS
+    is_long = is_integer(value) and operator.index(cast(SupportsIndex, value)) > MAX_DRAFT_TOKENS
     return int(check_integer("draft_tokens", value, 1, MAX_DRAFT_TOKENS, hint=hint if is_long else ""))
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mlxqwen.chat.turns import prepare_conversation
 from mlxqwen.checks import check_integer
 from mlxqwen.engine.chat_request import ChatOptions
 from mlxqwen.engine.options import ConstraintFactory
-from mlxqwen.engine.request import Request, config_of, with_yarn_factor
+from mlxqwen.engine.request import Request, config_of, scaled_cache
 from mlxqwen.engine.text_generation import end_token_ids
 from mlxqwen.errors import ContextLengthError, OptionError
 from mlxqwen.files.json_file import shown
 from mlxqwen.sampling.forbidden import ForbiddenTokens
+from mlxqwen.sampling.params import SamplingParams
 from mlxqwen.server.bodies import unknown_fields
 from mlxqwen.server.chat_fields import LONGEST_TEXT, ChatFields, ReplyFields
 from mlxqwen.server.errors import ApiError
@@ -39,6 +40,8 @@ __all__ = [
 
 EFFORT_BUDGETS = {"minimal": 512, "low": 1024, "medium": 4096, "high": 16_384, "xhigh": 32_768, "max": None}
 """Tokens of thought by `reasoning_effort`; "none" switches thinking off."""
+
+_ValueT = TypeVar("_ValueT", Request, SamplingParams)
 
 _SAMPLING = (
     "temperature",
@@ -104,7 +107,7 @@ def prepare_chat(
         **call_options(fields),
     )
     request, _ = model.responder.request(_messages(fields, notes), options)
-    request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
+    request = bounded(request, fields, model)
     return Prepared(model, rows(request, fields), notes, fields.n or 1)
 
 
@@ -197,10 +200,16 @@ def forbidding(tokens: Sequence[int] | set[int], vocab_size: int, until: int | N
     return lambda pipeline: ForbiddenTokens(tokens, vocab_size, until=until)
 
 
-def bounded(request: Request, model: ServedModel) -> Request:
-    """The request, with no more tokens than the server's context has room for. Raises `ContextLengthError`."""
+def bounded(request: Request, fields: ReplyFields, model: ServedModel) -> Request:
+    """The request with the tokens that end it, and no more than the server's context has room for.
+
+    Raises:
+        OptionError: `stop_token_ids` that do not exist.
+        ContextLengthError: there is no room.
+    """
+    ends = end_tokens(fields, request, model)
     if model.context is None:
-        return request
+        return changed(request, end_token_ids=ends)
     room = model.context - len(request.prompt)
     if room < 1 and request.cache.max_kv_size is None:
         raise ContextLengthError(
@@ -208,14 +217,19 @@ def bounded(request: Request, model: ServedModel) -> Request:
             "answer",
             hint="Shorten it.",
         )
-    if request.max_tokens is None:  # the server's limit is none of the request, and decides no YaRN factor
-        request = with_yarn_factor(request, model.engine.model)
-    elif not model.limit_scales:
-        qwen = model.engine.model
-        scaled = [with_yarn_factor(replace(request, max_tokens=most), qwen) for most in (None, request.max_tokens)]
-        least = min(scaled, key=lambda one: config_of(one, qwen).context_length)
-        request = replace(request, cache=least.cache)
-    return request if request.most_tokens <= room else replace(request, max_tokens=max(room, 1))
+    qwen, cache, most = model.engine.model, request.cache, request.max_tokens
+    if most is None or not model.limit_scales:  # the server's limit is none of the request, and decides no YaRN factor
+        scaled = [scaled_cache(request, qwen, limit) for limit in {None, most}]
+        cache = min(scaled, key=lambda one: config_of(one, qwen).context_length)
+    if request.most_tokens > room:
+        most = max(room, 1)
+    return changed(request, end_token_ids=ends, cache=cache, max_tokens=most)
+
+
+def changed(one: _ValueT, **values: Any) -> _ValueT:
+    """`one` with these values: itself if it has them, as what is made anew is checked anew."""
+    new = {name: value for name, value in values.items() if getattr(one, name) != value}
+    return replace(one, **new) if new else one
 
 
 def rows(request: Request, fields: ReplyFields) -> list[Request]:
@@ -223,7 +237,8 @@ def rows(request: Request, fields: ReplyFields) -> list[Request]:
     seeds: list[int | None] = [None] * (fields.n or 1)
     if fields.seed is not None:
         seeds = [(fields.seed + i) % 2**64 for i in range(len(seeds))]
-    return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+    samplings = [changed(request.sampling, seed=seed) for seed in seeds]
+    return [changed(request, sampling=sampling) for sampling in samplings]
 
 
 def _messages(fields: ChatFields, notes: list[str]) -> list[Mapping[str, Any]]:

@@ -23,7 +23,6 @@ from mlxqwen.server.chat_request import (
     Prepared,
     bounded,
     budget_of,
-    end_tokens,
     ending,
     refuse_what_is_not_done,
     rows,
@@ -89,7 +88,7 @@ def prepare_completion(fields: CompletionFields, model: ServedModel, settings: S
             response_format=response_format(fields),
             constraints=ending(fields, model),
         )
-        request = replace(bounded(request, model), end_token_ids=end_tokens(fields, request, model))
+        request = bounded(request, fields, model)
         told = replace(request, prompt_logprobs=fields.logprobs) if fields.echo else request
         seeded = fields if fields.seed is None else fields.model_copy(update={"seed": fields.seed + place * choices})
         requests += [*rows(told, seeded)[:1], *rows(request, seeded)[1:]]  # one of them is enough to tell of the prompt

@@ -83,24 +83,31 @@ class EventStream(StreamingResponse):
         self._close = close
         self._stall_seconds = stall_seconds
 
-    async def stream_response(self, send: Send) -> None:
-        """Send all events, each within the time that the client has to read."""
-        async with in_time(send, self._stall_seconds) as send_in_time:
-            await super().stream_response(send_in_time)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events, each within the time that the client has to read, or until it leaves."""
+        gone = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
-            await super().__call__(scope, receive, send)
+            async with in_time(send, self._stall_seconds, until=gone) as send_in_time:
+                await self.stream_response(send_in_time)
+        except TimeoutError:
+            if not gone.done():
+                raise
         finally:
+            gone.cancel()
             self._close()
             await self._events.aclose()
 
 
 @asynccontextmanager
-async def in_time(send: Send, seconds: float) -> AsyncIterator[Send]:
+async def in_time(send: Send, seconds: float, *, until: asyncio.Future[None] | None = None) -> AsyncIterator[Send]:
     """`send` as it is, but the block ends with `TimeoutError` where a single call takes more than `seconds`.
 
     One timer serves all calls: it fires at most every `seconds`, and then looks at the call that is under way.
+
+    Args:
+        send: called for each message.
+        seconds: that a call may take.
+        until: the block ends with `TimeoutError`, too, once this is done.
     """
     loop = asyncio.get_running_loop()
     began: float | None = None
@@ -115,15 +122,21 @@ async def in_time(send: Send, seconds: float) -> AsyncIterator[Send]:
     def look() -> None:
         nonlocal timer
         now = loop.time()
-        until = (now if began is None else began) + seconds
-        if until > now:
-            timer = loop.call_at(until, look)
+        due = (now if began is None else began) + seconds
+        if due > now:
+            timer = loop.call_at(due, look)
         else:
             limit.reschedule(now)
 
+    def end(_: object) -> None:
+        limit.reschedule(loop.time())
+
     timer = loop.call_later(seconds, look)
+    until = loop.create_future() if until is None else until
     try:
         async with asyncio.timeout(None) as limit:
+            until.add_done_callback(end)
             yield send_in_time
     finally:
+        until.remove_done_callback(end)
         timer.cancel()

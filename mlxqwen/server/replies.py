@@ -99,18 +99,13 @@ class Replies:
             ApiError: the deadline has passed, or the server ends.
             MlxqwenError: one of the replies failed.
         """
-        running = self._running
+        running, wakeups = self._running, self._model.wakeups
         while running:
+            is_ready = await wakeups.wait(running.values())
+            self._load.check_time(self._deadline)
             come = self._poll()
-            if come:
+            if come or not is_ready:
                 yield come
-                continue
-            if not running:
-                return
-            is_ready = await self._model.wakeups.wait(list(running.values()))
-            self._check_time()
-            if not is_ready:
-                yield []
 
     def _poll(self) -> list[tuple[int, GeneratedToken]]:
         come: list[tuple[int, GeneratedToken]] = []
@@ -123,9 +118,9 @@ class Replies:
                     self._leave(row)
                     break
             else:
-                if (error := handle.take_error()) is not None:
-                    raise error
                 if handle.is_over:
+                    if (error := handle.take_error()) is not None:
+                        raise error
                     self._leave(row)
         return come
 
@@ -140,9 +135,6 @@ class Replies:
                 self._metrics.read(len(self.handles[row].request.prompt), self.handles[row].cached_tokens)
             self._metrics.first_token.observe(seconds)
         self._last[row] = token
-
-    def _check_time(self) -> None:
-        self._load.check_time(self._deadline)
 
     def ended_in_thought(self, row: int) -> bool:
         """Whether a reply that is over has said nothing but its thought, if even that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from mlxqwen.engine.handle import Handle
 from mlxqwen.engine.scheduler import Scheduler
@@ -32,11 +32,13 @@ class Wakeups:
         """Wake nobody any more."""
         self._stop()
 
-    async def wait(self, handles: Sequence[Handle]) -> bool:
+    async def wait(self, handles: Collection[Handle]) -> bool:
         """Wait until one of `handles` is ready, or about a second → whether one is."""
         loop = asyncio.get_running_loop()
-        with self._lock:
-            waiting = self._loops.setdefault(loop, _Waiting())
+        waiting = self._loops.get(loop)
+        if waiting is None:  # only this loop's thread adds and removes it
+            with self._lock:
+                waiting = self._loops[loop] = _Waiting()
         future = loop.create_future()
         waiting.futures[future] = handles
         if not waiting.ticks:
@@ -44,11 +46,9 @@ class Wakeups:
             loop.call_later(TICK, self._tick, loop, waiting)
         try:
             # Registered first and looked at then: a step that ends in between is not missed.
-            if not any(handle.is_ready for handle in handles):
-                await future
+            return _is_any_ready(handles) or await future
         finally:
             waiting.futures.pop(future, None)
-        return any(handle.is_ready for handle in handles)
 
     def _notify(self) -> None:
         """Called by other threads: let each loop look for replies that are ready."""
@@ -65,7 +65,7 @@ class Wakeups:
         waiting.ticks = bool(waiting.futures)
         for future in list(waiting.futures):
             if not future.done():
-                future.set_result(None)
+                future.set_result(False)
         if waiting.ticks:
             loop.call_later(TICK, self._tick, loop, waiting)
             return
@@ -78,7 +78,7 @@ class _Waiting:
     """Who waits on one loop."""
 
     def __init__(self) -> None:
-        self.futures: dict[asyncio.Future[None], Sequence[Handle]] = {}
+        self.futures: dict[asyncio.Future[bool], Collection[Handle]] = {}
         self.is_notified = False
         self.ticks = False
 
@@ -86,5 +86,12 @@ class _Waiting:
 def _deliver(waiting: _Waiting) -> None:
     waiting.is_notified = False
     for future, handles in list(waiting.futures.items()):
-        if not future.done() and any(handle.is_ready for handle in handles):
-            future.set_result(None)
+        if not future.done() and _is_any_ready(handles):
+            future.set_result(True)
+
+
+def _is_any_ready(handles: Collection[Handle]) -> bool:
+    for handle in handles:  # noqa: SIM110 -- a generator costs more than the one handle that there mostly is
+        if handle.is_ready:
+            return True
+    return False
