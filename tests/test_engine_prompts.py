@@ -177,7 +177,7 @@ def test_a_budget_needs_a_thought_and_its_sentence_a_budget(engine: Engine) -> N
         lambda: engine.chat([USER], thinking=False, thinking_budget=5),
         lambda: conversation.stream("Hello", thinking=False, thinking_budget=5),
     ):
-        with pytest.raises(OptionError, match="thinking_budget: found 5 with thinking=False"):
+        with pytest.raises(OptionError, match="thinking_budget: found 5 where thinking is off"):
             refused()
     unbounded = Conversation(engine, max_tokens=2)
     for refused in (

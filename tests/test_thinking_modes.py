@@ -101,7 +101,7 @@ def test_a_switch_without_effect_changes_no_reading(
     kind: str, scripted: tuple[Engine, ScriptedModel], text: str, thinking: bool | None, budget: int | None
 ) -> None:
     if thinking is False and budget and kind != "Thinking-2507":
-        with pytest.raises(OptionError, match="found 1000 with thinking=False"):
+        with pytest.raises(OptionError, match="found 1000 where thinking is off"):
             scripted[0].stream(USER, thinking=False, thinking_budget=budget)
         return
     expected = read(kind, thinking)[text]

@@ -110,7 +110,7 @@ def check_budget_use(tokenizer: Tokenizer, thinking: object, budget: object, ear
     """Check that a budget is not given with thinking off, nor a sentence without a budget. Raises `OptionError`."""
     if thinking is False and budget and not thinking_modes(tokenizer).thinks(False):
         raise OptionError(
-            f"thinking_budget: found {budget!r} with thinking=False, expected none, or 0",
+            f"thinking_budget: found {budget!r} where thinking is off, expected none, or 0",
             hint="Leave out thinking=False to let the model think, or the budget.",
         )
     if early_stop_text is not None and budget is None:

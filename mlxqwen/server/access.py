@@ -61,15 +61,19 @@ class OriginCheck:
         if found is None or not self._is_own(found[1].strip("[]").lower().rstrip(".")):
             raise ApiError(
                 403,
-                "host: found a name that is not this server's, expected its address (--allowed-host adds names)",
+                "host: found a name that is not this server's, expected its address",
                 code="host_not_allowed",
+                for_owner="--allowed-host adds a name.",
             )
         origin = headers.get("origin")
         if origin is None or {origin, "*"} & set(self._settings.cors_origins):
             return
         if urlsplit(origin).netloc.lower() != host.lower():
             raise ApiError(
-                403, "origin: found another site's, expected none, or one of --cors-origin", code="origin_not_allowed"
+                403,
+                "origin: found another site's, expected none, or one that the server lets in",
+                code="origin_not_allowed",
+                for_owner="--cors-origin lets an origin in.",
             )
 
     def _is_own(self, name: str) -> bool:

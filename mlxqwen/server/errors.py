@@ -19,6 +19,7 @@ from mlxqwen.errors import (
     one_line,
 )
 from mlxqwen.files.json_file import shown
+from mlxqwen.server.client_words import in_client_words
 
 __all__ = ["ApiError", "anthropic_error", "api_error", "load_error", "openai_error", "validation_error"]
 
@@ -38,6 +39,7 @@ _TYPES = {
 _ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "overloaded_error"}
 _PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z ]+)?: ")
 _ABSOLUTE_PATH = re.compile(r"(?:^|[^\w./])~?/\w|\b[A-Za-z]:\\")
+_ANOTHER = "Ask another model."
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _KINDS = {"str", "int", "float", "bool", "dict", "list"}
 _PARAMS = {"salt": "cache_salt", "thinking": "chat_template_kwargs.enable_thinking"}
@@ -52,6 +54,7 @@ class ApiError(Exception):
         code: a word for programs.
         param: the field that is wrong.
         headers: of the response.
+        for_owner: what the server's owner can do about it, for the log alone.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        for_owner: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -69,6 +73,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.for_owner = for_owner
 
 
 def openai_error(error: ApiError) -> dict[str, Any]:
@@ -104,12 +109,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _message(error: MlxqwenError) -> str:
-    return error.problem if not error.hint else f"{error.problem.rstrip('.')}. {error.hint}"
-
-
 def _own_error(error: MlxqwenError) -> ApiError:
-    message = _message(error)
+    message, for_owner = in_client_words(error)
+    told = _by_kind(error, message)
+    told.for_owner = for_owner
+    return told
+
+
+def _by_kind(error: MlxqwenError, message: str) -> ApiError:
     found = _PARAM.match(f"{error.problem} ")
     param = None if found is None else _PARAMS.get(found[1], found[1])
     if isinstance(error, ContextLengthError):
@@ -140,7 +147,7 @@ def load_error(error: BaseException, name: str, location: str) -> ApiError:
         return error
     told = api_error(error)
     status, code = (503, "model_unavailable") if isinstance(error, HubError) else (told.status, told.code)
-    why = _message(error) if isinstance(error, MlxqwenError) else told.message
+    why = in_client_words(error, _ANOTHER)[0] if isinstance(error, MlxqwenError) else told.message
     why = why if not location else why.replace(location, name)
     if _ABSOLUTE_PATH.search(why):
         why = "the server's log tells why"

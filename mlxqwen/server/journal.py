@@ -20,6 +20,7 @@ logger = logging.getLogger("mlxqwen.server")
 
 _MOST_LOGGED = 10_000  # characters
 _LONGEST_PARAM = 100
+_LONGEST_WAY_OUT = 300
 _GONE = 499
 # What is asked for every few seconds, and the parts of the page, for which "/" stands.
 _QUIET = {"/health", "/metrics", *PAGE_PATHS} - {"/"}
@@ -84,6 +85,8 @@ def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> 
             parts.append(f"first after {replies.seconds_to_first:.2f} s")
     if ignored := details.get("ignored"):
         parts.append(f"ignored: {ignored}")
+    if (error := details.get("error")) is not None and error.for_owner:
+        parts.append(f"way out: {one_line(error.for_owner, _LONGEST_WAY_OUT)}")
     parts.append(f"{seconds:.2f} s, {details.get('request_id', '-')}")
     logger.info("%s", ", ".join(parts))
 

@@ -90,7 +90,7 @@ def check_unicode(text: str, where: str, *, error: type[OptionError] = OptionErr
     if position is not None:
         raise error(
             f"{where}: found half of a surrogate pair, {text[position]!a}, at character {position}",
-            hint='Such text is not Unicode; clean it with text.encode("utf-8", "replace").decode().',
+            hint="Such text is not Unicode: leave the half out, or put U+FFFD in its place.",
         )
 
 
