@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-__all__ = ["VARIABLE", "blas_in_use", "computes_right", "limit_threads", "load_openblas", "uses_openblas"]
+__all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas", "uses_openblas"]
 
 VARIABLE = "MLXQWEN_BLAS"
 _PRODUCT = "cblas_sgemm"
@@ -38,16 +38,17 @@ class _OpenBLAS:
         import ctypes
 
         library = ctypes.CDLL(path, mode=os.RTLD_LOCAL)
-        self.product, self._threads, self._set_threads, describe = (
-            library[prefix + name]
-            for name in (_PRODUCT, "openblas_get_num_threads", "openblas_set_num_threads", "openblas_get_config")
+        self.product, self._set_threads, describe = (
+            library[prefix + name] for name in (_PRODUCT, "openblas_set_num_threads", "openblas_get_config")
         )
         describe.restype = ctypes.c_char_p
         self.name = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
 
-    def limit_threads(self, most: int) -> None:
-        if self._threads() > most:
-            self._set_threads(most)
+    def use_one_thread(self) -> None:
+        """Products are shared among MLX's threads (`mlxqwen/model/cores.py`). OpenBLAS's own wait for one another in a
+        loop that computes nothing, which takes several times as long as the product where other programs run.
+        """
+        self._set_threads(1)
 
 
 def uses_openblas() -> bool:
@@ -58,12 +59,6 @@ def uses_openblas() -> bool:
 def blas_in_use() -> str:
     """The library that computes float32 products on the CPU, for people to read."""
     return "MLX's own" if _openblas is None else _openblas.name
-
-
-def limit_threads(most: int) -> None:
-    """Let OpenBLAS compute on so many cores at most; it knows nothing of what control groups withhold."""
-    if _openblas is not None:
-        _openblas.limit_threads(most)
 
 
 def load_openblas() -> bool:
@@ -77,6 +72,7 @@ def load_openblas() -> bool:
         try:
             library = _OpenBLAS(path, prefix)
             if computes_right(library.product):
+                library.use_one_thread()
                 offer(_PRODUCT, library.product)
                 _openblas = library
                 return True

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxqwen.blas import limit_threads, uses_openblas
+from mlxqwen.blas import uses_openblas
 from mlxqwen.errors import OptionError
 
 __all__ = ["CORES_VARIABLE", "NEVER", "Device", "container_limit", "current_device", "device_from_info", "usable_cores"]
@@ -67,14 +67,16 @@ class Device:
         """Whether one kernel computes attention and never holds its scores."""
         return self.is_gpu
 
-    @property
-    def dense_from(self) -> int:
-        """From how many rows on a quantized product is quicker as a float32 one of the dequantized weights.
+    def dense_from(self, bits: int = 32) -> int:
+        """From how many rows on one product of dequantized weights is quicker than what MLX does row by row.
 
-        MLX's CPU backend unpacks the weights anew for every row. With OpenBLAS, both ways took the same time at 4 to 8
-        rows, for matrices of 1024 × 3072 to 16,384 × 2048 in 4 and 8 bits; at 64 rows the dense one took a tenth.
+        MLX's CPU backend unpacks the weights anew for every row. With OpenBLAS, matrices of 1024 × 1024 to 6144 × 1024
+        took about as long both ways at 2 rows in 4 and 8 bits, and at 8 rows in 3 bits, which are dequantized less
+        quickly. Weights of 32 bits are not quantized; experts are of them, too.
         """
-        return 8 if self.has_openblas and not self.is_gpu else NEVER
+        if self.is_gpu or not self.has_openblas:
+            return NEVER
+        return 3 if bits in (2, 4, 8, 32) else 8
 
     @property
     def overlaps_steps(self) -> bool:
@@ -199,13 +201,11 @@ def current_device() -> Device:
     """The machine this process runs on."""
     is_gpu = mx.default_device().type == mx.DeviceType.gpu
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = usable_cores()
-    limit_threads(cores)
     return device_from_info(
         mx.device_info(),
         is_gpu=is_gpu,
         physical=physical,
         limit=container_limit(),
         has_openblas=uses_openblas(),
-        cores=cores,
+        cores=usable_cores(),
     )

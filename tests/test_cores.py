@@ -100,11 +100,9 @@ def test_ranges_cover_all_and_are_even(size: int, count: int, multiplications: i
 
 
 def test_what_shares() -> None:
-    assert shares_of(CPU, quantized=True) is None
-    assert shares_of(dataclasses.replace(THREE, has_openblas=True), quantized=False) is None
-    assert isinstance(shares_of(dataclasses.replace(THREE, has_openblas=True), quantized=True), Shares)
-    assert isinstance(shares_of(THREE, quantized=False), Shares)
-    assert shares_of(GPU, quantized=True) is None
+    assert shares_of(CPU) is None
+    assert isinstance(shares_of(THREE), Shares)
+    assert shares_of(GPU) is None
     for is_gpu, count in ((True, 1), (False, 6)):
         assert device_from_info({}, is_gpu=is_gpu, physical=1 << 30, cores=6) == Device(
             "unknown", is_gpu, 1 << 30, (1 << 30) * 9 // 10, cores=count

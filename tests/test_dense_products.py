@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from mlxqwen.cache import make_cache
 from mlxqwen.device import NEVER, Device
-from mlxqwen.model import linear
+from mlxqwen.model import cores, dense_product, moe
+from mlxqwen.model.dense_product import Packed, dequantized, reordered
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.moe import FusedSwitchLinear
@@ -19,26 +21,25 @@ from tests.tiny_checkpoints import prompt
 from tests.tolerance import assert_close
 
 FAST = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34, has_openblas=True)
-FROM = FAST.dense_from
+FROM = FAST.dense_from()
 
 
 @pytest.fixture
-def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of weights that are dequantized from here on; embeddings name their arguments."""
+def dense_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of weights that are dequantized for a product from here on."""
     shapes: list[tuple[int, ...]] = []
-    dequantize = mx.dequantize
 
-    def recorded(*arguments: Any, **named: Any) -> mx.array:
-        dense = dequantize(*arguments, **named)
-        if not named:
-            shapes.append(dense.shape)
+    def recorded(*arguments: Any) -> mx.array:
+        dense = dequantized(*arguments)
+        shapes.append(dense.shape)
         return dense
 
-    monkeypatch.setattr(mx, "dequantize", recorded)
+    monkeypatch.setattr(dense_product, "dequantized", recorded)
+    monkeypatch.setattr(moe, "dequantized", recorded)
     return shapes
 
 
-def packed(rows: int, columns: int, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+def packed(rows: int, columns: int, group_size: int, bits: int) -> Packed:
     weight, scales, biases = mx.quantize(mx.random.normal((rows, columns), key=mx.random.key(1)), group_size, bits)
     return weight, scales, biases
 
@@ -46,38 +47,72 @@ def packed(rows: int, columns: int, group_size: int, bits: int) -> tuple[mx.arra
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_both_ways_give_the_same_numbers(
-    bits: int, group_size: int, dequantized: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    bits: int, group_size: int, dense_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_DENSE_BLOCK", 20 * 256)
+    monkeypatch.setattr(dense_product, "_BLOCK", 20 * 256)
     weights = packed(70, 256, group_size, bits)
     for rows in (1, FROM - 1, FROM, 3 * FROM + 1):
         x = mx.random.normal((rows, 256), key=mx.random.key(2))
         expected = mx.quantized_matmul(x, *weights, True, group_size, bits)
-        dequantized.clear()
+        dense_shapes.clear()
         assert_close(quantized_product(x, weights, group_size, bits, FROM), expected)
-        assert dequantized == ([] if rows < FROM else [(20, 256)] * 3 + [(10, 256)])
+        assert dense_shapes == ([] if rows < FROM else [(17, 256), (18, 256)] * 2)
     assert_close(quantized_product(x, weights, group_size, bits), expected)  # without OpenBLAS
 
 
-def test_other_dtypes_and_axes_stay_packed(dequantized: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_dequantized_weights_are_those_of_mlx(bits: int, group_size: int) -> None:
+    weights = packed(7, 256, group_size, bits)
+    expected = mx.dequantize(*weights, group_size, bits)
+    assert mx.array_equal(dequantized(weights, group_size, bits), reordered(expected, bits))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 50, 70])
+def test_blocks_are_shared_among_cores(
+    rows: int, dense_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "_LEAST", 1)
+    monkeypatch.setattr(dense_product, "_BLOCK", 10 * 256)
+    used: list[int] = []
+    on_core = cores.on_core
+
+    def recorded(core: int) -> Any:
+        used.append(core)
+        return on_core(core)
+
+    monkeypatch.setattr(dense_product, "on_core", recorded)
+    weights, x = packed(rows, 256, 64, 4), mx.random.normal((5, 256), key=mx.random.key(2))
+    product = dense_product.dense_product(x, weights, 64, 4, 3)
+    assert_close(product, mx.quantized_matmul(x, *weights, True, 64, 4))
+    at_once = min(3, rows)
+    assert used == list(range(at_once)) * (len(used) // at_once)
+    assert sum(height for height, _ in dense_shapes) == rows
+    assert max(height for height, _ in dense_shapes) <= 10
+
+
+def test_other_dtypes_and_axes_stay_packed(dense_shapes: list[tuple[int, ...]]) -> None:
     weights = packed(64, 64, 32, 4)
     quantized_product(mx.zeros((2, FROM, 64)), weights, 32, 4, 1)
     half = (weights[0], weights[1].astype(mx.float16), weights[2].astype(mx.float16))
     quantized_product(mx.zeros((FROM, 64), dtype=mx.float16), half, 32, 4, 1)
-    assert dequantized == []
+    assert dense_shapes == []
 
 
 def test_only_openblas_on_a_cpu_makes_it_worth_while() -> None:
-    assert FAST.dense_from == 8
-    assert CPU.dense_from == NEVER
-    assert Device("a GPU", is_gpu=True, memory=1, usable_memory=1, has_openblas=True).dense_from == NEVER
+    for bits in (2, 4, 8, 32):
+        assert FAST.dense_from(bits) < FAST.dense_from(3) == FAST.dense_from(6) < NEVER
+    assert CPU.dense_from() == NEVER
+    assert Device("a GPU", is_gpu=True, memory=1, usable_memory=1, has_openblas=True).dense_from() == NEVER
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_give_the_same_logits(
-    tmp_path: Path, name: str, dequantized: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, count: int, dense_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt in chunks, long enough for eight rows an expert, and a batch of ten rows that decodes."""
+    monkeypatch.setattr(cores, "_LEAST", 1)
     by_expert: list[int] = []
     of_expert = FusedSwitchLinear.of_expert
 
@@ -90,12 +125,12 @@ def test_models_give_the_same_logits(
     ids = mx.array([prompt(20, 96, seed) for seed in range(10)])
     found, expected = [
         [model(ids[:, :19], cache), model(ids[:, 19:], cache)]
-        for model in (load_model(folder, device=FAST), load_model(folder, device=CPU))
+        for model in (load_model(folder, device=replace(FAST, cores=count)), load_model(folder, device=CPU))
         for cache in [make_cache(model, batch_size=10)]
     ]
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
-    assert bool(dequantized) == (MODELS[name][1] is not None)
+    assert bool(dense_shapes) == (MODELS[name][1] is not None)
     assert bool(by_expert) == name.startswith("MoE")
 
 

@@ -72,8 +72,6 @@ class Shares:
         return (*[slice(None)] * self.axis, cut)
 
 
-def shares_of(device: Device, *, quantized: bool, axis: int = 0) -> Shares | None:
-    """The shares of a matrix; None where MLX gives a product to all that there is to compute on by itself."""
-    if device.cores == 1 or (device.has_openblas and not quantized):
-        return None
-    return Shares(device.cores, axis)
+def shares_of(device: Device, axis: int = 0) -> Shares | None:
+    """The shares of a matrix, whose outputs are in this axis; None where one core, or a GPU, computes all."""
+    return None if device.cores == 1 else Shares(device.cores, axis)

@@ -11,11 +11,9 @@ import mlx.nn as nn
 
 from mlxqwen.device import NEVER, Device
 from mlxqwen.model.cores import Shares, shares_of
+from mlxqwen.model.dense_product import Packed, dense_product
 
 __all__ = ["FusedLinear", "JoinedRows", "fuse_children", "quantized_product"]
-
-_DENSE_BLOCK = 1 << 21
-"""Numbers of a matrix that are dequantized at once: 8 MiB."""
 
 
 class JoinedRows(nn.Module):
@@ -32,13 +30,13 @@ class JoinedRows(nn.Module):
     def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.dense_from = device.dense_from
         self.weight, *quantization = _joined_rows(parts)
         if quantization:
             self.scales, self.biases = quantization
             self.group_size, self.bits = parts[0].group_size, parts[0].bits
         else:
             self.weight = self.turned(self.weight)
+        self.dense_from = device.dense_from(self.bits if quantization else 32)
 
     def turned(self, rows: mx.array) -> mx.array:
         """A parameter, `[..., rows, width]` as it lies in memory, as it is held here."""
@@ -54,7 +52,7 @@ class FusedLinear(JoinedRows):
 
     def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__(parts, names, device)
-        self.shares = shares_of(device, quantized="scales" in self, axis=0 if "scales" in self else 1)
+        self.shares = shares_of(device, axis=0 if "scales" in self else 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
@@ -65,7 +63,7 @@ class FusedLinear(JoinedRows):
 
 def quantized_product(
     x: mx.array,
-    packed: tuple[mx.array, mx.array, mx.array],
+    packed: Packed,
     group_size: int,
     bits: int,
     dense_from: int = NEVER,
@@ -73,30 +71,19 @@ def quantized_product(
 ) -> mx.array:
     """`[..., in]` through affine-quantized weights → `[..., out]`.
 
-    From `dense_from` rows `[N, in]` on, a float32 product is computed block by block of dequantized weights. Each block
-    is evaluated before the next one is begun: MLX's CPU backend runs ahead, and would hold the dequantized weights of
-    many layers at once.
-
     Args:
         x: activations.
         packed: `weight`, `[out, in * bits / 32]`, `scales` and `biases`, `[out, in / group_size]`.
         group_size, bits: of the weights.
-        dense_from: see `Device`.
+        dense_from: rows `[N, in]` from which on the weights are dequantized; see `Device`.
         shares: of these weights among a processor's cores; by default one core computes all.
     """
     weight, scales, biases = packed
-    if x.shape[0] < dense_from or x.ndim != 2 or scales.dtype != mx.float32:
-        if shares is None:
-            return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)
-        return shares.product(partial(mx.quantized_matmul, group_size=group_size, bits=bits), x, *packed)
-    rows, step = len(weight), max(1, _DENSE_BLOCK // x.shape[1])
-    blocks = []
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        dense = mx.dequantize(weight[some], scales[some], biases[some], group_size, bits)
-        blocks.append(x @ dense.T)
-        mx.eval(blocks[-1])
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=-1)
+    if x.shape[0] >= dense_from and x.ndim == 2 and scales.dtype == mx.float32:
+        return dense_product(x, packed, group_size, bits, 1 if shares is None else shares.cores)
+    if shares is None:
+        return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)
+    return shares.product(partial(mx.quantized_matmul, group_size=group_size, bits=bits), x, *packed)
 
 
 def _joined_rows(parts: Sequence[nn.Module]) -> list[mx.array]:

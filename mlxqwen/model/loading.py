@@ -249,8 +249,9 @@ def prepare_model(
                 goes_on = read_layer()
         mx.clear_cache()
         if fused:
-            model.dense_from = device.dense_from
-            model.shares = shares_of(device, quantized="scales" in model.head)
+            if "scales" in model.head:
+                model.dense_from = device.dense_from(model.head.bits)
+            model.shares = shares_of(device)
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model.layers)
         return model

@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlxqwen.device import NEVER, Device
 from mlxqwen.files.config import AffineQuantization, MoeConfig
 from mlxqwen.model.cores import on_core, ranges
-from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children, quantized_product
+from mlxqwen.model.dense_product import dequantized, reordered
+from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children
 from mlxqwen.model.mlp import compiled_swiglu, swiglu
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
@@ -70,11 +71,11 @@ class FusedSwitchLinear(JoinedRows):
         return _quantized_product(self, x, experts, sorted_experts)
 
     def of_expert(self, x: mx.array, expert: int) -> mx.array:
-        """`[N, in]` through one expert → `[N, out]`."""
+        """`[N, in]` through one expert, dequantized → `[N, out]`."""
         if "scales" not in self:
             return x @ self["weight"][expert]
         packed = self["weight"][expert], self["scales"][expert], self["biases"][expert]
-        return quantized_product(x, packed, self.group_size, self.bits, self.dense_from)
+        return reordered(x, self.bits) @ dequantized(packed, self.group_size, self.bits).T
 
 
 def _quantized_product(module: nn.Module, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
@@ -109,7 +110,7 @@ class SwitchGLU(nn.Module):
             return self._shared(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         chosen = experts.reshape(N * k)
         by_expert = mx.argsort(chosen)
-        if N * k >= self.dense_from * len(self["down_proj"]["weight"]):
+        if x.dtype == mx.float32 and N * k >= self.dense_from * len(self["down_proj"]["weight"]):
             outputs = self._expert_by_expert(x[by_expert // k], chosen[by_expert])
         else:
             rows = x[by_expert // k][:, None, :]
@@ -117,11 +118,19 @@ class SwitchGLU(nn.Module):
         return outputs[mx.argsort(by_expert)].reshape(N, k, -1)
 
     def _expert_by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
-        """Sorted rows `[N, hidden_size]` through their experts, one product an expert → `[N, hidden_size]`."""
-        outputs, start = [], 0
-        for expert, count in Counter(cast(list[int], experts.tolist())).items():
-            gate, up = self["gate_up_proj"].of_expert(x[start : start + count], expert).split(2, axis=-1)
-            outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
+        """Sorted rows `[N, hidden_size]` through their experts, one product an expert → `[N, hidden_size]`.
+
+        Each core has one expert at a time, and they wait for one another, so that few dequantized weights are held.
+        """
+        outputs: list[mx.array] = []
+        start, counts = 0, Counter(cast(list[int], experts.tolist()))
+        at_once = len(ranges(len(counts), self.cores, len(x) * self.multiplications))
+        for number, (expert, count) in enumerate(counts.items(), 1):
+            with on_core((number - 1) % at_once):
+                gate, up = self["gate_up_proj"].of_expert(x[start : start + count], expert).split(2, axis=-1)
+                outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
+            if number % at_once == 0 or number == len(counts):
+                mx.eval(outputs[-at_once:])
             start += count
         return mx.concatenate(outputs)
 
@@ -153,7 +162,7 @@ class SwitchGLU(nn.Module):
         fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear, device)
         self.cores = device.cores
         if "gate_up_proj" in self:
-            self.dense_from = device.dense_from
+            self.dense_from = self["gate_up_proj"].dense_from
 
 
 class SparseMoeBlock(nn.Module):
