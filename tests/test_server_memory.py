@@ -140,7 +140,7 @@ def test_what_never_fits_is_refused_at_once_with_both_numbers(tokenizer: Tokeniz
 
 def test_replies_of_both_models_that_outgrow_the_memory_are_all_answered(tokenizer: Tokenizer) -> None:
     """Each grows to what the machine holds of one alone: one gives way, and goes on where it stood."""
-    body = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+    body: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
 
     def said(call: Call) -> str:
         content: str = call.json["choices"][0]["message"]["content"]

@@ -241,12 +241,19 @@ def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
     assert served.post({"input": items, "truncation": "auto", "max_output_tokens": 1}, PATH)["truncation"] == "auto"
 
 
+def test_a_talk_that_may_be_compacted_is_answered_whole_with_a_note(served: Served) -> None:
+    body = {"model": "demo", "input": "Hi", "context_management": [{"type": "compaction", "compact_threshold": 1000}]}
+    response = served.client.post(PATH, json={**body, "max_output_tokens": 1})
+    assert response.status_code == 200
+    assert response.headers["x-mlxqwen-ignored"] == "context_management"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt: found one"),
-        ({"context_management": [{"type": "compaction", "compact_threshold": 1000}]}, "/v1/responses/compact"),
+        ({"context_management": "compaction"}, "context_management: found"),
         ({"input": None}, "input: found none"),
         ({"input": []}, "input: found none"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),

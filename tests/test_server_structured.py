@@ -33,6 +33,7 @@ SCHEMA = {
 OPENAI = {"type": "json_schema", "json_schema": {"name": "count", "strict": True, "schema": SCHEMA}}
 PLAIN: dict[str, Any] = {"seed": 1, "max_tokens": 200, "chat_template_kwargs": {"enable_thinking": False}}
 OTHER = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+SOME = {"type": "allowed_tools"}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,26 @@ def test_the_function_that_is_named_is_called(served: Served) -> None:
     assert [call["name"] for call in whole(reply)["tool_calls"]] == ["clock"]
 
 
+def test_tools_that_are_allowed(served: Served) -> None:
+    """In both of OpenAI's forms; what is no function is left out, as from the tools."""
+    search = {"type": "web_search"}
+    tools: list[Any] = [CALCULATOR, OTHER, search]
+    some = {"mode": "required", "tools": [{"type": "function", "function": {"name": "clock"}}, search]}
+    reply = served.post(
+        ask(PRODUCT, tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": some}, seed=1, max_tokens=300)
+    )
+    assert {call["name"] for call in whole(reply)["tool_calls"]} == {"clock"}
+    none = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [search]}}
+    reply = served.post(ask(PRODUCT, tools=tools, tool_choice=none, seed=1, max_tokens=300))
+    assert "tool_calls" not in reply["choices"][0]["message"]
+    flat = [{**one["function"], "type": "function"} for one in tools if one != search]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    body = {"input": PRODUCT, "tools": flat, "tool_choice": choice, "seed": 1, "max_output_tokens": 300}
+    response = served.post(body, "/v1/responses")
+    assert {one["name"] for one in response["output"] if one["type"] == "function_call"} == {"clock"}
+    assert response["tool_choice"] == choice
+
+
 def test_in_the_other_apis(served: Served) -> None:
     question = "How many r's in strawberry?"
     text = {"format": {"type": "json_schema", "name": "count", "strict": True, "schema": SCHEMA}}
@@ -147,6 +168,17 @@ for _ in range(40):
         ({"ebnf": "root ::= 'a'"}, "ebnf"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [CALCULATOR], "tool_choice": SOME}, "tool_choice"),
+        (
+            {
+                "tools": [CALCULATOR],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "required", "tools": [{"type": "mcp"}]},
+                },
+            },
+            "tool_choice",
+        ),
         ({"tools": [CALCULATOR], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
     ],
     ids=str,

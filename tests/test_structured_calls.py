@@ -97,6 +97,40 @@ def test_a_named_function_is_called_once(babble: Engine) -> None:
         check_calls(done)
 
 
+def allowed(mode: str, *names: str, nested: bool = True) -> dict[str, Any]:
+    """A choice of some tools in the form of chat completions, or in that of responses."""
+    if nested:
+        tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+    return {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": name} for name in names]}
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_tools_that_are_allowed_are_called(babble: Engine, mode: str) -> None:
+    """By a model that would rather call than speak, whichever tool."""
+    asked = [
+        {"tool_choice": allowed(mode, "now", "find", nested=nested), "seed": seed}
+        for nested in (True, False)
+        for seed in range(6)
+    ]
+    done = answers(babble, asked, sampling=biased(babble, call=20, end=20))
+    called = [call.name for one in done for call in one.reply.whole_calls]
+    assert set(called) <= {"now", "find"}
+    assert len(called) >= len(asked)
+    for one in done:
+        check_calls(one)
+
+
+def test_where_some_tools_are_allowed_the_model_may_answer_unless_it_has_to_call(babble: Engine) -> None:
+    unwilling = biased(babble, call=-50, end=-50)
+    done = answer(babble, tool_choice=allowed("auto", "now"), sampling=unwilling, seed=1, max_tokens=9)
+    assert done.reply.tool_calls == ()
+    assert done.reply.content
+    sampling = biased(babble, call=-50, end=20)
+    done = answer(babble, tool_choice=allowed("required", "now"), sampling=sampling, seed=1)
+    assert {call.name for call in done.reply.tool_calls} == {"now"}
+
+
 def test_several_calls_unless_told_not_to(babble: Engine) -> None:
     """A model that would rather call than end."""
     sampling = biased(babble, end=-30)
@@ -122,8 +156,9 @@ def test_none_leaves_no_call(babble: Engine) -> None:
 
 def test_the_choice_is_no_part_of_the_prompt(engine: Engine) -> None:
     """So what was read of tools is shared."""
-    free, none = (answer(engine, tool_choice=choice, max_tokens=1) for choice in ("auto", "none"))
-    assert free.usage.prompt_tokens == none.usage.prompt_tokens
+    choices = ("auto", "none", allowed("auto", "add"))
+    lengths = [answer(engine, tool_choice=choice, max_tokens=1).usage.prompt_tokens for choice in choices]
+    assert len(set(lengths)) == 1
 
 
 def test_strict_tools_are_called_as_their_schemas_say_and_text_stays_free(babble: Engine) -> None:
@@ -209,6 +244,12 @@ def test_schemas_that_cannot_be_compiled_together_are_left_open(
             "tool_choice: found 'other', expected one of the tools: add",
         ),
         ({"tool_choice": "required", "tools": None}, "without tools"),
+        ({"tool_choice": allowed("auto", "other")}, "tool_choice: found 'other', expected one of the tools: add"),
+        ({"tool_choice": allowed("auto")}, "tool_choice: tools: found a list, expected a list of at least one"),
+        ({"tool_choice": allowed("always", "add")}, "tool_choice: mode: found 'always'"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": [1]}}, "tool_choice: mode: found null"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": "add"}}, "tools: found text"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [3]}}, "tool_choice: found a number"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls: found 1"),
     ],
 )

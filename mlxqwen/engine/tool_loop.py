@@ -84,8 +84,12 @@ def stream_tool_loop(
 def tool_choices(first: object) -> Iterator[object]:
     """The `tool_choice` of each reply of a run: a call that has to be made is made in the first one."""
     yield first
+    later: object = first if first == "none" else None
+    if isinstance(first, Mapping) and first.get("type") == "allowed_tools":
+        inner = first.get("allowed_tools", first)
+        later = {**inner, "type": "allowed_tools", "mode": "auto"} if isinstance(inner, Mapping) else None
     while True:
-        yield first if first == "none" else None
+        yield later
 
 
 def _by_name(tools: object) -> dict[str, Callable[..., Any]]:

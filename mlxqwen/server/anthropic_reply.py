@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from mlxqwen.server.blocks import Block, Blocks, Step
@@ -26,9 +26,13 @@ class MessageReply(Presenter):
     Args:
         name: of the model.
         most_calls: how many calls it may have; None for any number.
+        edits: says how the conversation was edited, once it was; None if that was not asked for.
     """
 
-    def __init__(self, name: str, most_calls: int | None) -> None:
+    def __init__(
+        self, name: str, most_calls: int | None, edits: Callable[[], list[dict[str, Any]] | None] = lambda: None
+    ) -> None:
+        self._edits = edits
         self._head = {
             "id": f"msg_{os.urandom(12).hex()}",
             "type": "message",
@@ -48,7 +52,8 @@ class MessageReply(Presenter):
                 if self._blocks.is_cut:
                     replies.end(row)
         content = [_whole(block) for block in self._blocks.blocks]
-        return {**self._head, "content": content, **self._ending(replies), "usage": _usage(replies)}
+        ending = {**self._ending(replies), "usage": _usage(replies), **self._edited()}
+        return {**self._head, "content": content, **ending}
 
     async def chunks(self, replies: Replies) -> AsyncGenerator[bytes]:
         """The events of the reply that is streamed."""
@@ -61,7 +66,12 @@ class MessageReply(Presenter):
             if self._blocks.is_cut:
                 replies.end(0)
         yield b"".join(map(_told, self._blocks.finish()))
-        delta = {"type": "message_delta", "delta": self._ending(replies), "usage": _usage(replies)}
+        delta = {
+            "type": "message_delta",
+            "delta": self._ending(replies),
+            "usage": _usage(replies),
+            **self._edited(),
+        }
         yield event(delta, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
@@ -72,6 +82,10 @@ class MessageReply(Presenter):
     def failure(self, error: ApiError) -> bytes:
         """What ends a stream in which something went wrong."""
         return event(anthropic_error(error), "error")
+
+    def _edited(self) -> dict[str, Any]:
+        edits = self._edits()
+        return {} if edits is None else {"context_management": {"applied_edits": edits}}
 
     def _ending(self, replies: Replies) -> dict[str, Any]:
         """Why it ended, and that it did so in thought, if nothing was said."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field
 
@@ -12,14 +12,16 @@ from mlxqwen.errors import MessagesError
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form, form_of, unknown_fields
 from mlxqwen.server.chat_fields import ChatFields, Effort, Number
+from mlxqwen.server.context_edits import ContextManagement, Messages, apply_edits
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.histories import kept_instructions
 
-__all__ = ["CountFields", "MessagesFields", "as_chat"]
+__all__ = ["CountFields", "MessagesFields", "as_chat", "edited"]
 
 _WITHOUT_TEXT = {"redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result"}
 
 Content = str | list[dict[str, Any]]
+_CountT = TypeVar("_CountT", bound="CountFields")
 
 
 class Thinking(Form):
@@ -54,6 +56,7 @@ class CountFields(Form):
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
     cache_control: Any = None
+    context_management: ContextManagement | None = None
 
 
 class MessagesFields(CountFields):
@@ -71,6 +74,30 @@ class MessagesFields(CountFields):
     container: Any = None
     output_format: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+
+
+def edited(
+    fields: _CountT, count: Callable[[_CountT], int], notes: list[str]
+) -> tuple[_CountT, list[dict[str, Any]] | None]:
+    """The fields with the conversation as `context_management` leaves it, and what was applied; None if none is asked.
+
+    Args:
+        fields: the request's.
+        count: how many tokens the prompt of such fields has.
+        notes: what is left out of the request.
+    """
+    given = fields.context_management
+    if given is None:
+        return fields, None
+
+    def with_messages(messages: Messages) -> _CountT:
+        pairs = zip(fields.messages, messages, strict=True)  # no edit takes a message away
+        made = [before.model_copy(update={"content": content}) for before, (_, content) in pairs]
+        return fields.model_copy(update={"messages": made})
+
+    talk = [(message.role, message.content) for message in fields.messages]
+    messages, applied = apply_edits(given, talk, lambda some: count(with_messages(some)), notes)
+    return with_messages(messages) if applied else fields, applied
 
 
 def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:

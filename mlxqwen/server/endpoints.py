@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -47,15 +49,17 @@ async def completions(service: Service, http: HttpRequest) -> Response:
 
 async def messages(service: Service, http: HttpRequest) -> Response:
     """`POST /v1/messages`."""
+    edits: list[list[dict[str, Any]] | None] = [None]
 
     def prepare(fields: MessagesFields, model: ServedModel) -> Prepared:
         notes: list[str] = []
+        fields, edits[0] = anthropic_request.edited(fields, lambda some: _prompt_tokens(some, model), notes)
         return prepare_chat(anthropic_request.as_chat(fields, notes), model, service.settings, notes=notes)
 
     def present(fields: MessagesFields, name: str) -> MessageReply:
         choice = fields.tool_choice
         most_calls = 1 if choice is not None and choice.disable_parallel_tool_use else None
-        return MessageReply(name, most_calls)
+        return MessageReply(name, most_calls, lambda: edits[0])
 
     return await answer(service, http, MessagesFields, prepare, present)
 
@@ -65,7 +69,16 @@ async def count_tokens(service: Service, http: HttpRequest) -> Response:
     fields = await service.form(http, CountFields)
     async with service.model(http, fields.model) as model:
 
-        def count() -> int:
-            return len(prompt_ids(anthropic_request.as_chat(fields, []), model))
+        def count() -> dict[str, Any]:
+            kept, edits = anthropic_request.edited(fields, lambda some: _prompt_tokens(some, model), [])
+            told: dict[str, Any] = {"input_tokens": _prompt_tokens(kept, model)}
+            if edits is not None:
+                told["context_management"] = {"original_input_tokens": _prompt_tokens(fields, model)}
+            return told
 
-        return JSONResponse({"input_tokens": await service.in_thread(count)})
+        return JSONResponse(await service.in_thread(count))
+
+
+def _prompt_tokens(fields: CountFields, model: ServedModel) -> int:
+    """How many tokens the prompt of such a message has."""
+    return len(prompt_ids(anthropic_request.as_chat(fields, []), model))

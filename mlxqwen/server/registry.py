@@ -1,8 +1,8 @@
 """The models of a server by name: loaded when they are asked for, within memory, and unloaded when nobody uses them.
 
 A name stands for the weights of one folder or hub id. An adapter by name will be an entry of its own that shares the
-engine of its base, and whose requests carry the adapter. Leases, loads and memory share one lock and the same entries, so
-they stand in one file.
+engine of its base, and whose requests carry the adapter. Leases, loads and memory share one lock and the same entries,
+so they stand in one file.
 """
 
 from __future__ import annotations

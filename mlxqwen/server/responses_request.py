@@ -22,7 +22,6 @@ _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "sum
 _NOT_DONE = {
     "conversation": "previous_response_id goes on from a response",
     "prompt": "give instructions and input",
-    "context_management": "POST /v1/responses/compact shortens a talk, truncation auto leaves out its oldest turns",
 }
 _SUMMARY_BEGINS = "Summary of the conversation so far:"
 
@@ -84,7 +83,8 @@ class ResponsesFields(Form):
     # Asked for, these are refused.
     conversation: Any = None
     prompt: Any = None
-    context_management: Any = None
+    # Without effect: the answer is as right without a summary, and what is too long is told.
+    context_management: Annotated[list[dict[str, Any]], Field(max_length=16)] | None = None
 
 
 def input_items(given: Input | None) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
             code="invalid_value",
             param="store",
         )
-    notes += unknown_fields(fields)
+    notes += [*unknown_fields(fields), *(["context_management"] if fields.context_management else [])]
     instructions = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
     messages = [*instructions, *before, *messages_of(input_items(fields.input), notes)]
     if len(messages) == len(instructions):

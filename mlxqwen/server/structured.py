@@ -68,7 +68,22 @@ def call_options(fields: ChatFields) -> dict[str, Any]:
     """The engine's options for calls that have to be made, or must not; none where the model decides."""
     if fields.tool_choice in (None, "auto"):
         return {}
-    return {"tool_choice": fields.tool_choice, "parallel_tool_calls": fields.parallel_tool_calls is not False}
+    choice = fields.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        choice = _of_functions(choice)
+    return {"tool_choice": choice, "parallel_tool_calls": fields.parallel_tool_calls is not False}
+
+
+def _of_functions(choice: dict[str, Any]) -> str | dict[str, Any]:
+    """A choice of some tools without those that are no functions, which were left out of the tools, too."""
+    inner = choice.get("allowed_tools", choice)
+    tools = inner.get("tools") if isinstance(inner, dict) else None
+    if not isinstance(tools, list) or not tools:
+        return choice
+    functions = [tool for tool in tools if not isinstance(tool, dict) or tool.get("type", "function") == "function"]
+    if not functions and inner.get("mode") == "auto":
+        return "none"
+    return {"type": "allowed_tools", "mode": inner.get("mode"), "tools": functions}
 
 
 def may_compile(fields: Form) -> bool:

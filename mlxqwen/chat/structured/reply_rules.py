@@ -55,7 +55,7 @@ def reply_constraint(
                 "tools: found a tokenizer without tokens for calls, expected them where calls are restricted"
             )
         most = 1 if calls.most_one else None
-        if not any(map(is_strict, calls.tools)):
+        if not (calls.is_narrowed or any(map(is_strict, calls.tools))):
             return partial(GrammarConstraint, tokens, None, is_free=True, calls=most)
         compiler = grammar_compiler(tokenizer, vocab_size, ends)
         grammar = _compiled(compiler, tokens, None, _call_rules(calls.tools, tokens, compiler, most_one=True))

@@ -11,7 +11,10 @@ from mlxqwen.files.json_file import json_kind
 
 __all__ = ["CallRules", "read_tool_choice"]
 
-_FORMS = '"auto", "none", "required" or {"type": "function", "function": {"name": …}}'
+_FORMS = (
+    '"auto", "none", "required", {"type": "function", "function": {"name": …}} or {"type": "allowed_tools", '
+    '"allowed_tools": {"mode": …, "tools": […]}}'
+)
 
 
 class CallRules(NamedTuple):
@@ -21,16 +24,19 @@ class CallRules(NamedTuple):
         mode: "none"; "auto", as the model decides; or "required".
         tools: those that may be called, in OpenAI's form `{"type": "function", "function": {…}}`.
         most_one: whether there is at most one call.
+        is_narrowed: whether there are further tools, which may not be called.
     """
 
     mode: Literal["none", "auto", "required"]
     tools: tuple[Mapping[str, Any], ...]
     most_one: bool
+    is_narrowed: bool = False
 
     @property
     def is_free(self) -> bool:
         """Whether nothing restricts the calls."""
-        return self.mode == "auto" and not self.most_one and not any(is_strict(tool) for tool in self.tools)
+        is_restricted = self.most_one or self.is_narrowed or any(is_strict(tool) for tool in self.tools)
+        return self.mode == "auto" and not is_restricted
 
 
 def read_tool_choice(
@@ -40,8 +46,10 @@ def read_tool_choice(
 
     Args:
         tools: as `Engine.stream` takes them.
-        tool_choice: OpenAI's: None or "auto", "none", "required", or one function, by
-            `{"type": "function", "function": {"name": …}}` or `{"type": "function", "name": …}`.
+        tool_choice: OpenAI's: None or "auto", "none", "required", one function, by
+            `{"type": "function", "function": {"name": …}}` or `{"type": "function", "name": …}`, or some of them, by
+            `{"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required", "tools": […]}}` or with `mode`
+            and `tools` beside `type`. The prompt has all tools in every case.
         parallel_tool_calls: whether a reply may make several calls.
 
     Raises:
@@ -57,12 +65,37 @@ def read_tool_choice(
         if not known:
             raise OptionError('tool_choice: found "required" without tools, expected tools to choose from')
         return CallRules("required", known, not parallel)
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
+        return _allowed(known, tool_choice, not parallel)
     name = _chosen_name(tool_choice)
     chosen = tuple(tool for tool in known if tool["function"].get("name") == name)
     if not chosen:
-        names = ", ".join(str(tool["function"].get("name")) for tool in known)
-        raise OptionError(f"tool_choice: found {name!r:.80}, expected one of the tools: {names or 'there are none'}")
+        raise _no_such_tool(name, known)
     return CallRules("required", chosen[:1], True)
+
+
+def _allowed(known: tuple[Mapping[str, Any], ...], choice: Mapping[str, Any], most_one: bool) -> CallRules:
+    """Calls of some of the tools."""
+    inner = choice.get("allowed_tools", choice)
+    mode = inner.get("mode") if isinstance(inner, Mapping) else None
+    tools = inner.get("tools") if isinstance(inner, Mapping) else None
+    if mode not in ("auto", "required"):
+        found = f"{mode!r:.80}" if isinstance(mode, str) else json_kind(mode)
+        raise OptionError(f'tool_choice: mode: found {found}, expected "auto" or "required"')
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
+        raise OptionError(f"tool_choice: tools: found {json_kind(tools)}, expected a list of at least one tool")
+    wanted = dict.fromkeys(_chosen_name(tool) for tool in tools)
+    by_name = {tool["function"].get("name"): tool for tool in known}
+    for name in wanted:
+        if name not in by_name:
+            raise _no_such_tool(name, known)
+    chosen = tuple(by_name[name] for name in wanted)
+    return CallRules("required" if mode == "required" else "auto", chosen, most_one, len(chosen) < len(known))
+
+
+def _no_such_tool(name: str, known: Sequence[Mapping[str, Any]]) -> OptionError:
+    names = ", ".join(str(tool["function"].get("name")) for tool in known)
+    return OptionError(f"tool_choice: found {name!r:.80}, expected one of the tools: {names or 'there are none'}")
 
 
 def is_strict(tool: Mapping[str, Any]) -> bool:
