@@ -313,6 +313,15 @@ def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
     speaks.set()
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "-1", "1e999"])
+@pytest.mark.usefixtures("here")
+def test_seconds_that_never_end_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TIMEOUT", value)
+    told = failure("modelscope:org/model")
+    assert f"MODELSCOPE_API_TIMEOUT: found '{value}', expected seconds, above 0 and with an end" in told
+    assert "or unset it" in told
+
+
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert 'pip install "mlxqwen[modelscope]"' in failure("modelscope:org/model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -200,5 +201,51 @@ def test_what_cannot_be(held: tuple[Served, HeldModel], monkeypatch: pytest.Monk
         silent = await get(served, f"{PATH}/{plain['id']}", query="stream=true")
         assert (silent.status, silent.json["error"]["param"]) == (400, "stream")
         assert served.service.load.replies == 0
+
+    run(work())
+
+
+def test_what_runs_holds_a_bounded_size(held: tuple[Served, HeldModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    served, model = held
+    monkeypatch.setattr(background, "_MOST_BYTES", 5_000)
+    monkeypatch.setattr(background, "_MOST_BYTES_OF_ALL", 6_000)
+
+    async def refused(status: int, **fields: Any) -> str:
+        call = await Call(served.app, PATH, {**BODY, **fields}).end()
+        assert (call.status, call.json["error"]["param"]) == (status, "background")
+        message: str = call.json["error"]["message"]
+        return message
+
+    async def work() -> None:
+        message = await refused(400, metadata={"a": "x" * 6_000})
+        assert re.match(r"background: found a request of 6,\d{3} bytes, expected at most 5,000: leave out", message)
+        model.hold()
+        first = (await Call(served.app, PATH, {**BODY, "metadata": {"a": "x" * 4_000}}).end()).json
+        assert first["status"] in ("queued", "in_progress")
+        message = await refused(429, metadata={"a": "x" * 2_000})
+        pattern = r"background: responses that run hold 4,\d{3} bytes, expected room for 2,\d{3} more of 6,000: wait"
+        assert re.match(pattern, message)
+        small = (await Call(served.app, PATH, BODY).end()).json
+        model.release()
+        for one in (first, small):
+            await over(served, one["id"])
+        assert (await Call(served.app, PATH, {**BODY, "metadata": {"a": "x" * 2_000}}).end()).status == 200
+
+    run(work())
+
+
+def test_kept_events_count_as_held(held: tuple[Served, HeldModel]) -> None:
+    served, model = held
+
+    async def work() -> None:
+        model.hold()
+        call = Call(served.app, PATH, {**BODY, "stream": True})
+        await until(lambda: model.is_held and call.sent)
+        (task,) = served.service.background._tasks.values()
+        before, events = task.nbytes, len(task.events)
+        model.release()
+        await call.end()
+        assert len(task.events) > events
+        assert task.nbytes - before == sum(map(len, task.events[events:]))
 
     run(work())

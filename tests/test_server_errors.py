@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -349,3 +350,53 @@ def test_a_path_and_a_method_that_are_not_there_are_told_with_those_that_are(ser
     method = served.client.get("/v1/chat/completions")
     assert method.status_code == 405
     assert method.json()["error"]["message"] == "method: found 'GET', expected POST"
+
+
+LARGE = "x" * 300_000
+FOREIGN = {"type": "web_search", "filters": LARGE}
+MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"metadata": {"a": LARGE}}, "metadata"),
+        (CHAT, {"user": LARGE}, "user"),
+        (CHAT, {"prompt_cache_key": LARGE, "user": "a"}, "prompt_cache_key"),
+        (CHAT, {"unheard_of": [LARGE]}, "unheard_of"),
+        (CHAT, {**{f"many{i}": LARGE[:3_000] for i in range(100)}, "\n": LARGE[:3_001]}, "…"),
+        ("/v1/completions", {"prompt": "a", "user": LARGE}, "user"),
+        (RESPONSES, {"input": "a", "metadata": {"a": LARGE}}, "metadata"),
+        (RESPONSES, {"input": "a", "tools": [FOREIGN]}, "tools"),
+        (RESPONSES, {"input": "a", "tools": [{"type": "x", "a": LARGE[:3_000]}] * 100}, "tools"),
+        (MESSAGES, {"max_tokens": 1, "metadata": {"a": LARGE}}, None),
+        (MESSAGES, {"max_tokens": 1, "tools": [FOREIGN]}, None),
+    ],
+)
+def test_what_no_reply_depends_on_is_bounded(
+    served: Served, path: str, fields: dict[str, Any], param: str | None
+) -> None:
+    answer = served.client.post(path, json={**(ask() if path in (CHAT, MESSAGES) else {"model": "demo"}), **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error.get("param")) == (400, param)
+    assert re.fullmatch(
+        r"\S+: found 3\d\d,\d{3} bytes of JSON in what no reply depends on, expected at most 262,144", error["message"]
+    )
+
+
+def test_what_is_below_the_bound_is_taken(served: Served) -> None:
+    metadata = {"a": "x" * 200_000}
+    reply = served.post({"input": "a", "metadata": metadata, "max_output_tokens": 1}, RESPONSES)
+    assert reply["metadata"] == metadata
+
+
+@pytest.mark.parametrize("name", [None, "", 3, {}])
+def test_a_call_without_a_name_is_told_with_its_place(served: Served, name: object) -> None:
+    call = {"type": "function_call", "call_id": "c1", "arguments": "{}", **({} if name is None else {"name": name})}
+    items = [{"role": "user", "content": "a"}, call, {"type": "function_call_output", "call_id": "c1", "output": "b"}]
+    for path in (RESPONSES, f"{RESPONSES}/compact"):
+        error = served.refused({"input": items}, path=path)
+        assert error["param"] == "input[1].name"
+        assert error["message"].startswith("input[1]: name: found ")
+        assert error["message"].endswith(", expected that of the function that was called")

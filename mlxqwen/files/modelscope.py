@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -201,11 +202,21 @@ class ModelScope:
 
 
 def _seconds(variable: str, default: float) -> float:
-    """A setting of the client, which has refused what is no number."""
+    """A number of seconds among the settings of the client, which itself refuses what is no number.
+
+    Raises:
+        HubError: one that is not above 0, or without end.
+    """
     try:
-        return float(os.environ.get(variable) or default)
+        seconds = float(os.environ.get(variable) or default)
     except ValueError:
         return default
+    if not 0 < seconds < math.inf:
+        raise HubError(
+            f"{variable}: found {os.environ[variable][:40]!r}, expected seconds, above 0 and with an end",
+            hint=f"Set {variable} to a number such as {default:g}, or unset it.",
+        )
+    return seconds
 
 
 def _client(name: str) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import Field
 
 from mlxqwen.errors import MessagesError
 from mlxqwen.files.json_file import shown
-from mlxqwen.server.bodies import Form, form_of, unknown_fields
+from mlxqwen.server.bodies import Form, check_aside, form_of, unknown_fields
 from mlxqwen.server.chat_fields import ChatFields, Effort, Number
 from mlxqwen.server.context_edits import ContextManagement, Messages, apply_edits
 from mlxqwen.server.errors import ApiError
@@ -61,6 +61,8 @@ class CountFields(Form):
 
 class MessagesFields(CountFields):
     """A message to be answered."""
+
+    aside: ClassVar[tuple[str, ...]] = ("metadata", "service_tier", "cache_control")
 
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = None
@@ -217,6 +219,9 @@ def _texts(blocks: Any, where: str) -> Iterator[str]:
 def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
     """The tools that have a schema of their own; of those that Anthropic's servers know a note is taken."""
     functions = []
+    foreign = [tool for tool in tools if tool.get("type", "custom") != "custom"]
+    if foreign:
+        check_aside("tools", foreign)
     for place, tool in enumerate(tools):
         if tool.get("type", "custom") != "custom":
             notes.append(f"tools[{place}]")

@@ -13,6 +13,8 @@ from mlxqwen.server.wakeups import TICK
 __all__ = ["Background", "BackgroundRuns"]
 
 _MOST_LOGGED = 64
+_MOST_BYTES = 4 * 2**20  # of one request
+_MOST_BYTES_OF_ALL = 64 * 2**20
 _DONE = b"data: [DONE]"
 
 
@@ -23,10 +25,12 @@ class Background:
         events: what makes it, as a stream would get it; taken to its end.
         is_logged: whether its events are kept for who follows it.
         at_end: called once it is over, in every case.
+        nbytes: of the request, which is held as long as it runs.
         steps: how many steps the engine has begun.
 
     Attributes:
         steps: as given.
+        nbytes: what it holds: the request, and the events.
         events: those so far, each by the number in its place, if they are kept.
     """
 
@@ -35,12 +39,14 @@ class Background:
         events: AsyncGenerator[bytes],
         *,
         is_logged: bool,
+        nbytes: int,
         at_end: Callable[[], None],
         steps: Callable[[], int],
     ) -> None:
         self.steps = steps
         self._source = events
         self.is_logged = is_logged
+        self.nbytes = nbytes
         self._at_end = at_end
         self._is_over = False
         self._changed = asyncio.Event()
@@ -71,7 +77,9 @@ class Background:
     def _take(self, piece: bytes) -> None:
         if not self.is_logged:
             return
-        self.events += [one + b"\n\n" for one in piece.split(b"\n\n") if one and one != _DONE]
+        events = [one + b"\n\n" for one in piece.split(b"\n\n") if one and one != _DONE]
+        self.events += events
+        self.nbytes += sum(map(len, events))
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -105,8 +113,34 @@ class BackgroundRuns:
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], Background] = {}
 
-    def check_room(self, *, is_logged: bool) -> None:
-        """Raise `ApiError` 429 if too many run whose events are kept."""
+    def check_room(self, nbytes: int, *, is_logged: bool) -> None:
+        """Check that one more may run.
+
+        Args:
+            nbytes: of its request.
+            is_logged: whether its events are kept.
+
+        Raises:
+            ApiError: 400 for a request that is too large, 429 if those that run hold too much.
+        """
+        if nbytes > _MOST_BYTES:
+            raise ApiError(
+                400,
+                f"background: found a request of {nbytes:,} bytes, expected at most {_MOST_BYTES:,}: leave out "
+                "background",
+                code="invalid_value",
+                param="background",
+            )
+        held = sum(one.nbytes for one in self._tasks.values())
+        if held + nbytes > _MOST_BYTES_OF_ALL:
+            raise ApiError(
+                429,
+                f"background: responses that run hold {held:,} bytes, expected room for {nbytes:,} more of "
+                f"{_MOST_BYTES_OF_ALL:,}: wait, or ask for it without background",
+                code="queue_full",
+                param="background",
+                headers={"retry-after": "1"},
+            )
         logged = sum(one.is_logged for one in self._tasks.values())
         if is_logged and logged >= _MOST_LOGGED:
             raise ApiError(

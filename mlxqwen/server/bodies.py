@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
 
 from mlxqwen.files.json_file import json_kind, parse_json
 from mlxqwen.server.errors import ApiError, validation_error
 
-__all__ = ["Form", "parse_body", "read_body", "unknown_fields"]
+__all__ = ["Form", "check_aside", "parse_body", "read_body", "unknown_fields"]
 
 _MOST_VALUES = 1_000_000
+_MOST_ASIDE = 256 * 1024  # bytes
 _FormT = TypeVar("_FormT", bound="Form")
 
 
 class Form(BaseModel):
-    """A request's fields. Null means not given; what is unknown is kept apart, to be told of."""
+    """A request's fields. Null means not given; what is unknown is kept apart, to be told of.
+
+    Attributes:
+        aside: fields that change no reply, and are held as long as it runs: their size is bounded, as that of unknown
+            fields is.
+    """
+
+    aside: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=(), arbitrary_types_allowed=False)
 
@@ -91,11 +100,31 @@ def parse_body(body: bytes, form: type[_FormT]) -> _FormT:
 def form_of(value: Mapping[str, Any], form: type[_FormT]) -> _FormT:
     """The fields of a JSON object. Raises `ApiError` for what is not of that form."""
     try:
-        return form.model_validate({name: item for name, item in value.items() if item is not None})
+        made = form.model_validate({name: item for name, item in value.items() if item is not None})
     except ValidationError as error:
         raise validation_error(error) from None
+    held = {name: value[name] for name in form.aside if name in made.model_fields_set} | (made.model_extra or {})
+    if held:
+        check_aside(_shown_name(max(held, key=lambda name: len(to_json(held[name])))), held)
+    return made
+
+
+def check_aside(name: str, held: object) -> None:
+    """Check the size of what is held beside a request and changes no reply. Raises `ApiError` 400, which names it."""
+    found = len(to_json(held))
+    if found > _MOST_ASIDE:
+        raise ApiError(
+            400,
+            f"{name}: found {found:,} bytes of JSON in what no reply depends on, expected at most {_MOST_ASIDE:,}",
+            code="invalid_value",
+            param=name,
+        )
 
 
 def unknown_fields(form: Form) -> list[str]:
     """The names of the fields that nobody knows here."""
-    return sorted(name if name.isidentifier() and len(name) <= 64 else "…" for name in form.model_extra or {})
+    return sorted(_shown_name(name) for name in form.model_extra or {})
+
+
+def _shown_name(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 64 else "…"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class StreamOptions(Form):
 
 class ReplyFields(Form):
     """What chat and text completions have in common. Ranges that are not here are the engine's to check."""
+
+    aside: ClassVar[tuple[str, ...]] = ("user", "service_tier")
 
     model: Annotated[str, Field(max_length=512)] | None = None
     stream: bool | None = None
@@ -74,6 +76,12 @@ class ReplyFields(Form):
 
 class ChatFields(ReplyFields):
     """A chat completion."""
+
+    aside: ClassVar[tuple[str, ...]] = (
+        *ReplyFields.aside,
+        *("metadata", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "cache_control"),
+        *("audio", "web_search_options"),
+    )
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: int | None = None

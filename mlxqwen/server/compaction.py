@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -30,6 +30,8 @@ _MOST_TOKENS = 2048
 
 class CompactFields(Form):
     """A talk that is to become shorter."""
+
+    aside: ClassVar[tuple[str, ...]] = ("prompt_cache_key", "prompt_cache_retention", "service_tier")
 
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Input | None = None

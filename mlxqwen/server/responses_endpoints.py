@@ -14,7 +14,7 @@ from mlxqwen.server.background import Background
 from mlxqwen.server.chat_request import Prepared, prepare_chat
 from mlxqwen.server.compaction import CompactFields, CompactionReply
 from mlxqwen.server.errors import ApiError
-from mlxqwen.server.event_stream import EventStream, KeepAlive
+from mlxqwen.server.event_stream import EventStream, KeepAlive, to_json
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.responses_reply import ResponseReply
 from mlxqwen.server.responses_request import ResponsesFields
@@ -50,13 +50,16 @@ async def responses(service: Service, http: HttpRequest) -> Response:
         events: AsyncGenerator[bytes],
     ) -> Response:
         is_streamed = fields.stream is True
-        service.background.check_room(is_logged=is_streamed)
+        nbytes = len(to_json(fields.model_dump(exclude_none=True)))
+        service.background.check_room(nbytes, is_logged=is_streamed)
 
         def at_end() -> None:
             beginning.close()
             store.keep_events(reply.id, run.events)
 
-        run = reply.background = Background(events, is_logged=is_streamed, at_end=at_end, steps=beginning.steps)
+        run = reply.background = Background(
+            events, is_logged=is_streamed, nbytes=nbytes, at_end=at_end, steps=beginning.steps
+        )
         await service.background.start(run)
         return _followed(service, run, -1) if is_streamed else JSONResponse(reply.shown())
 

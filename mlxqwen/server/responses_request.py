@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from mlxqwen.errors import MessagesError
 from mlxqwen.files.json_file import shown
-from mlxqwen.server.bodies import Form, form_of, unknown_fields
+from mlxqwen.server.bodies import Form, check_aside, form_of, unknown_fields
 from mlxqwen.server.chat_fields import BiasField, ChatFields, Effort, Number
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.responses_store import ResponseStore
@@ -45,6 +45,11 @@ class TextOptions(Form):
 
 class ResponsesFields(Form):
     """A response that is asked for."""
+
+    aside: ClassVar[tuple[str, ...]] = (
+        *("metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("max_tool_calls", "include", "stream_options"),
+    )
 
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Input | None = None
@@ -151,7 +156,11 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
 
 
 def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
-    """Items as messages: what an assistant thought, said and called in a row is one message."""
+    """Items as messages: what an assistant thought, said and called in a row is one message.
+
+    Raises:
+        ApiError, MessagesError: an item that is not what its type says, or that a text model does not read.
+    """
     messages: list[dict[str, Any]] = []
     for place, item in enumerate(items):
         kind, where = item.get("type", "message"), f"input[{place}]"
@@ -169,7 +178,14 @@ def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[di
                 message = _assistants(messages, "content", "tool_calls")
                 message["reasoning_content"] = message.get("reasoning_content", "") + thought
         elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
+            if not isinstance(item.get("name"), str) or not item["name"]:
+                raise ApiError(
+                    400,
+                    f"{where}: name: found {shown(item.get('name'))}, expected that of the function that was called",
+                    code="invalid_value",
+                    param=f"{where}.name",
+                )
+            function = {"name": item["name"], "arguments": item.get("arguments") or "{}"}
             call = {"id": item.get("call_id") or item.get("id"), "type": "function", "function": function}
             message = _assistants(messages)
             message.setdefault("content", "")
@@ -215,6 +231,9 @@ def _parts(parts: Any, where: str) -> Iterator[str]:
 
 def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
     functions = []
+    foreign = [tool for tool in tools if tool.get("type") != "function"]
+    if foreign:
+        check_aside("tools", foreign)
     for place, tool in enumerate(tools):
         if tool.get("type") != "function":
             notes.append(f"tools[{place}]")
