@@ -148,7 +148,66 @@ def halved(model: nn.Module) -> Any:
     return tree_map(lambda a: a if a.dtype == mx.uint32 else a / 2, model.parameters())
 
 
+class Adapter(nn.Module):
+    """A linear map, and a small one beside it, as LoRA has them."""
+
+    def __init__(self, linear: nn.Module, inputs: int, outputs: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.down, self.up = (mx.random.normal(shape, key=mx.random.key(1)) for shape in ((inputs, 2), (2, outputs)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear(x) + self.scale * ((x @ self.down) @ self.up)
+
+
+def adapt(model: Qwen3ForCausalLM) -> None:
+    """With the same arrays, but for their numbers, in two layers, and another factor in each."""
+    for layer, scale in ((1, 0.02), (2, -0.1)):
+        attention: nn.Module = model.model.layers[layer].self_attn
+        attention.o_proj = Adapter(attention.o_proj, 4 * 32, 64, scale)
+
+
+def adapt_and_train(model: Qwen3ForCausalLM) -> None:
+    """An adapter that was used changes."""
+    adapt(model)
+    mx.eval(model(mx.array([[9]]), make_cache(model)))
+    model.model.layers[2].self_attn.o_proj.up = mx.ones((2, 64))
+
+
+def replace_deep_down(model: Qwen3ForCausalLM) -> None:
+    """A module of a module of a layer."""
+    down: nn.Module = nn.Linear(128, 64, bias=False)
+    down.weight = mx.random.normal((64, 128), key=mx.random.key(2)) * 0.1
+    model.model.layers[0].mlp.down_proj = down
+
+
+def train_compiled(model: Qwen3ForCausalLM) -> None:
+    """As MLX's examples do: the function's state is read and written by `mx.compile`, past all that modules define."""
+    state = model.state
+
+    def step() -> None:
+        model.update(halved(model))
+
+    mx.compile(step, inputs=state, outputs=state)()
+
+
+def change_in_place(model: Qwen3ForCausalLM) -> None:
+    """Some numbers of arrays that stay what they are."""
+    model.model.layers[2].mlp.down_proj.weight[3:9] = 0
+    model.model.layers[1].self_attn.k_norm.weight[5] = 7.0
+
+
 CHANGES: dict[str, Callable[[Qwen3ForCausalLM], object]] = {
+    "numbers in place": change_in_place,
+    "an item of a module": lambda model: model.model.layers[1].mlp.update(
+        {"down_proj": halved(model)["model"]["layers"][1]["mlp"]["down_proj"]}
+    ),
+    "a compiled step of training": train_compiled,
+    "adapters": adapt,
+    "adapters that go on changing": adapt_and_train,
+    "a module of a module": replace_deep_down,
+    "a setting": lambda model: setattr(model.model.layers[1].mlp, "swiglu", lambda gate, up: gate + up),
+    "layers in another order": lambda model: model.model.layers.reverse(),
     "update": lambda model: model.update(halved(model)),
     "update of a layer": lambda model: model.model.layers[1].update(halved(model.model.layers[1])),
     "load_weights": lambda model: model.load_weights(list(dict(tree_flatten(halved(model))).items())),
@@ -185,10 +244,11 @@ def test_weights_that_change_count_from_then_on(tmp_path: Path, change: str, sec
 @can_compile
 def test_weights_that_were_replaced_are_let_go(tmp_path: Path) -> None:
     model = load_model(folder_of(tmp_path, {**WIDE_DENSE, "intermediate_size": 4096}), device=GPU, dtype="float32")
-    mx.eval(model(mx.array([[1]])))
+    cache = make_cache(model)
+    mx.eval(model(mx.array([[1]]), cache))
     before = mx.get_active_memory()
     model.update(halved(model))
-    mx.eval(model.parameters(), model(mx.array([[1]])))
+    mx.eval(model.parameters(), model(mx.array([[1]]), cache))
     assert mx.get_active_memory() <= before + held_by(model) // 4
 
 

@@ -140,6 +140,8 @@ class KVCache:
 
     def make_room(self, capacity: int) -> None:
         """Grow the buffers to `capacity` slots; one layer at a time, so that only one is held twice."""
+        if self.layers[-1].has_room(capacity):
+            return
         rows = range(self.batch_size)
         for layer in self.layers:
             if layer.keys and layer.keys[0].shape[-2] < capacity:

@@ -26,25 +26,44 @@ class KVLayer:
         self.keep = keep
         self.rope = rope
         self._device = current_device()
+        self._is_plain = isinstance(storage, PlainStorage)
         self.keys: Stored = ()
         self.values: Stored = ()
         self.unstored: tuple[Stored, Stored] = (), ()  # of the last step, if its plan stores later
         self.plan = Step(offset=0, length=0, visible=0, capacity=0)
 
     @property
+    def position(self) -> mx.array:
+        """See `mlxqwen.model.attention.LayerCache`."""
+        return self.plan.position
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the buffers, filled or not."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
+    def has_room(self, capacity: int) -> bool:
+        """Whether there are buffers of so many slots."""
+        return bool(self.values) and self.values[0].shape[2] >= capacity
+
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
+        offset = self.plan.offset
+        return self.attend_rotated(queries, rope(queries, offset), rope(keys, offset), values, rope=rope, scale=scale)
+
+    def attend_rotated(
+        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
+    ) -> mx.array:
+        """See `mlxqwen.model.attention.LayerCache`."""
         plan = self.plan
-        new_keys, new_values = self.storage.encode(rope(keys, plan.offset)), self.storage.encode(values)
+        if plan.is_plain_token and self._is_plain and self.has_room(plan.capacity):
+            return self._attend_token(rotated, keys, values, plan, scale)
+        new_keys, new_values = self.storage.encode(keys), self.storage.encode(values)
         self.keys, seen_keys = _store(self.keys, new_keys, plan)
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
-        rotated = rope(queries, plan.offset)
-        length, size = queries.shape[2], self._block(queries, seen_keys)
+        length = plan.length
+        size = 1 if length == 1 else self._block(queries, seen_keys)
         if length <= size:
             return self._look(queries, rotated, seen_keys, seen_values, plan, rope, scale)
         outputs = []
@@ -61,11 +80,21 @@ class KVLayer:
             mx.eval(outputs[:-1] if self._device.overlaps_steps else outputs)
         return mx.concatenate(outputs, axis=2)
 
+    def _attend_token(self, rotated: mx.array, keys: mx.array, values: mx.array, plan: Step, scale: float) -> mx.array:
+        """`attend_rotated` of a `Step.is_plain_token`, which most steps are, into buffers with room."""
+        (all_keys,), (all_values,) = self.keys, self.values
+        new, seen = plan.new_slots, plan.visible_slots
+        all_keys[new], all_values[new] = keys, values
+        self.unstored = (), ()
+        return mx.fast.scaled_dot_product_attention(
+            rotated, all_keys[seen], all_values[seen], scale=scale, mask=plan.mask
+        )
+
     def _block(self, queries: mx.array, seen: Stored) -> int:
         """How many queries to look from at a time, so that their scores take little memory."""
         B, heads, L, _ = queries.shape
-        kernel = self.plan.sink_positions is None and isinstance(self.storage, PlainStorage)
-        if L == 1 or (kernel and self._device.fuses_attention):
+        kernel = self.plan.sink_positions is None and self._is_plain
+        if kernel and self._device.fuses_attention:
             return L
         most = _MOST_SCORES_ON_GPU if self._device.is_gpu else _MOST_SCORES
         return max(_SMALLEST_BLOCK, most // (B * heads * seen[0].shape[-2]))
@@ -74,7 +103,7 @@ class KVLayer:
         self, queries: mx.array, rotated: mx.array, keys: Stored, values: Stored, plan: Step, rope: Rope, scale: float
     ) -> mx.array:
         """Attention of queries, which are also given rotated to where they stand, on stored keys and values."""
-        if plan.sink_positions is None and isinstance(self.storage, PlainStorage):
+        if plan.sink_positions is None and self._is_plain:
             return mx.fast.scaled_dot_product_attention(rotated, keys[0], values[0], scale=scale, mask=plan.mask)
         B, heads, L, head_dim = rotated.shape
         kv_heads = keys[0].shape[1]
@@ -118,16 +147,15 @@ def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
         whole, slots = _beside(stored, new, plan.visible), plan.gather[:, None, :, None]
         return tuple(mx.take_along_axis(part, slots, axis=2) for part in whole), whole
     buffers = stored if stored and stored[0].shape[2] >= plan.capacity else _with_room(stored, new, plan.capacity)
-    start, visible = plan.write_at, plan.visible
-    if isinstance(start, mx.array):
-        buffers = tuple(_scattered(buffer, part, start) for buffer, part in zip(buffers, new, strict=True))
+    if isinstance(plan.write_at, mx.array):
+        start = plan.write_at
+        buffers = tuple([_scattered(buffer, part, start) for buffer, part in zip(buffers, new, strict=True)])
     else:
-        stop = start + plan.length
-        for number, part in enumerate(new):
-            buffers[number][:, :, start:stop] = part
-    if visible == buffers[0].shape[2]:
+        for buffer, part in zip(buffers, new, strict=True):
+            buffer[plan.new_slots] = part
+    if plan.visible == buffers[0].shape[2]:
         return buffers, buffers
-    return buffers, tuple([buffer[:, :, :visible] for buffer in buffers])
+    return buffers, tuple([buffer[plan.visible_slots] for buffer in buffers])
 
 
 def _beside(stored: Stored, new: Stored, visible: int) -> Stored:

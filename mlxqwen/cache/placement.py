@@ -58,6 +58,27 @@ class Step:
     stores_later: bool = False
 
     @cached_property
+    def position(self) -> mx.array:
+        """`offset` as int32."""
+        return self.offset if isinstance(self.offset, mx.array) else mx.array(self.offset, dtype=mx.int32)
+
+    @cached_property
+    def is_plain_token(self) -> bool:
+        """Whether each row's one token is written into the same slot and seen with some of the slots before it."""
+        moves = self.gather is not None or self.stores_later or isinstance(self.write_at, mx.array)
+        return self.length == 1 and not moves and self.sink_positions is None
+
+    @cached_property
+    def new_slots(self) -> tuple[slice, ...]:
+        """Where the new tokens go in a buffer `[B, heads, S, …]`, if `write_at` is one slot."""
+        return slice(None), slice(None), slice(self.write_at, self.write_at + self.length)
+
+    @cached_property
+    def visible_slots(self) -> tuple[slice, ...]:
+        """What queries look at of a buffer `[B, heads, S, …]`."""
+        return slice(None), slice(None), slice(self.visible)
+
+    @cached_property
     def mask_array(self) -> mx.array | None:
         """`mask` with "causal" spelled out."""
         if not isinstance(self.mask, str):

@@ -12,6 +12,7 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.linear import FusedLinear, fuse_children
 from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope
+from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["Attention", "LayerCache"]
 
@@ -24,6 +25,11 @@ class LayerCache(Protocol):
 
     rope: Rope | None
 
+    @property
+    def position(self) -> mx.array:
+        """Where the first token of this step stands: int32, one for all rows or `[B]`."""
+        ...
+
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """Rotate and store the new keys and values, and attend to all that each query may see.
 
@@ -32,8 +38,14 @@ class LayerCache(Protocol):
         """
         ...
 
+    def attend_rotated(
+        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
+    ) -> mx.array:
+        """`attend` where `rotated` are the queries at their positions, and the keys are rotated to theirs."""
+        ...
 
-class Attention(nn.Module):
+
+class Attention(WatchedModule):
     """`[B * L, hidden_size]` → `[B * L, hidden_size]`, causal within each of the `B` rows."""
 
     def __init__(self, config: ModelConfig, rope: Rope) -> None:
@@ -69,8 +81,7 @@ class Attention(nn.Module):
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None = None) -> mx.array:
         """The mix of values that each query sees → the shape of `queries`."""
-        rope = self.rope if cache is None or cache.rope is None else cache.rope
-        scale = self.head_dim**-0.5 * rope.score_factor
+        rope, scale = self.rotation(cache)
         if cache is not None:
             return cache.attend(queries, keys, values, rope=rope, scale=scale)
         return mx.fast.scaled_dot_product_attention(
@@ -80,6 +91,11 @@ class Attention(nn.Module):
             scale=scale,
             mask="causal" if queries.shape[2] > 1 else None,
         )
+
+    def rotation(self, cache: LayerCache | None) -> tuple[Rope, float]:
+        """What rotates queries and keys, and what their products are multiplied by."""
+        rope = self.rope if cache is None or cache.rope is None else cache.rope
+        return rope, self.head_dim**-0.5 * rope.score_factor
 
     def output(self, attended: mx.array, packing: Packing | None = None) -> mx.array:
         """`[B, num_attention_heads, L, head_dim]` → `[B * L, hidden_size]`, or packed, `[N, hidden_size]`."""

@@ -29,7 +29,7 @@ class JoinedRows(nn.Module):
 
     def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__()
-        self.names = tuple(names)
+        self._names = " ".join(names)  # a tuple would stand among the arrays
         self.weight, *quantization = _joined_rows(parts)
         if quantization:
             self.scales, self.biases = quantization
@@ -37,6 +37,11 @@ class JoinedRows(nn.Module):
         else:
             self.weight = self.turned(self.weight)
         self.dense_from = device.dense_from(self.bits if quantization else 32)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the parts were called in the module that they belonged to."""
+        return tuple(self._names.split())
 
     def turned(self, rows: mx.array) -> mx.array:
         """A parameter, `[..., rows, width]` as it lies in memory, as it is held here."""

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from mlxqwen.device import Device
 from mlxqwen.model.linear import FusedLinear, fuse_children
+from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["MLP", "compiled_swiglu", "swiglu"]
 
@@ -20,7 +21,7 @@ compiled_swiglu = mx.compile(swiglu, shapeless=True)
 """`swiglu` as one kernel, for devices where making kernels is cheap."""
 
 
-class MLP(nn.Module):
+class MLP(WatchedModule):
     """`[N, hidden_size]` → `[N, hidden_size]` through `intermediate_size`."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:

@@ -14,6 +14,7 @@ from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.dense_product import dequantized, reordered
 from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children
 from mlxqwen.model.mlp import compiled_swiglu, swiglu
+from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
 
@@ -91,7 +92,7 @@ def _quantized_product(module: nn.Module, x: mx.array, experts: mx.array, sorted
     )
 
 
-class SwitchGLU(nn.Module):
+class SwitchGLU(WatchedModule):
     """SwiGLU in every expert: `[N, hidden_size]` tokens with `[N, k]` experts each → `[N, k, hidden_size]`."""
 
     def __init__(self, hidden_size: int, moe_intermediate_size: int, num_experts: int) -> None:
@@ -165,7 +166,7 @@ class SwitchGLU(nn.Module):
             self.dense_from = self["gate_up_proj"].dense_from
 
 
-class SparseMoeBlock(nn.Module):
+class SparseMoeBlock(WatchedModule):
     """Each token through its `num_experts_per_tok` best experts, weighted by the router (`gate`)."""
 
     def __init__(self, hidden_size: int, moe: MoeConfig) -> None:

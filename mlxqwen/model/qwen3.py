@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from operator import is_
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,12 +20,14 @@ from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.forks import check_process
 from mlxqwen.model.attention import Attention, LayerCache
+from mlxqwen.model.compiled import CompiledByForm
 from mlxqwen.model.cores import Shares
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
 from mlxqwen.model.packing import Packing
-from mlxqwen.model.rope import Rope, rope_of
+from mlxqwen.model.rope import Rope, rope_of, rotate
+from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 
@@ -44,7 +47,7 @@ class ModelCache(Protocol):
         ...
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(WatchedModule):
     """Attention, then feed-forward, each on a normalised copy and added back."""
 
     def __init__(self, config: ModelConfig, layer: int, rope: Rope) -> None:
@@ -88,6 +91,15 @@ class DecoderLayer(nn.Module):
         x = x + self["self_attn"].output(attended, packing)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
+    def parts_before_attention(self) -> list[nn.Module]:
+        """The children whose weights `before_attention` reads."""
+        attention = self["self_attn"]
+        return [self["input_layernorm"], *(part for name, part in attention.items() if name != "o_proj")]
+
+    def parts_after_attention(self) -> list[nn.Module]:
+        """The children whose weights `after_attention` reads."""
+        return [self["self_attn"]["o_proj"], self["post_attention_layernorm"], self["mlp"]]
+
     def fuse(self, device: Device) -> None:
         """Fuse projections of the same input, one module after the other."""
         self.self_attn.fuse(device)
@@ -97,32 +109,67 @@ class DecoderLayer(nn.Module):
 class CompiledDecoder:
     """All layers for one token a row; what lies between two attentions is compiled into one call.
 
-    The layers' weights are passed in every step, so that weights that were changed count from then on.
+    Each call is given the weights that it reads, so that weights that were changed count from then on. Where a layer or
+    a module in one was replaced, the calls are made anew.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._attentions = [layer.self_attn for layer in layers]
-        first, last = layers[0], layers[-1]
-        self._first = mx.compile(lambda x: first.before_attention(x, x.shape[0]), inputs=[first])
+    def __init__(self, layers: list[DecoderLayer]) -> None:
+        self._layers = layers
+        self._compile()
+
+    def _compile(self) -> None:
+        self._assignments, self._compiled_layers = WatchedModule.assignments, tuple(self._layers)
+        by_form = CompiledByForm()
+        first, last = self._layers[0], self._layers[-1]
+        self._first = by_form.compile(_before, [first], first.parts_before_attention())
         self._between = [
-            mx.compile(_between(one, following), inputs=[one, following]) for one, following in pairwise(layers)
+            by_form.compile(
+                _between, [one, following], [*one.parts_after_attention(), *following.parts_before_attention()]
+            )
+            for one, following in pairwise(self._compiled_layers)
         ]
-        self._last = mx.compile(last.after_attention, inputs=[last])
+        self._last = by_form.compile(_after, [last], last.parts_after_attention())
 
-    def __call__(self, x: mx.array, caches: Sequence[LayerCache | None]) -> mx.array:
+    def __call__(self, x: mx.array, caches: Sequence[LayerCache]) -> mx.array:
         """`[B, hidden_size]` → `[B, hidden_size]`."""
-        queries, keys, values = self._first(x)
-        for attention, between, cache in zip(self._attentions, self._between, caches, strict=False):
-            x, queries, keys, values = between(x, attention.attend(queries, keys, values, cache))
-        return self._last(x, self._attentions[-1].attend(queries, keys, values, caches[-1]))
+        if self._assignments != WatchedModule.assignments or not self._has_compiled(self._layers):
+            self._compile()
+        rope, scale = self._layers[0]["self_attn"].rotation(caches[0])
+        wavelengths, position = rope.wavelengths, caches[0].position
+        projected = self._first(x, wavelengths, position)
+        for between, cache in zip(self._between, caches, strict=False):
+            x, *projected = between(x, cache.attend_rotated(*projected, rope=rope, scale=scale), wavelengths, position)
+        return self._last(x, caches[-1].attend_rotated(*projected, rope=rope, scale=scale))
+
+    def _has_compiled(self, layers: list[DecoderLayer]) -> bool:
+        return len(layers) == len(self._compiled_layers) and all(map(is_, layers, self._compiled_layers))
 
 
-def _between(layer: DecoderLayer, following: DecoderLayer) -> Callable[[mx.array, mx.array], tuple[mx.array, ...]]:
-    def run(x: mx.array, attended: mx.array) -> tuple[mx.array, ...]:
-        x = layer.after_attention(x, attended)
-        return x, *following.before_attention(x, x.shape[0])
+_Arrays: TypeAlias = tuple[mx.array, ...]
+
+
+def _before(layer: DecoderLayer) -> Callable[[mx.array, mx.array, mx.array], _Arrays]:
+    def run(x: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
+        queries, keys, values = layer.before_attention(x, x.shape[0])
+        return queries, rotate(queries, wavelengths, position), rotate(keys, wavelengths, position), values
 
     return run
+
+
+def _between(
+    layer: DecoderLayer, following: DecoderLayer
+) -> Callable[[mx.array, mx.array, mx.array, mx.array], _Arrays]:
+    before = _before(following)
+
+    def run(x: mx.array, attended: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
+        x = layer.after_attention(x, attended)
+        return x, *before(x, wavelengths, position)
+
+    return run
+
+
+def _after(layer: DecoderLayer) -> Callable[[mx.array, mx.array], mx.array]:
+    return layer.after_attention
 
 
 class Qwen3Model(nn.Module):
@@ -155,7 +202,7 @@ class Qwen3Model(nn.Module):
         _check_tokens(tokens)
         layers = self.layers
         B, L = tokens.shape
-        caches: Sequence[LayerCache | None] = [None] * len(layers)
+        caches: Sequence[LayerCache] | None = None
         if cache is not None:
             if not cache.fits(self.config):
                 raise CacheError(
@@ -169,15 +216,16 @@ class Qwen3Model(nn.Module):
             packing = Packing(lengths, L)
             tokens = packing.pack(tokens)
         hidden = self.embed_tokens(tokens)
-        if L == 1 and self.decoder is not None:
+        if L == 1 and caches is not None and self.decoder is not None:
             hidden = self.decoder(hidden, caches)
         else:
-            for index, (layer, layer_cache) in enumerate(zip(layers[:-1], caches[:-1], strict=True)):
+            of_layers: Sequence[LayerCache | None] = caches or [None] * len(layers)
+            for index, (layer, layer_cache) in enumerate(zip(layers[:-1], of_layers[:-1], strict=True)):
                 hidden = layer(hidden, B, layer_cache, packing=packing)
                 if after_layer is not None:
                     after_layer(index, hidden)
             last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
-            hidden = layers[-1](hidden, B, caches[-1], last, packing)
+            hidden = layers[-1](hidden, B, of_layers[-1], last, packing)
         return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
 
 

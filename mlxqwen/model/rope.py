@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxqwen.files.config import ModelConfig, YarnScaling
 
-__all__ = ["Rope", "rope_of", "rope_wavelengths"]
+__all__ = ["Rope", "rope_of", "rope_wavelengths", "rotate"]
 
 
 def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -> list[float]:
@@ -37,20 +37,22 @@ def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -
     return [w / (s / scaling.factor + (1.0 - s)) for w, s in zip(wavelengths, slowed, strict=True)]
 
 
+def rotate(x: mx.array, wavelengths: mx.array, offset: int | mx.array) -> mx.array:
+    """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at `offset` (one for all, or `[B]`)."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+
+
 class Rope:
     """Rotates the halves of each head by its position (the "rotate half" form that Qwen3 was trained with)."""
 
     def __init__(self, head_dim: int, theta: float, scaling: YarnScaling | None = None) -> None:
-        self.head_dim = head_dim
         self.wavelengths = mx.array(rope_wavelengths(head_dim, theta, scaling), dtype=mx.float32)
         # The factor multiplies queries and keys alike, so that their products carry it squared.
         self.score_factor = 1.0 if scaling is None else scaling.attention_factor**2
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at `offset` (one for all, or `[B]`)."""
-        return mx.fast.rope(
-            x, self.head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
-        )
+        return rotate(x, self.wavelengths, offset)
 
     def at(self, x: mx.array, positions: mx.array) -> mx.array:
         """Rotate `x` `[B, heads, L, head_dim]` to `positions` `[B, L]`, in any order."""

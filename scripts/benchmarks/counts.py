@@ -6,16 +6,19 @@ All is counted on MLX's CPU stream with a CPU `Device`, wherever this runs, so t
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 
+import mlxqwen
 from benchmarks.modules import module_counts
 from benchmarks.primitives import KINDS, count_primitives, ours, single_nodes, write_model
 from mlxqwen.cache import make_cache
@@ -43,6 +46,7 @@ _VIEWS = {
     "Transpose",
     "Unflatten",
 }
+_PACKAGE = str(Path(mlxqwen.__file__).parent)
 _GRAPHS = ("dense, 4-bit", "MoE, 4-bit")
 _PROMPT = 700  # tokens: two chunks
 _REPLY = 300
@@ -69,9 +73,9 @@ def _on_the_cpu() -> Iterator[None]:
 
 @_on_the_cpu()
 def decoding_counts() -> dict[str, int]:
-    """Of one decoded token, 28 layers, as for a GPU: primitives, and bytes of their results but for views."""
+    """Of one decoded token, 28 layers, as for a GPU: primitives, bytes of their results but for views, Python calls."""
     found = {}
-    device = dataclasses.replace(current_device(), is_gpu=True)
+    device = dataclasses.replace(current_device(), is_gpu=True, cores=1)
     for kind in _GRAPHS:
         with tempfile.TemporaryDirectory() as folder, single_nodes():
             write_model(Path(folder), *KINDS[kind])
@@ -80,7 +84,26 @@ def decoding_counts() -> dict[str, int]:
             found[f"primitives per decoded token, {kind}"] = count_primitives([side.step(token), *side.state()]).total()
             side.rewind()
             found[f"bytes written per decoded token, {kind}"] = _bytes_written(side.step, token)
+            side.rewind()
+            found[f"Python calls per decoded token, {kind}"] = _python_calls(side.step, token)
     return found
+
+
+def _python_calls(step: Callable[[mx.array], mx.array], token: mx.array) -> int:
+    """Of functions of mlxqwen with a name: how Python runs comprehensions changes with its versions."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        code = frame.f_code
+        calls += event == "call" and code.co_filename.startswith(_PACKAGE) and not code.co_name.startswith("<")
+
+    sys.setprofile(count)
+    try:
+        step(token)
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def _bytes_written(step: Callable[[mx.array], mx.array], token: mx.array) -> int:

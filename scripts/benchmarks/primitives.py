@@ -97,7 +97,7 @@ def graph_costs(
         device: the machine that mlxqwen takes this one for; by default a GPU, for whose kernels the stand-ins stand.
         has_mlx_lm: whether to measure mlx-lm too.
     """
-    device = device or dataclasses.replace(current_device(), is_gpu=True)
+    device = device or dataclasses.replace(current_device(), is_gpu=True, cores=1)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), *KINDS[kind])
         sides = [ours(Path(folder), device), *([theirs(Path(folder))] if has_mlx_lm else [])]
