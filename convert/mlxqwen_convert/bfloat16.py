@@ -1,4 +1,4 @@
-"""BF16 rows → 4- or 8-bit codes with BF16 scales: the commonest conversion, in NumPy, bit for bit as `affine.quantize`.
+"""BF16 and FP8 rows → 4- or 8-bit codes with BF16 scales, in NumPy, bit for bit as `affine.quantize`.
 
 NumPy's loops use the widest vectors that the processor has, and write into buffers that stay in its cache; MLX's CPU
 backend does neither, and takes three times as long.
@@ -37,6 +37,8 @@ _WEIGHTS_PER_BLOCK = 1 << 18
 # Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
 _WIDTH_STEP = 16
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
+# BF16 next to a number so many steps from zero is less than half a step away.
+_NEAR_STEPS = 127
 _HALF, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 _SIGN, _MAGNITUDE, _INFINITY = 0x8000, 0x7FFF, 0x7F80
 
@@ -72,6 +74,7 @@ class Quantizer:
 
     def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
         arrays = {name: buffers.array(name, *form) for name, form in _layout(weights, group_size, bits).items()}
+        self._buffers = buffers
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
         self._groups = weights // group_size
         self._units, self._greatest = arrays["units"], arrays["greatest"]
@@ -90,13 +93,27 @@ class Quantizer:
         self._packed = self._codes[0].view(self._weight.dtype)
         self._weight_by_unit = self._weight.swapaxes(1, 2)
 
-    def quantize(self, read: Read, *, measure: bool) -> Quantized | None:
-        """What the weights that `read` gives become; None if weights or scales are not finite, or scales are zero."""
+    def quantize(self, read: Read, *, measure: bool, factors: Floats | None = None) -> Quantized | None:
+        """What the weights that `read` gives become; None if weights or scales are not finite, or scales are zero.
+
+        Args:
+            read: gives BF16.
+            measure: find the sums; only without factors.
+            factors: float32 `[groups]`, above zero, by which weights are multiplied before they are quantized.
+        """
         blocks = range(len(self._units))
         for block in blocks:
             self._gather(block, read)
         with np.errstate(all="ignore"):
-            scales, biases = _scales_and_biases(*self._extremes(), self._top)
+            low, high = self._extremes()
+            by_lane, clip = None, False
+            if factors is None:
+                scales, biases = _scales_and_biases(low, high, self._top)
+            else:
+                by_lane, factors = self._spread(factors)
+                scales, biases, clip = _of_floats(_wide(low) * factors, _wide(high) * factors, self._top)
+                if (biases & _MAGNITUDE).max() >= _INFINITY:
+                    return None
             magnitudes = scales & _MAGNITUDE
             if magnitudes.max() >= _INFINITY or not magnitudes.min():
                 return None
@@ -104,7 +121,9 @@ class Quantizer:
             _repeat(biases, self._biases)
             for block in blocks:
                 self._widen(block, measure=measure)
-                self._quantize_block(block)
+                if by_lane is not None:
+                    np.multiply(self._floats, by_lane[block], out=self._floats)
+                self._quantize_block(block, clip=clip)
                 if measure:
                     self._compare(block)
             error, norm = self._sums.sum(axis=(1, 2), dtype=np.float64).tolist() if measure else (0.0, 0.0)
@@ -147,15 +166,25 @@ class Quantizer:
         if measure:
             np.vecdot(self._rows, self._rows, out=self._sums[1, block])
 
-    def _quantize_block(self, block: int) -> None:
+    def _spread(self, factors: Floats) -> tuple[Floats, Floats]:
+        """Factors of all groups, for all lanes of a unit, as scales are; and by themselves, ones where groups end."""
+        by_lane: Floats = self._buffers.array("factors", np.float32, *self._scales.shape)
+        by_group = np.ones(by_lane.size // _LANES, np.float32)
+        by_group[: self._groups] = factors
+        by_lane.reshape(-1, _LANES)[:] = by_group[:, None]
+        return by_lane, by_group
+
+    def _quantize_block(self, block: int, *, clip: bool = False) -> None:
         """The block's packed codes. Its weights become their distances from the bias, in steps of the scale.
 
-        Steps are never negative. They may be a little above the greatest code, and are below twice that: the scale is
-        the range of a group over the greatest code, but for what makes zero a code.
+        Without `clip` steps are never below −½. They may be a little above the greatest code, and are below twice that:
+        the scale is the range of a group over the greatest code, but for what makes zero a code.
         """
         floats, codes, odd = self._floats, self._codes, self._odd
         np.subtract(floats, self._biases[block], out=floats)
         np.divide(floats, self._scales[block], out=floats)
+        if clip:
+            np.clip(floats, 0, self._top, out=floats)
         np.rint(floats, out=codes, casting="unsafe")
         np.minimum(codes, self._tops, out=codes)
         np.left_shift(odd, self._bits, out=odd)
@@ -226,6 +255,27 @@ def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words]
     else:
         scale = bias / np.rint(bias / scale)
     return _nearest(scale), biases
+
+
+def _of_floats(low: Floats, high: Floats, top: int) -> tuple[Words, Words, bool]:
+    """BF16 scales and biases as `affine.quantize` has them, and whether weights may lie beyond the codes.
+
+    A bias is not the extreme itself, but the BF16 next to it, which is half a step away and more where the extreme is
+    many steps from zero.
+    """
+    downward = np.abs(low) > np.abs(high)
+    edge = np.where(downward, low, high)
+    scale = (high - low) / np.float32(top)
+    np.maximum(scale, _SMALLEST_SCALE, out=scale)
+    np.negative(scale, out=scale, where=~downward)
+    steps = np.rint(edge / scale)
+    clip = not np.abs(steps).max() <= _NEAR_STEPS
+    at_zero = steps == 0
+    if at_zero.any():
+        steps[at_zero], edge[at_zero] = 1, scale[at_zero]
+    scales = _nearest(edge / steps)
+    edge[at_zero] = 0
+    return scales, _nearest(edge), clip
 
 
 def _nearest(floats: Floats) -> Words:

@@ -19,7 +19,7 @@ from mlxqwen_convert.errors import ConversionError, VerificationError
 from mlxqwen_convert.formats import mlx_dtype
 from mlxqwen_convert.names import Part
 from mlxqwen_convert.plan import Plan, PlannedModule
-from mlxqwen_convert.readers import FloatReader, Reader
+from mlxqwen_convert.readers import FloatReader, Fp8Reader, Reader
 from mlxqwen_convert.scales import has_infinities
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.target_files import TargetFiles
@@ -102,7 +102,7 @@ def write_task(
     target_form = numpy_target(plan, planned, task.part)
     make, share = _make_rows, 1.0
     if target_form is not None:
-        make, share, chunk = numpy_rows.make, 0.0, numpy_rows.chunk(target_form)  # these have memory of their own
+        make, share, chunk = numpy_rows.make, 0.0, numpy_rows.chunk(planned, task.part)  # of memory of their own
     elif planned.method == "repack":
         make, share, chunk = numpy_rows.repack, _REPACKED_SHARE, int(chunk / _REPACKED_SHARE)
     for rows in chunks_of(planned, task, chunk):
@@ -119,16 +119,13 @@ def write_task(
 
 
 def numpy_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantization | None:
-    """The target of a matrix that NumPy quantizes: from BF16 to the nearest codes with BF16 scales; else None."""
-    is_numpy = (
-        planned.target is not None
-        and planned.target.bits in _NUMPY_BITS
-        and plan.dtype == "BF16"
-        and not plan.options.quality
-        and isinstance(planned.readers[part], FloatReader)
-        and planned.parts[part]["weight"].dtype == "BF16"
-    )
-    return planned.target if is_numpy else None
+    """The target of a matrix that NumPy quantizes, BF16 or FP8 to nearest codes with BF16 scales; else None."""
+    target, reader = planned.target, planned.readers[part]
+    if target is None or target.bits not in _NUMPY_BITS or plan.dtype != "BF16" or plan.options.quality:
+        return None
+    if isinstance(reader, Fp8Reader):
+        return target if reader.has_scales_of_groups(target.group_size) else None
+    return target if isinstance(reader, FloatReader) and planned.parts[part]["weight"].dtype == "BF16" else None
 
 
 class NumpyRows:
@@ -140,34 +137,49 @@ class NumpyRows:
 
     def __init__(self, bytes_of_thread: int) -> None:
         self.bytes_of_thread = bytes_of_thread
-        self._chunks: dict[AffineQuantization, int] = {}
+        self._chunks: dict[tuple[AffineQuantization, bool], int] = {}
         self._local = threading.local()
 
-    def chunk(self, target: AffineQuantization) -> int:
+    def chunk(self, planned: PlannedModule, part: int) -> int:
         """Weights to be taken at once."""
-        from mlxqwen_convert.bfloat16 import working_bytes
+        from mlxqwen_convert import bfloat16, fp8_rows
 
-        if target not in self._chunks:
+        target, is_fp8 = _some(planned.target), isinstance(planned.readers[part], Fp8Reader)
+        if (target, is_fp8) not in self._chunks:
+
+            def working_bytes(weights: int) -> int:
+                more = fp8_rows.working_bytes(weights, target.group_size) if is_fp8 else 0
+                return more + bfloat16.working_bytes(weights, target.group_size, target.bits)
+
             weights = _LARGEST_NUMPY_CHUNK
-            while (
-                weights > _SMALLEST_NUMPY_CHUNK
-                and working_bytes(weights, target.group_size, target.bits) > self.bytes_of_thread
-            ):
+            while weights > _SMALLEST_NUMPY_CHUNK and working_bytes(weights) > self.bytes_of_thread:
                 weights //= 2
-            self._chunks[target] = weights
-        return self._chunks[target]
+            self._chunks[target, is_fp8] = weights
+        return self._chunks[target, is_fp8]
 
     def make(
         self, plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
     ) -> tuple[tuple[Any, ...], ModuleError]:
         """As `_make_rows` does."""
         planned = plan.modules[task.module]
-        info, width = planned.parts[task.part]["weight"], planned.module.width
+        part, reader, width = planned.parts[task.part], planned.readers[task.part], planned.module.width
+        info, target, weights = part["weight"], _some(planned.target), (rows[1] - rows[0]) * width
+        quantizer = self._quantizer(weights, target)
 
-        def read(weights: Any, start: int) -> None:
-            source.read_into(as_bytes(weights), info, weights.itemsize * (rows[0] * width + start))
+        def read(numbers: Any, start: int) -> None:
+            source.read_into(as_bytes(numbers), info, numbers.itemsize * (rows[0] * width + start))
 
-        found = self._quantizer((rows[1] - rows[0]) * width, planned.target).quantize(read, measure=measure)
+        if not isinstance(reader, Fp8Reader):
+            found = quantizer.quantize(read, measure=measure)
+        else:
+            from mlxqwen_convert.fp8_rows import Fp8Rows  # takes NumPy, which not all conversions need
+
+            form, scale = (rows[1] - rows[0], width), reader.scale(source, part, *rows)
+            fp8 = Fp8Rows(form, target.group_size, scale, reader.block, rows[0], self._buffers())
+            read(fp8.codes, 0)
+            found = quantizer.quantize(fp8.widen, measure=False, factors=fp8.scales) if fp8.are_usual else None
+            if found is not None and measure:
+                found = fp8.measured(found)
         if found is None:
             return _make_rows(plan, task, source, rows, measure)  # says what is wrong
         return (found.weight, found.scales, found.biases), error_of_bfloat16(found) if measure else ModuleError()
@@ -177,13 +189,13 @@ class NumpyRows:
     ) -> tuple[tuple[Any, ...], ModuleError]:
         """As `_make_rows` does, where codes are kept."""
         planned, dtype = plan.modules[task.module], mlx_dtype(plan.dtype)
-        part, reader, target = planned.parts[task.part], planned.readers[task.part], planned.target
+        part, reader, target = planned.parts[task.part], planned.readers[task.part], _some(planned.target)
         packed = repacked(planned, reader, part, source, rows, dtype, check=True)
         infinite = has_infinities(packed.scales) | has_infinities(packed.biases)
         mx.eval(infinite, *packed)  # all at once: each wait costs more than the small sums
         if infinite.item():
             _refuse_infinities(plan, task, source, rows, packed)
-        if not measure or target is None:
+        if not measure:
             return packed, ModuleError()
         from mlxqwen_convert.kept_codes import look_at  # takes NumPy, which not all conversions need
 
@@ -198,17 +210,21 @@ class NumpyRows:
         kept: Buffers = self._local.__dict__.setdefault("buffers", Buffers())
         return kept
 
-    def _quantizer(self, weights: int, target: AffineQuantization | None) -> Quantizer:
+    def _quantizer(self, weights: int, target: AffineQuantization) -> Quantizer:
         from mlxqwen_convert.bfloat16 import Quantizer  # takes NumPy, which not all conversions need
 
-        if target is None:
-            raise ConversionError("found no target, expected 4 or 8 bits")
         own: dict[str, Any] = self._local.__dict__
         kept: Quantizer | None = own.get("quantizer")
         if kept is None or kept.form != (weights, target.group_size, target.bits):
             kept = own["quantizer"] = None  # lets go of its buffers
             kept = own["quantizer"] = Quantizer(weights, target.group_size, target.bits, self._buffers())
         return kept
+
+
+def _some(target: AffineQuantization | None) -> AffineQuantization:
+    if target is None:
+        raise ConversionError("found no target, expected bits and a group size")
+    return target
 
 
 def _make_rows(

@@ -181,7 +181,19 @@ class Fp8Reader:
         require(module, part, self.scale_word, (*FLOATS, "F8_E8M0"), shapes)
 
     def floats(self, files: SourceFiles, part: Part, start: int, stop: int, *, check: bool) -> mx.array:
-        codes = files.rows(part["weight"], start, stop)
+        codes, scale = files.rows(part["weight"], start, stop), self.scale(files, part, start, stop)
+        if check:
+            fp8.check_rows(
+                codes, scale, self.block, start, name=part["weight"].name, scale_name=part[self.scale_word].name
+            )
+        return fp8.dequantize_rows(codes, scale, self.block, start)
+
+    def has_scales_of_groups(self, group_size: int) -> bool:
+        """Whether all weights of a group have one scale."""
+        return self.block is None or self.block[1] % group_size == 0
+
+    def scale(self, files: SourceFiles, part: Part, start: int, stop: int) -> mx.array:
+        """What some rows need of the scales, as `fp8.dequantize_rows` takes them."""
         info = part[self.scale_word]
         if self.block is None and prod(info.shape) == 1:
             scale = files.whole(info)
@@ -190,11 +202,7 @@ class Fp8Reader:
             scale = files.rows(info, rows.start, rows.stop)
         if info.dtype == "F8_E8M0":
             scale = fp8.powers_of_two(scale)
-        if self.block is not None:
-            scale = scale.reshape(len(scale), -1)
-        if check:
-            fp8.check_rows(codes, scale, self.block, start, name=part["weight"].name, scale_name=info.name)
-        return fp8.dequantize_rows(codes, scale, self.block, start)
+        return scale if self.block is None else scale.reshape(len(scale), -1)
 
     def packed(self, files: SourceFiles, part: Part, start: int, stop: int, dtype: mx.Dtype, *, check: bool) -> Packed:
         no_codes(part)
