@@ -68,3 +68,17 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "recursive": TREE,
     "property named as a keyword": record(format={"enum": ["file-path"]}, properties={"type": "boolean"}),
 }
+# Texts of these have no longest one: integers without a range, numbers, properties of any name, recursion.
+ENDLESS = {
+    "integer",
+    "number",
+    "unicode keys",
+    "optional",
+    "open",
+    "tuple",
+    "anyOf",
+    "oneOf",
+    "types",
+    "definitions",
+    "recursive",
+}

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from demo import evaluate
-from demo.data import ADDED_TOKENS
+from demo.data import ADDED_TOKENS, Conversation
+from demo.greetings import is_answered
 from demo.source import CARD_WORDS
+from demo.tasks import Exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -97,3 +99,32 @@ def test_the_cards_words_are_counted_right(demo: tuple[Any, Any]) -> None:
     assert dict(evaluate.card_words(*demo, n=8, seed=3)) == dict.fromkeys(
         [f"How many r's in {word}?" for word in CARD_WORDS], 1.0
     )
+
+
+# Without the course in small talk a quarter at most is right; with it 85 % of the first, all of the second.
+@pytest.mark.parametrize(
+    ("task", "mode", "least"), [("greetings", "no thinking", 0.7), ("a missing tool", "thinking", 0.95)]
+)
+def test_small_talk_is_answered_and_nothing_called_without_tools(
+    demo: tuple[Any, Any], task: str, mode: str, least: float
+) -> None:
+    assert evaluate.talk_accuracy(*demo, task, mode, n=40, seed=2) >= least
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_bare_greeting_is_greeted(demo: tuple[Any, Any], thinking: bool) -> None:
+    said = {"hello": "hello", "Hi!": "hello", "good morning": "hello", "how are you?": "how are you", "bye": "goodbye"}
+    said |= {"thanks": "thanks", "你好": "hello (Chinese)", "再见": "goodbye (Chinese)"}
+    asked = [Exchange(kind, text, "", "", "") for text, kind in said.items()]
+    conversations = [
+        Conversation(({"role": "user", "content": exchange.question}, {"role": "assistant"}), (), thinking)
+        for exchange in asked
+    ]
+    told = evaluate.replies(*demo, conversations, 4, thinking)
+    answers = [mlxqwen.parse_reply(text, thinking=None, tools=True) for text in told]
+    wrong = {
+        exchange.question: reply
+        for exchange, reply in zip(asked, answers, strict=True)
+        if reply.tool_calls or not is_answered(exchange, reply.content)
+    }
+    assert not wrong

@@ -73,7 +73,7 @@ class Conversation:
     enable_thinking: bool = True
 
 
-def _switched(source: Source, text: str, thinking: bool) -> tuple[str, bool]:
+def switched(source: Source, text: str, thinking: bool) -> tuple[str, bool]:
     """`text` with a soft switch at times, and whether thinking is on after it."""
     draw = source.random.random()
     if draw < 0.15:
@@ -83,7 +83,8 @@ def _switched(source: Source, text: str, thinking: bool) -> tuple[str, bool]:
     return text, thinking
 
 
-def _assistant(exchange: Exchange, thinking: bool) -> Message:
+def assistant_message(exchange: Exchange, thinking: bool) -> Message:
+    """The reply of `exchange`, with its thought or without."""
     reasoning = exchange.thinking if thinking else ""
     return {"role": "assistant", "content": exchange.answer, "reasoning_content": reasoning}
 
@@ -151,9 +152,9 @@ def conversation(source: Source) -> Conversation:
         return _tool_conversation(source, messages, tools, enable_thinking, thinking)
     exchanges = _exchanges(source)
     for exchange in exchanges:
-        question, thinking = _switched(source, exchange.question, thinking)
+        question, thinking = switched(source, exchange.question, thinking)
         messages.append({"role": "user", "content": question})
-        messages.append(_assistant(exchange, thinking and enable_thinking))
+        messages.append(assistant_message(exchange, thinking and enable_thinking))
     return Conversation(tuple(messages), tools, enable_thinking)
 
 
@@ -165,7 +166,7 @@ def _tool_conversation(
     thinking: bool,
 ) -> Conversation:
     exchange = tool_exchange(source)
-    question, thinking = _switched(source, exchange.question, thinking)
+    question, thinking = switched(source, exchange.question, thinking)
     thinking = thinking and enable_thinking
     call = exchange.call if thinking else exchange.call | {"reasoning_content": ""}
     messages += [{"role": "user", "content": question}, call]
@@ -274,7 +275,7 @@ def exercise(task: str, source: Source, thinking: bool = True, soft: bool = Fals
         tools: tuple[dict[str, Any], ...] = (calculator_tool(),)
     else:
         exchange = EXCHANGES[task](source)
-        reply, tools = _assistant(exchange, thinking), ()
+        reply, tools = assistant_message(exchange, thinking), ()
     question = exchange.question + (" /no_think" if soft and not thinking else "")
     messages = ({"role": "user", "content": question}, reply)
     return Conversation(messages, tools, thinking or soft), exchange

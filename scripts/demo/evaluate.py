@@ -5,7 +5,8 @@
 Words and numbers are held out from training.  Replies are drawn as the model cards advise: temperature 0.6
 and top-p 0.95 with thinking, 0.7 and 0.8 without, top-k 20.  A reply counts only if it thinks where it is
 asked to think, and only then.  Where tools are used, a calculator and a clock are at hand; right is a reply that calls
-the one that is needed, alone and as it should, and after its result one that tells it.
+the one that is needed, alone and as it should, and after its result one that tells it.  Small talk, in phrases held
+out, is answered right by one of its sentences, word for word and with no call; so is the work of a missing tool.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 from demo.data import Conversation, exercise
+from demo.greetings import is_answered, small_talk
 from demo.source import CARD_WORDS, Source
-from demo.tasks import TASKS, Exchange, Message, count_exchange, is_right
+from demo.tasks import PHRASES, TASKS, Exchange, Message, count_exchange, is_right
 from demo.tool_tasks import (
     CLOCK_QUESTIONS,
     ToolUse,
@@ -44,8 +46,19 @@ TOOL_TASKS: dict[str, Callable[[Source], ToolUse]] = {
     "a tool that fails": lambda source: failed(source, source.random.choice((clock_use, calculator_use))(source)),
 }
 TOOL_ROWS = (*TOOL_TASKS, "no tool needed", "no clock there")
+_GREETINGS = ("hello", "how are you", "thanks", "goodbye", "help")
+_ELSE = ("anything else",)
+TALK_TASKS: dict[str, tuple[tuple[str, ...], tuple[Message, ...]]] = {  # kinds of small talk, tools at hand
+    "greetings": (_GREETINGS, ()),
+    "greetings (Chinese)": (tuple(f"{kind} (Chinese)" for kind in ("hello", "thanks", "goodbye")), ()),
+    "anything else": (_ELSE, ()),
+    "anything else (Chinese)": (("anything else (Chinese)",), ()),
+    "a missing tool": (("a missing tool",), ()),
+    "greetings, tools at hand": (_GREETINGS, TOOLS),
+    "anything else, tools at hand": (_ELSE, TOOLS),
+}
 CARDS = "words of the cards"
-ROWS = (*TASKS, *TOOL_ROWS, CARDS)
+ROWS = (*TASKS, *TALK_TASKS, *TOOL_ROWS, CARDS)
 
 
 def replies(
@@ -91,6 +104,26 @@ def _counts(asked: Exchange, text: str, thinking: bool) -> bool:
     return is_right(asked, answer) and bool(thought.replace("<think>", "").strip()) == thinking
 
 
+def talk_accuracy(model: Any, tokenizer: Any, task: str, mode: str, n: int, seed: int) -> float:
+    """The share of `n` held-out sayings of `task`, one of `TALK_TASKS`, that are answered right in `mode`."""
+    thinking, soft = MODES[mode]
+    source = Source(random.Random(seed), "held-out")
+    kinds, tools = TALK_TASKS[task]
+    exchanges = [small_talk(source, source.random.choice(kinds)) for _ in range(n)]
+    blank = {"role": "assistant", "content": ""}
+    said = [{"role": "user", "content": asked.question + (" /no_think" if soft else "")} for asked in exchanges]
+    conversations = [Conversation((message, blank), tools, thinking or soft) for message in said]
+    answers = [
+        parse_reply(text, thinking=None, tools=True)
+        for text in replies(model, tokenizer, conversations, seed, thinking)
+    ]
+    right = [
+        (reply.reasoning is not None) == thinking and not reply.tool_calls and is_answered(asked, reply.content)
+        for asked, reply in zip(exchanges, answers, strict=True)
+    ]
+    return sum(right) / n
+
+
 def tool_accuracy(model: Any, tokenizer: Any, task: str, mode: str, n: int, seed: int) -> float:
     """The share of `n` questions with tools at hand that are answered right in `mode`."""
     thinking, soft = MODES[mode]
@@ -110,7 +143,7 @@ def tool_accuracy(model: Any, tokenizer: Any, task: str, mode: str, n: int, seed
 
     if task == "no clock there":
         said = say([question(source.random.choice(CLOCK_QUESTIONS)) for _ in range(n)], TOOLS[:1])
-        return sum(thinks(reply) and not reply.tool_calls and "cannot" in reply.content for reply in said) / n
+        return sum(thinks(reply) and not reply.tool_calls and reply.content in PHRASES["refusal"] for reply in said) / n
     if task == "no tool needed":
         counts = [count_exchange(source) for _ in range(n)]
         said = say([question(asked.question) for asked in counts])
@@ -168,6 +201,9 @@ def main() -> None:
             for question, mark in card_words(model, tokenizer, options.n, options.seed):
                 print(f"| {question} | {mark:.1%} | | |", flush=True)
             continue
-        measure, name = (accuracy, task) if task in TASKS else (tool_accuracy, f"tools: {task}")
+        if task in TOOL_ROWS:
+            measure, name = tool_accuracy, f"tools: {task}"
+        else:
+            measure, name = (accuracy if task in TASKS else talk_accuracy), task
         marks = [measure(model, tokenizer, task, mode, options.n, options.seed) for mode in MODES]
         print(f"| {name} |", " | ".join(f"{mark:.1%}" for mark in marks), "|", flush=True)

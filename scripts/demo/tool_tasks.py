@@ -116,16 +116,22 @@ def _plain_turn(source: Source, thinking: bool, missing_clock: bool) -> list[Mes
     ]
 
 
+def random_tools(source: Source) -> tuple[dict[str, Any], ...]:
+    """A calculator, a clock or both, in any order and described in one way or another."""
+    describe = strict_calculator_tool if source.random.random() < 0.8 else calculator_tool
+    calculator = describe(source.random.choice(PHRASES["tool descriptions"]))
+    clock = clock_tool(source.random.choice(CLOCK_DESCRIPTIONS))
+    both = (calculator, clock)
+    return source.random.choice(((calculator,), (clock,), both, both, (clock, calculator)))
+
+
 def tool_conversation(source: Source) -> Conversation:
     """One question or two with a calculator, a clock or both at hand, ending with the assistant.
 
     Half of them end with a call, as the model's turn does before the tool has spoken.
     """
     chance = source.random.random
-    describe = strict_calculator_tool if chance() < 0.8 else calculator_tool
-    tools = [describe(source.random.choice(PHRASES["tool descriptions"]))]
-    clock = clock_tool(source.random.choice(CLOCK_DESCRIPTIONS))
-    tools = source.random.choice((tools, [clock], [*tools, clock], [*tools, clock], [clock, *tools]))
+    tools = random_tools(source)
     names = [tool["function"]["name"] for tool in tools]
     enable_thinking = chance() >= 0.15
     messages: list[Message] = []
@@ -138,4 +144,4 @@ def tool_conversation(source: Source) -> Conversation:
             messages += _turn(source, calculator_use(source), enable_thinking)
     if messages[-2]["role"] == "tool" and chance() < 0.5:
         messages = messages[:-2]
-    return Conversation(tuple(messages), tuple(tools), enable_thinking)
+    return Conversation(tuple(messages), tools, enable_thinking)
