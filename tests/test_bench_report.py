@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import bench
 import pytest
@@ -19,7 +21,7 @@ from benchmarks import budget, parts, prefixes, scheduling
 from benchmarks.budget import Budget
 from benchmarks.comparison import Comparison, Point, Table
 from benchmarks.machine import Machine
-from benchmarks.plot import Curve, curves_of
+from benchmarks.plot import Curve, curves_of, small_svg
 from benchmarks.processes import ROOT
 from benchmarks.report import ON_METAL, PartRecord, Report, ReportError, anonymous
 from benchmarks.settings import Settings
@@ -281,12 +283,30 @@ def test_a_plot_is_drawn_from_a_report(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "plot.svg"
     assert bench.main(["table", str(tmp_path / "report.json"), "--plot", str(path)]) == 0
     drawn = path.read_bytes()
-    assert b"<svg" in drawn
+    assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(drawn) < 30_000
+    assert re.search(rb"\d\.\d{3}", drawn) is None
+    assert b"matplotlib.org" not in drawn
+    assert b">replies at once</text>" in drawn
     assert bench.main(["table", str(tmp_path / "report.json"), "--plot", str(path)]) == 0
     assert path.read_bytes() == drawn
     Report(MAC).write(tmp_path / "report.json")
     assert bench.main(["table", str(tmp_path / "report.json"), "--plot", str(path)]) == 1
     assert "found no rows for a plot" in capsys.readouterr().err
+
+
+def test_an_svg_has_ids_that_are_counted() -> None:
+    """Matplotlib's are hashes, which change with the picture; what refers to them goes with them."""
+    svg = """<?xml version="1.0"?>
+    <svg version="1.1"><!-- a note -->
+     <g id="line2d_1"><path id="m0123456789" d="M 1.23456 -2.000001 L 3.10 4"/></g>
+     <g id="patch_2" clip-path="url(#pabcdefabcd)"><use href="#m0123456789"/></g>
+     <clipPath id="pabcdefabcd"/>
+    </svg>"""
+    assert small_svg(svg) == (
+        '<?xml version="1.0" encoding="utf-8"?>\n<svg version="1.1"><g><path id="i0" d="M 1.23 -2 L 3.1 4"/></g>\n'
+        '<g clip-path="url(#i1)"><use href="#i0"/></g>\n<clipPath id="i1"/>\n</svg>'
+    )
 
 
 def test_steps_of_more_replies_stand_beside_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
