@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,3 +136,15 @@ def test_every_module_has_the_names_it_lists() -> None:
         imported = importlib.import_module(name)
         for public in getattr(imported, "__all__", []):
             assert hasattr(imported, public), f"{name}.{public}"
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, PACKAGE.parent / "convert" / "mlxqwen_convert"], ids=lambda one: one.name)
+def test_long_files_say_why_they_are_one(folder: Path) -> None:
+    """Beyond 350 lines, in their first docstring."""
+    if not folder.is_dir():
+        pytest.skip("an installed package has the converter elsewhere")
+    for module in folder.rglob("*.py"):
+        text = module.read_text()
+        if text.count("\n") > 350:
+            said = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+            assert re.search(r"\b[Oo]ne file\b|\bLong by ", said), f"{module}: why is it one file?"

@@ -1,4 +1,7 @@
-"""Plan, stream, verify, publish: a whole conversion from folder to folder."""
+"""Plan, stream, verify, publish: a whole conversion from folder to folder.
+
+The steps stand in one file, as their order is what keeps a folder whole: nothing is published before all is verified.
+"""
 
 from __future__ import annotations
 

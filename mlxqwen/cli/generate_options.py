@@ -1,4 +1,7 @@
-"""What the options of `mlxqwen generate` may be, and what they become; `option_list` has the options themselves."""
+"""What the options of `mlxqwen generate` may be, and what they become; `option_list` has the options themselves.
+
+One file, as several commands take parts of these options, and each is checked and used in the same words.
+"""
 
 from __future__ import annotations
 

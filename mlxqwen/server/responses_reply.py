@@ -1,4 +1,7 @@
-"""Replies as OpenAI's responses: items of thought, text and calls, whole or as events in their order."""
+"""Replies as OpenAI's responses: items of thought, text and calls, whole or as events in their order.
+
+Both stand in one file, as an event has the items of the whole, in the state that they have then.
+"""
 
 from __future__ import annotations
 
