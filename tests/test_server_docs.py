@@ -14,8 +14,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="ut
 SECTIONS = {
     "Fields of a chat completion": ("/v1/chat/completions", 6),
     "Completions": ("/v1/completions", 6),
-    "Anthropic's messages": ("/v1/messages", 3),
-    "Responses": ("/v1/responses", 3),
+    "Anthropic's messages": ("/v1/messages", 5),
+    "Responses": ("/v1/responses", 5),
 }
 
 
