@@ -192,6 +192,11 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) ->
         ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context"),
         ({"mcp_servers": [{"url": "http://127.0.0.1"}]}, "mcp_servers"),
+        ({"compaction": {"type": "summary"}}, "compaction: found some"),
+        ({"thread": {"type": "continue"}}, "thread: found some, expected none: that is not done here: give the whole"),
+        ({"stop_sequences": [""]}, "stop_sequences: found ''"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 1}}}}, "output_config.format: found"),
+        ({"output_format": {"type": "json_schema"}}, "output_format: found type"),
     ],
     ids=str,
 )

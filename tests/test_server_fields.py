@@ -50,13 +50,16 @@ ELSEWHERE = {
         *("top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs"),
         *("add_generation_prompt", "continue_final_message", "include_reasoning", "separate_reasoning", "min_tokens"),
         *("best_of", "use_beam_search", "prompt_logprobs", "modalities", "audio", "functions", "function_call"),
-        *("web_search_options", "stop_token_ids"),
+        *("web_search_options", "moderation", "stop_token_ids"),
     ),
     "test_server_structured.py": (
         *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
         *("regex", "json_schema", "ebnf"),
     ),
-    "taken, without effect": ("prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    "taken, without effect": (
+        *("prediction", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+        "safety_identifier",
+    ),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.responses_request import messages_of
 from mlxqwen.server.responses_store import ResponseStore, StoredResponse
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import Call, events_of, until
@@ -241,6 +242,17 @@ def test_a_long_talk_is_cut_where_that_is_wanted(served: Served) -> None:
     assert served.post({"input": items, "truncation": "auto", "max_output_tokens": 1}, PATH)["truncation"] == "auto"
 
 
+def test_calls_of_custom_tools_in_a_talk_are_calls_with_one_text() -> None:
+    call = {"type": "custom_tool_call", "call_id": "1", "name": "apply_patch", "input": 'a "patch"'}
+    output = {"type": "custom_tool_call_output", "call_id": "1", "output": "done"}
+    notes: list[str] = []
+    messages = messages_of([{"role": "user", "content": "Patch it."}, call, output], notes)
+    (called,) = messages[1]["tool_calls"]
+    assert called["function"] == {"name": "apply_patch", "arguments": {"input": 'a "patch"'}}
+    assert messages[2] == {"role": "tool", "tool_call_id": "1", "content": "done"}
+    assert notes == []
+
+
 def test_a_talk_that_may_be_compacted_is_answered_whole_with_a_note(served: Served) -> None:
     body = {"model": "demo", "input": "Hi", "context_management": [{"type": "compaction", "compact_threshold": 1000}]}
     response = served.client.post(PATH, json={**body, "max_output_tokens": 1})
@@ -253,6 +265,7 @@ def test_a_talk_that_may_be_compacted_is_answered_whole_with_a_note(served: Serv
     [
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt: found one"),
+        ({"moderation": {"model": "m"}}, "moderation: found one, expected none: it is not done here"),
         ({"context_management": "compaction"}, "context_management: found"),
         ({"input": None}, "input: found none"),
         ({"input": []}, "input: found none"),

@@ -117,6 +117,37 @@ def test_the_function_that_is_named_is_called(served: Served) -> None:
     assert [call["name"] for call in whole(reply)["tool_calls"]] == ["clock"]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            "response_format",
+        ),
+        (CHAT, {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        (CHAT, {"guided_regex": "("}, "guided_regex"),
+        ("/v1/completions", {"prompt": "a", "regex": "("}, "regex"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "x"}}}, "text.format"),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}},
+            "text.format",
+        ),
+        (CHAT, {"logit_bias": {"5": 101}}, "logit_bias"),
+        (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        (CHAT, {"cache_salt": "a" * 2000}, "cache_salt"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_field_as_the_request_did(
+    served: Served, path: str, fields: dict[str, Any], param: str
+) -> None:
+    error = served.refused({**(ask() if path == CHAT else {}), **fields}, path=path)
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+
+
 def test_tools_that_are_allowed(served: Served) -> None:
     """In both of OpenAI's forms; what is no function is left out, as from the tools."""
     search = {"type": "web_search"}
@@ -169,7 +200,7 @@ for _ in range(40):
         ),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
         ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "("}}, "response_format"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs"),
         ({"guided_choice": ["a"], "regex": "a"}, "regex"),
         ({"ebnf": "root ::= 'a'"}, "ebnf"),

@@ -19,6 +19,12 @@ from mlxqwen.server.histories import kept_instructions
 __all__ = ["CountFields", "MessagesFields", "as_chat", "edited"]
 
 _WITHOUT_TEXT = {"redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result"}
+_NOT_DONE = {
+    "mcp_servers": "",
+    "container": "",
+    "compaction": "",
+    "thread": ": give the whole conversation as messages",
+}
 
 Content = str | list[dict[str, Any]]
 _CountT = TypeVar("_CountT", bound="CountFields")
@@ -72,10 +78,13 @@ class MessagesFields(CountFields):
     stop_sequences: Annotated[list[str], Field(max_length=64)] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Any = None
-    mcp_servers: Any = None
-    container: Any = None
     output_format: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    # Asked for, these are refused.
+    mcp_servers: Any = None
+    container: Any = None
+    compaction: Any = None
+    thread: Any = None
 
 
 def edited(
@@ -124,9 +133,9 @@ def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
         chat["tool_choice"] = {"auto": "auto", "none": "none", "any": "required", "tool": named}[choice.type]
         chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     if isinstance(fields, MessagesFields):
-        for name in ("mcp_servers", "container"):
+        for name, way_out in _NOT_DONE.items():
             if getattr(fields, name):
-                raise ApiError(400, f"{name}: found some, expected none: that is not done here", param=name)
+                raise ApiError(400, f"{name}: found some, expected none: that is not done here{way_out}", param=name)
         for name in ("max_tokens", "temperature", "top_p", "top_k"):
             chat[name] = getattr(fields, name)
         chat["stop"] = fields.stop_sequences

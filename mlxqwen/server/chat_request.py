@@ -23,7 +23,7 @@ from mlxqwen.server.event_stream import to_json
 from mlxqwen.server.histories import with_kept_instructions, with_whole_arguments, with_written_calls
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
-from mlxqwen.server.structured import call_options, response_format
+from mlxqwen.server.structured import call_options, in_words_of, response_format
 
 __all__ = [
     "EFFORT_BUDGETS",
@@ -79,34 +79,37 @@ def prepare_chat(
     *,
     notes: Sequence[str] = (),
     drop_oldest: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Check and render a chat completion. Called by a thread of its own: prompts may be long.
 
     Args:
         notes: what was left out of it already.
         drop_oldest: whether the oldest turns of one that is too long are left out.
+        names: see `in_words_of`.
 
     Raises:
         ApiError, MlxqwenError: it cannot be answered.
     """
     refuse_what_is_not_done(fields)
     notes = [*notes, *unknown_fields(fields)]
-    options = replace(
-        _shown_options(fields, notes),
-        sampling=sampling_of(fields),
-        max_tokens=_most_tokens(fields),
-        stop=fields.stop or (),
-        skip_special_tokens=fields.skip_special_tokens is not False,
-        priority=fields.priority or 0,
-        salt=fields.cache_salt or "",
-        constraints=ending(fields, model),
-        logprobs=_logprobs(fields),
-        drop_oldest=drop_oldest,
-        **cache_options(settings),
-        response_format=response_format(fields),
-        **call_options(fields),
-    )
-    request, _ = model.responder.request(_messages(fields, notes), options)
+    with in_words_of(fields, names):
+        options = replace(
+            _shown_options(fields, notes),
+            sampling=sampling_of(fields),
+            max_tokens=_most_tokens(fields),
+            stop=fields.stop or (),
+            skip_special_tokens=fields.skip_special_tokens is not False,
+            priority=fields.priority or 0,
+            salt=fields.cache_salt or "",
+            constraints=ending(fields, model),
+            logprobs=_logprobs(fields),
+            drop_oldest=drop_oldest,
+            **cache_options(settings),
+            response_format=response_format(fields),
+            **call_options(fields),
+        )
+        request, _ = model.responder.request(_messages(fields, notes), options)
     request = bounded(request, fields, model)
     return Prepared(model, rows(request, fields), notes, fields.n or 1)
 
@@ -146,6 +149,7 @@ def refuse_what_is_not_done(fields: ReplyFields) -> None:
         "functions": bool(getattr(fields, "functions", None)),
         "function_call": getattr(fields, "function_call", None) not in (None, "none", "auto"),
         "web_search_options": getattr(fields, "web_search_options", None) is not None,
+        "moderation": getattr(fields, "moderation", None) is not None,
         "store": getattr(fields, "store", None) is True,
         "use_beam_search": fields.use_beam_search is True,
         "best_of": fields.best_of not in (None, 1),

@@ -41,6 +41,7 @@ class CompactFields(Form):
     cache_salt: str | None = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     service_tier: Any = None
 
 

@@ -35,7 +35,7 @@ from mlxqwen.server.models import ServedModel
 from mlxqwen.server.presenter import Presenter
 from mlxqwen.server.replies import Replies
 from mlxqwen.server.settings import MOST_CHOICES, ServerSettings
-from mlxqwen.server.structured import response_format
+from mlxqwen.server.structured import in_words_of, response_format
 
 __all__ = ["CompletionFields", "CompletionReply", "prepare_completion"]
 
@@ -68,26 +68,27 @@ def prepare_completion(fields: CompletionFields, model: ServedModel, settings: S
     most = _DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     requests = []
     for place, prompt in enumerate(prompts):
-        request = text_request(
-            model.engine.model,
-            model.engine.tokenizer,
-            prompt,
-            sampling=sampling_of(fields),
-            max_tokens=1 if only_echoes(fields) else most,
-            cache=CacheKind(settings.max_kv_size, settings.keep, settings.kv_bits),
-            prefill_chunk=settings.prefill_chunk,
-            speculative=model.engine.speculative,
-            draft_tokens=model.engine.draft_tokens,
-            split=False,
-            stop=fields.stop or (),
-            skip_special_tokens=fields.skip_special_tokens is not False,
-            priority=fields.priority or 0,
-            salt=fields.cache_salt or "",
-            thinking_budget=budget_of(fields),
-            logprobs=fields.logprobs,
-            response_format=response_format(fields),
-            constraints=ending(fields, model),
-        )
+        with in_words_of(fields):
+            request = text_request(
+                model.engine.model,
+                model.engine.tokenizer,
+                prompt,
+                sampling=sampling_of(fields),
+                max_tokens=1 if only_echoes(fields) else most,
+                cache=CacheKind(settings.max_kv_size, settings.keep, settings.kv_bits),
+                prefill_chunk=settings.prefill_chunk,
+                speculative=model.engine.speculative,
+                draft_tokens=model.engine.draft_tokens,
+                split=False,
+                stop=fields.stop or (),
+                skip_special_tokens=fields.skip_special_tokens is not False,
+                priority=fields.priority or 0,
+                salt=fields.cache_salt or "",
+                thinking_budget=budget_of(fields),
+                logprobs=fields.logprobs,
+                response_format=response_format(fields),
+                constraints=ending(fields, model),
+            )
         request = bounded(request, fields, model)
         told = replace(request, prompt_logprobs=fields.logprobs) if fields.echo else request
         seeded = fields if fields.seed is None else fields.model_copy(update={"seed": fields.seed + place * choices})

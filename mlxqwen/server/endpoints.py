@@ -54,7 +54,10 @@ async def messages(service: Service, http: HttpRequest) -> Response:
     def prepare(fields: MessagesFields, model: ServedModel) -> Prepared:
         notes: list[str] = []
         fields, edits[0] = anthropic_request.edited(fields, lambda some: _prompt_tokens(some, model), notes)
-        return prepare_chat(anthropic_request.as_chat(fields, notes), model, service.settings, notes=notes)
+        chat = anthropic_request.as_chat(fields, notes)
+        form = "output_config.format" if fields.output_format is None else "output_format"
+        names = {"response_format": form, "stop:": "stop_sequences:"}
+        return prepare_chat(chat, model, service.settings, notes=notes, names=names)
 
     def present(fields: MessagesFields, name: str) -> MessageReply:
         choice = fields.tool_choice

@@ -37,12 +37,16 @@ _TYPES = {
     504: "timeout_error",
 }
 _ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "overloaded_error"}
-_PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z ]+)?: ")
+_PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z0-9 ]+)?: ")
 _ABSOLUTE_PATH = re.compile(r"(?:^|[^\w./])~?/\w|\b[A-Za-z]:\\")
 _ANOTHER = "Ask another model."
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _KINDS = {"str", "int", "float", "bool", "dict", "list"}
-_PARAMS = {"salt": "cache_salt", "thinking": "chat_template_kwargs.enable_thinking"}
+_PARAMS = {
+    "salt": "cache_salt",
+    "thinking": "chat_template_kwargs.enable_thinking",
+    "template_variables": "chat_template_kwargs",
+}
 
 
 class ApiError(Exception):
@@ -119,6 +123,8 @@ def _own_error(error: MlxqwenError) -> ApiError:
 def _by_kind(error: MlxqwenError, message: str) -> ApiError:
     found = _PARAM.match(f"{error.problem} ")
     param = None if found is None else _PARAMS.get(found[1], found[1])
+    if found is not None and param is not None and message.startswith(found[1]):
+        message = param + message[len(found[1]) :]
     if isinstance(error, ContextLengthError):
         return ApiError(400, message, code="context_length_exceeded", param="messages")
     if isinstance(error, OptionError) and error.problem.startswith("engine: "):

@@ -22,6 +22,7 @@ _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "sum
 _NOT_DONE = {
     "conversation": "previous_response_id goes on from a response",
     "prompt": "give instructions and input",
+    "moderation": "",
 }
 _SUMMARY_BEGINS = "Summary of the conversation so far:"
 
@@ -83,11 +84,13 @@ class ResponsesFields(Form):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     max_tool_calls: Any = None
     background: bool | None = None
     # Asked for, these are refused.
     conversation: Any = None
     prompt: Any = None
+    moderation: Any = None
     # Without effect: the answer is as right without a summary, and what is too long is told.
     context_management: Annotated[list[dict[str, Any]], Field(max_length=16)] | None = None
 
@@ -117,9 +120,10 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
     """
     for name, way_out in _NOT_DONE.items():
         if getattr(fields, name):
+            rest = f", but {way_out}" if way_out else ""
             raise ApiError(
                 400,
-                f"{name}: found one, expected none: it is not done here, but {way_out}",
+                f"{name}: found one, expected none: it is not done here{rest}",
                 code="unsupported_parameter",
                 param=name,
             )
@@ -177,7 +181,7 @@ def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[di
             if thought:
                 message = _assistants(messages, "content", "tool_calls")
                 message["reasoning_content"] = message.get("reasoning_content", "") + thought
-        elif kind == "function_call":
+        elif kind in ("function_call", "custom_tool_call"):
             if not isinstance(item.get("name"), str) or not item["name"]:
                 raise ApiError(
                     400,
@@ -185,12 +189,14 @@ def messages_of(items: Sequence[Mapping[str, Any]], notes: list[str]) -> list[di
                     code="invalid_value",
                     param=f"{where}.name",
                 )
-            function = {"name": item["name"], "arguments": item.get("arguments") or "{}"}
+            # The input of a custom tool, which has no schema, is one text.
+            custom = {"input": item.get("input")} if kind == "custom_tool_call" else "{}"
+            function = {"name": item["name"], "arguments": item.get("arguments") or custom}
             call = {"id": item.get("call_id") or item.get("id"), "type": "function", "function": function}
             message = _assistants(messages)
             message.setdefault("content", "")
             message.setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             output = _text(item.get("output"), where)
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         elif kind == "compaction":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mlxqwen.chat.structured.response_format import AnswerFormat, read_response_format
@@ -10,9 +11,8 @@ from mlxqwen.errors import OptionError
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields, ReplyFields
-from mlxqwen.server.errors import ApiError
 
-__all__ = ["call_options", "may_compile", "response_format"]
+__all__ = ["call_options", "in_words_of", "may_compile", "response_format"]
 
 _OPENAI = ("text", "json_object", "json_schema")
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
@@ -30,7 +30,7 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
     """What the answer has to be, for the engine, by whichever of its names it is given: OpenAI's, vLLM's or SGLang's.
 
     Raises:
-        ApiError, OptionError: several forms, or one that cannot be read. Whether it can be kept to the engine tells.
+        OptionError: several forms, or one that cannot be read. Whether it can be kept to the engine tells.
     """
     forms: dict[str, Any] = {}
     if fields.response_format is not None:
@@ -62,6 +62,25 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
             told = error.problem.replace("response_format", name, 1)
             raise OptionError(told, hint=error.hint) from None
     return None
+
+
+@contextmanager
+def in_words_of(fields: ReplyFields, names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Let errors of the engine about a field name it as the request does.
+
+    Args:
+        fields: the request's.
+        names: the engine's name of a field → the request's, where they differ.
+    """
+    try:
+        yield
+    except OptionError as error:
+        given = next((one for one in ("structured_outputs", *_OLDER) if getattr(fields, one) is not None), None)
+        known = {**(names or {}), **({} if given is None else {"response_format": given})}
+        for own, name in known.items():
+            if error.problem.startswith(own):
+                raise OptionError(name + error.problem.removeprefix(own), hint=error.hint) from None
+        raise
 
 
 def call_options(fields: ChatFields) -> dict[str, Any]:
@@ -111,5 +130,5 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
     return any(one.get("strict") is True for one in (tool, function) if isinstance(one, Mapping))
 
 
-def _refused(name: str, what: str) -> ApiError:
-    return ApiError(400, f"{name}: {what}", code="invalid_value", param=name)
+def _refused(name: str, what: str) -> OptionError:
+    return OptionError(f"{name}: {what}")
