@@ -15,15 +15,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import venv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from served import server
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "scripts" / "client_programs"
@@ -120,26 +121,18 @@ def _last_line(text: str) -> str:
 @contextmanager
 def serving(model: str, log: Path) -> Iterator[str]:
     """The address of a server that calls the demo `model`. Raises `ClientError` unless it begins and ends well."""
-    command = [sys.executable, "-m", "mlxqwen", "serve", "--port", "0", "--served-model-name", model]
-    paths = [str(ROOT), str(ROOT / "convert"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with log.open("w", encoding="utf-8") as written:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True, env=environment)
-        assert server.stdout is not None
+    lines: list[str] = []
+    with ExitStack() as running:
         try:
-            first = server.stdout.readline()
-            found = re.search(r"http://\S+/v1", first)
-            if found is None:
-                raise ClientError(f"server: found {first!r}, expected the line that says where it is; see {log}")
-            yield found[0]
-            server.send_signal(signal.SIGTERM)
-            status = server.wait(timeout=60)
-            if status or "Traceback" in log.read_text(encoding="utf-8"):
-                raise ClientError(f"server: ended with {status}, or an error of its own; see {log}")
-        finally:
-            server.kill()
-            server.wait()
-            server.stdout.close()
+            process, port, lines = running.enter_context(server("--served-model-name", model))
+        except SystemExit as ended:
+            raise ClientError(f"server: {ended}") from None
+        running.callback(lambda: log.write_text("".join(lines), encoding="utf-8"))
+        yield f"http://127.0.0.1:{port}/v1"
+        process.terminate()
+        status = process.wait(timeout=60)
+    if status or any("Traceback" in line for line in lines):
+        raise ClientError(f"server: ended with {status}, or an error of its own; see {log}")
 
 
 def run_client(client: Client, made: Path, url: str, model: str, *, timeout: float) -> list[str]:

@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import pytest
@@ -16,9 +17,13 @@ from hypothesis import settings
 from mlx.utils import tree_map
 
 import mlxqwen
+from mlxqwen.engine.engine import Engine
 from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tests.serving import Served
 
 # Fewer than Hypothesis's hundred, for the whole run to stay short; tests that need more say so.
 settings.register_profile("mlxqwen", max_examples=50, deadline=None)
@@ -104,6 +109,15 @@ def tiny() -> Qwen3ForCausalLM:
 def demo() -> tuple[Qwen3ForCausalLM, Tokenizer]:
     """The demo model and its tokenizer. Not to be changed."""
     return mlxqwen.load()
+
+
+@pytest.fixture(scope="module")
+def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
+    """A server of the demo model; tests of another model or other settings have one of their own."""
+    from tests.serving import serving  # the server's libraries are an extra
+
+    with serving(Engine(*demo)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from mlxqwen.model import loading
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
 from mlxqwen.model.loading import load_model, parse_dtype
 from mlxqwen.model.moe import QuantizedSwitchLinear
+from tests.checkpoint_arrays import arrays_of
 from tests.sparse_checkpoints import RELEASES, write_sparse
 from tests.tiny_checkpoints import (
     DENSE,
@@ -222,7 +223,7 @@ def test_groups_that_do_not_divide(tmp_path: Path) -> None:
 
 def test_biases_that_are_missing_are_named(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
-    arrays = {name: np.array(array) for name, array in Checkpoint.open(folder).arrays().items()}
+    arrays = {name: np.array(array) for name, array in arrays_of(Checkpoint.open(folder)).items()}
     del arrays["model.layers.1.mlp.up_proj.biases"]
     write_safetensors(folder / "model.safetensors", arrays)
     assert "tensors are missing: model.layers.1.mlp.up_proj.biases" in refusal(folder)
@@ -544,7 +545,7 @@ def store_as(folder: Path, part: str, dtype: mx.Dtype, others: mx.Dtype) -> None
     """Rewrite a folder's floats: in `dtype` where `part` is in the name, in `others` elsewhere."""
     changed = {
         name: array if array.dtype == mx.uint32 else array.astype(dtype if part in name else others)
-        for name, array in Checkpoint.open(folder).arrays().items()
+        for name, array in arrays_of(Checkpoint.open(folder)).items()
     }
     mx.eval(changed)
     mx.save_safetensors(str(folder / "model.safetensors"), changed)
@@ -555,7 +556,7 @@ def test_float16_scales_keep_their_digits_on_a_gpu(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
     store_as(folder, ".self_attn.", mx.float16, mx.bfloat16)
     model = load_model(folder, device=MAC, fused=False)
-    stored = Checkpoint.open(folder).arrays()
+    stored = arrays_of(Checkpoint.open(folder))
     scales = "model.layers.0.self_attn.q_proj.scales"
     assert stored[scales].dtype == model.dtype == mx.float16
     assert mx.array_equal(dict(tree_flatten(model.parameters()))[scales], stored[scales])

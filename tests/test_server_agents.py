@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from mlxqwen.engine.engine import Engine
-from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.text.tokenizer import Tokenizer
-from tests.serving import Served, ask, serving
+from tests.serving import Served, ask
 
 FORM = {"type": "object", "properties": {"count": {"enum": [3]}}, "required": ["count"], "additionalProperties": False}
 BILLING = "x-anthropic-billing-header: cc_version=2.1.100.7b4; cc_entrypoint=cli; cch={};"
 LEFT = "<total_tokens>{} tokens left</total_tokens>"
 RULES = "You are a careful assistant that counts letters and never guesses at all."
-
-
-@pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
 
 
 def shown(served: Served, messages: list[dict[str, Any]], **fields: Any) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from mlxqwen.chat.structured.compiler import GrammarCompiler
-from mlxqwen.engine.engine import Engine
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.anthropic_request import MessagesFields, as_chat
 from mlxqwen.server.bodies import form_of
@@ -32,12 +30,6 @@ CALCULATOR = {
         "required": ["expression"],
     },
 }
-
-
-@pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
 
 
 @pytest.fixture

@@ -35,12 +35,6 @@ PRODUCT = "What is 1234 * 567?"
 
 
 @pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def babbling(babbler: Qwen3ForCausalLM, tokenizer: Tokenizer) -> Iterator[Served]:
     with serving(Engine(babbler, tokenizer)) as made:
         yield made

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from mlxqwen.engine.engine import Engine
-from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.histories import with_written_calls
 from mlxqwen.text.tokenizer import Tokenizer
-from tests.serving import Served, serving
+from tests.serving import Served
 
 QUESTION = {"role": "user", "content": "What is 1234 * 567?"}
 CALL = '{"name": "calculator", "arguments": {"expression": "1234 * 567"}}'
 WRITTEN = f"<tool_call>\n{CALL}\n</tool_call>"
 RESULT = "<tool_response>\n699678\n</tool_response>"
 IGNORED = "x-mlxqwen-ignored"
-
-
-@pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
 
 
 def ids(served: Served, messages: list[dict[str, Any]], **fields: Any) -> list[int]:

@@ -22,12 +22,6 @@ from tests.test_server_errors import BODIES
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "chat_template_kwargs": {"enable_thinking": False}}
 
 
-@pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
-
-
 @pytest.fixture
 def held(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[tuple[Served, HeldModel]]:
     """A server, and the model that it waits for; prompts are read 16 tokens a step."""

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,12 +41,6 @@ SHORT_EXPRESSION = {
 SHORT_CALCULATOR = {"type": "function", "function": {"name": "calculator", "parameters": SHORT_EXPRESSION}}
 OTHER = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
 SOME = {"type": "allowed_tools"}
-
-
-@pytest.fixture(scope="module")
-def served(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> Iterator[Served]:
-    with serving(Engine(*demo)) as made:
-        yield made
 
 
 def content(reply: Any, index: int = 0) -> str:

@@ -16,6 +16,7 @@ from mlxqwen.files.tensor_names import without_wrappers
 from mlxqwen.model.footprint import measure
 from mlxqwen.model.loading import load_model
 from mlxqwen_convert import convert
+from tests.checkpoint_arrays import arrays_of
 from tests.tiny_checkpoints import DENSE, MOE, Experts, make_weights, prompt, write_folder
 
 IDS = mx.array([prompt(7, 96)])
@@ -73,7 +74,7 @@ def test_a_quantized_folder_under_a_prefix(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "mlx/config.json").read_text())
     section = written["quantization"]
     section[f"language_model.{down}"] = section.pop(down)
-    weights = {f"language_model.{n}": np.array(a) for n, a in Checkpoint.open(tmp_path / "mlx").arrays().items()}
+    weights = {f"language_model.{n}": np.array(a) for n, a in arrays_of(Checkpoint.open(tmp_path / "mlx")).items()}
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(written))

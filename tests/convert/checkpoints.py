@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.files.hub import DEMO_FOLDER
+from tests.checkpoint_arrays import arrays_of
 from tests.convert import encoders
 from tests.convert.encoders import Array, Floats, Grouped
 
@@ -236,7 +237,7 @@ def quantization_config(form: str, group_size: int = 64) -> Config | None:
 def make_demo(folder: Path, form: str) -> Source:
     """The demo model in one of `FORMATS`, written with its tokenizer."""
     config = json.loads((DEMO_FOLDER / "config.json").read_text())
-    arrays = Checkpoint.open(DEMO_FOLDER).arrays()
+    arrays = arrays_of(Checkpoint.open(DEMO_FOLDER))
     weights = {name.removesuffix(".weight"): np.array(array.astype(mx.float32)) for name, array in arrays.items()}
     source = make_source(folder, form, config, weights=weights).write()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):

@@ -15,6 +15,7 @@ from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen_convert import affine
 from mlxqwen_convert.affine import BITS, GROUP_SIZES, Packed
 from mlxqwen_convert.errors import SourceError
+from tests.checkpoint_arrays import arrays_of
 from tests.convert.encoders import (
     Floats,
     decode_fp8,
@@ -184,7 +185,7 @@ def test_search_gains(bits: int, gain: float, kind: str) -> None:
 def test_trained_weights_gain_too(bits: int) -> None:
     checkpoint = Checkpoint.open(DEMO)
     name = "model.layers.0.mlp.down_proj.weight"
-    weight = checkpoint.arrays([name])[name].astype(mx.float32)
+    weight = arrays_of(checkpoint, [name])[name].astype(mx.float32)
     assert weight.shape[1] % 64 == 0
     mlx = Packed(*mx.quantize(weight.astype(mx.bfloat16), 64, bits))
     ours = affine.quantize(weight, 64, bits, mx.bfloat16)

@@ -19,6 +19,7 @@ from mlxqwen.files.checkpoint import Checkpoint, load_safetensors
 from mlxqwen.files.config import AffineQuantization, ModelConfig
 from mlxqwen.model.loading import load_model
 from mlxqwen_convert import convert
+from tests.checkpoint_arrays import arrays_of
 from tests.convert import encoders
 from tests.convert.encoders import Floats
 from tests.tiny_checkpoints import DENSE, Config, make_weights, prompt, write_folder
@@ -92,7 +93,7 @@ def test_weights_are_those_that_were_rounded(tmp_path: Path, form: str) -> None:
     """The oracle is the model before it was quantized: no weight is further off than a step, most by half of one."""
     original = make_weights(SOURCE)
     report = convert(FOLDER / form, tmp_path / "out", bits=16, dtype="float32", workers=1)
-    converted = Checkpoint.open(tmp_path / "out").arrays()
+    converted = arrays_of(Checkpoint.open(tmp_path / "out"))
     modules = {stem: found for stem, found in modules_of(FOLDER / form).items() if "weight" not in found}
     assert len(modules) == 7
     negative = 0
@@ -126,7 +127,7 @@ def test_bits_by_gptq_models_dynamic(tmp_path: Path) -> None:
     original, folder = make_weights(SOURCE), DATA / "gptq_model"
     report = convert(folder, tmp_path / "plain", bits=16, dtype="float32", workers=1)
     assert report.source_format == "GPTQ 4-bit, groups of 32"
-    converted = Checkpoint.open(tmp_path / "plain").arrays()
+    converted = arrays_of(Checkpoint.open(tmp_path / "plain"))
     bits_of = {}
     for stem, found in modules_of(folder).items():
         written, exact = np.array(converted[f"{stem}.weight"]), original[f"{stem}.weight"]

@@ -22,6 +22,7 @@ from mlxqwen.model.loading import load_model
 from mlxqwen_convert import affine, convert
 from mlxqwen_convert.layout import lay_out
 from mlxqwen_convert.plan import Options, make_plan
+from tests.checkpoint_arrays import arrays_of
 from tests.convert.checkpoints import DENSE, FORMATS, INTEGERS, MOE, VARIANTS, Source, make_source
 from tests.convert.encoders import Floats, unpack_affine, unpack_words
 
@@ -32,7 +33,7 @@ TOKENS = [[3, 17, 90, 5, 41, 77, 2, 150]]
 def arrays(folder: Path) -> dict[str, Any]:
     """NumPy arrays of a folder's tensors; BF16 widened."""
     found = {}
-    for name, array in Checkpoint.open(folder).arrays().items():
+    for name, array in arrays_of(Checkpoint.open(folder)).items():
         found[name] = np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -18,8 +18,6 @@ from mlxqwen.files.adapters import adapter_alone
 from mlxqwen.files.checkpoint.safetensors_file import (
     MAX_NAME_LENGTH,
     TensorInfo,
-    checked_array,
-    load_arrays,
     opened,
     read_exactly,
     read_header,
@@ -28,7 +26,7 @@ from mlxqwen.files.json_file import read_json_object, shown
 from mlxqwen.files.tensor_names import foreign_prefix, without_wrappers
 
 if TYPE_CHECKING:
-    import mlx.core as mx
+    pass
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -121,22 +119,6 @@ class Checkpoint:
                 f"{self.folder}: no tensor named {name}, expected one of {len(self.tensors)} tensors",
                 hint="The weights may belong to another model or be incomplete.",
             ) from None
-
-    def arrays(self, names: Iterable[str] | None = None) -> dict[str, mx.array]:
-        """MLX arrays by name, read from disk when they are first used.
-
-        Args:
-            names: which tensors, in which order; all of them if None.
-
-        Returns:
-            Arrays of the tensors' shapes and dtypes; F8_E4M3 and F8_E8M0 come as uint8 bit patterns.
-
-        Raises:
-            CheckpointError: a name is not there, or a dtype that MLX has no equal of.
-        """
-        wanted = [self[name] for name in (self.tensors if names is None else names)]
-        shards = {path: load_arrays(path) for path in dict.fromkeys(tensor.path for tensor in wanted)}
-        return {tensor.name: checked_array(tensor, shards[tensor.path]) for tensor in wanted}
 
     def read(self, name: str) -> bytes:
         """All bytes of one tensor, little-endian and row-major."""
