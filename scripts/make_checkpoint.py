@@ -76,6 +76,7 @@ def make_checkpoint(
     shape: str = "Qwen3-0.6B",
     *,
     layers: int | None = None,
+    vocabulary: int | None = None,
     form: str = "bf16",
     seed: int = 0,
     holes: bool = False,
@@ -87,6 +88,8 @@ def make_checkpoint(
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary
     if form != "bf16":
         config["quantization_config"] = _QUANTIZATION[form]
     if form in ("awq", "gptq"):
@@ -219,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="Qwen3-0.6B")
     parser.add_argument("--layers", type=int, help="only so many layers")
+    parser.add_argument("--vocabulary", type=int, help="only so many tokens, to measure the layers alone")
     parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--holes", action="store_true", help="zeros that take no disk space, to measure whole releases")
@@ -226,12 +230,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.layers is not None and arguments.layers < 1:
         parser.error("--layers: at least 1")
+    if arguments.vocabulary is not None and arguments.vocabulary < 1:
+        parser.error("--vocabulary: at least 1")
     if arguments.out.exists():
         sys.exit(f"{arguments.out}: already exists")
     make_checkpoint(
         arguments.out,
         arguments.shape,
         layers=arguments.layers,
+        vocabulary=arguments.vocabulary,
         form=arguments.format,
         seed=arguments.seed,
         holes=arguments.holes,

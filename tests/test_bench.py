@@ -13,7 +13,7 @@ from pathlib import Path
 import bench
 import mlx.core as mx
 import pytest
-from benchmarks import baseline, batches, counts, graph, parts, sampling, starting, steps
+from benchmarks import baseline, batches, conversion_counts, counts, graph, parts, sampling, starting, steps
 from benchmarks.baseline import Baseline, Change, changes, report
 from benchmarks.comparison import HEAD, Comparison, Table, quartiles, take_turns
 from benchmarks.machine import Machine, describe
@@ -318,6 +318,24 @@ def test_the_committed_baseline_counts_what_is_counted_now(reply_counts: dict[st
     for count in (*reply_counts, *counts.decoding_counts()):
         assert count in committed.counts
     assert committed.counts["modules, import mlxqwen: libraries"] == 0
+
+
+def test_conversions_count_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less for narrower forms, and under names that the baseline knows."""
+    small = {
+        **conversion_counts._SHAPE,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "head_dim": 32,
+        "vocab_size": 128,
+    }
+    monkeypatch.setattr(conversion_counts, "_SHAPE", small)
+    found = conversion_counts.conversion_counts()
+    committed = Baseline.read(baseline.BASELINE)
+    assert all(count in committed.counts for count in found)
+    assert all(number > 0 for number in found.values())
+    sizes = {form: found[f"bytes read by a conversion from {form}"] for form in ("BF16", "FP8", "AWQ", "GPTQ")}
+    assert max(sizes["AWQ"], sizes["GPTQ"]) < sizes["FP8"] < sizes["BF16"]
 
 
 def test_a_reply_takes_one_call_a_token_and_one_for_each_chunk(reply_counts: dict[str, int]) -> None:

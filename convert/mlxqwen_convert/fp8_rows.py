@@ -20,7 +20,7 @@ from mlxqwen_convert.buffers import Buffers
 __all__ = ["Fp8Rows", "working_bytes"]
 
 # Weights that are looked up or compared at once.
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 _SUMMED = 1 << 10
 _BYTES_OF_GROUP = 80
 _NAN = np.uint32(0x7FC0)
@@ -98,9 +98,9 @@ class Fp8Rows:
 
 
 def working_bytes(weights: int, group_size: int) -> int:
-    """What rows of so many weights hold at most, beside the quantizer's."""
-    tables, indices, compared = 12 << 16, 4 * _PIECE, 2 * 4 * _PIECE
-    return weights + weights // group_size * _BYTES_OF_GROUP + tables + indices + compared
+    """What rows of so many weights hold at most, beside the quantizer's and the tables, which all threads share."""
+    indices, compared = 4 * _PIECE, 2 * 4 * _PIECE
+    return weights + weights // group_size * _BYTES_OF_GROUP + indices + compared
 
 
 def _sum_of_squares(floats: Floats) -> float:

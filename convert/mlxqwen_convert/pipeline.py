@@ -34,7 +34,7 @@ __all__ = ["NumpyRows", "Written", "check_on_disk", "is_on_disk", "numpy_target"
 
 _NUMPY_BITS = (4, 8)
 # What a weight takes whose code is kept, beside one that is made of a float.
-_REPACKED_SHARE = 1 / 4
+_REPACKED_SHARE = 1 / 8
 # Larger chunks of NumPy's are no quicker.
 _LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlxqwen.device import usable_cores
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import AwqReader, GptqReader, PackedReader, Reader
 
@@ -24,14 +26,15 @@ _MOST_TASKS = 1 << 14
 ROW_STEP = 32
 # Rows of a chunk are a multiple of this where a packed word holds several of them.
 _WORD_ROWS = 8
-MAX_WORKERS = 8
+# With more, chunks become so small that weights of FP8, AWQ and GPTQ take as much longer as there are threads more.
+MAX_WORKERS = 16
 
 T = TypeVar("T")
 
 
 def cores() -> int:
-    """Workers that this machine has cores for."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Workers that this machine has cores for; on Linux those that this process may use, as for products on the CPU."""
+    available = usable_cores() if sys.platform.startswith("linux") else os.cpu_count() or 1
     return max(1, min(available, MAX_WORKERS))
 
 

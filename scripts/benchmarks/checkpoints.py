@@ -11,23 +11,12 @@ from pathlib import Path
 from benchmarks.processes import ROOT, python, timed
 from benchmarks.settings import Settings
 
-__all__ = ["bits_name", "checkpoint", "small_checkpoint"]
+__all__ = ["bits_name", "checkpoint", "small_checkpoint", "source_checkpoint"]
 
 
 def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None, layers: int | None = None) -> Path:
-    """A folder with a release's weights in so many bits (None for BF16), made once a run.
-
-    Written in processes of their own: a child's peak memory counts what its parent held when it was started.
-    """
-    shape = shape or settings.shape
-    layers = layers or settings.layers
-    size = "" if layers is None else f"-{layers}-layers"
-    plain = settings.work / f"{shape}{size}"
-    if not plain.exists():
-        settings.tell(f"writing {plain.name}")
-        some = [] if layers is None else ["--layers", str(layers)]
-        with _unfinished(plain) as written:
-            timed(python(ROOT / "scripts" / "make_checkpoint.py", "--shape", shape, *some, written))
+    """A folder with a release's weights in so many bits (None for BF16), made once a run."""
+    plain = source_checkpoint(settings, "bf16", shape=shape or settings.shape, layers=layers or settings.layers)
     if bits is None:
         return plain
     folder = settings.work / f"{plain.name}-{bits}-bit"
@@ -35,6 +24,25 @@ def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None
         settings.tell(f"converting {plain.name} to {bits}-bit")
         with _unfinished(folder) as written:
             timed(python("-m", "mlxqwen", "convert", plain, written, "--bits", str(bits), "--no-verify"))
+    return folder
+
+
+def source_checkpoint(
+    settings: Settings, form: str, *, shape: str, layers: int | None = None, vocabulary: int | None = None
+) -> Path:
+    """A folder with a release's weights in one of `make_checkpoint`'s forms, made once a run.
+
+    Written in a process of its own: a child's peak memory counts what its parent held when it was started.
+    """
+    options = {"--layers": layers, "--vocabulary": vocabulary, "--format": None if form == "bf16" else form}
+    given = [(name, str(value)) for name, value in options.items() if value is not None]
+    size = "" if layers is None else f"-{layers}-layers"
+    folder = settings.work / "-".join([f"{shape}{size}", *(value for name, value in given if name != "--layers")])
+    if not folder.exists():
+        settings.tell(f"writing {folder.name}")
+        with _unfinished(folder) as written:
+            some = [word for pair in given for word in pair]
+            timed(python(ROOT / "scripts" / "make_checkpoint.py", "--shape", shape, *some, written))
     return folder
 
 

@@ -30,7 +30,7 @@ class Comparison:
     Args:
         what: what was measured.
         beside: what it was measured beside; empty for a line of mlxqwen alone.
-        unit: of the numbers: "s", "ms", "MiB", "tokens/s"; none for counts.
+        unit: of the numbers: "s", "ms", "ns", "MiB", "tokens/s"; none for counts.
         ours, theirs: one number a turn, in turn; no numbers of theirs where mlxqwen stands alone.
         more_is_better: for rates; ratios above one are always in our favour.
         point: where the plot has it, if it has.

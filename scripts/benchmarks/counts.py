@@ -19,6 +19,7 @@ from unittest.mock import patch
 import mlx.core as mx
 
 import mlxqwen
+from benchmarks.conversion_counts import conversion_counts
 from benchmarks.modules import module_counts
 from benchmarks.primitives import KINDS, count_primitives, ours, single_nodes, write_model
 from mlxqwen.cache import make_cache
@@ -55,7 +56,7 @@ _TURNS = ("How many r's in strawberry?", "And how many b's?", "Thank you.")
 
 def all_counts() -> dict[str, int]:
     """Every count by name."""
-    return {**decoding_counts(), **reply_counts(), **conversation_counts(), **module_counts()}
+    return {**decoding_counts(), **reply_counts(), **conversation_counts(), **conversion_counts(), **module_counts()}
 
 
 @contextmanager

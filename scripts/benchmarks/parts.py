@@ -61,7 +61,7 @@ PARTS = {
     "prefix": Part("prefixes", "prefix", "hits of the prefix store, in memory and on disk", 2),
     "serve": Part("serving", "serve", "the demo over HTTP, 1 to 128 streams", 6, by_default=False),
     "convert": Part(
-        "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, whole processes", 2, by_default=False
+        "conversion", "convert", "BF16 to 4-bit beside mlx_lm.convert, and a weight by form", 4, by_default=False
     ),
     "speculation": Part(
         "speculating", "speculation", "replies of the demo model with guesses and without", 4, has_table=True

@@ -19,7 +19,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from mlxqwen.files.checkpoint import Checkpoint
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.loading import load_model
-from mlxqwen_convert import affine, convert
+from mlxqwen_convert import affine, convert, tasks
 from mlxqwen_convert.layout import lay_out
 from mlxqwen_convert.plan import Options, make_plan
 from tests.checkpoint_arrays import arrays_of
@@ -375,17 +375,29 @@ def test_shards_are_bounded_and_loaders_follow(tmp_path: Path, monkeypatch: pyte
     assert_both_loaders_agree(tmp_path / "many")
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_the_number_of_workers_changes_nothing(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "workers"), [("gptq", 1), ("awq", 2), ("bf16", 5), ("gptq", 16), ("fp8", 16)])
+def test_the_number_of_workers_changes_nothing(
+    tmp_path: Path, form: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlxqwen_convert.tasks.WEIGHTS_PER_TASK", 8192)
     monkeypatch.setattr("mlxqwen_convert.conversion.weights_in_flight", lambda plan: 16384)
-    source = make_source(tmp_path / "in", "gptq", MOE).write()
+    source = make_source(tmp_path / "in", form, MOE).write()
     convert(source.folder, tmp_path / "a", workers=workers)
     monkeypatch.undo()
     convert(source.folder, tmp_path / "b", workers=1)
     for path in (tmp_path / "a").iterdir():
         if path.name not in ("README.md",):
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_workers_for_all_cores_up_to_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((1, 1), (12, 12), (16, 16), (64, 16)):
+        monkeypatch.setattr("sys.platform", "darwin")
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert tasks.cores() == workers
+        monkeypatch.setattr("sys.platform", "linux")
+        monkeypatch.setattr(tasks, "usable_cores", lambda cores=cores: cores)
+        assert tasks.cores() == workers
 
 
 def test_a_plan_writes_nothing_and_foretells_the_size(tmp_path: Path) -> None:

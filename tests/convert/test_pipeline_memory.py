@@ -16,7 +16,9 @@ import make_checkpoint as make_checkpoint_script
 import pytest
 from make_checkpoint import SHAPES, make_checkpoint
 
-from mlxqwen_convert.memory import expected_peak, strip_bytes, weights_in_flight
+from mlxqwen_convert import bfloat16, fp8_rows
+from mlxqwen_convert.memory import expected_peak, numpy_bytes, strip_bytes, weights_in_flight
+from mlxqwen_convert.pipeline import NumpyRows, numpy_target
 from mlxqwen_convert.plan import Options, make_plan
 from mlxqwen_convert.tasks import Allowance, Task, chunks_of, smallest_chunk, tasks_of
 from tests.convert.checkpoints import make_source
@@ -69,7 +71,7 @@ def _peaks(source: Path, output: Path, workers: int, options: dict[str, Any]) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("workers", [1, 16])
 @pytest.mark.parametrize("form", ["awq", "gptq", "bf16", "fp8"])
 def test_wide_rows_and_many_workers(made: Made, tmp_path: Path, form: str, workers: int) -> None:
     peak, expected = _peaks(made("wide", form), tmp_path / "out", workers, {})
@@ -88,8 +90,8 @@ def test_wide_rows_and_many_workers(made: Made, tmp_path: Path, form: str, worke
     ],
 )
 def test_numpy_and_mlx_side_by_side(made: Made, tmp_path: Path, form: str, options: dict[str, Any]) -> None:
-    """Each of eight threads has buffers for both: together they stay within what is expected."""
-    peak, expected = _peaks(made("tall", form), tmp_path / "out", 8, options)
+    """Each of sixteen threads has buffers for both: together they stay within what is expected."""
+    peak, expected = _peaks(made("tall", form), tmp_path / "out", 16, options)
     assert peak <= expected <= 96 << 20
 
 
@@ -126,7 +128,34 @@ def test_the_peak_counts_rows_wider_than_all_chunks(tmp_path: Path) -> None:
         assert before - expected_peak(plan) == (in_flight - 8 * 256) * 75
 
 
-@pytest.mark.parametrize("workers", [1, 2, 8, 64])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "awq", "gptq"])
+def test_what_all_threads_hold_does_not_grow_with_them(tmp_path: Path, form: str) -> None:
+    """Of a wide layer: bytes of NumPy's buffers, and weights in hand; and no thread's chunks are tiny."""
+    wide = {**SHAPES["Qwen3-32B"], "num_hidden_layers": 1, "vocab_size": 2048}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "one layer", wide)
+        make_checkpoint(tmp_path / "in", "one layer", form=form, holes=True)
+    plan = make_plan(tmp_path / "in", Options())
+    for workers in (1, 2, 4, 8, 16):
+        rows, in_flight = NumpyRows(numpy_bytes(plan, workers)), weights_in_flight(plan)
+        for task in tasks_of(plan):
+            planned = plan.modules[task.module]
+            target = numpy_target(plan, planned, task.part)
+            if target is not None:
+                is_fp8 = planned.readers[0].label == "FP8"
+                weights = rows.chunk(planned, task.part)
+                held = bfloat16.working_bytes(weights, target.group_size, target.bits)
+                held += fp8_rows.working_bytes(weights, target.group_size) if is_fp8 else 0
+                assert held * workers <= 26 << 20
+            else:
+                weights = in_flight // workers * (8 if planned.method == "repack" else 1)
+            chunks = list(chunks_of(planned, task, weights))
+            largest = max(stop - start for start, stop in chunks) * planned.module.width
+            assert largest <= max(weights, smallest_chunk(planned.readers[0]) * planned.module.width)
+            assert weights >= 1 << (14 if target is None else 16)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 16, 64])
 def test_strips_of_all_workers_have_a_common_bound(workers: int) -> None:
     assert strip_bytes(workers) * 10 // 8 * workers <= 8 << 20
 

@@ -100,6 +100,31 @@ def test_a_source_that_cannot_be_read_for_once(
     assert_same(tmp_path / "out", tmp_path / "expected/out")
 
 
+@pytest.mark.parametrize("form", ["awq", "fp8"])
+def test_sixteen_threads_that_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[Task], form: str
+) -> None:
+    """What others go on with is the same, whichever tasks were done and in whatever order."""
+    source = make_source(tmp_path / "in", form, MOE).write()
+    convert(source.folder, tmp_path / "expected/out", workers=1)
+    begun: list[str] = []
+
+    def write(plan: Plan, task: Task, *rest: Any) -> Written:
+        begun.append(task.key)
+        if len(begun) == 60:
+            raise Crash
+        return write_task(plan, task, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxqwen_convert.conversion.write_task", write)
+        with pytest.raises(Crash):
+            convert(source.folder, tmp_path / "out", workers=16)
+    tasks.clear()
+    convert(source.folder, tmp_path / "out", workers=3, resume=True)
+    assert tasks
+    assert_same(tmp_path / "out", tmp_path / "expected/out")
+
+
 def test_an_output_that_cannot_be_read_back(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[Task]
 ) -> None:
