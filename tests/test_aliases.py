@@ -137,6 +137,15 @@ def test_a_folder_comes_first_and_a_path_is_no_alias(
     with pytest.raises(OptionError, match="found 'v2', but 'v1' in the address"):
         resolve_model("https://hf.co/Qwen/Qwen3-4B/tree/v1", revision="v2")
     assert downloads == []
+    for spelled in ("hf.co/Qwen/Qwen3-4B", "huggingface.co/Qwen/Qwen3-4B"):
+        with pytest.raises(HubError, match="not there"):
+            resolve_model(spelled)
+        assert downloads.pop() == ("Qwen/Qwen3-4B", None)
+    with pytest.raises(HubError, match="a web address that is no model's page"):
+        resolve_model("hf.co/Qwen/Qwen3-4B-GGUF:Q4_K_M")
+    with pytest.raises(HubError, match="neither an existing folder nor a hub id") as raised:
+        resolve_model("qwen3")
+    assert raised.value.hint.startswith("Say which size: qwen3:8b is Ollama's")
     for revision in (None, "v1"):
         with pytest.raises(HubError):
             resolve_model("https://hf.co/Qwen/Qwen3-4B/tree/v1", revision=revision)

@@ -49,6 +49,8 @@ OPTIONS: dict[str, tuple[list[str], Callable[[Any], Any], Any]] = {
     "host": (["--host", "localhost"], lambda one: one.settings.host, "localhost"),
     "api-key": (["--api-key", "a", "--api-key", "b"], lambda one: one.settings.api_keys, ("a", "b")),
     "max-running": (["--max-running", "3"], lambda one: engine(one).scheduler.max_running, 3),
+    "max-num-seqs": (["--max-num-seqs", "3"], lambda one: engine(one).scheduler.max_running, 3),
+    "dtype auto": ([DEMO, "--dtype", "auto"], lambda one: str(engine(one).model.dtype), "mlx.core.float32"),
     "max-queue": (["--max-queue", "5", "--max-running", "3"], lambda one: one.load.most, 8),
     "max-kv-size": (["--max-kv-size", "64"], lambda one: one.settings.max_kv_size, 64),
     "kv-bits": (["--kv-bits", "8"], lambda one: one.settings.kv_bits, 8),
@@ -84,11 +86,14 @@ def test_the_prompt_cache_is_a_folder_on_disk(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_needs_no_asking_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_cards = ["--reasoning-parser", "qwen3", "--enable-reasoning", "--tp", "8", "--tool-call-parser", "hermes"]
+    of_cards = ["--gpu-memory-utilization", "0.9", "--enable-prefix-caching", "--trust-remote-code"]
+    of_cards += ["--reasoning-parser", "qwen3", "--enable-reasoning", "--tp", "8", "--tool-call-parser", "hermes"]
     _, result = serve(monkeypatch, context, *of_cards)
     assert "note: --reasoning-parser is not needed here: thought and calls are told apart\n" in result.err
     assert "note: --tensor-parallel-size is not needed here: one machine computes it all\n" in result.err
-    assert result.err.count("note: ") == 4
+    assert "note: --gpu-memory-utilization is not needed here: memory is taken as replies need it\n" in result.err
+    assert "note: --trust-remote-code is not needed here: no code of a model's is run\n" in result.err
+    assert result.err.count("note: ") == 7
     assert "is served at http://127.0.0.1:" in result.out
 
 

@@ -159,6 +159,9 @@ def test_version() -> None:
         (["genrate"], "Did you mean 'generate'?"),
         (["run", "qwen3:4b"], "Did you mean 'chat'?"),
         (["hello"], "mlxqwen chat MODEL"),
+        (["push", "me/mine"], "Did you mean 'convert'?"),
+        (["ps"], "A server tells at /v1/models which models are loaded."),
+        (["stop", "qwen3:4b"], "Ctrl-C ends a server"),
     ],
 )
 def test_what_is_no_command_points_the_way(words: list[str], way: str) -> None:
@@ -339,3 +342,8 @@ def test_a_folder_beside_the_model_of_a_chat_is_no_message(tmp_path: Path) -> No
 def test_a_factor_of_yarn_names_its_option() -> None:
     result = run("generate", "a", "--yarn-factor", "0.5")
     assert (result.status, result.err) == (1, "error: --yarn-factor: found 0.5, expected a number in [1, 1024]\n")
+
+
+@pytest.mark.parametrize(("spelled", "dtype"), [("auto", "float32"), ("half", "float16"), ("float", "float32")])
+def test_dtypes_as_vllm_spells_them(spelled: str, dtype: str) -> None:
+    assert json.loads(run("info", "--dtype", spelled, "--json").out)["dtype"] == dtype

@@ -129,6 +129,25 @@ MISPLACED: list[tuple[Callable[[Any, Any], object], str, str]] = [
 ]
 
 
+@pytest.mark.parametrize("given", [3, b"qwen3:4b", ("a", "b"), object])
+def test_what_is_no_name_of_a_model_is_told(engine: Engine, given: object) -> None:
+    for load_it in (load, Engine.load):
+        for one in (given, engine.model, engine.tokenizer):
+            with pytest.raises(OptionError, match=rf"^model: found {type(one).__name__}, expected a folder, a hub id"):
+                load_it(misplaced(one))
+
+
+def test_a_number_is_no_prompt(engine: Engine) -> None:
+    for call in (generate, stream_generate):
+        with pytest.raises(OptionError, match="^prompt: found 3, expected text or token ids$"):
+            call(engine.model, engine.tokenizer, 3)
+
+
+def test_a_model_is_no_drafter(engine: Engine) -> None:
+    with pytest.raises(OptionError, match="^speculative: found Qwen3ForCausalLM, expected 'lookup', a DraftModel"):
+        stream_generate(engine.model, engine.tokenizer, "a", speculative=misplaced(engine.model))
+
+
 @pytest.mark.parametrize(("call", "found", "order"), MISPLACED)
 def test_what_stands_in_the_wrong_place_is_named(
     engine: Engine, call: Callable[[Any, Any], object], found: str, order: str

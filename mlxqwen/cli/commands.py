@@ -101,6 +101,13 @@ _ELSEWHERE = {
     "download": "pull",
     "remove": "rm",
     "delete": "rm",
+    "create": "convert",
+    "push": "convert",
+}
+# What other tools have a command for, and is done otherwise here.
+_OTHERWISE = {
+    "ps": "A server tells at /v1/models which models are loaded.",
+    "stop": "Ctrl-C ends a server; with --keep-alive it unloads models that nobody uses.",
 }
 
 
@@ -110,6 +117,8 @@ def _way(word: str) -> str:
     from shlex import quote
 
     meant = get_close_matches(word, _COMMANDS, n=1)
+    if word in _OTHERWISE:
+        return _OTHERWISE[word]
     if word in _ELSEWHERE or meant:
         return f"Did you mean {_ELSEWHERE.get(word) or meant[0]!r}?"
     if any(map(str.isspace, word)):

@@ -13,7 +13,7 @@ import click
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.fit import measured
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.spellings import ModelCommand
+from mlxqwen.cli.spellings import DtypeChoice, ModelCommand
 from mlxqwen.cli.terminal import count_of
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
@@ -33,7 +33,7 @@ _NAMES = 19  # characters for the names of rows
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--context", type=int, help="Tokens to size the cache for; the model's whole context by default.")
 @click.option("--kv-bits", type=click.Choice(["8", "4"]), help="Size a quantized cache.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Compute dtype to size for.")
+@click.option("--dtype", type=DtypeChoice(), help="Compute dtype to size for.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(
     model: str | None,

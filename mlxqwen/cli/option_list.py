@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mlxqwen.cli.completion import complete_folder
-from mlxqwen.cli.spellings import spelled_option
+from mlxqwen.cli.spellings import DtypeChoice, spelled_option
 
 __all__ = ["DEFAULT_KV_KEEP", "generate_options"]
 
@@ -224,7 +224,7 @@ _MEMORY = (
     ),
     _memory(
         "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
+        type=DtypeChoice(),
         help="Compute in this dtype.",
     ),
     _memory(

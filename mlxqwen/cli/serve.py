@@ -63,6 +63,13 @@ _NEEDLESS: dict[str, tuple[tuple[str, ...], bool, str]] = {
         True,
         "one machine computes it all",
     ),
+    "gpu_memory_utilization": (
+        ("--gpu-memory-utilization", "--mem-fraction-static"),
+        True,
+        "memory is taken as replies need it",
+    ),
+    "enable_prefix_caching": (("--enable-prefix-caching",), False, "what was read is shared by all replies"),
+    "trust_remote_code": (("--trust-remote-code",), False, "no code of a model's is run"),
 }
 
 
@@ -115,7 +122,15 @@ def _needless(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--served-model-name", metavar="NAME", help="What clients call the model; by default as given here.")
 @click.option("--single", is_flag=True, help="Let any name that no model has mean the first one.")
-@click.option("--max-running", type=int, default=256, show_default=True, help="Replies that decode at once.")
+@click.option(
+    "--max-running",
+    cls=SpelledOption,
+    also=("--max-num-seqs", "--max-running-requests"),
+    type=int,
+    default=256,
+    show_default=True,
+    help="Replies that decode at once.",
+)
 @click.option("--max-queue", type=int, default=1024, show_default=True, help="Replies that wait; more get 429.")
 @click.option(
     "--max-model-len",

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from mlxqwen.cli.defaults import defaults_named, give_way
 
-__all__ = ["ModelCommand", "SettableCommand", "SpelledCommand", "SpelledOption", "spelled_option"]
+__all__ = ["DtypeChoice", "ModelCommand", "SettableCommand", "SpelledCommand", "SpelledOption", "spelled_option"]
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -45,6 +45,19 @@ class SpelledOption(click.Option):
             super().add_to_parser(parser, ctx)
         finally:
             self.opts, self.secondary_opts = on, off
+
+
+class DtypeChoice(click.Choice[str]):
+    """The dtypes to compute in; `auto`, `half` and `float` are taken, too, as vLLM writes them."""
+
+    def __init__(self) -> None:
+        super().__init__(["bfloat16", "float16", "float32"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The dtype; None for `auto`, which is what no option means."""
+        if value == "auto":
+            return None
+        return super().convert({"half": "float16", "float": "float32"}.get(value, value), param, ctx)
 
 
 def spelled_option(group: str, *names: str, **options: Any) -> Callable[[_Decorated], _Decorated]:

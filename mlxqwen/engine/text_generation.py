@@ -253,6 +253,8 @@ def stream_generate(
     """
     check_keywords("stream_generate", single, stream_generate)
     check_loaded(model, tokenizer, "stream_generate(model, tokenizer, prompt)")
+    if is_integer(prompt):
+        raise OptionError(f"prompt: found {prompt}, expected text or token ids")
     responses = batch_stream(
         model,
         tokenizer,

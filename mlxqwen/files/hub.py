@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import HubError, OptionError, one_line
-from mlxqwen.files.aliases import hub_id_of_address, hub_id_of_alias, naming_alias
+from mlxqwen.files.aliases import DEFAULT_SIZE, hub_id_of_address, hub_id_of_alias, naming_alias
 
 if TYPE_CHECKING:
     from mlxqwen.files.hub_source import HubModel, Source
@@ -24,6 +24,7 @@ GGUF_SUFFIXES = (".gguf", ".ggml")
 NO_GGUF_HINT = "Take the model's release in safetensors, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!\.{1,2}\Z)[\w.-]+", re.ASCII)  # "." and ".." are folders
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
+_ADDRESSES = ("http://", "https://", "hf.co/", "huggingface.co/")  # of pages, also without their scheme
 REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 
@@ -48,7 +49,7 @@ def resolve_model(
 
     Raises:
         HubError: no such folder, or the model cannot be found or downloaded.
-        OptionError: a revision that is malformed, or given for something that is not on the hub.
+        OptionError: a revision that is malformed, or given for something that is not on the hub; what is no name.
     """
     place = located(path_or_id, revision)
     if isinstance(place, Path):
@@ -82,6 +83,11 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
         if not DEMO_FOLDER.is_dir():
             raise HubError(f"{DEMO_FOLDER}: no such folder", hint="The package is incomplete: install it again.")
         return DEMO_FOLDER
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise OptionError(
+            f"model: found {type(path_or_id).__name__}, expected a folder, a hub id or an alias",
+            hint="For example ./my-model, Qwen/Qwen3-0.6B, or qwen3:0.6b.",
+        )
     name = os.fspath(path_or_id)
     folder = expanded(name)
     if name and os.path.isdir(folder):
@@ -93,14 +99,19 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     repo_id, is_page = name.removeprefix(MODELSCOPE_PREFIX), False
     if (alias := hub_id_of_alias(repo_id)) is not None and not isinstance(path_or_id, Path):
         repo_id = alias
-    elif name.startswith(("http://", "https://")):
-        (repo_id, revision), is_page = hub_id_in_address(name, revision), True
+    elif name.startswith(_ADDRESSES):
+        address = name if "://" in name else f"https://{name}"
+        (repo_id, revision), is_page = hub_id_in_address(address, revision), True
     if looks_like_path(repo_id) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, name)
     if not HUB_ID.fullmatch(repo_id):
+        way_out = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
+        if repo_id.lower() == "qwen3":
+            way_out = (
+                f"Say which size: qwen3:{DEFAULT_SIZE} is Ollama's; mlxqwen list --aliases tells all, and which fit."
+            )
         raise HubError(
-            f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model",
-            hint="Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short.",
+            f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model", hint=way_out
         )
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from mlxqwen.errors import OptionError
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.given import given_kind
 from mlxqwen.sampling.sampler import Sampler
 
 __all__ = ["DraftLength", "Drafter", "Speculative", "as_drafter", "check_vocabulary"]
@@ -42,8 +43,9 @@ def as_drafter(speculative: object, config: ModelConfig | None = None) -> Drafte
         from mlxqwen.engine.speculation.prompt_lookup import PromptLookup
 
         return PromptLookup()
+    found = repr(speculative) if isinstance(speculative, str | int) else given_kind(speculative)
     raise OptionError(
-        f"speculative: found {speculative!r}, expected 'lookup', a DraftModel or None",
+        f"speculative: found {found}, expected 'lookup', a DraftModel or None",
         hint="A draft model is DraftModel(model), of a model that load returns.",
     )
 
