@@ -158,6 +158,67 @@ def test_replies_of_both_models_that_outgrow_the_memory_are_all_answered(tokeniz
     assert served.service.load.replies == 0
 
 
+def test_of_two_replies_that_each_need_the_other_s_weights_to_go_the_later_is_told(tokenizer: Tokenizer) -> None:
+    """Neither could ever go on: both hold their models."""
+    body: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+
+    async def work(served: Several) -> None:
+        assert (await served.ask("b").end()).status == 200
+        first = served.ask("a", **body)
+        await until(lambda: (a := served.models.find("a").model) and a.engine.scheduler.running)
+        second = await served.ask("b", **body).end()
+        assert (second.status, second.json["error"]["code"]) == (503, "out_of_memory")
+        assert await finished(first) == "length"
+
+    with beside_both(tokenizer, 300) as served:
+        run(work(served))
+    assert served.service.load.replies == 0
+
+
+def test_weights_that_are_being_read_count_before_they_are_there(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        assert (await served.ask("a").end()).status == 200
+        beside_one = account().most()
+        served.weights["b"].may_end.clear()
+        other = served.ask("b")
+        await until(lambda: account().reserved)
+        assert account().most() == beside_one - weight_bytes(model_of(tokenizer))
+        big = Call(served.app, COMPLETIONS, {"model": "a", **BIG})
+        await until(lambda: served.models.find("a").waiting)  # behind the load, as it has no room beside it
+        served.weights["b"].may_end.set()
+        assert await finished(other) == await finished(big) == "length"
+        assert account().reserved == {}
+
+    with beside_both(tokenizer, 300) as served:
+        run(work(served))
+
+
+def test_a_model_whose_memory_a_reply_waits_for_answers_nobody_new_before_it(tokenizer: Tokenizer) -> None:
+    async def work(served: Several) -> None:
+        assert (await served.ask("b").end()).status == 200
+        entry = served.models.find("b")
+        assert entry.model is not None
+        scheduler = entry.model.engine.scheduler
+        grows = served.ask("a", reads=False, stream=True, max_tokens=300, ignore_eos=True)
+        await until(lambda: served.models.find("a").users)
+        a = served.models.find("a").model
+        assert a is not None
+        await until(lambda: a.engine.scheduler.running)
+        first = served.ask("b", reads=False, **LONG)
+        await until(lambda: entry.users)
+        grows.may_read.set()
+        await until(lambda: account().is_wanted(scheduler))
+        later = served.ask("b", **LONG)
+        await until(lambda: entry.waiting)
+        assert await finished(first) == await finished(grows) == "length"
+        assert await finished(later) == "length"
+        assert served.weights["b"].loads == 2
+
+    with beside_both(tokenizer, 300) as served:
+        run(work(served))
+    assert served.service.load.replies == 0
+
+
 def test_memory_of_two_models_is_never_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Driver, "has_daemon", True)
     models = [random_model(context=1024, layers=1) for _ in range(2)]
