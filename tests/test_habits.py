@@ -139,12 +139,12 @@ def test_what_is_no_name_of_a_model_is_told(engine: Engine, given: object) -> No
 
 def test_a_number_is_no_prompt(engine: Engine) -> None:
     for call in (generate, stream_generate):
-        with pytest.raises(OptionError, match="^prompt: found 3, expected text or token ids$"):
+        with pytest.raises(OptionError, match=r"^prompt: found 3, expected text or token ids$"):
             call(engine.model, engine.tokenizer, 3)
 
 
 def test_a_model_is_no_drafter(engine: Engine) -> None:
-    with pytest.raises(OptionError, match="^speculative: found Qwen3ForCausalLM, expected 'lookup', a DraftModel"):
+    with pytest.raises(OptionError, match=r"^speculative: found Qwen3ForCausalLM, expected 'lookup', a DraftModel"):
         stream_generate(engine.model, engine.tokenizer, "a", speculative=misplaced(engine.model))
 
 
