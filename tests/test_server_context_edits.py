@@ -49,8 +49,12 @@ def length(fields: MessagesFields) -> int:
 
 def results(fields: MessagesFields) -> list[bool]:
     """Of each result, whether it is there."""
+    return ["strawberry" in block["content"] for block in blocks_of(fields, "tool_result")]
+
+
+def blocks_of(fields: MessagesFields, kind: str) -> list[dict[str, Any]]:
     blocks = [block for one in fields.messages if isinstance(one.content, list) for block in one.content]
-    return ["strawberry" in block["content"] for block in blocks if block["type"] == "tool_result"]
+    return [block for block in blocks if block["type"] == kind]
 
 
 def uses(count: int) -> dict[str, Any]:
@@ -107,6 +111,36 @@ def test_which_thoughts_are_cleared(keep: object, cleared: int, left: int) -> No
     assert applied is not None
     assert sum(one["cleared_thinking_turns"] for one in applied) == cleared
     assert len(thoughts) == {0: 0, 1: 1, 2: 3, 3: 4}[left]
+
+
+@pytest.mark.parametrize("own", [1, ["t0"], {"t": 0}, None], ids=str)
+def test_ids_that_are_no_texts(served: Served, own: object) -> None:
+    """Their results are cleared, too."""
+    messages = talk(2)
+    messages[1]["content"][1]["id"] = messages[2]["content"][0]["tool_use_id"] = own
+    edit = {"type": CLEAR, "trigger": uses(0), "keep": uses(1), "clear_tool_inputs": True}
+    after, applied = edited(fields_of(messages, edit), length, [])
+    assert results(after) == [False, True]
+    assert [one["input"] for one in blocks_of(after, "tool_use")] == [{}, {"path": "file 1"}]
+    assert applied is not None
+    assert applied[0]["cleared_tool_uses"] == 1
+    body = {"model": "demo", "messages": messages, "max_tokens": 1, "context_management": {"edits": [edit]}}
+    assert served.client.post(PATH, json=body).status_code < 500
+
+
+def test_each_prompt_is_counted_once() -> None:
+    edit = {"type": CLEAR, "trigger": tokens(0), "clear_at_least": tokens(1)}
+    edits = [{**edit, "keep": uses(8 - n)} for n in range(8)]
+    counted: list[object] = []
+
+    def count(fields: MessagesFields) -> int:
+        counted.append(fields)
+        return length(fields)
+
+    _, applied = edited(fields_of(talk(9), *edits), count, [])
+    assert applied is not None
+    assert len(applied) == 8
+    assert len(counted) == 1 + 8
 
 
 def test_what_is_told(served: Served) -> None:

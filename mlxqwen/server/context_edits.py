@@ -64,10 +64,20 @@ def apply_edits(
         ApiError: an edit of another form.
     """
     applied: list[dict[str, Any]] = []
+    known: list[tuple[Messages, int]] = []
+
+    def tokens(some: Messages) -> int:
+        """Each prompt is rendered once: long ones take seconds."""
+        found = next((number for one, number in known if one is some), None)
+        if found is None:
+            found = count(some)
+            known.append((some, found))
+        return found
+
     for place, edit in enumerate(given.edits or ()):
         kind = str(edit.get("type", ""))
         if kind.startswith("clear_tool_uses_"):
-            edited, told = _without_results(form_of(edit, ClearToolUses), messages, count)
+            edited, told = _without_results(form_of(edit, ClearToolUses), messages, tokens)
         elif kind.startswith("clear_thinking_"):
             edited, told = _without_thoughts(form_of(edit, ClearThinking), messages)
         else:
@@ -75,7 +85,7 @@ def apply_edits(
             continue
         if told is None:
             continue
-        applied.append({"type": kind, **told, "cleared_input_tokens": max(count(messages) - count(edited), 0)})
+        applied.append({"type": kind, **told, "cleared_input_tokens": max(tokens(messages) - tokens(edited), 0)})
         messages = edited
     return messages, applied
 
@@ -105,9 +115,9 @@ def _cleared(content: str | list[Block], cleared: Collection[str], without_input
         return content
     blocks = []
     for block in content:
-        if block.get("type") == "tool_result" and block.get("tool_use_id") in cleared:
+        if block.get("type") == "tool_result" and str(block.get("tool_use_id")) in cleared:
             block = {**block, "content": _CLEARED}
-        elif block.get("type") == "tool_use" and block.get("id") in without_input:
+        elif block.get("type") == "tool_use" and str(block.get("id")) in without_input:
             block = {**block, "input": {}}
         blocks.append(block)
     return blocks
