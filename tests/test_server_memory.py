@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from mlxqwen.device import current_device
 from mlxqwen.engine import generation
 from mlxqwen.engine.driver import Driver
-from mlxqwen.engine.memory import account, slot_bytes, weight_bytes
+from mlxqwen.engine.memory import MemoryAccount, account, slot_bytes, weight_bytes
 from mlxqwen.engine.request import CacheKind
 from mlxqwen.errors import InsufficientMemoryError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -281,3 +283,28 @@ def test_a_prompt_of_a_library_s_other_model_is_refused_as_before(tokenizer: Tok
         scheduler, _other = new_scheduler(model), new_scheduler(other)
         with pytest.raises(InsufficientMemoryError, match="its cache of 470 tokens"):
             scheduler.submit(asked([5] * 470, 2))
+
+
+class Nothing:
+    """Stands for a scheduler that holds nothing."""
+
+
+def test_models_that_come_and_go_while_another_thread_counts() -> None:
+    counted, has_ended = MemoryAccount(current_device()), threading.Event()
+    stay: list[Any] = [Nothing() for _ in range(3000)]
+    for one in stay:
+        counted.add(one)
+
+    def come_and_go() -> None:
+        while not has_ended.is_set():
+            one: Any = Nothing()
+            counted.add(one)
+            counted.remove(one)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert all(len(list(counted.schedulers)) >= len(stay) for _ in range(200))
+    finally:
+        has_ended.set()
+        thread.join()

@@ -23,7 +23,7 @@ from mlxqwen.server.leases import Lease, ModelSource
 from mlxqwen.server.registry import ModelRegistry
 from mlxqwen.server.settings import ServerSettings
 from mlxqwen.text.tokenizer import Tokenizer
-from tests.asgi_calls import Call, until
+from tests.asgi_calls import PATIENCE, Call, until
 from tests.command_line import run as run_command
 from tests.scheduling import machine
 from tests.serving import ask
@@ -282,6 +282,29 @@ def test_idle_models_are_unloaded_and_loaded_again(tokenizer: Tokenizer) -> None
 
     with several(tokenizer, keep_alive=300.0) as served:
         run(work(served))
+
+
+def test_what_is_released_between_a_look_and_the_wait_is_unloaded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ModelRegistry([ModelSource("a", Weights(tokenizer))], ServerSettings(keep_alive=0.0))
+    lease, look, has_waited = taken(models, "a"), models.unload_idle, threading.Event()
+
+    def looked() -> float | None:
+        due = look()
+        if lease.held is not None:
+            lease.release()
+        elif lease.entry.model is None:
+            has_waited.set()
+        return due
+
+    monkeypatch.setattr(models, "unload_idle", looked)
+    try:
+        with models._changed:
+            models._changed.notify_all()
+        assert has_waited.wait(PATIENCE)
+    finally:
+        models.close(60.0)
 
 
 def test_at_once(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -101,19 +102,23 @@ class MemoryAccount:
         self.lenders: list[Lender] = []
         self.reserved: dict[str, int] = {}
         self._schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+        self._lock = threading.RLock()  # models are loaded by another thread than the one that counts
 
     def add(self, scheduler: Scheduler) -> None:
         """Count what `scheduler` holds, as long as it lives."""
-        self._schedulers.add(scheduler)
+        with self._lock:
+            self._schedulers.add(scheduler)
 
     def remove(self, scheduler: Scheduler) -> None:
         """Count it no more."""
-        self._schedulers.discard(scheduler)
+        with self._lock:
+            self._schedulers.discard(scheduler)
 
     @property
     def schedulers(self) -> Iterable[Scheduler]:
         """The schedulers whose memory counts."""
-        return list(self._schedulers)
+        with self._lock:
+            return list(self._schedulers)
 
     def left(self) -> int:
         """Bytes that are free."""

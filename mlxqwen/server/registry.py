@@ -63,6 +63,7 @@ class ModelRegistry:
         self._queue: deque[Entry] = deque()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._releases = 0
         account().lenders.append(self)
 
     def add(self, model: ServedModel) -> None:
@@ -139,6 +140,7 @@ class ModelRegistry:
                 self._changed.notify_all()
                 return
             lease.held = None
+            self._releases += 1
             entry.users.discard(lease)
             entry.last_used = self._clock()
             if self._settings.keep_alive is not None and entry.source is not None:
@@ -160,14 +162,13 @@ class ModelRegistry:
         keep_alive = self._settings.keep_alive
         if keep_alive is None:
             return None
-        due = None
         for entry in self._idle():
-            left = entry.last_used + keep_alive - self._clock()
-            if left <= 0:
+            if self._seconds_left(entry, keep_alive) <= 0:
                 self._unload(entry, f"not used for {keep_alive:g} s")
-            else:
-                due = left if due is None else min(due, left)
-        return due
+        return min((self._seconds_left(entry, keep_alive) for entry in self._idle()), default=None)
+
+    def _seconds_left(self, entry: Entry, keep_alive: float) -> float:
+        return entry.last_used + keep_alive - self._clock()
 
     def lend(self, borrower: Scheduler) -> bool:
         """Called in a step of another model's that needs memory: unload a model that nobody uses, if there is one."""
@@ -213,12 +214,13 @@ class ModelRegistry:
 
     def _run(self) -> None:
         while True:
-            due = self.unload_idle()
+            releases, due = self._releases, self.unload_idle()
             with self._changed:
                 if self._is_closed:
                     return
                 if not self._queue:
-                    self._changed.wait(due)
+                    if releases == self._releases:  # else what is due may be another
+                        self._changed.wait(due)
                     continue
                 entry = self._queue.popleft()
             self._serve(entry)
