@@ -225,6 +225,24 @@ def test_each_call_has_the_time_that_a_client_has_to_read(monkeypatch: pytest.Mo
     run(work())
 
 
+def test_a_client_that_leaves_as_the_last_call_ends_changes_nothing() -> None:
+    async def work() -> None:
+        errors: list[object] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        gone: asyncio.Future[None] = loop.create_future()
+
+        async def send(message: Message) -> None:
+            gone.set_result(None)
+
+        async with in_time(send, 1.0, until=gone) as send_in_time:
+            await send_in_time({})
+        await asyncio.sleep(0)
+        assert not errors
+
+    run(work())
+
+
 def test_a_body_that_does_not_come(served: Served) -> None:
     async def work() -> None:
         with serving(served.engine, body_seconds=0.05) as strict:

@@ -111,6 +111,7 @@ async def in_time(send: Send, seconds: float, *, until: asyncio.Future[None] | N
     """
     loop = asyncio.get_running_loop()
     began: float | None = None
+    is_over = False
     timer: asyncio.TimerHandle
 
     async def send_in_time(message: Message) -> None:
@@ -129,7 +130,8 @@ async def in_time(send: Send, seconds: float, *, until: asyncio.Future[None] | N
             limit.reschedule(now)
 
     def end(_: object) -> None:
-        limit.reschedule(loop.time())
+        if not is_over:  # the loop calls this a moment after `until` is done
+            limit.reschedule(loop.time())
 
     timer = loop.call_later(seconds, look)
     until = loop.create_future() if until is None else until
@@ -138,5 +140,6 @@ async def in_time(send: Send, seconds: float, *, until: asyncio.Future[None] | N
             until.add_done_callback(end)
             yield send_in_time
     finally:
+        is_over = True
         until.remove_done_callback(end)
         timer.cancel()
