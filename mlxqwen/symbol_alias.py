@@ -79,13 +79,11 @@ def offer(name: str, function: Any) -> None:
     address = ctypes.cast(function, ctypes.c_void_p).value
     if machine is None or address is None:
         raise OSError(f"no shared objects for {platform.machine()} are written here")
+    # It stays open: the linker knows libraries by their paths, and would take a later file of this number for this one.
     file = os.memfd_create(name)
-    try:
-        os.write(file, alias_library(name, address, machine))
-        path = f"/proc/self/fd/{file}"
-        found = ctypes.cast(getattr(ctypes.CDLL(path, mode=os.RTLD_LOCAL), name), ctypes.c_void_p).value
-        if found != address:
-            raise OSError(f"{name} was found at {found}, expected {address}")
-        ctypes.CDLL(path, mode=os.RTLD_GLOBAL)
-    finally:
-        os.close(file)
+    os.write(file, alias_library(name, address, machine))
+    path = f"/proc/self/fd/{file}"
+    found = ctypes.cast(getattr(ctypes.CDLL(path, mode=os.RTLD_LOCAL), name), ctypes.c_void_p).value
+    if found != address:
+        raise OSError(f"{name} was found at {found}, expected {address}")
+    ctypes.CDLL(path, mode=os.RTLD_GLOBAL)

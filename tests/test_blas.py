@@ -134,6 +134,8 @@ def test_a_function_is_found_under_another_name() -> None:
     offer("mlxqwen_absolute_value", library["labs"])
     everything = ctypes.CDLL(None)
     assert everything["mlxqwen_absolute_value"](-5) == 5
+    offer("mlxqwen_length", library["strlen"])
+    assert (everything["mlxqwen_length"](b"four"), everything["mlxqwen_absolute_value"](-6)) == (4, 6)
     with pytest.raises(AttributeError):
         everything["mlxqwen_absolute"]
 
