@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,8 +135,30 @@ def test_marks_are_shared_and_seen(tmp_path: Path) -> None:
         assert is_under_way(locks)
         with pytest.raises(HubError, match="a: another process"), none_under_way(locks, "a"):
             pass
-    with none_under_way(locks, "a"), marked(locks):
-        assert is_under_way(locks)
+    assert not is_under_way(locks)
+
+
+@pytest.mark.parametrize("is_removed", [False, True], ids=["stays", "is removed"])
+def test_a_mark_waits_for_who_holds_the_lock(tmp_path: Path, is_removed: bool) -> None:
+    locks, is_marked, may_end = tmp_path / "locks", threading.Event(), threading.Event()
+    with marked(locks):
+        pass
+
+    def download() -> None:
+        with marked(locks):
+            is_marked.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=download)
+    with none_under_way(locks, "a"):
+        thread.start()
+        assert not is_marked.wait(0.1)
+        if is_removed:
+            shutil.rmtree(locks)
+    assert is_marked.wait(60)
+    assert is_under_way(locks)
+    may_end.set()
+    thread.join()
     assert not is_under_way(locks)
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mlxqwen.errors import HubError
-from mlxqwen.files.locks import open_lock, try_lock
+from mlxqwen.files.locks import is_at, open_lock, try_lock, wait_for_lock
 
 __all__ = ["begun_bytes", "is_under_way", "locks_of", "marked", "none_under_way", "remove_leftovers"]
 
@@ -33,15 +33,20 @@ def locks_of(cache: Path, repo_id: str) -> Path:
 def marked(folder: Path) -> Iterator[None]:
     """Lets other processes see a download, as long as the context lasts; nothing where no lock can be made.
 
+    It waits for a process that removes the model, or that looks whether it is marked, which takes a moment.
+
     Args:
         folder: where the locks of the model lie.
     """
     with ExitStack() as held:
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = open_lock(folder / _MARK)
-            held.callback(os.close, descriptor)
-            try_lock(descriptor, shared=True)
+            is_held = False
+            while not is_held:
+                folder.mkdir(parents=True, exist_ok=True)
+                descriptor = open_lock(folder / _MARK)
+                held.callback(os.close, descriptor)
+                wait_for_lock(descriptor, shared=True)
+                is_held = is_at(descriptor, folder / _MARK)  # else it was removed meanwhile
         yield
 
 
