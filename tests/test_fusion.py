@@ -208,6 +208,7 @@ CHANGES: dict[str, Callable[[Qwen3ForCausalLM], object]] = {
     "a module of a module": replace_deep_down,
     "a setting": lambda model: setattr(model.model.layers[1].mlp, "swiglu", lambda gate, up: gate + up),
     "layers in another order": lambda model: model.model.layers.reverse(),
+    "another list of layers": lambda model: setattr(model.model, "layers", model.model.layers[::-1]),
     "update": lambda model: model.update(halved(model)),
     "update of a layer": lambda model: model.model.layers[1].update(halved(model.model.layers[1])),
     "load_weights": lambda model: model.load_weights(list(dict(tree_flatten(halved(model))).items())),

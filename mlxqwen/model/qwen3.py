@@ -113,36 +113,35 @@ class CompiledDecoder:
     a module in one was replaced, the calls are made anew.
     """
 
-    def __init__(self, layers: list[DecoderLayer]) -> None:
-        self._layers = layers
-        self._compile()
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._compile(layers)
 
-    def _compile(self) -> None:
-        self._assignments, self._compiled_layers = WatchedModule.assignments, tuple(self._layers)
+    def _compile(self, layers: Sequence[DecoderLayer]) -> None:
+        self._assignments, self._layers = WatchedModule.assignments, tuple(layers)
         by_form = CompiledByForm()
-        first, last = self._layers[0], self._layers[-1]
+        first, last = layers[0], layers[-1]
         self._first = by_form.compile(_before, [first], first.parts_before_attention())
         self._between = [
             by_form.compile(
                 _between, [one, following], [*one.parts_after_attention(), *following.parts_before_attention()]
             )
-            for one, following in pairwise(self._compiled_layers)
+            for one, following in pairwise(layers)
         ]
         self._last = by_form.compile(_after, [last], last.parts_after_attention())
 
-    def __call__(self, x: mx.array, caches: Sequence[LayerCache]) -> mx.array:
-        """`[B, hidden_size]` → `[B, hidden_size]`."""
-        if self._assignments != WatchedModule.assignments or not self._has_compiled(self._layers):
-            self._compile()
-        rope, scale = self._layers[0]["self_attn"].rotation(caches[0])
+    def __call__(self, x: mx.array, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> mx.array:
+        """`[B, hidden_size]` → `[B, hidden_size]` through the model's layers, which may be others by now."""
+        if self._assignments != WatchedModule.assignments or not self._has_compiled(layers):
+            self._compile(layers)
+        rope, scale = layers[0]["self_attn"].rotation(caches[0])
         wavelengths, position = rope.wavelengths, caches[0].position
         projected = self._first(x, wavelengths, position)
         for between, cache in zip(self._between, caches, strict=False):
             x, *projected = between(x, cache.attend_rotated(*projected, rope=rope, scale=scale), wavelengths, position)
         return self._last(x, caches[-1].attend_rotated(*projected, rope=rope, scale=scale))
 
-    def _has_compiled(self, layers: list[DecoderLayer]) -> bool:
-        return len(layers) == len(self._compiled_layers) and all(map(is_, layers, self._compiled_layers))
+    def _has_compiled(self, layers: Sequence[DecoderLayer]) -> bool:
+        return len(layers) == len(self._layers) and all(map(is_, layers, self._layers))
 
 
 _Arrays: TypeAlias = tuple[mx.array, ...]
@@ -217,7 +216,7 @@ class Qwen3Model(nn.Module):
             tokens = packing.pack(tokens)
         hidden = self.embed_tokens(tokens)
         if L == 1 and caches is not None and self.decoder is not None:
-            hidden = self.decoder(hidden, caches)
+            hidden = self.decoder(hidden, layers, caches)
         else:
             of_layers: Sequence[LayerCache | None] = caches or [None] * len(layers)
             for index, (layer, layer_cache) in enumerate(zip(layers[:-1], of_layers[:-1], strict=True)):
