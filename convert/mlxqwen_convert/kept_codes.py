@@ -118,7 +118,8 @@ def look_at(source: SourceCodes, written: Packed, bits: int, group_size: int, bu
 
     def norm(scales: Doubles, biases: Doubles) -> float:
         """The sum of all squared `scale · code + bias`."""
-        return float((scales * scales * squares + 2 * scales * biases * sums + group_size * biases * biases).sum())
+        total = (scales * scales * squares + 2 * scales * biases * sums + group_size * biases * biases).sum()
+        return max(0.0, float(total))  # below zero where weights are all zero, by rounding
 
     error, total = norm(scale_errors, bias_errors), norm(own_scales, own_biases)
     return Found(kept, scales, biases, scale_errors, bias_errors, error, total)

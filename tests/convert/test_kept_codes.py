@@ -109,6 +109,22 @@ def test_scales_and_biases_are_held_to_the_sources(form: str, word: str) -> None
     assert (others <= 2.0**-11 * np.abs(np.delete(np.array(getattr(written, word)).T.reshape(-1), 16 + 5))).all()
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_weights_that_are_all_zero_have_no_norm_below_zero(seed: int) -> None:
+    """Scales of 24 bits and zero points of 8: what cancels out is rounded on the way."""
+    scales = np.random.default_rng(seed).uniform(0.01, 1.0, (256, 1)).astype(np.float32)
+    zeros = np.arange(256)[:, None]
+    factors = scales.astype(np.float64).T
+    source = SourceCodes(8, lambda weight, _: True, factors, -zeros.T * factors)
+    codes, biases = mx.repeat(mx.array(zeros.astype(np.uint8)), 128, axis=1), (-zeros * scales).astype(np.float32)
+    written = Packed(affine.pack(codes, 8), mx.array(scales), mx.array(biases))
+    for row in range(256):
+        own = source._replace(scales=source.scales[:, [row]], biases=source.biases[:, [row]])
+        found = looked_at(own, Packed(*(part[row : row + 1] for part in written)), 8)
+        assert 0 <= found.squared_norm < 1e-6
+        assert 0 <= found.squared_error < 1e-6
+
+
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
 @settings(max_examples=10, deadline=None)
 def test_awq_words_by_the_definition(columns: int, words: int, seed: int) -> None:
