@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from mlxqwen.errors import CheckpointError, MlxqwenError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapter_alone
@@ -24,9 +23,6 @@ from mlxqwen.files.checkpoint.safetensors_file import (
 )
 from mlxqwen.files.json_file import read_json_object, shown
 from mlxqwen.files.tensor_names import foreign_prefix, without_wrappers
-
-if TYPE_CHECKING:
-    pass
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
