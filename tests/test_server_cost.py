@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,3 +77,10 @@ def test_streams_share_the_wakeups_of_a_step(served: Served, counted: Callable[[
     beginnings_and_ends = 2 * STREAMS
     assert len(delivered) <= scheduler.steps - before + beginnings_and_ends < STREAMS * TOKENS
     assert len(polled) <= 2 * STREAMS * (TOKENS + 2)  # once for each token, and once to see that there is no other
+
+
+def test_a_port_is_opened_and_a_model_loaded_without_the_libraries_of_http() -> None:
+    """They are imported while the model loads."""
+    program = "import sys, mlxqwen.server.listener, mlxqwen.server.registry; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"starlette", "uvicorn", "prometheus_client"}.isdisjoint(done.stdout.split())

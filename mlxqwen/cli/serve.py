@@ -9,7 +9,9 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -180,10 +182,8 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
         of_environment = ctx.get_parameter_source("api_key") is ParameterSource.ENVIRONMENT
         key = "$MLXQWEN_API_KEY" if of_environment else "YOUR_API_KEY"
     with leave_at_once():
+        from mlxqwen.server.listener import open_socket
         from mlxqwen.server.registry import ModelRegistry
-        from mlxqwen.server.run import open_socket
-        from mlxqwen.server.run import serve as run
-        from mlxqwen.server.service import Service
 
     first = options["model"]
     if options["models"] and ctx.get_parameter_source("model") is not ParameterSource.COMMANDLINE:
@@ -195,8 +195,13 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             sources_of(first, options["models"], options, settings), settings, force=options["force"]
         )
         try:
+            # Imported while a model loads. No daemon: the process must not end in the midst of it.
+            Thread(target=import_module, args=("mlxqwen.server.run",)).start()
             if len(models.entries) == 1:  # what is wrong with it is told before the server listens
                 models.load(models.entries[0])
+            with leave_at_once():
+                from mlxqwen.server.run import serve as run
+                from mlxqwen.server.service import Service
             _log_requests()
             number = run(
                 Service(models, settings),

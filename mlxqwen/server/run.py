@@ -13,18 +13,16 @@ from types import FrameType
 
 import uvicorn
 
-from mlxqwen.errors import ServerError
 from mlxqwen.server.app import make_app
 from mlxqwen.server.connection import Connection
 from mlxqwen.server.service import Service
 
-__all__ = ["open_socket", "serve"]
+__all__ = ["serve"]
 
 logger = logging.getLogger("mlxqwen.server")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _OPEN_FILES = 8192
-_BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
@@ -93,28 +91,6 @@ class _Server(uvicorn.Server):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises `ServerError` if it cannot."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ServerError(
-            f"{host}:{port}: cannot listen there: {reason}",
-            hint="Another server may be using the port: give another one with --port, or 0 for a free one.",
-        ) from None
-    return listener
-
-
 def serve(
     service: Service,
     listener: socket.socket,
@@ -126,7 +102,7 @@ def serve(
 
     Args:
         service: what answers.
-        listener: from `open_socket`; closed at the end.
+        listener: see `mlxqwen.server.listener`; closed at the end.
         on_ready: told the port once requests are answered.
         on_signal: told the number of each such signal when it comes.
         leave: ends the process, given the number of the signal that ended the server; called by each signal that comes
