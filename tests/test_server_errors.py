@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.server.anthropic_request import CountFields, MessagesFields
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields
+from mlxqwen.server.compaction import CompactFields
 from mlxqwen.server.completions import CompletionFields
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.metrics import ToldTokens
@@ -400,3 +402,29 @@ def test_a_call_without_a_name_is_told_with_its_place(served: Served, name: obje
         assert error["param"] == "input[1].name"
         assert error["message"].startswith("input[1]: name: found ")
         assert error["message"].endswith(", expected that of the function that was called")
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("heading", "form"),
+    [
+        ("Fields of a chat completion", ChatFields),
+        ("Anthropic's messages", MessagesFields),
+        ("Responses", ResponsesFields),
+    ],
+)
+def test_fields_without_effect_are_bounded(heading: str, form: type[Form]) -> None:
+    """Those that docs/server.md calls so, in the section of the API."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| taken, without effect[^|]*\|", section, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert len(named) > 2
+    assert named & {*form.model_fields} <= {*form.aside} <= {*form.model_fields}
+
+
+def test_fields_that_are_bounded_are_fields() -> None:
+    assert {*CompactFields.aside} <= {*CompactFields.model_fields}
+    assert {*CompletionFields.aside} <= {*CompletionFields.model_fields}
+    assert {*CountFields.aside} <= {*CountFields.model_fields}

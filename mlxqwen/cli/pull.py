@@ -26,7 +26,7 @@ def pull(model: str | None, revision: str | None, force: bool) -> None:
     """Download MODEL into the hub's cache, so that it is there when it is needed.
 
     MODEL is a hub id, an alias such as qwen3:4b (mlxqwen list --aliases), or modelscope:ID. What cannot be run is
-    refused before its weights come. A download that was broken off goes on.
+    refused before its weights come. A download that was broken off goes on with the files that are not there.
     """
     if model is None:
         raise click.UsageError("Give a MODEL, such as qwen3:4b.")

@@ -55,6 +55,8 @@ class AnthropicChoice(Form):
 class CountFields(Form):
     """What `POST /v1/messages/count_tokens` counts."""
 
+    aside: ClassVar[tuple[str, ...]] = ("cache_control",)
+
     model: Annotated[str, Field(max_length=512)] | None = None
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=100_000)]
     system: Content | None = None

@@ -79,8 +79,8 @@ class ChatFields(ReplyFields):
 
     aside: ClassVar[tuple[str, ...]] = (
         *ReplyFields.aside,
-        *("metadata", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "cache_control"),
-        *("audio", "web_search_options"),
+        *("metadata", "prediction", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("prompt_cache_options", "audio", "web_search_options", "moderation"),
     )
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MOST_MESSAGES)]

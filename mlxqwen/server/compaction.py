@@ -31,7 +31,12 @@ _MOST_TOKENS = 2048
 class CompactFields(Form):
     """A talk that is to become shorter."""
 
-    aside: ClassVar[tuple[str, ...]] = ("prompt_cache_key", "prompt_cache_retention", "service_tier")
+    aside: ClassVar[tuple[str, ...]] = (
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "service_tier",
+    )
 
     model: Annotated[str, Field(max_length=512)] | None = None
     input: Input | None = None

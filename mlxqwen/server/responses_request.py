@@ -49,7 +49,7 @@ class ResponsesFields(Form):
 
     aside: ClassVar[tuple[str, ...]] = (
         *("metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("max_tool_calls", "include", "stream_options"),
+        *("prompt_cache_options", "max_tool_calls", "include", "stream_options", "context_management"),
     )
 
     model: Annotated[str, Field(max_length=512)] | None = None
