@@ -63,16 +63,29 @@ def test_small_products_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mx.eval(model(mx.array([[1, 2, 3]])))
 
 
+def by_rows(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
+
+
 def test_weights_in_the_place_of_others_count(streams: list[Any]) -> None:
     shares, x = Shares(3), mx.random.normal((2, 8), key=mx.random.key(0))
-
-    def product(x: mx.array, weight: mx.array, stream: Any = None) -> mx.array:
-        return mx.matmul(x, mx.swapaxes(weight, 0, 1, stream=stream), stream=stream)
-
     for seed in (1, 2, 2, 3):
         weight = mx.random.normal((7, 8), key=mx.random.key(seed))
-        assert mx.array_equal(shares.product(product, x, weight), x @ weight.T)
-    assert len(streams) == 12
+        assert mx.array_equal(shares.product(by_rows, x, weight), x @ weight.T)
+    weight[2:6] = 1.5
+    assert mx.array_equal(shares.product(by_rows, x, weight), x @ weight.T)
+    assert len(streams) == 15
+
+
+def test_gradients_go_through_the_parts(streams: list[Any]) -> None:
+    shares, x = Shares(3), mx.random.normal((2, 8), key=mx.random.key(0))
+    weight = mx.random.normal((7, 8), key=mx.random.key(1))
+    found, expected = (
+        mx.grad(lambda weight, product=product: mx.square(product(x, weight)).sum())(weight)
+        for product in (lambda x, weight: shares.product(by_rows, x, weight), by_rows)
+    )
+    assert mx.allclose(found, expected, atol=1e-5)
+    assert len(streams) >= 3
 
 
 def test_each_thread_computes_on_its_own(streams: list[Any]) -> None:

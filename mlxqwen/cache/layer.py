@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxqwen.cache.by_head import attend_by_head
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.device import current_device
@@ -50,10 +49,10 @@ class KVLayer:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
         offset = self.plan.offset
-        return self.attend_rotated(queries, rope(queries, offset), rope(keys, offset), values, rope=rope, scale=scale)
+        return self.attend_rotated(queries, rope(queries, offset), rope(keys, offset), values, rope, scale)
 
     def attend_rotated(
-        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
+        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, rope: Rope, scale: float
     ) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
         plan = self.plan
@@ -64,8 +63,6 @@ class KVLayer:
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
         length = plan.length
-        if length > 1 and self._attends_by_head(rotated):
-            return attend_by_head(rotated, seen_keys[0], seen_values[0], plan, scale, self._device.cores)
         size = 1 if length == 1 else self._block(queries, seen_keys)
         if length <= size:
             return self._look(queries, rotated, seen_keys, seen_values, plan, rope, scale)
@@ -92,10 +89,6 @@ class KVLayer:
         return mx.fast.scaled_dot_product_attention(
             rotated, all_keys[seen], all_values[seen], scale=scale, mask=plan.mask
         )
-
-    def _attends_by_head(self, queries: mx.array) -> bool:
-        kernel = self._is_plain and self.plan.sink_positions is None
-        return kernel and self._device.attends_by_head and queries.dtype == mx.float32
 
     def _block(self, queries: mx.array, seen: Stored) -> int:
         """How many queries to look from at a time, so that their scores take little memory."""

@@ -39,7 +39,7 @@ class LayerCache(Protocol):
         ...
 
     def attend_rotated(
-        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float
+        self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, rope: Rope, scale: float
     ) -> mx.array:
         """`attend` where `rotated` are the queries at their positions, and the keys are rotated to theirs."""
         ...

@@ -6,7 +6,7 @@ there are cores. Each output is the sum that it would be on one stream, to the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import pairwise
@@ -49,27 +49,22 @@ class Shares:
 
     def __init__(self, cores: int, axis: int = 0) -> None:
         self.cores, self.axis = cores, axis
-        self._whole: Sequence[mx.array] = ()
-        self._parts: dict[int, list[list[mx.array]]] = {}
 
     def product(self, product: Callable[..., mx.array], x: mx.array, *arrays: mx.array) -> mx.array:
-        """`product(x, *arrays)`, `[..., in]` → `[..., out]`; parts where that is a gain: `product(x, *part, stream=…)`.
+        """`product(x, *arrays)`, `[..., in]` → `[..., out]`; by parts of the arrays where that is a gain.
 
-        Arrays that were put in the place of others are cut anew.
+        The arrays are cut in every call: parts that were kept would not see what is changed in place.
         """
-        cuts = ranges(arrays[0].shape[self.axis], self.cores, x.size * arrays[0].shape[self.axis])
+        size = arrays[0].shape[self.axis]
+        cuts = ranges(size, self.cores, x.size * size)
         if len(cuts) == 1:
             return product(x, *arrays)
-        if len(arrays) != len(self._whole) or any(a is not b for a, b in zip(arrays, self._whole, strict=True)):
-            self._whole, self._parts = arrays, {}
-        if len(cuts) not in self._parts:
-            self._parts[len(cuts)] = [[array[self._index(cut)] for array in arrays] for cut in cuts]
-            mx.eval(self._parts[len(cuts)])
-        outputs = [product(x, *part, stream=_stream(core)) for core, part in enumerate(self._parts[len(cuts)])]
+        outputs = []
+        for core, cut in enumerate(cuts):
+            part = (*[slice(None)] * self.axis, cut)
+            with on_core(core):
+                outputs.append(product(x, *[array[part] for array in arrays]))
         return mx.concatenate(outputs, axis=-1)
-
-    def _index(self, cut: slice) -> tuple[slice, ...]:
-        return (*[slice(None)] * self.axis, cut)
 
 
 def shares_of(device: Device, axis: int = 0) -> Shares | None:

@@ -135,10 +135,11 @@ class CompiledDecoder:
             self._compile(layers)
         rope, scale = layers[0]["self_attn"].rotation(caches[0])
         wavelengths, position = rope.wavelengths, caches[0].position
-        projected = self._first(x, wavelengths, position)
+        queries, rotated, keys, values = self._first(x, wavelengths, position)
         for between, cache in zip(self._between, caches, strict=False):
-            x, *projected = between(x, cache.attend_rotated(*projected, rope=rope, scale=scale), wavelengths, position)
-        return self._last(x, caches[-1].attend_rotated(*projected, rope=rope, scale=scale))
+            attended = cache.attend_rotated(queries, rotated, keys, values, rope, scale)
+            x, queries, rotated, keys, values = between(x, attended, wavelengths, position)
+        return self._last(x, caches[-1].attend_rotated(queries, rotated, keys, values, rope, scale))
 
     def _has_compiled(self, layers: Sequence[DecoderLayer]) -> bool:
         return len(layers) == len(self._layers) and all(map(is_, layers, self._layers))
@@ -240,9 +241,9 @@ def _check_tokens(tokens: object) -> None:
     )
 
 
-def _by_rows(x: mx.array, weight: mx.array, stream: mx.ThreadLocalStream | None = None) -> mx.array:
+def _by_rows(x: mx.array, weight: mx.array) -> mx.array:
     """`[..., in]` through rows `[out, in]` → `[..., out]`."""
-    return mx.matmul(x, mx.swapaxes(weight, -1, -2, stream=stream), stream=stream)
+    return x @ weight.swapaxes(-1, -2)
 
 
 class Qwen3ForCausalLM(nn.Module):
