@@ -76,6 +76,7 @@ def test_a_prompt_that_has_room_once_another_model_has_gone_waits_for_its_replie
         first = await running(served, "a")
         big = Call(served.app, COMPLETIONS, {"model": "b", "stream": stream, **BIG})
         await until(lambda: served.models.find("a").is_leaving)
+        assert served.states()["b"] == "loaded"
         later = served.ask("a")  # has its turn behind the one that came before it
         await until(lambda: served.models.find("a").waiting)
         if stream:

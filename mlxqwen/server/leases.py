@@ -70,9 +70,9 @@ class Entry:
     @property
     def state(self) -> str:
         """`loaded`, `loading` or `unloaded`."""
-        if self.loading is not None:
-            return "loading"
-        return "unloaded" if self.model is None else "loaded"
+        if self.model is not None and not (self.is_leaving and self.waiting):
+            return "loaded"  # also where a prompt waits for more memory beside it
+        return "unloaded" if self.loading is None else "loading"
 
     @property
     def context(self) -> int | None:
