@@ -67,6 +67,14 @@ class Device:
         """Whether one kernel computes attention and never holds its scores."""
         return self.is_gpu
 
+    @property
+    def attends_by_head(self) -> bool:
+        """Whether attention of many float32 queries is computed by the heads that share keys, each core some of them.
+
+        With MLX's own products that is no gain, and its numbers are kept to the last bit.
+        """
+        return self.has_openblas and not self.is_gpu
+
     def dense_from(self, bits: int = 32) -> int:
         """From how many rows on one product of dequantized weights is quicker than what MLX does row by row.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxqwen.cache import KVCache
+from mlxqwen.cache import KVCache, by_head
 from mlxqwen.cache import layer as cache_layer
+from mlxqwen.device import current_device
+from mlxqwen.model import cores as model_cores
 from mlxqwen.model.rope import Rope
 from tests.one_layer_cache import (
     ATTENTION_TOLERANCE,
@@ -30,19 +34,29 @@ from tests.reference_attention import Floats, rotated
 from tests.tolerance import assert_close, to_numpy, worst
 
 
+def look_in_parts(patch: pytest.MonkeyPatch, data: st.DataObject) -> None:
+    """Few queries at a time; on some machines some heads at a time, on up to three cores."""
+    smallest, cores = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 3))
+    for module in (cache_layer, by_head):
+        patch.setattr(module, "_MOST_SCORES", data.draw(st.sampled_from([0, 60])))
+        patch.setattr(module, "_SMALLEST_BLOCK", smallest)
+    patch.setattr(model_cores, "_LEAST", 1)
+    device = replace(current_device(), is_gpu=False, has_openblas=cores > 0, cores=max(cores, 1))
+    patch.setattr(cache_layer, "current_device", lambda: device)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_chunking_is_the_rule_of_attention(data: st.DataObject) -> None:
-    """Whether a chunk's queries look all at once or a few at a time."""
+    """Whether a chunk's queries look all at once or a few at a time, and by head on several cores."""
     window, keep = data.draw(placements())
     kv_bits = data.draw(st.sampled_from(KV_BITS))
     chunks = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
     row = random_tokens(sum(chunks), seed=len(chunks))
-    cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
     outputs, start = [], 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_layer, "_MOST_SCORES", 0)
-        patch.setattr(cache_layer, "_SMALLEST_BLOCK", data.draw(st.integers(1, 9)))
+        look_in_parts(patch, data)
+        cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits)
         for length in chunks:
             outputs += attend(cache, [row], [(start, start + length)], length)
             start += length
@@ -70,11 +84,10 @@ def test_ragged_rows_get_what_each_gets_alone(data: st.DataObject) -> None:
     )
     totals = [sum(lengths[row] for _, lengths in steps) for row in range(batch_size)]
     rows = [random_tokens(max(total, 1), seed=total) for total in totals]
-    cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits, batch_size=batch_size)
     outputs: list[list[Floats]] = [[] for _ in rows]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_layer, "_MOST_SCORES", 0)
-        patch.setattr(cache_layer, "_SMALLEST_BLOCK", data.draw(st.integers(1, 6)))
+        look_in_parts(patch, data)
+        cache = new_cache(max_kv_size=window, keep=keep, kv_bits=kv_bits, batch_size=batch_size)
         for length, lengths in steps:
             spans = [(offset, offset + count) for offset, count in zip(cache.offsets, lengths, strict=True)]
             for place, part in enumerate(attend(cache, rows, spans, length)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxqwen.cache.by_head import attend_by_head
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.device import current_device
@@ -63,6 +64,8 @@ class KVLayer:
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
         length = plan.length
+        if length > 1 and self._attends_by_head(rotated):
+            return attend_by_head(rotated, seen_keys[0], seen_values[0], plan, scale, self._device.cores)
         size = 1 if length == 1 else self._block(queries, seen_keys)
         if length <= size:
             return self._look(queries, rotated, seen_keys, seen_values, plan, rope, scale)
@@ -89,6 +92,10 @@ class KVLayer:
         return mx.fast.scaled_dot_product_attention(
             rotated, all_keys[seen], all_values[seen], scale=scale, mask=plan.mask
         )
+
+    def _attends_by_head(self, queries: mx.array) -> bool:
+        kernel = self._is_plain and self.plan.sink_positions is None
+        return kernel and self._device.attends_by_head and queries.dtype == mx.float32
 
     def _block(self, queries: mx.array, seen: Stored) -> int:
         """How many queries to look from at a time, so that their scores take little memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlxqwen.files.config import AffineQuantization, MoeConfig
 from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.dense_product import dequantized, reordered
 from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children
-from mlxqwen.model.mlp import compiled_swiglu, swiglu
+from mlxqwen.model.mlp import swiglu, swiglu_for
 from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
@@ -100,7 +101,7 @@ class SwitchGLU(WatchedModule):
         self.gate_proj = SwitchLinear(hidden_size, moe_intermediate_size, num_experts)
         self.up_proj = SwitchLinear(hidden_size, moe_intermediate_size, num_experts)
         self.down_proj = SwitchLinear(moe_intermediate_size, hidden_size, num_experts)
-        self.swiglu = swiglu
+        self.swiglu: Callable[[mx.array, mx.array], mx.array] = swiglu
         self.dense_from = NEVER  # rows an expert; see `Device`
         self.cores = 1  # see `Device`
         self.multiplications = 3 * hidden_size * moe_intermediate_size  # of a token in an expert
@@ -158,7 +159,7 @@ class SwitchGLU(WatchedModule):
 
     def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike."""
-        self.swiglu = compiled_swiglu if device.compiles_kernels else swiglu
+        self.swiglu = swiglu_for(device)
         fuse_children(self, ("gate_proj", "up_proj"), "gate_up_proj", FusedSwitchLinear, device)
         fuse_children(self, ("down_proj",), "down_proj", FusedSwitchLinear, device)
         self.cores = device.cores

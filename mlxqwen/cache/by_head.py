@@ -1,0 +1,63 @@
+"""Attention of many queries on a CPU: some heads and queries at a time, each core others.
+
+MLX's attention has no kernel there: it multiplies head by head on one core, and most of its time goes into the softmax.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlxqwen.cache.placement import Step
+from mlxqwen.model.cores import on_core, ranges
+from mlxqwen.model.exponential import softmax
+
+__all__ = ["attend_by_head"]
+
+_MOST_SCORES = 1 << 20
+"""Numbers that a core computes at a time; 4 MiB."""
+_SMALLEST_BLOCK = 16  # queries
+_UNSEEN = mx.finfo(mx.float32).min  # a query that sees nothing, as padding may, gets no nonsense
+
+
+def attend_by_head(
+    queries: mx.array, keys: mx.array, values: mx.array, plan: Step, scale: float, cores: int
+) -> mx.array:
+    """Queries `[B, num_attention_heads, L, head_dim]` on keys and values `[B, num_key_value_heads, S, head_dim]`,
+    evaluated.
+
+    Args:
+        queries, keys: rotated.
+        plan: which slots each query may see.
+        scale: of the scores.
+        cores: that may compute.
+    """
+    B, heads, L, head_dim = queries.shape
+    kv_heads, S = keys.shape[1:3]
+    group = heads // kv_heads
+    queries = (queries * scale).reshape(B, kv_heads, group, L, head_dim)
+    at_once = len(ranges(kv_heads, cores, 2 * queries.size * S))
+    length = min(L, max(_SMALLEST_BLOCK, _MOST_SCORES // (B * group * S)))
+    together = min(-(-kv_heads // at_once), max(1, _MOST_SCORES // (B * group * S * length)))
+    parts = [(start, plan.part(start, min(start + length, L))) for start in range(0, L, length)]
+    blocks = [(slice(head, head + together), *part) for part in parts for head in range(0, kv_heads, together)]
+    outputs: list[mx.array] = []
+    for first in range(0, len(blocks), at_once):
+        for core, (head, start, part) in enumerate(blocks[first : first + at_once]):
+            with on_core(core):
+                seen = slice(part.visible if isinstance(part.mask, str) else S)
+                scores = _grouped(queries[:, head, :, start : start + length]) @ keys[:, head, seen].swapaxes(-1, -2)
+                if part.mask_array is not None:
+                    by_query = scores.reshape(B, -1, group, part.length, scores.shape[-1])
+                    scores = mx.where(part.mask_array[:, :, None], by_query, _UNSEEN).reshape(scores.shape)
+                mixed = softmax(scores) @ values[:, head, seen]
+                outputs.append(mixed.reshape(B, -1, part.length, head_dim))
+        mx.eval(outputs[first:])  # MLX allocates what it has been asked for: all blocks at once, if it is let
+    count = len(blocks) // len(parts)
+    by_part = [mx.concatenate(outputs[first : first + count], axis=1) for first in range(0, len(outputs), count)]
+    return mx.concatenate(by_part, axis=2)
+
+
+def _grouped(queries: mx.array) -> mx.array:
+    """`[B, kv_heads, group, L, head_dim]` → `[B, kv_heads, group * L, head_dim]`: all that look at the same keys."""
+    B, kv_heads, _, _, head_dim = queries.shape
+    return queries.reshape(B, kv_heads, -1, head_dim)
