@@ -181,6 +181,7 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) ->
         ({"max_tokens": None}, "max_tokens: found none"),
         ({"temperature": 1.5}, "temperature"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": [{"type": ["text"]}]}]}, 'found ["text"]'),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "role"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "context"),
         ({"mcp_servers": [{"url": "http://127.0.0.1"}]}, "mcp_servers"),

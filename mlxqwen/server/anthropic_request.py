@@ -18,7 +18,7 @@ from mlxqwen.server.histories import kept_instructions
 
 __all__ = ["CountFields", "MessagesFields", "as_chat", "edited"]
 
-_WITHOUT_TEXT = {"redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result"}
+_WITHOUT_TEXT = ("redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result")
 _NOT_DONE = {
     "mcp_servers": "",
     "container": "",
