@@ -245,7 +245,7 @@ def test_schemas_that_cannot_be_compiled_together_are_left_open(
         ),
         ({"tool_choice": "required", "tools": None}, "without tools"),
         ({"tool_choice": allowed("auto", "other")}, "tool_choice: found 'other', expected one of the tools: add"),
-        ({"tool_choice": allowed("auto")}, "tool_choice: tools: found a list, expected a list of at least one"),
+        ({"tool_choice": allowed("auto")}, "tool_choice: tools: found none, expected a list of at least one"),
         ({"tool_choice": allowed("always", "add")}, "tool_choice: mode: found 'always'"),
         ({"tool_choice": {"type": "allowed_tools", "allowed_tools": [1]}}, "tool_choice: mode: found null"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": "add"}}, "tools: found text"),

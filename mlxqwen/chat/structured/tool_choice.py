@@ -83,7 +83,8 @@ def _allowed(known: tuple[Mapping[str, Any], ...], choice: Mapping[str, Any], mo
         found = f"{mode!r:.80}" if isinstance(mode, str) else json_kind(mode)
         raise OptionError(f'tool_choice: mode: found {found}, expected "auto" or "required"')
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
-        raise OptionError(f"tool_choice: tools: found {json_kind(tools)}, expected a list of at least one tool")
+        found = "none" if isinstance(tools, Sequence) and not tools else json_kind(tools)
+        raise OptionError(f"tool_choice: tools: found {found}, expected a list of at least one function")
     wanted = dict.fromkeys(_chosen_name(tool) for tool in tools)
     by_name = {tool["function"].get("name"): tool for tool in known}
     for name in wanted:
