@@ -352,7 +352,11 @@ def test_a_machine_with_a_gpu_counts_the_same_on_its_cpu(
     current_device.cache_clear()
     try:
         assert current_device().is_gpu
-        assert counts.reply_counts() == reply_counts
+        held = "bytes held beyond the cache after 299 decoded tokens"
+        found = counts.reply_counts()
+        # How large a piece of memory malloc gives depends on what was freed before, by other tests too.
+        assert abs(found.pop(held) - reply_counts[held]) <= 64
+        assert found == {name: number for name, number in reply_counts.items() if name != held}
         assert [device.type for device in default[1:]] == [mx.DeviceType.cpu, mx.DeviceType.gpu]
         assert current_device().is_gpu
     finally:
