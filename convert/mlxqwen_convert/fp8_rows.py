@@ -19,8 +19,9 @@ from mlxqwen_convert.buffers import Buffers
 
 __all__ = ["Fp8Rows", "working_bytes"]
 
-# Weights that are looked up or compared at once.
-_PIECE = 1 << 15
+# Weights that are looked up or compared at once, at most, and a part of a chunk.
+_PIECE = 1 << 16
+_PIECES = 4
 _SUMMED = 1 << 10
 _BYTES_OF_GROUP = 80
 _NAN = np.uint32(0x7FC0)
@@ -55,6 +56,7 @@ class Fp8Rows:
             block_of_rows = (np.arange(rows) + row_offset) // block[0] - row_offset // block[0]
             by_group = np.repeat(own, block[1] // group_size, axis=1)[block_of_rows, :groups]
         self.codes, self.scales = buffers.array("fp8", np.uint8, form[0] * form[1]), by_group.reshape(-1)
+        self._piece = _piece(self.codes.size)
         self._buffers = buffers
 
     @property
@@ -65,14 +67,14 @@ class Fp8Rows:
     def widen(self, weights: Words, start: int) -> None:
         """Fill uint16 with the BF16 numbers of the codes from that one on, not scaled."""
         pairs = self.codes[start : start + weights.size].view(np.uint16)
-        for place in range(0, pairs.size, _PIECE // 2):
-            some = slice(place, place + _PIECE // 2)
+        for place in range(0, pairs.size, self._piece // 2):
+            some = slice(place, place + self._piece // 2)
             np.take(_bfloat16_pairs(), pairs[some], out=weights.view(np.uint32)[some], mode="clip")
 
     def measured(self, found: Quantized) -> Quantized:
         """The same with its sums: of the squared differences from the source, and of the source's squares."""
         group_size, error, norm = found.group_size, 0.0, 0.0
-        step = _PIECE // group_size
+        step = self._piece // group_size
         expected = self._buffers.array("expected", np.float32, step, group_size)
         meant = self._buffers.array("meant", np.float32, step, group_size)
         codes = self.codes.reshape(-1, group_size)
@@ -99,8 +101,13 @@ class Fp8Rows:
 
 def working_bytes(weights: int, group_size: int) -> int:
     """What rows of so many weights hold at most, beside the quantizer's and the tables, which all threads share."""
-    indices, compared = 4 * _PIECE, 2 * 4 * _PIECE
+    indices, compared = 4 * _piece(weights), 2 * 4 * _piece(weights)
     return weights + weights // group_size * _BYTES_OF_GROUP + indices + compared
+
+
+def _piece(weights: int) -> int:
+    """A whole number of groups of any size."""
+    return max(1, min(_PIECE, weights // _PIECES) // _SUMMED) * _SUMMED
 
 
 def _sum_of_squares(floats: Floats) -> float:

@@ -104,7 +104,7 @@ def write_task(
     if target_form is not None:
         make, share, chunk = numpy_rows.make, 0.0, numpy_rows.chunk(planned, task.part)  # of memory of their own
     elif planned.method == "repack":
-        make, share, chunk = numpy_rows.repack, _REPACKED_SHARE, int(chunk / _REPACKED_SHARE)
+        make, share, chunk = numpy_rows.repack, _REPACKED_SHARE, min(int(chunk / _REPACKED_SHARE), _LARGEST_NUMPY_CHUNK)
     for rows in chunks_of(planned, task, chunk):
         with allowance.taken(int(share * (rows[1] - rows[0]) * planned.module.width)):
             arrays, error = make(plan, task, source, rows, measure)
