@@ -206,6 +206,9 @@ def test_files_that_are_none(engine: Engine, tmp_path: Path) -> None:
             caught.value.hint
             == "Give a file that Conversation.save, or /save in the chat, has written, or a list of messages."
         )
+    with pytest.raises(MessagesError) as caught:
+        Conversation.load(tmp_path, engine)
+    assert caught.value.problem == f"{tmp_path}: a folder, expected a file"
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -340,9 +340,13 @@ def test_names_of_nothing(name: str | Path, said: str, tmp_path: Path, monkeypat
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.touch()
-    with pytest.raises(HubError, match="a file") as caught:
+    with pytest.raises(HubError, match="a file, expected a model's folder") as caught:
         resolve_model(str(weights))
-    assert str(tmp_path) in caught.value.hint
+    assert caught.value.hint.startswith("Give the folder that holds config.json and the weights, or a hub id")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(HubError, match="a file, expected a model's folder") as caught:
+        resolve_model(str(weights))
+    assert caught.value.hint == f"Give {tmp_path} instead."
 
 
 @pytest.mark.parametrize("revision", ["", "../../x", "/etc", "a//b", "a b", "-f", "x\0", "."])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import threading
 import time
@@ -344,6 +345,31 @@ def test_a_load_that_fails_is_those_requests_error(
     with several(tokenizer) as served:
         run(work(served))
     assert served.service.load.replies == 0
+
+
+def test_a_load_that_fails_when_nobody_waits_any_more_is_logged(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mlxqwen.server"), "propagate", True)
+    caplog.set_level("INFO", logger="mlxqwen.server")
+
+    async def work(served: Several) -> None:
+        weights = served.weights["a"]
+        weights.may_end.clear()
+        weights.fails_with = HubError("Qwen/x: nothing came for 20 seconds")
+        call = served.ask("a")
+        await until(lambda: weights.loads == 1)
+        call.leave()
+        await call.end()
+        weights.may_end.set()
+        await until(lambda: served.states()["a"] == "unloaded")
+
+    with several(tokenizer) as served:
+        run(work(served))
+    assert [one for one in caplog.messages if one.startswith("a: ")] == [
+        "a: loading",
+        "a: cannot be loaded: Qwen/x: nothing came for 20 seconds",
+    ]
 
 
 def test_a_deadline_and_the_end_count_while_a_model_is_loaded(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from itertools import count
 
 import pytest
 
+from mlxqwen.cli.serve import _LogHandler
 from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
 from mlxqwen.status_line import StatusLine
 from tests.command_line import Terminal, written
@@ -107,3 +109,9 @@ def test_the_look_up_is_told_at_once(terminal: Terminal, monkeypatch: pytest.Mon
     before = written(terminal)
     with looking_up("org/m"):
         assert written(terminal) == before
+
+
+def test_a_line_of_the_servers_log_takes_the_place_of_the_progress(terminal: Terminal) -> None:
+    StatusLine(terminal).draw("Downloading   2 %")
+    _LogHandler(terminal).handle(logging.makeLogRecord({"msg": "GET /health 200"}))
+    assert written(terminal) == "\rDownloading   2 %\r\x1b[KGET /health 200\n"

@@ -27,6 +27,7 @@ from mlxqwen.cli.spellings import SettableCommand, SpelledOption
 from mlxqwen.console import Output
 from mlxqwen.errors import OptionError, ServerError, install_command, one_line
 from mlxqwen.files.json_file import parse_json
+from mlxqwen.status_line import StatusLine
 
 if TYPE_CHECKING:
     from mlxqwen.server.registry import ModelRegistry
@@ -286,9 +287,17 @@ def _overridden_rope_scaling(text: str, other: str | None) -> str:
     return json.dumps(given["rope_scaling"])
 
 
+class _LogHandler(logging.StreamHandler[Any]):
+    """Lines on standard error, each in the place of a download's progress, which is drawn again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        StatusLine.wipe_shown()
+        super().emit(record)
+
+
 def _log_requests() -> None:
     """Write a line a request on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _LogHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("mlxqwen.server")
     logger.handlers, logger.propagate = [handler], False

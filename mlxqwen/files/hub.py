@@ -22,6 +22,10 @@ MODELSCOPE_PREFIX = "modelscope:"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 GGUF_SUFFIXES = (".gguf", ".ggml")
 NO_GGUF_HINT = "Take the model's release in safetensors, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
+_FOLDER_HINT = (
+    "Give the folder that holds config.json and the weights, or a hub id, such as Qwen/Qwen3-0.6B, or "
+    "qwen3:0.6b for short."
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!\.{1,2}\Z)[\w.-]+", re.ASCII)  # "." and ".." are folders
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
 _ADDRESSES = ("http://", "https://", "hf.co/", "huggingface.co/")  # of pages, also without their scheme
@@ -212,9 +216,9 @@ def existing_folder(folder: Path, typed: str) -> Path:
     if os.path.isfile(folder) and folder.suffix.lower() in GGUF_SUFFIXES:
         raise HubError(f"{folder}: a GGUF file, which is not read, expected a model's folder", hint=NO_GGUF_HINT)
     if os.path.isfile(folder):
-        raise HubError(f"{folder}: a file, expected a model's folder", hint=f"Give {folder.parent} instead.")
+        is_of_a_model = os.path.isfile(folder.parent / "config.json")
+        hint = f"Give {folder.parent} instead." if is_of_a_model else _FOLDER_HINT
+        raise HubError(f"{folder}: a file, expected a model's folder", hint=hint)
     raise HubError(
-        f"{typed}: no such folder; it is a path, and no hub id, which is written organisation/model",
-        hint="Give the folder that holds config.json and the weights, or a hub id, such as Qwen/Qwen3-0.6B, or "
-        "qwen3:0.6b for short.",
+        f"{typed}: no such folder; it is a path, and no hub id, which is written organisation/model", hint=_FOLDER_HINT
     )

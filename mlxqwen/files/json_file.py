@@ -156,16 +156,18 @@ def read_bounded(path: Path, *, error: type[MlxqwenError], max_bytes: int) -> by
     """The bytes of a regular file; anything else (a pipe, a device) could block or never end."""
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise error(f"{path}: {kind}, expected a file", hint="Put the file in its place.")
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+        data = b""
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise error(f"{path}: no such file", hint="Download the model's folder completely.") from None
     except (OSError, ValueError) as cause:
         reason = getattr(cause, "strerror", None) or cause
         raise error(f"{path}: cannot be read: {reason}", hint=unreadable(cause)) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise error(f"{path}: {kind}, expected a file", hint="Put the file in its place.")
     if len(data) > max_bytes:
         raise error(f"{path}: larger than {max_bytes:,} bytes, the limit for this file", hint=way_out(path))
     return data

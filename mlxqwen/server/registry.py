@@ -275,8 +275,8 @@ class ModelRegistry:
 
     def _told(self, entry: Entry, error: BaseException) -> ApiError:
         """The error for those who wait; the log has what they are not told."""
-        if not entry.waiting:  # and nobody to tell
-            return load_error(error, entry.name, "")
+        if not entry.waiting and isinstance(error, ApiError):  # it was left because nobody waits, or the server ends
+            return error
         unexpected = None if isinstance(error, MlxqwenError | ApiError) else error
         logger.error("%s: cannot be loaded: %s", one_line(entry.name), error, exc_info=unexpected)
         location = "" if entry.source is None else entry.source.location
