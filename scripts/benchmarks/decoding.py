@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 from benchmarks.checkpoints import bits_name, checkpoint, layers_of, small_checkpoint
 from benchmarks.comparison import Comparison, compared, take_turns
 from benchmarks.settings import Settings
-from benchmarks.sides import Side, all_sides, prompt_ids, seconds_per_token, seconds_to_first_token
+from benchmarks.sides import MLX_LM, Side, all_sides, on_cpu, prompt_ids, seconds_per_token, seconds_to_first_token
 
 __all__ = ["decode", "first_token", "prefill"]
 
@@ -41,15 +41,21 @@ def prefill(settings: Settings) -> Iterator[Comparison]:
 
 
 def first_token(settings: Settings) -> Iterator[Comparison]:
-    """Seconds from 4,096 ids to the first token: of a small model, unless shape or layers are given."""
+    """Seconds from 4,096 ids to the first token: of a small model, or of the shape and layers that are given.
+
+    Of quantized ones plain mlx-lm is left out on a CPU, where it takes seconds for each token of a whole model.
+    """
     length = 1024 if settings.quick else 4096
     measure = partial(seconds_to_first_token, prompt=prompt_ids(length))
     if settings.shapes or settings.layers:
-        folder = checkpoint(settings, None)
-        name = _name(settings, None, folder)
+        folders = {bits: checkpoint(settings, bits) for bits in (4, None)}
+        named = [(folder, _name(settings, bits, folder), bits) for bits, folder in folders.items()]
     else:
-        folder, name = small_checkpoint(settings, _NARROW_LAYERS), f"{_NARROW_LAYERS} narrow layers, BF16"
-    yield from _beside_mlx_lm(f"time to first token, {name}, {length:,} tokens", folder, measure, settings, 3)
+        named = [(small_checkpoint(settings, _NARROW_LAYERS), f"{_NARROW_LAYERS} narrow layers, BF16", None)]
+    for folder, name, bits in named:
+        what = f"time to first token, {name}, {length:,} tokens"
+        left_out = {MLX_LM} if bits is not None and on_cpu() else set()
+        yield from _beside_mlx_lm(what, folder, measure, settings, 3, left_out)
 
 
 def _name(settings: Settings, bits: int | None, folder: Path) -> str:
@@ -57,9 +63,14 @@ def _name(settings: Settings, bits: int | None, folder: Path) -> str:
 
 
 def _beside_mlx_lm(
-    what: str, folder: Path, measure: Callable[[Side], float], settings: Settings, turns: int
+    what: str,
+    folder: Path,
+    measure: Callable[[Side], float],
+    settings: Settings,
+    turns: int,
+    left_out: Collection[str] = (),
 ) -> list[Comparison]:
-    sides = all_sides(folder)
+    sides = all_sides(folder, left_out)
     turns = settings.turns(turns)
     told = partial(_tell, settings, what, turns)
     numbers = take_turns([partial(measure, side) for side in sides.values()], turns, told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,12 +140,14 @@ def on_cpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.cpu)
 
 
-def all_sides(folder: Path) -> dict[str, Side]:
-    """mlxqwen; mlx-lm, where it is installed; and, on a CPU, mlx-lm set to compute in what mlxqwen computes in."""
+def all_sides(folder: Path, left_out: Collection[str] = ()) -> dict[str, Side]:
+    """mlxqwen; mlx-lm, where it is installed; and, on a CPU, mlx-lm set to compute in what mlxqwen computes in; less
+    those that are left out."""
     sides: dict[str, Side] = {"mlxqwen": Ours.load(folder)}
     if has_mlx_lm():
-        sides[MLX_LM] = Theirs.load(folder)
-        if on_cpu():
+        if MLX_LM not in left_out:
+            sides[MLX_LM] = Theirs.load(folder)
+        if on_cpu() and FLOAT32 not in left_out:
             sides[FLOAT32] = Theirs.load(folder, mx.float32)
     return sides
 
