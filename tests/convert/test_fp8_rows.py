@@ -32,7 +32,7 @@ every_form = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", params=[1 << 11, 1 << 18], autouse=True)
+@pytest.fixture(scope="module", params=[1 << 11, 1 << 18])
 def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """Many blocks and pieces, and as large as they are."""
     with (
@@ -71,6 +71,7 @@ def finite(rng: np.random.Generator, shape: tuple[int, ...]) -> Codes:
     return codes
 
 
+@pytest.mark.usefixtures("pieces")
 @every_form
 @pytest.mark.parametrize("kind", ["any", "gaussian", "alike", "one-sided", "subnormal", "nothing", "few"])
 def test_the_same_bits_as_by_mlx(kind: str, bits: int, group_size: int) -> None:
@@ -94,6 +95,7 @@ def test_the_same_bits_as_by_mlx(kind: str, bits: int, group_size: int) -> None:
         same(quickly(codes, own, block, offset, group_size, bits), by_mlx(codes, own, block, offset, group_size, bits))
 
 
+@pytest.mark.usefixtures("pieces")
 @given(
     st.integers(1, 70),
     st.integers(1, 9),
@@ -118,6 +120,7 @@ def test_any_blocks_and_rows(
     same(quickly(codes, scale, block, offset, group_size, bits), by_mlx(codes, scale, block, offset, group_size, bits))
 
 
+@pytest.mark.usefixtures("pieces")
 @every_form
 def test_errors_are_those_of_an_independent_decoder(bits: int, group_size: int) -> None:
     rng = np.random.default_rng(bits)
