@@ -37,6 +37,7 @@ class _OpenBLAS:
         """Raises OSError and AttributeError where it is not OpenBLAS."""
         import ctypes
 
+        self._path, self._prefix = path, prefix
         library = ctypes.CDLL(path, mode=os.RTLD_LOCAL)
         self.product, self._set_threads, describe = (
             library[prefix + name] for name in (_PRODUCT, "openblas_set_num_threads", "openblas_get_config")
@@ -49,6 +50,19 @@ class _OpenBLAS:
         loop that computes nothing, which takes several times as long as the product where other programs run.
         """
         self._set_threads(1)
+
+    def offer(self) -> None:
+        """Have MLX find the product. Raises OSError where there is no way to."""
+        import ctypes
+
+        from mlxqwen.symbol_alias import offer
+
+        try:
+            offer(_PRODUCT, self.product)
+        except OSError:  # such as where nothing may be loaded from memory
+            if self._prefix:
+                raise
+            ctypes.CDLL(self._path, mode=os.RTLD_GLOBAL)
 
 
 def uses_openblas() -> bool:
@@ -66,14 +80,12 @@ def load_openblas() -> bool:
     global _openblas
     if sys.platform != "linux" or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
         return False
-    from mlxqwen.symbol_alias import offer
-
     for path, prefix in _candidates():
         try:
             library = _OpenBLAS(path, prefix)
             if computes_right(library.product):
                 library.use_one_thread()
-                offer(_PRODUCT, library.product)
+                library.offer()
                 _openblas = library
                 return True
         except (OSError, AttributeError):  # not installed, or without what it should have

@@ -90,6 +90,9 @@ class Library:
     def use_one_thread(self) -> None:
         self.threads = 1
 
+    def offer(self) -> None:
+        symbol_alias.offer("cblas_sgemm", self.product)
+
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> list[object]:
@@ -126,6 +129,24 @@ def test_a_library_without_its_functions_is_not_taken(offered: list[object], mon
     monkeypatch.setattr(blas, "_PACKAGE", "nothing_such")
     assert not load_openblas()
     assert not offered
+
+
+@sources
+def test_where_nothing_is_loaded_from_memory_plain_names_are_offered_as_they_are(
+    offered: list[object], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    def forbidden(name: str, function: object) -> None:
+        raise OSError("Operation not permitted")
+
+    loaded: list[tuple[str, int]] = []
+    load = ctypes.CDLL
+    monkeypatch.setattr(symbol_alias, "offer", forbidden)
+    monkeypatch.setattr(blas, "_SYSTEMS", blas._SYSTEMS if source == "system" else "libnothing-such.so.0")
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)) or load(path, mode=os.RTLD_LOCAL)
+    )
+    assert load_openblas() == (source == "system")
+    assert ((blas._SYSTEMS, os.RTLD_GLOBAL) in loaded) == (source == "system")
 
 
 @needs_linux

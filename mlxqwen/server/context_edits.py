@@ -20,19 +20,40 @@ _USUAL_TRIGGER = 100_000  # tokens of a prompt
 _USUAL_KEEP = 3  # uses of tools
 
 
-class Amount(Form):
-    """So many tokens, uses of tools or turns."""
+class Tokens(Form):
+    """So many tokens of a prompt."""
 
-    type: Literal["input_tokens", "tool_uses", "thinking_turns"]
+    type: Literal["input_tokens"]
+    value: Annotated[int, Field(ge=0)]
+
+
+class ToolUses(Form):
+    """So many uses of tools."""
+
+    type: Literal["tool_uses"]
+    value: Annotated[int, Field(ge=0)]
+
+
+class ThinkingTurns(Form):
+    """So many turns with thoughts."""
+
+    type: Literal["thinking_turns"]
+    value: Annotated[int, Field(ge=0)]
+
+
+class Trigger(Form):
+    """How long a prompt is, in tokens or in uses of tools, before something is cleared."""
+
+    type: Literal["input_tokens", "tool_uses"]
     value: Annotated[int, Field(ge=0)]
 
 
 class ClearToolUses(Form):
     """Clear the results of all but the last calls, once the prompt is long."""
 
-    trigger: Amount | None = None
-    keep: Amount | None = None
-    clear_at_least: Amount | None = None
+    trigger: Trigger | None = None
+    keep: ToolUses | None = None
+    clear_at_least: Tokens | None = None
     exclude_tools: list[str] | None = None
     clear_tool_inputs: bool | list[str] | None = None
 
@@ -40,7 +61,7 @@ class ClearToolUses(Form):
 class ClearThinking(Form):
     """Clear all but the last thoughts."""
 
-    keep: Literal["all"] | Amount | None = None
+    keep: Literal["all"] | ThinkingTurns | None = None
 
 
 class ContextManagement(Form):
@@ -94,7 +115,7 @@ def _without_results(
     edit: ClearToolUses, messages: Messages, count: Callable[[Messages], int]
 ) -> tuple[Messages, dict[str, Any] | None]:
     uses = {str(block.get("id")): str(block.get("name")) for block in _blocks(messages, "tool_use")}
-    trigger = edit.trigger or Amount(type="input_tokens", value=_USUAL_TRIGGER)
+    trigger = edit.trigger or Trigger(type="input_tokens", value=_USUAL_TRIGGER)
     reached = len(uses) if trigger.type == "tool_uses" else None
     if not uses or (count(messages) if reached is None else reached) <= trigger.value:
         return messages, None

@@ -143,7 +143,7 @@ def test_what_is_no_number_is_left_to_mlx(code: int) -> None:
         assert quickly(codes.reshape(-1, 64), mx.array([1.0]), None, 0, 64, 8) is None
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 2.0**120])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 2.0**48])
 def test_unusual_scales_are_left_to_mlx(scale: float) -> None:
     scales = mx.array([[1.0], [scale]])
     assert not Fp8Rows((2, 64), 64, scales, None, 0, Buffers()).are_usual
