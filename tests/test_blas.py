@@ -140,11 +140,14 @@ def test_where_nothing_is_loaded_from_memory_plain_names_are_offered_as_they_are
 
     loaded: list[tuple[str, int]] = []
     load = ctypes.CDLL
+
+    def recorded(path: str, mode: int) -> ctypes.CDLL:
+        loaded.append((path, mode))
+        return load(path, mode=os.RTLD_LOCAL)
+
     monkeypatch.setattr(symbol_alias, "offer", forbidden)
     monkeypatch.setattr(blas, "_SYSTEMS", blas._SYSTEMS if source == "system" else "libnothing-such.so.0")
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)) or load(path, mode=os.RTLD_LOCAL)
-    )
+    monkeypatch.setattr(ctypes, "CDLL", recorded)
     assert load_openblas() == (source == "system")
     assert ((blas._SYSTEMS, os.RTLD_GLOBAL) in loaded) == (source == "system")
 
