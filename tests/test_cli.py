@@ -376,6 +376,12 @@ def test_a_misspelt_command(typed: str, meant: str) -> None:
     assert_error(run(typed, "x"), f"No such command '{typed}'. Did you mean '{meant}'?", status=2)
 
 
+def test_an_option_before_the_command_is_told_where_it_belongs() -> None:
+    said = "before a command: a command's options stand behind it, as in mlxqwen generate --model …."
+    assert_error(run("--model", "x", "generate", "Hello"), f"No such option '--model' {said}", status=2)
+    assert_error(run("--vesion"), "No such option '--vesion'. Did you mean '--version'?", status=2)
+
+
 def test_only_commands_with_a_prompt_tell_of_dashes() -> None:
     assert "--" in run("generate", "--modle", "x").err.partition("Put ")[2]
     assert "prompt" not in run("convert", "a", "b", "--bit", "4").err

@@ -57,6 +57,22 @@ class LazyGroup(click.Group):
             return None
         return _imported(cmd_name)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; an option of a command's that stands before it is told where it belongs."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from difflib import get_close_matches
+
+            option = error.option_name
+            if get_close_matches(option, ("--help", "--version"), cutoff=0.8):
+                raise
+            raise click.UsageError(
+                f"No such option {option!r} before a command: a command's options stand behind it, as in "
+                f"mlxqwen generate {option} ….",
+                ctx,
+            ) from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
