@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -169,6 +170,14 @@ def test_removal(cache: Path, tmp_path: Path) -> None:
     assert not copy.exists()
     assert {path.name: path.read_bytes() for path in other.iterdir()} == DEMO
     assert "found nothing in the cache" in run("rm", "org/fp8", "--yes").err
+
+
+def test_who_is_asked_may_leave(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = store(cache, "org/demo", DEMO)
+    for leaves in (KeyboardInterrupt, EOFError):
+        monkeypatch.setattr("click.termui.visible_prompt_func", Mock(side_effect=leaves))
+        result = run("rm", "org/demo", stdin=None, on_terminal=True)
+        assert (result.status, result.err, snapshot.exists()) == (130, "\n", True)
 
 
 def test_a_model_that_is_named_twice_is_removed_once(cache: Path) -> None:

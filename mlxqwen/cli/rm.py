@@ -50,10 +50,17 @@ def rm(models: tuple[str, ...], revision: str | None, yes: bool, dry_run: bool) 
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("Nobody can be asked here: give --yes, or look first with --dry-run.")
     for removal in removals:
-        if yes or click.confirm(f"Remove {_told(removal)} freed?", err=True):
+        if yes or _agrees(f"Remove {_told(removal)} freed?"):
             told = _told(removal)  # sizes are looked at before they are gone
             _remove(removal)
             output.write(f"removed {told} freed\n")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:  # which leaves the line open that was asked on; Ctrl-C itself ends it
+        raise KeyboardInterrupt from None
 
 
 def _remove(removal: Removal) -> None:
