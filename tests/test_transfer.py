@@ -6,10 +6,11 @@ import io
 import logging
 import threading
 from itertools import count
+from unittest.mock import Mock
 
 import pytest
 
-from mlxqwen.cli.serve import _LogHandler
+from mlxqwen.cli.serve import _leave, _LogHandler
 from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
 from mlxqwen.status_line import StatusLine
 from tests.command_line import Terminal, written
@@ -115,3 +116,13 @@ def test_a_line_of_the_servers_log_takes_the_place_of_the_progress(terminal: Ter
     StatusLine(terminal).draw("Downloading   2 %")
     _LogHandler(terminal).handle(logging.makeLogRecord({"msg": "GET /health 200"}))
     assert written(terminal) == "\rDownloading   2 %\r\x1b[KGET /health 200\n"
+
+
+def test_a_server_that_leaves_a_download_wipes_its_progress(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os._exit", Mock(side_effect=SystemExit))
+    StatusLine(terminal).draw("Downloading   2 %")
+    with pytest.raises(SystemExit):
+        _leave(130)
+    assert written(terminal) == "\rDownloading   2 %\r\x1b[K"

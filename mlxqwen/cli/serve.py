@@ -232,6 +232,8 @@ def _end_line(number: int) -> None:
 
 def _leave(status: int) -> None:
     """End the process at once."""
+    with suppress(OSError, RuntimeError):
+        StatusLine.wipe_shown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(RuntimeError):  # the signal came while it was being written to
             stream.flush()
