@@ -331,6 +331,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--messages", "/no/such/file"], "does not exist"),
         (["--messages", "/"], "is a directory"),
         (["hi", "--tools", "/no/such/file"], "does not exist"),
+        (["hi", "--tools", ' [{"type": "function"}]'], "found JSON, expected the name of a file that holds it"),
+        (["hi", "--json-schema", '{"type": "object"}'], "found JSON, expected the name of a file that holds it"),
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], words: str, tmp_path: Path) -> None:

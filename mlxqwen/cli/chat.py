@@ -18,7 +18,7 @@ from mlxqwen.cli.defaults import told_defaults
 from mlxqwen.cli.generate import generate
 from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
-from mlxqwen.cli.spellings import SpelledCommand, SpelledOption
+from mlxqwen.cli.spellings import ExistingFile, SpelledCommand, SpelledOption
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import check_unicode, read_text
 from mlxqwen.cli.typed_ahead import typing_unseen
@@ -36,7 +36,7 @@ _NOT_IN_A_CHAT = {
     *("prompt", "prompt_option", "prompt_file", "messages", "tools", "json_schema", "raw"),
     *("batch", "output", "batch_size", "as_json", "quiet"),
 }
-_FILE = click.Path(exists=True, dir_okay=False)
+_FILE = ExistingFile(exists=True, dir_okay=False)
 _OWN = [
     click.Argument(["model_argument"], required=False, metavar="[MODEL]", shell_complete=complete_folder),
     click.Argument(["message"], required=False, metavar="[MESSAGE]"),

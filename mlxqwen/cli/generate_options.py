@@ -257,6 +257,7 @@ def load_engine(
     options: Mapping[str, Any],
     on_progress: Callable[[], None] | None = None,
     *,
+    folder: Path | None = None,
     make_room: MakeRoom | None = None,
     shows_progress: bool = True,
 ) -> Engine:
@@ -265,6 +266,7 @@ def load_engine(
     Args:
         options: of the command.
         on_progress: called each time a conversion goes on.
+        folder: where the model's files are, if that is known.
         make_room: see `Engine.load`.
         shows_progress: whether that of a conversion is shown, and that of a load that takes long.
     """
@@ -274,7 +276,7 @@ def load_engine(
         from mlxqwen.files.model_names import model_name
 
     model = options["model"]
-    folder, how = located_model(options), _load_options(options)  # a download has lines of its own
+    folder, how = folder or located_model(options), _load_options(options)  # a download has lines of its own
     with naming_alias(model), ExitStack() as shown:
         show = shown.enter_context(conversion_progress()) if shows_progress else None
         loading = LoadingLine(sys.stderr, model_name(folder))

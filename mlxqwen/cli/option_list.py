@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import click
 
 from mlxqwen.cli.completion import complete_folder
-from mlxqwen.cli.spellings import DtypeChoice, spelled_option
+from mlxqwen.cli.spellings import DtypeChoice, ExistingFile, spelled_option
 
 __all__ = ["DEFAULT_KV_KEEP", "generate_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+_FILE = ExistingFile(exists=True, dir_okay=False, allow_dash=True)
 
 DEFAULT_KV_KEEP = 4
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxqwen.cli.generate_options import check_model_files, load_engine, options_named, read_model_config
+from mlxqwen.cli.generate_options import check_model_files, load_engine, located_model, options_named, read_model_config
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, located
 
@@ -96,10 +96,16 @@ def _source(
     if scales := is_demo and options["rope_scaling"] is None and options["yarn_factor"] is None:
         chosen |= {"yarn": "auto", "rope_scaling": _SCALING_OF_DEMO}
 
+    fetched: list[Path] = []
+
+    def fetch() -> None:
+        fetched[:] = [located_model(chosen)]
+
     def load(make_room: MakeRoom) -> Engine:
         # Beside the lines of requests, which other threads log, progress would not be read.
         is_first = threading.current_thread() is threading.main_thread()
-        engine = load_engine(chosen, make_room=make_room, shows_progress=is_first)
+        folder = fetched.pop() if fetched else None
+        engine = load_engine(chosen, folder=folder, make_room=make_room, shows_progress=is_first)
         with options_named():
             settings.context(engine.model.config.context_length)
         return engine
@@ -117,6 +123,7 @@ def _source(
         repo_id=None if isinstance(place, Path) else place.repo_id,
         context=context,
         limit_scales=not scales,
+        fetch=None if isinstance(place, Path) else fetch,
     )
 
 

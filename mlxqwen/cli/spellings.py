@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,15 @@ from click.core import ParameterSource
 
 from mlxqwen.cli.defaults import defaults_named, give_way
 
-__all__ = ["DtypeChoice", "ModelCommand", "SettableCommand", "SpelledCommand", "SpelledOption", "spelled_option"]
+__all__ = [
+    "DtypeChoice",
+    "ExistingFile",
+    "ModelCommand",
+    "SettableCommand",
+    "SpelledCommand",
+    "SpelledOption",
+    "spelled_option",
+]
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
@@ -58,6 +67,16 @@ class DtypeChoice(click.Choice[str]):
         if value == "auto":
             return None
         return super().convert({"half": "float16", "float": "float32"}.get(value, value), param, ctx)
+
+
+class ExistingFile(click.Path):
+    """A file that is there; JSON in the place of its name is told as that."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The file's name, as it is."""
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and not os.path.lexists(value):
+            self.fail("found JSON, expected the name of a file that holds it", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def spelled_option(group: str, *names: str, **options: Any) -> Callable[[_Decorated], _Decorated]:

@@ -27,6 +27,7 @@ class ModelSource:
         repo_id: its hub id, which clients may call it by, too.
         context: the most tokens of a prompt and its reply, if that is known before it is loaded.
         limit_scales: see `ServedModel`.
+        fetch: has its files on this machine before it is loaded, which may take hours; called by a thread of its own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelSource:
     repo_id: str | None = None
     context: int | None = None
     limit_scales: bool = True
+    fetch: Callable[[], object] | None = None
 
 
 class Entry:
@@ -50,7 +52,7 @@ class Entry:
         model: what answers; None while it is not loaded.
         users: the leases that have the model.
         waiting: those that are to have it.
-        loading: ends with its load, which is queued or under way.
+        loading: ends with its load; its files are being fetched, or it is queued or under way.
         is_leaving: whether another model needs its memory, so that no further request gets it.
         last_used: by the registry's clock.
     """

@@ -35,7 +35,7 @@ _SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far
 
 
 class ModelRegistry:
-    """The models of a server. Any thread may call it; one thread of its own loads them.
+    """The models of a server. Any thread may call it; one thread of its own loads them, others fetch their files.
 
     That thread unloads what nobody has used for long, and what a load needs the memory of; a reply that needs memory
     unloads in the thread that asks for it.
@@ -62,6 +62,8 @@ class ModelRegistry:
         self._changed = threading.Condition(threading.RLock())
         self._queue: deque[Entry] = deque()
         self._thread: threading.Thread | None = None
+        self._fetching: dict[Entry, threading.Thread] = {}
+        self._one_fetches = threading.Lock()  # progress of several would stand in one line, and each took longer
         self._is_closed = False
         self._releases = 0
         account().lenders.append(self)
@@ -126,8 +128,7 @@ class ModelRegistry:
             if entry.loading is None:
                 entry.loading = Future()
                 entry.loading.set_running_or_notify_cancel()  # one who waits no more ends it for nobody else
-                self._queue.append(entry)
-                self._wake()
+                self._begin(entry)
             lease.loading = entry.loading
             return lease
 
@@ -189,12 +190,14 @@ class ModelRegistry:
             account().lenders.remove(self)
         with self._changed:
             self._is_closed = True
-            for entry in self._queue:
+            for entry in (*self._queue, *self._fetching):
                 self._fail(entry, _closing())
             self._queue.clear()
             self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(seconds)
+            threads = [one for one in (self._thread, *self._fetching.values()) if one is not None]
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(seconds)
         for entry in self.entries:
             with self._changed:
                 model, entry.model = entry.model, None
@@ -202,7 +205,40 @@ class ModelRegistry:
                 model.close()
             elif model is not None:
                 _end(model)
-        return self._thread is None or not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in threads)
+
+    # Threads that fetch files: a download of hours keeps no other model from being loaded
+
+    def _begin(self, entry: Entry) -> None:
+        if entry.model is not None or entry.source is None or entry.source.fetch is None:
+            self._queue.append(entry)
+            self._wake()
+            return
+        name = f"mlxqwen files of {entry.name}"
+        self._fetching[entry] = threading.Thread(
+            target=self._fetch, args=(entry, entry.source.fetch), name=name, daemon=True
+        )
+        self._fetching[entry].start()
+
+    def _fetch(self, entry: Entry, fetch: Callable[[], object]) -> None:
+        """Have a model's files here, then queue its load; what goes wrong is told those who wait for it."""
+        wrong: BaseException | None = None
+        try:
+            with self._one_fetches:
+                if entry.waiting and not self._is_closed:
+                    logger.info("%s: looking for its files", one_line(entry.name))
+                    fetch()
+        except BaseException as error:
+            wrong = error
+        with self._changed:
+            del self._fetching[entry]
+            if self._is_closed:
+                self._fail(entry, _closing())
+            elif wrong is not None:
+                self._fail(entry, self._told(entry, wrong))
+            else:
+                self._queue.append(entry)
+                self._wake()
 
     # The thread that loads
 
