@@ -37,6 +37,7 @@ _NUMPY_BITS = (4, 8)
 _REPACKED_SHARE = 1 / 8
 # Larger chunks of NumPy's are no quicker.
 _LARGEST_NUMPY_CHUNK, _SMALLEST_NUMPY_CHUNK = 1 << 21, 1 << 13
+_PIECE = 1 << 16  # weights that MLX makes at once where NumPy leaves them to it
 
 
 def repacked(
@@ -181,7 +182,7 @@ class NumpyRows:
             if found is not None and measure:
                 found = fp8.measured(found)
         if found is None:
-            return _make_rows(plan, task, source, rows, measure)  # says what is wrong
+            return _make_rows_in_pieces(plan, task, source, rows, measure)  # says what is wrong
         return (found.weight, found.scales, found.biases), error_of_bfloat16(found) if measure else ModuleError()
 
     def repack(
@@ -252,6 +253,19 @@ def _make_rows(
     if any(infinities):
         _refuse_infinities(plan, task, source, rows, arrays)
     return arrays, ModuleError(error, norm, bound)
+
+
+def _make_rows_in_pieces(
+    plan: Plan, task: Task, source: SourceFiles, rows: tuple[int, int], measure: bool
+) -> tuple[tuple[mx.array, ...], ModuleError]:
+    """As `_make_rows`, for what MLX holds to stay small beside NumPy's buffers."""
+    step, total = max(1, _PIECE // plan.modules[task.module].module.width), ModuleError()
+    pieces = []
+    for start in range(*rows, step):
+        arrays, error = _make_rows(plan, task, source, (start, min(start + step, rows[1])), measure)
+        pieces.append(arrays)
+        total.add(error)
+    return tuple(map(mx.concatenate, zip(*pieces, strict=True))), total
 
 
 def _refuse_infinities(
