@@ -51,7 +51,7 @@ CONDITIONS = {
     "Load the model again, or close it behind the last request.": "the model was closed",
     "Add rows while others run, or start anew.": "rows were added to a stream that is over",
     "Check its permissions, and those of the folders that it lies in.": "the system says that permission is denied",
-    "Shorten it, ask for fewer tokens (max_tokens), or try again later.": "memory ran out, which other replies hold too",
+    "Shorten it, ask for fewer tokens (max_tokens), or try again later.": "memory ran out, which others hold too",
     " is damaged: ": "a file of blocks has not the length, or its bytes not the hash, that its header tells",
 }
 

@@ -265,7 +265,7 @@ def _make_rows_in_pieces(
         arrays, error = _make_rows(plan, task, source, (start, min(start + step, rows[1])), measure)
         pieces.append(arrays)
         total.add(error)
-    return tuple(map(mx.concatenate, zip(*pieces, strict=True))), total
+    return tuple(mx.concatenate([*parts]) for parts in zip(*pieces, strict=True)), total
 
 
 def _refuse_infinities(
