@@ -23,13 +23,10 @@ from mlxqwen_convert.fp8_rows import Fp8Rows
 from mlxqwen_convert.pipeline import NumpyRows
 from tests.convert.checkpoints import make_source, plain_tensor
 from tests.convert.encoders import decode_fp8, unpack_affine
+from tests.convert.test_bfloat16 import every_form, same
 
 Codes = NDArray[np.uint8]
 Block = tuple[int, int] | None
-
-every_form = pytest.mark.parametrize(
-    ("bits", "group_size"), [(bits, group_size) for bits in (4, 8) for group_size in GROUP_SIZES]
-)
 
 
 @pytest.fixture(scope="module", params=[1 << 11, 1 << 18])
@@ -56,13 +53,6 @@ def quickly(
 def by_mlx(codes: Codes, scale: mx.array, block: Block, row_offset: int, group_size: int, bits: int) -> Packed:
     floats = fp8.dequantize_rows(mx.array(codes), scale, block, row_offset)
     return affine.quantize(floats, group_size, bits, mx.bfloat16)
-
-
-def same(found: Quantized | None, expected: Packed) -> None:
-    assert found is not None
-    assert np.array_equal(found.weight.reshape(-1).view(np.uint32), np.array(expected.weight).reshape(-1))
-    assert np.array_equal(found.scales, np.array(expected.scales.view(mx.uint16)).reshape(-1))
-    assert np.array_equal(found.biases, np.array(expected.biases.view(mx.uint16)).reshape(-1))
 
 
 def finite(rng: np.random.Generator, shape: tuple[int, ...]) -> Codes:
