@@ -232,9 +232,9 @@ class ModelRegistry:
             wrong = error
         with self._changed:
             del self._fetching[entry]
-            if self._is_closed:
-                self._fail(entry, _closing())
-            elif wrong is not None:
+            if self._is_closed:  # those who waited have been told
+                return
+            if wrong is not None:
                 self._fail(entry, self._told(entry, wrong))
             else:
                 self._queue.append(entry)
