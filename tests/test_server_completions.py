@@ -152,3 +152,29 @@ def test_a_text_is_scored_without_going_on(served: Served) -> None:
 )
 def test_what_is_not_done_or_wrong(served: Served, fields: dict[str, Any], param: str) -> None:
     assert str(served.refused({"prompt": "a", **fields}, path=PATH)["param"]).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "expected"),
+    [
+        (["a", 1], "prompt[1]", "a valid string"),
+        (["a", "b", 1, 2], "prompt[2]", "a valid string"),
+        ([1, "a"], "prompt[1]", "a valid integer"),
+        ([1, "a", 2, "b"], "prompt[1]", "a valid integer"),
+        ([1, [2]], "prompt[1]", "a valid integer"),
+        (["a", [2]], "prompt[1]", "a valid string"),
+        ([[1], "a"], "prompt[1]", "a valid list"),
+        ([[1], [2, "a"]], "prompt[1][1]", "a valid integer"),
+        ([[1], []], "prompt[1]", "at least 1 of them"),
+        (["a", ""], "prompt[1]", "text that is not empty"),
+        ([["a"]], "prompt[0][0]", "a valid integer"),
+        ([True], "prompt[0]", "a valid integer or a valid string or a valid list"),
+        ({"a": 1}, "prompt", "a valid string or a valid list"),
+    ],
+    ids=str,
+)
+def test_of_a_prompt_the_part_that_is_wrong_is_named(served: Served, prompt: object, param: str, expected: str) -> None:
+    error = served.refused({"prompt": prompt}, path=PATH)
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: found ")
+    assert error["message"].endswith(f", expected {expected}")

@@ -354,6 +354,45 @@ def test_a_path_and_a_method_that_are_not_there_are_told_with_those_that_are(ser
     assert method.json()["error"]["message"] == "method: found 'GET', expected POST"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once"),
+        ("/v1/v1/chat/completions", "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once"),
+        ("/v1/chat/completion", "POST /v1/chat/completions"),
+        ("/V1/Chat/Completions", "POST /v1/chat/completions"),
+        ("/openai/v1/chat/completions", "POST /v1/chat/completions"),
+        ("/v1/chat", "POST /v1/chat/completions"),
+        ("/api/chat", "POST /v1/chat/completions"),
+        ("/api/generate", "POST /v1/completions"),
+        ("/api/tags", "GET /v1/models"),
+        ("/v1/complete", "POST /v1/completions"),
+        ("/models", "GET /v1/models. The base_url of OpenAI's clients ends with /v1, once"),
+        ("/models/qwen", "GET /v1/models/{name}"),
+        ("/response", "POST /v1/responses"),
+        ("/responses/resp_1/cancel", "POST /v1/responses/{id}/cancel"),
+        ("/v1//messages", "POST /v1/messages"),
+        ("/v1/v1/messages", "POST /v1/messages. The base_url of Anthropic's clients ends without /v1"),
+        ("/message/count_tokens", "POST /v1/messages/count_tokens"),
+        ("/healthz", "GET /health"),
+        ("/v1/health", "GET /health"),
+    ],
+)
+def test_a_path_that_is_nearly_right_is_told_which_was_meant(served: Served, path: str, meant: str) -> None:
+    response = served.client.post(path, json={})
+    is_anthropic = "messages" in meant
+    error = response.json()["error"]
+    assert (response.status_code, "code" in error) == (404, not is_anthropic)
+    assert (response.json().get("type"), error["type"]) == ("error" if is_anthropic else None, "not_found_error")
+    assert error["message"] == f"path: found none such, expected {meant}"
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/audio/transcriptions", "/.env", "/v2", "/" + "a/" * 4000])
+def test_a_path_that_is_like_none_is_told_all(served: Served, path: str) -> None:
+    message = served.client.post(path, json={}).json()["error"]["message"]
+    assert message.startswith("path: found none such, expected one of /v1/chat/completions, /v1/completions, ")
+
+
 LARGE = "x" * 300_000
 FOREIGN = {"type": "web_search", "filters": LARGE}
 MESSAGES = "/v1/messages"

@@ -141,6 +141,26 @@ def test_a_load_that_fails_is_an_error_event(served: Several, path: str, error: 
     assert served.service.responses.running == {}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("error", [HubError("Qwen/x: gone"), CheckpointError("/home/me/a: damaged")])
+def test_a_load_that_fails_is_logged_once_for_all_who_wait(
+    served: Several, stream: bool, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        served.weights["a"].fails_with = error
+        calls = [served.ask("a", stream=stream) for _ in range(3)]
+        await until(lambda: len(served.models.find("a").waiting) == 3)
+        if stream:
+            await until(lambda: all(call.status == 200 for call in calls))
+        served.weights["a"].may_end.set()
+        for call in calls:
+            await call.end()
+
+    run(work())
+    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert errors == [f"a: cannot be loaded: {error}"]
+
+
 def test_what_is_wrong_with_a_request_is_told_behind_the_load_too(served: Several) -> None:
     async def work() -> None:
         call = await waiting(served, CHAT, top_p=7.0)

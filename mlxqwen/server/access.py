@@ -22,10 +22,17 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?")
 _OPEN_PATHS = {"/health", *PAGE_PATHS}
 
 
-def error_response(scope: Scope, error: ApiError) -> JSONResponse:
-    """The response to a request that tells an error, which the log has too, in the form of the path's API."""
+def error_response(scope: Scope, error: ApiError, path: str | None = None) -> JSONResponse:
+    """The response to a request that tells an error, which the log has too, in the form of the path's API.
+
+    Args:
+        scope: the request's.
+        error: what is told.
+        path: that it was meant for, if not the one that it has.
+    """
     scope.setdefault("mlxqwen", {})["error"] = error
-    body = anthropic_error(error) if scope["path"].startswith("/v1/messages") else openai_error(error)
+    is_anthropic = (path or scope["path"]).startswith("/v1/messages")
+    body = anthropic_error(error) if is_anthropic else openai_error(error)
     return JSONResponse(body, error.status, headers=error.headers)
 
 

@@ -18,6 +18,7 @@ from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
 from mlxqwen.server.endpoints import chat_completions, completions, count_tokens, messages
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.journal import Journal
+from mlxqwen.server.near_paths import meant_path
 from mlxqwen.server.openapi import document
 from mlxqwen.server.page_files import page_routes
 from mlxqwen.server.responses_endpoints import (
@@ -92,8 +93,20 @@ _POST: dict[str, _Handler] = {
     "/detokenize": detokenize,
 }
 
+_BY_ID: tuple[tuple[str, str, _Handler], ...] = (
+    ("GET", "/v1/models/{name:path}", show_model),
+    ("GET", "/v1/responses/{id}", show_response),
+    ("DELETE", "/v1/responses/{id}", delete_response),
+    ("POST", "/v1/responses/{id}/cancel", cancel_response),
+    ("GET", "/v1/responses/{id}/input_items", list_input_items),
+)
 
-_NO_SUCH_PATH = f"path: found none such, expected one of {', '.join((*_POST, *_GET))}"
+_PATHS = {
+    **dict.fromkeys(_POST, "POST"),
+    **dict.fromkeys(_GET, "GET"),
+    **{path.replace(":path", ""): method for method, path, _ in reversed(_BY_ID)},
+}
+_BASE_URL = ". The base_url of OpenAI's clients ends with /v1, once"
 
 
 def make_app(service: Service) -> Starlette:
@@ -106,11 +119,7 @@ def make_app(service: Service) -> Starlette:
     routes = [
         *(route(path, handler, "GET") for path, handler in _GET.items()),
         *(route(path, handler, "POST") for path, handler in _POST.items()),
-        route("/v1/models/{name:path}", show_model, "GET"),
-        route("/v1/responses/{id}", show_response, "GET"),
-        route("/v1/responses/{id}", delete_response, "DELETE"),
-        route("/v1/responses/{id}/cancel", cancel_response, "POST"),
-        route("/v1/responses/{id}/input_items", list_input_items, "GET"),
+        *(route(path, handler, method) for method, path, handler in _BY_ID),
         *page_routes(),
     ]
     stack = [
@@ -135,9 +144,22 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = error.headers if isinstance(error, HTTPException) else None
     allowed = (headers or {}).get("Allow", "another")
+    path = http.scope["path"]
+    meant = meant_path(path, _PATHS) if status == 404 else None
     problems = {
-        404: (_NO_SUCH_PATH, "path_not_found"),
+        404: (_no_such_path(path, meant), "path_not_found"),
         405: (f"method: found {http.method[:16]!a}, expected {allowed}", "method_not_allowed"),
     }
     problem, code = problems.get(status, ("request: not understood", None))
-    return error_response(http.scope, ApiError(status, problem, code=code, headers=headers))
+    return error_response(http.scope, ApiError(status, problem, code=code, headers=headers), meant)
+
+
+def _no_such_path(path: str, meant: str | None) -> str:
+    """The problem of a path that leads nowhere; nothing of it is repeated."""
+    if meant is None:
+        return f"path: found none such, expected one of {', '.join((*_POST, *_GET))}"
+    way_out = ""
+    if path.rstrip("/").endswith(meant.removeprefix("/v1")) and path.split("/").count("v1") != 1:
+        is_anthropic = meant.startswith("/v1/messages")
+        way_out = ". The base_url of Anthropic's clients ends without /v1" if is_anthropic else _BASE_URL
+    return f"path: found none such, expected {_PATHS[meant]} {meant}{way_out}"

@@ -59,6 +59,9 @@ class ApiError(Exception):
         param: the field that is wrong.
         headers: of the response.
         for_owner: what the server's owner can do about it, for the log alone.
+
+    Attributes:
+        is_logged: whether the log has it already, as one that many requests end with.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
         self.for_owner = for_owner
+        self.is_logged = False
 
 
 def openai_error(error: ApiError) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _internal_error() -> ApiError:
 
 
 def load_error(error: BaseException, name: str, location: str) -> ApiError:
-    """What those are told who wait for a model that cannot be loaded; where it lies is told to the log alone.
+    """What those are told who wait for a model that cannot be loaded; its cause and place the caller logs, once.
 
     Args:
         name: of the model.
@@ -157,7 +161,9 @@ def load_error(error: BaseException, name: str, location: str) -> ApiError:
     why = why if not location else why.replace(location, name)
     if _ABSOLUTE_PATH.search(why):
         why = "the server's log tells why"
-    return ApiError(500 if status < 500 else status, f"model: {shown(name)} cannot be loaded: {why}", code=code)
+    made = ApiError(500 if status < 500 else status, f"model: {shown(name)} cannot be loaded: {why}", code=code)
+    made.is_logged = True
+    return made
 
 
 def validation_error(error: ValidationError) -> ApiError:
@@ -165,10 +171,7 @@ def validation_error(error: ValidationError) -> ApiError:
     details = error.errors(include_url=False)
     if not details:
         return ApiError(400, "body: not as expected", code="invalid_value")
-    field = details[0]["loc"][:1]
-    # Of a field that may be of several kinds, the kind that came closest is spoken of.
-    ranked = sorted((one for one in details if one["loc"][:1] == field), key=_closeness, reverse=True)
-    closest = [one for one in ranked if _closeness(one) == _closeness(ranked[0])]
+    closest = _closest(details)
     first = closest[0]
     path = _path(first["loc"])
     if first["type"] == "missing":
@@ -179,8 +182,36 @@ def validation_error(error: ValidationError) -> ApiError:
     return ApiError(400, one_line(f"{path or 'body'}: found {found}, expected {wanted}"), code=code, param=path or None)
 
 
-def _closeness(detail: ErrorDetails) -> tuple[int, bool]:
-    return len(detail["loc"]), not detail["type"].endswith("_type")
+def _closest(details: Sequence[ErrorDetails], depth: int = 0) -> list[ErrorDetails]:
+    """The first thing that is wrong; of a value that may be of several kinds, as the kind says that came furthest.
+
+    Args:
+        details: in the order of the body; their places agree up to `depth`.
+        depth: parts of the places that have been looked at.
+    """
+    first = details[0]["loc"]
+    at = next((n for n in range(depth, len(first)) if _is_kind(first[n])), None)
+    if at is None:
+        return [details[0]]
+    kinds: dict[int | str, list[ErrorDetails]] = {}
+    for one in details:
+        if len(one["loc"]) > at and one["loc"][:at] == first[:at]:
+            kinds.setdefault(one["loc"][at], []).append(one)
+    found = [_closest(those, at + 1) for those in kinds.values()]
+    furthest = max(_progress(those[0], at) for those in found)
+    return [one for those in found if _progress(those[0], at) == furthest for one in those]
+
+
+def _progress(detail: ErrorDetails, depth: int) -> tuple[list[int], bool]:
+    """How much of a value is of its kind: the place behind `depth` where it is not any more, then whether more than its
+    type was looked at."""
+    place = [part if isinstance(part, int) else 0 for part in detail["loc"][depth:] if not _is_kind(part)]
+    return place, not detail["type"].endswith("_type")
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of a place is one of the kinds that a value may be of, and no field or index."""
+    return isinstance(part, str) and (part in _KINDS or not _NAME.fullmatch(part))
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -189,7 +220,7 @@ def _path(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif _NAME.fullmatch(part) and part not in _KINDS:
+        elif not _is_kind(part):
             path += f".{part}" if path else part
     return path
 

@@ -151,9 +151,9 @@ class Service:
 
 
 def log_failure(error: BaseException) -> None:
-    """Log an error that is not the client's; what a client did wrong it is told itself."""
+    """Log an error that is not the client's, unless it has been; what a client did wrong it is told itself."""
     told = api_error(error)
-    if told.status == 500:
+    if told.status == 500 and not told.is_logged:
         unexpected = None if isinstance(error, MlxqwenError | ApiError) else error
         logger.error("request failed: %s: %s", type(error).__name__, error, exc_info=unexpected)
 
