@@ -32,8 +32,14 @@ def test_two_tools_of_one_name_are_shown_and_noted_once(caplog: pytest.LogCaptur
     for _ in range(2):
         assert [tool["function"] for tool in check_tool_schemas(tools)] == tools
     assert [record.getMessage() for record in caplog.records] == [
-        "tool 'twin': found 2 of this name, whose calls cannot be told apart; shown as given"
+        "tool 'twin': found 2 of this name; shown as given, and a call of it means the first"
     ]
+
+
+def test_a_call_of_a_name_that_two_tools_have_is_checked_against_the_first() -> None:
+    shown = [tool_schema("scale", scale), {"function": {"name": "scale", "parameters": {"required": ["x"]}}}]
+    assert call_tool({"scale": scale}, shown, {"name": "scale", "arguments": {"n": 1}}) == "2"
+    assert "'x' is a required" in call_tool({"scale": scale}, shown[::-1], {"name": "scale", "arguments": {"n": 1}})
 
 
 def _deep() -> Schema:
@@ -51,6 +57,9 @@ def _deep() -> Schema:
         ({"type": "function"}, "tools[0]: name: found None"),
         ({"type": "function", "function": []}, "tools[0]: function: found [], expected an object"),
         ({"function": {"name": "a<b"}}, "tools[0]: function: name: found 'a<b'"),
+        ({"name": "a", "parameters": []}, "tools[0].parameters: found [], expected a JSON schema, which is an object"),
+        ({"function": {"name": "a", "parameters": "{}"}}, "tools[0].function.parameters: found '{}', expected a JSON"),
+        ({"name": "a", "parameters": 0}, "tools[0].parameters: found 0, expected a JSON schema"),
         ({"name": "a", "parameters": {"type": "object", "default": {1}}}, "tools[0].parameters.default: found set"),
         ({"name": "a", "parameters": {"type": "object", "not": _deep()}}, "nested deeper than 64 levels"),
     ],
@@ -127,8 +136,7 @@ def test_one_broken_schema_ends_no_other_tool() -> None:
         {**values(), "required": None},
         {**values(), "required": ["b"]},
         values(a={"enum": []}),
-        [],
-        "string",
+        False,
     ],
     ids=json.dumps,
 )

@@ -13,6 +13,7 @@ from mlxqwen import ChatRequest, Conversation, Done, Engine
 from mlxqwen.chat.reply import Delta
 from mlxqwen.chat.structured import trial
 from mlxqwen.chat.structured.compiler import CompiledGrammar, GrammarCompiler
+from mlxqwen.chat.structured.tool_choice import read_tool_choice
 from mlxqwen.engine.events import assistant_message
 from mlxqwen.errors import OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
@@ -119,6 +120,20 @@ def test_only_tools_that_are_allowed_are_called(babble: Engine, mode: str) -> No
     assert len(called) >= len(asked)
     for one in done:
         check_calls(one)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(
+    "choice",
+    [None, "auto", "required", {"type": "function", "function": {"name": "add"}}, allowed("auto", "add")],
+    ids=["none", "auto", "required", "named", "allowed"],
+)
+def test_of_several_tools_of_one_name_the_first_is_called(choice: Any, parallel: bool) -> None:
+    second = {"type": "function", "function": {"name": "add", "parameters": record(c={"type": "null"})}}
+    rules = read_tool_choice([*TOOLS, second, TOOLS[0]], choice, parallel)
+    expected = read_tool_choice(TOOLS, choice, parallel)
+    assert rules == expected
+    assert rules.tools[0]["function"] is ADD
 
 
 def test_where_some_tools_are_allowed_the_model_may_answer_unless_it_has_to_call(babble: Engine) -> None:

@@ -16,7 +16,14 @@ from mlxqwen.server.context_edits import ContextManagement, Messages, apply_edit
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.histories import kept_instructions
 
-__all__ = ["CountFields", "MessagesFields", "as_chat", "edited"]
+__all__ = ["TOOL_NAMES", "CountFields", "MessagesFields", "as_chat", "edited"]
+
+TOOL_NAMES = {
+    "tools[].function.parameters": "tools[].input_schema",
+    "tools[].function": "tools[]",
+    "tools[]: function": "tools[]",
+}
+"""What an error says of the parts of a tool in a chat completion → what Anthropic calls them."""
 
 _WITHOUT_TEXT = ("redacted_thinking", "server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result")
 _NOT_DONE = {
@@ -126,7 +133,7 @@ def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
     thinks = thinking is not None and thinking.type != "disabled"
     chat: dict[str, Any] = {
         "messages": [*_system(fields.system), *_messages(fields.messages, notes)],
-        "tools": _tools(fields.tools or (), notes) or None,
+        "tools": _tools(fields.tools or ()) or None,
         "chat_template_kwargs": {"enable_thinking": thinks},
         "thinking_budget": thinking.budget_tokens if thinking is not None and thinks else None,
     }
@@ -227,20 +234,19 @@ def _texts(blocks: Any, where: str) -> Iterator[str]:
         yield text
 
 
-def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
-    """The tools that have a schema of their own; of those that Anthropic's servers know a note is taken."""
-    functions = []
+def _tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a chat completion; of those that Anthropic's servers know no more than the type."""
     foreign = [tool for tool in tools if tool.get("type", "custom") != "custom"]
     if foreign:
         check_aside("tools", foreign)
-    for place, tool in enumerate(tools):
-        if tool.get("type", "custom") != "custom":
-            notes.append(f"tools[{place}]")
-            continue
-        function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {"type": "object"}}
-        if tool.get("description"):
-            function["description"] = tool["description"]
-        if tool.get("strict") is True:
-            function["strict"] = True
-        functions.append({"type": "function", "function": function})
-    return functions
+    return [_function(tool) if tool.get("type", "custom") == "custom" else {"type": "custom"} for tool in tools]
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    schema = tool.get("input_schema")
+    function = {"name": tool.get("name"), "parameters": {"type": "object"} if schema in (None, {}) else schema}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    if tool.get("strict") is True:
+        function["strict"] = True
+    return {"type": "function", "function": function}

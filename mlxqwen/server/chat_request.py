@@ -23,7 +23,7 @@ from mlxqwen.server.event_stream import to_json
 from mlxqwen.server.histories import with_kept_instructions, with_whole_arguments, with_written_calls
 from mlxqwen.server.models import ServedModel
 from mlxqwen.server.settings import ServerSettings
-from mlxqwen.server.structured import call_options, in_words_of, response_format
+from mlxqwen.server.structured import call_options, in_words_of, is_function, response_format
 
 __all__ = [
     "EFFORT_BUDGETS",
@@ -114,8 +114,11 @@ def prepare_chat(
     return Prepared(model, rows(request, fields), notes, fields.n or 1)
 
 
-def prompt_ids(fields: ChatFields, model: ServedModel) -> list[int]:
+def prompt_ids(fields: ChatFields, model: ServedModel, names: Mapping[str, str] | None = None) -> list[int]:
     """The prompt of a chat completion, however long: whether the context has room for it is not asked.
+
+    Args:
+        names: see `in_words_of`.
 
     Raises:
         MlxqwenError: it cannot be rendered, or would take too long to encode.
@@ -123,7 +126,8 @@ def prompt_ids(fields: ChatFields, model: ServedModel) -> list[int]:
     characters = len(to_json([fields.messages, fields.tools]))
     if characters > LONGEST_TEXT:
         raise OptionError(f"messages: found {characters:,} characters with tools, expected at most {LONGEST_TEXT:,}")
-    return model.responder.render(prepare_conversation(_messages(fields, [])), _shown_options(fields, []))
+    with in_words_of(fields, names):
+        return model.responder.render(prepare_conversation(_messages(fields, [])), _shown_options(fields, []))
 
 
 def _shown_options(fields: ChatFields, notes: list[str]) -> ChatOptions:
@@ -248,7 +252,7 @@ def rows(request: Request, fields: ReplyFields) -> list[Request]:
 def _messages(fields: ChatFields, notes: list[str]) -> list[Mapping[str, Any]]:
     """The conversation; of what could not be read as it was meant a note is taken."""
     messages = with_kept_instructions(with_whole_arguments(fields.messages, notes))
-    return messages if fields.tools else with_written_calls(messages)
+    return messages if any(map(is_function, fields.tools or ())) else with_written_calls(messages)
 
 
 def thinking_of(fields: ChatFields) -> tuple[bool | None, int | None]:
@@ -291,11 +295,6 @@ def _logprobs(fields: ChatFields) -> int | None:
 
 def _tools(fields: ChatFields, notes: list[str]) -> list[dict[str, Any]]:
     """The functions among the tools; of what is none a note is taken."""
-    functions = []
-    for place, tool in enumerate(fields.tools or ()):
-        kind = tool.get("type", "function")
-        if kind == "function":
-            functions.append(tool)
-        else:
-            notes.append(f"tools[{place}]")
-    return functions
+    tools = fields.tools or []
+    notes += [f"tools[{place}]" for place, tool in enumerate(tools) if not is_function(tool)]
+    return [tool for tool in tools if is_function(tool)]

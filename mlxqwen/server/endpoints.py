@@ -56,7 +56,7 @@ async def messages(service: Service, http: HttpRequest) -> Response:
         fields, edits[0] = anthropic_request.edited(fields, lambda some: _prompt_tokens(some, model), notes)
         chat = anthropic_request.as_chat(fields, notes)
         form = "output_config.format" if fields.output_format is None else "output_format"
-        names = {"response_format": form, "stop:": "stop_sequences:"}
+        names = {"response_format": form, "stop:": "stop_sequences:", **anthropic_request.TOOL_NAMES}
         return prepare_chat(chat, model, service.settings, notes=notes, names=names)
 
     def present(fields: MessagesFields, name: str) -> MessageReply:
@@ -84,4 +84,4 @@ async def count_tokens(service: Service, http: HttpRequest) -> Response:
 
 def _prompt_tokens(fields: CountFields, model: ServedModel) -> int:
     """How many tokens the prompt of such a message has."""
-    return len(prompt_ids(anthropic_request.as_chat(fields, []), model))
+    return len(prompt_ids(anthropic_request.as_chat(fields, []), model, anthropic_request.TOOL_NAMES))

@@ -38,14 +38,10 @@ async def responses(service: Service, http: HttpRequest) -> Response:
     def prepare(fields: ResponsesFields, model: ServedModel) -> Prepared:
         notes: list[str] = []
         chat = responses_request.as_chat(fields, before, notes)
-        return prepare_chat(
-            chat,
-            model,
-            service.settings,
-            notes=notes,
-            drop_oldest=fields.truncation == "auto",
-            names={} if fields.text is None or fields.text.format is None else {"response_format": "text.format"},
-        )
+        drops, names = fields.truncation == "auto", dict(responses_request.TOOL_NAMES)
+        if fields.text is not None and fields.text.format is not None:
+            names["response_format"] = "text.format"
+        return prepare_chat(chat, model, service.settings, notes=notes, drop_oldest=drops, names=names)
 
     def present(fields: ResponsesFields, name: str) -> ResponseReply:
         return ResponseReply(fields, name, store, before, is_for_openai=_OPENAI_HEADER in http.headers)

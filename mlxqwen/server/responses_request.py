@@ -16,7 +16,19 @@ from mlxqwen.server.errors import ApiError
 from mlxqwen.server.responses_store import ResponseStore
 from mlxqwen.server.summaries import read_summary
 
-__all__ = ["Input", "ResponsesFields", "as_chat", "input_items", "messages_of", "previous_messages", "with_ids"]
+__all__ = [
+    "TOOL_NAMES",
+    "Input",
+    "ResponsesFields",
+    "as_chat",
+    "input_items",
+    "messages_of",
+    "previous_messages",
+    "with_ids",
+]
+
+TOOL_NAMES = {"tools[].function": "tools[]", "tools[]: function": "tools[]"}
+"""What an error says of the parts of a tool in a chat completion → what responses call them."""
 
 _TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 _NOT_DONE = {
@@ -145,7 +157,7 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
     chat: dict[str, Any] = {
         "messages": messages,
         "max_completion_tokens": fields.max_output_tokens,
-        "tools": _tools(fields.tools or (), notes) or None,
+        "tools": _tools(fields.tools or ()) or None,
         "tool_choice": _choice(fields.tool_choice),
         "reasoning_effort": None if fields.reasoning is None else fields.reasoning.effort,
         "response_format": _response_format(fields),
@@ -235,22 +247,19 @@ def _parts(parts: Any, where: str) -> Iterator[str]:
         yield text
 
 
-def _tools(tools: Sequence[Mapping[str, Any]], notes: list[str]) -> list[dict[str, Any]]:
-    functions = []
+def _tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a chat completion; of those that are no functions no more than that."""
     foreign = [tool for tool in tools if tool.get("type") != "function"]
     if foreign:
         check_aside("tools", foreign)
-    for place, tool in enumerate(tools):
-        if tool.get("type") != "function":
-            notes.append(f"tools[{place}]")
-            continue
-        names = ("name", "description", "parameters", "strict")
-        own = tool.get("function")
-        function = (
-            own if isinstance(own, Mapping) else {name: tool[name] for name in names if tool.get(name) is not None}
-        )
-        functions.append({"type": "function", "function": dict(function)})
-    return functions
+    return [_function(tool) if tool.get("type") == "function" else {"type": "custom"} for tool in tools]
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("name", "description", "parameters", "strict")
+    own = tool.get("function")
+    function = own if isinstance(own, Mapping) else {name: tool[name] for name in names if tool.get(name) is not None}
+    return {"type": "function", "function": dict(function)}
 
 
 def _choice(choice: str | dict[str, Any] | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields, ReplyFields
 
-__all__ = ["call_options", "in_words_of", "may_compile", "response_format"]
+__all__ = ["call_options", "in_words_of", "is_function", "may_compile", "response_format"]
 
 _OPENAI = ("text", "json_object", "json_schema")
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
@@ -24,6 +25,7 @@ _OLDER = {
     "regex": "regex",
     "json_schema": "json",
 }
+_TOOL = re.compile(r"tools\[(\d+)\]")
 
 
 def response_format(fields: ReplyFields) -> AnswerFormat | None:
@@ -70,17 +72,35 @@ def in_words_of(fields: ReplyFields, names: Mapping[str, str] | None = None) -> 
 
     Args:
         fields: the request's.
-        names: the engine's name of a field → the request's, where they differ.
+        names: the engine's name of a field → the request's, where they differ; `tools[]` stands for any of the tools.
     """
     try:
         yield
     except OptionError as error:
         given = next((one for one in ("structured_outputs", *_OLDER) if getattr(fields, one) is not None), None)
         known = {**(names or {}), **({} if given is None else {"response_format": given})}
-        for own, name in known.items():
-            if error.problem.startswith(own):
-                raise OptionError(name + error.problem.removeprefix(own), hint=error.hint) from None
-        raise
+        problem, place = _of_any_tool(error.problem, fields)
+        own = next((own for own in known if problem.startswith(own)), "")
+        told = (known.get(own, "") + problem.removeprefix(own)).replace("tools[]", place, 1)
+        if told == error.problem:
+            raise
+        raise OptionError(told, hint=error.hint) from None
+
+
+def _of_any_tool(problem: str, fields: ReplyFields) -> tuple[str, str]:
+    """A problem of one of the functions with `tools[]` in the place of that, and its name in the request."""
+    found = _TOOL.match(problem)
+    if found is None:
+        return problem, "tools[]"
+    places = [place for place, tool in enumerate(getattr(fields, "tools", None) or ()) if is_function(tool)]
+    number = int(found[1])
+    place = places[number] if number < len(places) else number
+    return f"tools[]{problem[found.end() :]}", f"tools[{place}]"
+
+
+def is_function(tool: Mapping[str, Any]) -> bool:
+    """Whether a tool of a chat completion is a function; others are left out."""
+    return tool.get("type", "function") == "function"
 
 
 def call_options(fields: ChatFields) -> dict[str, Any]:
@@ -99,7 +119,7 @@ def _of_functions(choice: dict[str, Any]) -> str | dict[str, Any]:
     tools = inner.get("tools") if isinstance(inner, dict) else None
     if not isinstance(tools, list) or not tools:
         return choice
-    functions = [tool for tool in tools if not isinstance(tool, dict) or tool.get("type", "function") == "function"]
+    functions = [tool for tool in tools if not isinstance(tool, dict) or is_function(tool)]
     if not functions and inner.get("mode") == "auto":
         return "none"
     return {"type": "allowed_tools", "mode": inner.get("mode"), "tools": functions}

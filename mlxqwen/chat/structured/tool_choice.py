@@ -42,7 +42,7 @@ class CallRules(NamedTuple):
 def read_tool_choice(
     tools: Sequence[Mapping[str, Any]] | None, tool_choice: object, parallel_tool_calls: object
 ) -> CallRules:
-    """What `tool_choice` and `parallel_tool_calls` ask for.
+    """What `tool_choice` and `parallel_tool_calls` ask for. Of several tools of one name, calls are those of the first.
 
     Args:
         tools: as `Engine.stream` takes them.
@@ -56,7 +56,7 @@ def read_tool_choice(
         OptionError: no such choice, a choice without tools, or a tool that is not there.
     """
     parallel = check_flag("parallel_tool_calls", parallel_tool_calls)
-    known = tuple(_with_function(tool) for tool in tools or ())
+    known = first_of_each_name([_with_function(tool) for tool in tools or ()])
     if tool_choice is None or tool_choice == "auto":
         return CallRules("auto", known, not parallel)
     if tool_choice == "none":
@@ -71,7 +71,7 @@ def read_tool_choice(
     chosen = tuple(tool for tool in known if tool["function"].get("name") == name)
     if not chosen:
         raise _no_such_tool(name, known)
-    return CallRules("required", chosen[:1], True)
+    return CallRules("required", chosen, True)
 
 
 def _allowed(known: tuple[Mapping[str, Any], ...], choice: Mapping[str, Any], most_one: bool) -> CallRules:
@@ -92,6 +92,14 @@ def _allowed(known: tuple[Mapping[str, Any], ...], choice: Mapping[str, Any], mo
             raise _no_such_tool(name, known)
     chosen = tuple(by_name[name] for name in wanted)
     return CallRules("required" if mode == "required" else "auto", chosen, most_one, len(chosen) < len(known))
+
+
+def first_of_each_name(tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """The tools that a call can mean: by its name, the first that has it."""
+    by_name: dict[object, Mapping[str, Any]] = {}
+    for tool in tools:
+        by_name.setdefault(tool["function"].get("name"), tool)
+    return tuple(by_name.values())
 
 
 def _no_such_tool(name: str, known: Sequence[Mapping[str, Any]]) -> OptionError:

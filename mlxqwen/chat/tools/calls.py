@@ -33,7 +33,8 @@ def call_tool(
 
     Args:
         functions: callables by name.
-        schemas: what the model was shown, from `tool_schema` or checked by `check_tool_schemas`.
+        schemas: what the model was shown, from `tool_schema` or checked by `check_tool_schemas`; of several of one
+            name a call means the first.
         call: `{"name": …, "arguments": …}`, or OpenAI's `{"function": {…}}` around it; the arguments are an object
             or its JSON text.
         limit: the most characters of a result that the model is to read.
@@ -69,7 +70,7 @@ def _prepare(
     name = asked.get("name") if isinstance(asked, Mapping) else None
     if not isinstance(asked, Mapping) or not isinstance(name, str):
         raise MessagesError("found a call without the name of a tool")
-    shown = {schema["function"]["name"]: schema["function"] for schema in schemas}
+    shown = {schema["function"]["name"]: schema["function"] for schema in reversed(schemas)}  # the first of a name
     offered = [known for known in functions if known in shown]
     if name not in offered:
         raise MessagesError(f"found no tool named {name[:64]!r}, expected one of: {', '.join(offered) or 'none'}")

@@ -45,8 +45,9 @@ def is_tool_name(name: object) -> bool:
 def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A copy of tool schemas, each in the form `{"type": "function", "function": {"name": …}}`.
 
-    Bare functions are wrapped, keys of None in a function dropped. `parameters` stay as they are, whatever they are;
-    where they are no JSON schema, or several tools have one name, one note of the logger `mlxqwen` says so.
+    Bare functions are wrapped, keys of None in a function dropped. `parameters`, if there are any, are an object or a
+    bool, and stay as they are: where they break the rules of JSON Schema, or several tools have one name, one note of
+    the logger `mlxqwen` says so.
 
     Raises:
         MessagesError: names the tool, the place in it and what is wrong.
@@ -54,7 +55,7 @@ def check_tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     functions = [_check_function(tool, f"tools[{i}]") for i, tool in enumerate(prepare_tools(tools) or [])]
     for name, count in Counter(function["name"] for function in functions).items():
         if count > 1:
-            _note(f"tool {name!r}: found {count} of this name, whose calls cannot be told apart; shown as given")
+            _note(f"tool {name!r}: found {count} of this name; shown as given, and a call of it means the first")
     for function in functions:
         if "parameters" in function:
             _note_problem(function["name"], json.dumps(function["parameters"]))
@@ -226,6 +227,12 @@ def _check_function(tool: dict[str, Any], where: str) -> dict[str, Any]:
     function = {key: value for key, value in function.items() if value is not None}
     if not is_tool_name(function.get("name")):
         raise _wrong(f"{where}: name", function.get("name"), NAME_RULE)
+    if not isinstance(function.get("parameters", {}), dict | bool):
+        raise MessagesError(
+            f"{where.replace(': ', '.')}.parameters: found {function['parameters']!r:.80}, expected a JSON schema, "
+            "which is an object",
+            hint='For example {"type": "object", "properties": {}}, or none where the function takes nothing.',
+        )
     return function
 
 
