@@ -15,7 +15,7 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.compiled import CompiledByForm, form_of
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.qwen3 import CompiledDecoder, DecoderLayer, Qwen3ForCausalLM
-from mlxqwen.model.watched import WatchedModule
+from mlxqwen.model.watched import RMSNorm, WatchedModule
 from tests.tiny_checkpoints import DENSE, GOLDEN_MODELS, Config
 
 CPU = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34)
@@ -190,6 +190,13 @@ def test_watched_modules_count_what_is_assigned() -> None:
         before = WatchedModule.assignments
         change()
         assert WatchedModule.assignments > before
+    pair.weight = mx.ones(2)
+    before = WatchedModule.assignments
+    pair.weight = mx.zeros(2)
+    pair["weight"] = mx.ones(3)
+    assert WatchedModule.assignments == before
+    pair.weight = None
+    assert WatchedModule.assignments > before
     before = WatchedModule.assignments
     pair = Pair()
     made = WatchedModule.assignments
@@ -211,7 +218,7 @@ def test_a_decoder_is_traced_once_for_each_form(monkeypatch: pytest.MonkeyPatch,
     model = Qwen3ForCausalLM(ModelConfig.from_dict(config))
     for layer in model.layers:
         layer.fuse(CPU)
-    model.model.decoder = CompiledDecoder(model.model.layers)
+    model.model.decoder = CompiledDecoder(model.model)
     calls: list[DecoderLayer] = []
     project = DecoderLayer.before_attention
 
@@ -225,6 +232,6 @@ def test_a_decoder_is_traced_once_for_each_form(monkeypatch: pytest.MonkeyPatch,
     assert len(calls) == traces
     model.model(token, cache)
     assert len(calls) == traces
-    model.model.layers[3].input_layernorm = nn.RMSNorm(model.config.hidden_size, eps=0.5)
+    model.model.layers[3].input_layernorm = RMSNorm(model.config.hidden_size, eps=0.5)
     model.model(token, cache)
     assert len(calls) == 2 * traces + 2  # two of another form: from the layer before, and to the one after

@@ -174,6 +174,21 @@ def adapt_and_train(model: Qwen3ForCausalLM) -> None:
     model.model.layers[2].self_attn.o_proj.up = mx.ones((2, 64))
 
 
+def rescale_adapter(model: Qwen3ForCausalLM) -> None:
+    """An adapter that was used gets another factor, which nothing watches."""
+    adapt_and_train(model)
+    attention = model.model.layers[2].self_attn
+    attention.o_proj.scale = 0.3
+    attention.o_proj = attention.o_proj
+
+
+def replace_embeddings(model: Qwen3ForCausalLM) -> None:
+    """By others, which also give the logits."""
+    embeddings = nn.Embedding(model.config.vocab_size, 64)
+    embeddings.weight = mx.random.normal((model.config.vocab_size, 64), key=mx.random.key(3))
+    model.model.embed_tokens = embeddings
+
+
 def replace_deep_down(model: Qwen3ForCausalLM) -> None:
     """A module of a module of a layer."""
     down: nn.Module = nn.Linear(128, 64, bias=False)
@@ -218,6 +233,13 @@ CHANGES: dict[str, Callable[[Qwen3ForCausalLM], object]] = {
         model.model.layers[0].self_attn.q_norm, "weight", mx.ones_like(model.model.layers[0].self_attn.q_norm.weight)
     ),
     "a module": lambda model: setattr(model.model.layers[1], "mlp", nn.Identity()),
+    "the last norm": lambda model: setattr(model.model, "norm", nn.RMSNorm(64, eps=0.5)),
+    "the embeddings": replace_embeddings,
+    "the embeddings' numbers": lambda model: model.model.embed_tokens.weight.__setitem__(6, 7),
+    "a norm's eps": lambda model: setattr(model.model.layers[1].input_layernorm, "eps", 0.5),
+    "the eps of a head's norm": lambda model: setattr(model.model.layers[0].self_attn.k_norm, "eps", 0.5),
+    "the last norm's eps": lambda model: setattr(model.model.norm, "eps", 0.5),
+    "an adapter put in its place again": rescale_adapter,
 }
 
 

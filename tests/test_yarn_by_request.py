@@ -160,7 +160,7 @@ def test_compiled_steps_take_the_rope_of_their_cache(
     tiny: Qwen3ForCausalLM, fixed: dict[float, Qwen3ForCausalLM]
 ) -> None:
     compiled = under(tiny.config.with_yarn_by_request(), tiny)
-    compiled.model.decoder = CompiledDecoder(compiled.model.layers)
+    compiled.model.decoder = CompiledDecoder(compiled.model)
     for factor, other in fixed.items():
         ours, theirs = make_cache(compiled, yarn_factor=factor), make_cache(other)
         for start, stop in ((0, 70), (70, 71), (71, 72)):

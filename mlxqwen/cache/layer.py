@@ -17,6 +17,7 @@ __all__ = ["KVLayer"]
 _MOST_SCORES = 1 << 21
 _MOST_SCORES_ON_GPU = 1 << 23
 _SMALLEST_BLOCK = 16  # queries
+_NOTHING: tuple[Stored, Stored] = (), ()
 
 
 class KVLayer:
@@ -30,7 +31,7 @@ class KVLayer:
         self._is_plain = isinstance(storage, PlainStorage)
         self.keys: Stored = ()
         self.values: Stored = ()
-        self.unstored: tuple[Stored, Stored] = (), ()  # of the last step, if its plan stores later
+        self.unstored = _NOTHING  # of the last step, if its plan stores later
         self.plan = Step(offset=0, length=0, visible=0, capacity=0)
 
     @property
@@ -57,12 +58,19 @@ class KVLayer:
     ) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
         plan = self.plan
-        if plan.is_plain_token and self._is_plain and self.has_room(plan.capacity):
-            return self._attend_token(rotated, keys, values, plan, scale)
+        if plan.is_plain_token and self._is_plain and self.values and self.values[0].shape[2] >= plan.capacity:
+            # What most steps are, and all of it in one place: each call more would count once a layer.
+            (all_keys,), (all_values,) = self.keys, self.values
+            new, visible = plan.new_slots, plan.visible_slots
+            all_keys[new], all_values[new] = keys, values
+            self.unstored = _NOTHING
+            return mx.fast.scaled_dot_product_attention(
+                rotated, all_keys[visible], all_values[visible], scale=scale, mask=plan.mask
+            )
         new_keys, new_values = self.storage.encode(keys), self.storage.encode(values)
         self.keys, seen_keys = _store(self.keys, new_keys, plan)
         self.values, seen_values = _store(self.values, new_values, plan)
-        self.unstored = (new_keys, new_values) if plan.stores_later else ((), ())
+        self.unstored = (new_keys, new_values) if plan.stores_later else _NOTHING
         length = plan.length
         if length > 1 and self._attends_by_head(rotated):
             return attend_by_head(rotated, seen_keys[0], seen_values[0], plan, scale, self._device.cores)
@@ -82,16 +90,6 @@ class KVLayer:
             # MLX allocates what it has been asked for: all blocks at once, if it is let
             mx.eval(outputs[:-1] if self._device.overlaps_steps else outputs)
         return mx.concatenate(outputs, axis=2)
-
-    def _attend_token(self, rotated: mx.array, keys: mx.array, values: mx.array, plan: Step, scale: float) -> mx.array:
-        """`attend_rotated` of a `Step.is_plain_token`, which most steps are, into buffers with room."""
-        (all_keys,), (all_values,) = self.keys, self.values
-        new, seen = plan.new_slots, plan.visible_slots
-        all_keys[new], all_values[new] = keys, values
-        self.unstored = (), ()
-        return mx.fast.scaled_dot_product_attention(
-            rotated, all_keys[seen], all_values[seen], scale=scale, mask=plan.mask
-        )
 
     def _attends_by_head(self, queries: mx.array) -> bool:
         kernel = self._is_plain and self.plan.sink_positions is None

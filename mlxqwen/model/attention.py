@@ -12,7 +12,7 @@ from mlxqwen.files.config import ModelConfig
 from mlxqwen.model.linear import FusedLinear, fuse_children
 from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope
-from mlxqwen.model.watched import WatchedModule
+from mlxqwen.model.watched import RMSNorm, WatchedModule
 
 __all__ = ["Attention", "LayerCache"]
 
@@ -58,8 +58,8 @@ class Attention(WatchedModule):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
         return self.output(self.attend(*self.project(x, batch_size), cache))

@@ -253,7 +253,7 @@ def prepare_model(
                 model.dense_from = device.dense_from(model.head.bits)
             model.shares = shares_of(device)
         if fused and device.compiles_kernels:
-            model.model.decoder = CompiledDecoder(model.model.layers)
+            model.model.decoder = CompiledDecoder(model.model)
         return model
 
     return PreparedModel(nbytes, compute, read)

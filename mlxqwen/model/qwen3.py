@@ -27,7 +27,7 @@ from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
 from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope, rope_of, rotate
-from mlxqwen.model.watched import WatchedModule
+from mlxqwen.model.watched import RMSNorm, WatchedModule
 
 __all__ = ["DecoderLayer", "ModelCache", "Qwen3ForCausalLM", "Qwen3Model"]
 
@@ -52,9 +52,9 @@ class DecoderLayer(WatchedModule):
 
     def __init__(self, config: ModelConfig, layer: int, rope: Rope) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, rope)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.moe is not None and config.moe.routes(layer):
             self.mlp: nn.Module = SparseMoeBlock(config.hidden_size, config.moe)
         else:
@@ -107,51 +107,57 @@ class DecoderLayer(WatchedModule):
 
 
 class CompiledDecoder:
-    """All layers for one token a row; what lies between two attentions is compiled into one call.
+    """The whole model for one token a row; what lies before, between and behind attentions is compiled, one call each.
 
     Each call is given the weights that it reads, so that weights that were changed count from then on. Where a layer or
-    a module in one was replaced, the calls are made anew.
+    a module in one was replaced, or the embeddings or the last norm, the calls are made anew.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._compile(layers)
+    def __init__(self, model: Qwen3Model) -> None:
+        self._compile(_stages(model))
 
-    def _compile(self, layers: Sequence[DecoderLayer]) -> None:
-        self._assignments, self._layers = WatchedModule.assignments, tuple(layers)
+    def _compile(self, stages: list[nn.Module]) -> None:
+        self._assignments, self._stages = WatchedModule.assignments, stages
+        embeddings, *layers, norm = stages
         by_form = CompiledByForm()
         first, last = layers[0], layers[-1]
-        self._first = by_form.compile(_before, [first], first.parts_before_attention())
+        self._first = by_form.compile(_begin, [embeddings, first], [embeddings, *first.parts_before_attention()])
         self._between = [
             by_form.compile(
                 _between, [one, following], [*one.parts_after_attention(), *following.parts_before_attention()]
             )
             for one, following in pairwise(layers)
         ]
-        self._last = by_form.compile(_after, [last], last.parts_after_attention())
+        self._last = by_form.compile(_end, [last, norm], [*last.parts_after_attention(), norm])
 
-    def __call__(self, x: mx.array, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> mx.array:
-        """`[B, hidden_size]` → `[B, hidden_size]` through the model's layers, which may be others by now."""
-        if self._assignments != WatchedModule.assignments or not self._has_compiled(layers):
-            self._compile(layers)
-        rope, scale = layers[0]["self_attn"].rotation(caches[0])
+    def __call__(self, tokens: mx.array, model: Qwen3Model, caches: Sequence[LayerCache]) -> mx.array:
+        """`[B]` → `[B, hidden_size]`, normalised, through the model's modules, which may be others by now."""
+        stages = _stages(model)
+        if self._assignments != WatchedModule.assignments or not self._has_compiled(stages):
+            self._compile(stages)
+        rope, scale = stages[1]["self_attn"].rotation(caches[0])
         wavelengths, position = rope.wavelengths, caches[0].position
-        queries, rotated, keys, values = self._first(x, wavelengths, position)
+        x, queries, rotated, keys, values = self._first(tokens, wavelengths, position)
         for between, cache in zip(self._between, caches, strict=False):
             attended = cache.attend_rotated(queries, rotated, keys, values, rope, scale)
             x, queries, rotated, keys, values = between(x, attended, wavelengths, position)
         return self._last(x, caches[-1].attend_rotated(queries, rotated, keys, values, rope, scale))
 
-    def _has_compiled(self, layers: Sequence[DecoderLayer]) -> bool:
-        return len(layers) == len(self._layers) and all(map(is_, layers, self._layers))
+    def _has_compiled(self, stages: list[nn.Module]) -> bool:
+        return len(stages) == len(self._stages) and all(map(is_, stages, self._stages))
+
+
+def _stages(model: Qwen3Model) -> list[nn.Module]:
+    """What tokens go through, first to last."""
+    return [model["embed_tokens"], *model["layers"], model["norm"]]
 
 
 _Arrays: TypeAlias = tuple[mx.array, ...]
 
 
-def _before(layer: DecoderLayer) -> Callable[[mx.array, mx.array, mx.array], _Arrays]:
-    def run(x: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
-        queries, keys, values = layer.before_attention(x, x.shape[0])
-        return queries, rotate(queries, wavelengths, position), rotate(keys, wavelengths, position), values
+def _begin(embeddings: nn.Module, layer: DecoderLayer) -> Callable[[mx.array, mx.array, mx.array], _Arrays]:
+    def run(tokens: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
+        return _before(layer, embeddings(tokens), wavelengths, position)
 
     return run
 
@@ -159,17 +165,20 @@ def _before(layer: DecoderLayer) -> Callable[[mx.array, mx.array, mx.array], _Ar
 def _between(
     layer: DecoderLayer, following: DecoderLayer
 ) -> Callable[[mx.array, mx.array, mx.array, mx.array], _Arrays]:
-    before = _before(following)
-
     def run(x: mx.array, attended: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
-        x = layer.after_attention(x, attended)
-        return x, *before(x, wavelengths, position)
+        return _before(following, layer.after_attention(x, attended), wavelengths, position)
 
     return run
 
 
-def _after(layer: DecoderLayer) -> Callable[[mx.array, mx.array], mx.array]:
-    return layer.after_attention
+def _end(layer: DecoderLayer, norm: nn.Module) -> Callable[[mx.array, mx.array], mx.array]:
+    return lambda x, attended: norm(layer.after_attention(x, attended))
+
+
+def _before(layer: DecoderLayer, x: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
+    """`x`, and what attention takes: queries, the same rotated, rotated keys, and values."""
+    queries, keys, values = layer.before_attention(x, x.shape[0])
+    return x, queries, rotate(queries, wavelengths, position), rotate(keys, wavelengths, position), values
 
 
 class Qwen3Model(nn.Module):
@@ -187,7 +196,7 @@ class Qwen3Model(nn.Module):
         rope = rope_of(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.decoder: CompiledDecoder | None = None
 
     def __call__(
@@ -200,7 +209,6 @@ class Qwen3Model(nn.Module):
         after_layer: Callable[[int, mx.array], object] | None = None,
     ) -> mx.array:
         _check_tokens(tokens)
-        layers = self.layers
         B, L = tokens.shape
         caches: Sequence[LayerCache] | None = None
         if cache is not None:
@@ -215,17 +223,16 @@ class Qwen3Model(nn.Module):
         if last_only and lengths is not None and 0 < min(lengths) < L:
             packing = Packing(lengths, L)
             tokens = packing.pack(tokens)
-        hidden = self.embed_tokens(tokens)
         if L == 1 and caches is not None and self.decoder is not None:
-            hidden = self.decoder(hidden, layers, caches)
-        else:
-            of_layers: Sequence[LayerCache | None] = caches or [None] * len(layers)
-            for index, (layer, layer_cache) in enumerate(zip(layers[:-1], of_layers[:-1], strict=True)):
-                hidden = layer(hidden, B, layer_cache, packing=packing)
-                if after_layer is not None:
-                    after_layer(index, hidden)
-            last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
-            hidden = layers[-1](hidden, B, of_layers[-1], last, packing)
+            return self.decoder(tokens, self, caches).reshape(B, 1, -1)
+        layers, hidden = self.layers, self.embed_tokens(tokens)
+        of_layers: Sequence[LayerCache | None] = caches or [None] * len(layers)
+        for index, (layer, layer_cache) in enumerate(zip(layers[:-1], of_layers[:-1], strict=True)):
+            hidden = layer(hidden, B, layer_cache, packing=packing)
+            if after_layer is not None:
+                after_layer(index, hidden)
+        last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
+        hidden = layers[-1](hidden, B, of_layers[-1], last, packing)
         return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
 
 
@@ -299,7 +306,7 @@ class Qwen3ForCausalLM(nn.Module):
     @property
     def head(self) -> nn.Module:
         """What gives the logits: `lm_head`, or the embeddings where they are tied."""
-        head: nn.Module = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        head: nn.Module = self["model"]["embed_tokens"] if self.config.tie_word_embeddings else self["lm_head"]
         return head
 
     @property
