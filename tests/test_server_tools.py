@@ -8,7 +8,8 @@ import pytest
 
 from mlxqwen.engine.engine import Engine
 from mlxqwen.errors import MessagesError
-from tests.serving import CHAT, Served, ask
+from mlxqwen.text.tokenizer import Tokenizer
+from tests.serving import CHAT, Served, ask, serving
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 WRONG: tuple[Any, ...] = ([], "{}", 5, [{"type": "object"}])
@@ -58,6 +59,32 @@ def test_tools_that_are_left_out_are_counted(served: Served, path: str, place: s
     response = served.client.post(path, json={"model": "demo", **body})
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith(f"{place}: found 'a<b'")
+
+
+WALKING = """
+{%- for tool in tools or [] %}{% for name in tool.function.parameters.properties.keys() %}{{ name }}{% endfor %}
+{%- endfor %}{% for message in messages %}{{ message.role + message.content }}{% endfor %}{{ style | default('') + '' }}
+"""
+
+
+def test_what_the_template_fails_on_is_named_in_the_words_of_each_api(demo: Any) -> None:
+    model, tokenizer = demo
+    with serving(Engine(model, Tokenizer(tokenizer._backend, {}, {"default": WALKING}))) as served:
+        for path, place in (
+            (CHAT, "tools[1].function.parameters.properties"),
+            (RESPONSES, "tools[1].parameters.properties"),
+            (MESSAGES, "tools[1].input_schema.properties"),
+        ):
+            tools = [{"type": "web_search"}, tool(path, "f", schema={"type": "object", "properties": []})]
+            error = served.client.post(path, json={"model": "demo", **asked(path, tools)}).json()["error"]
+            said = (
+                f"{place}: found a list: the chat template raises an error: 'list object' has no attribute 'keys'. A "
+            )
+            assert error["message"].startswith(said)
+            assert error.get("param", place) == place
+        error = served.refused({**ask(), "chat_template_kwargs": {"style": 5}})
+        assert error["param"] == "chat_template_kwargs.style"
+        assert error["message"].startswith("chat_template_kwargs.style: found a number: the chat template raises")
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])

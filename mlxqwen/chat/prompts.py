@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxqwen.chat.turns import (
     without_old_reasoning,
     without_oldest_turns,
 )
+from mlxqwen.chat.unrendered import naming_what_fails
 from mlxqwen.checks import check_flag
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
 from mlxqwen.files.json_file import json_kind, shown
@@ -108,20 +109,32 @@ def render_prompt(
     prepared[-1] = split_reasoning(prepared[-1])  # so that a closed think block is no content to go on with
     goes_on = _goes_on(prepared, continue_final_message)
     values: dict[str, Any] = {"tools": schemas or None, "enable_thinking": thinking, **more}
-    _check_shown(tokenizer, prepared, **values)
-    values["trust_special_tokens"] = trust_special_tokens
-    begun = _BEGUN_THOUGHT.match(prepared[-1]["content"] or "") if goes_on and len(prepared) > 1 else None
-    if begun is not None and knows_think_blocks(tokenizer, tools=bool(schemas)):
-        asked = {**values, "add_generation_prompt": True, "enable_thinking": thinking or None}
-        before: list[int] = tokenizer.apply_chat_template(prepared[:-1], **asked)
-        return [*before, *_thought_ids(tokenizer, before, begun[1], trust_special_tokens)]
-    ids: list[int] = tokenizer.apply_chat_template(
-        prepared,
-        add_generation_prompt=add_generation_prompt and not goes_on,
-        continue_final_message=goes_on,
-        **values,
-    )
-    return ids
+    with _naming_what_fails(tokenizer, prepared, values):
+        _check_shown(tokenizer, prepared, **values)
+        values["trust_special_tokens"] = trust_special_tokens
+        begun = _BEGUN_THOUGHT.match(prepared[-1]["content"] or "") if goes_on and len(prepared) > 1 else None
+        if begun is not None and knows_think_blocks(tokenizer, tools=bool(schemas)):
+            asked = {**values, "add_generation_prompt": True, "enable_thinking": thinking or None}
+            before: list[int] = tokenizer.apply_chat_template(prepared[:-1], **asked)
+            return [*before, *_thought_ids(tokenizer, before, begun[1], trust_special_tokens)]
+        ids: list[int] = tokenizer.apply_chat_template(
+            prepared,
+            add_generation_prompt=add_generation_prompt and not goes_on,
+            continue_final_message=goes_on,
+            **values,
+        )
+        return ids
+
+
+def _naming_what_fails(
+    tokenizer: Tokenizer, messages: Sequence[Message], values: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """See `naming_what_fails`."""
+
+    def render(some: Sequence[Message], others: Mapping[str, Any]) -> str:
+        return _renderer(tokenizer, others)(some)
+
+    return naming_what_fails(messages, dict(values), render)
 
 
 def _check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +152,9 @@ def check_messages(tokenizer: Tokenizer, messages: Messages) -> None:
     """
     messages = prepare_for(tokenizer, messages)
     check_conversation(messages)
-    _check_shown(tokenizer, without_old_reasoning(messages))
+    prepared = without_old_reasoning(messages)
+    with _naming_what_fails(tokenizer, prepared, {}):
+        _check_shown(tokenizer, prepared)
 
 
 def _check_shown(tokenizer: Tokenizer, prepared: Sequence[Message], **values: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlxqwen.chat.turns import CALL_FORM, ROLES
+from mlxqwen.chat.unrendered import words_of
 from mlxqwen.errors import MessagesError, MlxqwenError, TemplateError
 from mlxqwen.files.json_file import json_kind, parse_json
 from mlxqwen.text.messages import Message, prepare_messages, to_plain_json
@@ -63,8 +64,9 @@ def _why_raised(error: TemplateError, messages: Sequence[Message], odd: Sequence
         return error
     for i, found, hint in odd:
         if _raises(render, messages[: i + 1]):
-            words = error.problem.removeprefix("chat template: ")
-            return MessagesError(f"messages[{i}]: {found}: the chat template raises an error: {words}", hint=hint)
+            return MessagesError(
+                f"messages[{i}]: {found}: the chat template raises an error: {words_of(error)}", hint=hint
+            )
     return error
 
 
@@ -79,7 +81,7 @@ def fate_of_content(messages: Sequence[Mapping[str, Any]], index: int, render: R
     try:
         text = render([*before, Message({"content": None, **plain})])
     except TemplateError as error:
-        return f"the chat template raises an error: {error.problem.removeprefix('chat template: ')}"
+        return f"the chat template raises an error: {words_of(error)}"
     if text == without:
         return "the chat template would drop it in silence"
     return "the chat template would write it as Python does, or a part of it alone"

@@ -126,7 +126,8 @@ def _own_error(error: MlxqwenError) -> ApiError:
 
 def _by_kind(error: MlxqwenError, message: str) -> ApiError:
     found = _PARAM.match(f"{error.problem} ")
-    param = None if found is None else _PARAMS.get(found[1], found[1])
+    head, dot, rest = ("", "", "") if found is None else found[1].partition(".")
+    param = None if found is None else _PARAMS.get(head, head) + dot + rest
     if found is not None and param is not None and message.startswith(found[1]):
         message = param + message[len(found[1]) :]
     if isinstance(error, ContextLengthError):

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from mlxqwen.errors import MessagesError, TemplateError
+from mlxqwen.errors import MessagesError, TemplateError, one_line
 from mlxqwen.files.json_file import parse_json
 from mlxqwen.text.sandbox import render
 
 __all__ = ["render_chat"]
 
 _SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+_LONGEST_WORDS = 200
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
@@ -87,7 +88,7 @@ def _for_lack_of_content(
         )
     except TemplateError:
         return error
-    words = error.problem.removeprefix("chat template: ")
+    words = one_line(error.problem.removeprefix("chat template: "), _LONGEST_WORDS)
     return MessagesError(
         f"messages[{lacking[0]}]: content: found none, expected text: the chat template raises an error: {words}",
         hint='Give text; "" is an empty turn. Only an assistant that calls tools or thinks may lack content.',

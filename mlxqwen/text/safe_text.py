@@ -133,7 +133,7 @@ class SafeChatEncoder:
                 source, messages, tools=tools, variables={**own, **variables}, replacements=self._placeholders, **flags
             )
         except TemplateError as error:
-            raise TemplateError(self._restore_escaped(error.problem), hint=error.hint) from error
+            raise type(error)(self._restore_escaped(error.problem), hint=error.hint) from error
         return self._encode_rendered(text)
 
     def _encode_rendered(self, text: str) -> list[int]:

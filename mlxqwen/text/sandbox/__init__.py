@@ -16,7 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["render"]
+from mlxqwen.errors import TemplateError
+
+__all__ = ["RenderError", "render"]
+
+
+class RenderError(TemplateError):
+    """A template that failed on what it was given, in words of Jinja or Python."""
 
 
 def render(source: str, variables: Mapping[str, Any], *, replacements: Mapping[str, str] | None = None) -> str:
@@ -28,7 +34,8 @@ def render(source: str, variables: Mapping[str, Any], *, replacements: Mapping[s
         replacements: texts in the template's own literals → what stands in their place; variables are left alone.
 
     Raises:
-        TemplateError: the template is broken, forbidden, too expensive, or raises an exception of its own.
+        RenderError: the template fails on the variables.
+        TemplateError: it is broken, forbidden, too expensive, or raises an exception of its own.
     """
     from mlxqwen.text.sandbox.environment import render_template
 

@@ -16,6 +16,7 @@ from jinja2.filters import _GroupTuple
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from mlxqwen.errors import TemplateError
+from mlxqwen.text.sandbox import RenderError
 from mlxqwen.text.sandbox.meter import Meter, MeteredContext, forbidden, length, too_expensive, weigh
 from mlxqwen.text.sandbox.operations import (
     METHODS,
@@ -201,4 +202,4 @@ def render_template(source: str, variables: Mapping[str, Any], replacements: tup
         raise TemplateError(f"chat template: line {error.lineno}: {error.message}") from error
     except Exception as error:
         kind = [] if isinstance(error, jinja2.TemplateError) else [type(error).__name__]
-        raise TemplateError(": ".join(["chat template", *kind, str(error) or "failed"])) from error
+        raise RenderError(": ".join(["chat template", *kind, str(error) or "failed"])) from error
