@@ -68,6 +68,11 @@ class Device:
         return self.is_gpu
 
     @property
+    def has_fast_kernels(self) -> bool:
+        """Whether a norm or rotation of `mx.fast` is one kernel. A CPU has it spelled out in a dozen primitives."""
+        return self.is_gpu
+
+    @property
     def attends_by_head(self) -> bool:
         """Whether attention of many float32 queries is computed by the heads that share keys, each core some of them.
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlxqwen.cache import KVCache, make_cache
 from mlxqwen.files.config import ModelConfig
+from mlxqwen.model.attention import LayerCache
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.model.rope import Rope
@@ -71,8 +72,14 @@ def attend(cache: KVCache, rows: Sequence[Row], spans: Sequence[tuple[int, int]]
     ]
     ragged = None if lengths == [length] * len(rows) else lengths
     (layer,) = cache.begin(len(rows), length, ragged)
-    output = to_numpy(layer.attend(*padded, rope=rope, scale=SCALE))
+    output = to_numpy(attended(layer, padded, rope))
     return [output[place][:, :count] for place, count in enumerate(lengths)]
+
+
+def attended(layer: LayerCache, new: Sequence[mx.array], rope: Rope, scale: float = SCALE) -> mx.array:
+    """What new queries get, of these, keys and values, none of them rotated."""
+    queries, keys, values = new
+    return layer.attend(queries, layer.rotate(queries, rope), layer.rotate(keys, rope), values, rope, scale)
 
 
 def stored_as(kv_bits: int | None, dtype: mx.Dtype = mx.float32) -> Callable[[Floats], Floats]:

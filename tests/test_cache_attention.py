@@ -25,6 +25,7 @@ from tests.one_layer_cache import (
     THETA,
     Row,
     attend,
+    attended,
     expected,
     new_cache,
     placements,
@@ -124,7 +125,7 @@ def sink_logits(cache: KVCache, row: Row, at: int, keep: int, chunk: int, *, rot
     if not rotate:
         layer.plan.sink_positions = None
     last = [mx.array(part[None, :, at : at + 1].astype(np.float32)) for part in (queries, keys, values)]
-    weights = to_numpy(layer.attend(*last, rope=Rope(HEAD_DIM, THETA), scale=SCALE))[0, :, 0]
+    weights = to_numpy(attended(layer, last, Rope(HEAD_DIM, THETA)))[0, :, 0]
     return np.log(weights[:, :keep] / weights[:, keep : keep + 1])
 
 
@@ -170,7 +171,7 @@ def test_narrow_dtypes_stay_narrow_and_near(
     for length in (20, 8, 15, 1, 1):
         (layer,) = cache.begin(1, length)
         new = [part[:, :, start : start + length] for part in parts]
-        outputs.append(layer.attend(*new, rope=Rope(HEAD_DIM, THETA), scale=SCALE))
+        outputs.append(attended(layer, new, Rope(HEAD_DIM, THETA)))
         start += length
     found = mx.concatenate(outputs, axis=2)[0]
     assert {array.dtype for array in (found, *cache.state)} == {dtype, *([mx.uint32] if kv_bits else [])}

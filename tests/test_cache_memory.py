@@ -25,9 +25,9 @@ from tests.one_layer_cache import (
     HEADS,
     KV_BITS,
     KV_HEADS,
-    SCALE,
     THETA,
     attend,
+    attended,
     model,
     new_cache,
     new_cache_for,
@@ -134,7 +134,7 @@ def decoded(cache: KVCache, tokens: int = 1) -> None:
     for _ in range(tokens):
         (layer,) = cache.begin(cache.batch_size, 1)
         new = [mx.ones((cache.batch_size, heads, 1, HEAD_DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        mx.eval(layer.attend(*new, rope=Rope(HEAD_DIM, THETA), scale=SCALE), cache.state)
+        mx.eval(attended(layer, new, Rope(HEAD_DIM, THETA)), cache.state)
 
 
 @pytest.mark.parametrize("offsets", [[4000], [4000, 4000], [4000, 3000, 5]])
@@ -214,7 +214,7 @@ def test_the_scores_of_a_chunk_are_never_all_there(
 
     def step() -> None:
         (layer,) = cache.begin(1, length)
-        mx.eval(layer.attend(*chunk, rope=rope, scale=SCALE), cache.state)
+        mx.eval(attended(layer, chunk, rope), cache.state)
 
     cache.reserve(2048)
     step()

@@ -15,6 +15,7 @@ from mlxqwen.errors import CacheError
 from mlxqwen.model.qwen3 import ModelCache, Qwen3ForCausalLM
 from mlxqwen.model.rope import Rope
 from tests.conftest import random_model
+from tests.one_layer_cache import attended
 from tests.tolerance import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
@@ -36,7 +37,7 @@ def tokens(rows: int, count: int) -> list[mx.array]:
 def feed(cache: ModelCache, rows: int, parts: list[mx.array]) -> mx.array:
     """One step of all layers with the same tokens → what the last one's queries get."""
     layers: Any = cache.begin(rows, parts[0].shape[2])
-    return [layer.attend(*parts, rope=ROPE, scale=HEAD_DIM**-0.5) for layer in layers][-1]
+    return [attended(layer, parts, ROPE) for layer in layers][-1]
 
 
 def held(cache: KVCache) -> list[Any]:

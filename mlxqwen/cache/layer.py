@@ -8,7 +8,7 @@ from mlxqwen.cache.by_head import attend_by_head
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.device import current_device
-from mlxqwen.model.rope import Rope
+from mlxqwen.model.rope import Rope, turned
 
 __all__ = ["KVLayer"]
 
@@ -48,12 +48,12 @@ class KVLayer:
         """Whether there are buffers of so many slots."""
         return bool(self.values) and self.values[0].shape[2] >= capacity
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
+    def rotate(self, x: mx.array, rope: Rope) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
-        offset = self.plan.offset
-        return self.attend_rotated(queries, rope(queries, offset), rope(keys, offset), values, rope, scale)
+        plan = self.plan
+        return rope(x, plan.offset) if self._device.has_fast_kernels else turned(x, plan.turns(rope))
 
-    def attend_rotated(
+    def attend(
         self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, rope: Rope, scale: float
     ) -> mx.array:
         """See `mlxqwen.model.attention.LayerCache`."""
@@ -153,8 +153,8 @@ def _store(stored: Stored, new: Stored, plan: Step) -> tuple[Stored, Stored]:
         return tuple(mx.take_along_axis(part, slots, axis=2) for part in whole), whole
     buffers = stored if stored and stored[0].shape[2] >= plan.capacity else _with_room(stored, new, plan.capacity)
     if isinstance(plan.write_at, mx.array):
-        start = plan.write_at
-        buffers = tuple([_scattered(buffer, part, start) for buffer, part in zip(buffers, new, strict=True)])
+        pairs = zip(buffers, new, strict=True)
+        buffers = tuple([mx.put_along_axis(buffer, plan.slots_like(part), part, axis=2) for buffer, part in pairs])
     else:
         for buffer, part in zip(buffers, new, strict=True):
             buffer[plan.new_slots] = part
@@ -175,8 +175,3 @@ def _with_room(stored: Stored, like: Stored, capacity: int) -> Stored:
     filled = stored[0].shape[2] if stored else 0
     rooms = [mx.zeros((*part.shape[:2], capacity - filled, part.shape[3]), dtype=part.dtype) for part in like]
     return _beside(stored, tuple(rooms), filled)
-
-
-def _scattered(buffer: mx.array, new: mx.array, slots: mx.array) -> mx.array:
-    """`buffer` with token `l` of row `b` in slot `slots[b, l]`."""
-    return mx.put_along_axis(buffer, mx.broadcast_to(slots[:, None, :, None], new.shape), new, axis=2)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import mlx.core as mx
+
+from mlxqwen.model.rope import Rope, Turns, turns
 
 __all__ = ["LinearPlacement", "Placement", "RingPlacement", "Step", "slots_to_allocate"]
 
@@ -56,6 +59,8 @@ class Step:
     sink_positions: mx.array | None = None
     sinks: mx.array | None = None
     stores_later: bool = False
+    _turns: tuple[Rope, Turns] | None = field(default=None, init=False, repr=False, compare=False)
+    _slots: mx.array | None = field(default=None, init=False, repr=False, compare=False)
 
     @cached_property
     def position(self) -> mx.array:
@@ -77,6 +82,18 @@ class Step:
     def visible_slots(self) -> tuple[slice, ...]:
         """What queries look at of a buffer `[B, heads, S, …]`."""
         return slice(None), slice(None), slice(self.visible)
+
+    def turns(self, rope: Rope) -> Turns:
+        """What the new tokens are rotated by, made once for all layers."""
+        if self._turns is None or self._turns[0] is not rope:
+            self._turns = rope, turns(rope.wavelengths, self.offset, self.length)
+        return self._turns[1]
+
+    def slots_like(self, new: mx.array) -> mx.array:
+        """The slots `write_at` in the shape of new tokens `[B, heads, L, …]`, made once for all layers."""
+        if self._slots is None or self._slots.shape != new.shape:
+            self._slots = mx.broadcast_to(cast(mx.array, self.write_at)[:, None, :, None], new.shape)
+        return self._slots
 
     @cached_property
     def mask_array(self) -> mx.array | None:

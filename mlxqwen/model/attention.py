@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +16,11 @@ from mlxqwen.model.packing import Packing
 from mlxqwen.model.rope import Rope
 from mlxqwen.model.watched import RMSNorm, WatchedModule
 
-__all__ = ["Attention", "LayerCache"]
+__all__ = ["Attention", "LayerCache", "Rotation"]
+
+
+Rotation: TypeAlias = Callable[[mx.array], mx.array]
+"""Rotates queries or keys `[B, heads, L, head_dim]` to where they stand."""
 
 
 class LayerCache(Protocol):
@@ -30,18 +36,22 @@ class LayerCache(Protocol):
         """Where the first token of this step stands: int32, one for all rows or `[B]`."""
         ...
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, rope: Rope, scale: float) -> mx.array:
-        """Rotate and store the new keys and values, and attend to all that each query may see.
-
-        `queries` is `[B, num_attention_heads, L, head_dim]`, `keys` and `values` are
-        `[B, num_key_value_heads, L, head_dim]`, none of them rotated; the result has the shape of `queries`.
-        """
+    def rotate(self, x: mx.array, rope: Rope) -> mx.array:
+        """Rotate queries or keys of this step, `[B, heads, L, head_dim]`, to where they stand."""
         ...
 
-    def attend_rotated(
+    def attend(
         self, queries: mx.array, rotated: mx.array, keys: mx.array, values: mx.array, rope: Rope, scale: float
     ) -> mx.array:
-        """`attend` where `rotated` are the queries at their positions, and the keys are rotated to theirs."""
+        """Store the new keys and values, and attend to all that each query may see → the shape of `queries`.
+
+        Args:
+            queries: `[B, num_attention_heads, L, head_dim]`, not rotated.
+            rotated: the queries at their positions.
+            keys, values: `[B, num_key_value_heads, L, head_dim]`; the keys at their positions.
+            rope: what queries are rotated by that look from elsewhere.
+            scale: of the products.
+        """
         ...
 
 
@@ -54,6 +64,7 @@ class Attention(WatchedModule):
         self.num_attention_heads, self.num_key_value_heads = heads, kv_heads
         self.rope = rope
         self.head_dim = head_dim
+        self.joins_heads = False
         self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
@@ -62,12 +73,12 @@ class Attention(WatchedModule):
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, batch_size: int, cache: LayerCache | None = None) -> mx.array:
-        return self.output(self.attend(*self.project(x, batch_size), cache))
+        return self.output(self.attend(*self.project(x, batch_size, self.rotation(cache)), cache))
 
     def project(
-        self, x: mx.array, batch_size: int, packing: Packing | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, num_attention_heads, L, head_dim]`, keys and values, not rotated; `x` may be packed."""
+        self, x: mx.array, batch_size: int, rotate: Rotation, packing: Packing | None = None
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Queries `[B, heads, L, head_dim]`, the same rotated, keys, rotated, and values; `x` may be packed."""
         if "qkv_proj" in self:
             qkv = self["qkv_proj"](x)
         else:
@@ -76,24 +87,46 @@ class Attention(WatchedModule):
             qkv = packing.unpack(qkv)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         by_head = _split_heads(qkv, batch_size, heads + 2 * kv_heads)
+        if self.joins_heads:
+            both, values = mx.split(by_head, [heads + kv_heads], axis=1)
+            both = self._norm_together(both)
+            rotated, keys = mx.split(rotate(both), [heads], axis=1)
+            return both[:, :heads], rotated, keys, values
         queries, keys, values = mx.split(by_head, [heads, heads + kv_heads], axis=1)
-        return self["q_norm"](queries), self["k_norm"](keys), values
+        queries = self["q_norm"](queries)
+        return queries, rotate(queries), rotate(self["k_norm"](keys)), values
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache | None = None) -> mx.array:
+    def _norm_together(self, both: mx.array) -> mx.array:
+        """`q_norm` of the first heads and `k_norm` of the others, `[B, heads + kv_heads, L, head_dim]`."""
+        shape = (1, self.head_dim)
+        weights = [
+            mx.broadcast_to(self["q_norm"]["weight"], (self.num_attention_heads, *shape)),
+            mx.broadcast_to(self["k_norm"]["weight"], (self.num_key_value_heads, *shape)),
+        ]
+        return mx.fast.rms_norm(both, None, self["q_norm"].eps) * mx.concatenate(weights)
+
+    def attend(
+        self,
+        queries: mx.array,
+        rotated: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: LayerCache | None = None,
+    ) -> mx.array:
         """The mix of values that each query sees → the shape of `queries`."""
-        rope, scale = self.rotation(cache)
+        rope, scale = self.rope_and_scale(cache)
         if cache is not None:
-            return cache.attend(queries, keys, values, rope=rope, scale=scale)
-        return mx.fast.scaled_dot_product_attention(
-            rope(queries, 0),
-            rope(keys, 0),
-            values,
-            scale=scale,
-            mask="causal" if queries.shape[2] > 1 else None,
-        )
+            return cache.attend(queries, rotated, keys, values, rope, scale)
+        mask = "causal" if queries.shape[2] > 1 else None
+        return mx.fast.scaled_dot_product_attention(rotated, keys, values, scale=scale, mask=mask)
 
-    def rotation(self, cache: LayerCache | None) -> tuple[Rope, float]:
-        """What rotates queries and keys, and what their products are multiplied by."""
+    def rotation(self, cache: LayerCache | None) -> Rotation:
+        """What rotates the queries and keys of a step."""
+        rope, _ = self.rope_and_scale(cache)
+        return partial(rope, offset=0) if cache is None else partial(cache.rotate, rope=rope)
+
+    def rope_and_scale(self, cache: LayerCache | None) -> tuple[Rope, float]:
+        """The RoPE of queries and keys, and what their products are multiplied by."""
         rope = self.rope if cache is None or cache.rope is None else cache.rope
         return rope, self.head_dim**-0.5 * rope.score_factor
 
@@ -103,7 +136,8 @@ class Attention(WatchedModule):
         return self["o_proj"](merged if packing is None else packing.pack(merged))
 
     def fuse(self, device: Device) -> None:
-        """Fuse the projections of the input, if they are quantized alike."""
+        """Fuse the projections of the input, if they are quantized alike, and the norms where that saves primitives."""
+        self.joins_heads = not device.has_fast_kernels and self.q_norm.eps == self.k_norm.eps
         fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear, device)
         fuse_children(self, ("o_proj",), "o_proj", FusedLinear, device)
 

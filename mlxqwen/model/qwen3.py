@@ -19,7 +19,7 @@ from mlxqwen.device import NEVER, Device
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.files.config import GenerationConfig, ModelConfig
 from mlxqwen.forks import check_process
-from mlxqwen.model.attention import Attention, LayerCache
+from mlxqwen.model.attention import Attention, LayerCache, Rotation
 from mlxqwen.model.compiled import CompiledByForm
 from mlxqwen.model.cores import Shares
 from mlxqwen.model.linear import quantized_product
@@ -72,7 +72,9 @@ class DecoderLayer(WatchedModule):
 
         Where `x` is packed, `[N, hidden_size]` → `[N, hidden_size]`.
         """
-        attended = self["self_attn"].attend(*self.before_attention(x, batch_size, packing), cache)
+        attention = self["self_attn"]
+        before = self.before_attention(x, batch_size, attention.rotation(cache), packing)
+        attended = attention.attend(*before, cache)
         if positions is not None:
             x, packing = x if packing is None else packing.unpack(x), None
             by_row, index = x.reshape(batch_size, -1, x.shape[-1]), positions[:, None, None]
@@ -81,10 +83,10 @@ class DecoderLayer(WatchedModule):
         return self.after_attention(x, attended, packing)
 
     def before_attention(
-        self, x: mx.array, batch_size: int, packing: Packing | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values, `[B, heads, L, head_dim]`."""
-        return self["self_attn"].project(self["input_layernorm"](x), batch_size, packing)
+        self, x: mx.array, batch_size: int, rotate: Rotation, packing: Packing | None = None
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Queries, the same rotated, keys, rotated, and values, `[B, heads, L, head_dim]`."""
+        return self["self_attn"].project(self["input_layernorm"](x), batch_size, rotate, packing)
 
     def after_attention(self, x: mx.array, attended: mx.array, packing: Packing | None = None) -> mx.array:
         """Add the output of attention, then that of the feed-forward layer."""
@@ -135,13 +137,13 @@ class CompiledDecoder:
         stages = _stages(model)
         if self._assignments != WatchedModule.assignments or not self._has_compiled(stages):
             self._compile(stages)
-        rope, scale = stages[1]["self_attn"].rotation(caches[0])
+        rope, scale = stages[1]["self_attn"].rope_and_scale(caches[0])
         wavelengths, position = rope.wavelengths, caches[0].position
         x, queries, rotated, keys, values = self._first(tokens, wavelengths, position)
         for between, cache in zip(self._between, caches, strict=False):
-            attended = cache.attend_rotated(queries, rotated, keys, values, rope, scale)
+            attended = cache.attend(queries, rotated, keys, values, rope, scale)
             x, queries, rotated, keys, values = between(x, attended, wavelengths, position)
-        return self._last(x, caches[-1].attend_rotated(queries, rotated, keys, values, rope, scale))
+        return self._last(x, caches[-1].attend(queries, rotated, keys, values, rope, scale))
 
     def _has_compiled(self, stages: list[nn.Module]) -> bool:
         return len(stages) == len(self._stages) and all(map(is_, stages, self._stages))
@@ -177,8 +179,7 @@ def _end(layer: DecoderLayer, norm: nn.Module) -> Callable[[mx.array, mx.array],
 
 def _before(layer: DecoderLayer, x: mx.array, wavelengths: mx.array, position: mx.array) -> _Arrays:
     """`x`, and what attention takes: queries, the same rotated, rotated keys, and values."""
-    queries, keys, values = layer.before_attention(x, x.shape[0])
-    return x, queries, rotate(queries, wavelengths, position), rotate(keys, wavelengths, position), values
+    return x, *layer.before_attention(x, x.shape[0], lambda heads: rotate(heads, wavelengths, position))
 
 
 class Qwen3Model(nn.Module):

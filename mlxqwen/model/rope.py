@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TypeAlias
 
 import mlx.core as mx
 
 from mlxqwen.files.config import ModelConfig, YarnScaling
 
-__all__ = ["Rope", "rope_of", "rope_wavelengths", "rotate"]
+__all__ = ["Rope", "Turns", "rope_of", "rope_wavelengths", "rotate", "turned", "turns"]
+
+Turns: TypeAlias = tuple[mx.array, mx.array]
+"""Cosines and signed sines of the angles that tokens are rotated by."""
 
 
 def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -> list[float]:
@@ -40,6 +44,29 @@ def rope_wavelengths(head_dim: int, theta: float, scaling: YarnScaling | None) -
 def rotate(x: mx.array, wavelengths: mx.array, offset: int | mx.array) -> mx.array:
     """Rotate `x` `[B, heads, L, head_dim]`, whose first token is at `offset` (one for all, or `[B]`)."""
     return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+
+
+def turns(wavelengths: mx.array, offset: int | mx.array, length: int) -> Turns:
+    """What `rotate` multiplies `length` tokens by, float32 `[1 or B, 1, length, head_dim]`: the cosines of all angles,
+    and the sines with the signs that `turned` adds them with.
+
+    Args:
+        wavelengths: `[head_dim / 2]`.
+        offset: the position of the first token, one for all rows or `[B]`.
+        length: tokens a row.
+    """
+    first = mx.array(offset, dtype=mx.float32).reshape(-1, 1, 1)
+    positions = first + mx.arange(length, dtype=mx.float32)
+    angles = positions[..., None] * mx.reciprocal(wavelengths)
+    cosines, sines = mx.cos(angles), mx.sin(angles)
+    return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
+
+
+def turned(x: mx.array, by: Turns) -> mx.array:
+    """`x` `[B, heads, L, head_dim]` rotated as `rotate` does, to the last bit, by `turns` that layers share."""
+    cosines, sines = (part.astype(x.dtype) for part in by)
+    half = x.shape[-1] // 2
+    return x * cosines + mx.concatenate([x[..., half:], x[..., :half]], axis=-1) * sines
 
 
 class Rope:
