@@ -124,6 +124,34 @@ def test_plain_fused_and_compiled_models_are_one(tmp_path: Path, name: str) -> N
                 )
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_queries_and_keys_that_are_normed_and_rotated_together_are_the_same_to_the_last_bit(
+    tmp_path: Path, name: str
+) -> None:
+    model = load_model(folder_of(tmp_path, *MODELS[name]), device=CPU)
+    ids = mx.array([prompt(20, 96, seed) for seed in range(3)])
+    found = []
+    for together in (True, False):
+        for layer in model.layers:
+            assert layer.self_attn.joins_heads
+            layer.self_attn.joins_heads = together
+        found.append(logits_in_steps(model, make_cache(model, batch_size=3), ids))
+        for layer in model.layers:
+            layer.self_attn.joins_heads = True
+    assert mx.array_equal(*found)
+
+
+def test_layers_share_the_angles_of_a_step_on_a_cpu(tmp_path: Path) -> None:
+    """MLX's own rotation is spelled out there, and would find them twice a layer."""
+    model = load_model(folder_of(tmp_path, WIDE_DENSE), device=CPU)
+    cache = make_cache(model, batch_size=2)
+    mx.eval(model(mx.array([[1, 2, 3], [4, 5, 6]]), cache, lengths=[3, 2]), cache.state)
+    logits = model.model(mx.array([[7], [8]]), cache)
+    counts = count_primitives([logits, *cache.state])
+    assert (counts["Cos"], counts["Sin"]) == (1, 1)
+    assert counts["Rsqrt"] == 3 * len(model.layers) + 1
+
+
 @can_compile
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_same(tmp_path: Path, name: str) -> None:

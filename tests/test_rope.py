@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxqwen.files.config import ModelConfig, YarnScaling
-from mlxqwen.model.rope import Rope, rope_wavelengths
+from mlxqwen.model.rope import Rope, rope_wavelengths, turned, turns
 from tests.reference_attention import rotated
 from tests.tiny_checkpoints import DENSE
 from tests.tolerance import to_numpy, worst
@@ -104,3 +104,23 @@ def test_scores_depend_on_distance_alone() -> None:
     query, key = (mx.random.normal((1, 1, 1, 32), key=mx.random.key(seed)) for seed in (0, 1))
     scores = [(rope(query, at + 17) * rope(key, at)).sum().item() for at in (0, 100, 3000)]
     assert scores == pytest.approx([scores[0]] * 3, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("factor", [None, 4.0])
+@settings(max_examples=30, deadline=None)
+@given(
+    offsets=st.integers(0, 1 << 20) | st.lists(st.integers(0, 1 << 17), min_size=3, max_size=3),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 1 << 30),
+)
+def test_turns_that_layers_share_rotate_to_the_last_bit(
+    factor: float | None, dtype: mx.Dtype, offsets: int | list[int], length: int, seed: int
+) -> None:
+    """Beside MLX's own rotation, which finds the angles each time."""
+    rope = Rope(32, 1e6, None if factor is None else scaling(factor))
+    x = mx.random.normal((3, 2, length, 32), key=mx.random.key(seed)).astype(dtype)
+    offset = offsets if isinstance(offsets, int) else mx.array(offsets)
+    found = turned(x, turns(rope.wavelengths, offset, length))
+    assert found.dtype == dtype
+    assert mx.array_equal(found, rope(x, offset))
