@@ -87,7 +87,7 @@ class Attention(WatchedModule):
             qkv = packing.unpack(qkv)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         by_head = _split_heads(qkv, batch_size, heads + 2 * kv_heads)
-        if self.joins_heads:
+        if self.joins_heads and self["q_norm"].eps == self["k_norm"].eps:
             both, values = mx.split(by_head, [heads + kv_heads], axis=1)
             both = self._norm_together(both)
             rotated, keys = mx.split(rotate(both), [heads], axis=1)
@@ -137,7 +137,7 @@ class Attention(WatchedModule):
 
     def fuse(self, device: Device) -> None:
         """Fuse the projections of the input, if they are quantized alike, and the norms where that saves primitives."""
-        self.joins_heads = not device.has_fast_kernels and self.q_norm.eps == self.k_norm.eps
+        self.joins_heads = not device.has_fast_kernels
         fuse_children(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", FusedLinear, device)
         fuse_children(self, ("o_proj",), "o_proj", FusedLinear, device)
 
