@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 from mlxqwen.cli import main
-from mlxqwen.cli.terminal import LoadingLine
+from mlxqwen.cli.terminal import LoadingLine, PrefillProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ def run(*arguments: str, stdin: bytes | None = b"", on_terminal: bool = False, e
     keyboard = Terminal(io.BytesIO()) if stdin is None else io.TextIOWrapper(io.BytesIO(stdin))
     with (
         library_logging_kept(),
-        patch.object(LoadingLine, "_SECONDS", 600.0),  # a busy machine would show the line at times
+        patch.object(LoadingLine, "_SECONDS", 600.0),  # a busy machine would show these lines at times
+        patch.object(PrefillProgress, "_SECONDS", 600.0),
         patch.object(sys, "argv", ["mlxqwen", *arguments]),
         patch.object(sys, "stdin", keyboard),
         patch.object(sys, "stdout", stream(out, encoding=encoding)),

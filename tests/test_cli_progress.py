@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import signal
 import threading
 import time
+from collections.abc import Generator
 
 import pytest
 
 from mlxqwen.chat.reply import Delta
+from mlxqwen.cli.chat_answer import Answer, OnPrefill, show_answer
+from mlxqwen.cli.chat_view import PlainView
 from mlxqwen.cli.terminal import LoadingLine, PrefillProgress, prefill_lines
+from mlxqwen.engine.events import Event
 from mlxqwen.status_line import StatusLine
 from tests.command_line import Terminal, run, written
 from tests.test_cli_generate import says
@@ -18,6 +23,19 @@ from tests.test_cli_generate import says
 @pytest.fixture
 def terminal() -> Terminal:
     return Terminal(io.BytesIO(), encoding="utf-8", newline="", write_through=True)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a line was drawn."""
+    event, draw = threading.Event(), StatusLine.draw
+
+    def noted(self: StatusLine, *versions: str) -> None:
+        draw(self, *versions)
+        event.set()
+
+    monkeypatch.setattr(StatusLine, "draw", noted)
+    return event
 
 
 def test_a_long_prompt_is_told_before_its_first_chunk(terminal: Terminal) -> None:
@@ -38,6 +56,33 @@ def test_a_short_prompt_is_not(terminal: Terminal) -> None:
     assert written(terminal).startswith("\rReading the prompt: 200 of 400 tokens")
 
 
+def test_a_prompt_that_is_long_turned_into_tokens_is_told(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, drawn: threading.Event
+) -> None:
+    monkeypatch.setattr(PrefillProgress, "_SECONDS", 0.0)
+    progress = PrefillProgress(terminal)
+    progress.begin()
+    assert drawn.wait(5)
+    assert written(terminal) == "\rReading the prompt"
+    progress(0, 20)
+    assert written(terminal).endswith("\r\x1b[K")
+    progress(20, 20)
+
+
+def test_ctrl_c_is_heard_while_a_prompt_of_a_chat_is_turned_into_tokens() -> None:
+    after: list[str] = []
+
+    def begins(on_prefill: OnPrefill) -> Generator[Event]:
+        signal.raise_signal(signal.SIGINT)
+        after.append("went on")
+        raise AssertionError
+
+    view = PlainView(io.StringIO(), io.StringIO(), folds_reasoning=False, count_tokens=len)
+    answer = show_answer(begins, view, stoppable=True)
+    assert answer == Answer(None, has_begun=False)
+    assert after == []
+
+
 def test_rate_and_time_left() -> None:
     long, middle, short, least = prefill_lines(1_536, 2_048, 512, 2.0)
     assert long == "Reading the prompt: 1,536 of 2,048 tokens  256 tokens/s  0:02 left"
@@ -47,16 +92,10 @@ def test_rate_and_time_left() -> None:
     assert prefill_lines(0, 10, 0, 0.0)[0] == "Reading the prompt: 0 of 10 tokens"
 
 
-def test_loading_is_told_once_it_takes_long(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_is_told_once_it_takes_long(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, drawn: threading.Event
+) -> None:
     monkeypatch.setattr(LoadingLine, "_SECONDS", 0.0)
-    drawn = threading.Event()
-    draw = StatusLine.draw
-
-    def noted(self: StatusLine, *versions: str) -> None:
-        draw(self, *versions)
-        drawn.set()
-
-    monkeypatch.setattr(StatusLine, "draw", noted)
     with LoadingLine(terminal, "Qwen/Qwen3-4B\n"):
         assert drawn.wait(5)
     assert written(terminal).startswith("\rLoading Qwen/Qwen3-4B")

@@ -44,8 +44,12 @@ def show_answer(begin: Callable[[OnPrefill], Generator[Event]], view: ChatView, 
             interrupt.raises = read < total  # a chunk that is being read is as if it had not begun
 
         shown = view.reply()
+        progress.begin()
         try:
-            with closing(begin(on_prefill)) as events:
+            interrupt.raises = True  # nothing has begun while a prompt is turned into tokens
+            events = begin(on_prefill)
+            interrupt.raises = False
+            with closing(events):
                 for event in _until(interrupt, events):
                     if isinstance(event, Done):
                         done = event

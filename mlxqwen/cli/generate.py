@@ -113,6 +113,7 @@ def _generate_one(options: Mapping[str, Any], words: PromptWords) -> int:
     progress = PrefillProgress(sys.stderr)
     try:
         engine = load_engine(options)
+        progress.begin()
         with files_named(options), closing(engine), closing(_events(engine, asked, form, options, progress)) as events:
             for event in events:
                 printer.print(event)

@@ -36,68 +36,24 @@ def count_of(number: int) -> str:
     return str(number)
 
 
-class PrefillProgress:
-    """One line on a terminal while a long prompt is read, from before its first chunk on; wiped when it is done."""
-
-    _LONG = 512  # tokens; fewer are read before a line could be
-
-    def __init__(self, stream: TextIO) -> None:
-        self._line = StatusLine(stream)
-        self._began: float | None = None
-        self._first = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if done >= total:
-            self.wipe()
-            return
-        now = time.monotonic()
-        if self._began is None:
-            self._began, self._first = now, done
-            if total - done <= self._LONG:
-                return
-        self._line.draw(*prefill_lines(done, total, done - self._first, now - self._began))
-
-    def wipe(self) -> None:
-        """Leave an empty line to whatever is written next."""
-        self._line.wipe()
-        self._began = None
-
-
-def prefill_lines(done: int, total: int, recent: int, seconds: float) -> list[str]:
-    """For example `Reading the prompt: 512 of 2,048 tokens  310 tokens/s  0:05 left`, and shorter versions.
-
-    Args:
-        done, total: tokens.
-        recent: tokens read in the last `seconds`.
-    """
-    line = f"Reading the prompt: {done:,} of {total:,} tokens"
-    rate = left = ""
-    if recent and seconds >= 0.2:
-        seconds_left = round((total - done) * seconds / recent)
-        rate = f"  {recent / seconds:.0f} tokens/s"
-        left = f"  {time_left(seconds_left)}"
-    return [line + rate + left, line + left, line, f"Prompt: {100 * done // total} %"]
-
-
-class LoadingLine:
-    """One line on a terminal while a model is loaded, once that takes half a second; wiped when something else shows.
+class DelayedLine:
+    """One line on a terminal once something takes long; wiped at the end, or when something else shows.
 
     Args:
         stream: where it stands.
-        name: the model's.
+        seconds: before it is shown.
+        versions: of the line, the longest first.
     """
 
-    _SECONDS = 0.5
-
-    def __init__(self, stream: TextIO, name: str) -> None:
+    def __init__(self, stream: TextIO, seconds: float, *versions: str) -> None:
         self._line = StatusLine(stream)
-        self._name = one_line(name)
+        self._versions = versions
         self._lock = threading.Lock()
         self._is_over = False
-        self._timer = threading.Timer(self._SECONDS, self._draw)
+        self._timer = threading.Timer(seconds, self._draw)
         self._timer.daemon = True
 
-    def __enter__(self) -> LoadingLine:
+    def __enter__(self) -> DelayedLine:
         if self._line.shows:
             self._timer.start()
         return self
@@ -116,7 +72,72 @@ class LoadingLine:
     def _draw(self) -> None:
         with self._lock:
             if not self._is_over:
-                self._line.draw(f"Loading {self._name}", "Loading")
+                self._line.draw(*self._versions)
+
+
+class LoadingLine(DelayedLine):
+    """One line on a terminal while a model is loaded, once that takes half a second.
+
+    Args:
+        stream: where it stands.
+        name: the model's.
+    """
+
+    _SECONDS = 0.5
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        super().__init__(stream, self._SECONDS, f"Loading {one_line(name)}", "Loading")
+
+
+class PrefillProgress:
+    """One line on a terminal while a long prompt is read, from before its first chunk on; wiped when it is done."""
+
+    _LONG = 512  # tokens; fewer are read before a line could be
+    _SECONDS = 1.0  # until a text that is still turned into tokens has a line
+
+    def __init__(self, stream: TextIO) -> None:
+        self._line = StatusLine(stream)
+        self._tokenizing = DelayedLine(stream, self._SECONDS, "Reading the prompt")
+        self._began: float | None = None
+        self._first = 0
+
+    def begin(self) -> None:
+        """Call before the prompt is turned into tokens, which takes seconds for millions of them."""
+        self._tokenizing.__enter__()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._tokenizing.end()
+        if done >= total:
+            self.wipe()
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began, self._first = now, done
+            if total - done <= self._LONG:
+                return
+        self._line.draw(*prefill_lines(done, total, done - self._first, now - self._began))
+
+    def wipe(self) -> None:
+        """Leave an empty line to whatever is written next."""
+        self._tokenizing.end()
+        self._line.wipe()
+        self._began = None
+
+
+def prefill_lines(done: int, total: int, recent: int, seconds: float) -> list[str]:
+    """For example `Reading the prompt: 512 of 2,048 tokens  310 tokens/s  0:05 left`, and shorter versions.
+
+    Args:
+        done, total: tokens.
+        recent: tokens read in the last `seconds`.
+    """
+    line = f"Reading the prompt: {done:,} of {total:,} tokens"
+    rate = left = ""
+    if recent and seconds >= 0.2:
+        seconds_left = round((total - done) * seconds / recent)
+        rate = f"  {recent / seconds:.0f} tokens/s"
+        left = f"  {time_left(seconds_left)}"
+    return [line + rate + left, line + left, line, f"Prompt: {100 * done // total} %"]
 
 
 class ConversionProgress:

@@ -10,7 +10,8 @@ gives it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +74,7 @@ class SafeChatEncoder:
         self._placeholders = {
             token.content: chr(code) for token, code in zip(self._tokens.values(), SURROGATES, strict=False)
         }
-        self._spellings = {ord(placeholder): spelling for spelling, placeholder in self._placeholders.items()}
+        self._spellings = {placeholder: spelling for spelling, placeholder in self._placeholders.items()}
         self._encode_trusted = encode
         self._encode_plain = encode_plain
         self._checked_templates: set[str] = set()
@@ -137,15 +138,31 @@ class SafeChatEncoder:
         return self._encode_rendered(text)
 
     def _encode_rendered(self, text: str) -> list[int]:
-        shown = text.translate(self._shown)
-        found = self._finder.encode(shown, add_special_tokens=False)
         ids: list[int] = []
         end = 0
-        for index, (start, stop) in zip(found.ids, found.offsets, strict=True):
-            ids += self._encode_plain(text[end:start].translate(self._spellings))
+        for index, start, stop in self._found(text):
+            ids += self._encode_plain(self._spelled(text[end:start]))
             ids.append(self._ids[index])
             end = stop
-        return ids + self._encode_plain(text[end:].translate(self._spellings))
+        return ids + self._encode_plain(self._spelled(text[end:]))
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The number of each placeholder that is a token, and where the token begins and ends."""
+        if not any(token.lstrip or token.rstrip or token.single_word for token in self._tokens.values()):
+            for place in self._placeholder.finditer(text):
+                yield SURROGATES.index(ord(place[0])), *place.span()
+            return
+        found = self._finder.encode(text.translate(self._shown), add_special_tokens=False)
+        for index, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            yield index, start, stop
+
+    def _spelled(self, text: str) -> str:
+        """A text with the placeholders that are no tokens in it as what they stand for."""
+        return self._placeholder.sub(lambda place: self._spellings[place[0]], text)
+
+    @cached_property
+    def _placeholder(self) -> re.Pattern[str]:
+        return re.compile("|".join(self._placeholders.values()) or "(?!)")
 
     @cached_property
     def _shown(self) -> dict[int, str]:

@@ -11,8 +11,8 @@ import codecs
 import logging
 import operator
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -31,6 +31,7 @@ logger = logging.getLogger("mlxqwen")
 MAX_TEXT_FILE_BYTES = 16 * 2**20
 MAX_NAMED_TEMPLATES = 64
 _SHORT_TEXT_BYTES = 8 * 1024
+_PIECE = 32_768  # characters that are encoded in one call, if cutting a text there changes no id
 
 # Arguments that transformers' method of the same name takes and this one has no use for.
 _TRANSFORMERS_ARGUMENTS = frozenset(
@@ -449,11 +450,23 @@ class Tokenizer:
         if not isinstance(text, str):
             raise OptionError(f"encode: found {type(text).__name__}, expected a string")
         check_unicode(text, "encode")
-        return guard(
-            lambda: list(backend.encode(text, add_special_tokens=add_special_tokens).ids),
-            f"{self._source}: could not encode the text",
-            "Use the tokenizer.json that Qwen publishes for this model.",
-        )
+        ids: list[int] = []
+        for piece in self._pieces(backend, text):
+            encoding = guard(
+                partial(backend.encode, piece, add_special_tokens=add_special_tokens),
+                f"{self._source}: could not encode the text",
+                "Use the tokenizer.json that Qwen publishes for this model.",
+            )
+            ids += encoding.ids
+        return ids
+
+    def _pieces(self, backend: tokenizers.Tokenizer, text: str) -> Iterable[str]:
+        """A long text in pieces, between which Ctrl-C is heard, if that changes no id."""
+        if len(text) <= _PIECE:
+            return (text,)
+        from mlxqwen.text.pieces import pieces, splits_alike
+
+        return pieces(text, _PIECE) if splits_alike(backend) else (text,)
 
     def _spell(self, token_id: int) -> bytes:
         if not 0 <= token_id < 2**32:
