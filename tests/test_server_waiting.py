@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import time
 from collections.abc import Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +161,72 @@ def test_a_load_that_fails_is_logged_once_for_all_who_wait(
     run(work())
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert errors == [f"a: cannot be loaded: {error}"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_wait_for_a_model_is_logged_at_its_beginning_and_end(
+    served: Several, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mlxqwen.server")
+
+    async def work() -> None:
+        calls = [served.ask("a", stream=stream) for _ in range(3)]
+        await until(lambda: len(served.models.find("a").waiting) == 3)
+        calls[0].leave()
+        await calls[0].end()
+        served.now = 12.34
+        served.weights["a"].may_end.set()
+        for call in calls[1:]:
+            await call.end()
+        assert (await served.ask("a").end()).status == 200  # which waits for nothing
+        served.weights["b"].may_end.clear()
+        served.weights["b"].fails_with = HubError("Qwen/x: gone")
+        for number in range(2):
+            call = served.ask("b", stream=stream)
+            await until(lambda: served.models.find("b").waiting)
+            served.now += 1.0
+            if number == 0:
+                call.leave()
+            else:
+                served.weights["b"].may_end.set()
+            await call.end()
+
+    run(work())
+    assert [one for one in caplog.messages if " wait" in one] == [
+        "a request waits for a, which is not loaded",
+        "3 requests waited for a for 12.3 s",
+        "a request waits for b, which is not loaded",
+        "1 request waited for b for 1.0 s, in vain",
+        "a request waits for b, which is not loaded",
+        "1 request waited for b for 1.0 s, in vain",
+    ]
+
+
+def test_the_first_token_is_counted_from_the_arrival_and_the_wait_told_apart(
+    served: Several, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mlxqwen.server")
+    came, waits = SimpleNamespace(perf_counter=lambda: time.perf_counter() - 100), iter([0.0, 50.0])
+    monkeypatch.setattr("mlxqwen.server.journal.time", came)
+    monkeypatch.setattr(
+        answers, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(waits, 0.0))
+    )
+
+    async def work() -> None:
+        served.weights["a"].may_end.set()
+        waits_too = await served.ask("a").end()
+        at_once = await served.ask("a").end()
+        assert (waits_too.status, at_once.status) == (200, 200)
+
+    run(work())
+    first, second = [one for one in caplog.messages if "POST" in one]
+    assert re.search(r", first after 10\d\.\d\d s \(50\.00 s of them for its model\), ", first)
+    assert re.search(r", first after 10\d\.\d\d s, ", second)
+    told = served.service.metrics.page().decode()
+    assert "mlxqwen_first_token_seconds_count 2.0" in told
+    assert 'mlxqwen_first_token_seconds_bucket{le="60.0"} 0.0' in told
+    assert "mlxqwen_model_wait_seconds_sum 50.0\n" in told
+    assert "mlxqwen_model_wait_seconds_count 1.0\n" in told
 
 
 def test_what_is_wrong_with_a_request_is_told_behind_the_load_too(served: Several) -> None:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from mlxqwen.cli.serve import _leave, _LogHandler
+from mlxqwen.cli.serve import _leave, _log_requests, _LogHandler
 from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
 from mlxqwen.status_line import StatusLine
 from tests.command_line import Terminal, written
@@ -116,6 +116,48 @@ def test_a_line_of_the_servers_log_takes_the_place_of_the_progress(terminal: Ter
     StatusLine(terminal).draw("Downloading   2 %")
     _LogHandler(terminal).handle(logging.makeLogRecord({"msg": "GET /health 200"}))
     assert written(terminal) == "\rDownloading   2 %\r\x1b[KGET /health 200\n"
+
+
+def test_where_no_terminal_is_the_log_has_a_line_a_tenth_and_half_a_minute_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mlxqwen.files.transfer._POLL", 0.001)
+    caplog.set_level(logging.INFO, "mlxqwen.download")
+    # Each look is 10 seconds after the last: a tenth comes between two of the first, later between five.
+    arrived = [0, 10, 20, 30, 40, 50, 52, 54, 56, 58, 60, 62, 64, 66, 68, 70, *[100] * 100]
+    looks, done = iter(arrived), threading.Semaphore(0)
+
+    def coming() -> int:
+        done.release()
+        return next(looks)
+
+    def work(_: Given) -> str:
+        for _number in range(len(arrived) - 100):
+            done.acquire()
+        return "here"
+
+    seconds = count(0.0, 10.0)
+    for is_shown in (True, False):
+        looks = iter(arrived)
+        download = Download("org/m", 100, coming, 1e9, "X", is_shown=is_shown)
+        assert waited_for(work, download, terminal=io.StringIO(), clock=lambda: next(seconds)) == "here"
+    told = [record.getMessage().partition(" %")[0].rpartition(" ")[2] for record in caplog.records]
+    assert told[:4] == ["0", "30", "52", "62"]
+    assert caplog.messages[1].startswith("Downloading org/m  30 %  0.0 of 0.1 kB  ")
+    assert caplog.messages.count(caplog.messages[0]) == 1
+
+
+def test_the_servers_log_has_lines_of_downloads(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("mlxqwen.server", "mlxqwen.download")
+    before = [(one := logging.getLogger(name), one.handlers, one.propagate, one.level) for name in names]
+    try:
+        _log_requests()
+        logging.getLogger("mlxqwen.download").info("Downloading org/m  30 %")
+        assert capsys.readouterr().err.endswith(" Downloading org/m  30 %\n")
+    finally:
+        for one, handlers, propagate, level in before:
+            one.handlers, one.propagate = handlers, propagate
+            one.setLevel(level)
 
 
 def test_a_server_that_leaves_a_download_wipes_its_progress(

@@ -20,7 +20,14 @@ from mlxqwen.errors import HubError
 from mlxqwen.files.downloads import removal_of
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.files.locks import try_lock
-from mlxqwen.files.under_way import begun_bytes, is_under_way, marked, none_under_way, remove_leftovers
+from mlxqwen.files.under_way import (
+    alone_in_process,
+    begun_bytes,
+    is_under_way,
+    marked,
+    none_under_way,
+    remove_leftovers,
+)
 from tests.command_line import run
 from tests.loopback_hub import COMMIT, HubModel, LoopbackHub, running_hub
 from tests.test_preview import Commands
@@ -160,6 +167,57 @@ def test_a_mark_waits_for_who_holds_the_lock(tmp_path: Path, is_removed: bool) -
     may_end.set()
     thread.join()
     assert not is_under_way(locks)
+
+
+BOTH = """
+import logging, sys, threading
+from mlxqwen.files.hub import resolve_model
+logging.basicConfig(format="%(levelname)s %(message)s")
+folders = []
+threads = [threading.Thread(target=lambda: folders.append(resolve_model("org/demo"))) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(folders), len(set(folders)), folders[0])
+"""
+
+
+def test_two_threads_of_a_process_download_once(hub: LoopbackHub, commands: Commands) -> None:
+    command = [sys.executable, "-c", BOTH]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=commands.environment, stdout=pipe, stderr=pipe, text=True)
+    assert process.stderr is not None
+    told = process.stderr.readline()
+    assert (
+        told == "WARNING org/demo: another thread of this process is downloading it; what it has begun is waited for\n"
+    )
+    hub.models["org/demo"].stalled.clear()
+    hub.ends.set()
+    out, err = process.communicate(timeout=60)
+    assert (out.split(" ")[:2], err) == (["2", "1"], "")
+    asked = [one.path for one in hub.requests if one.method == "GET" and one.path.endswith("/tokenizer.json")]
+    assert len(asked) == 1
+    assert {path.name: path.read_bytes() for path in Path(out.split(" ", 2)[2].strip()).iterdir()} == DEMO
+
+
+def test_threads_take_turns_for_one_model_alone(tmp_path: Path) -> None:
+    waits: list[str] = []
+
+    def in_turn(folder: str) -> bool:
+        with alone_in_process(tmp_path / folder, lambda: waits.append(folder)) as has_waited:
+            return has_waited
+
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(in_turn("a")))
+    with alone_in_process(tmp_path / "a", lambda: waits.append("first")) as has_waited:
+        assert not has_waited
+        assert not in_turn("b")
+        thread.start()
+        until(lambda: waits)
+        assert results == []
+    thread.join()
+    assert (waits, results, in_turn("a")) == (["a"], [True], False)
 
 
 def test_a_place_that_cannot_be_written_is_not_marked(tmp_path: Path) -> None:

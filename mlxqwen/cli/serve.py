@@ -192,6 +192,7 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
     listener = open_socket(settings.host, settings.port)
     try:
         _note_needless(options)
+        _log_requests()
         models = ModelRegistry(
             sources_of(first, options["models"], options, settings), settings, force=options["force"]
         )
@@ -203,7 +204,6 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             with leave_at_once():
                 from mlxqwen.server.run import serve as run
                 from mlxqwen.server.service import Service
-            _log_requests()
             number = run(
                 Service(models, settings),
                 listener,
@@ -298,12 +298,13 @@ class _LogHandler(logging.StreamHandler[Any]):
 
 
 def _log_requests() -> None:
-    """Write a line a request on standard error."""
+    """Write a line a request on standard error, and how far downloads are where no terminal is shown it."""
     handler = _LogHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("mlxqwen.server")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    for name in ("mlxqwen.server", "mlxqwen.download"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
 
 
 def _tell(settings: ServerSettings, port: int, models: ModelRegistry, key: str) -> None:

@@ -74,7 +74,6 @@ def downloaded(source: Source, check: Callable[[Path], object] | None = None) ->
         check: called with a preview before weights are downloaded.
     """
     from mlxqwen.files.transfer import looking_up  # of no use to most loads
-    from mlxqwen.files.under_way import is_under_way, marked
 
     with looking_up(source.name):
         known = _listed(source)
@@ -82,17 +81,39 @@ def downloaded(source: Source, check: Callable[[Path], object] | None = None) ->
             return known
         folder = None if known is None else source.kept(known)
         if folder is None:
-            if is_under_way(source.locks):
-                logger.warning("%s: another process is downloading it; what it has begun is waited for", source.name)
-            with marked(source.locks):
-                if check is not None and known is not None and known.missing_weights:
-                    with _previewed(source, known) as preview:
-                        check(preview)
-                folder = source.fetch(known)
+            known, folder = _fetched(source, known, check)
         checked(source, folder)
     for note in adapters_among(known.adapters) if known is not None else ():
         logger.warning(note)
     return folder
+
+
+def _fetched(
+    source: Source, known: Listing | None, check: Callable[[Path], object] | None
+) -> tuple[Listing | None, Path]:
+    """Download a model that is not all here, or wait for a thread that does → what the hub has, and the folder."""
+    from mlxqwen.files.transfer import has_abandoned
+    from mlxqwen.files.under_way import alone_in_process, is_under_way, marked
+
+    def note(who: str) -> None:
+        logger.warning("%s: %s is downloading it; what it has begun is waited for", source.name, who)
+
+    with alone_in_process(source.locks, lambda: note("another thread of this process")) as has_waited:
+        if has_waited:
+            again = _listed(source)
+            if isinstance(again, Path):
+                return None, again
+            known = again
+            folder = None if known is None else source.kept(known)
+            if folder is not None:
+                return known, folder
+        if is_under_way(source.locks):
+            note("a thread that was left, or another process," if has_abandoned() else "another process")
+        with marked(source.locks):
+            if check is not None and known is not None and known.missing_weights:
+                with _previewed(source, known) as preview:
+                    check(preview)
+            return known, source.fetch(known)
 
 
 @contextmanager

@@ -34,6 +34,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+logger = logging.getLogger("mlxqwen.download")
+
+_LOG_SECONDS, _LOG_SHARE = 30.0, 10  # lines of the log are at least so far apart, and one part in so many of the bytes
 _POLL = 0.1  # seconds
 _RATE_OVER = 10.0  # seconds
 _abandoned: list[threading.Thread] = []
@@ -94,7 +97,8 @@ class Download:
         arrived: tells how many of them have.
         patience: seconds without a byte that are waited.
         setting: the variable that is half of them.
-        is_shown: whether a terminal is shown how far it is; that of a look-up, which has a line of its own, is not.
+        is_shown: whether a terminal is shown how far it is, or the log where there is none; that of a look-up, which
+            has a line of its own, is not.
     """
 
     name: str
@@ -173,7 +177,7 @@ def waited_for(
 
 
 class _Watch:
-    """Draws how far a download is, and raises `SilenceError` where nothing comes any more."""
+    """Draws or logs how far a download is, and raises `SilenceError` where nothing comes any more."""
 
     def __init__(self, download: Download, terminal: TextIO | None, clock: Callable[[], float]) -> None:
         self.line = _status_line(terminal)
@@ -182,6 +186,9 @@ class _Watch:
         self._heard = clock()
         self._arrived = download.arrived()
         self._seen: deque[tuple[float, int]] = deque([(self._heard, self._arrived)])
+        self._logged = self._heard, self._arrived
+        if download.is_shown:
+            self._log(download_lines(download.name, self._arrived, download.total, 0, 0.0, 0.0))
 
     def look(self) -> None:
         now, arrived, download = self._clock(), self._download.arrived(), self._download
@@ -198,6 +205,15 @@ class _Watch:
         began, first = self._seen[0]
         lines = download_lines(download.name, arrived, download.total, arrived - first, now - began, silent)
         self.line.draw(*lines)
+        logged, told = self._logged
+        if now - logged >= _LOG_SECONDS and arrived - told >= download.total / _LOG_SHARE:
+            self._logged = now, arrived
+            self._log(lines)
+
+    def _log(self, lines: list[str]) -> None:
+        """Log the line without a bar, where no terminal is shown one."""
+        if not self.line.shows:
+            logger.info("%s", lines[2])
 
 
 def download_lines(name: str, done: int, total: int, recent: int, seconds: float, silent: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""Downloads that are under way, in whatever process: the locks that are held for a model of a hub.
+"""Downloads that are under way, in this process or another: the locks that are held for a model of a hub.
 
 The client of the Hugging Face hub locks each file while it comes, in `.locks/MODEL` of its cache, whichever program
 asks for it. A download of ours holds a shared lock beside those from its beginning to its end, as does one of
@@ -9,24 +9,55 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mlxqwen.errors import HubError
 from mlxqwen.files.locks import is_at, open_lock, try_lock, wait_for_lock
 
-__all__ = ["begun_bytes", "is_under_way", "locks_of", "marked", "none_under_way", "remove_leftovers"]
+__all__ = [
+    "alone_in_process",
+    "begun_bytes",
+    "is_under_way",
+    "locks_of",
+    "marked",
+    "none_under_way",
+    "remove_leftovers",
+]
 
 _MARK = ".mlxqwen.lock"
 _OWN_FILE = re.compile(r"(?P<file>.+)\.[0-9a-f]{8}\.incomplete")  # of one process, which no other goes on with
+_turns: dict[Path, threading.Lock] = {}  # by the folder of a model's locks
+_turns_lock = threading.Lock()
 _STALE = 60.0  # seconds without a byte; where a file system knows no locks, another process may be writing still
 
 
 def locks_of(cache: Path, repo_id: str) -> Path:
     """The folder in which the client of the Hugging Face hub locks the files of a model."""
     return cache / ".locks" / f"models--{repo_id.replace('/', '--')}"
+
+
+@contextmanager
+def alone_in_process(folder: Path, on_wait: Callable[[], object]) -> Iterator[bool]:
+    """Lets one thread of this process download a model at a time → whether another one had to be waited for.
+
+    Args:
+        folder: where the locks of the model lie.
+        on_wait: called before that.
+    """
+    with _turns_lock:
+        turn = _turns.setdefault(folder, threading.Lock())
+    has_waited = not turn.acquire(blocking=False)
+    if has_waited:
+        on_wait()
+        turn.acquire()
+    try:
+        yield has_waited
+    finally:
+        turn.release()
 
 
 @contextmanager

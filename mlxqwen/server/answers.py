@@ -60,6 +60,8 @@ class Beginning(Generic[_FormT]):
         self._lease: Lease | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._waits = 0
+        self._arrived: float | None = http.scope.get("mlxqwen", {}).get("began")
+        self._seconds_waited = 0.0
         self.prepared: Prepared | None = None
         self.replies: Replies | None = None
 
@@ -84,7 +86,9 @@ class Beginning(Generic[_FormT]):
     async def _wait_and_submit(self, fields: _FormT, presenter: Presenter) -> None:
         while True:
             assert self._lease is not None
+            began = time.perf_counter()
             await self._service.loaded(self._lease, self._deadline)
+            self._seconds_waited += time.perf_counter() - began
             if await self._submit(fields, presenter, self._lease):
                 return
 
@@ -100,7 +104,17 @@ class Beginning(Generic[_FormT]):
             self._lease = service.models.lease(lease.entry, room)
             return False
         self._held = 0  # from here on the replies give it back
-        self.replies = Replies(prepared, lease, service.load, service.metrics, self._deadline)
+        self.replies = Replies(
+            prepared,
+            lease,
+            service.load,
+            service.metrics,
+            self._deadline,
+            arrived=self._arrived,
+            seconds_waited=self._seconds_waited,
+        )
+        if self._waiting is not None:
+            service.metrics.model_wait.observe(self._seconds_waited)
         self.prepared = prepared
         return True
 

@@ -50,6 +50,7 @@ class Journal:
             return
         status, began = 0, time.perf_counter()
         details: dict[str, Any] = scope.setdefault("mlxqwen", {})
+        details["began"] = began
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -82,7 +83,8 @@ def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> 
         said = sum(handle.token_count for handle in replies.handles)
         parts.append(f"{replies.prompt_tokens} tokens ({replies.cached_tokens} known), {said} said")
         if replies.seconds_to_first is not None:
-            parts.append(f"first after {replies.seconds_to_first:.2f} s")
+            waited = f" ({replies.seconds_waited:.2f} s of them for its model)" if replies.seconds_waited else ""
+            parts.append(f"first after {replies.seconds_to_first:.2f} s{waited}")
     if ignored := details.get("ignored"):
         parts.append(f"ignored: {ignored}")
     if (error := details.get("error")) is not None and error.for_owner:

@@ -52,6 +52,7 @@ class Entry:
         model: what answers; None while it is not loaded.
         users: the leases that have the model.
         waiting: those that are to have it.
+        waited: how many have waited since one began to, and when that was by the registry's clock.
         loading: ends with its load; its files are being fetched, or it is queued or under way.
         is_leaving: whether another model needs its memory, so that no further request gets it.
         last_used: by the registry's clock.
@@ -65,6 +66,7 @@ class Entry:
         self.source = source
         self.users: set[Lease] = set()
         self.waiting: set[Lease] = set()
+        self.waited = (0, now)
         self.loading: Future[None] | None = None
         self.is_leaving = False
         self.last_used = now

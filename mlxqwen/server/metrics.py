@@ -26,7 +26,8 @@ class Metrics:
 
     Attributes:
         requests: by path and status.
-        first_token: histogram of seconds.
+        first_token: histogram of seconds from a request's arrival, with all that it waited for.
+        model_wait: histogram of those of them for which it waited for its model, of requests that did.
         prompt_tokens, cached_tokens, aborted: counters.
         told: tokens of replies, and the seconds between them.
     """
@@ -35,7 +36,16 @@ class Metrics:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("mlxqwen_requests", "HTTP requests", ["path", "status"], registry=registry)
         self.first_token = Histogram(
-            "mlxqwen_first_token_seconds", "Seconds until a reply's first token", buckets=_FIRST, registry=registry
+            "mlxqwen_first_token_seconds",
+            "Seconds from a request's arrival to its reply's first token, waits for its model included",
+            buckets=_FIRST,
+            registry=registry,
+        )
+        self.model_wait = Histogram(
+            "mlxqwen_model_wait_seconds",
+            "Seconds that a request waited for its model to be loaded, or for memory beside it",
+            buckets=_FIRST,
+            registry=registry,
         )
         self.prompt_tokens = Counter("mlxqwen_prompt_tokens", "Tokens of prompts", registry=registry)
         self.cached_tokens = Counter(

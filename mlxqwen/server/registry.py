@@ -124,7 +124,7 @@ class ModelRegistry:
                 return lease
             if self._is_closed:
                 raise _closing()
-            entry.waiting.add(lease)
+            self._begin_wait(lease)
             if entry.loading is None:
                 entry.loading = Future()
                 entry.loading.set_running_or_notify_cancel()  # one who waits no more ends it for nobody else
@@ -136,8 +136,10 @@ class ModelRegistry:
         """End a use; called once or more."""
         with self._changed:
             entry = lease.entry
-            entry.waiting.discard(lease)
             if lease.held is None:
+                if entry.waiting == {lease}:
+                    self._note_wait(entry, ", in vain")
+                entry.waiting.discard(lease)
                 self._changed.notify_all()
                 return
             lease.held = None
@@ -206,6 +208,25 @@ class ModelRegistry:
             elif model is not None:
                 _end(model)
         return not any(thread.is_alive() for thread in threads)
+
+    def _begin_wait(self, lease: Lease) -> None:
+        """Let a request wait; the log says so of the first one."""
+        entry = lease.entry
+        if not entry.waiting:
+            entry.waited = 0, self._clock()
+            why = "which is not loaded" if entry.model is None else "whose memory another model is to have"
+            name = one_line(entry.name)
+            logger.info("a request waits for %s", f"memory beside {name}" if lease.room else f"{name}, {why}")
+        count, began = entry.waited
+        entry.waited = count + 1, began
+        entry.waiting.add(lease)
+
+    def _note_wait(self, entry: Entry, how: str = "") -> None:
+        """Log that requests wait no more, if any did."""
+        count, began = entry.waited
+        if entry.waiting:
+            requests = "1 request" if count == 1 else f"{count:,} requests"
+            logger.info("%s waited for %s for %.1f s%s", requests, one_line(entry.name), self._clock() - began, how)
 
     # Threads that fetch files: a download of hours keeps no other model from being loaded
 
@@ -294,6 +315,7 @@ class ModelRegistry:
             if entry.model is None and entry.waiting:  # it has gone since it was looked at
                 self._queue.appendleft(entry)
                 return
+            self._note_wait(entry)
             for lease in entry.waiting:
                 lease.held = entry.model
             entry.users |= entry.waiting
@@ -304,6 +326,7 @@ class ModelRegistry:
             loading.set_result(None)
 
     def _fail(self, entry: Entry, error: ApiError) -> None:
+        self._note_wait(entry, ", in vain")
         entry.waiting.clear()
         loading, entry.loading = entry.loading, None
         if loading is not None:

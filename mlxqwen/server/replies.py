@@ -25,8 +25,11 @@ class Replies:
         load: counts them; room for them has been taken there.
         metrics: are told of their tokens.
         deadline: when to give up, in seconds of `time.monotonic`; None for never.
+        arrived: when the request came, in seconds of `time.perf_counter`; None for now.
+        seconds_waited: how long it has waited for the model.
 
     Attributes:
+        seconds_waited: as given.
         done: the end of each reply, by its number, as far as they have ended.
         is_cut: whether replies were closed before their end.
 
@@ -41,6 +44,9 @@ class Replies:
         load: Load,
         metrics: Metrics,
         deadline: float | None = None,
+        *,
+        arrived: float | None = None,
+        seconds_waited: float = 0.0,
     ) -> None:
         model, requests = prepared.model, prepared.requests
         self._model = model
@@ -49,7 +55,8 @@ class Replies:
         self._load = load
         self._metrics = metrics
         self._deadline = deadline
-        self._began = time.perf_counter()
+        self._arrived = time.perf_counter() if arrived is None else arrived
+        self.seconds_waited = seconds_waited
         self._last: dict[int, GeneratedToken] = {}
         self._first: float | None = None
         self.done: dict[int, Done] = {}
@@ -84,7 +91,7 @@ class Replies:
 
     @property
     def seconds_to_first(self) -> float | None:
-        """Seconds until the first token; None while there is none."""
+        """Seconds from the request's arrival to the first token; None while there is none."""
         return self._first
 
     def texts(self) -> list[str]:
@@ -129,7 +136,7 @@ class Replies:
         self._metrics.told.note(None if before is None else token.time - before.time)
         if before is None:
             self._lease.room = 0  # it has it
-            seconds = token.time - self._began
+            seconds = token.time - self._arrived
             self._first = seconds if self._first is None else self._first
             if row % self._choices == 0:
                 self._metrics.read(len(self.handles[row].request.prompt), self.handles[row].cached_tokens)
