@@ -15,7 +15,7 @@ TICK = 1.0
 """Seconds after which whoever waits is woken though nothing has come, to look at the clock."""
 
 _PAUSE, _LONGEST_PAUSE = 4e-4, 2e-2
-"""Seconds between two deliveries, for each of those who were woken, and at most. To send one's tokens takes some 40 us."""
+"""Seconds between two deliveries: for each who was woken, whose tokens take some 40 us to send, and at most."""
 
 
 class Wakeups:
