@@ -19,7 +19,7 @@ import pytest
 import mlxqwen
 from mlxqwen.errors import HubError, OptionError
 from mlxqwen.files import hub_source, modelscope
-from mlxqwen.files.hub import DEMO_FOLDER, resolve_model
+from mlxqwen.files.hub import DEMO_FOLDER, cached_folder, located, resolve_model
 from mlxqwen.files.hub_source import Source
 from tests.command_line import run as run_command
 from tests.loopback_hub import LoopbackHub, running_hub
@@ -447,3 +447,16 @@ def test_nothing_of_it_is_loaded_without_need() -> None:
     program = "import sys; from mlxqwen.files.hub import resolve_model; resolve_model(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"modelscope_hub", "requests", modelscope.__name__} & {*loaded}
+
+
+@pytest.mark.usefixtures("here")
+def test_what_the_cache_has_is_found_without_the_hub(hub: LoopbackModelScope) -> None:
+    place = located("modelscope:org/demo", None)
+    assert isinstance(place, hub_source.HubModel)
+    assert cached_folder(place) == (None, False)
+    folder = resolve_model("modelscope:org/demo")
+    asked = len(hub.requests)
+    assert cached_folder(place) == (folder, True)
+    (folder / "model.safetensors").unlink()
+    assert cached_folder(place) == (folder, False)
+    assert len(hub.requests) == asked

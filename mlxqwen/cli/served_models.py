@@ -13,7 +13,8 @@ import click
 
 from mlxqwen.cli.generate_options import check_model_files, load_engine, located_model, options_named, read_model_config
 from mlxqwen.errors import MlxqwenError, OptionError
-from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, located
+from mlxqwen.files.aliases import naming_alias
+from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, cached_folder, located
 
 if TYPE_CHECKING:
     from mlxqwen.engine.engine import Engine
@@ -111,11 +112,15 @@ def _source(
         return engine
 
     context = None
-    if isinstance(place, Path):
-        with options_named():
-            context = settings.context(read_model_config(place, chosen).context_length)
-        if not is_alone:  # what is alone is loaded before the server listens
-            check_model_files(place, chosen)
+    folder, is_whole = (place, True) if isinstance(place, Path) else (None, False)
+    if not isinstance(place, Path) and not is_alone:
+        folder, is_whole = cached_folder(place)
+    if folder is not None:
+        with naming_alias(model):
+            with options_named():
+                context = settings.context(read_model_config(folder, chosen).context_length)
+            if is_whole and not is_alone:  # what is alone is loaded before the server listens
+                check_model_files(folder, chosen)
     return ModelSource(
         name=_checked(name or options["served_model_name"], model),
         load=load,

@@ -15,7 +15,15 @@ from mlxqwen.files.aliases import DEFAULT_SIZE, hub_id_of_address, hub_id_of_ali
 if TYPE_CHECKING:
     from mlxqwen.files.hub_source import HubModel, Source
 
-__all__ = ["DEMO_FOLDER", "GGUF_SUFFIXES", "MODELSCOPE_PREFIX", "gguf_error", "looked_at", "resolve_model"]
+__all__ = [
+    "DEMO_FOLDER",
+    "GGUF_SUFFIXES",
+    "MODELSCOPE_PREFIX",
+    "cached_folder",
+    "gguf_error",
+    "looked_at",
+    "resolve_model",
+]
 
 MODELSCOPE_PREFIX = "modelscope:"
 """Before an id, names a model of ModelScope."""
@@ -124,6 +132,23 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
 
     is_on_modelscope = not is_page and (is_prefixed or is_true(USE_MODELSCOPE))
     return HubModel(repo_id, revision, f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", is_on_modelscope)
+
+
+def cached_folder(place: HubModel) -> tuple[Path | None, bool]:
+    """The folder of an earlier download, whether all files are there, as far as can be told without asking the hub.
+
+    Returns:
+        the folder, None if there is no config in it; whether it is whole.
+
+    Raises:
+        HubError: the hub's client cannot be used.
+    """
+    from mlxqwen.files.modelscope import is_complete  # of no use to most loads
+
+    folder = source_of(place).cached()
+    if folder is None or not (folder / "config.json").is_file():
+        return None, False
+    return folder, is_complete(folder) and (folder / "tokenizer.json").is_file()
 
 
 def source_of(place: HubModel) -> Source:

@@ -115,6 +115,15 @@ class HuggingFace:
         except Exception as cause:
             raise unreachable(place.repo_id, silence) from cause
 
+    def cached(self) -> Path | None:
+        """The folder of an earlier download, whole or not, without asking the hub; None if there is none."""
+        client = hub_client(self.name)
+        try:
+            with quiet_warnings():
+                return Path(client.snapshot_download(self.name, revision=self.place.revision, local_files_only=True))
+        except Exception:  # as if there were none: a download says what is wrong
+            return None
+
     def kept(self, listing: Listing) -> Path | None:
         """The folder of the listed state, if it is whole and is what the revision means offline, too."""
         if listing.missing:

@@ -52,6 +52,12 @@ class Source(Protocol):
         answer and there is no earlier download.
         """
 
+    def cached(self) -> Path | None:
+        """The folder of an earlier download, whole or not, without asking the hub; None if there is none.
+
+        Raises `HubError` where the hub's client cannot be used.
+        """
+
     def kept(self, listing: Listing) -> Path | None:
         """The folder of the model if all of it is here already: the hub is not asked again."""
 

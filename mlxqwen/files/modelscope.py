@@ -75,6 +75,11 @@ class ModelScope:
         with self.errors():
             return self._listed()
 
+    def cached(self) -> Path | None:
+        """The folder of an earlier download, whole or not, without asking the hub; None if there is none."""
+        with self.errors():
+            return _found(self.place, self._api)
+
     def kept(self, listing: Listing) -> Path | None:
         """The folder, if all of it is here and was checked."""
         return None if listing.missing else self._folder
@@ -267,13 +272,19 @@ def _is_wanted(name: str, path: str) -> bool:
 
 def _known(place: HubModel, api: HubApi, cause: Exception | None) -> Path:
     """The folder of a complete earlier download. Raises `HubError` if there is none, and why it is not downloaded."""
+    folder = _found(place, api)
+    if folder is None or not is_complete(folder):
+        raise modelscope_unreachable(place.name, cause) from cause
+    return folder
+
+
+def _found(place: HubModel, api: HubApi) -> Path | None:
+    """The folder of an earlier download, whole or not; None if there is none."""
     from modelscope_hub import CacheNotFound
 
     with contextlib.suppress(CacheNotFound):
-        folder = Path(api.download_repo(place.repo_id, "model", revision=place.revision, local_files_only=True))
-        if is_complete(folder):
-            return folder
-    raise modelscope_unreachable(place.name, cause) from cause
+        return Path(api.download_repo(place.repo_id, "model", revision=place.revision, local_files_only=True))
+    return None
 
 
 def is_complete(folder: Path) -> bool:
