@@ -62,12 +62,14 @@ def run(*arguments: str, stdin: bytes | None = b"", on_terminal: bool = False, e
 
 @contextmanager
 def library_logging_kept() -> Iterator[None]:
-    logger = logging.getLogger("mlxqwen")
-    handlers, propagate = logger.handlers, logger.propagate
+    loggers = [logging.getLogger(name) for name in ("mlxqwen", "mlxqwen.server", "mlxqwen.download")]
+    kept = [(one.handlers, one.propagate, one.level) for one in loggers]
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = handlers, propagate
+        for one, (handlers, propagate, level) in zip(loggers, kept, strict=True):
+            one.handlers, one.propagate = handlers, propagate
+            one.setLevel(level)
 
 
 def written(terminal: Terminal) -> str:

@@ -13,7 +13,7 @@ import pytest
 from mlxqwen.cli.serve import _leave, _log_requests, _LogHandler
 from mlxqwen.files.transfer import Download, Given, SilenceError, download_lines, has_abandoned, looking_up, waited_for
 from mlxqwen.status_line import StatusLine
-from tests.command_line import Terminal, written
+from tests.command_line import Terminal, library_logging_kept, written
 
 
 @pytest.fixture
@@ -148,16 +148,10 @@ def test_where_no_terminal_is_the_log_has_a_line_a_tenth_and_half_a_minute_apart
 
 
 def test_the_servers_log_has_lines_of_downloads(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("mlxqwen.server", "mlxqwen.download")
-    before = [(one := logging.getLogger(name), one.handlers, one.propagate, one.level) for name in names]
-    try:
+    with library_logging_kept():
         _log_requests()
         logging.getLogger("mlxqwen.download").info("Downloading org/m  30 %")
         assert capsys.readouterr().err.endswith(" Downloading org/m  30 %\n")
-    finally:
-        for one, handlers, propagate, level in before:
-            one.handlers, one.propagate = handlers, propagate
-            one.setLevel(level)
 
 
 def test_a_server_that_leaves_a_download_wipes_its_progress(
