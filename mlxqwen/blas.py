@@ -25,6 +25,7 @@ _SYSTEMS = "libopenblas.so.0"  # of Debian, Ubuntu, Fedora and Arch
 _PACKAGE = "scipy_openblas32"  # OpenBLAS for x86-64 and aarch64, kept by the makers of NumPy's wheels
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 _CHECKED = ((3, 33, 64), (17, 20, 40), (64, 48, 96))  # rows, columns, inner: small, odd and in whole blocks
+_ON, _OFF = ("", "on", "1", "true", "yes"), ("off", "0", "false", "no")
 _SAMPLED = 40  # numbers of each product that are computed again
 
 _openblas: _OpenBLAS | None = None
@@ -66,7 +67,15 @@ class _OpenBLAS:
 
 
 def uses_openblas() -> bool:
-    """Whether OpenBLAS computes MLX's float32 products on the CPU."""
+    """Whether OpenBLAS computes MLX's float32 products on the CPU.
+
+    Raises:
+        OptionError: `MLXQWEN_BLAS` is neither on nor off; nothing was loaded then.
+    """
+    if _asked() not in (*_ON, *_OFF):
+        from mlxqwen.errors import OptionError
+
+        raise OptionError(f"{VARIABLE}: found {os.environ[VARIABLE][:40]!r}, expected on or off")
     return _openblas is not None
 
 
@@ -78,7 +87,7 @@ def blas_in_use() -> str:
 def load_openblas() -> bool:
     """Load OpenBLAS for MLX, which must not be imported yet → whether MLX will use it. Never raises."""
     global _openblas
-    if sys.platform != "linux" or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
+    if sys.platform != "linux" or _asked() not in _ON:
         return False
     for path, prefix in _candidates():
         try:
@@ -91,6 +100,10 @@ def load_openblas() -> bool:
         except (OSError, AttributeError):  # not installed, or without what it should have
             continue
     return False
+
+
+def _asked() -> str:
+    return os.environ.get(VARIABLE, "").strip().lower()
 
 
 def _candidates() -> Iterator[tuple[str, str]]:

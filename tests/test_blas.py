@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import pytest
 
 from mlxqwen import blas, symbol_alias
 from mlxqwen.blas import blas_in_use, computes_right, load_openblas
+from mlxqwen.device import current_device
+from mlxqwen.errors import OptionError
 from mlxqwen.symbol_alias import alias_library, offer
 
 is_linux = sys.platform == "linux"
@@ -72,6 +74,31 @@ def test_it_can_be_switched_off(value: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: pytest.fail("loaded"))
     assert not load_openblas()
     assert blas_in_use() == "MLX's own"
+
+
+@pytest.mark.parametrize("value", ["of", "none", "2", "openblas"])
+def test_another_word_is_an_error(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(blas.VARIABLE, value)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: pytest.fail("loaded"))
+    assert not load_openblas()
+    current_device.cache_clear()
+    with pytest.raises(OptionError, match=f"^MLXQWEN_BLAS: found '{value}', expected on or off$"):
+        current_device()
+
+
+@pytest.mark.parametrize("value", ["", "on", " ON ", "1", "true", "yes"])
+def test_words_that_leave_it_on(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def candidates() -> Iterator[tuple[str, str]]:
+        tried.append(value)
+        yield from ()
+
+    monkeypatch.setenv(blas.VARIABLE, value)
+    monkeypatch.setattr(blas, "_candidates", candidates)
+    assert not load_openblas()
+    assert not blas.uses_openblas()
+    assert bool(tried) == (sys.platform == "linux")
 
 
 def test_a_machine_without_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import pytest
 from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import Result, run
 from tests.terminal_screen import shown
+from tests.test_cli import assert_error
 
 ROOT = Path(__file__).parent.parent
 # The line editor says by these that it begins and ends to read.
@@ -533,6 +534,19 @@ def test_a_first_message_that_is_too_long_is_to_be_shortened() -> None:
         assert result.status == 1
         assert "Shorten it." in result.err
         assert "/drop" not in result.err
+
+
+@pytest.mark.parametrize(("words", "helps"), [(1_000, True), (5_000, False)])
+def test_yarn_is_named_where_it_holds_the_message(words: int, helps: bool) -> None:
+    assert ("--yarn auto" in piped("a " * words).err) == helps
+
+
+def test_commands_are_no_options() -> None:
+    result = run("chat", "--load", "x.json")
+    assert_error(result, "No such option '--load'. In the chat it is /load FILE; --messages FILE begins", status=2)
+    assert_error(run("chat", "--save=x"), "No such option '--save'. In the chat it is /save FILE.", status=2)
+    assert_error(run("chat", "--exit"), "No such option '--exit'. In the chat it is /quit.", status=2)
+    assert_error(run("chat", "--systen", "x"), "Did you mean '--system'?", status=2)
 
 
 def test_files_are_named_as_in_a_shell(tmp_path: Path) -> None:

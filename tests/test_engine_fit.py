@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -144,6 +144,26 @@ def test_a_last_turn_too_long_is_an_error_with_a_way_out(engine: Engine) -> None
     with pytest.raises(ContextLengthError) as caught:
         engine.stream(messages[2:])
     assert "drop_oldest" not in caught.value.hint
+
+
+ASK: dict[str, Callable[[Engine, list[dict[str, Any]]], object]] = {
+    "stream": lambda engine, messages: engine.stream(messages),
+    "fit": lambda engine, messages: engine.fit(messages),
+    "conversation": lambda engine, messages: Conversation(engine).stream(messages),
+}
+
+
+@pytest.mark.parametrize("ask", ASK)
+def test_yarn_is_a_way_out_where_it_holds_the_prompt(engine: Engine, ask: str) -> None:
+    """By request up to the factor 4; any factor that is given up to 1,024."""
+    huge = 64 * 1_100 * CONTEXT  # as in the next test
+    for words, by_request, by_factor in ((CONTEXT, True, True), (5 * CONTEXT, False, True), (huge, False, False)):
+        turns: list[dict[str, Any]] = [{"role": "user", "content": "a " * words}]
+        with pytest.raises(ContextLengthError) as caught:
+            ASK[ask](engine, turns)
+        assert ("--yarn auto" in caught.value.hint) == ('yarn="auto"' in caught.value.hint) == by_request
+        assert ("--yarn-factor" in caught.value.hint) == ("yarn_factor=" in caught.value.hint) == by_factor
+        assert "--max-kv-size" in caught.value.hint
 
 
 def test_text_that_cannot_fit_is_not_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

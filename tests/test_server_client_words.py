@@ -203,7 +203,7 @@ def test_a_prompt_that_is_too_long(
         message,
     ), message
     (line,) = caplog.messages
-    assert "way out: Shorten it, extend the context (--yarn auto" in line
+    assert "way out: Shorten it, extend the context (--yarn" in line
     assert "--max-kv-size" in line
 
 

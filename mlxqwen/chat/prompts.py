@@ -23,23 +23,25 @@ from mlxqwen.chat.turns import (
 from mlxqwen.chat.unrendered import naming_what_fails
 from mlxqwen.checks import check_flag
 from mlxqwen.errors import ContextLengthError, MessagesError, MlxqwenError, OptionError
+from mlxqwen.files.config import MOST_YARN_FACTOR, ModelConfig
 from mlxqwen.files.json_file import json_kind, shown
 from mlxqwen.text.messages import ContentError, Message, split_reasoning
 from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = [
-    "HOW_TO_EXTEND",
     "asks_for_thought",
     "check_messages",
     "drop_oldest_turns",
+    "extending",
     "hard_switch",
     "least_tokens",
     "prepare_for",
     "render_prompt",
+    "said_of_extending",
 ]
 
-HOW_TO_EXTEND = '--yarn auto or --yarn-factor; in Python load(yarn="auto") or load(yarn_factor=…)'
-"""For hints of prompts that are too long."""
+_BY_REQUEST = 'extend the context (--yarn auto or --yarn-factor; in Python load(yarn="auto") or load(yarn_factor=…)), '
+_BY_FACTOR = "extend the context (--yarn-factor; in Python load(yarn_factor=…)), "
 
 # The content of an assistant's message that leaves its think block open.
 _BEGUN_THOUGHT = re.compile(r"\s*<think>((?:(?!</think>).)*)\Z", re.DOTALL)
@@ -52,6 +54,20 @@ _NO_VARIABLES = {
 _LONGEST_NAME = 64
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+def extending(config: ModelConfig, tokens: int) -> str:
+    """For a hint: `extend the context (…), ` by what would hold a prompt of so many tokens; "" if nothing would."""
+    if config.yarn_choices:
+        return ""
+    if tokens < config.with_yarn_by_request().context_length:
+        return _BY_REQUEST
+    return _BY_FACTOR if tokens < config.with_yarn(MOST_YARN_FACTOR).context_length else ""
+
+
+def said_of_extending(hint: str) -> str:
+    """What `extending` has given to a hint."""
+    return next((way for way in (_BY_REQUEST, _BY_FACTOR) if way in hint), "")
 
 
 def hard_switch(thinking: bool | None, thinking_budget: int | None = None) -> bool | None:
@@ -251,6 +267,7 @@ def drop_oldest_turns(
     *,
     room: int,
     reserve: int,
+    extending: Callable[[int], str] = lambda tokens: "",
     trust_special_tokens: bool = False,
 ) -> list[Mapping[str, Any]]:
     """Drop as few of the oldest turns as needed to leave `reserve` of `room` tokens.
@@ -262,6 +279,7 @@ def drop_oldest_turns(
         messages: never modified; the result holds the same dicts.
         tokens_of: the length of the prompt for a list of messages.
         room, reserve: tokens for prompt and reply, and for the reply.
+        extending: what a hint says of extending the context for a prompt of so many tokens.
         trust_special_tokens: see `without_old_reasoning`.
 
     Raises:
@@ -280,7 +298,7 @@ def drop_oldest_turns(
         raise ContextLengthError(
             f"messages: {tokens_without(count):,} tokens without the older turns, but the context has room for "
             f"{room:,}, prompt and answer together",
-            hint=f"Shorten the last turn, extend the context ({HOW_TO_EXTEND}), or slide over it in a window that fits "
-            "it (--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
+            hint=f"Shorten the last turn, {extending(tokens_without(count))}or slide over it in a window that fits it "
+            "(--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
         )
     return without_oldest_turns(messages, count, trust_special_tokens=trust_special_tokens)

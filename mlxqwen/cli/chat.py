@@ -60,9 +60,27 @@ _OWN = [
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
-@click.command(
-    cls=SpelledCommand, params=[*_OWN, *(option for option in generate.params if option.name not in _NOT_IN_A_CHAT)]
-)
+class _Chat(SpelledCommand):
+    """Tells of what is typed in the chat where it is given as an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from mlxqwen.cli.chat_commands import ALIASES, COMMANDS
+
+            typed = f"/{error.option_name.lstrip('-').replace('-', '_')}"
+            typed = ALIASES.get(typed, typed)
+            if typed not in COMMANDS:
+                raise
+            way = "; --messages FILE begins with a conversation" if typed == "/load" else ""
+            said = f"{typed} {COMMANDS[typed].argument}".strip()
+            raise click.UsageError(
+                f"No such option {error.option_name!r}. In the chat it is {said}{way}.", ctx
+            ) from None
+
+
+@click.command(cls=_Chat, params=[*_OWN, *(option for option in generate.params if option.name not in _NOT_IN_A_CHAT)])
 @click.pass_context
 def chat(context: click.Context, /, **options: Any) -> int:
     """Talk with MODEL, beginning with MESSAGE; /help lists what can be typed besides messages.

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlxqwen.chat.prompts import said_of_extending
 from mlxqwen.cli.chat_answer import show_answer
 from mlxqwen.cli.chat_calls import OpenCalls
 from mlxqwen.cli.chat_commands import HELP, HELP_INDENT, ChatCommand, Message, parse_line
@@ -28,12 +29,9 @@ __all__ = ["ChatSession"]
 
 _WAYS_OUT = (
     "/drop forgets the oldest turn, /clear all of them. Started with --drop-oldest the chat leaves old turns out by "
-    "itself, with --max-kv-size it slides over them, --yarn auto or --yarn-factor extends the context."
+    "itself, with --max-kv-size it slides over them{extend}."
 )
-_WAYS_OUT_ALONE = (
-    "Shorten it. Started with --max-kv-size the chat slides over its beginning, --yarn auto or --yarn-factor extends "
-    "the context."
-)
+_WAYS_OUT_ALONE = "Shorten it. Started with --max-kv-size the chat slides over its beginning{extend}."
 
 
 _WORDS_TO_LEAVE = ("exit", "quit")  # of users of llm, Python and mlx-lm
@@ -124,7 +122,7 @@ class ChatSession:
                 stoppable=self._is_interactive,
             )
         except ContextLengthError as error:
-            raise ContextLengthError(error.problem, hint=self._ways_out()) from None
+            raise ContextLengthError(error.problem, hint=self._ways_out(said_of_extending(error.hint))) from None
         self._answers += 1
         if answer.done is not None or answer.has_begun:
             self._last, self._was_stopped = answer.done, answer.done is None
@@ -139,10 +137,12 @@ class ChatSession:
         else:
             self._view.say("Stopped before the first word: nothing has changed.")
 
-    def _ways_out(self) -> str:
+    def _ways_out(self, extending: str) -> str:
         """What to do about a prompt that is too long; a single message has no older turns to drop."""
         has_turns = any(message["role"] == "user" for message in self._conversation.messages)
-        return _WAYS_OUT if has_turns and not self._options.get("drop_oldest") else _WAYS_OUT_ALONE
+        ways = _WAYS_OUT if has_turns and not self._options.get("drop_oldest") else _WAYS_OUT_ALONE
+        flags = " or ".join(flag for flag in ("--yarn auto", "--yarn-factor") if flag in extending)
+        return ways.format(extend=f", {flags} extends the context" if flags else "")
 
     def _retry(self) -> None:
         self._answer(lambda options: self._conversation.retry(keep_partial=True, **options))

@@ -108,7 +108,7 @@ def _source(
         folder = fetched.pop() if fetched else None
         engine = load_engine(chosen, folder=folder, make_room=make_room, shows_progress=is_first)
         with options_named():
-            settings.context(engine.model.config.context_length)
+            settings.context(engine.model.config)
         return engine
 
     context = None
@@ -118,7 +118,7 @@ def _source(
     if folder is not None:
         with naming_alias(model):
             with options_named():
-                context = settings.context(read_model_config(folder, chosen).context_length)
+                context = settings.context(read_model_config(folder, chosen))
             if is_whole and not is_alone:  # what is alone is loaded before the server listens
                 check_model_files(folder, chosen)
     return ModelSource(

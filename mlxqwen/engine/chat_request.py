@@ -10,6 +10,7 @@ from mlxqwen.cache import KVCache
 from mlxqwen.chat.prompts import (
     asks_for_thought,
     drop_oldest_turns,
+    extending,
     hard_switch,
     least_tokens,
     prepare_for,
@@ -162,8 +163,15 @@ class Responder:
         turns = count_turns(messages, trust_special_tokens=trust)
         last = without_oldest_turns(messages, turns - 1, trust_special_tokens=trust)
         self._refuse_if_too_long(last, options, cache)
-        room = context - _held(cache)
-        return drop_oldest_turns(messages, tokens_of, room=room, reserve=reserve, trust_special_tokens=trust)
+        held = _held(cache)
+        return drop_oldest_turns(
+            messages,
+            tokens_of,
+            room=context - held,
+            reserve=reserve,
+            extending=lambda tokens: extending(self.model.config, held + tokens),
+            trust_special_tokens=trust,
+        )
 
     def render(self, messages: Messages, options: ChatOptions) -> list[int]:
         """The ids of a conversation; see `Engine.prompt`."""

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlxqwen.chat.prompts import HOW_TO_EXTEND, check_messages
+from mlxqwen.chat.prompts import check_messages, said_of_extending
 from mlxqwen.chat.reply import Delta, Reply, join_deltas
 from mlxqwen.chat.thinking_modes import check_budget_use
 from mlxqwen.chat.turns import check_conversation, count_turns, prepare_conversation, without_oldest_turns
@@ -47,9 +47,8 @@ _Pins = tuple[dict[str, "Pin"], ...]
 _OPENING = {"role": "user", "content": "Hello"}
 _ANSWER = {"role": "assistant", "content": "Hello"}
 _WAYS_OUT = (
-    "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, extend the context "
-    f"({HOW_TO_EXTEND}), or slide over it in a window that fits it (--max-kv-size; "
-    "Conversation(engine, max_kv_size=…))."
+    "Drop the oldest turns (drop_oldest=True, or conversation.drop_oldest()), shorten the last one, {extend}or slide "
+    "over it in a window that fits it (--max-kv-size; Conversation(engine, max_kv_size=…))."
 )
 _OUTGROWN = "conversation: outgrew its YaRN factor of %g, and goes on with %g, for which all %s tokens are read anew"
 _FITS_AGAIN = "conversation: fits a YaRN factor of %g again, and goes on with it: what was read for %g does not count"
@@ -370,7 +369,8 @@ class Conversation:
         try:
             request, sent = self._responder.request(messages, options, holds_cache=True)
         except ContextLengthError as error:
-            raise ContextLengthError(error.problem, hint=_WAYS_OUT) from None
+            hint = _WAYS_OUT.format(extend=said_of_extending(error.hint))
+            raise ContextLengthError(error.problem, hint=hint) from None
         if options.max_kv_size is None:
             return request
         return replace(request, returns_to=self._shared_with_next(request, sent, options))

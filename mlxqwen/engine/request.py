@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast
 from mlxqwen.cache import KVCache, check_quantization, check_window, make_cache
 from mlxqwen.chat.budget import ThinkingBudget
 from mlxqwen.chat.pipeline import ReplyPipeline
-from mlxqwen.chat.prompts import HOW_TO_EXTEND
+from mlxqwen.chat.prompts import extending
 from mlxqwen.chat.thinking import EARLY_STOP_TEXT, check_early_stop_text
 from mlxqwen.checks import as_integer, as_token_ids, check_integer, check_token_ids, is_integer
 from mlxqwen.device import Device
@@ -297,12 +297,11 @@ def room_for_answer(config: ModelConfig, prompt_tokens: int, max_kv_size: int | 
         return UNBOUNDED
     if prompt_tokens >= context:
         by_yarn = f", by YaRN's factor {config.yarn_choices[-1].factor:g}," if config.yarn_choices else ""
-        extend = "" if by_yarn else f"extend the context ({HOW_TO_EXTEND}), "
         raise ContextLengthError(
             f"prompt: {prompt_tokens:,} tokens, but the model's context of {context:,}{by_yarn} has to hold prompt and "
             "answer",
-            hint=f"Shorten it, {extend}or slide over it in a window that fits it (--max-kv-size; "
-            "cache=make_cache(model, max_kv_size=…)).",
+            hint=f"Shorten it, {extending(config, prompt_tokens)}or slide over it in a window that fits it "
+            "(--max-kv-size; cache=make_cache(model, max_kv_size=…)).",
         )
     return context - prompt_tokens
 

@@ -36,6 +36,7 @@ _DEFAULT_BITS, _DEFAULT_GROUP_SIZE = 4, 64  # what MLX takes for null, and what 
 _DECLARED_CONTEXT = 40_960
 _TRAINED_CONTEXT = 32_768
 
+MOST_YARN_FACTOR = 1024.0
 _REQUEST_FACTORS = (2.0, 4.0)  # the model cards: no larger a factor than typical texts need, and 4 was validated
 
 # What an error shows of a value; no more of it is spelled.
@@ -427,7 +428,7 @@ def _read_rope_scaling(keys: _Keys, max_position_embeddings: int) -> YarnScaling
         return None
     if rope_type != "yarn":
         raise keys.fail(type_key, "'yarn' or 'default'", hint="YaRN is the scaling that Qwen3 was validated with.")
-    factor = keys.number("factor", low=1.0, high=1024.0)
+    factor = keys.number("factor", low=1.0, high=MOST_YARN_FACTOR)
     original = keys.integer("original_max_position_embeddings", default=max_position_embeddings, high=1 << 27)
     beta_fast = _read_beta(keys, "beta_fast", 32.0)
     beta_slow = _read_beta(keys, "beta_slow", 1.0)

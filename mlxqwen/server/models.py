@@ -34,7 +34,7 @@ class ServedModel:
         self.name = name
         self.engine = engine
         self.limit_scales = limit_scales
-        self.context = settings.context(engine.model.config.context_length)
+        self.context = settings.context(engine.model.config)
         self.responder = Responder(engine.model, engine.tokenizer, engine.speculative, engine.draft_tokens)
         self.wakeups = Wakeups(engine.scheduler)
         self.wakeups.start()

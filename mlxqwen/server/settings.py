@@ -8,6 +8,7 @@ from typing import Literal
 
 from mlxqwen.checks import check_integer, check_number
 from mlxqwen.errors import OptionError
+from mlxqwen.files.config import ModelConfig
 
 __all__ = ["MOST_CHOICES", "ReasoningField", "ServerSettings", "is_loopback"]
 
@@ -95,18 +96,22 @@ class ServerSettings:
                 hint="Others could use the model: give --api-key KEY, or --allow-open if that is meant.",
             )
 
-    def context(self, room: int) -> int | None:
-        """The most tokens of a prompt and its reply where a model has room for `room`; None if a window slides.
+    def context(self, config: ModelConfig) -> int | None:
+        """The most tokens of a prompt and its reply of a model; None if a window slides.
 
         Raises `OptionError` for a `max_model_len` that it has no room for.
         """
+        room = config.context_length
         slides = self.max_kv_size is not None and self.max_kv_size <= room
         if slides:
             return self.max_model_len
         if self.max_model_len is not None and self.max_model_len > room:
+            from mlxqwen.chat.prompts import extending  # which imports much that settings alone do without
+
+            extend = extending(config, self.max_model_len - 1)
             raise OptionError(
                 f"max_model_len: found {self.max_model_len:,}, but the model's context is {room:,} tokens",
-                hint="Extend it with --yarn auto or --yarn-factor, slide over it with --max-kv-size, or ask for less.",
+                hint=f"Slide over it with --max-kv-size, {extend}or ask for less.",
             )
         return min(room, self.max_model_len or room)
 
