@@ -63,6 +63,23 @@ def test_small_products_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mx.eval(model(mx.array([[1, 2, 3]])))
 
 
+@pytest.mark.parametrize(("has_openblas", "rows", "parts"), [(False, 2, 1), (False, 4, 2), (True, 4, 1), (True, 256, 2)])
+def test_many_rows_that_openblas_multiplies_at_once_are_not_worth_a_share(
+    has_openblas: bool, rows: int, parts: int
+) -> None:
+    """A matrix of a demo's size: the threads would wait for one another longer than they multiply."""
+    shares = shares_of(dataclasses.replace(CPU, cores=2, has_openblas=has_openblas), axis=1)
+    assert shares is not None
+    seen: list[mx.array] = []
+
+    def product(x: mx.array, weight: mx.array) -> mx.array:
+        seen.append(weight)
+        return x @ weight
+
+    shares.product(product, mx.ones((rows, 512)), mx.ones((512, 512)))
+    assert len(seen) == parts
+
+
 def by_rows(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 

@@ -45,10 +45,11 @@ class Shares:
     Args:
         cores: among how many.
         axis: of the outputs.
+        rows_at_once: rows that are multiplied in the time of one, which is what reading the matrix takes.
     """
 
-    def __init__(self, cores: int, axis: int = 0) -> None:
-        self.cores, self.axis = cores, axis
+    def __init__(self, cores: int, axis: int = 0, rows_at_once: int = 1) -> None:
+        self.cores, self.axis, self.rows_at_once = cores, axis, rows_at_once
 
     def product(self, product: Callable[..., mx.array], x: mx.array, *arrays: mx.array) -> mx.array:
         """`product(x, *arrays)`, `[..., in]` → `[..., out]`; by parts of the arrays where that is a gain.
@@ -56,7 +57,9 @@ class Shares:
         The arrays are cut in every call: parts that were kept would not see what is changed in place.
         """
         size = arrays[0].shape[self.axis]
-        cuts = ranges(size, self.cores, x.size * size)
+        width = x.shape[-1]
+        rows = x.size // width
+        cuts = ranges(size, self.cores, width * size * max(1, rows // self.rows_at_once))
         if len(cuts) == 1:
             return product(x, *arrays)
         outputs = []
@@ -69,4 +72,4 @@ class Shares:
 
 def shares_of(device: Device, axis: int = 0) -> Shares | None:
     """The shares of a matrix, whose outputs are in this axis; None where one core, or a GPU, computes all."""
-    return None if device.cores == 1 else Shares(device.cores, axis)
+    return None if device.cores == 1 else Shares(device.cores, axis, 64 if device.has_openblas else 1)
