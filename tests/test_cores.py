@@ -63,7 +63,9 @@ def test_small_products_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mx.eval(model(mx.array([[1, 2, 3]])))
 
 
-@pytest.mark.parametrize(("has_openblas", "rows", "parts"), [(False, 2, 1), (False, 4, 2), (True, 4, 1), (True, 256, 2)])
+@pytest.mark.parametrize(
+    ("has_openblas", "rows", "parts"), [(False, 2, 1), (False, 4, 2), (True, 4, 1), (True, 256, 2)]
+)
 def test_many_rows_that_openblas_multiplies_at_once_are_not_worth_a_share(
     has_openblas: bool, rows: int, parts: int
 ) -> None:
