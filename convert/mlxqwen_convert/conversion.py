@@ -97,7 +97,7 @@ def convert(
         ignore_adapter: convert the weights alone where an adapter lies beside them, which is refused otherwise.
         verify: read everything back and compare it with the source.
         resume: go on with an unfinished conversion of the same source and options.
-        dry_run: only plan; nothing is written.
+        dry_run: only plan; nothing is written. An output that exists already is a note of the report.
         upload_repo: a hub id to push the finished folder to.
         workers: threads; by default one for each core.
         progress: see `Progress`.
@@ -117,7 +117,8 @@ def convert(
     target, local = _path(output), _path(source)
     if local.is_dir():
         check_apart(local, target)
-    check_output(target)  # before gigabytes are downloaded
+    if not (dry_run and os.path.lexists(target)):
+        check_output(target)  # before gigabytes are downloaded
     workers = workers or cores()
     if dry_run:
         with looked_at(source, revision=revision) as folder:
@@ -154,7 +155,8 @@ def _planned(folder: Path, target: Path, options: Options, workers: int, *, igno
         plan = make_plan(folder, options)
         if not ignore_adapter:
             refuse_adapter(folder)
-        found = (found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
+        there = f"{target}: already exists, and is not written over" if os.path.lexists(target) else None
+        found = (there, found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
         notes = tuple(note for note in found if note is not None)
         return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
     finally:

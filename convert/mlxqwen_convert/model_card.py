@@ -72,6 +72,9 @@ def _error_table(report: Report) -> list[str]:
 
 
 def _errors(row: KindRow) -> tuple[str, str]:
+    if row.absolute_error is not None:
+        relative = "" if row.relative_error is None else f"{100 * row.relative_error:.3g} %; "
+        return (f"{relative}zeros {row.absolute_error:.3g} off", f"{100 * (row.largest_error or 0):.3g} %")
     if not row.relative_error or row.largest_error is None:
         return ("exact", "exact")
     return (f"{100 * row.relative_error:.3g} %", f"{100 * row.largest_error:.3g} %")

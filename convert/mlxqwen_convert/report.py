@@ -19,7 +19,8 @@ _KINDS = ("embeddings", "attention", "mlp", "router", "experts", "lm_head", "nor
 class KindRow:
     """All modules of one kind that go the same way.
 
-    `relative_error` and `codes_kept` are those of all its modules together; None where nothing was compared.
+    `relative_error` and `codes_kept` are those of all its modules together; None where nothing was compared. Weights
+    that are all 0 and do not come back as 0 have no relative error: `absolute_error` is the root mean square of theirs.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class KindRow:
     relative_error: float | None = None
     largest_error: float | None = None
     codes_kept: int | None = None
+    absolute_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,15 @@ def kind_rows(plan: Plan, errors: Mapping[str, ModuleError] | None = None) -> tu
         rows.setdefault(key, []).append(planned)
     result = []
     for (kind, source, target, method), members in sorted(rows.items(), key=lambda item: _KINDS.index(item[0][0])):
-        total, largest = ModuleError(), 0.0
+        total, of_zeros, largest, zeros = ModuleError(), ModuleError(), 0.0, 0
         for planned in members:
-            if errors is not None:
-                total.add(errors[planned.module.path])
-                largest = max(largest, errors[planned.module.path].relative)
+            error = ModuleError() if errors is None else errors[planned.module.path]
+            if error.relative is not None:
+                total.add(error)
+                largest = max(largest, error.relative)
+            else:
+                of_zeros.add(error)
+                zeros += planned.module.parameters
         result.append(
             KindRow(
                 kind,
@@ -98,7 +104,8 @@ def kind_rows(plan: Plan, errors: Mapping[str, ModuleError] | None = None) -> tu
                 sum(planned.target_bytes for planned in members),
                 None if errors is None else _rounded(total.relative),
                 None if errors is None else _rounded(largest),
-                None if errors is None or method != "repack" else total.codes,
+                None if errors is None or method != "repack" else total.codes + of_zeros.codes,
+                _rounded(math.sqrt(of_zeros.squared_error / zeros)) if zeros else None,
             )
         )
     return tuple(result)
@@ -116,14 +123,16 @@ def module_facts(plan: Plan, errors: Mapping[str, ModuleError] | None) -> dict[s
         }
         if errors is not None:
             error = errors[planned.module.path]
-            bound = error.bound
             entry["relative_error"] = _rounded(error.relative)
-            entry["bound"] = _rounded(bound) if math.isfinite(bound) else None
+            bound = error.bound
+            entry["bound"] = _rounded(bound) if bound is not None and math.isfinite(bound) else None
+            if error.relative is None:
+                entry["absolute_error"] = _rounded(math.sqrt(error.squared_error / planned.module.parameters))
             if planned.method == "repack":
                 entry["codes_equal"] = error.codes
         facts[planned.module.path] = entry
     return facts
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

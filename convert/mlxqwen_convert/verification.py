@@ -50,13 +50,13 @@ class ModuleError:
     codes: int = 0
 
     @property
-    def relative(self) -> float:
-        """The error's norm over the weights' norm."""
+    def relative(self) -> float | None:
+        """The error's norm over the weights' norm; None for an error of weights that are all 0."""
         return _ratio(self.squared_error, self.squared_norm)
 
     @property
-    def bound(self) -> float:
-        """What `relative` may be at most."""
+    def bound(self) -> float | None:
+        """What `relative` may be at most; None for weights that are all 0."""
         return _ratio(self.squared_bound, self.squared_norm)
 
     def add(self, other: ModuleError) -> None:
@@ -67,8 +67,10 @@ class ModuleError:
         self.codes += other.codes
 
 
-def _ratio(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else (0.0 if not part else math.inf)
+def _ratio(part: float, whole: float) -> float | None:
+    if not part:
+        return 0.0
+    return math.sqrt(part / whole) if whole else None
 
 
 def compare(expected: mx.array, written: tuple[mx.array, ...], planned: PlannedModule, plan: Plan) -> mx.array:
@@ -147,7 +149,11 @@ def check_errors(errors: Mapping[str, ModuleError]) -> None:
     """Raises `VerificationError` for a module whose error is beyond its bound."""
     for path, error in errors.items():
         if not error.squared_error <= error.squared_bound:
+            found, most = (
+                f"{math.sqrt(squares):.3g} in all" if share is None else f"{share:.3%}"
+                for squares, share in ((error.squared_error, error.relative), (error.squared_bound, error.bound))
+            )
             raise VerificationError(
-                f"{path}: what was written is off by {error.relative:.3%}, expected at most {error.bound:.3%}",
+                f"{path}: what was written is off by {found}, expected at most {most}",
                 hint=f"If its weights are too small for float16, choose --dtype float32. Else: {_FAULTY}",
             )

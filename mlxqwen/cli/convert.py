@@ -288,11 +288,13 @@ def _table(report: Report) -> str:
     """Modules by kind: from → to, sizes, bits a weight, and errors where they were measured."""
     from mlxqwen_convert.sizes import size_of
 
-    verified = any(row.relative_error is not None for row in report.kinds)
+    verified = any((row.relative_error, row.absolute_error) != (None, None) for row in report.kinds)
     rows = []
     for row in report.kinds:
-        exact = row.method == "copy" or row.relative_error == 0
+        exact = row.method == "copy" or (row.relative_error == 0 and row.absolute_error is None)
         errors = ["exact", ""] if exact else [_percent(row.relative_error), _percent(row.largest_error)]
+        if row.absolute_error is not None:  # of weights that are all 0
+            errors[0] += f"{'; ' if errors[0] else ''}zeros {row.absolute_error:.3g} off"
         cells = [row.kind, f"{row.modules:,}", count_of(row.parameters), row.source, row.target, row.method]
         cells += [size_of(row.source_bytes), size_of(row.target_bytes), f"{8 * row.target_bytes / row.parameters:.2f}"]
         rows.append(cells + errors)

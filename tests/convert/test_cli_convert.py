@@ -296,6 +296,29 @@ def test_a_dry_run_tells_of_an_unfinished_conversion(tmp_path: Path) -> None:
     assert foreign.startswith(f"note: {partial}: is in the way and was not made by a conversion. ")
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_dry_run_tells_of_an_output_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    source = make_source(tmp_path / "Little-FP8", "fp8").write().folder
+    output = tmp_path / "Little-8bit"
+    if kind == "folder":
+        output.mkdir()
+        for name in ("config.json", "conversion.lock"):  # as a crash may leave it
+            (output / name).touch()
+    elif kind == "file":
+        output.touch()
+    else:
+        output.symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for given in ([], ["Little-8bit"], ["--resume"]):
+        result = run("convert", str(source), *given, "--dry-run")
+        assert result.status == 0
+        assert result.out.startswith("note: Little-8bit: already exists, and is not written over\n")
+        assert "Nothing was written." in result.out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "Little-8bit: already exists" in run("convert", str(source)).err
+
+
 @pytest.mark.parametrize("command", [["generate", "Hello", "--model"], ["info"], ["convert"]])
 def test_an_unfinished_conversion_is_no_model(tmp_path: Path, command: list[str]) -> None:
     partial = tmp_path / "my out.partial"

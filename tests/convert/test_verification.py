@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxqwen.files.checkpoint import load_safetensors
 from mlxqwen_convert import convert
 from mlxqwen_convert.affine import Packed, quantize
 from mlxqwen_convert.bfloat16 import Quantizer
@@ -198,3 +199,45 @@ def test_symmetric_integers_in_bfloat16_are_exact(tmp_path: Path) -> None:
     report = convert(source.write().folder, tmp_path / "out")
     assert report.dtype == "BF16"
     assert all(facts["relative_error"] < 1e-6 for facts in report.modules.values())
+
+
+def with_zeros(folder: Path, form: str) -> Path:
+    """A checkpoint whose `down_proj` have the code of 0 everywhere; or, of BF16, 0."""
+    source = make_source(folder, form)
+    for name, (_, array) in source.stored.items():
+        if "down_proj" in name and name.endswith(("qweight", "qzeros")):
+            code = 0x6 if form == "gptq" and name.endswith("qzeros") else 0x7  # GPTQ's are one less
+            array[...] = np.int32(0x11111111 * code)
+        elif "down_proj" in name and form == "bf16":
+            array[...] = 0
+    return source.write().folder
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq"])
+def test_what_comes_back_for_weights_that_are_all_0_is_an_absolute_error(tmp_path: Path, form: str) -> None:
+    """Scales times codes, plus rounded biases, are not quite 0."""
+    report = convert(with_zeros(tmp_path / "in", form), tmp_path / "out", dtype="bfloat16")
+    weights, _ = load_safetensors(tmp_path / "out/model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        scales, biases = (weights[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+        found = mx.dequantize(weights[f"{name}.weight"], scales, biases, group_size=64, bits=4)
+        module = report.modules[name]
+        assert (module["relative_error"], module["bound"]) == (None, None)
+        assert module["absolute_error"] == pytest.approx(mx.sqrt(mx.square(found).mean()).item(), rel=1e-2)
+    (row,) = (row for row in report.kinds if row.kind == "mlp")
+    assert row.absolute_error is not None
+    assert 0 < row.absolute_error < 1e-2
+    assert row.relative_error is not None
+    assert row.largest_error is not None
+    assert row.relative_error <= row.largest_error < 1
+    assert "Infinity" not in (tmp_path / "out/conversion_report.json").read_text()
+    assert f"zeros {row.absolute_error:.3g} off" in (tmp_path / "out/README.md").read_text()
+
+
+def test_weights_that_are_all_0_and_stay_so_are_exact(tmp_path: Path) -> None:
+    report = convert(with_zeros(tmp_path / "in", "bf16"), tmp_path / "out")
+    module = report.modules["model.layers.0.mlp.down_proj"]
+    assert module["relative_error"] == 0
+    assert "absolute_error" not in module
+    assert all(row.absolute_error is None for row in report.kinds)
