@@ -105,8 +105,9 @@ def _source(
     def load(make_room: MakeRoom) -> Engine:
         # Beside the lines of requests, which other threads log, progress would not be read.
         is_first = threading.current_thread() is threading.main_thread()
-        folder = fetched.pop() if fetched else None
+        folder = fetched[0] if fetched else None
         engine = load_engine(chosen, folder=folder, make_room=make_room, shows_progress=is_first)
+        fetched.clear()  # a load that is put off comes again
         with options_named():
             settings.context(engine.model.config)
         return engine

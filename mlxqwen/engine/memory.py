@@ -182,7 +182,11 @@ class MemoryAccount:
         most = self.most()
         return any(claim.nbytes > most for claim in self._claims(scheduler))
 
-    def _claims(self, but: Scheduler) -> list[Claim]:
+    def claimed(self) -> int:
+        """Bytes of the largest cache that a reply waits for; 0 if none does."""
+        return max((claim.nbytes for claim in self._claims()), default=0)
+
+    def _claims(self, but: Scheduler | None = None) -> list[Claim]:
         """The claims of other schedulers that take their steps by themselves: others might never go on."""
         others = [one for one in self.schedulers if one is not but and one.driver.has_daemon]
         return [claim for one in others if (claim := one.claim) is not None and claim.is_live]

@@ -54,6 +54,7 @@ class Entry:
         waiting: those that are to have it.
         waited: how many have waited since one began to, and when that was by the registry's clock.
         loading: ends with its load; its files are being fetched, or it is queued or under way.
+        weight_bytes: of its weights, once a load has come so far; None before.
         is_leaving: whether another model needs its memory, so that no further request gets it.
         last_used: by the registry's clock.
     """
@@ -68,6 +69,7 @@ class Entry:
         self.waiting: set[Lease] = set()
         self.waited = (0, now)
         self.loading: Future[None] | None = None
+        self.weight_bytes: int | None = None
         self.is_leaving = False
         self.last_used = now
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 
 from mlxqwen.device import current_device
 from mlxqwen.engine.memory import account, give_back
@@ -28,9 +29,13 @@ from mlxqwen.server.settings import ServerSettings
 
 __all__ = ["ModelRegistry"]
 
+_Allows = Callable[[int], bool]
+"""Whether weights of so many bytes may be loaded now."""
+
 logger = logging.getLogger("mlxqwen.server")
 
 _POLL = 0.05  # seconds between looks whether a model is still wanted
+_MOST_AHEAD = 3  # loads that go ahead of one that waits: each may keep it waiting for as long as it takes
 _SPARE_SHARE = 8  # one part in so many of the memory is left for caches, as far as unloading idle models leaves it
 
 
@@ -282,28 +287,42 @@ class ModelRegistry:
                 entry = self._queue.popleft()
             self._serve(entry)
 
-    def _serve(self, entry: Entry) -> None:
-        """Load a model for those who wait for it; what goes wrong is told them alone."""
+    def _serve(self, entry: Entry, ahead: _Allows | None = None) -> None:
+        """Load a model for those who wait for it; what goes wrong is told them alone.
+
+        Args:
+            entry: the model's.
+            ahead: of one that goes ahead of another which waits: whether its weights may be loaded. If not, it is
+                queued again.
+        """
         loaded = None
         try:
-            self._wait_while_wanted(entry)
+            if ahead is None:
+                self._wait_while_wanted(entry)
             if entry.model is not None and any(lease.room for lease in entry.waiting):
                 self._make_room(entry, 0)
             if entry.model is None and entry.waiting:
                 began = self._clock()
                 logger.info("%s: loading", one_line(entry.name))
-                loaded = self._loaded(entry)
+                loaded = self._loaded(entry, ahead)
                 logger.info("%s: ready after %.1f s", one_line(entry.name), self._clock() - began)
             self._hand_out(entry, loaded)
+        except _NotAheadError:
+            with self._changed:
+                if self._is_closed:
+                    self._fail(entry, _closing())
+                else:
+                    self._queue.appendleft(entry)
         except BaseException as error:
             if loaded is not None:
                 _end(loaded)
             with self._changed:
                 self._fail(entry, self._told(entry, error))
         finally:
-            with self._changed:
-                for one in self.entries:
-                    one.is_leaving = False
+            if ahead is None:
+                with self._changed:
+                    for one in self.entries:
+                        one.is_leaving = False
 
     def _hand_out(self, entry: Entry, loaded: ServedModel | None) -> None:
         """Give those who wait their model: it is in use before another thread may unload it."""
@@ -341,12 +360,12 @@ class ModelRegistry:
         location = "" if entry.source is None else entry.source.location
         return load_error(error, entry.name, location)
 
-    def _loaded(self, entry: Entry) -> ServedModel:
+    def _loaded(self, entry: Entry, ahead: _Allows | None = None) -> ServedModel:
         source = entry.source
         if source is None:
             raise ApiError(503, f"model: {shown(entry.name)} is closed, expected an open one", code="engine_closed")
         try:
-            engine = source.load(lambda nbytes: self._reserve(entry, nbytes))
+            engine = source.load(lambda nbytes: self._reserve(entry, nbytes, ahead))
         finally:
             account().reserved.pop(entry.name, None)
         try:
@@ -384,13 +403,63 @@ class ModelRegistry:
 
     def _wait_while_wanted(self, entry: Entry) -> None:
         """Wait until the model has gone for the reply that needs its memory, or is needed no more."""
-        while self._is_wanted(entry) and entry.waiting and not self._is_closed:
-            with self._changed:
-                self._changed.wait(_POLL)
+        self._wait(entry, lambda: not self._is_wanted(entry), entry, account().claimed, _POLL)
 
-    def _reserve(self, entry: Entry, nbytes: int) -> None:
+    def _wait(
+        self,
+        entry: Entry,
+        is_over: Callable[[], bool],
+        going: Entry,
+        needed: Callable[[], int],
+        seconds: float | None = None,
+    ) -> None:
+        """Wait in the thread that loads; a few loads that fit go ahead meanwhile, but for what is waited for.
+
+        Args:
+            entry: the model's that is to be handed out.
+            is_over: whether the wait is.
+            going: the model's that is to go.
+            needed: bytes that have to fit once it has gone.
+            seconds: between looks; None where all that matters is told.
+        """
+        left = _MOST_AHEAD
+        spare = current_device().usable_memory // _SPARE_SHARE
+
+        def would_fit(nbytes: int) -> bool:
+            model, promised, most = going.model, self._promised_room(entry), account().most()
+            gone = 0 if model is None else model.engine.scheduler.weight_bytes
+            return nbytes + promised + spare <= most and nbytes + promised + needed() <= most + gone
+
+        def allows(nbytes: int) -> bool:
+            return would_fit(nbytes) and self._has_room(entry, nbytes + spare)
+
+        while True:
+            with self._changed:
+                if is_over() or not entry.waiting or self._is_closed:
+                    return
+                ahead = self._take_ahead(would_fit) if left else None
+                if ahead is None:
+                    self._changed.wait(seconds)
+                    continue
+            left -= 1
+            self._serve(ahead, allows)
+
+    def _take_ahead(self, would_fit: _Allows) -> Entry | None:
+        """Take the first queued load that may go ahead, as far as is known of it."""
+        for entry in self._queue:
+            is_load = entry.model is None and bool(entry.waiting)
+            if is_load and (entry.weight_bytes is None or would_fit(entry.weight_bytes)):
+                self._queue.remove(entry)
+                return entry
+        return None
+
+    def _reserve(self, entry: Entry, nbytes: int, ahead: _Allows | None = None) -> None:
         """Free memory for a model's weights, which counts as theirs from now on."""
-        self._make_room(entry, nbytes)
+        entry.weight_bytes = nbytes
+        if ahead is None:
+            self._make_room(entry, nbytes)
+        elif not ahead(nbytes):
+            raise _NotAheadError
         account().reserved[entry.name] = nbytes
 
     def _make_room(self, entry: Entry, nbytes: int) -> None:
@@ -417,18 +486,29 @@ class ModelRegistry:
                     return
                 leaving = min(used, key=lambda one: one.last_used)
                 leaving.is_leaving = True
-                while leaving.users and entry.waiting and not self._is_closed:
-                    self._changed.wait()
+            self._wait(entry, partial(_is_unused, leaving), leaving, lambda: nbytes)
+            with self._changed:
                 if not entry.waiting or self._is_closed:
                     raise ApiError(503, "model: not asked for any more", code="server_shutdown")
             self._unload(leaving, f"memory for {entry.name}")
 
     def _has_room(self, entry: Entry, nbytes: int) -> bool:
         """Whether `nbytes` fit, with room beside all weights for the largest prompt that was promised some."""
+        return nbytes + self._promised_room(entry) <= account().most() and _have_given_way(nbytes)
+
+    def _promised_room(self, entry: Entry) -> int:
+        """Bytes of the largest prompt that was promised room, or waits for the model."""
         with self._changed:
             promised = {*entry.waiting, *(lease for one in self.entries for lease in one.users)}
-        room = max((lease.room for lease in promised), default=0)
-        return nbytes + room <= account().most() and _have_given_way(nbytes)
+        return max((lease.room for lease in promised), default=0)
+
+
+def _is_unused(entry: Entry) -> bool:
+    return not entry.users
+
+
+class _NotAheadError(Exception):
+    """A load has no room beside what is waited for."""
 
 
 def _have_given_way(nbytes: int) -> bool:
