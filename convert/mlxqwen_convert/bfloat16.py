@@ -37,8 +37,8 @@ _WEIGHTS_PER_BLOCK = 1 << 18
 # Where groups of a block are a multiple of this, all its rows begin where a line of the cache does.
 _WIDTH_STEP = 16
 _SMALLEST_SCALE = np.float32(1e-7)  # as in `affine`
-# BF16 next to a number so many steps from zero is less than half a step away.
-_NEAR_STEPS = 127
+# BF16 next to a number so many steps from zero is 16 steps away at most.
+_NEAR_STEPS = 1 << 12
 _HALF, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
 _SIGN, _MAGNITUDE, _INFINITY = 0x8000, 0x7FFF, 0x7F80
 
@@ -74,15 +74,12 @@ class Quantizer:
 
     def __init__(self, weights: int, group_size: int, bits: int, buffers: Buffers) -> None:
         arrays = {name: buffers.array(name, *form) for name, form in _layout(weights, group_size, bits).items()}
-        self._buffers = buffers
         self.form, self._top, self._bits = (weights, group_size, bits), 2**bits - 1, np.uint32(bits)
         self._groups = weights // group_size
         self._units, self._greatest = arrays["units"], arrays["greatest"]
         self._scales, self._biases, self._weight = arrays["scales"], arrays["biases"], arrays["weight"]
         self._source, self._floats, self._codes = arrays["source"], arrays["floats"], arrays["codes"]
         self._sums = arrays["sums"]
-        self._tops = arrays["tops"]
-        self._tops.fill(self._top)
         # Views, made once: nobody else has the interpreter meanwhile.
         _, units, width = self._units.shape
         self._source_units = self._source.view(np.complex128).reshape(width, units).T
@@ -93,25 +90,30 @@ class Quantizer:
         self._packed = self._codes[0].view(self._weight.dtype)
         self._weight_by_unit = self._weight.swapaxes(1, 2)
 
-    def quantize(self, read: Read, *, measure: bool, factors: Floats | None = None) -> Quantized | None:
+    def quantize(
+        self, read: Read, *, measure: bool, factors: Floats | None = None, infinity: int = _INFINITY
+    ) -> Quantized | None:
         """What the weights that `read` gives become; None if weights or scales are not finite, or scales are zero.
 
         Args:
             read: gives BF16.
             measure: find the sums; only without factors.
             factors: float32 `[groups]`, above zero, by which weights are multiplied before they are quantized.
+            infinity: the least BF16 magnitude that is no weight's.
         """
         blocks = range(len(self._units))
         for block in blocks:
             self._gather(block, read)
         with np.errstate(all="ignore"):
             low, high = self._extremes()
-            by_lane, clip = None, False
+            if max((low & _MAGNITUDE).max(), (high & _MAGNITUDE).max()) >= infinity:
+                return None
+            by_lane, far = None, False
             if factors is None:
                 scales, biases = _scales_and_biases(low, high, self._top)
             else:
                 by_lane, factors = self._spread(factors)
-                scales, biases, clip = _of_floats(_wide(low) * factors, _wide(high) * factors, self._top)
+                scales, biases, far = _of_floats(_wide(low) * factors, _wide(high) * factors, self._top)
                 if (biases & _MAGNITUDE).max() >= _INFINITY:
                     return None
             magnitudes = scales & _MAGNITUDE
@@ -123,7 +125,7 @@ class Quantizer:
                 self._widen(block, measure=measure)
                 if by_lane is not None:
                     np.multiply(self._floats, by_lane[block], out=self._floats)
-                self._quantize_block(block, clip=clip)
+                self._quantize_block(block, far=far)
                 if measure:
                     self._compare(block)
             error, norm = self._sums.sum(axis=(1, 2), dtype=np.float64).tolist() if measure else (0.0, 0.0)
@@ -168,25 +170,23 @@ class Quantizer:
 
     def _spread(self, factors: Floats) -> tuple[Floats, Floats]:
         """Factors of all groups, for all lanes of a unit, as scales are; and by themselves, ones where groups end."""
-        by_lane: Floats = self._buffers.array("factors", np.float32, *self._scales.shape)
-        by_group = np.ones(by_lane.size // _LANES, np.float32)
+        by_group = np.ones(self._scales.size // _LANES, np.float32)
         by_group[: self._groups] = factors
-        by_lane.reshape(-1, _LANES)[:] = by_group[:, None]
-        return by_lane, by_group
+        return np.repeat(by_group, _LANES).reshape(self._scales.shape), by_group
 
-    def _quantize_block(self, block: int, *, clip: bool = False) -> None:
+    def _quantize_block(self, block: int, *, far: bool = False) -> None:
         """The block's packed codes. Its weights become their distances from the bias, in steps of the scale.
 
-        Without `clip` steps are never below −½. They may be a little above the greatest code, and are below twice that:
-        the scale is the range of a group over the greatest code, but for what makes zero a code.
+        Steps are between −½ and twice the greatest code, as the scale is the range of a group over the greatest code,
+        but for what makes zero a code. Where a bias is not exact, they are a few more: see `_of_floats` for `far`.
         """
         floats, codes, odd = self._floats, self._codes, self._odd
         np.subtract(floats, self._biases[block], out=floats)
         np.divide(floats, self._scales[block], out=floats)
-        if clip:
+        if far:
             np.clip(floats, 0, self._top, out=floats)
         np.rint(floats, out=codes, casting="unsafe")
-        np.minimum(codes, self._tops, out=codes)
+        np.clip(codes, 0, self._top, out=codes)
         np.left_shift(odd, self._bits, out=odd)
         np.bitwise_or(self._even, odd, out=self._even)
         np.copyto(self._weight_by_unit[block], self._packed)
@@ -196,7 +196,7 @@ class Quantizer:
         floats, codes = self._floats, self._codes
         np.copyto(self._packed, self._weight_by_unit[block])
         np.right_shift(self._even, self._bits, out=self._odd)
-        np.bitwise_and(codes, self._tops, out=codes)
+        np.bitwise_and(codes, self._top, out=codes)
         np.subtract(floats, codes, out=floats)
         np.multiply(floats, self._scales[block], out=floats)
         np.vecdot(self._rows, self._rows, out=self._sums[0, block])
@@ -207,7 +207,7 @@ def _layout(weights: int, group_size: int, bits: int) -> dict[str, tuple[type[np
     units, groups = group_size // _UNIT, weights // group_size
     blocks = _blocks(groups, math.ceil(weights / _WEIGHTS_PER_BLOCK))
     width = math.ceil(groups / blocks)
-    code, packed = (np.uint8, np.uint32) if bits == 4 else (np.uint16, np.uint64)
+    code, packed = (np.int8, np.uint32) if bits == 4 else (np.int16, np.uint64)
     return {
         # A unit as one number of 16 bytes, the quickest to move.
         "units": (np.complex128, blocks, units, width),
@@ -219,8 +219,7 @@ def _layout(weights: int, group_size: int, bits: int) -> dict[str, tuple[type[np
         # Of one block: weights as they lie in the file, and even ones before odd ones.
         "source": (np.uint16, width * group_size),
         "floats": (np.float32, 2, units, width * _LANES),
-        "codes": (code, 2, units, width * _LANES),
-        "tops": (code, width * _LANES),
+        "codes": (code, 2, units, width * _LANES),  # signed, which NumPy clips in a tenth of the time of unsigned ones
         # Of rows short enough for sums in float32, and for BLAS to leave other threads alone.
         "sums": (np.float32, 2, blocks, 2 * units * _LANES),
     }
@@ -258,24 +257,24 @@ def _scales_and_biases(low: Words, high: Words, top: int) -> tuple[Words, Words]
 
 
 def _of_floats(low: Floats, high: Floats, top: int) -> tuple[Words, Words, bool]:
-    """BF16 scales and biases as `affine.quantize` has them, and whether weights may lie beyond the codes.
+    """BF16 scales and biases as `affine.quantize` has them, and whether weights may lie far beyond the codes.
 
-    A bias is not the extreme itself, but the BF16 next to it, which is half a step away and more where the extreme is
-    many steps from zero.
+    A bias is not the extreme itself, but the BF16 next to it: many steps away where the extreme is thousands of steps
+    from zero, and then codes have no bits for all of them.
     """
     downward = np.abs(low) > np.abs(high)
     edge = np.where(downward, low, high)
     scale = (high - low) / np.float32(top)
     np.maximum(scale, _SMALLEST_SCALE, out=scale)
-    np.negative(scale, out=scale, where=~downward)
+    scale = np.where(downward, scale, -scale)
     steps = np.rint(edge / scale)
-    clip = not np.abs(steps).max() <= _NEAR_STEPS
+    far = not np.abs(steps).max() <= _NEAR_STEPS
     at_zero = steps == 0
     if at_zero.any():
         steps[at_zero], edge[at_zero] = 1, scale[at_zero]
     scales = _nearest(edge / steps)
     edge[at_zero] = 0
-    return scales, _nearest(edge), clip
+    return scales, _nearest(edge), far
 
 
 def _nearest(floats: Floats) -> Words:

@@ -1,31 +1,32 @@
 """FP8 weights for the quantizer of `bfloat16`, and how far what it makes of them is from the source, in NumPy.
 
-BF16 holds every E4M3 number: a table of all pairs of codes widens two weights at a time, and the scales come in where
-weights become float32. The comparison goes another way, by MLX's own table and in the order of the file.
+BF16 and float32 have sign, exponent and mantissa in E4M3's order, and longer exponents. E4M3's bits, moved to where
+theirs begin, are the same numbers in units of 2 ** 120, subnormals included. The units come in with the scales, where
+weights become float32. The comparison goes another way, from the codes to float32 in the order of the file.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
-from mlxqwen_convert import fp8
-from mlxqwen_convert.bfloat16 import Floats, Quantized, Words
+from mlxqwen_convert.bfloat16 import Floats, Quantized, Quantizer, Words
 from mlxqwen_convert.buffers import Buffers
 
 __all__ = ["Fp8Rows", "working_bytes"]
 
-# Weights that are looked up or compared at once, at most, and a part of a chunk.
-_PIECE = 1 << 16
+# Weights that are compared at once, at most, and a part of a chunk.
+_PIECE = 1 << 17
 _PIECES = 4
 _SUMMED = 1 << 10
 _BYTES_OF_GROUP = 80
-_NAN = np.uint32(0x7FC0)
-_LARGEST_SCALE = np.float32(2.0**48)  # 1,024 squares of 448 times as much are a float32
+_UNITS = np.float32(2.0**120)
+# Bits that a code is moved by, and those of its numbers there, the sign and seven more.
+_TO_BFLOAT16, _BFLOAT16_BITS = np.int16(4), np.int16(0x07F0 - 0x8000)
+_TO_FLOAT32, _FLOAT32_BITS = np.int32(20), np.int32(0x07F0_0000 - 0x8000_0000)
+_NAN = 0x07F0  # E4M3's greatest code in BF16
+_SMALLEST = np.array([1 << 20], np.int32).view(np.float32)  # its smallest in float32
+_LARGEST_SCALE = np.float32(2.0**7)  # less than so many units are a float32
 
 
 class Fp8Rows:
@@ -61,15 +62,23 @@ class Fp8Rows:
 
     @property
     def are_usual(self) -> bool:
-        """Whether all scales are above zero and leave room; what others mean, `fp8` knows."""
-        return bool(self.scales.min() > 0 and self.scales.max() < _LARGEST_SCALE)
+        """Whether all scales are above zero and leave room, and subnormals count; what is not usual, `fp8` can do."""
+        # Libraries compiled with -ffast-math take subnormals for zeros, in all threads of those that load them.
+        keeps_subnormals = (_SMALLEST * _UNITS).all()
+        return bool(keeps_subnormals and self.scales.min() > 0 and self.scales.max() < _LARGEST_SCALE)
+
+    def quantized(self, quantizer: Quantizer) -> Quantized | None:
+        """What the rows become, without sums; None where they are not usual, or codes are NaN."""
+        if not self.are_usual:
+            return None
+        return quantizer.quantize(self.widen, measure=False, factors=self.scales * _UNITS, infinity=_NAN)
 
     def widen(self, weights: Words, start: int) -> None:
-        """Fill uint16 with the BF16 numbers of the codes from that one on, not scaled."""
-        pairs = self.codes[start : start + weights.size].view(np.uint16)
-        for place in range(0, pairs.size, self._piece // 2):
-            some = slice(place, place + self._piece // 2)
-            np.take(_bfloat16_pairs(), pairs[some], out=weights.view(np.uint32)[some], mode="clip")
+        """Fill uint16 with the BF16 numbers of the codes from that one on, in their units and not scaled."""
+        numbers = weights.view(np.int16)
+        np.copyto(numbers, self.codes[start : start + numbers.size].view(np.int8))  # all upper bits are the sign's
+        np.left_shift(numbers, _TO_BFLOAT16, out=numbers)
+        np.bitwise_and(numbers, _BFLOAT16_BITS, out=numbers)
 
     def measured(self, found: Quantized) -> Quantized:
         """The same with its sums: of the squared differences from the source, and of the source's squares."""
@@ -77,15 +86,17 @@ class Fp8Rows:
         step = self._piece // group_size
         expected = self._buffers.array("expected", np.float32, step, group_size)
         meant = self._buffers.array("meant", np.float32, step, group_size)
-        codes = self.codes.reshape(-1, group_size)
+        codes = self.codes.view(np.int8).reshape(-1, group_size)
         packed = found.weight.reshape(len(codes), -1).view(np.uint8)
         for start in range(0, len(codes), step):
             some = slice(start, min(start + step, len(codes)))
             count = some.stop - start
             source, made = expected[:count], meant[:count]
-            pairs = codes[some].reshape(-1).view(np.uint16)
-            np.take(_float_pairs(), pairs, out=source.reshape(-1).view(np.complex64), mode="clip")
-            np.multiply(source, self.scales[some, None], out=source)
+            bits = source.view(np.int32)
+            np.copyto(bits, codes[some])
+            np.left_shift(bits, _TO_FLOAT32, out=bits)
+            np.bitwise_and(bits, _FLOAT32_BITS, out=bits)
+            np.multiply(source, self.scales[some, None] * _UNITS, out=source)
             norm += _sum_of_squares(source)
             if found.bits == 8:
                 np.copyto(made, packed[some])
@@ -100,9 +111,8 @@ class Fp8Rows:
 
 
 def working_bytes(weights: int, group_size: int) -> int:
-    """What rows of so many weights hold at most, beside the quantizer's and the tables, which all threads share."""
-    indices, compared = 4 * _piece(weights), 2 * 4 * _piece(weights)
-    return weights + weights // group_size * _BYTES_OF_GROUP + indices + compared
+    """What rows of so many weights hold at most, beside the quantizer's."""
+    return weights + weights // group_size * _BYTES_OF_GROUP + 2 * 4 * _piece(weights)
 
 
 def _piece(weights: int) -> int:
@@ -114,25 +124,3 @@ def _sum_of_squares(floats: Floats) -> float:
     """In rows short enough for float32, and for BLAS to leave other threads alone."""
     rows = floats.reshape(-1, _SUMMED if floats.size % _SUMMED == 0 else floats.shape[-1])
     return float(np.vecdot(rows, rows).sum(dtype=np.float64))
-
-
-@cache
-def _bfloat16_pairs() -> NDArray[np.uint32]:
-    """Of each two codes, as they lie in the file, the two BF16 numbers as they would."""
-    exact: Any = fp8.dequantize_rows(_all_codes(), mx.array([1.0])).astype(mx.bfloat16).view(mx.uint16)
-    numbers = np.array(exact).reshape(-1).astype(np.uint32)
-    numbers[0x7F::0x80] |= _NAN
-    return (numbers | numbers[:, None] << np.uint32(16)).reshape(-1)
-
-
-@cache
-def _float_pairs() -> NDArray[np.complex64]:
-    """Of each two codes, as they lie in the file, the two float32."""
-    numbers = np.array(mx.from_fp8(_all_codes(), mx.float32)).reshape(-1)
-    pairs = np.empty((256, 256, 2), np.float32)
-    pairs[..., 0], pairs[..., 1] = numbers, numbers[:, None]
-    return pairs.view(np.complex64).reshape(-1)
-
-
-def _all_codes() -> mx.array:
-    return mx.arange(256).astype(mx.uint8).reshape(1, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mlxqwen_convert.pipeline import numpy_target
 from mlxqwen_convert.plan import Plan
-from mlxqwen_convert.readers import Fp8Reader
 from mlxqwen_convert.source_files import SMALL_STRIP, STRIP_BYTES
 from mlxqwen_convert.tasks import is_read_by_columns, smallest_chunk, tasks_of
 
@@ -20,8 +19,6 @@ _BASE_BYTES, _TENSOR_BYTES, _TASK_BYTES, _WEIGHT_BYTES = 33 << 20, 480, 500, 75
 _NUMPY_BYTES = 15 << 20
 # Its buffers, those of all threads together, at most: alone, and where MLX has its own beside them; and at least.
 _NUMPY_CHUNKS_BYTES, _NUMPY_CHUNKS_BESIDE_MLX, _LEAST_NUMPY_CHUNKS_BYTES = 26 << 20, 8 << 20, 2 << 20
-# The tables that FP8 is looked up in.
-_FP8_TABLES_BYTES = 12 << 16
 # What threads keep to compare codes in, all together.
 _KEPT_CODES_BYTES = 6 << 20
 # What MLX may keep of them for the next chunk: fresh buffers cost as much time as the arithmetic.
@@ -76,7 +73,6 @@ def _fixed_bytes(plan: Plan) -> int:
     tasks = sum(1 for _ in tasks_of(plan))
     by_columns = any(is_read_by_columns(planned.readers[0]) for planned in plan.modules)
     by_numpy = True in _by_numpy(plan) or _keeps_codes(plan)
-    from_fp8 = any(isinstance(planned.readers[0], Fp8Reader) for planned in plan.modules)
     tables = tensors * _TENSOR_BYTES + tasks * _TASK_BYTES
     return (
         _BASE_BYTES
@@ -84,7 +80,6 @@ def _fixed_bytes(plan: Plan) -> int:
         + by_columns * _STRIPS_BYTES
         + by_numpy * _NUMPY_BYTES
         + _keeps_codes(plan) * _KEPT_CODES_BYTES
-        + from_fp8 * _FP8_TABLES_BYTES
     )
 
 

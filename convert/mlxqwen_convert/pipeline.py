@@ -178,7 +178,7 @@ class NumpyRows:
             form, scale = (rows[1] - rows[0], width), reader.scale(source, part, *rows)
             fp8 = Fp8Rows(form, target.group_size, scale, reader.block, rows[0], self._buffers())
             read(fp8.codes, 0)
-            found = quantizer.quantize(fp8.widen, measure=False, factors=fp8.scales) if fp8.are_usual else None
+            found = fp8.quantized(quantizer)
             if found is not None and measure:
                 found = fp8.measured(found)
         if found is None:

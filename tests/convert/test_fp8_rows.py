@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 
 from mlxqwen_convert import affine, bfloat16, convert, fp8, fp8_rows
 from mlxqwen_convert.affine import GROUP_SIZES, Packed
-from mlxqwen_convert.bfloat16 import Quantized, Quantizer
+from mlxqwen_convert.bfloat16 import Quantized, Quantizer, Words
 from mlxqwen_convert.buffers import Buffers
 from mlxqwen_convert.errors import SourceError, VerificationError
 from mlxqwen_convert.fp8_rows import Fp8Rows
@@ -27,6 +31,8 @@ from tests.convert.test_bfloat16 import every_form, same
 
 Codes = NDArray[np.uint8]
 Block = tuple[int, int] | None
+# Of `fenv_t`, the word of the control register, and its bits for subnormals.
+_FLUSHING = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
 
 
 @pytest.fixture(scope="module", params=[1 << 11, 1 << 18])
@@ -46,7 +52,7 @@ def quickly(
     rows = Fp8Rows((len(codes), codes.shape[1]), group_size, scale, block, row_offset, buffers)
     rows.codes[:] = codes.reshape(-1)
     assert rows.are_usual
-    found = Quantizer(codes.size, group_size, bits, buffers).quantize(rows.widen, measure=False, factors=rows.scales)
+    found = rows.quantized(Quantizer(codes.size, group_size, bits, buffers))
     return None if found is None else rows.measured(found)
 
 
@@ -80,8 +86,8 @@ def test_the_same_bits_as_by_mlx(kind: str, bits: int, group_size: int) -> None:
         codes &= 0x80
     elif kind == "few":
         codes[rng.random(codes.shape) < 0.97] = 0
-    scale = mx.array((2.0 ** rng.uniform(-30, 10, (2, 3))).astype(np.float32))
-    for block, offset, own in (((128, 128), 40, scale), (None, 0, scale[0, 0]), (None, 0, mx.abs(scale.sum()))):
+    scale = mx.array((2.0 ** rng.uniform(-30, 7, (2, 3))).astype(np.float32))
+    for block, offset, own in (((128, 128), 40, scale), (None, 0, scale[0, 0]), (None, 0, scale.mean())):
         same(quickly(codes, own, block, offset, group_size, bits), by_mlx(codes, own, block, offset, group_size, bits))
 
 
@@ -124,6 +130,27 @@ def test_errors_are_those_of_an_independent_decoder(bits: int, group_size: int) 
     assert found.squared_error == pytest.approx(np.square(meaning - restored).sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e-39, 127.5])
+def test_every_code_is_widened_as_by_mlx(scale: float) -> None:
+    """Both ways, the quantizer's and that of the comparison, which a group of one code sees alone."""
+    codes = np.repeat(np.arange(256, dtype=np.uint8), 32).reshape(256, 32)
+    expected = np.array(mx.from_fp8(mx.array(codes), mx.float32))
+    rows = Fp8Rows((256, 32), 32, mx.array([scale]), None, 0, Buffers())
+    rows.codes[:] = codes.reshape(-1)
+    numbers = np.empty(codes.size, np.uint16)
+    rows.widen(numbers, 0)
+    widened = (numbers.astype(np.uint32) << 16).view(np.float32).reshape(codes.shape) * np.float32(2.0**120)
+    is_number = ~np.isnan(expected)
+    assert np.array_equal(widened[is_number].view(np.uint32), expected[is_number].view(np.uint32))
+    for code in np.flatnonzero(is_number[:, 0]):
+        alone = Fp8Rows((1, 32), 32, mx.array([scale]), None, 0, Buffers())
+        alone.codes[:] = codes[code]
+        nothing = np.zeros((1, 32), np.uint8), np.zeros(1, np.uint16), np.zeros(1, np.uint16)
+        norm = np.square((expected[code] * np.float32(scale)).astype(np.float64)).sum()
+        found = alone.measured(Quantized(32, 8, *nothing, np.ones(1, np.float32), np.zeros(1, np.float32), 0.0, 0.0))
+        assert found.squared_norm == found.squared_error == pytest.approx(norm, rel=1e-6, abs=1e-44)
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_what_is_no_number_is_left_to_mlx(code: int) -> None:
     for place in (0, 5, 64 * 77 + 31):
@@ -133,10 +160,33 @@ def test_what_is_no_number_is_left_to_mlx(code: int) -> None:
         assert quickly(codes.reshape(-1, 64), mx.array([1.0]), None, 0, 64, 8) is None
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 2.0**48])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 2.0**7])
 def test_unusual_scales_are_left_to_mlx(scale: float) -> None:
-    scales = mx.array([[1.0], [scale]])
-    assert not Fp8Rows((2, 64), 64, scales, None, 0, Buffers()).are_usual
+    buffers = Buffers()
+    rows = Fp8Rows((2, 64), 64, mx.array([[1.0], [scale]]), None, 0, buffers)
+    rows.codes.fill(0x38)
+    assert rows.quantized(Quantizer(128, 64, 8, buffers)) is None
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in _FLUSHING, reason="sets a register in glibc's layout"
+)
+def test_subnormals_that_are_taken_for_zeros_are_left_to_mlx() -> None:
+    """As in programs that load a library compiled with -ffast-math."""
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    word, bits = _FLUSHING[platform.machine()]
+    usual, flushing = ((ctypes.c_uint32 * 8)() for _ in range(2))
+    libm.fegetenv(usual)
+    ctypes.memmove(flushing, usual, ctypes.sizeof(usual))
+    flushing[word] |= bits
+    rows = Fp8Rows((1, 64), 64, mx.array([1.0]), None, 0, Buffers())
+    libm.fesetenv(flushing)
+    try:
+        left_to_mlx = not rows.are_usual
+    finally:
+        libm.fesetenv(usual)
+    assert left_to_mlx
+    assert rows.are_usual
 
 
 def test_zero_scales_over_zeros_are_converted_by_mlx(tmp_path: Path) -> None:
@@ -152,13 +202,18 @@ def test_zero_scales_over_zeros_are_converted_by_mlx(tmp_path: Path) -> None:
     assert convert(source.folder, tmp_path / "out").modules[name]["relative_error"] == 0
 
 
-@pytest.mark.parametrize("step", ["widening", "factors", "packing", "biases"])
+@pytest.mark.parametrize("step", ["widening", "factors", "packing", "some codes", "biases"])
 def test_each_step_that_goes_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """What compares shares no step with what quantizes."""
     source = make_source(tmp_path / "in", "fp8").write()
     if step == "widening":
-        wrong = fp8_rows._bfloat16_pairs() ^ np.uint32(0x8000)  # every second sign
-        monkeypatch.setattr(fp8_rows, "_bfloat16_pairs", lambda: wrong)
+        widen = Fp8Rows.widen
+
+        def negated(rows: Fp8Rows, weights: Words, start: int) -> None:
+            widen(rows, weights, start)
+            weights[::2] ^= 0x8000
+
+        monkeypatch.setattr(Fp8Rows, "widen", negated)
     elif step == "factors":
         spread = Quantizer._spread
         monkeypatch.setattr(Quantizer, "_spread", lambda self, factors: spread(self, np.roll(factors, 1) * 1.2))
@@ -170,6 +225,16 @@ def test_each_step_that_goes_wrong_is_found(tmp_path: Path, monkeypatch: pytest.
             quantizer._weight[block] = np.roll(quantizer._weight[block], 1, axis=-1)
 
         monkeypatch.setattr(Quantizer, "_quantize_block", exchanged)
+    elif step == "some codes":
+        quantized = Fp8Rows.quantized
+
+        def flipped(rows: Fp8Rows, quantizer: Quantizer) -> Quantized | None:
+            found = quantized(rows, quantizer)
+            assert found is not None
+            found.weight.reshape(-1).view(np.uint8)[77::1000] ^= 0x80
+            return found
+
+        monkeypatch.setattr(Fp8Rows, "quantized", flipped)
     else:
         repeat = bfloat16._repeat
         monkeypatch.setattr(bfloat16, "_repeat", lambda numbers, out: repeat(np.roll(numbers, 1), out))
@@ -201,7 +266,7 @@ def test_working_bytes_are_those_of_the_buffers() -> None:
         rows = Fp8Rows(form, group_size, mx.array([0.5]), None, 0, buffers)
         rows.codes.fill(0x38)
         quantizer = Quantizer(weights, group_size, 8, buffers)
-        found = quantizer.quantize(rows.widen, measure=False, factors=rows.scales)
+        found = rows.quantized(quantizer)
         assert found is not None
         rows.measured(found)
         kept = sum(array.nbytes for array in buffers._kept.values())

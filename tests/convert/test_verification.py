@@ -117,8 +117,8 @@ def test_codes_that_are_packed_wrongly(tmp_path: Path, monkeypatch: pytest.Monke
     source = make_source(tmp_path / "in", "bf16").write()
     quantize_block = Quantizer._quantize_block
 
-    def wrong(quantizer: Quantizer, block: int, *, clip: bool) -> None:
-        quantize_block(quantizer, block, clip=clip)
+    def wrong(quantizer: Quantizer, block: int, *, far: bool) -> None:
+        quantize_block(quantizer, block, far=far)
         quantizer._weight[block] ^= 1 << (bits - 1)
 
     monkeypatch.setattr(Quantizer, "_quantize_block", wrong)
