@@ -177,3 +177,26 @@ def test_errors_name_the_alias_beside_what_it_means(typed: str | Path | None, pr
         raise HubError(problem, hint="Wait.")
     assert (raised.value.problem, raised.value.hint) == (told, "Wait.")
     assert str(raised.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("given", "tag", "hint"),
+    [
+        ("Qwen/Qwen3-4B:4bit", "4bit", "Did you mean qwen3:4b-4bit? "),
+        ("Qwen/Qwen3-30B-A3B:q8_0", "q8_0", "Did you mean qwen3:30b-a3b-8bit? "),
+        ("other/qwen3-8b:latest", "latest", "Did you mean qwen3:8b? "),
+        ("modelscope:Qwen/Qwen3-4B:fp8", "fp8", "Did you mean modelscope:qwen3:4b-fp8? "),
+        ("Org/Model:4bit", "4bit", "The hub's models have no tags; "),
+        ("Qwen/Qwen3-4B-Thinking-2507:q4_K_M", "q4_K_M", "The hub's models have no tags; "),
+        ("Org/Model:", "", "The hub's models have no tags; "),
+    ],
+)
+def test_a_tag_behind_a_hub_id_is_told(given: str, tag: str, hint: str) -> None:
+    plain = given.removesuffix(f":{tag}")
+    with pytest.raises(HubError) as raised:
+        resolve_model(given)
+    assert raised.value.problem == f"{given!r}: found the tag {tag!r} behind a hub id, expected {plain}"
+    assert raised.value.hint.startswith(hint)
+    assert "mlxqwen convert" in raised.value.hint
+    if tag == "4bit":
+        assert raised.value.hint.endswith(f"mlxqwen convert {plain} --bits 4")

@@ -15,7 +15,7 @@ import pytest
 
 import mlxqwen.engine.benchmark
 from mlxqwen.cli import bench_plot
-from mlxqwen.engine.benchmark import BenchmarkRun
+from mlxqwen.engine.benchmark import BenchmarkRun, Speed
 from mlxqwen.engine.engine import Engine
 from tests.command_line import run
 from tests.convert.checkpoints import make_demo
@@ -112,6 +112,19 @@ def test_a_plot(tmp_path: Path) -> None:
         assert run("bench", "--context", "8,16", *SHORT, "--plot", str(tmp_path / name)).status == 0
         assert (tmp_path / name).read_bytes().startswith(magic)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.svg", "c.PDF"]
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".pdf", ".png"])
+def test_the_same_speeds_are_the_same_file(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    speeds = [Speed(8 * n, 1, 0.5, 16.0 * n, 4.0, 100, 1_000) for n in (1, 2)]
+    files = [tmp_path / f"{name}{suffix}" for name in "ab"]
+    for file in files:
+        bench_plot.write_plot(file, speeds, title="a model")
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    for word in (b"date", b"Date", b"Matplotlib v"):
+        assert word not in first
 
 
 def test_a_plot_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

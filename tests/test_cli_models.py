@@ -246,6 +246,23 @@ def test_on_a_terminal_it_asks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert snapshot.exists() == stays
 
 
+def test_another_answer_is_told_in_a_line_and_it_asks_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = store(cache, "org/demo", DEMO)
+    answers = ["j", "\x1b[A", "ja " * 40, " NO "]
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: answers.pop(0))
+    done = run("rm", "org/demo", stdin=None)
+    assert (done.status, done.out, answers) == (0, "", [])
+    first, second, third = (line for line in done.err.splitlines() if line.startswith("error"))
+    assert first == "error: found 'j', expected y or n"
+    assert second == "error: found '\\x1b[A', expected y or n"
+    assert third.endswith("', expected y or n")
+    assert len(third) < 80
+    assert "Error" not in done.err
+    assert snapshot.exists()
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: "Yes")
+    assert run("rm", "org/demo", stdin=None).out.startswith("removed org/demo: ")
+
+
 # Pulling
 
 

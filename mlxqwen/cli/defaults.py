@@ -32,6 +32,8 @@ _NOT_SETTABLE = {
     ),
     *("output", "raw", "trust_special_tokens", "revision", "source", "upload_repo", "api_key", "shell", "help"),
 }
+# Whose text may be a number alone.
+_NUMBERS_IN_TEXT = {"context", "keep_alive", "prefix_cache"}
 # Options that exclude one another: what the command line says is not contradicted by a default.
 _EXCLUDED_BY: Mapping[str, frozenset[str]] = {
     "raw": frozenset({"system", "thinking", "drop_oldest", "early_stop_text"}),
@@ -125,14 +127,39 @@ def _unknown(path: Path, found: str, known: Mapping[str, str], *, table: str = "
 
 
 def _check_kind(path: Path, key: str, value: object, parameter: click.Parameter) -> None:
-    """Raise `OptionError` for what no option could be: tables, dates, and lists but for what may be repeated."""
+    """Raise `OptionError` for what no option could be, such as a date, and for another kind than that of its option.
+
+    What is text is left to the option, as on the command line.
+    """
     values = value if isinstance(value, list) and parameter.multiple else [value]
+    hint = "Correct or remove it."
     if not all(isinstance(one, str | int | float) for one in values):
         expected = "text, a number or true or false"
         raise OptionError(
             f"{path}: {key}: found {type(value).__name__}, expected {expected}{', or a list' * parameter.multiple}",
-            hint="Correct or remove it.",
+            hint=hint,
         )
+    kinds, expected = _kinds(parameter)
+    for one in values:
+        if type(one) not in (*kinds, str):
+            found = str(one).lower() if isinstance(one, bool) else one
+            raise OptionError(f"{path}: {key}: found {found}, expected {expected}", hint=hint)
+
+
+def _kinds(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
+    """The types beside text that a parameter takes, and what to call what it expects."""
+    match parameter.type:
+        case click.types.BoolParamType():
+            return (bool,), "true or false"
+        case click.types.IntParamType():
+            return (int,), "a whole number"
+        case click.types.FloatParamType():
+            return (int, float), "a number"
+        case click.Choice(choices=choices) if all(map(str.isdigit, choices)):
+            return (int,), f"one of {', '.join(choices)}"
+        case click.Choice(choices=choices):
+            return (), f"one of {', '.join(choices)}, as text"
+    return ((int,), "a number or text") if parameter.name in _NUMBERS_IN_TEXT else ((), "text")
 
 
 def _settable(command: click.Command) -> dict[str, str]:

@@ -9,6 +9,7 @@ import click
 
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.spellings import SettableCommand
+from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output, counted
 from mlxqwen.errors import one_line
@@ -57,10 +58,15 @@ def rm(models: tuple[str, ...], revision: str | None, yes: bool, dry_run: bool) 
 
 
 def _agrees(question: str) -> bool:
-    try:
-        return click.confirm(question, err=True)
-    except click.Abort:  # which leaves the line open that was asked on; Ctrl-C itself ends it
-        raise KeyboardInterrupt from None
+    answers = {"": False, "n": False, "no": False, "y": True, "yes": True}
+    while True:
+        try:
+            answer = click.prompt(f"{question} [y/N]", default="", show_default=False, err=True).strip()
+        except click.Abort:  # which leaves the line open that was asked on; Ctrl-C itself ends it
+            raise KeyboardInterrupt from None
+        if answer.lower() in answers:
+            return answers[answer.lower()]
+        print_error(f"found {answer[:40]!r}, expected y or n")
 
 
 def _remove(removal: Removal) -> None:

@@ -11,7 +11,15 @@ from urllib.parse import unquote, urlsplit
 
 from mlxqwen.errors import HubError, MlxqwenError
 
-__all__ = ["ALIASES", "DEFAULT_SIZE", "hub_id_of_address", "hub_id_of_alias", "known_alias", "naming_alias"]
+__all__ = [
+    "ALIASES",
+    "DEFAULT_SIZE",
+    "alias_of_tag",
+    "hub_id_of_address",
+    "hub_id_of_alias",
+    "known_alias",
+    "naming_alias",
+]
 
 _FAMILY = "qwen3"
 DEFAULT_SIZE = "8b"
@@ -81,6 +89,19 @@ def known_alias(name: str) -> str | None:
         return hub_id_of_alias(name)
     except HubError:
         return None
+
+
+def alias_of_tag(repo_id: str, tag: str) -> str | None:
+    """The alias of a release of Qwen's in the form that a tag asks for, or of the release; None for another model.
+
+    For example `qwen3:4b-4bit` for `Qwen/Qwen3-4B` and `4bit` or `q4_K_M`.
+    """
+    name = repo_id.rpartition("/")[2].lower()
+    release = f"{_FAMILY}:{name.removeprefix(f'{_FAMILY}-')}"
+    if release not in ALIASES:
+        return None
+    form = _SPELLINGS.get(tag.lower(), tag.lower())
+    return alias if (alias := f"{release}-{form}") in ALIASES else release
 
 
 @contextmanager

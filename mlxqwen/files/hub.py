@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxqwen.errors import HubError, OptionError, one_line
-from mlxqwen.files.aliases import DEFAULT_SIZE, hub_id_of_address, hub_id_of_alias, naming_alias
+from mlxqwen.files.aliases import DEFAULT_SIZE, alias_of_tag, hub_id_of_address, hub_id_of_alias, naming_alias
 
 if TYPE_CHECKING:
     from mlxqwen.files.hub_source import HubModel, Source
@@ -117,6 +117,7 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     if looks_like_path(repo_id) or isinstance(path_or_id, Path) or os.path.isfile(folder):
         return existing_folder(folder, name)
     if not HUB_ID.fullmatch(repo_id):
+        refuse_tag(name, repo_id)
         way_out = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
         if repo_id.lower() == "qwen3":
             way_out = (
@@ -132,6 +133,28 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
 
     is_on_modelscope = not is_page and (is_prefixed or is_true(USE_MODELSCOPE))
     return HubModel(repo_id, revision, f"{MODELSCOPE_PREFIX * is_prefixed}{repo_id}", is_on_modelscope)
+
+
+def refuse_tag(name: str, repo_id: str) -> None:
+    """Raise `HubError` for a hub id with a tag behind it, as Ollama and llama.cpp write them.
+
+    Args:
+        name: what the user gave.
+        repo_id: that without a hub's prefix.
+    """
+    untagged, colon, tag = repo_id.partition(":")
+    if not colon or not HUB_ID.fullmatch(untagged):
+        return
+    plain = f"{name.removesuffix(repo_id)}{untagged}"
+    bits = re.search(r"\d", tag)
+    converted = f"mlxqwen convert {plain} --bits {bits[0]}" if bits and bits[0] in "234568" else "mlxqwen convert"
+    alias = alias_of_tag(untagged, tag)
+    meant = "" if alias is None else f"Did you mean {name.removesuffix(repo_id)}{alias}? "
+    raise HubError(
+        f"{name!r}: found the tag {tag!r} behind a hub id, expected {plain}",
+        hint=f"{meant}The hub's models have no tags; another quantization is a model of its own, or made by: "
+        f"{converted}",
+    )
 
 
 def cached_folder(place: HubModel) -> tuple[Path | None, bool]:
