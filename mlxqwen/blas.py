@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-__all__ = ["VARIABLE", "blas_in_use", "computes_right", "load_openblas", "uses_openblas"]
+__all__ = ["VARIABLE", "blas_in_use", "computes_right", "has_small_kernels", "load_openblas", "uses_openblas"]
 
 VARIABLE = "MLXQWEN_BLAS"
 _PRODUCT = "cblas_sgemm"
+_WITH_SMALL_KERNELS = ("cooperlake", "sapphirerapids", "skylakex")  # its names for processors with AVX-512
 _SYSTEMS = "libopenblas.so.0"  # of Debian, Ubuntu, Fedora and Arch
 _PACKAGE = "scipy_openblas32"  # OpenBLAS for x86-64 and aarch64, kept by the makers of NumPy's wheels
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
@@ -40,11 +41,13 @@ class _OpenBLAS:
 
         self._path, self._prefix = path, prefix
         library = ctypes.CDLL(path, mode=os.RTLD_LOCAL)
-        self.product, self._set_threads, describe = (
-            library[prefix + name] for name in (_PRODUCT, "openblas_set_num_threads", "openblas_get_config")
+        self.product, self._set_threads, describe, core = (
+            library[prefix + name]
+            for name in (_PRODUCT, "openblas_set_num_threads", "openblas_get_config", "openblas_get_corename")
         )
-        describe.restype = ctypes.c_char_p
+        describe.restype = core.restype = ctypes.c_char_p
         self.name = " ".join((describe() or b"OpenBLAS").decode(errors="replace").split()[:2])
+        self.has_small_kernels = (core() or b"").decode(errors="replace").lower() in _WITH_SMALL_KERNELS
 
     def use_one_thread(self) -> None:
         """Products are shared among MLX's threads (`mlxqwen/model/cores.py`). OpenBLAS's own wait for one another in a
@@ -77,6 +80,11 @@ def uses_openblas() -> bool:
 
         raise OptionError(f"{VARIABLE}: found {os.environ[VARIABLE][:40]!r}, expected on or off")
     return _openblas is not None
+
+
+def has_small_kernels() -> bool:
+    """Whether OpenBLAS has kernels for small products on this processor, which read the matrices where they lie."""
+    return _openblas is not None and _openblas.has_small_kernels
 
 
 def blas_in_use() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlxqwen import blas, symbol_alias
-from mlxqwen.blas import blas_in_use, computes_right, load_openblas
+from mlxqwen.blas import blas_in_use, computes_right, has_small_kernels, load_openblas
 from mlxqwen.device import current_device
 from mlxqwen.errors import OptionError
 from mlxqwen.symbol_alias import alias_library, offer
@@ -112,7 +112,7 @@ class Library:
     """What stands for an OpenBLAS that was loaded, on four threads."""
 
     def __init__(self, product: Callable[..., None], name: str) -> None:
-        self.product, self.name, self.threads = product, name, 4
+        self.product, self.name, self.threads, self.has_small_kernels = product, name, 4, name == "right"
 
     def use_one_thread(self) -> None:
         self.threads = 1
@@ -140,6 +140,7 @@ def test_the_first_library_that_is_right_is_taken(offered: list[object], monkeyp
     assert load_openblas()
     assert offered == [("cblas_sgemm", right.product)]
     assert blas_in_use() == "right"
+    assert has_small_kernels()
     assert (wrong.threads, right.threads) == (4, 1)
 
 
@@ -148,6 +149,7 @@ def test_a_library_that_is_wrong_is_not_taken(offered: list[object], monkeypatch
     assert not load_openblas()
     assert not offered
     assert blas_in_use() == "MLX's own"
+    assert not has_small_kernels()
 
 
 @needs_linux

@@ -11,8 +11,8 @@ import pytest
 
 from mlxqwen.cache import make_cache
 from mlxqwen.device import NEVER, Device
-from mlxqwen.model import cores, dense_product, moe
-from mlxqwen.model.dense_product import Packed, dequantized, reordered
+from mlxqwen.model import cores, dense_product
+from mlxqwen.model.dense_product import Packed, reordered, scaled_codes
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.loading import load_model
 from mlxqwen.model.moe import FusedSwitchLinear
@@ -21,21 +21,22 @@ from tests.tiny_checkpoints import prompt
 from tests.tolerance import assert_close
 
 FAST = Device("a CPU", is_gpu=False, memory=1 << 34, usable_memory=1 << 34, has_openblas=True)
+FASTEST = replace(FAST, has_small_kernels=True)
 FROM = FAST.dense_from()
 
 
 @pytest.fixture
 def dense_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of weights that are dequantized for a product from here on."""
+    """The shapes of weights that are dequantized for a product from here on, small ones too."""
     shapes: list[tuple[int, ...]] = []
 
     def recorded(*arguments: Any) -> mx.array:
-        dense = dequantized(*arguments)
+        dense = scaled_codes(*arguments)
         shapes.append(dense.shape)
         return dense
 
-    monkeypatch.setattr(dense_product, "dequantized", recorded)
-    monkeypatch.setattr(moe, "dequantized", recorded)
+    monkeypatch.setattr(dense_product, "scaled_codes", recorded)
+    monkeypatch.setattr(dense_product, "_LEAST", 1)
     return shapes
 
 
@@ -62,10 +63,29 @@ def test_both_ways_give_the_same_numbers(
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_dequantized_weights_are_those_of_mlx(bits: int, group_size: int) -> None:
-    weights = packed(7, 256, group_size, bits)
-    expected = mx.dequantize(*weights, group_size, bits)
-    assert mx.array_equal(dequantized(weights, group_size, bits), reordered(expected, bits))
+def test_scaled_codes_are_those_of_mlx(bits: int, group_size: int) -> None:
+    weight, scales, _ = packed(7, 256, group_size, bits)
+    expected = mx.dequantize(weight, scales, mx.zeros_like(scales), group_size, bits)
+    assert mx.array_equal(scaled_codes(weight, scales, group_size, bits), reordered(expected, bits))
+
+
+def test_small_products_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX does for each step of dequantizing would take longer than the product."""
+    monkeypatch.setattr(dense_product, "scaled_codes", lambda *_: pytest.fail("dequantized"))
+    quantized_product(mx.zeros((2, 256)), packed(256, 256, 64, 4), 64, 4, 1)
+    with pytest.raises(pytest.fail.Exception):
+        quantized_product(mx.zeros((4, 256)), packed(256, 256, 64, 4), 64, 4, 1)
+
+
+def test_blocks_of_matrices_of_which_one_is_twice_as_large_are_equal() -> None:
+    """So that MLX uses the memory of one for the other: those of an expert of the 30B."""
+    for at_once in (1, 2, 3):
+        small, large = (dense_product._cuts(rows, columns, at_once) for rows, columns in ((2048, 768), (1536, 2048)))
+        sizes = [{(cut.stop - cut.start) * columns for cut in cuts} for cuts, columns in ((small, 768), (large, 2048))]
+        if at_once < 3:
+            assert sizes[0] == sizes[1] == {2048 * 768 // 2}
+        assert all(cut.start % 64 == 0 for cut in (*small, *large))
+        assert [small[0].start, small[-1].stop, large[-1].stop] == [0, 2048, 1536]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 50, 70])
@@ -101,7 +121,7 @@ def test_other_dtypes_and_axes_stay_packed(dense_shapes: list[tuple[int, ...]]) 
 
 def test_only_openblas_on_a_cpu_makes_it_worth_while() -> None:
     for bits in (2, 4, 8, 32):
-        assert FAST.dense_from(bits) < FAST.dense_from(3) == FAST.dense_from(6) < NEVER
+        assert FASTEST.dense_from(bits) < FAST.dense_from(bits) < FAST.dense_from(3) == FASTEST.dense_from(6) < NEVER
     assert CPU.dense_from() == NEVER
     assert Device("a GPU", is_gpu=True, memory=1, usable_memory=1, has_openblas=True).dense_from() == NEVER
 

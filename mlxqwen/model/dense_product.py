@@ -1,8 +1,9 @@
-"""Products of many rows with quantized weights: dequantized a block at a time, each core another one.
+"""Products with quantized weights: dequantized a block at a time, each core another one.
 
 MLX's CPU backend unpacks quantized weights anew for every row, and takes five passes to dequantize them. Codes of 2, 4
 and 8 bits are bytes, or parts of bytes, that can be taken out where they stand: the first codes of all bytes, then the
-second ones. So a row's columns come in another order, and the activations are put into it, too.
+second ones. So a row's columns come in another order, and the activations are put into it, too. A group's bias counts
+as often as its activations' sum says, so it is not added to each weight.
 """
 
 from __future__ import annotations
@@ -12,16 +13,40 @@ from itertools import pairwise
 import mlx.core as mx
 
 from mlxqwen.model.cores import on_core, ranges
+from mlxqwen.model.openblas_product import openblas_product
 
-__all__ = ["Packed", "dense_product", "dequantized", "reordered"]
+__all__ = [
+    "Activations",
+    "Packed",
+    "block_product",
+    "dense_product",
+    "is_dense",
+    "prepared",
+    "reordered",
+    "scaled_codes",
+]
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Affine-quantized weights as MLX packs them: codes, scales, biases."""
 
-_BLOCK = 1 << 21
-"""Numbers of a matrix that a core dequantizes at once: 8 MiB."""
+Activations = tuple[mx.array, mx.array]
+"""`[N, in]`, with the columns in the order of `reordered`, and their sums by group, `[N, in / group_size]`."""
+
+_BLOCK = 1 << 20
+"""Numbers of a matrix that a core dequantizes at once, at most: 4 MiB. Larger blocks do not stay in its caches."""
+
+_TILES = 64
+"""Blocks begin at multiples of so many rows, where there are as many: see `openblas_product`."""
+
+_LEAST = 1 << 18
+"""Multiplications of a product from which on its weights are dequantized: for fewer, MLX's steps take too long."""
 
 _IN_BYTES = (2, 4, 8)  # bits
+
+
+def is_dense(rows: float, numbers: int, dense_from: int) -> bool:
+    """Whether rows go through a matrix of so many numbers more quickly dequantized; `dense_from` is `Device`'s."""
+    return rows >= dense_from and rows * numbers >= _LEAST
 
 
 def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores: int = 1) -> mx.array:
@@ -37,27 +62,46 @@ def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores
         cores: that may compute.
     """
     weight, scales, biases = packed
-    x, rows = reordered(x, bits), len(weight)
+    activations, rows = prepared(x, group_size, bits), len(weight)
     at_once = len(ranges(rows, cores, x.shape[0] * x.shape[1] * rows))
-    count = -(-rows * x.shape[1] // (_BLOCK * at_once)) * at_once
-    cuts = [slice(start, stop) for start, stop in pairwise(rows * number // count for number in range(count + 1))]
+    cuts = _cuts(rows, x.shape[1], at_once)
     outputs: list[mx.array] = []
-    for first in range(0, count, at_once):
+    for first in range(0, len(cuts), at_once):
         for core, cut in enumerate(cuts[first : first + at_once]):
             with on_core(core):
-                outputs.append(x @ dequantized((weight[cut], scales[cut], biases[cut]), group_size, bits).T)
+                outputs.append(block_product(activations, (weight[cut], scales[cut], biases[cut]), group_size, bits))
         mx.eval(outputs[first:])
-    return outputs[0] if count == 1 else mx.concatenate(outputs, axis=-1)
+    return outputs[0] if len(cuts) == 1 else mx.concatenate(outputs, axis=-1)
 
 
-def dequantized(packed: Packed, group_size: int, bits: int) -> mx.array:
-    """Weights `[out, in * bits / 32]` in float32, `[out, in]` with the columns in the order of `reordered`.
+def _cuts(rows: int, columns: int, at_once: int) -> list[slice]:
+    """Blocks of a matrix, `at_once` times a power of two of them: matrices of which one is twice as large as the other
+    then have blocks of one size, for which MLX uses the same memory again.
+    """
+    count = at_once << (-(-rows * columns // (_BLOCK * at_once)) - 1).bit_length()
+    step = _TILES if rows >= _TILES * count else 1
+    starts = [rows // step * number // count * step for number in range(count)]
+    return [slice(start, stop) for start, stop in pairwise([*starts, rows])]
+
+
+def prepared(x: mx.array, group_size: int, bits: int) -> Activations:
+    """Rows `[N, in]` for products with blocks of a matrix."""
+    return reordered(x, bits), x.reshape(len(x), -1, group_size).sum(axis=-1)
+
+
+def block_product(x: Activations, packed: Packed, group_size: int, bits: int) -> mx.array:
+    """Activations through affine-quantized weights that are dequantized as a whole → `[N, out]`."""
+    (activations, sums), (weight, scales, biases) = x, packed
+    return openblas_product(activations, scaled_codes(weight, scales, group_size, bits)) + sums @ biases.T
+
+
+def scaled_codes(weight: mx.array, scales: mx.array, group_size: int, bits: int) -> mx.array:
+    """Weights without their biases in float32, `[out, in]` with the columns in the order of `reordered`.
 
     The numbers are those of `mx.dequantize`: a code that is left standing 2ᵏ times as high has a scale of 2⁻ᵏ.
     """
-    weight, scales, biases = packed
     if bits not in _IN_BYTES:
-        return mx.dequantize(weight, scales, biases, group_size, bits)
+        return mx.dequantize(weight, scales, mx.zeros_like(scales), group_size, bits)
     codes, places = weight.view(mx.uint8)[:, None], range(0, 8, bits)
     if len(places) > 1:
         codes = codes & mx.array([[((1 << bits) - 1) << place] for place in places], dtype=mx.uint8)
@@ -65,7 +109,7 @@ def dequantized(packed: Packed, group_size: int, bits: int) -> mx.array:
     else:
         scales = scales[:, None]
     by_group = codes.astype(mx.float32).reshape(*scales.shape, group_size // len(places))
-    return (by_group * scales[..., None] + biases[:, None, :, None]).reshape(len(weight), -1)
+    return (by_group * scales[..., None]).reshape(len(weight), -1)
 
 
 def reordered(x: mx.array, bits: int) -> mx.array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from mlxqwen.device import NEVER, Device
 from mlxqwen.model.cores import Shares, shares_of
-from mlxqwen.model.dense_product import Packed, dense_product
+from mlxqwen.model.dense_product import Packed, dense_product, is_dense
+from mlxqwen.model.openblas_product import openblas_product
 
 __all__ = ["FusedLinear", "JoinedRows", "fuse_children", "quantized_product"]
 
@@ -58,12 +59,22 @@ class FusedLinear(JoinedRows):
     def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__(parts, names, device)
         self.shares = shares_of(device, axis=0 if "scales" in self else 1)
+        self.product: Callable[[mx.array, mx.array], mx.array] = (
+            _by_columns if device.multiplies_by_openblas else mx.matmul
+        )
 
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
             packed = self["weight"], self["scales"], self["biases"]
             return quantized_product(x, packed, self.group_size, self.bits, self.dense_from, self.shares)
-        return x @ self["weight"] if self.shares is None else self.shares.product(mx.matmul, x, self["weight"])
+        if self.shares is None:
+            return self.product(x, self["weight"])
+        return self.shares.product(self.product, x, self["weight"])
+
+
+def _by_columns(x: mx.array, weight: mx.array) -> mx.array:
+    """`[..., in]` through `[in, out]`, a matrix that is held turned → `[..., out]`, by OpenBLAS."""
+    return openblas_product(x, weight.T) if x.dtype == mx.float32 else x @ weight
 
 
 def quantized_product(
@@ -80,11 +91,11 @@ def quantized_product(
         x: activations.
         packed: `weight`, `[out, in * bits / 32]`, `scales` and `biases`, `[out, in / group_size]`.
         group_size, bits: of the weights.
-        dense_from: rows `[N, in]` from which on the weights are dequantized; see `Device`.
+        dense_from: rows `[N, in]` from which on the weights are dequantized, unless they are few; see `Device`.
         shares: of these weights among a processor's cores; by default one core computes all.
     """
     weight, scales, biases = packed
-    if x.shape[0] >= dense_from and x.ndim == 2 and scales.dtype == mx.float32:
+    if x.ndim == 2 and scales.dtype == mx.float32 and is_dense(len(x), x.shape[1] * len(weight), dense_from):
         return dense_product(x, packed, group_size, bits, 1 if shares is None else shares.cores)
     if shares is None:
         return mx.quantized_matmul(x, weight, scales, biases, True, group_size, bits)

@@ -32,6 +32,7 @@ from mlxqwen.forks import check_process
 from mlxqwen.model.cores import shares_of
 from mlxqwen.model.linear import JoinedRows
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
+from mlxqwen.model.openblas_product import openblas_product
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 from mlxqwen.model.reading import ParameterSource, WeightReader
 
@@ -252,6 +253,8 @@ def prepare_model(
             if "scales" in model.head:
                 model.dense_from = device.dense_from(model.head.bits)
             model.shares = shares_of(device)
+            if device.multiplies_by_openblas and model.dtype == mx.float32:
+                model.product = openblas_product
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model)
         return model

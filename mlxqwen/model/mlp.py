@@ -32,7 +32,7 @@ def swiglu_for(device: Device) -> Callable[[mx.array, mx.array], mx.array]:
     """`swiglu` as it is quickest; with MLX's own products its numbers are kept to the last bit."""
     if device.compiles_kernels:
         return compiled_swiglu
-    return _quick_swiglu if device.has_openblas and not device.is_gpu else swiglu
+    return _quick_swiglu if device.multiplies_by_openblas else swiglu
 
 
 class MLP(WatchedModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import mlx.core as mx
@@ -11,10 +11,11 @@ import mlx.nn as nn
 
 from mlxqwen.device import NEVER, Device
 from mlxqwen.files.config import AffineQuantization, MoeConfig
-from mlxqwen.model.cores import on_core, ranges
-from mlxqwen.model.dense_product import dequantized, reordered
+from mlxqwen.model.cores import on_core, ranges, shares_of
+from mlxqwen.model.dense_product import dense_product, is_dense
 from mlxqwen.model.linear import FusedLinear, JoinedRows, fuse_children
 from mlxqwen.model.mlp import swiglu, swiglu_for
+from mlxqwen.model.openblas_product import openblas_product
 from mlxqwen.model.watched import WatchedModule
 
 __all__ = ["FusedSwitchLinear", "QuantizedSwitchLinear", "SparseMoeBlock", "SwitchGLU", "SwitchLinear", "route"]
@@ -66,6 +67,10 @@ class QuantizedSwitchLinear(nn.Module):
 class FusedSwitchLinear(JoinedRows):
     """`FusedLinear` for experts: the parts are `SwitchLinear`s or `QuantizedSwitchLinear`s of the same input."""
 
+    def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
+        super().__init__(parts, names, device)
+        self.shares = shares_of(device)  # of one expert's weights
+
     def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool = False) -> mx.array:
         """Row `i` of `x` `[..., 1, in]` through expert `experts[i]` → `[..., 1, out]`."""
         if "scales" not in self:
@@ -74,10 +79,12 @@ class FusedSwitchLinear(JoinedRows):
 
     def of_expert(self, x: mx.array, expert: int) -> mx.array:
         """`[N, in]` through one expert, dequantized → `[N, out]`."""
+        shares = self.shares
         if "scales" not in self:
-            return x @ self["weight"][expert]
+            rows = self["weight"][expert].T
+            return openblas_product(x, rows) if shares is None else shares.product(openblas_product, x, rows)
         packed = self["weight"][expert], self["scales"][expert], self["biases"][expert]
-        return reordered(x, self.bits) @ dequantized(packed, self.group_size, self.bits).T
+        return dense_product(x, packed, self.group_size, self.bits, 1 if shares is None else shares.cores)
 
 
 def _quantized_product(module: nn.Module, x: mx.array, experts: mx.array, sorted_experts: bool) -> mx.array:
@@ -108,31 +115,34 @@ class SwitchGLU(WatchedModule):
 
     def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
         N, k = experts.shape
-        if N * k < _SORT_FROM:
-            return self._shared(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         chosen = experts.reshape(N * k)
+        rows_of = self._rows_of_experts(x, chosen)
+        if not rows_of and N * k < _SORT_FROM:
+            return self._shared(x.reshape(N, 1, 1, -1), experts, sorted_experts=False).reshape(N, k, -1)
         by_expert = mx.argsort(chosen)
-        if x.dtype == mx.float32 and N * k >= self.dense_from * len(self["down_proj"]["weight"]):
-            outputs = self._expert_by_expert(x[by_expert // k], chosen[by_expert])
+        if rows_of:
+            outputs = self._expert_by_expert(x[by_expert // k], rows_of)
         else:
             rows = x[by_expert // k][:, None, :]
             outputs = self._shared(rows, chosen[by_expert], sorted_experts=True).squeeze(-2)
         return outputs[mx.argsort(by_expert)].reshape(N, k, -1)
 
-    def _expert_by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
-        """Sorted rows `[N, hidden_size]` through their experts, one product an expert → `[N, hidden_size]`.
+    def _rows_of_experts(self, x: mx.array, chosen: mx.array) -> list[tuple[int, int]]:
+        """Experts and how many rows each has, in order; none where one product an expert is no gain."""
+        if x.dtype != mx.float32 or self.dense_from == NEVER:  # counting waits for the router
+            return []
+        counts = Counter(cast(list[int], chosen.tolist()))
+        return (
+            sorted(counts.items()) if is_dense(chosen.size / len(counts), self.multiplications, self.dense_from) else []
+        )
 
-        Each core has one expert at a time, and they wait for one another, so that few dequantized weights are held.
-        """
+    def _expert_by_expert(self, x: mx.array, rows_of: list[tuple[int, int]]) -> mx.array:
+        """Sorted rows `[N, hidden_size]` through their experts, one after another → `[N, hidden_size]`."""
         outputs: list[mx.array] = []
-        start, counts = 0, Counter(cast(list[int], experts.tolist()))
-        at_once = len(ranges(len(counts), self.cores, len(x) * self.multiplications))
-        for number, (expert, count) in enumerate(counts.items(), 1):
-            with on_core((number - 1) % at_once):
-                gate, up = self["gate_up_proj"].of_expert(x[start : start + count], expert).split(2, axis=-1)
-                outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
-            if number % at_once == 0 or number == len(counts):
-                mx.eval(outputs[-at_once:])
+        start = 0
+        for expert, count in rows_of:
+            gate, up = self["gate_up_proj"].of_expert(x[start : start + count], expert).split(2, axis=-1)
+            outputs.append(self["down_proj"].of_expert(self.swiglu(gate, up), expert))
             start += count
         return mx.concatenate(outputs)
 

@@ -264,6 +264,7 @@ class Qwen3ForCausalLM(nn.Module):
         self.model = Qwen3Model(config)
         self.dense_from = NEVER  # of the head; see `Device`
         self.shares: Shares | None = None  # of the head
+        self.product: Callable[[mx.array, mx.array], mx.array] = _by_rows  # with the head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -301,7 +302,9 @@ class Qwen3ForCausalLM(nn.Module):
             logits = quantized_product(rows, packed, head.group_size, head.bits, self.dense_from, self.shares)
             return logits.reshape(*hidden.shape[:-1], -1) if many else logits
         if self.shares is not None:
-            return self.shares.product(_by_rows, hidden, head["weight"])
+            return self.shares.product(self.product, hidden, head["weight"])
+        if self.product is not _by_rows:
+            return self.product(hidden, head["weight"])
         return head.as_linear(hidden) if self.config.tie_word_embeddings else head(hidden)
 
     @property
