@@ -18,6 +18,12 @@ def test_nothing_is_left_to_fill_in() -> None:
     assert "<!--" not in README
 
 
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_lines_are_read_without_scrolling(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 140 and not line.startswith("|")] == []
+
+
 def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
