@@ -47,7 +47,9 @@ def hold_the_same(weight: Words, qweight: Words, buffers: Buffers) -> bool:
     by_output, by_input, shifted, differing = (
         buffers.array(name, np.uint32, 8, words, columns) for name in ("written", "source", "shifted", "differing")
     )
-    np.copyto(by_output, weight.reshape(columns, 8, words).transpose(1, 2, 0))
+    by_word = differing.reshape(words, columns, 8)  # a plain transpose on the way, as words far apart are slow to fetch
+    np.copyto(by_word.reshape(words, 8 * columns), weight.T)
+    np.copyto(by_output, by_word.transpose(2, 0, 1))
     np.copyto(by_input, qweight.reshape(words, 8, columns).swapaxes(0, 1))
     written, source, shifted, differing = (part.reshape(8, -1) for part in (by_output, by_input, shifted, differing))
     differing.fill(0)
