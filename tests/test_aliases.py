@@ -179,6 +179,13 @@ def test_errors_name_the_alias_beside_what_it_means(typed: str | Path | None, pr
     assert str(raised.value).startswith(told)
 
 
+@pytest.mark.parametrize(("given", "alias"), [("Qwen3-4B:4bit", "qwen3:4b-4bit"), ("qwen3-0.6b", "qwen3:0.6b")])
+def test_a_release_without_its_organisation_is_suggested(given: str, alias: str) -> None:
+    with pytest.raises(HubError, match="neither an existing folder nor a hub id") as raised:
+        resolve_model(given)
+    assert raised.value.hint.startswith(f"Did you mean {alias}? Give a folder")
+
+
 @pytest.mark.parametrize(
     ("given", "tag", "hint"),
     [

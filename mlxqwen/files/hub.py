@@ -119,6 +119,8 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
     if not HUB_ID.fullmatch(repo_id):
         refuse_tag(name, repo_id)
         way_out = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
+        if alias := alias_of_tag(*repo_id.partition(":")[::2]):
+            way_out = f"Did you mean {alias}? {way_out}"
         if repo_id.lower() == "qwen3":
             way_out = (
                 f"Say which size: qwen3:{DEFAULT_SIZE} is Ollama's; mlxqwen list --aliases tells all, and which fit."
