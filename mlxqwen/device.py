@@ -65,6 +65,11 @@ class Device:
             mx.set_wired_limit(self.usable_memory)
 
     @property
+    def reading_threads(self) -> int:
+        """Threads that read weights at once: what keeps an SSD busy beside a GPU, at most a CPU's cores."""
+        return 4 if self.is_gpu else min(self.cores, 8)
+
+    @property
     def fuses_attention(self) -> bool:
         """Whether one kernel computes attention and never holds its scores."""
         return self.is_gpu

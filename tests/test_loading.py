@@ -453,13 +453,13 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_between_the_check_and_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path, DENSE, make_weights(DENSE))
     path = folder / "model.safetensors"
-    weights_by_layer = loading._weights_by_layer
+    read_by_layer = loading._read_by_layer
 
     def shrink_and_read(*arguments: Any) -> Any:
         path.write_bytes(path.read_bytes()[:-5000])
-        return weights_by_layer(*arguments)
+        return read_by_layer(*arguments)
 
-    monkeypatch.setattr(loading, "_weights_by_layer", shrink_and_read)
+    monkeypatch.setattr(loading, "_read_by_layer", shrink_and_read)
     assert str(folder) in refusal(folder)
 
 
@@ -467,15 +467,15 @@ def test_a_file_that_shrinks_between_the_check_and_the_reading(tmp_path: Path, m
 
 
 def test_loading_holds_little_more_than_the_model(tmp_path: Path) -> None:
-    """BF16 on disk, float32 in memory: beside the weights there is one layer at most."""
-    config = {**DENSE, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
+    """BF16 on disk, float32 in memory: beside the weights there is a piece at most, also of embeddings of 16 MiB."""
+    config = {**DENSE, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 1 << 15}
     folder = write_folder(tmp_path, config, make_weights(config), dtype="BF16")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = load_model(folder, dtype="float32")
+    model = load_model(folder, dtype="float32", device=Device("a CPU", False, 1 << 34, 1 << 34))
     held = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
     assert mx.get_active_memory() - before <= 1.02 * held
-    assert mx.get_peak_memory() - before <= 1.1 * held
+    assert mx.get_peak_memory() - before <= held + (3 << 20)
 
 
 MAC = Device("Apple M4", True, 16 << 30, 12 << 30)

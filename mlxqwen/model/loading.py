@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
@@ -23,7 +24,7 @@ from mlxqwen.daemons import in_lasting_thread
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapters_below, refuse_adapter
-from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, TensorReader, spare_tensors
+from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import refuse_other_purpose
@@ -216,10 +217,7 @@ def prepare_model(
             f"dtype: found {_name(compute)}, expected float32: on a CPU, MLX multiplies experts in nothing else",
             hint="Leave the dtype out, or use an MLX-quantized release.",
         )
-    expected = dict(tree_flatten(model.parameters()))
-    nbytes = sum(
-        array.size * (array.dtype.size if array.dtype == mx.uint32 else compute.size) for array in expected.values()
-    )
+    nbytes = sum(prod(source.shape) * (mx.uint32 if source.is_packed else compute).size for source in sources.values())
     if not force:
         check_memory(folder, nbytes, compute, device=device)
 
@@ -235,19 +233,11 @@ def prepare_model(
             for layer in model.model.layers:
                 layer.fuse(device)
         mx.clear_cache()  # else small arrays get the larger memory of what was there before
-        layers = _weights_by_layer(model, sources, compute)
-
-        def read_layer() -> bool:
-            weights = next(layers, [])
-            if not weights:
-                return False
-            model.update(tree_unflatten(weights))
-            return True
-
+        layers = _read_by_layer(model, sources, compute, device.reading_threads)
         goes_on = True
         while goes_on:
             with turn:
-                goes_on = read_layer()
+                goes_on = next(layers, False)
         mx.clear_cache()
         if fused:
             if "scales" in model.head:
@@ -502,29 +492,26 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
     return True
 
 
-def _weights_by_layer(
-    model: Qwen3ForCausalLM, sources: Mapping[str, ParameterSource], dtype: mx.Dtype
-) -> Iterator[list[tuple[str, mx.array]]]:
-    """Read the weights of `model`, fused or not, in `dtype` except packed codes: those of one layer after another.
-
-    A caller that drops the weights of one layer before asking for the next holds one layer at a time.
-    """
-    joined = {path: module for path, module in model.named_modules() if isinstance(module, JoinedRows)}
+def _read_by_layer(
+    model: Qwen3ForCausalLM, sources: Mapping[str, ParameterSource], dtype: mx.Dtype, threads: int
+) -> Iterator[bool]:
+    """Read the weights of `model`, fused or not, in `dtype` except packed codes; yields after each layer."""
+    modules = dict(model.named_modules())
     layers: dict[str, dict[str, list[ParameterSource]]] = {}
     for name in dict(tree_flatten(model.parameters())):
-        *parent, child, key = name.split(".")
-        module = joined.get(".".join((*parent, child)))
-        parts = [name] if module is None else [".".join((*parent, part, key)) for part in module.names]
+        path, _, key = name.rpartition(".")
+        module, parts = modules[path], [name]
+        if isinstance(module, JoinedRows):
+            parent = path.rpartition(".")[0]
+            parts = [f"{parent}.{part}.{key}" for part in module.names]
         layers.setdefault(".".join(name.split(".")[:3]), {})[name] = [sources[part] for part in parts]
-    with TensorReader() as files:
-        reader = WeightReader(files, dtype)
+    with WeightReader(dtype, threads) as reader:
         for parameters in layers.values():
-            arrays = reader.read(parameters)
-            for name in arrays:
-                path = name.rpartition(".")[0]
-                if path in joined:
-                    arrays[name] = joined[path].turned(arrays[name])
-            yield list(arrays.items())
+            for name, array in reader.read(parameters).items():
+                path, _, key = name.rpartition(".")
+                module = modules[path]
+                setattr(module, key, module.turned(array) if isinstance(module, JoinedRows) else array)
+            yield True
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

@@ -3,6 +3,7 @@
 The only room that touches weight files.
 """
 
+from mlxqwen.files.checkpoint.blank import blank_arrays, have_pages
 from mlxqwen.files.checkpoint.folder import INDEX_NAME, Checkpoint
 from mlxqwen.files.checkpoint.reading import TensorReader
 from mlxqwen.files.checkpoint.safetensors_file import (
@@ -23,6 +24,8 @@ __all__ = [
     "SpareTensors",
     "TensorInfo",
     "TensorReader",
+    "blank_arrays",
+    "have_pages",
     "load_safetensors",
     "read_header",
     "save_safetensors",

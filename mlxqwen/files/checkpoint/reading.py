@@ -43,7 +43,8 @@ class TensorReader:
             except OSError as cause:
                 raise unreadable(tensor.path, cause) from None
             if not count:
-                raise ended(tensor.path, position + filled, len(buffer) - filled)
+                end = min(os.fstat(descriptor).st_size, position + filled)
+                raise ended(tensor.path, end, tensor.start + tensor.nbytes - end)
             filled += count
 
     def close(self) -> None:
