@@ -19,7 +19,7 @@ from mlxqwen.engine.loops import LoopDetector
 from mlxqwen.engine.request import CacheKind, Request, config_of, held_tokens, room_for_answer
 from mlxqwen.errors import MlxqwenError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
-from mlxqwen.sampling.constraint import Constraint, check_mask, check_mask_shape
+from mlxqwen.sampling.constraint import Constraint, Finishing, check_mask, check_mask_shape
 from mlxqwen.sampling.sampler import BAD_TOKEN, Sampler, check_token
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Generation:
         "epoch",
         "error",
         "finish_reason",
+        "finishing",
         "is_cancelled",
         "is_parked",
         "limit",
@@ -137,6 +138,9 @@ class Generation:
         self.budget = None if self.pipeline is None else request.make_budget(self.pipeline)
         made = [factory(self.pipeline) for factory in request.constraints]
         self.constraints: list[Constraint] = made if self.budget is None else [self.budget, *made]
+        self.finishing = [one for one in made if isinstance(one, Finishing)]
+        for one in self.finishing:
+            one.end_within(self.limit)
         self.loops = LoopDetector() if request.stop_on_loop else None
         self.sampler: Sampler | None = None
         self.records: deque[GeneratedToken | Progress] = deque()
@@ -261,6 +265,8 @@ class Generation:
                 deltas += pipeline.finish()
             if pipeline.stopped:
                 reason = "stop"
+        if ends and any(one.was_cut_short for one in self.finishing):
+            reason = "length"
         if reason is None:
             for constraint in self.constraints:
                 constraint.advance(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import mlx.core as mx
 
@@ -11,6 +11,7 @@ from mlxqwen.errors import GenerationError
 
 __all__ = [
     "Constraint",
+    "Finishing",
     "Mask",
     "Unconstrained",
     "apply_masks",
@@ -43,6 +44,20 @@ class Constraint(Protocol):
 
     def fork(self) -> Constraint:
         """An independent copy that checks guesses: only `mask`, `advance` and `fork` of it are called."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """What a `Constraint` may have, too: it brings the reply to its own end before the tokens are used up.
+
+    Attributes:
+        was_cut_short: whether it has replaced a draw for that.
+    """
+
+    was_cut_short: bool
+
+    def end_within(self, tokens: int) -> None:
+        """Called before the first token with the most tokens of the reply."""
 
 
 class Unconstrained:

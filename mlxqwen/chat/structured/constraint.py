@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlxqwen.chat.pipeline import ReplyPipeline
 from mlxqwen.chat.structured.compiler import CompiledGrammar, problem_of
+from mlxqwen.chat.structured.ending import closing_tokens, finishes, way_to_end
 from mlxqwen.chat.tags import Tag
 from mlxqwen.errors import GenerationError, OptionError
 from mlxqwen.sampling.constraint import Mask, mask_of_bytes
@@ -23,6 +24,9 @@ __all__ = ["GrammarConstraint", "ReplyTokens"]
 
 _LINE_BREAKS = 2
 """That Qwen3 writes behind `</think>`."""
+_LONGEST_WAY = 512
+_AMPLE = 64  # tokens beyond the way to the end: with more of them, that is looked at now and then only
+_LOOK_EVERY = 16  # tokens
 
 
 class ReplyTokens:
@@ -38,6 +42,7 @@ class ReplyTokens:
         think, end_think, call, end_call: the tokens of the tags; None for one that text spells.
         added: the tokens of the tokenizer's own, which no text becomes.
         breaks: how many line breaks a token is, for those that are nothing else, up to what follows a thought.
+        closing: those that end JSON soonest.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
@@ -48,6 +53,7 @@ class ReplyTokens:
         pieces = ("\n" * count for count in range(1, _LINE_BREAKS + 1))
         encoded = ((tokenizer.encode_plain(piece), len(piece)) for piece in pieces)
         self.breaks = {ids[0]: count for ids, count in encoded if len(ids) == 1}
+        self.closing = tuple(token for token in closing_tokens(tokenizer) if token < vocab_size)
 
     def all_but(self, tokens: Collection[int]) -> bytearray:
         """Packed bits of the whole vocabulary without `tokens`."""
@@ -74,7 +80,8 @@ class GrammarConstraint:
 
     Within the thought no end token and, if there are tools, no `<tool_call>` is drawn, so that the answer is not left
     out. Behind it stand up to two line breaks, as Qwen3 writes them. At the end of the grammar nothing but an end token
-    is drawn.
+    is drawn. Where the tokens that are left suffice just for a short way to the end of JSON, it is gone: texts, lists
+    and objects are closed.
 
     Args:
         tokens: those of the vocabulary.
@@ -84,6 +91,11 @@ class GrammarConstraint:
             reply.
         calls: the most calls in free text; None without a limit.
         knows_tags: whether the grammar may have the tags of calls.
+        is_json: whether the grammar is of JSON, or calls; to the end of another no way is looked for, which might cost
+            more than the reply does.
+
+    Attributes:
+        was_cut_short: whether the end was forced.
 
     Raises:
         OptionError: the reply begins in a thought that no token ends.
@@ -98,16 +110,22 @@ class GrammarConstraint:
         is_free: bool = False,
         calls: int | None = None,
         knows_tags: bool = False,
+        is_json: bool = True,
     ) -> None:
         self._tokens = tokens
         self._grammar = grammar
         self._pipeline = pipeline
         self._is_free = is_free
         self._calls = calls
+        self._is_json = is_json
         self._matcher: LLMatcher | None = None
         self._mask: Mask | None = None
         self._has_mask = False
         self._breaks = 0  # line breaks behind the thought
+        self.was_cut_short = False
+        self._left: int | None = None  # tokens of the reply, the next one included
+        self._way: tuple[int, ...] | None = ()  # to the end, of where it was looked for last
+        self._next_look = 0  # at how many tokens left that is looked for again
         self._phase = _Phase.TEXT if is_free else _Phase.GRAMMAR
         if pipeline is not None and pipeline.in_reasoning:
             if tokens.end_think is None:
@@ -137,9 +155,52 @@ class GrammarConstraint:
             self._has_mask = True
         return self._mask
 
+    def end_within(self, tokens: int) -> None:
+        """Bring JSON to its end within so many tokens of the reply, if a short way leads there."""
+        if self._is_json:
+            self._left = self._next_look = tokens
+
     def settle(self, drawn: int) -> int:
-        """`drawn` itself."""
-        return drawn
+        """`drawn`, unless the tokens that are left behind it do not suffice for the end of the grammar."""
+        left, phase, tokens = self._left, self._phase, self._tokens
+        if left is None or left > self._next_look or drawn < 0 or drawn in tokens.ends or self._grammar is None:
+            return drawn
+        is_begun = phase is _Phase.GRAMMAR
+        begins = phase in (_Phase.OPEN, _Phase.BREAKS) and not self._is_free and drawn != tokens.think
+        if not (is_begun or begins):
+            return drawn
+        matcher = self._grammar.begin() if self._matcher is None else self._matcher
+        way = self._way_from(matcher, left)
+        self._way = way
+        if way is None:
+            self._next_look = left - (_LOOK_EVERY if left > _AMPLE else 1)  # a long search is not made for each token
+            return drawn
+        if len(way) > left:
+            return drawn  # as far as it comes
+        if left - len(way) > _AMPLE:
+            self._next_look = left - min(_LOOK_EVERY, left - len(way) - _AMPLE)
+            return drawn
+        if way[:1] == (drawn,):
+            return drawn
+        if phase is _Phase.BREAKS and drawn in tokens.breaks:
+            after: tuple[int, ...] | None = way
+        else:
+            there = matcher.deep_copy()
+            if drawn in self._never or not there.consume_token(drawn):
+                return drawn
+            after = self._way_from(there, left - 1)
+        if after is not None and len(after) < left:
+            return drawn
+        self.was_cut_short = True
+        return way[0] if way else min(tokens.ends)
+
+    def _way_from(self, matcher: LLMatcher, most: int) -> tuple[int, ...] | None:
+        """A short way to the end of the grammar; the rest of the last one, or that itself, if it still is one."""
+        known = self._way or ()
+        for way in (known[1:], known):
+            if way and finishes(matcher, way):
+                return way
+        return way_to_end(matcher, min(most, _LONGEST_WAY), self._tokens.closing, self._never)
 
     def advance(self, token: int) -> None:
         """Continue with `token`.
@@ -148,6 +209,8 @@ class GrammarConstraint:
             GenerationError: the grammar does not have it here, or a call came to nothing.
         """
         self._has_mask = False
+        if self._left is not None:
+            self._left -= 1
         tokens, phase = self._tokens, self._phase
         if phase is _Phase.THOUGHT:
             if token == tokens.end_think:

@@ -46,7 +46,7 @@ def reply_constraint(
     tokens = ReplyTokens(tokenizer, vocab_size, ends)
     if answer is not None and not has_calls:
         grammar = grammar_compiler(tokenizer, vocab_size, ends).compile(reply_grammar(answer, None), "response_format")
-        return partial(GrammarConstraint, tokens, grammar)
+        return partial(GrammarConstraint, tokens, grammar, is_json=answer.kind == "json_schema")
     if answer is None and calls.mode == "none":
         return partial(GrammarConstraint, tokens, None, is_free=True, calls=0)
     if answer is None and calls.mode == "auto":
@@ -62,8 +62,10 @@ def reply_constraint(
         return partial(GrammarConstraint, tokens, grammar, is_free=True, calls=most)
     compiler = grammar_compiler(tokenizer, vocab_size, ends)
     rules = _call_rules(calls.tools, tokens, compiler, most_one=calls.most_one)
-    grammar = _compiled(compiler, tokens, None if calls.mode == "required" else answer, rules)
-    return partial(GrammarConstraint, tokens, grammar, knows_tags=True)
+    answer = None if calls.mode == "required" else answer
+    grammar = _compiled(compiler, tokens, answer, rules)
+    is_json = answer is None or answer.kind == "json_schema"
+    return partial(GrammarConstraint, tokens, grammar, knows_tags=True, is_json=is_json)
 
 
 def _compiled(
