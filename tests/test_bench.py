@@ -93,6 +93,8 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     assert called == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
     assert numbers == [[3.0, 6.0], [4.0, 5.0]]
     assert told == [0, 1, 2]
+    called.clear()
+    assert take_turns([lambda: side("ours"), lambda: side("theirs")], 1, is_warm=True) == [[1.0], [2.0]]
 
 
 @pytest.mark.parametrize(

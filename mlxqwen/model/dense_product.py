@@ -2,8 +2,9 @@
 
 MLX's CPU backend unpacks quantized weights anew for every row, and takes five passes to dequantize them. Codes of 2, 4
 and 8 bits are bytes, or parts of bytes, that can be taken out where they stand: the first codes of all bytes, then the
-second ones. So a row's columns come in another order, and the activations are put into it, too. A group's bias counts
-as often as its activations' sum says, so it is not added to each weight.
+second ones. So a row's columns come in another order, and a code that stands k bits high is 2ᵏ times as large; the
+activations are put into that order, and made smaller. A group's bias counts as often as its activations' sum says, so
+it is not added to each weight.
 """
 
 from __future__ import annotations
@@ -15,22 +16,10 @@ import mlx.core as mx
 from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.openblas_product import openblas_product
 
-__all__ = [
-    "Activations",
-    "Packed",
-    "block_product",
-    "dense_product",
-    "is_dense",
-    "prepared",
-    "reordered",
-    "scaled_codes",
-]
+__all__ = ["Packed", "dense_product", "for_codes", "is_dense", "scaled_codes"]
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Affine-quantized weights as MLX packs them: codes, scales, biases."""
-
-Activations = tuple[mx.array, mx.array]
-"""`[N, in]`, with the columns in the order of `reordered`, and their sums by group, `[N, in / group_size]`."""
 
 _BLOCK = 1 << 20
 """Numbers of a matrix that a core dequantizes at once, at most: 4 MiB. Larger blocks do not stay in its caches."""
@@ -62,16 +51,19 @@ def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores
         cores: that may compute.
     """
     weight, scales, biases = packed
-    activations, rows = prepared(x, group_size, bits), len(weight)
+    activations, rows = for_codes(x, bits), len(weight)
     at_once = len(ranges(rows, cores, x.shape[0] * x.shape[1] * rows))
     cuts = _cuts(rows, x.shape[1], at_once)
     outputs: list[mx.array] = []
     for first in range(0, len(cuts), at_once):
         for core, cut in enumerate(cuts[first : first + at_once]):
             with on_core(core):
-                outputs.append(block_product(activations, (weight[cut], scales[cut], biases[cut]), group_size, bits))
+                codes = scaled_codes(weight[cut], scales[cut], group_size, bits)
+                outputs.append(openblas_product(activations, codes))
+        del codes  # else its memory is not used again
         mx.eval(outputs[first:])
-    return outputs[0] if len(cuts) == 1 else mx.concatenate(outputs, axis=-1)
+    sums = x.reshape(len(x), -1, group_size).sum(axis=-1)
+    return (outputs[0] if len(cuts) == 1 else mx.concatenate(outputs, axis=-1)) + sums @ biases.T
 
 
 def _cuts(rows: int, columns: int, at_once: int) -> list[slice]:
@@ -84,36 +76,21 @@ def _cuts(rows: int, columns: int, at_once: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([*starts, rows])]
 
 
-def prepared(x: mx.array, group_size: int, bits: int) -> Activations:
-    """Rows `[N, in]` for products with blocks of a matrix."""
-    return reordered(x, bits), x.reshape(len(x), -1, group_size).sum(axis=-1)
-
-
-def block_product(x: Activations, packed: Packed, group_size: int, bits: int) -> mx.array:
-    """Activations through affine-quantized weights that are dequantized as a whole → `[N, out]`."""
-    (activations, sums), (weight, scales, biases) = x, packed
-    return openblas_product(activations, scaled_codes(weight, scales, group_size, bits)) + sums @ biases.T
-
-
 def scaled_codes(weight: mx.array, scales: mx.array, group_size: int, bits: int) -> mx.array:
-    """Weights without their biases in float32, `[out, in]` with the columns in the order of `reordered`.
-
-    The numbers are those of `mx.dequantize`: a code that is left standing 2ᵏ times as high has a scale of 2⁻ᵏ.
-    """
+    """Weights without their biases in float32, `[out, in]` as they are multiplied by activations `for_codes`."""
     if bits not in _IN_BYTES:
         return mx.dequantize(weight, scales, mx.zeros_like(scales), group_size, bits)
     codes, places = weight.view(mx.uint8)[:, None], range(0, 8, bits)
     if len(places) > 1:
         codes = codes & mx.array([[((1 << bits) - 1) << place] for place in places], dtype=mx.uint8)
-        scales = scales[:, None] * mx.array([[0.5**place] for place in places])
-    else:
-        scales = scales[:, None]
-    by_group = codes.astype(mx.float32).reshape(*scales.shape, group_size // len(places))
-    return (by_group * scales[..., None]).reshape(len(weight), -1)
+    by_group = codes.astype(mx.float32).reshape(len(weight), len(places), -1, group_size // len(places))
+    return (by_group * scales[:, None, :, None]).reshape(len(weight), -1)
 
 
-def reordered(x: mx.array, bits: int) -> mx.array:
-    """`[N, in]` with the columns first whose codes stand lowest in their bytes."""
-    if bits not in _IN_BYTES or bits == 8:
+def for_codes(x: mx.array, bits: int) -> mx.array:
+    """`[N, in]` with the columns first whose codes stand lowest in their bytes; those of others as much smaller."""
+    places = range(0, 8, bits)
+    if bits not in _IN_BYTES or len(places) == 1:
         return x
-    return x.reshape(len(x), -1, 8 // bits).swapaxes(1, 2).reshape(x.shape)
+    by_place = x.reshape(len(x), -1, len(places)).swapaxes(1, 2)
+    return (by_place * mx.array([[0.5**place] for place in places])).reshape(x.shape)

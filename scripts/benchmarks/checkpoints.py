@@ -14,9 +14,17 @@ from benchmarks.settings import Settings
 __all__ = ["bits_name", "checkpoint", "small_checkpoint", "source_checkpoint"]
 
 
-def checkpoint(settings: Settings, bits: int | None, *, shape: str | None = None, layers: int | None = None) -> Path:
+def checkpoint(
+    settings: Settings,
+    bits: int | None,
+    *,
+    shape: str | None = None,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+) -> Path:
     """A folder with a release's weights in so many bits (None for BF16), made once a run."""
-    plain = source_checkpoint(settings, "bf16", shape=shape or settings.shape, layers=layers or settings.layers)
+    shape, layers = shape or settings.shape, layers or settings.layers
+    plain = source_checkpoint(settings, "bf16", shape=shape, layers=layers, vocabulary=vocabulary)
     if bits is None:
         return plain
     folder = settings.work / f"{plain.name}-{bits}-bit"

@@ -123,15 +123,19 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def take_turns(
-    sides: Sequence[Callable[[], float]], turns: int, told: Callable[[int], None] | None = None
+    sides: Sequence[Callable[[], float]],
+    turns: int,
+    told: Callable[[int], None] | None = None,
+    *,
+    is_warm: bool = False,
 ) -> list[list[float]]:
     """Measure each of `sides` `turns` times → its numbers, one a turn.
 
-    A first round warms disk and caches and does not count. Every other turn goes the other way round, so that a machine
-    that slows down favours nobody. `told` hears how many turns are done.
+    A first round warms disk and caches and does not count, unless earlier turns have done so. Every other turn goes the
+    other way round, so that a machine that slows down favours nobody. `told` hears how many turns are done.
     """
     numbers: list[list[float]] = [[] for _ in sides]
-    for turn in range(turns + 1):
+    for turn in range(int(is_warm), turns + 1):
         order = range(len(sides)) if turn % 2 else reversed(range(len(sides)))
         for side in order:
             measured = sides[side]()
