@@ -171,7 +171,12 @@ def test_of_two_replies_that_each_need_the_other_s_weights_to_go_the_later_is_to
         await until(lambda: (a := served.models.find("a").model) and a.engine.scheduler.running)
         second = await served.ask("b", **body).end()
         assert (second.status, second.json["error"]["code"]) == (503, "out_of_memory")
+        assert second.headers["retry-after"] == "10"
+        told = second.json["error"]["message"]
+        assert "have outgrown the memory beside another model, of which an earlier reply waits" in told
+        assert told.endswith("Ask again: the other goes on first, and this one then has its memory.")
         assert await finished(first) == "length"
+        assert await finished(served.ask("b", **body)) == "length"
 
     with beside_both(tokenizer, 300) as served:
         run(work(served))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bytes_to_start",
+    "crossed",
     "grows",
     "is_crossed",
     "may_begin_anew",
@@ -119,6 +120,18 @@ def may_grow(scheduler: Scheduler, batch: RunningBatch, tokens: int = 1) -> bool
 def may_guess(scheduler: Scheduler, batch: RunningBatch, most: int) -> bool:
     """Whether memory allows `most` guesses, which may have to be taken back."""
     return may_grow(scheduler, batch, 1 + most)
+
+
+def crossed(one: Generation) -> InsufficientMemoryError:
+    """The error of a reply that crosses an earlier one: see `is_crossed`.
+
+    It could go on only once its own model has been unloaded and loaded again, and this reply is in that model.
+    """
+    return InsufficientMemoryError(
+        f"reply: {one.count:,} tokens behind a prompt of {len(one.request.prompt):,} have outgrown the memory beside "
+        "another model, of which an earlier reply waits for the memory of this one's",
+        hint="Ask again: the other goes on first, and this one then has its memory.",
+    )
 
 
 def out_of_memory(one: Generation) -> InsufficientMemoryError:

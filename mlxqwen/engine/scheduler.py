@@ -35,6 +35,7 @@ from mlxqwen.engine.prefixes import SharedPrefixes
 from mlxqwen.engine.request import Request, check_request, fitting_prefill_chunk, with_yarn_factor
 from mlxqwen.engine.room import (
     bytes_to_start,
+    crossed,
     grows,
     is_crossed,
     may_begin_anew,
@@ -389,7 +390,7 @@ class Scheduler:
             if one.waits_for_reader():  # what it will share is not there yet
                 continue
             if is_crossed(self, one):
-                one.fail(out_of_memory(one))
+                one.fail(crossed(one))
                 continue
             if not has_looked:
                 self._look_at_weights(within=_LOOK_EVERY if running else 0.0)
