@@ -387,6 +387,15 @@ def test_a_path_that_is_nearly_right_is_told_which_was_meant(served: Served, pat
     assert error["message"] == f"path: found none such, expected {meant}"
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_a_slash_too_much_leads_on_and_says_so(served: Served, path: str) -> None:
+    there = served.client.post(f"{path}/", json=ask(max_tokens=1))
+    assert there.status_code == 200
+    told = served.client.post(f"{path}/?a=1", json=ask(max_tokens=1), follow_redirects=False)
+    assert (told.status_code, told.headers["location"]) == (307, f"{path}?a=1")
+    assert told.json()["error"]["message"] == f"path: found none such, expected POST {path}"
+
+
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/audio/transcriptions", "/.env", "/v2", "/" + "a/" * 4000])
 def test_a_path_that_is_like_none_is_told_all(served: Served, path: str) -> None:
     message = served.client.post(path, json={}).json()["error"]["message"]

@@ -136,11 +136,13 @@ def make_app(service: Service) -> Starlette:
             expose_headers=["x-mlxqwen-ignored", "retry-after"],
         )
         stack.insert(2, cors)
-    return Starlette(routes=routes, middleware=stack, exception_handlers={HTTPException: _http_error})
+    made = Starlette(routes=routes, middleware=stack, exception_handlers={HTTPException: _http_error})
+    made.router.redirect_slashes = False  # which would say nothing to who does not follow
+    return made
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
-    """404 and 405 in the form of the path's API."""
+    """404 and 405 in the form of the path's API; of a path that ends with a slash too much, 307 to the one without."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = error.headers if isinstance(error, HTTPException) else None
     allowed = (headers or {}).get("Allow", "another")
@@ -151,6 +153,9 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
         405: (f"method: found {http.method[:16]!a}, expected {allowed}", "method_not_allowed"),
     }
     problem, code = problems.get(status, ("request: not understood", None))
+    if status == 404 and path.endswith("/") and path[:-1] in _PATHS:
+        query = f"?{http.url.query}" if http.url.query else ""
+        status, headers = 307, {"location": f"{path[:-1]}{query}"}
     return error_response(http.scope, ApiError(status, problem, code=code, headers=headers), meant)
 
 
