@@ -26,7 +26,7 @@ _LINE_BREAKS = 2
 """That Qwen3 writes behind `</think>`."""
 _LONGEST_WAY = 512
 _AMPLE = 64  # tokens beyond the way to the end: with more of them, that is looked at now and then only
-_LOOK_EVERY = 16  # tokens
+_LOOK_EVERY = 16  # tokens, or more
 
 
 class ReplyTokens:
@@ -177,8 +177,8 @@ class GrammarConstraint:
             return drawn
         if len(way) > left:
             return drawn  # as far as it comes
-        if left - len(way) > _AMPLE:
-            self._next_look = left - min(_LOOK_EVERY, left - len(way) - _AMPLE)
+        if (ample := left - len(way) - _AMPLE) > 0:  # half of it goes by before the next look, as ways grow slowly
+            self._next_look = left - min(ample, max(_LOOK_EVERY, ample // 2))
             return drawn
         if way[:1] == (drawn,):
             return drawn
