@@ -22,6 +22,14 @@ from tests.tiny_checkpoints import prompt
 from tests.tolerance import assert_close, to_numpy
 
 
+@pytest.fixture
+def any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow matrices are multiplied in the forms of wide ones."""
+    monkeypatch.setattr(module, "_NARROW", 1)
+    monkeypatch.setattr(module, "_FEW", 1 / 4)
+
+
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize("small", [0, 1, 2_000, 20_000])
 @pytest.mark.parametrize("out", [1, 48, 64, 100])
 @pytest.mark.parametrize("shape", [(1,), (1, 32), (3, 32), (2, 5, 32), (40, 32), (140, 32)])
@@ -55,12 +63,26 @@ def test_an_expert_of_the_30b_is_multiplied_in_tiles() -> None:
     assert tile_of(64 * 2048, 1536) == 0
 
 
+def test_narrow_matrices_and_many_rows_are_multiplied_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def recorded(numbers: int, out: int) -> int:
+        asked.append(numbers)
+        return tile_of(numbers, out)
+
+    monkeypatch.setattr(module, "tile_of", recorded)
+    for count, out, width in ((8, 1024, 256), (33, 256, 1024), (1, 512, 1024), (4, 1024, 1024), (32, 256, 1024)):
+        openblas_product(mx.zeros((count, width)), mx.zeros((out, width)))
+    assert asked == [4 * 1024, 32 * 1024]
+
+
 def test_only_openblas_gets_other_forms() -> None:
     for device in (CPU, GPU, replace(GPU, has_openblas=True)):
         assert FusedLinear([nn.Linear(8, 8, bias=False)], ["o_proj"], device).product is mx.matmul
     assert FusedLinear([nn.Linear(8, 8, bias=False)], ["o_proj"], FAST).product is not mx.matmul
 
 
+@pytest.mark.usefixtures("any_shape")
 @pytest.mark.parametrize("cores", [1, 3])
 @pytest.mark.parametrize("name", [name for name, (_, quantization) in MODELS.items() if quantization is None])
 def test_models_give_the_same_logits(tmp_path: Path, name: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:

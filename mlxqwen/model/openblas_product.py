@@ -19,14 +19,18 @@ _SMALL = 1_000_000
 _LEAST_TILE = 16
 """Rows of a tile: smaller ones were no quicker than the whole."""
 
-_TURNED = 128
-"""Activations' rows up to which the matrix times them takes less time than they times the matrix."""
+_NARROW = 512
+"""Numbers of a row below which the plain product was the quickest at any number of activations."""
+
+_FEW = 32
+"""A matrix's rows have at least so many numbers for each row of activations: else putting the products into their order
+takes longer than is won."""
 
 
 def openblas_product(x: mx.array, rows: mx.array) -> mx.array:
     """`[..., in]` through the rows `[out, in]` of a matrix, which lie one after another in memory → `[..., out]`."""
     (out, width), count = rows.shape, x.size // x.shape[-1]
-    if count > _TURNED or x.size * out <= _SMALL:
+    if width < _NARROW or count * _FEW > width or x.size * out <= _SMALL:
         return x @ rows.T
     activations, tile = x.reshape(count, width), tile_of(x.size, out)
     if tile:
