@@ -18,6 +18,7 @@ __all__ = ["moe"]
 
 DEFAULT_SHAPE = "Qwen3-30B-A3B"
 _MOST_IN_BFLOAT16 = 8  # tokens; mlx-lm would take minutes for more on a CPU
+_SLOW = (8, 512)  # tokens: mlx-lm takes seconds a turn, in bfloat16 and in float32
 _VOCABULARY = 1024  # of the model around the block, which is not run
 
 
@@ -39,7 +40,7 @@ def moe(settings: Settings) -> Iterator[Comparison]:
         blocks = [partial(_milliseconds, model.model.layers[0].mlp, tokens) for model, tokens in sides.values()]
         what = f"MoE block, {shape.removeprefix('Qwen3-')} 4-bit, T = {count}"
         settings.tell(what)
-        turns = settings.turns(3 if count > 64 else 7, quick=3 if count < 8 else 1)
+        turns = settings.turns(3 if count > 64 else 7, quick=1 if count in _SLOW else 3)
         numbers = take_turns(blocks, turns, is_warm=settings.quick and count > 64)
         yield from compared(what, "ms", dict(zip(sides, numbers, strict=True)))
 
