@@ -29,9 +29,7 @@ class Daemon:
             tasks = _idle.pop() if _idle else None
         if tasks is None:
             tasks = SimpleQueue()
-            threading.Thread(
-                target=_do_one_after_the_other, args=(tasks,), name="mlxqwen scheduler", daemon=True
-            ).start()
+            threading.Thread(target=_do_one_after_the_other, args=(tasks,), name="mlxqwen daemon", daemon=True).start()
         tasks.put((work, self._is_over))
 
     def is_alive(self) -> bool:

@@ -125,7 +125,8 @@ def test_an_end_that_was_forced_is_a_cut_even_where_a_token_is_left(babble: Engi
             assert done.finish_reason == "length"
 
 
-def test_a_search_in_vain_is_not_made_for_each_token(babble: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searches_are_bounded(babble: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All replies wait for one: none is made before the last tokens, those in vain are made ever less often."""
     searches: list[int] = []
 
     def counted(matcher: Any, most: int, closing: Any, never: Any) -> tuple[int, ...] | None:
@@ -136,11 +137,44 @@ def test_a_search_in_vain_is_not_made_for_each_token(babble: Engine, monkeypatch
     schema = {"type": "string", "minLength": 3000}
     (done,) = answers(babble, [{"response_format": schema, "max_tokens": 200, "seed": 1}])
     assert done.finish_reason == "length"
-    assert searches[:5] == [200, 184, 168, 152, 136]
-    assert len(searches) < 80
+    assert searches == [48, 48, 48, 48, 48, 33, 1]  # of 64, 63, 61, 57, 49, 33 and 1 tokens left
     searches.clear()
     answers(babble, [{"response_format": {"type": "string"}, "max_tokens": 200, "seed": 1}])
-    assert len(searches) < 60  # a way that still is one is not looked for anew
+    assert len(searches) < 30  # a way that still is one is not looked for anew
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (TEXTS, {"title": "", "tags": [], "note": ""}),
+        (record(a={"type": "array", "items": {"type": "string"}, "minItems": 2}, b={"type": "boolean"}), None),
+        (record(a={"type": "string", "minLength": 3}, b={"type": "integer"}), {"a": "000", "b": 0}),
+        ({"type": "object", "additionalProperties": {"type": "string"}}, {}),
+        (record(a={"enum": ["red"]}, b={"type": "object"}), {"a": "red", "b": {}}),
+    ],
+)
+def test_what_was_not_drawn_is_empty(babble: Engine, schema: dict[str, Any], expected: object) -> None:
+    found = json.loads(babble.tokenizer.decode(list(way_of(babble, schema))))
+    assert found == ({"a": ["", ""], "b": True} if expected is None else expected)
+
+
+TREE: dict[str, Any] = {
+    "$defs": {"node": record(child={"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}, kind={"enum": ["leaf"]})},
+    "$ref": "#/$defs/node",
+}
+
+
+@pytest.mark.parametrize("most", [40, 100, 200])
+def test_what_stands_behind_a_nested_record_is_there_where_its_way_is_short(babble: Engine, most: int) -> None:
+    done = answers(babble, [{"response_format": TREE, "max_tokens": most, "seed": seed} for seed in range(6)])
+    for one in done:
+        Draft202012Validator(TREE).validate(json.loads(one.reply.content))
+
+
+def test_a_form_that_no_short_way_ends_is_cut(babble: Engine) -> None:
+    asked = {"response_format": record(mail={"type": "string", "format": "email"}), "max_tokens": 30}
+    for done in answers(babble, [{**asked, "seed": seed} for seed in range(4)]):
+        assert done.finish_reason in ("stop", "length")
 
 
 def test_guesses_change_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:

@@ -90,6 +90,11 @@ def test_the_search_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unrendered, "_MOST_RENDERINGS", 5)
     with pytest.raises(MessagesError, match=r"^messages\[5\]: found an object: the chat template"):
         render_prompt(tokenizer(WALKING), messages)
+    monkeypatch.setattr(unrendered, "_MOST_RENDERINGS", 200)
+    monkeypatch.setattr(unrendered, "_MOST_SECONDS", -1)
+    with pytest.raises(TemplateError, match="raises an error on this conversation"):
+        render_prompt(tokenizer(WALKING), messages)
+    monkeypatch.setattr(unrendered, "_MOST_SECONDS", 0.5)
     monkeypatch.setattr(unrendered, "_MOST_CHARACTERS", 50)
     with pytest.raises(TemplateError, match="it raises an error on this conversation: TypeError"):
         render_prompt(tokenizer(WALKING), messages)

@@ -6,6 +6,7 @@ wrote. So parts are left out until it fails no more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,6 +22,7 @@ Render = Callable[[Sequence[Message], Mapping[str, Any]], object]
 
 _MOST_RENDERINGS = 200
 _MOST_CHARACTERS = 4_000_000  # that all of them read
+_MOST_SECONDS = 0.5  # of processor time, after which none is begun
 _LONGEST_WORDS = 200
 _HARMLESS: tuple[Any, ...] = ("", {}, [])
 _PLAIN = (Message({"role": "user", "content": "a"}),)
@@ -67,11 +69,12 @@ def _named(error: RenderError, messages: Sequence[Message], values: Mapping[str,
     words = words_of(error)
     size = sum(len(str(dict(message))) for message in messages) + len(str(values)) + 1
     left = min(_MOST_RENDERINGS, _MOST_CHARACTERS // size)
+    until = time.thread_time() + _MOST_SECONDS
 
     def fails(some: Sequence[Message], others: Mapping[str, Any]) -> bool:
         nonlocal left
         left -= 1
-        if left < 0:
+        if left < 0 or time.thread_time() > until:
             raise _SpentError
         try:
             render(some, others)

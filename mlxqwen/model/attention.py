@@ -87,7 +87,7 @@ class Attention(WatchedModule):
             qkv = packing.unpack(qkv)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         by_head = _split_heads(qkv, batch_size, heads + 2 * kv_heads)
-        if self.joins_heads and self["q_norm"].eps == self["k_norm"].eps:
+        if self.joins_heads and self._are_normed_alike(qkv.dtype):
             both, values = mx.split(by_head, [heads + kv_heads], axis=1)
             both = self._norm_together(both)
             rotated, keys = mx.split(rotate(both), [heads], axis=1)
@@ -95,6 +95,11 @@ class Attention(WatchedModule):
         queries, keys, values = mx.split(by_head, [heads, heads + kv_heads], axis=1)
         queries = self["q_norm"](queries)
         return queries, rotate(queries), rotate(self["k_norm"](keys)), values
+
+    def _are_normed_alike(self, dtype: mx.Dtype) -> bool:
+        """Whether one norm of both gives what two do: they may have been set."""
+        q_norm, k_norm = self["q_norm"], self["k_norm"]
+        return bool(q_norm.eps == k_norm.eps and q_norm["weight"].dtype == k_norm["weight"].dtype == dtype)
 
     def _norm_together(self, both: mx.array) -> mx.array:
         """`q_norm` of the first heads and `k_norm` of the others, `[B, heads + kv_heads, L, head_dim]`."""

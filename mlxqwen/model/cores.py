@@ -45,7 +45,7 @@ class Shares:
     Args:
         cores: among how many.
         axis: of the outputs.
-        rows_at_once: rows that are multiplied in the time of one, which is what reading the matrix takes.
+        rows_at_once: rows that a matrix which is not packed is multiplied by in the time that reading it takes.
     """
 
     def __init__(self, cores: int, axis: int = 0, rows_at_once: int = 1) -> None:
@@ -59,7 +59,8 @@ class Shares:
         size = arrays[0].shape[self.axis]
         width = x.shape[-1]
         rows = x.size // width
-        cuts = ranges(size, self.cores, width * size * max(1, rows // self.rows_at_once))
+        at_once = self.rows_at_once if len(arrays) == 1 else 1  # packed ones are multiplied row by row
+        cuts = ranges(size, self.cores, width * size * max(1, rows // at_once))
         if len(cuts) == 1:
             return product(x, *arrays)
         outputs = []

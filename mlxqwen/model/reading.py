@@ -126,8 +126,10 @@ class WeightReader:
                     left.clear()
 
         count = max(1, min(len(self._readers), nbytes // _LEAST_OF_A_THREAD))
-        beside = [Daemon(partial(take_turns, reader)) for reader in self._readers[1:count]]
+        beside: list[Daemon] = []
         try:
+            for reader in self._readers[1:count]:
+                beside.append(Daemon(partial(take_turns, reader)))
             take_turns(self._readers[0])
         finally:
             left.clear()

@@ -153,7 +153,7 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
         405: (f"method: found {http.method[:16]!a}, expected {allowed}", "method_not_allowed"),
     }
     problem, code = problems.get(status, ("request: not understood", None))
-    if status == 404 and path.endswith("/") and path[:-1] in _PATHS:
+    if status == 404 and path.endswith("/") and path[:-1] in _PATHS and "{" not in path:
         query = f"?{http.url.query}" if http.url.query else ""
         status, headers = 307, {"location": f"{path[:-1]}{query}"}
     return error_response(http.scope, ApiError(status, problem, code=code, headers=headers), meant)

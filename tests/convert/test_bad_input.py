@@ -58,8 +58,11 @@ def test_an_output_without_a_name(
     source = make_source(tmp_path / "in", "bf16").write()
     (tmp_path / "a/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/here")
-    with pytest.raises(OutputError, match=f"^{re.escape(str(Path(output)))}: already exists"):
-        convert(source.folder, output, **options)
+    if output == ".." and "dry_run" in options:  # it has a name, and a dry run writes nothing
+        assert any("already exists" in note for note in convert(source.folder, output, **options).notes)
+    else:
+        with pytest.raises(OutputError, match=f"^{re.escape(str(Path(output)))}: already exists"):
+            convert(source.folder, output, **options)
     monkeypatch.chdir(source.folder)
     if Path(output) == Path("."):
         with pytest.raises(OutputError, match="is the source itself"):

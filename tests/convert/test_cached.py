@@ -26,7 +26,7 @@ from mlxqwen.device import Device
 from mlxqwen.errors import InsufficientMemoryError, MlxqwenError, TokenizerError
 from mlxqwen.files import locks
 from mlxqwen.files.checkpoint import Checkpoint
-from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.model.reading import WeightReader
 from mlxqwen_convert import convert
 from mlxqwen_convert.cache_list import CachedModel, Removal, cache_folder, cached_models, prune
 from mlxqwen_convert.cached import converted, planned
@@ -551,14 +551,14 @@ def test_prune_leaves_what_is_being_loaded(fp8: Path) -> None:
 
 def test_a_load_holds_its_models_until_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [make_demo(tmp_path / name, "fp8").folder for name in ("large", "small")]
-    read = Qwen3ForCausalLM.update
+    read = WeightReader.read
     in_use: list[list[bool]] = []
 
     def pruned_before(*args: Any) -> Any:
         in_use.append([removal.in_use for removal in prune(everything=True)])
         return read(*args)
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "update", pruned_before)
+    monkeypatch.setattr(WeightReader, "read", pruned_before)
     for _ in range(2):  # made, and found
         mlxqwen.Engine.load(sources[0], draft=sources[1])
         assert set(map(tuple, in_use)) == {(True, True)}

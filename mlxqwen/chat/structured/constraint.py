@@ -24,9 +24,9 @@ __all__ = ["GrammarConstraint", "ReplyTokens"]
 
 _LINE_BREAKS = 2
 """That Qwen3 writes behind `</think>`."""
-_LONGEST_WAY = 512
-_AMPLE = 64  # tokens beyond the way to the end: with more of them, that is looked at now and then only
-_LOOK_EVERY = 16  # tokens, or more
+_LAST = 64  # tokens: while more are left, no way to the end is looked for
+_LONGEST_WAY = 48  # tokens; a search, which all replies wait for, takes some 2 ms at most
+_GROWTH = 8  # tokens that a way may grow by with one: so seldom it is looked at while many more are left
 
 
 class ReplyTokens:
@@ -53,7 +53,7 @@ class ReplyTokens:
         pieces = ("\n" * count for count in range(1, _LINE_BREAKS + 1))
         encoded = ((tokenizer.encode_plain(piece), len(piece)) for piece in pieces)
         self.breaks = {ids[0]: count for ids, count in encoded if len(ids) == 1}
-        self.closing = tuple(token for token in closing_tokens(tokenizer) if token < vocab_size)
+        self.closing = closing_tokens(tokenizer, vocab_size)
 
     def all_but(self, tokens: Collection[int]) -> bytearray:
         """Packed bits of the whole vocabulary without `tokens`."""
@@ -80,8 +80,8 @@ class GrammarConstraint:
 
     Within the thought no end token and, if there are tools, no `<tool_call>` is drawn, so that the answer is not left
     out. Behind it stand up to two line breaks, as Qwen3 writes them. At the end of the grammar nothing but an end token
-    is drawn. Where the tokens that are left suffice just for a short way to the end of JSON, it is gone: texts, lists
-    and objects are closed.
+    is drawn. Where the last tokens that are left suffice just for a short way to the end of JSON, it is gone: texts,
+    lists and objects are closed, and what must still stand there is empty, 0, or as short as it may be.
 
     Args:
         tokens: those of the vocabulary.
@@ -126,6 +126,7 @@ class GrammarConstraint:
         self._left: int | None = None  # tokens of the reply, the next one included
         self._way: tuple[int, ...] | None = ()  # to the end, of where it was looked for last
         self._next_look = 0  # at how many tokens left that is looked for again
+        self._in_vain = 0  # searches, one after the other
         self._phase = _Phase.TEXT if is_free else _Phase.GRAMMAR
         if pipeline is not None and pipeline.in_reasoning:
             if tokens.end_think is None:
@@ -158,7 +159,7 @@ class GrammarConstraint:
     def end_within(self, tokens: int) -> None:
         """Bring JSON to its end within so many tokens of the reply, if a short way leads there."""
         if self._is_json:
-            self._left = self._next_look = tokens
+            self._left, self._next_look = tokens, min(tokens, _LAST)
 
     def settle(self, drawn: int) -> int:
         """`drawn`, unless the tokens that are left behind it do not suffice for the end of the grammar."""
@@ -173,12 +174,14 @@ class GrammarConstraint:
         way = self._way_from(matcher, left)
         self._way = way
         if way is None:
-            self._next_look = left - (_LOOK_EVERY if left > _AMPLE else 1)  # a long search is not made for each token
+            self._next_look = left - (1 << self._in_vain)  # each search in vain is the less often made
+            self._in_vain += 1
             return drawn
+        self._in_vain = 0
         if len(way) > left:
             return drawn  # as far as it comes
-        if (ample := left - len(way) - _AMPLE) > 0:  # half of it goes by before the next look, as ways grow slowly
-            self._next_look = left - min(ample, max(_LOOK_EVERY, ample // 2))
+        if (seldom := (left - len(way)) // _GROWTH) > 1:
+            self._next_look = left - seldom
             return drawn
         if way[:1] == (drawn,):
             return drawn

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-__all__ = ["closing_tokens", "finishes", "way_to_end"]
+__all__ = ["Closing", "closing_tokens", "finishes", "way_to_end"]
 
-# What ends JSON soonest, the first that may come: several ends in one token, then one, then the shortest values. A
-# quotation mark before all that may stand in a text, too.
-_CLOSING = (
-    *('"}]}', '"}}', '"]}', '"}]', '"}', '"]', '"', "}]}", "}}", "]}", "}]", "}", "]", ", ", ","),
+_IN_TEXT = ("x", '"', "0", "x")
+_ELSEWHERE = (
+    *("}]}", "}}", "]}", "}]", "}", "]", ", ", ",", '""', '"'),
     *("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "null", "true", "false"),
     *("n", "t", "f", "[]", "[", "{}", "{"),  # last what may lead into itself again
 )
 
 
-def closing_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end JSON, in the order in which they are to be tried."""
-    encoded = [tokenizer.encode_plain(text) for text in _CLOSING]
-    return tuple(ids[0] for ids in encoded if len(ids) == 1)
+class Closing(NamedTuple):
+    """The tokens that end JSON, in the order in which they are to be tried.
+
+    Args:
+        letter: which may come in free text alone; None if the tokenizer has no such token.
+        in_text: there: a quotation mark, and what fills a text that must be longer.
+        elsewhere: first what closes lists and objects, then the shortest values. None begins a text and goes on in it.
+    """
+
+    letter: int | None
+    in_text: tuple[int, ...]
+    elsewhere: tuple[int, ...]
 
 
-def way_to_end(matcher: LLMatcher, most: int, closing: Sequence[int], never: frozenset[int]) -> tuple[int, ...] | None:
+def closing_tokens(tokenizer: Tokenizer, vocab_size: int) -> Closing:
+    """Those of a vocabulary."""
+
+    def single(texts: Sequence[str]) -> tuple[int, ...]:
+        encoded = [tokenizer.encode_plain(text) for text in texts]
+        return tuple(ids[0] for ids in encoded if len(ids) == 1 and ids[0] < vocab_size)
+
+    letters = single(_IN_TEXT[:1])
+    return Closing(letters[0] if letters else None, single(_IN_TEXT[1:]), single(_ELSEWHERE))
+
+
+def way_to_end(matcher: LLMatcher, most: int, closing: Closing, never: frozenset[int]) -> tuple[int, ...] | None:
     """Tokens from a matcher's state to the end of its grammar; None where no more than `most` of them lead there.
 
     They are looked for one after the other, none is taken back: for JSON they are few, if not always the fewest.
@@ -35,7 +53,7 @@ def way_to_end(matcher: LLMatcher, most: int, closing: Sequence[int], never: fro
     Args:
         matcher: is not changed.
         most: tokens.
-        closing: those that are tried first.
+        closing: the tokens that are tried first.
         never: those that may not come.
     """
     here = matcher.deep_copy()
@@ -58,12 +76,20 @@ def finishes(matcher: LLMatcher, way: Sequence[int]) -> bool:
     return bool(here.consume_tokens(list(way)) and here.is_accepting())
 
 
-def _next(matcher: LLMatcher, closing: Sequence[int], never: frozenset[int]) -> list[int]:
+def _next(matcher: LLMatcher, closing: Closing, never: frozenset[int]) -> list[int]:
     """The first of `closing` that may come, else the first of all tokens; none if nothing may."""
-    allowed = int.from_bytes(matcher.compute_bitmask(), "little")
-    for token in closing:
-        if allowed >> token & 1:
+    allowed = matcher.compute_bitmask()
+
+    def may_come(token: int) -> bool:
+        return bool(allowed[token >> 3] >> (token & 7) & 1)
+
+    in_text = closing.letter is not None and may_come(closing.letter)
+    for token in closing.in_text if in_text else closing.elsewhere:
+        if may_come(token):
             return [token]
-    for token in never:
-        allowed &= ~(1 << token)
-    return [(allowed & -allowed).bit_length() - 1] if allowed else []
+    for place, byte in enumerate(allowed):
+        if byte:
+            for token in range(8 * place, 8 * place + 8):
+                if may_come(token) and token not in never:
+                    return [token]
+    return []
