@@ -56,6 +56,7 @@ def test_a_single_word_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     result = piped("Hello", *BRIEF)
     assert (result.status, result.out) == (1, "")
     assert result.err.startswith("error: 'Hello': neither an existing folder nor a hub id")
+    assert "one word needs a model before it: mlxqwen chat MODEL Hello." in " ".join(result.err.split())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my model").symlink_to(DEMO_FOLDER)
     assert piped("my model", *BRIEF, lines=["Hello"]).out

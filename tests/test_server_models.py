@@ -323,6 +323,8 @@ def test_at_once(tokenizer: Tokenizer) -> None:
         (HubError("Qwen/x: the hub answered 500"), 503, "model_unavailable", "Qwen/x: the hub answered 500"),
         (CheckpointError("/home/me/a: damaged"), 500, "internal_error", '"a" cannot be loaded: a: damaged'),
         (CheckpointError("/home/me/elsewhere/config.json: damaged"), 500, "internal_error", "log tells why"),
+        (HubError("./a: no such folder, and no id", hint="Give it."), 503, "model_unavailable", "log tells why"),
+        (CheckpointError("a/config.json: not valid JSON", hint="Download it again."), 500, "internal_error", "JSON"),
         (RuntimeError("[malloc] Unable to allocate 5 bytes"), 503, "out_of_memory", "none left"),
         (ZeroDivisionError("secret"), 500, "internal_error", "its log tells"),
     ],
@@ -337,6 +339,7 @@ def test_a_load_that_fails_is_those_requests_error(
             await call.end()
             assert (call.status, call.json["error"]["code"]) == (status, code)
             assert told in call.json["error"]["message"]
+            assert "Download" not in call.json["error"]["message"]
             assert not {"/home", "secret"} & set(call.json["error"]["message"].replace("/home", "/home ").split())
         assert (await served.ask("b").end()).status == 200
         served.weights["a"].error = None

@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from mlxqwen.engine.engine import Engine
+from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import events_of
@@ -285,6 +287,17 @@ def test_options_that_cannot_be() -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_told_in_two_lines(tmp_path: Path) -> None:
+    """Though the libraries of HTTP are still being imported then."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO_FOLDER / name)
+    command = [sys.executable, "-m", "mlxqwen", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/tokenizer.json: no such file")
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_one_that_was_killed_knows_its_prompts_again(tmp_path: Path) -> None:
     body = {"model": "demo", "messages": QUESTION, "seed": 5}
     said = []

@@ -22,7 +22,8 @@ from mlxqwen.cli.spellings import ExistingFile, SpelledCommand, SpelledOption
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import check_unicode, read_text
 from mlxqwen.cli.typed_ahead import typing_unseen
-from mlxqwen.errors import MlxqwenError, OptionError, one_line
+from mlxqwen.errors import HubError, MlxqwenError, OptionError, one_line
+from mlxqwen.files.hub import located
 
 if TYPE_CHECKING:
     from mlxqwen.cli.chat_input import Source
@@ -98,6 +99,15 @@ def chat(context: click.Context, /, **options: Any) -> int:
         return _run(load_engine(options), options)
 
 
+def _check_word(word: str) -> None:
+    """Raise `HubError` for a single word that is no model: it may be meant as a message."""
+    try:
+        located(word, None)
+    except HubError as error:
+        way_out = f"A first message of one word needs a model before it: mlxqwen chat MODEL {word}."
+        raise HubError(error.problem, hint=f"{error.hint} {way_out}") from None
+
+
 def _with_arguments(context: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the model and the first message from the arguments."""
     words = [word for name in ("model_argument", "message") if (word := options[name]) is not None]
@@ -109,6 +119,8 @@ def _with_arguments(context: click.Context, options: Mapping[str, Any]) -> dict[
         model = options["model"]
     elif words and (len(words) > 1 or not any(map(str.isspace, words[0])) or os.path.isdir(words[0])):
         model = words.pop(0)
+        if not words:
+            _check_word(model)
     else:
         model = options["model"]
     message = words[0] if words else None

@@ -190,6 +190,7 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
     if options["models"] and ctx.get_parameter_source("model") is not ParameterSource.COMMANDLINE:
         first = None  # a default, which what is typed replaces
     listener = open_socket(settings.host, settings.port)
+    importing = Thread(target=_import_server)
     try:
         _note_needless(options)
         _log_requests()
@@ -197,8 +198,7 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             sources_of(first, options["models"], options, settings), settings, force=options["force"]
         )
         try:
-            # Imported while a model loads. No daemon: the process must not end in the midst of it.
-            Thread(target=import_module, args=("mlxqwen.server.run",)).start()
+            importing.start()
             if len(models.entries) == 1:  # what is wrong with it is told before the server listens
                 models.load(models.entries[0])
             with leave_at_once():
@@ -213,12 +213,20 @@ def serve(ctx: click.Context, /, **options: Any) -> int:
             )
         finally:
             has_ended = models.close()
+            if importing.is_alive():  # what is imported in the midst of the interpreter's end fails, and says so
+                importing.join()
     finally:
         listener.close()
     status = _status(number)
     if not has_ended:  # another thread loads a model, which cannot be told to stop
         _leave(status)
     return status
+
+
+def _import_server() -> None:
+    """Import the libraries of HTTP, while a model loads. What is wrong with them the command's own import tells."""
+    with suppress(Exception):
+        import_module("mlxqwen.server.run")
 
 
 def _status(number: int | None) -> int:

@@ -39,6 +39,7 @@ _TYPES = {
 _ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "overloaded_error"}
 _PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z0-9 ]+)?: ")
 _ABSOLUTE_PATH = re.compile(r"(?:^|[^\w./])~?/\w|\b[A-Za-z]:\\")
+_RELATIVE_PATH = re.compile(r"(?:^|[\s'\"(])\.{1,2}/")
 _ANOTHER = "Ask another model."
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _KINDS = {"str", "int", "float", "bool", "dict", "list"}
@@ -158,9 +159,13 @@ def load_error(error: BaseException, name: str, location: str) -> ApiError:
         return error
     told = api_error(error)
     status, code = (503, "model_unavailable") if isinstance(error, HubError) else (told.status, told.code)
-    why = in_client_words(error, _ANOTHER)[0] if isinstance(error, MlxqwenError) else told.message
+    why = told.message
+    if isinstance(error, HubError | InsufficientMemoryError):
+        why = in_client_words(error, _ANOTHER)[0]
+    elif isinstance(error, MlxqwenError):
+        why = error.problem  # what helps is for who has the files
     why = why if not location else why.replace(location, name)
-    if _ABSOLUTE_PATH.search(why):
+    if _ABSOLUTE_PATH.search(why) or _RELATIVE_PATH.search(why):
         why = "the server's log tells why"
     made = ApiError(500 if status < 500 else status, f"model: {shown(name)} cannot be loaded: {why}", code=code)
     made.is_logged = True
