@@ -286,7 +286,6 @@ def test_options_that_cannot_be() -> None:
     assert too_long.status == 1
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_told_in_two_lines(tmp_path: Path) -> None:
     """Though the libraries of HTTP are still being imported then."""
     for name in ("config.json", "model.safetensors"):
@@ -298,6 +297,7 @@ def test_a_model_that_cannot_be_loaded_is_told_in_two_lines(tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_one_that_was_killed_knows_its_prompts_again(tmp_path: Path) -> None:
     body = {"model": "demo", "messages": QUESTION, "seed": 5}
     said = []
