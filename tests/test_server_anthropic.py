@@ -189,7 +189,10 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) ->
         ({"thread": {"type": "continue"}}, "thread: found some, expected none: that is not done here: give the whole"),
         ({"stop_sequences": [""]}, "stop_sequences: found ''"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 1}}}}, "output_config.format: found"),
-        ({"output_format": {"type": "json_schema"}}, "output_format: found type"),
+        (
+            {"output_format": {"type": "json_schema"}},
+            'output_format.schema: is missing, expected {"type": "json_schema", "schema": {…}}',
+        ),
     ],
     ids=str,
 )
@@ -199,6 +202,29 @@ def test_errors_have_anthropics_form(served: Served, fields: dict[str, Any], wor
     error = response.json()
     assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
     assert words in error["error"]["message"]
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    ("tool", "found"),
+    [
+        ({"type": "function", "function": FUNCTION}, 'type "function"'),
+        ({"type": "function", **FUNCTION}, 'type "function"'),
+        ({"function": FUNCTION}, "function"),
+        (FUNCTION, "parameters"),
+    ],
+)
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/count_tokens"])
+def test_tools_in_openais_form_are_refused(served: Served, path: str, tool: dict[str, Any], found: str) -> None:
+    body = {"model": "demo", "messages": QUESTION, "tools": [CALCULATOR, tool]}
+    response = served.client.post(path, json=body | ({"max_tokens": 1} if path == PATH else {}))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == (
+        f"tools[1]: found OpenAI's form ({found}), "
+        'expected Anthropic\'s: {"name": …, "description": …, "input_schema": {…}}'
+    )
 
 
 def test_tools_of_anthropics_own_are_left_out_with_a_note(served: Served) -> None:

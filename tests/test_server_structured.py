@@ -187,7 +187,7 @@ for _ in range(40):
     ("fields", "param"),
     [
         ({"response_format": {"type": "object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
             "response_format",
@@ -350,3 +350,24 @@ def test_long_arguments_of_calls_that_have_to_be_made_come_in_pieces(served: Ser
     assert json.loads("".join(pieces)) == {"words": ["strawberry"] * 12}
     assert len(pieces) > 24
     assert max(map(len, pieces)) < 30
+
+
+MISSING = "is missing, expected"
+OPENAIS = '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'
+
+
+@pytest.mark.parametrize("given", [{}, {"json_schema": SCHEMA}, {"json_schema": "a"}, {"json_schema": {"name": "a"}}])
+def test_a_schema_that_is_not_in_its_place_is_told(served: Served, given: dict[str, Any]) -> None:
+    error = served.refused(ask(response_format={"type": "json_schema", **given}))
+    assert error["message"] == f"response_format.json_schema.schema: {MISSING} {OPENAIS}"
+    assert error["param"] == "response_format.json_schema.schema"
+
+
+def test_forms_of_python_are_not_told(served: Served) -> None:
+    text = {"format": {"type": "json_schema", "name": "a"}}
+    message = served.refused({"input": "a", "text": text}, path="/v1/responses")["message"]
+    assert message == f'text.format.schema: {MISSING} {{"type": "json_schema", "name": …, "schema": {{…}}}}'
+    message = served.refused(ask(structured_outputs={"json_object": None, "json": 1}))["message"]
+    assert message == "structured_outputs: found a number, expected a JSON schema"
+    message = served.refused(ask(structured_outputs={"json_object": "yes"}))["message"]
+    assert message == 'structured_outputs: json_object: found "yes", expected true or false'

@@ -15,6 +15,7 @@ from mlxqwen.server.chat_fields import ChatFields, Effort, Number
 from mlxqwen.server.context_edits import ContextManagement, Messages, apply_edits
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.histories import kept_instructions
+from mlxqwen.server.structured import missing_schema
 
 __all__ = ["TOOL_NAMES", "CountFields", "MessagesFields", "as_chat", "edited"]
 
@@ -153,14 +154,19 @@ def as_chat(fields: CountFields, notes: list[str]) -> ChatFields:
             chat["reasoning_effort"] = effort if thinks else None
         elif effort is not None:
             notes.append("output_config.effort")
-        chat["response_format"] = _response_format(fields.output_format or (fields.output_config or {}).get("format"))
+        form = fields.output_format or (fields.output_config or {}).get("format")
+        chat["response_format"] = _response_format(
+            form, "output_format" if fields.output_format else "output_config.format"
+        )
     return form_of(chat, ChatFields)
 
 
-def _response_format(given: object) -> dict[str, Any] | None:
+def _response_format(given: object, where: str) -> dict[str, Any] | None:
     if not isinstance(given, Mapping):
         return None
-    return {"type": "json_schema", "json_schema": {"name": "output", "strict": True, "schema": given.get("schema")}}
+    if given.get("schema") is None:
+        raise missing_schema(where, '{"type": "json_schema", "schema": {…}}')
+    return {"type": "json_schema", "json_schema": {"name": "output", "strict": True, "schema": given["schema"]}}
 
 
 def _system(system: Content | None) -> Iterator[dict[str, Any]]:
@@ -236,10 +242,23 @@ def _texts(blocks: Any, where: str) -> Iterator[str]:
 
 def _tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Those of a chat completion; of those that Anthropic's servers know no more than the type."""
+    for place, tool in enumerate(tools):
+        _refuse_openais(tool, f"tools[{place}]")
     foreign = [tool for tool in tools if tool.get("type", "custom") != "custom"]
     if foreign:
         check_aside("tools", foreign)
     return [_function(tool) if tool.get("type", "custom") == "custom" else {"type": "custom"} for tool in tools]
+
+
+def _refuse_openais(tool: Mapping[str, Any], where: str) -> None:
+    """Raise `ApiError` for a tool as OpenAI's chat completions or responses have it, whose function would be lost."""
+    kind = tool.get("type", "custom")
+    is_bare = kind == "custom" and tool.get("input_schema") is None and ("function" in tool or "parameters" in tool)
+    if kind == "function" or is_bare:
+        parts = [name for name in ("function", "parameters") if name in tool]
+        found = f"OpenAI's form (type {shown(kind)})" if kind == "function" else f"OpenAI's form ({parts[0]})"
+        expected = 'Anthropic\'s: {"name": …, "description": …, "input_schema": {…}}'
+        raise ApiError(400, f"{where}: found {found}, expected {expected}", code="invalid_value", param=where)
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:

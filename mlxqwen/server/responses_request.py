@@ -14,6 +14,7 @@ from mlxqwen.server.bodies import Form, check_aside, form_of, unknown_fields
 from mlxqwen.server.chat_fields import BiasField, ChatFields, Effort, Number
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.responses_store import ResponseStore
+from mlxqwen.server.structured import missing_schema
 from mlxqwen.server.summaries import read_summary
 
 __all__ = [
@@ -281,6 +282,8 @@ def _response_format(fields: ResponsesFields) -> dict[str, Any] | None:
         )
     if given is None or given.get("type") != "json_schema":
         return given or fields.response_format
+    if given.get("schema") is None:
+        raise missing_schema("text.format", '{"type": "json_schema", "name": …, "schema": {…}}')
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 

@@ -13,7 +13,7 @@ from mlxqwen.files.json_file import shown
 from mlxqwen.server.bodies import Form
 from mlxqwen.server.chat_fields import ChatFields, ReplyFields
 
-__all__ = ["call_options", "in_words_of", "is_function", "may_compile", "response_format"]
+__all__ = ["call_options", "in_words_of", "is_function", "may_compile", "missing_schema", "response_format"]
 
 _OPENAI = ("text", "json_object", "json_schema")
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar")
@@ -39,6 +39,8 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
         kind = fields.response_format.get("type")
         if kind not in _OPENAI:
             raise _refused("response_format", f"found type {shown(kind)}, expected text, json_object or json_schema")
+        if kind == "json_schema":
+            _check_schema(fields.response_format)
         if kind != "text":
             forms["response_format"] = fields.response_format
     given = {name: value for name, value in (fields.structured_outputs or {}).items() if value is not None}
@@ -48,6 +50,9 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
             raise _refused(
                 "structured_outputs", f"found {shown(sorted(given))}, expected one of {', '.join(_STRUCTURED)}"
             )
+        if not isinstance(known.get("json_object", True), bool):
+            found = shown(known["json_object"])
+            raise _refused("structured_outputs", f"json_object: found {found}, expected true or false")
         forms["structured_outputs"] = known
     for name, own in _OLDER.items():
         if (value := getattr(fields, name)) is not None:
@@ -64,6 +69,25 @@ def response_format(fields: ReplyFields) -> AnswerFormat | None:
             told = error.problem.replace("response_format", name, 1)
             raise OptionError(told, hint=error.hint) from None
     return None
+
+
+def _check_schema(given: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for a `response_format` of type `json_schema` that has no schema in its place."""
+    inner = given.get("json_schema", given)  # the Responses API has it beside the type
+    if not isinstance(inner, Mapping) or inner.get("schema") is None:
+        form = '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}'
+        raise missing_schema("response_format", form, ".json_schema.schema")
+
+
+def missing_schema(where: str, form: str, place: str = ".schema") -> OptionError:
+    """The error of a form that has no schema in its place.
+
+    Args:
+        where: the field that the form is in.
+        form: as it should be.
+        place: of the schema, in the field.
+    """
+    return OptionError(f"{where}{place}: is missing, expected {form}")
 
 
 @contextmanager
