@@ -178,7 +178,11 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt(client: Any) ->
     ("fields", "words"),
     [
         ({"max_tokens": 0}, "max_tokens: found 0"),
-        ({"max_tokens": None}, "max_tokens: found none"),
+        ({"max_tokens": None}, "max_tokens: is missing, expected a valid integer"),
+        ({"messages": None}, "messages: is missing, expected a list"),
+        ({"messages": ["a"]}, 'messages[0]: found "a", expected an object'),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: is missing, expected a valid string or a list"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role: is missing, expected 'user', 'assistant' or 'system'"),
         ({"temperature": 1.5}, "temperature"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": [{"type": ["text"]}]}]}, 'found ["text"]'),

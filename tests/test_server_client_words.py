@@ -205,6 +205,8 @@ def test_a_prompt_that_is_too_long(
     (line,) = caplog.messages
     assert "way out: Shorten it, extend the context (--yarn" in line
     assert "--max-kv-size" in line
+    way_out = line.partition("way out: ")[2]
+    assert not re.search(r"Python|make_cache|load\(|\.,|;", way_out), line
 
 
 def test_a_name_that_is_not_the_servers(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +214,21 @@ def test_a_name_that_is_not_the_servers(served: Served, caplog: pytest.LogCaptur
     answer = served.client.post(CHAT, json=ask(), headers={"host": "evil.example"})
     assert answer.status_code == 403
     assert not owners_words(answer.json()["error"]["message"])
-    assert "way out: --allowed-host adds a name." in caplog.text
+    assert "way out: --allowed-host evil.example lets this name in, " in caplog.text
+    assert "evil" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("-rf", "'-rf'"), ("a b", "'a b'"), ("x" * 300, "'xxx"), ("a\x1b", "'a\\x1b'")]
+)
+def test_a_host_that_is_no_name_is_no_argument(
+    served: Served, host: str, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mlxqwen.server")
+    assert served.client.post(CHAT, json=ask(), headers={"host": host}).status_code == 403
+    (line,) = caplog.messages
+    assert f"way out: --allowed-host NAME adds a name; the Host was {shown}" in line
+    assert len(line) < 400
 
 
 def test_a_model_that_does_not_fit_is_told_with_another_way_out() -> None:

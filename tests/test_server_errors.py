@@ -123,13 +123,14 @@ def test_a_wrong_value_of_any_field_is_a_400_that_names_it(served: Served, path:
         ({"temperature": 101}, "temperature", "found 101.0, expected a number in [0, 100]"),
         ({"top_p": 0}, "top_p", "expected a number in (0, 1]"),
         ({"max_tokens": 0}, "max_tokens", "found 0, expected an integer from 1"),
-        ({"stop": 5}, "stop", "found 5, expected a valid string or a valid list"),
+        ({"stop": 5}, "stop", "found 5, expected a valid string or a list"),
         ({"stop": ["a", 5]}, "stop[1]", "found 5, expected a valid string"),
         ({"priority": 1000}, "priority", "expected an integer from -100 to 100"),
         ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_budget", "expected one"),
         ({"messages": []}, "messages", "found 0, expected at least 1"),
         ({"messages": [{"role": "user"}]}, "messages[0]", "content: found none"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0]", "found 'wizard'"),
+        ({"tools": [{"type": "function"}]}, "tools[0]", "found null, expected"),
         ({"tools": [{"type": "function", "function": {"name": "a<b"}}]}, "tools[0]", "expected"),
     ],
     ids=str,
@@ -359,6 +360,20 @@ def test_a_path_and_a_method_that_are_not_there_are_told_with_those_that_are(ser
     [
         ("/chat/completions", "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once"),
         ("/v1/v1/chat/completions", "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once"),
+        (
+            "/v1/chat/completions/chat/completions",
+            "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once",
+        ),
+        ("/v1/chat/completions/models", "GET /v1/models. The base_url of OpenAI's clients ends with /v1, once"),
+        (
+            "/v1/completions/chat/completions",
+            "POST /v1/chat/completions. The base_url of OpenAI's clients ends with /v1, once",
+        ),
+        (
+            "/v1/chat/completions/responses/a/cancel",
+            "POST /v1/responses/{id}/cancel. The base_url of OpenAI's clients ends with /v1, once",
+        ),
+        ("/v1/messages/v1/messages", "POST /v1/messages. The base_url of Anthropic's clients ends without /v1"),
         ("/v1/chat/completion", "POST /v1/chat/completions"),
         ("/V1/Chat/Completions", "POST /v1/chat/completions"),
         ("/openai/v1/chat/completions", "POST /v1/chat/completions"),
@@ -385,6 +400,28 @@ def test_a_path_that_is_nearly_right_is_told_which_was_meant(served: Served, pat
     assert (response.status_code, "code" in error) == (404, not is_anthropic)
     assert (response.json().get("type"), error["type"]) == ("error" if is_anthropic else None, "not_found_error")
     assert error["message"] == f"path: found none such, expected {meant}"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "way_out"),
+    [
+        ("/v1/responses/x", "GET, HEAD, DELETE", ""),
+        ("/v1/models/x", "GET, HEAD", ""),
+        ("/v1/models/chat/completions", "GET, HEAD", ". The base_url of OpenAI's clients ends with /v1, once"),
+        ("/v1/responses/responses", "GET, HEAD, DELETE", ". The base_url of OpenAI's clients ends with /v1, once"),
+    ],
+)
+def test_all_methods_of_a_path_are_told(served: Served, path: str, allowed: str, way_out: str) -> None:
+    answer = served.client.post(path, json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    expected = " or ".join(allowed.rsplit(", ", 1))
+    assert answer.json()["error"]["message"] == f"method: found 'POST', expected {expected}{way_out}"
+
+
+def test_a_slash_behind_the_models_leads_on(served: Served) -> None:
+    assert served.client.get("/v1/models/").json() == served.client.get("/v1/models").json()
+    told = served.client.get("/v1/models/", follow_redirects=False)
+    assert (told.status_code, told.headers["location"]) == (307, "/v1/models")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])

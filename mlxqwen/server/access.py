@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mlxqwen.errors import one_line
 from mlxqwen.server.errors import ApiError, anthropic_error, openai_error
 from mlxqwen.server.page_files import PAGE_PATHS
 from mlxqwen.server.settings import ServerSettings, is_loopback
@@ -19,6 +20,7 @@ from mlxqwen.server.settings import ServerSettings, is_loopback
 __all__ = ["KeyCheck", "OriginCheck", "error_response"]
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?")
+_LONGEST_NAME = 100  # characters, in the log
 _OPEN_PATHS = {"/health", *PAGE_PATHS}
 
 
@@ -65,12 +67,13 @@ class OriginCheck:
         given = headers.getlist("host")
         host = given[0] if len(given) == 1 else ""
         found = _HOST.fullmatch(host)
-        if found is None or not self._is_own(found[1].strip("[]").lower().rstrip(".")):
+        name = "" if found is None else found[1].strip("[]").lower().rstrip(".")
+        if not name or not self._is_own(name):
             raise ApiError(
                 403,
                 "host: found a name that is not this server's, expected its address",
                 code="host_not_allowed",
-                for_owner="--allowed-host adds a name.",
+                for_owner=_way_in(name, host),
             )
         origin = headers.get("origin")
         if origin is None or {origin, "*"} & set(self._settings.cors_origins):
@@ -91,6 +94,13 @@ class OriginCheck:
         except ValueError:
             return False
         return address.is_loopback or not is_loopback(self._settings.host)
+
+
+def _way_in(name: str, host: str) -> str:
+    """What the owner can do about a request with this `Host`; what is no name is no argument of an option."""
+    if not name or name.startswith("-") or len(name) > _LONGEST_NAME:
+        return f"--allowed-host NAME adds a name; the Host was {one_line(ascii(host), _LONGEST_NAME)}."
+    return f"--allowed-host {name} lets this name in."
 
 
 class KeyCheck:

@@ -11,14 +11,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from mlxqwen import __version__
 from mlxqwen.server.access import KeyCheck, OriginCheck, error_response
 from mlxqwen.server.endpoints import chat_completions, completions, count_tokens, messages
 from mlxqwen.server.errors import ApiError
 from mlxqwen.server.journal import Journal
-from mlxqwen.server.near_paths import meant_path
+from mlxqwen.server.near_paths import follows_another, meant_path
 from mlxqwen.server.openapi import document
 from mlxqwen.server.page_files import page_routes
 from mlxqwen.server.responses_endpoints import (
@@ -44,6 +44,8 @@ async def list_models(service: Service, http: HttpRequest) -> Response:
 
 async def show_model(service: Service, http: HttpRequest) -> Response:
     """`GET /v1/models/{id}`."""
+    if not http.path_params["name"]:  # a slash too much
+        return await _http_error(http, HTTPException(404))
     return JSONResponse(service.models.find(http.path_params["name"]).described())
 
 
@@ -106,6 +108,7 @@ _PATHS = {
     **dict.fromkeys(_GET, "GET"),
     **{path.replace(":path", ""): method for method, path, _ in reversed(_BY_ID)},
 }
+_METHODS = ("GET", "HEAD", "POST", "DELETE")
 _BASE_URL = ". The base_url of OpenAI's clients ends with /v1, once"
 
 
@@ -145,12 +148,17 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     """404 and 405 in the form of the path's API; of a path that ends with a slash too much, 307 to the one without."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = error.headers if isinstance(error, HTTPException) else None
-    allowed = (headers or {}).get("Allow", "another")
     path = http.scope["path"]
     meant = meant_path(path, _PATHS) if status == 404 else None
+    allowed = _methods_of(http) if status == 405 else []
+    if allowed:
+        headers = {"Allow": ", ".join(allowed)}
     problems = {
         404: (_no_such_path(path, meant), "path_not_found"),
-        405: (f"method: found {http.method[:16]!a}, expected {allowed}", "method_not_allowed"),
+        405: (
+            f"method: found {http.method[:16]!a}, expected {_one_of(allowed)}{_behind_another(path)}",
+            "method_not_allowed",
+        ),
     }
     problem, code = problems.get(status, ("request: not understood", None))
     if status == 404 and path.endswith("/") and path[:-1] in _PATHS and "{" not in path:
@@ -163,8 +171,28 @@ def _no_such_path(path: str, meant: str | None) -> str:
     """The problem of a path that leads nowhere; nothing of it is repeated."""
     if meant is None:
         return f"path: found none such, expected one of {', '.join((*_POST, *_GET))}"
-    way_out = ""
-    if path.rstrip("/").endswith(meant.removeprefix("/v1")) and path.split("/").count("v1") != 1:
-        is_anthropic = meant.startswith("/v1/messages")
-        way_out = ". The base_url of Anthropic's clients ends without /v1" if is_anthropic else _BASE_URL
+    is_prefixed = path.rstrip("/").endswith(meant.removeprefix("/v1")) and path.split("/").count("v1") != 1
+    way_out = _base_url(meant) if is_prefixed or follows_another(path, meant, _PATHS) else ""
     return f"path: found none such, expected {_PATHS[meant]} {meant}{way_out}"
+
+
+def _behind_another(path: str) -> str:
+    """The way out of a path whose end is meant for another endpoint than the one that it leads to; empty for others."""
+    meant = meant_path(path, _POST)
+    return _base_url(meant) if meant is not None and follows_another(path, meant, _PATHS) else ""
+
+
+def _base_url(meant: str) -> str:
+    """What the base of clients that ask this path has to be."""
+    is_anthropic = meant.startswith("/v1/messages")
+    return ". The base_url of Anthropic's clients ends without /v1" if is_anthropic else _BASE_URL
+
+
+def _methods_of(http: HttpRequest) -> list[str]:
+    """The methods that a path has, by whichever of its routes."""
+    routes = [one for one in http.app.routes if isinstance(one, Route) and one.matches(http.scope)[0] is not Match.NONE]
+    return [name for name in _METHODS if any(name in (route.methods or ()) for route in routes)]
+
+
+def _one_of(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import to_json
+from pydantic_core import ErrorDetails, to_json
 from starlette.requests import Request as HttpRequest
 
 from mlxqwen.files.json_file import json_kind, parse_json
-from mlxqwen.server.errors import ApiError, validation_error
+from mlxqwen.server.errors import ApiError, validation_error, with_null
 
 __all__ = ["Form", "check_aside", "parse_body", "read_body", "unknown_fields"]
 
@@ -102,11 +102,20 @@ def form_of(value: Mapping[str, Any], form: type[_FormT]) -> _FormT:
     try:
         made = form.model_validate({name: item for name, item in value.items() if item is not None})
     except ValidationError as error:
-        raise validation_error(error) from None
+        raise validation_error(error, lambda place: _wanted_at(place, value, form)) from None
     held = {name: value[name] for name in form.aside if name in made.model_fields_set} | (made.model_extra or {})
     if held:
         check_aside(_shown_name(max(held, key=lambda name: len(to_json(held[name])))), held)
     return made
+
+
+def _wanted_at(place: tuple[int | str, ...], value: Mapping[str, Any], form: type[Form]) -> Sequence[ErrorDetails]:
+    """What is wrong with a null at a place that has nothing, which says what is expected there."""
+    try:
+        form.model_validate(with_null(value, place))
+    except ValidationError as error:
+        return [one for one in error.errors(include_url=False) if one["loc"][: len(place)] == place]
+    return []
 
 
 def check_aside(name: str, held: object) -> None:

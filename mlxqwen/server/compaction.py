@@ -63,7 +63,7 @@ def as_chat(fields: CompactFields, before: Sequence[Mapping[str, Any]], notes: l
     talk = [*before, *messages_of(input_items(fields.input), notes)]
     if not talk:
         raise ApiError(
-            400, "input: found none, expected text or items", code="missing_required_parameter", param="input"
+            400, "input: is missing, expected text or items", code="missing_required_parameter", param="input"
         )
     instructions = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
     chat = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from mlxqwen.errors import (
 from mlxqwen.files.json_file import shown
 from mlxqwen.server.client_words import in_client_words
 
-__all__ = ["ApiError", "anthropic_error", "api_error", "load_error", "openai_error", "validation_error"]
+__all__ = ["ApiError", "anthropic_error", "api_error", "load_error", "openai_error", "validation_error", "with_null"]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -40,6 +40,8 @@ _ANTHROPIC_TYPES = {**_TYPES, 405: "not_found_error", 500: "api_error", 503: "ov
 _PARAM = re.compile(r"([a-z_]+(?:\[\d+\])*(?:\.[a-z_]+(?:\[\d+\])*)*)(?: [a-z0-9 ]+)?: ")
 _ABSOLUTE_PATH = re.compile(r"(?:^|[^\w./])~?/\w|\b[A-Za-z]:\\")
 _RELATIVE_PATH = re.compile(r"(?:^|[\s'\"(])\.{1,2}/")
+_MISSING = "missing_required_parameter"
+_PYTHONS = re.compile(r"a valid dictionary(?: or (?:object to extract fields from|instance of \w+))?")
 _ANOTHER = "Ask another model."
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _KINDS = {"str", "int", "float", "bool", "dict", "list"}
@@ -172,8 +174,15 @@ def load_error(error: BaseException, name: str, location: str) -> ApiError:
     return made
 
 
-def validation_error(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, as one line."""
+def validation_error(
+    error: ValidationError, wanted_at: Callable[[tuple[int | str, ...]], Sequence[ErrorDetails]] | None = None
+) -> ApiError:
+    """The first thing that is wrong with a body, as one line.
+
+    Args:
+        error: of pydantic.
+        wanted_at: what would be wrong with a null at the place of a field that is missing.
+    """
     details = error.errors(include_url=False)
     if not details:
         return ApiError(400, "body: not as expected", code="invalid_value")
@@ -181,7 +190,9 @@ def validation_error(error: ValidationError) -> ApiError:
     first = closest[0]
     path = _path(first["loc"])
     if first["type"] == "missing":
-        return ApiError(400, f"{path}: found none, expected one", code="missing_required_parameter", param=path)
+        asked = () if wanted_at is None else wanted_at(first["loc"])
+        expected = " or ".join(dict.fromkeys(map(_wanted, asked))) or "a value"
+        return ApiError(400, f"{path}: is missing, expected {expected}", code=_MISSING, param=path)
     wanted = " or ".join(dict.fromkeys(_wanted(one) for one in closest))
     found = _found(first["input"], counted=first["type"] in ("too_long", "too_short", "string_too_long"))
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
@@ -231,6 +242,20 @@ def _path(location: Sequence[int | str]) -> str:
     return path
 
 
+def with_null(value: Any, place: Sequence[int | str]) -> Any:
+    """A copy of a JSON value that has null at a place of pydantic's; as it is where that leads nowhere."""
+    if not place:
+        return None
+    head, rest = place[0], place[1:]
+    if _is_kind(head):
+        return with_null(value, rest) if rest else value
+    if isinstance(value, list) and isinstance(head, int) and head < len(value):
+        return [*value[:head], with_null(value[head], rest), *value[head + 1 :]]
+    if isinstance(value, Mapping) and isinstance(head, str) and (head in value or not rest):
+        return {**value, head: with_null(value.get(head), rest)}
+    return value
+
+
 def _wanted(detail: ErrorDetails) -> str:
     """What was expected."""
     bounds = detail.get("ctx", {})
@@ -247,7 +272,7 @@ def _wanted(detail: ErrorDetails) -> str:
     if name in bounds:
         return form.format(**bounds)
     wanted = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input should ")
-    return one_line(wanted, 300)
+    return one_line(_PYTHONS.sub("an object", wanted).replace("a valid list", "a list"), 300)
 
 
 def _found(value: object, *, counted: bool) -> str:

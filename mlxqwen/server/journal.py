@@ -88,7 +88,7 @@ def _log(scope: Scope, status: int, seconds: float, details: dict[str, Any]) -> 
     if ignored := details.get("ignored"):
         parts.append(f"ignored: {ignored}")
     if (error := details.get("error")) is not None and error.for_owner:
-        parts.append(f"way out: {one_line(error.for_owner, _LONGEST_WAY_OUT)}")
+        parts.append(f"way out: {one_line(error.for_owner, _LONGEST_WAY_OUT).rstrip('.')}")
     parts.append(f"{seconds:.2f} s, {details.get('request_id', '-')}")
     logger.info("%s", ", ".join(parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-__all__ = ["meant_path"]
+__all__ = ["follows_another", "meant_path"]
 
 _VERSION = "v1"
 # What other servers (Ollama, text-generation-inference, llama.cpp) call it, by the last part of their paths.
@@ -38,6 +38,19 @@ def meant_path(path: str, known: Iterable[str]) -> str | None:
     likeness = {own: _likeness(parts, own) for own in by_parts}
     best = max(likeness, key=likeness.__getitem__, default=())
     return by_parts[best] if best and likeness[best] >= _LIKENESS else None
+
+
+def follows_another(path: str, meant: str, known: Iterable[str]) -> bool:
+    """Whether a path is the one that was meant behind another known one, as of a client whose base is an endpoint.
+
+    Args:
+        path: that leads nowhere.
+        meant: by it; see `meant_path`.
+        known: paths.
+    """
+    parts, own = _parts(path), _parts(meant)
+    before = parts[: -len(own)]
+    return _ends_with(parts, own) and any(_ends_with(before, _parts(one)) for one in known if "{" not in one)
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def as_chat(fields: ResponsesFields, before: Sequence[Mapping[str, Any]], notes:
     messages = [*instructions, *before, *messages_of(input_items(fields.input), notes)]
     if len(messages) == len(instructions):
         raise ApiError(
-            400, "input: found none, expected text or items", code="missing_required_parameter", param="input"
+            400, "input: is missing, expected text or items", code="missing_required_parameter", param="input"
         )
     tells = "message.output_text.logprobs" in (fields.include or ())
     chat: dict[str, Any] = {
