@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["HubModel", "LoopbackHub", "in_a_thread", "running_hub"]
+__all__ = ["HubModel", "LoopbackHub", "in_a_thread", "running_hub", "unasked_hub"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -198,6 +198,14 @@ def running_hub(models: dict[str, HubModel]) -> Iterator[LoopbackHub]:
             yield hub
         finally:
             hub.ends.set()
+
+
+@contextmanager
+def unasked_hub() -> Iterator[LoopbackHub]:
+    """A hub that must not be asked for anything while the context lasts."""
+    with running_hub({}) as hub:
+        yield hub
+        assert hub.requests == []
 
 
 @contextmanager

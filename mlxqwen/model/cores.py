@@ -73,4 +73,4 @@ class Shares:
 
 def shares_of(device: Device, axis: int = 0) -> Shares | None:
     """The shares of a matrix, whose outputs are in this axis; None where one core, or a GPU, computes all."""
-    return None if device.cores == 1 else Shares(device.cores, axis, 64 if device.has_openblas else 1)
+    return None if device.cores == 1 else Shares(device.cores, axis, 64 if device.multiplies_by_openblas else 1)

@@ -14,14 +14,14 @@ from mlxqwen.errors import (
 
 __all__ = ["in_client_words"]
 
+_PYTHON = re.compile(r"\b[a-z_]+\((?!s\))|\b[a-z_]+=(?:…|True|False|None)|\bin Python\b")
 # Options of commands, and Python: calls, arguments, and names of the package.
 _OF_OWNERS = re.compile(
     r"(?<![\w-])--[a-z]"
     r"|\b(?:mlxqwen|Engine|Conversation|DraftModel|SamplingParams|KVCache|make_cache|add_generation_prompt)\b"
-    r"|\b[a-z_]+\((?!s\))|\b[a-z_]+=(?:…|True|False|None)|\bin Python\b"
+    rf"|{_PYTHON.pattern}"
 )
 _PYTHON_BESIDE = re.compile(r"(\(--[^;()]*);(?:[^()]|\([^()]*\))*\)")
-_PYTHON = re.compile(r"\b[a-z_.]+\((?!s\))|\b[a-z_]+=(?:…|True|False|None)|\bin Python\b")
 _PYTHONS_VALUES = re.compile(r"\bfound (NoneType|None|True|False)(?=[,;.]|$)")
 _IN_JSON = {"NoneType": "null", "None": "null", "True": "true", "False": "false"}
 _WAYS_OUT: dict[type[MlxqwenError], str] = {

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Closing", "closing_tokens", "finishes", "way_to_end"]
 
-_IN_TEXT = ("x", '"', "0", "x")
+_LETTER = "x"
+_IN_TEXT = ('"', "0", _LETTER)
 _ELSEWHERE = (
     *("}]}", "}}", "]}", "}]", "}", "]", ", ", ",", '""', '"'),
     *("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "null", "true", "false"),
@@ -41,8 +42,7 @@ def closing_tokens(tokenizer: Tokenizer, vocab_size: int) -> Closing:
         encoded = [tokenizer.encode_plain(text) for text in texts]
         return tuple(ids[0] for ids in encoded if len(ids) == 1 and ids[0] < vocab_size)
 
-    letters = single(_IN_TEXT[:1])
-    return Closing(letters[0] if letters else None, single(_IN_TEXT[1:]), single(_ELSEWHERE))
+    return Closing(next(iter(single([_LETTER])), None), single(_IN_TEXT), single(_ELSEWHERE))
 
 
 def way_to_end(matcher: LLMatcher, most: int, closing: Closing, never: frozenset[int]) -> tuple[int, ...] | None:
