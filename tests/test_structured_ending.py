@@ -13,7 +13,7 @@ from mlxqwen import ChatRequest, Done, Engine
 from mlxqwen.chat.structured import constraint
 from mlxqwen.chat.structured.compiler import grammar_compiler
 from mlxqwen.chat.structured.constraint import ReplyTokens
-from mlxqwen.chat.structured.ending import finishes, way_to_end
+from mlxqwen.chat.structured.ending import closing_tokens, finishes, way_to_end
 from mlxqwen.chat.structured.grammar import reply_grammar
 from mlxqwen.chat.structured.response_format import read_response_format
 from mlxqwen.engine.text_generation import end_token_ids
@@ -175,6 +175,13 @@ def test_a_form_that_no_short_way_ends_is_cut(babble: Engine) -> None:
     asked = {"response_format": record(mail={"type": "string", "format": "email"}), "max_tokens": 30}
     for done in answers(babble, [{**asked, "seed": seed} for seed in range(4)]):
         assert done.finish_reason in ("stop", "length")
+
+
+def test_closing_tokens_are_looked_up_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = closing_tokens(tokenizer, 700)
+    assert len(closing_tokens(tokenizer, 300).elsewhere) <= len(closing.elsewhere)
+    monkeypatch.setattr(Tokenizer, "encode_plain", lambda *_: pytest.fail("encoded again"))
+    assert closing_tokens(tokenizer, 700) is closing
 
 
 def test_guesses_change_nothing(demo: tuple[Qwen3ForCausalLM, Tokenizer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,9 +36,18 @@ class Closing(NamedTuple):
     elsewhere: tuple[int, ...]
 
 
-def closing_tokens(tokenizer: Tokenizer, vocab_size: int) -> Closing:
-    """Those of a vocabulary."""
+_closing: weakref.WeakKeyDictionary[Tokenizer, dict[int, Closing]] = weakref.WeakKeyDictionary()
 
+
+def closing_tokens(tokenizer: Tokenizer, vocab_size: int) -> Closing:
+    """Those of a vocabulary; made at the first call, kept while the tokenizer lives."""
+    made = _closing.setdefault(tokenizer, {})
+    if vocab_size not in made:
+        made[vocab_size] = _closing_tokens(tokenizer, vocab_size)
+    return made[vocab_size]
+
+
+def _closing_tokens(tokenizer: Tokenizer, vocab_size: int) -> Closing:
     def single(texts: Sequence[str]) -> tuple[int, ...]:
         encoded = [tokenizer.encode_plain(text) for text in texts]
         return tuple(ids[0] for ids in encoded if len(ids) == 1 and ids[0] < vocab_size)
