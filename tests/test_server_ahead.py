@@ -22,6 +22,7 @@ from tests.conftest import random_model
 from tests.scheduling import machine
 
 BIG = 8  # times the smallest weights
+SMALL = dict.fromkeys("abcd", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +35,18 @@ class Served:
 
     Args:
         sizes: how many times the smallest weights each has.
+
+    Attributes:
+        loads: that came to their end.
+        broken: whose load fails.
+        is_broken_late: whether it does once it has memory, else before.
     """
 
     def __init__(self, tokenizer: Tokenizer, sizes: Mapping[str, int]) -> None:
         self.begun = dict.fromkeys(sizes, 0)
+        self.loads: list[str] = []
+        self.broken = ""
+        self.is_broken_late = False
         self.put_off = threading.Event()
         sources = [ModelSource(name, self._loader(tokenizer, name, size)) for name, size in sizes.items()]
         self.models = ModelRegistry(sources, ServerSettings())
@@ -45,6 +54,8 @@ class Served:
     def _loader(self, tokenizer: Tokenizer, name: str, size: int) -> Callable[[MakeRoom], Engine]:
         def load(make_room: MakeRoom) -> Engine:
             self.begun[name] += 1
+            if name == self.broken and not self.is_broken_late:
+                raise ValueError(name)
             made = model_of(tokenizer, size)
             try:
                 make_room(weight_bytes(made))
@@ -53,6 +64,9 @@ class Served:
             except Exception:
                 self.put_off.set()
                 raise
+            if name == self.broken:
+                raise ValueError(name)
+            self.loads.append(name)
             return Engine(made, tokenizer)
 
         return load
@@ -124,7 +138,7 @@ def test_what_would_keep_the_other_waiting_does_not(tokenizer: Tokenizer) -> Non
 
 
 def test_no_more_than_a_few_go_ahead(tokenizer: Tokenizer) -> None:
-    sizes = {"used": BIG, "waits": BIG, **dict.fromkeys("abcd", 1)}
+    sizes = {"used": BIG, "waits": BIG, **SMALL}
     with served(tokenizer, 4.5, sizes) as made:
         used = made.loaded("used")
         waits = made.lease("waits")
@@ -138,6 +152,41 @@ def test_no_more_than_a_few_go_ahead(tokenizer: Tokenizer) -> None:
         there(waits)
         there(d)
         assert list(made.begun.values()) == [1] * 6
+
+
+def test_loads_that_are_put_off_keep_their_places_and_take_none_of_those_that_go_ahead(tokenizer: Tokenizer) -> None:
+    large = ("first", "second", "third")  # how large, is known once they are put off
+    with served(tokenizer, 4.5, {"used": BIG, "waits": BIG, **dict.fromkeys(large, BIG), **SMALL}) as made:
+        used = made.loaded("used")
+        waits, put_off = made.lease("waits"), [made.lease(name) for name in large]
+        for name in "abc":
+            there(made.lease(name)).release()
+        d = made.lease("d")
+        assert not any(one.loading is None or one.loading.done() for one in (waits, d, *put_off))
+        used.release()
+        for one in (waits, *put_off, d):
+            there(one).release()
+        assert made.loads == ["used", "a", "b", "c", "waits", *large, "d"]
+        assert made.begun == {"used": 1, "waits": 1, **dict.fromkeys(large, 2), **SMALL}
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_a_load_that_fails_takes_a_place_only_once_it_has_memory(tokenizer: Tokenizer, has_room: bool) -> None:
+    with served(tokenizer, 4.5, {"used": BIG, "waits": BIG, "broken": 1, **SMALL}) as made:
+        made.broken, made.is_broken_late = "broken", has_room
+        used = made.loaded("used")
+        waits, broken = made.lease("waits"), made.lease("broken")
+        assert broken.loading is not None
+        with pytest.raises(ApiError):
+            broken.loading.result(PATIENCE)
+        leases = [made.lease(name) for name in SMALL]
+        gone_ahead = 2 if has_room else 3
+        for lease in leases[:gone_ahead]:
+            there(lease).release()
+        assert [made.begun[name] for name in SMALL] == [1, 1, not has_room, 0]
+        used.release()
+        for lease in (waits, *leases[gone_ahead:]):
+            there(lease).release()
 
 
 def test_who_waits_behind_a_model_that_a_reply_wants_to_go(

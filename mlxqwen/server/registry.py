@@ -287,13 +287,13 @@ class ModelRegistry:
                 entry = self._queue.popleft()
             self._serve(entry)
 
-    def _serve(self, entry: Entry, ahead: _Allows | None = None) -> None:
-        """Load a model for those who wait for it; what goes wrong is told them alone.
+    def _serve(self, entry: Entry, ahead: _Allows | None = None) -> bool:
+        """Load a model for those who wait for it; what goes wrong is told them alone → whether it was put off.
 
         Args:
             entry: the model's.
             ahead: of one that goes ahead of another which waits: whether its weights may be loaded. If not, it is
-                queued again.
+                put off, and those who wait for it still do.
         """
         loaded = None
         try:
@@ -308,11 +308,7 @@ class ModelRegistry:
                 logger.info("%s: ready after %.1f s", one_line(entry.name), self._clock() - began)
             self._hand_out(entry, loaded)
         except _NotAheadError:
-            with self._changed:
-                if self._is_closed:
-                    self._fail(entry, _closing())
-                else:
-                    self._queue.appendleft(entry)
+            return True
         except BaseException as error:
             if loaded is not None:
                 _end(loaded)
@@ -323,6 +319,7 @@ class ModelRegistry:
                 with self._changed:
                     for one in self.entries:
                         one.is_leaving = False
+        return False
 
     def _hand_out(self, entry: Entry, loaded: ServedModel | None) -> None:
         """Give those who wait their model: it is in use before another thread may unload it."""
@@ -423,6 +420,7 @@ class ModelRegistry:
             seconds: between looks; None where all that matters is told.
         """
         left = _MOST_AHEAD
+        put_off: set[Entry] = set()  # each is tried once, as stores give way even where that does not suffice
         spare = current_device().usable_memory // _SPARE_SHARE
 
         def would_fit(nbytes: int) -> bool:
@@ -430,28 +428,41 @@ class ModelRegistry:
             gone = 0 if model is None else model.engine.scheduler.weight_bytes
             return nbytes + promised + spare <= most and nbytes + promised + needed() <= most + gone
 
-        def allows(nbytes: int) -> bool:
-            return would_fit(nbytes) and self._has_room(entry, nbytes + spare)
+        def goes_ahead(nbytes: int) -> bool:
+            nonlocal left
+            is_ahead = would_fit(nbytes) and self._has_room(entry, nbytes + spare)
+            left -= is_ahead
+            return is_ahead
 
         while True:
             with self._changed:
                 if is_over() or not entry.waiting or self._is_closed:
                     return
-                ahead = self._take_ahead(would_fit) if left else None
-                if ahead is None:
+                place = self._place_ahead(would_fit, put_off) if left else None
+                if place is None:
                     self._changed.wait(seconds)
                     continue
-            left -= 1
-            self._serve(ahead, allows)
+                ahead = self._queue[place]
+                del self._queue[place]
+            if self._serve(ahead, goes_ahead):
+                put_off.add(ahead)
+                self._put_back(ahead, place)
 
-    def _take_ahead(self, would_fit: _Allows) -> Entry | None:
-        """Take the first queued load that may go ahead, as far as is known of it."""
-        for entry in self._queue:
-            is_load = entry.model is None and bool(entry.waiting)
+    def _place_ahead(self, would_fit: _Allows, put_off: set[Entry]) -> int | None:
+        """The place in the queue of the first load that may go ahead, as far as is known, and was not put off."""
+        for place, entry in enumerate(self._queue):
+            is_load = entry.model is None and bool(entry.waiting) and entry not in put_off
             if is_load and (entry.weight_bytes is None or would_fit(entry.weight_bytes)):
-                self._queue.remove(entry)
-                return entry
+                return place
         return None
+
+    def _put_back(self, entry: Entry, place: int) -> None:
+        """Queue a load that was put off where it stood: what came meanwhile stands behind it."""
+        with self._changed:
+            if self._is_closed:
+                self._fail(entry, _closing())
+            else:
+                self._queue.insert(place, entry)
 
     def _reserve(self, entry: Entry, nbytes: int, ahead: _Allows | None = None) -> None:
         """Free memory for a model's weights, which counts as theirs from now on."""
