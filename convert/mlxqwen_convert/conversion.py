@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from mlxqwen_convert.companions import companion_files, config_text, copy_compan
 from mlxqwen_convert.errors import (
     DiskFullError,
     OutputError,
+    ResumeError,
     SourceChangedError,
     SourceUnreadableError,
     VerificationError,
@@ -97,7 +98,8 @@ def convert(
         ignore_adapter: convert the weights alone where an adapter lies beside them, which is refused otherwise.
         verify: read everything back and compare it with the source.
         resume: go on with an unfinished conversion of the same source and options.
-        dry_run: only plan; nothing is written. An output that exists already is a note of the report.
+        dry_run: only plan; nothing is written. The report's `refusal` tells what the conversion itself would be
+            refused for, such as an output that exists already; all that is in its way is a note.
         upload_repo: a hub id to push the finished folder to.
         workers: threads; by default one for each core.
         progress: see `Progress`.
@@ -123,7 +125,7 @@ def convert(
     if dry_run:
         with looked_at(source, revision=revision) as folder:
             check_apart(folder, target)
-            return _planned(folder, target, options, workers, ignore_adapter=ignore_adapter)
+            return _planned(folder, target, options, workers, ignore_adapter=ignore_adapter, resume=resume)
 
     def check(preview: Path) -> None:
         """Refuse what cannot be converted before its weights are downloaded."""
@@ -148,17 +150,29 @@ def convert(
     return report
 
 
-def _planned(folder: Path, target: Path, options: Options, workers: int, *, ignore_adapter: bool) -> Report:
-    """What a conversion would write, and what of it is there already. Nothing is written."""
+def _planned(
+    folder: Path, target: Path, options: Options, workers: int, *, ignore_adapter: bool, resume: bool
+) -> Report:
+    """What a conversion would write, and what it would be refused for. Nothing is written."""
     files = SourceFiles(_files_of(folder), strip_bytes=strip_bytes(workers))
     try:
         plan = make_plan(folder, options)
         if not ignore_adapter:
             refuse_adapter(folder)
-        there = f"{target}: already exists, and is not written over" if os.path.lexists(target) else None
-        found = (there, found_beside(target, _fingerprint(plan, files)), _too_little_room(plan, target))
-        notes = tuple(note for note in found if note is not None)
-        return _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=notes)
+        obstacles: list[MlxqwenError] = [exists(target)] if os.path.lexists(target) else []
+        notes = []
+        try:
+            found = found_beside(target, _fingerprint(plan, files), resume=resume)
+            notes += [] if found is None else [found]
+        except (OutputError, ResumeError) as error:
+            obstacles.append(error)
+        try:
+            _check_room(plan, target)
+        except DiskFullError as error:
+            obstacles.append(error)
+        notes += [error.problem for error in obstacles]
+        report = _report(plan, Path(), None, 0.0, resumed=False, verified=False, more=tuple(notes))
+        return replace(report, refusal=obstacles[0].problem, hint=obstacles[0].hint) if obstacles else report
     finally:
         files.close()
 
@@ -307,11 +321,12 @@ class _Job:
 
     def _check_space(self, partial: PartialFolder) -> None:
         """Raise `DiskFullError` if the output cannot fit."""
-        problem = _too_little_room(self.plan, self.output)
-        if problem is not None:
+        try:
+            _check_room(self.plan, self.output)
+        except DiskFullError:
             if not partial.done:
                 partial.discard()
-            raise DiskFullError(problem, hint="Free some space, choose another disk, or ask for fewer --bits.")
+            raise
 
     def _head_note(self, files: SourceFiles) -> tuple[str, ...]:
         """Whether an ignored `lm_head` is the same as the embeddings that the config ties it to."""
@@ -349,8 +364,8 @@ def _fingerprint(plan: Plan, files: SourceFiles) -> dict[str, Any]:
     return {**plan.fingerprint(files.states), "versions": versions()}
 
 
-def _too_little_room(plan: Plan, output: Path) -> str | None:
-    """What the output needs and the disk has; None if it fits. Files of an earlier run already take their part."""
+def _check_room(plan: Plan, output: Path) -> None:
+    """Raise `DiskFullError` if the output cannot fit. Files of an earlier run already take their part."""
     partial = partial_path(output)
     try:
         earlier = list(partial.iterdir()) if partial.is_dir() else []
@@ -360,9 +375,11 @@ def _too_little_room(plan: Plan, output: Path) -> str | None:
         raise unwritable(partial, cause) from None
     extras = sum((plan.folder / name).stat().st_size for name in companion_files(plan.folder))
     needed = plan.target_bytes + extras
-    if needed - taken <= free:
-        return None
-    return f"{output}: needs {size_of(needed)}, the disk has {size_of(free)} free"
+    if needed - taken > free:
+        raise DiskFullError(
+            f"{output}: needs {size_of(needed)}, the disk has {size_of(free)} free",
+            hint="Free some space, choose another disk, or ask for fewer --bits.",
+        )
 
 
 def _summed(plan: Plan, written: Mapping[Task, Written]) -> dict[str, ModuleError]:

@@ -153,10 +153,7 @@ class PartialFolder:
             self.write_text(MANIFEST, json.dumps(fingerprint, indent=2) + "\n")
             return
         if not resume:
-            raise OutputError(
-                f"{self.path}: an unfinished conversion is there",
-                hint="Continue it with --resume, or remove the folder to start anew.",
-            )
+            raise unfinished(self.path)
         _check_same(self.path, fingerprint)
         self._take_back_names()
         self.done = _read_journal(self.path / _JOURNAL)
@@ -168,18 +165,23 @@ class PartialFolder:
             path.rename(path.with_name(path.name + PARTIAL_SUFFIX))
 
 
-def found_beside(output: Path, fingerprint: Mapping[str, Any]) -> str | None:
-    """What a conversion to `output` would find of an earlier one, in words; None if nothing. Changes nothing."""
+def found_beside(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> str | None:
+    """What a conversion to `output` would go on with, in words; None if nothing is there. Changes nothing.
+
+    Raises:
+        OutputError: what is there is in the way, or `resume` is not set.
+        ResumeError: it was begun from another source, with other options or by another version.
+    """
     path = partial_path(output)
     try:
         _refuse_link(path)
         if not path.is_dir() or not _is_begun(path):
             return None
         _check_same(path, fingerprint)
-    except (OutputError, ResumeError) as error:
-        return f"{error.problem}. {error.hint}"
     except OSError as cause:
         raise unwritable(path, cause) from None
+    if not resume:
+        raise unfinished(path)
     return f"{path}: an unfinished conversion is there; --resume goes on with it"
 
 
@@ -269,6 +271,14 @@ def _tidy(output: Path) -> None:
 def exists(output: Path) -> OutputError:
     """The output is already there."""
     return OutputError(f"{output}: already exists", hint="Choose another output, or remove it first.")
+
+
+def unfinished(partial: Path) -> OutputError:
+    """An earlier conversion is there, and was not asked to be resumed."""
+    return OutputError(
+        f"{partial}: an unfinished conversion is there",
+        hint="Continue it with --resume, or remove the folder to start anew.",
+    )
 
 
 def _strays(folder: Path, at: str, names: Collection[str]) -> Iterator[Path]:

@@ -45,6 +45,8 @@ class Report:
         output: the folder; empty for a dry run.
         modules: by path: format before and after, method, relative error, its bound, codes found equal.
         seconds: wall-clock, of this run alone where an earlier one was resumed.
+        refusal: why the conversion itself would be refused, after a dry run; None if nothing is in its way.
+        hint: the way out of that.
     """
 
     source: str
@@ -64,6 +66,8 @@ class Report:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refusal: str | None = None
+    hint: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,7 +75,7 @@ class Report:
 
     def lasting(self) -> dict[str, Any]:
         """For the output itself: without what differs from run to run and from machine to machine."""
-        passing = ("source", "output", "expected_peak_bytes", "seconds", "resumed")
+        passing = ("source", "output", "expected_peak_bytes", "seconds", "resumed", "refusal", "hint")
         return {key: value for key, value in self.as_dict().items() if key not in passing}
 
 

@@ -118,7 +118,7 @@ _option = partial(spelled_option, "Options")
 @_option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights.")
 @_option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")
 @_option("--resume", is_flag=True, help="Go on with an unfinished conversion.")
-@_option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_option("--dry-run", is_flag=True, help="Print the plan, and what is in its way, and write nothing.")
 @_option(
     "--upload-repo",
     metavar="ID",
@@ -170,6 +170,9 @@ def convert(as_json: bool, quiet: bool, upload_repo: str | None, **options: Any)
             _note(note)
     text = json.dumps(report.as_dict(), ensure_ascii=False) + "\n" if as_json else _text(report)
     if not (quiet and not as_json) and not _print(text, report):
+        return 1
+    if report.refusal is not None:  # of a dry run
+        print_error(report.refusal, report.hint)
         return 1
     if upload_repo is not None and not options["dry_run"]:
         address = _upload(report, upload_repo)
@@ -308,7 +311,8 @@ def _percent(value: float | None) -> str:
 def _text(report: Report) -> str:
     from mlxqwen_convert.sizes import size_of
 
-    text = "".join(f"note: {one_line(note)}\n" for note in report.notes) + _table(report)
+    notes = [note for note in report.notes if note != report.refusal]  # which is told as an error
+    text = "".join(f"note: {one_line(note)}\n" for note in notes) + _table(report)
     before, after = (sum(getattr(row, side) for row in report.kinds) for side in ("source_bytes", "target_bytes"))
     sizes = f"{size_of(before)} → {size_of(after)}, {report.bits_per_weight:.2f} bits a weight"
     if not report.output:

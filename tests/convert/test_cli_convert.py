@@ -271,29 +271,37 @@ def test_a_dry_run_tells_of_an_unfinished_conversion(tmp_path: Path) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    def notes(folder: Path, *options: str) -> list[str]:
+    def told(folder: Path, *options: str) -> list[str]:
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         result = run("convert", str(folder), str(tmp_path / "out"), "--dry-run", *options)
-        assert (result.status, result.err) == (0, "")
+        assert "Nothing was written." in result.out
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-        return [line for line in result.out.splitlines() if line.startswith("note: ")]
+        assert result.status == (1 if result.err else 0)
+        notes = [line for line in result.out.splitlines() if line.startswith("note: ")]
+        return [*notes, *result.err.splitlines()]
 
-    assert notes(source, "--resume") == []
+    assert told(source) == told(source, "--resume") == []
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", quality=True, progress=stop)
     goes_on = f"note: {partial}: an unfinished conversion is there; --resume goes on with it"
-    assert notes(source, "--quality") == notes(source, "--quality", "--resume") == [goes_on]
-    begun, way_out = f"note: {partial}: the conversion there was begun", "Use what it was begun with, or remove the"
-    for options, words in (([], "none"), (["--bits", "2"], "--bits 2")):
-        assert notes(source, *options) == [f"{begun} with --quality, found {words}. {way_out} folder to start anew."]
-    (elsewhere,) = notes(other, "--quality")
-    assert elsewhere.startswith(f"{begun} from {source.resolve()}, found {other.resolve()}. ")
+    assert told(source, "--quality", "--resume") == [goes_on]
+    refused = run("convert", str(source), str(tmp_path / "out"), "--quality").err.splitlines()
+    assert told(source, "--quality") == refused
+    assert refused[0] == f"error: {partial}: an unfinished conversion is there"
+    begun, way_out = f"error: {partial}: the conversion there was begun", "Use what it was begun with, or remove the"
+    for options, words in (([], "none"), (["--bits", "2"], "--bits 2"), (["--resume"], "none")):
+        assert told(source, *options) == [
+            f"{begun} with --quality, found {words}",
+            f"       {way_out} folder to start anew.",
+        ]
+    elsewhere, _ = told(other, "--quality")
+    assert elsewhere == f"{begun} from {source.resolve()}, found {other.resolve()}"
     (partial / "conversion.json").write_text("[")
-    (damaged,) = notes(source, "--quality")
+    _, damaged = told(source, "--quality")
     assert damaged.endswith(f"Remove {partial} to start anew.")
     (partial / "conversion.json").unlink()
-    (foreign,) = notes(source)
-    assert foreign.startswith(f"note: {partial}: is in the way and was not made by a conversion. ")
+    foreign, _ = told(source)
+    assert foreign == f"error: {partial}: is in the way and was not made by a conversion"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -310,13 +318,21 @@ def test_a_dry_run_tells_of_an_output_that_exists(tmp_path: Path, monkeypatch: p
         output.symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+    refusal, hint = "Little-8bit: already exists", "Choose another output, or remove it first."
     for given in ([], ["Little-8bit"], ["--resume"]):
         result = run("convert", str(source), *given, "--dry-run")
-        assert result.status == 0
-        assert result.out.startswith("note: Little-8bit: already exists, and is not written over\n")
+        assert result.status == 1
+        assert result.err.endswith(f"error: {refusal}\n       {hint}\n")
+        assert "note: " not in result.out  # it is said once
         assert "Nothing was written." in result.out
+    quiet = run("convert", str(source), "Little-8bit", "--dry-run", "-q")
+    assert (quiet.status, quiet.out, quiet.err) == (1, "", f"error: {refusal}\n       {hint}\n")
     assert sorted(tmp_path.rglob("*")) == before
-    assert "Little-8bit: already exists" in run("convert", str(source)).err
+    report = json.loads(run("convert", str(source), "Little-8bit", "--dry-run", "--json").out)
+    assert (report["refusal"], report["hint"], report["notes"]) == (refusal, hint, [refusal])
+    assert json.loads(run("convert", str(source), "other", "--dry-run", "--json").out)["refusal"] is None
+    real = run("convert", str(source), "Little-8bit")
+    assert (real.status, real.err) == (1, quiet.err)
 
 
 @pytest.mark.parametrize("command", [["generate", "Hello", "--model"], ["info"], ["convert"]])
