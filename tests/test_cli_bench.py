@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib import util
@@ -14,9 +15,11 @@ import pexpect
 import pytest
 
 import mlxqwen.engine.benchmark
+from mlxqwen import load
 from mlxqwen.cli import bench_plot
 from mlxqwen.engine.benchmark import BenchmarkRun, Speed
-from mlxqwen.engine.engine import Engine
+from mlxqwen.errors import TokenizerError
+from mlxqwen.files.hub import DEMO_FOLDER
 from tests.command_line import run
 from tests.convert.checkpoints import make_demo
 from tests.test_cli import assert_error
@@ -84,6 +87,16 @@ def test_foreign_formats_are_converted_and_not_counted(tmp_path: Path, monkeypat
     assert (facts["model"], len(facts["runs"])) == (str(source), 1)
 
 
+def test_no_tokenizer_is_needed(tmp_path: Path) -> None:
+    for path in DEMO_FOLDER.iterdir():
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            shutil.copy(path, tmp_path)
+    with pytest.raises(TokenizerError):
+        load(tmp_path)
+    facts = measured(str(tmp_path), "--context", "8", *SHORT)
+    assert (facts["model"], len(facts["runs"])) == (str(tmp_path), 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,7 +114,7 @@ def test_foreign_formats_are_converted_and_not_counted(tmp_path: Path, monkeypat
 def test_what_is_wrong_is_told_before_the_model_is_loaded(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("mlxqwen.engine.loading.locate_model", lambda *args, **options: pytest.fail("looked for"))
     assert_error(run("bench", *arguments), message)
 
 
@@ -132,7 +145,7 @@ def test_a_plot_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return None if name == "matplotlib" else util.find_spec(name)
 
     monkeypatch.setattr(bench_plot, "find_spec", find_spec)
-    monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("mlxqwen.engine.loading.locate_model", lambda *args, **options: pytest.fail("looked for"))
     result = run("bench", "--plot", str(tmp_path / "a.png"))
     assert_error(result, "--plot: matplotlib is not installed", '-m pip install "mlxqwen[plot]"')
 

@@ -83,10 +83,11 @@ def test_what_is_downloaded(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     fp8 = store(cache, "org/fp8", {path.name: path.read_bytes() for path in source.iterdir()}, ref="v2")
     copy = converted(fp8)
     store(cache, "org/begun", {"config.json": DEMO["config.json"]})
+    store(cache, "org/mute", {name: DEMO[name] for name in ("config.json", "model.safetensors")})
     store(cache, "org/llama", {"config.json": b'{"model_type": "llama"}'})
     store(cache, "org/data", {"config.json": DEMO["config.json"]}, kind="datasets")
     found = listed()
-    assert set(found) == {"org/demo@1", "Qwen/Qwen3-0.6B-MLX-4bit@1", "org/fp8@1", "org/begun@1"}
+    assert set(found) == {"org/demo@1", "Qwen/Qwen3-0.6B-MLX-4bit@1", "org/fp8@1", "org/begun@1", "org/mute@1"}
     demo = found["org/demo@1"]
     assert demo["bytes"] == sum(map(len, DEMO.values()))
     assert (demo["state"], demo["format"], demo["fits"], demo["converted"]) == ("ready", "BF16", True, [])
@@ -97,16 +98,20 @@ def test_what_is_downloaded(cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
         {"path": str(copy), "bytes": found["org/fp8@1"]["converted"][0]["bytes"], "state": "ready"}
     ]
     assert (found["org/begun@1"]["state"], found["org/begun@1"]["fits"]) == ("no weights", None)
+    assert (found["org/mute@1"]["state"], found["org/mute@1"]["format"]) == ("no tokenizer", "BF16")
     info = json.loads(run("info", str(alias), "--context", "512", "--json").out)
     assert demo["memory_bytes"] == info["total_bytes"]
     head, *rows, others = run("list").out.splitlines()
     assert head.split() == ["model", "alias", "size", "fits", "converted", "state", "last", "used"]
-    assert [row.split()[0] for row in rows] == ["org/begun", "org/demo", "org/fp8@v2", "Qwen/Qwen3-0.6B-MLX-4bit"]
+    assert [row.split()[0] for row in rows] == [
+        *("org/begun", "org/demo", "org/fp8@v2", "org/mute", "Qwen/Qwen3-0.6B-MLX-4bit")
+    ]
     assert others == "and 1 model of other kinds in the same caches"
     monkeypatch.setattr("mlxqwen.device.current_device", lambda: Device("a watch", True, 1 << 20, 1 << 20))
     assert {name: one["fits"] for name, one in listed().items() if one["bytes"] > 1 << 20} == {
         "org/demo@1": False,
         "Qwen/Qwen3-0.6B-MLX-4bit@1": False,
+        "org/mute@1": False,
     }
 
 

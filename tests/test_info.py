@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from math import prod
 from pathlib import Path
@@ -182,6 +183,39 @@ def test_sizes_beyond_gigabytes() -> None:
 def test_names_cannot_forge_rows(tmp_path: Path) -> None:
     folder = write_sparse(tmp_path / "model\nfits yes", RELEASES["Qwen3-0.6B"])
     assert len(run("info", str(folder)).out.splitlines()) == 10
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_model_that_cannot_be_asked_is_told(tmp_path: Path, content: str | None) -> None:
+    demo = resolve_model(None)
+    for path in demo.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    refused = run("generate", "hi", "--model", str(tmp_path))
+    problem = refused.err.splitlines()[0].removeprefix("error: ")
+    assert problem.startswith(f"{tmp_path}/tokenizer.json: ")
+    result = run("info", str(tmp_path))
+    assert result.status == 0
+    (fits,) = (line[19:] for line in result.out.splitlines() if line.startswith("fits "))
+    assert re.match(r"in memory, \S+ MB needed; generate and chat cannot use it: ", fits)
+    assert problem in fits
+    facts = json.loads(run("info", str(tmp_path), "--json").out)
+    assert (facts["fits"], facts["runs"]) == (True, True)
+    assert facts["tokenizer_error"].startswith(f"{problem}. ")
+    assert json.loads(run("info", "--json").out)["tokenizer_error"] is None
+
+
+def test_a_model_without_a_chat_template_is_told(tmp_path: Path) -> None:
+    for path in resolve_model(None).iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    facts = json.loads(run("info", str(tmp_path), "--json").out)
+    assert (facts["tokenizer_error"], facts["fits"]) == (None, True)
+    assert facts["notes"] == ["there is no chat template: text is continued (generate --raw), and chat needs one"]
+    assert run("generate", "hi", "--model", str(tmp_path)).err.startswith(f"error: {tmp_path}: no chat template")
+    assert run("generate", "--raw", "hi", "--model", str(tmp_path), "--max-tokens", "1").status == 0
 
 
 def test_a_model_is_named_as_people_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

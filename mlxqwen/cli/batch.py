@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mlxqwen.cli.generate_options import (
     cache_options,
     check_values,
-    load_engine,
     read_form,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once, tell_interrupted
+from mlxqwen.cli.model_loading import load_engine
 from mlxqwen.cli.reply_printer import print_request, yarn_field
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import read_text, source_name

@@ -16,8 +16,9 @@ from mlxqwen import __version__
 from mlxqwen.cli.bench_plot import check_plot, write_plot
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_model_options, load_engine, located_model, new_cache, options_named
+from mlxqwen.cli.generate_options import cache_options, check_model_options, options_named
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.model_loading import load_model_alone, located_model
 from mlxqwen.cli.spellings import ModelCommand
 from mlxqwen.cli.table import Column, columns_of, table
 from mlxqwen.console import Output
@@ -26,7 +27,7 @@ from mlxqwen.status_line import StatusLine
 
 if TYPE_CHECKING:
     from mlxqwen.engine.benchmark import BenchmarkRun, Speed
-    from mlxqwen.engine.engine import Engine
+    from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 
 __all__ = ["bench"]
 
@@ -66,10 +67,10 @@ _COLUMNS = (
 def bench(**options: Any) -> int:
     """Measure how fast MODEL reads prompts and writes answers, by the length of the prompt.
 
-    MODEL is a folder, a hub id, or by default the demo model. Prompts are random tokens and answers greedy. "First
-    token" is how long a prompt of that length makes wait, prefill its tokens divided by that time, and decode the speed
-    of the tokens behind the first. Memory is what MLX holds: keys and values, and the most at any time, weights
-    included.
+    MODEL is a folder, a hub id, or by default the demo model; it needs no tokenizer. Prompts are random tokens and
+    answers greedy. "First token" is how long a prompt of that length makes wait, prefill its tokens divided by that
+    time, and decode the speed of the tokens behind the first. Memory is what MLX holds: keys and values, and the most
+    at any time, weights included.
 
     Ctrl-C ends it with what has been measured so far.
     """
@@ -81,17 +82,17 @@ def bench(**options: Any) -> int:
         check_plot(Path(options["plot"]))
     runs: list[BenchmarkRun] = []
     interrupted = False
-    engine, seconds = _load(options)
-    contexts = _chosen_contexts(engine, asked, options)
+    model, seconds = _load(options)
+    contexts = _chosen_contexts(model, asked, options)
     line = StatusLine(sys.stderr)
     try:
-        _measure(engine, contexts, options, runs, line)
+        _measure(model, contexts, options, runs, line)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         line.wipe()
     planned = len(contexts) * options["repeat"]
-    facts = _facts(engine, seconds, options, runs, planned, interrupted=interrupted)
+    facts = _facts(model, seconds, options, runs, planned, interrupted=interrupted)
     _print(facts, runs, as_json=options["as_json"])
     if options["plot"] is not None and runs:
         from mlxqwen.engine.benchmark import summarize
@@ -122,34 +123,39 @@ def _check_counts(tokens: int, repeat: int, contexts: Sequence[int]) -> None:
         check_integer(name, value, 1)
 
 
-def _load(options: Mapping[str, Any]) -> tuple[Engine, float]:
-    """Load the model → the engine, and the seconds that it took, without downloads and conversions."""
-    local = {**options, "model": located_model(options), "revision": None}
+def _load(options: Mapping[str, Any]) -> tuple[Qwen3ForCausalLM, float]:
+    """Load the model → it, and the seconds that it took, without downloads and conversions."""
+    folder = located_model(options, needs_tokenizer=False)
     started = [time.perf_counter()]
-    engine = load_engine(local, on_progress=lambda: started.append(time.perf_counter()))
-    return engine, time.perf_counter() - started[-1]
+    model = load_model_alone(options, folder, on_progress=lambda: started.append(time.perf_counter()))
+    return model, time.perf_counter() - started[-1]
 
 
-def _chosen_contexts(engine: Engine, asked: list[int] | None, options: Mapping[str, Any]) -> list[int]:
+def _chosen_contexts(model: Qwen3ForCausalLM, asked: list[int] | None, options: Mapping[str, Any]) -> list[int]:
     with leave_at_once():
         from mlxqwen.engine.benchmark import choose_contexts
 
     with options_named():
-        return choose_contexts(engine.model, asked, tokens=options["tokens"], max_kv_size=options["max_kv_size"])
+        return choose_contexts(model, asked, tokens=options["tokens"], max_kv_size=options["max_kv_size"])
 
 
 def _measure(
-    engine: Engine, contexts: list[int], options: Mapping[str, Any], runs: list[BenchmarkRun], line: StatusLine
+    model: Qwen3ForCausalLM,
+    contexts: list[int],
+    options: Mapping[str, Any],
+    runs: list[BenchmarkRun],
+    line: StatusLine,
 ) -> None:
     with leave_at_once():
+        from mlxqwen.cache import make_cache
         from mlxqwen.engine.benchmark import benchmark
 
     tokens, repeat = options["tokens"], options["repeat"]
     with options_named():
         measuring = benchmark(
-            engine.model,
+            model,
             contexts,
-            lambda: new_cache(engine, options),
+            lambda: make_cache(model, **cache_options(options)),
             tokens=tokens,
             repeat=repeat,
             prefill_chunk=options["prefill_chunk"],
@@ -166,7 +172,7 @@ def _measure(
 
 
 def _facts(
-    engine: Engine,
+    model: Qwen3ForCausalLM,
     load_seconds: float,
     options: Mapping[str, Any],
     runs: list[BenchmarkRun],
@@ -185,12 +191,12 @@ def _facts(
         "mlxqwen": __version__,
         "mlx": version("mlx"),
         "device": {"name": device.name, "is_gpu": device.is_gpu, "memory": device.memory},
-        "dtype": str(engine.model.dtype).rpartition(".")[2],
+        "dtype": str(model.dtype).rpartition(".")[2],
         "max_kv_size": options["max_kv_size"],
         "kv_bits": None if options["kv_bits"] is None else int(options["kv_bits"]),
         "prefill_chunk": options["prefill_chunk"],
         "load_seconds": load_seconds,
-        "weight_bytes": weight_bytes(engine.model),
+        "weight_bytes": weight_bytes(model),
         "tokens": options["tokens"],
         "repeat": options["repeat"],
         "planned_runs": planned_runs,

@@ -16,8 +16,9 @@ from mlxqwen.cli import is_out_of_memory
 from mlxqwen.cli.completion import complete_folder
 from mlxqwen.cli.defaults import told_defaults
 from mlxqwen.cli.generate import generate
-from mlxqwen.cli.generate_options import check_usage, check_values, load_engine, sampling_overrides
+from mlxqwen.cli.generate_options import check_usage, check_values, sampling_overrides
 from mlxqwen.cli.interrupts import leave_at_once
+from mlxqwen.cli.model_loading import load_engine
 from mlxqwen.cli.spellings import ExistingFile, SpelledCommand, SpelledOption
 from mlxqwen.cli.terminal import print_error
 from mlxqwen.cli.text_input import check_unicode, read_text

@@ -19,11 +19,11 @@ from mlxqwen.cli.generate_options import (
     check_usage,
     check_values,
     files_named,
-    load_engine,
     read_form,
     sampling_overrides,
 )
 from mlxqwen.cli.interrupts import INTERRUPTED, leave_at_once
+from mlxqwen.cli.model_loading import load_engine
 from mlxqwen.cli.option_list import generate_options
 from mlxqwen.cli.piped_input import PromptWords, read_context, with_context
 from mlxqwen.cli.reply_printer import (

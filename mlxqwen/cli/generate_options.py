@@ -1,33 +1,24 @@
 """What the options of `mlxqwen generate` may be, and what they become; `option_list` has the options themselves.
 
-One file, as several commands take parts of these options, and each is checked and used in the same words.
+Several commands take parts of these options, and each is checked and used in the same words.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
-from mlxqwen.cli.conversion_progress import conversion_progress
 from mlxqwen.cli.interrupts import leave_at_once
 from mlxqwen.cli.option_list import DEFAULT_KV_KEEP
-from mlxqwen.cli.terminal import LoadingLine
 from mlxqwen.cli.text_input import check_unicode, read_text, source_name
 from mlxqwen.errors import MessagesError, OptionError
 from mlxqwen.files.json_file import parse_json
 
 if TYPE_CHECKING:
-    from mlxqwen.cache import KVCache
     from mlxqwen.chat.structured.response_format import AnswerFormat
-    from mlxqwen.engine.engine import Engine
-    from mlxqwen.engine.loading import MakeRoom
-    from mlxqwen.files.config import ModelConfig
-    from mlxqwen.model.loading import LoadOptions
 
 __all__ = [
     "CacheOptions",
@@ -36,12 +27,9 @@ __all__ = [
     "check_usage",
     "check_values",
     "files_named",
-    "load_engine",
-    "located_model",
-    "new_cache",
     "options_named",
+    "parse_rope_scaling",
     "read_form",
-    "read_model_config",
     "sampling_overrides",
 ]
 
@@ -191,7 +179,7 @@ def check_model_options(options: Mapping[str, Any]) -> None:
         if options["yarn_factor"] is not None:
             check_number("yarn_factor", options["yarn_factor"], 1.0, 1024.0)
         check_window(options["max_kv_size"], _kv_keep(options))
-    _parse_rope_scaling(options["rope_scaling"])
+    parse_rope_scaling(options["rope_scaling"])
 
 
 def _check_window_usage(options: Mapping[str, Any]) -> None:
@@ -215,118 +203,6 @@ def sampling_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _SAMPLING_NAMES if options[name] is not None}
 
 
-def _load_options(options: Mapping[str, Any]) -> LoadOptions:
-    return {
-        "dtype": options["dtype"],
-        "rope_scaling": _parse_rope_scaling(options["rope_scaling"]),
-        "yarn_factor": options["yarn_factor"],
-        "yarn": options.get("yarn"),
-        "force": options["force"],
-        "ignore_adapter": options["ignore_adapter"],
-    }
-
-
-def located_model(options: Mapping[str, Any]) -> Path:
-    """The folder of the model, downloaded if need be, once all is checked that can be checked before."""
-    with leave_at_once():
-        from mlxqwen.engine.loading import locate_model
-
-    return locate_model(options["model"], revision=options["revision"], **_load_options(options))
-
-
-def check_model_files(folder: Path, options: Mapping[str, Any]) -> None:
-    """Check all of a model's folder that can be checked without its weights. Raises `MlxqwenError`."""
-    from mlxqwen.engine.loading import check_files
-
-    check_files(folder, **_load_options(options))
-
-
-def read_model_config(folder: Path, options: Mapping[str, Any]) -> ModelConfig:
-    """The config of a model's folder under the RoPE scaling that is asked for. Raises `MlxqwenError`."""
-    from mlxqwen.model.loading import read_config
-
-    return read_config(
-        folder,
-        rope_scaling=_parse_rope_scaling(options["rope_scaling"]),
-        yarn_factor=options["yarn_factor"],
-        yarn=options.get("yarn"),
-    )
-
-
-def load_engine(
-    options: Mapping[str, Any],
-    on_progress: Callable[[], None] | None = None,
-    *,
-    folder: Path | None = None,
-    make_room: MakeRoom | None = None,
-    shows_progress: bool = True,
-) -> Engine:
-    """Load the model.
-
-    Args:
-        options: of the command.
-        on_progress: called each time a conversion goes on.
-        folder: where the model's files are, if that is known.
-        make_room: see `Engine.load`.
-        shows_progress: whether that of a conversion is shown, and that of a load that takes long.
-    """
-    with leave_at_once():
-        from mlxqwen.engine.engine import Engine
-        from mlxqwen.files.aliases import naming_alias
-        from mlxqwen.files.model_names import model_name
-
-    model = options["model"]
-    folder, how = folder or located_model(options), _load_options(options)  # a download has lines of its own
-    with naming_alias(model), ExitStack() as shown:
-        show = shown.enter_context(conversion_progress()) if shows_progress else None
-        loading = LoadingLine(sys.stderr, model_name(folder))
-        if shows_progress:
-            shown.enter_context(loading)
-
-        def on_convert(stage: str, done: int, total: int) -> None:
-            if show is not None:
-                loading.end()
-                show(stage, done, total)
-            if on_progress is not None:
-                on_progress()
-
-        engine = Engine.load(
-            None if model is None else folder,
-            **how,
-            on_convert=on_convert,
-            draft=options.get("draft"),
-            speculative=options.get("speculative"),
-            prefix_cache=options.get("prefix_cache"),
-            prompt_cache=options.get("prompt_cache"),
-            max_running=options.get("max_running"),
-            make_room=make_room,
-            **({} if options.get("draft_tokens") is None else {"draft_tokens": options["draft_tokens"]}),
-        )
-    if options.get("draft") is not None:
-        _size_draft_cache(engine, options)
-    return engine
-
-
-def _size_draft_cache(engine: Engine, options: Mapping[str, Any]) -> None:
-    """Give the draft model a cache of the kind that the options ask for."""
-    from mlxqwen.engine.speculation.draft_model import DraftModel
-
-    if isinstance(engine.speculative, DraftModel):
-        engine.speculative = DraftModel(
-            engine.speculative.model,
-            max_kv_size=options["max_kv_size"],
-            kv_bits=_kv_bits(options),
-            prefill_chunk=options["prefill_chunk"],
-        )
-
-
-def new_cache(engine: Engine, options: Mapping[str, Any], *, rows: int = 1) -> KVCache:
-    """An empty cache of the kind that the options ask for."""
-    from mlxqwen.cache import make_cache
-
-    return make_cache(engine.model, **cache_options(options), batch_size=rows)
-
-
 def cache_options(options: Mapping[str, Any]) -> CacheOptions:
     """The options of the cache that were given."""
     return {
@@ -344,7 +220,8 @@ def _kv_keep(options: Mapping[str, Any]) -> int:
     return DEFAULT_KV_KEEP if options["kv_keep"] is None else int(options["kv_keep"])
 
 
-def _parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
+def parse_rope_scaling(text: str | None) -> dict[str, Any] | None:
+    """The value of --rope-scaling; None without it. Raises `OptionError`."""
     if text is None:
         return None
     hint = """For example '{"rope_type": "yarn", "factor": 4.0}'."""

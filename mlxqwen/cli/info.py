@@ -17,10 +17,12 @@ from mlxqwen.cli.spellings import DtypeChoice, ModelCommand
 from mlxqwen.cli.terminal import count_of
 from mlxqwen.cli.text_input import check_unicode
 from mlxqwen.console import Output
-from mlxqwen.errors import one_line
+from mlxqwen.errors import TokenizerError, one_line
 from mlxqwen.status_line import terminal_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlxqwen.files.config import ModelConfig
 
 __all__ = ["info"]
@@ -45,7 +47,8 @@ def info(
 ) -> None:
     """Tell what MODEL takes, and whether it fits this machine.
 
-    MODEL is a folder, a hub id (whose weights are not downloaded), or by default the demo model. Only headers are read.
+    MODEL is a folder, a hub id (whose weights are not downloaded), or by default the demo model. Of its weights only
+    headers are read.
     """
     with leave_at_once():
         from mlxqwen.blas import blas_in_use
@@ -62,17 +65,20 @@ def info(
             check_integer("context", context, 1)
     with looked_at(model, revision=revision) as folder:
         stored, loaded = measured(folder)
+        name = model_name(folder)
+        tokenizer_error, notes = _looked_for_text(folder, name)
     bits = None if kv_bits is None else int(kv_bits)
     needed = size_up(loaded or stored, current_device(), tokens=context, kv_bits=bits, dtype=dtype)
     facts = {
-        "model": model_name(folder),
+        "model": name,
         "path": str(folder),
         "type": stored.config.model_type,
         "format": stored.format,
         "runs": stored.runs,
         "converts": not stored.runs and not stored.refusal and loaded is not None,
         "refusal": stored.refusal,
-        "notes": [*(loaded or stored).notes],
+        "tokenizer_error": tokenizer_error,
+        "notes": [*(loaded or stored).notes, *notes],
         "parameters": stored.parameters,
         "active_parameters": stored.active_parameters,
         "bits_per_weight": round(stored.bits_per_weight, 3),
@@ -100,6 +106,10 @@ def _table(facts: dict[str, Any]) -> str:
     way_out = "use the BF16 release or an MLX one" if refusal is None else refusal
     not_run = converted if loads else f" (this version does not run it: {way_out})"
     fits = "no" if not facts["fits"] else "yes" if loads else "in memory, but is not run"
+    cannot = ""
+    if facts["tokenizer_error"] is not None:
+        fits = "in memory" if fits == "yes" else fits
+        cannot = f"; generate and chat cannot use it: {facts['tokenizer_error']}"
     rows = {
         "model": facts["model"],
         "kind": f"{facts['type']}, {facts['format']}{not_run}",
@@ -110,10 +120,28 @@ def _table(facts: dict[str, Any]) -> str:
         "cache in memory": f"{_size(facts['cache_bytes'])} for {facts['cache_tokens']:,} tokens",
         "this machine": f"{device['name']} ({kind}), {_size(device['usable_memory'])} usable",
         **({} if device["is_gpu"] else {"products": device["products"]}),
-        "fits": f"{fits}, {_size(facts['total_bytes'])} needed",
+        "fits": f"{fits}, {_size(facts['total_bytes'])} needed{cannot}",
     }
     notes = [("note", note) for note in facts["notes"]]
     return "".join(_row(name, one_line(value)) for name, value in (*rows.items(), *notes))
+
+
+def _looked_for_text(folder: Path, name: str) -> tuple[str | None, list[str]]:
+    """What is wrong with a model's tokenizer, None if nothing is; and a note if no conversation could be rendered.
+
+    Args:
+        folder: of the model.
+        name: what errors call it.
+    """
+    from mlxqwen.engine.loading import read_fitting_tokenizer
+
+    try:
+        tokenizer = read_fitting_tokenizer(folder)
+    except TokenizerError as error:
+        return f"{error.problem.replace(str(folder), name)}. {error.hint}".removesuffix(". "), []
+    if tokenizer.chat_template is None:
+        return None, ["there is no chat template: text is continued (generate --raw), and chat needs one"]
+    return None, []
 
 
 def _yarn_factor(config: ModelConfig, tokens: int) -> float | None:

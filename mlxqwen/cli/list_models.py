@@ -97,6 +97,8 @@ def _facts_of(model: Download, conversions: Sequence[CachedModel], context: int)
         try:
             stored, loaded = measured(model.folder)
             state = "ready" if loaded is not None and stored.refusal is None else "not run"
+            if state == "ready" and not (model.folder / "tokenizer.json").is_file():
+                state = "no tokenizer"
         except MlxqwenError:
             state = "damaged"
     sized = loaded or stored

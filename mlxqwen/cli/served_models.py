@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxqwen.cli.generate_options import check_model_files, load_engine, located_model, options_named, read_model_config
+from mlxqwen.cli.generate_options import options_named
+from mlxqwen.cli.model_loading import check_model_files, load_engine, located_model, read_model_config
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.aliases import naming_alias
 from mlxqwen.files.hub import DEMO_FOLDER, MODELSCOPE_PREFIX, cached_folder, located

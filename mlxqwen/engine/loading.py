@@ -33,7 +33,17 @@ from mlxqwen.model.loading import (
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from mlxqwen.text.tokenizer import Tokenizer
 
-__all__ = ["Conversion", "Converter", "MakeRoom", "OnConvert", "check_files", "load_models", "locate_model"]
+__all__ = [
+    "Conversion",
+    "Converter",
+    "MakeRoom",
+    "OnConvert",
+    "check_files",
+    "load_model_alone",
+    "load_models",
+    "locate_model",
+    "read_fitting_tokenizer",
+]
 
 OnConvert = Callable[[str, int, int], None]
 """Called as a conversion goes on: "converting" or "verifying", weights done, weights in all."""
@@ -86,7 +96,7 @@ def load_models(
     folder = locate_model(path_or_id, revision=revision, **options)
     with naming_alias(path_or_id), ExitStack() as held:
         checked = _check(folder, convert, held, options)
-        tokenizer = _read_tokenizer(folder)
+        tokenizer = read_fitting_tokenizer(folder)
         make_room = make_room or (lambda nbytes: None)
         if draft is None:
             make_room(checked.weight_bytes)
@@ -104,6 +114,23 @@ def load_models(
         return prepared.read(_Turn()), tokenizer, prepared_draft.read(_Turn())
 
 
+def load_model_alone(
+    path_or_id: str | PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    on_convert: OnConvert | None = None,
+    **options: Unpack[LoadOptions],
+) -> Qwen3ForCausalLM:
+    """Load a model without its tokenizer, which need not be there, for those who give it token ids.
+
+    Arguments and errors are those of `load_models`.
+    """
+    check_process()
+    folder = locate_model(path_or_id, revision=revision, needs_tokenizer=False, **options)
+    with naming_alias(path_or_id), ExitStack() as held:
+        return _check(folder, _default_converter(), held, options).prepare(on_convert).read(_Turn())
+
+
 class _Turn:
     """Holds the process's right to evaluate for one layer; then replies of other models have theirs."""
 
@@ -117,18 +144,25 @@ class _Turn:
 
 
 def locate_model(
-    path_or_id: str | PathLike[str] | None = None, *, revision: str | None = None, **options: Unpack[LoadOptions]
+    path_or_id: str | PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    needs_tokenizer: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> Path:
     """The folder of a model; one of the hub is downloaded, once all is checked that can be checked before.
 
     Args:
         path_or_id, revision: see `load_models`.
+        needs_tokenizer: whether a model of the hub without a tokenizer is refused.
         options: that the model is to be loaded with.
 
     Raises:
         MlxqwenError: there is no such model, or it cannot be loaded.
     """
-    return resolve_model(path_or_id, revision=revision, check=partial(check_files, **options))
+    return resolve_model(
+        path_or_id, revision=revision, check=partial(check_files, needs_tokenizer=needs_tokenizer, **options)
+    )
 
 
 def _default_converter() -> Converter:
@@ -189,19 +223,22 @@ def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptio
     return _Checked(folder, options, prepared.weight_bytes, prepared.dtype, prepared)
 
 
-def check_files(folder: Path, **options: Unpack[LoadOptions]) -> None:
+def check_files(folder: Path, *, needs_tokenizer: bool = True, **options: Unpack[LoadOptions]) -> None:
     """Check all of a model that can be checked without its weights: headers, sizes, memory, the tokenizer.
 
     Nothing is logged: notes come when the weights are read.
 
     Args:
         folder: the model's, or a preview of it.
+        needs_tokenizer: whether there has to be one.
         options: that the model is to be loaded with.
 
     Raises:
         MlxqwenError: it cannot be loaded.
     """
     with _quiet():
+        if needs_tokenizer:
+            read_fitting_tokenizer(folder)
         _check_headers(options, folder)
 
 
@@ -221,7 +258,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_headers(options: LoadOptions, folder: Path) -> None:
-    _read_tokenizer(folder)
     if ModelConfig.from_folder(folder).foreign_quantization is None:
         prepare_model(folder, **options)
         return
@@ -250,8 +286,8 @@ def _options_of_draft(options: LoadOptions) -> LoadOptions:
     return shared
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder. Raises `TokenizerError` if its ids do not fit the model."""
+def read_fitting_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder. Raises `TokenizerError`: there is none, or its ids do not fit the model."""
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_fits(ModelConfig.from_folder(folder).vocab_size)
     return tokenizer
@@ -274,7 +310,7 @@ def _check_vocabulary(draft_folder: Path, folder: Path, tokenizer: Tokenizer) ->
     check_vocabulary(ModelConfig.from_folder(draft_folder), ModelConfig.from_folder(folder))
     if _are_same_files(draft_folder / "tokenizer.json", folder / "tokenizer.json"):
         return
-    if not tokenizer.has_tokens_of(_read_tokenizer(draft_folder)):
+    if not tokenizer.has_tokens_of(read_fitting_tokenizer(draft_folder)):
         raise OptionError(
             f"draft model {draft_folder}: found other tokens in its tokenizer.json than in that of {folder}, expected "
             "the same",
