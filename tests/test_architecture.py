@@ -58,6 +58,7 @@ HOMES = {
     "xxhash": {"cache"},
     "starlette": {"server"},
     "uvicorn": {"server"},
+    "httptools": {"server"},
     "prometheus_client": {"server"},
     "mlxqwen_convert": {"cli", "engine"},
     "mlx": {"files", "device", "model", "cache", "sampling", "engine", "cli"},
