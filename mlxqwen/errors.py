@@ -20,8 +20,6 @@ Every error names the thing, what was found and what was expected in its first l
 
 from __future__ import annotations
 
-import sys
-
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -48,13 +46,6 @@ def one_line(text: str, limit: int = 600) -> str:
     """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def install_command(extra: str) -> str:
-    """The command that installs an extra of mlxqwen for the Python that runs, such as `server`."""
-    import shlex
-
-    return f'{shlex.quote(sys.executable or "python3")} -m pip install "mlxqwen[{extra}]"'
 
 
 class MlxqwenError(Exception):

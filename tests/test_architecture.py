@@ -18,6 +18,7 @@ PACKAGE = Path(mlxqwen.__file__).parent
 # From the ground up: a folder imports only what stands before it in this list, and itself.
 LAYERS = [
     "errors",
+    "installation",
     "checks",
     "console",
     "status_line",

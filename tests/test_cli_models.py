@@ -18,7 +18,7 @@ from mlxqwen.errors import HubError
 from mlxqwen.files.aliases import ALIASES
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.downloads import removal_of
-from mlxqwen.files.hub import DEMO_FOLDER
+from mlxqwen.files.hub import DEMO_FOLDER, resolve_model
 from mlxqwen.model.footprint import measure
 from mlxqwen.model.releases import RELEASES, footprints_of_form, footprints_of_release
 from mlxqwen_convert.cached import converted, planned
@@ -289,6 +289,29 @@ def test_a_model_is_pulled(tmp_path: Path) -> None:
         refused = commands.run("pull", "org/llama")
         assert (refused.status, "model_type" in refused.err) == (1, True)
         assert [path.name for path in commands.home.rglob("model.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["pull", "rm"])
+@pytest.mark.parametrize("name", ["nope", "qwen3:5b", "./none", "Qwen3-4B"])
+def test_hints_name_what_pull_and_rm_take(command: str, name: str) -> None:
+    result = run(command, name)
+    problem, hint = result.err.splitlines()
+    assert (result.status, result.out) == (1, "")
+    for word in ("hub id", "alias", "mlxqwen list --aliases", "mlxqwen list what is downloaded"):
+        assert word in hint
+    assert "Give a folder" not in result.err
+    assert "existing folder" not in problem
+
+
+@pytest.mark.parametrize("arguments", [["generate", "hi", "-m"], ["chat"], ["serve"], ["info"], ["bench"], ["convert"]])
+def test_the_demo_by_its_name(arguments: list[str]) -> None:
+    problem, hint = run(*arguments, "demo").err.splitlines()
+    assert problem.startswith("error: 'demo': neither an existing folder nor a hub id")
+    told = f"The demo model runs where no model is named; its folder is {DEMO_FOLDER}."
+    assert hint.strip().startswith(told)
+    assert resolve_model(DEMO_FOLDER) == resolve_model(None)
+    for command in ("pull", "rm"):
+        assert "The demo model comes with the package" in run(command, "demo").err
 
 
 def test_what_is_no_model_of_a_hub_is_not_pulled() -> None:

@@ -9,8 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxqwen.errors import OptionError, install_command, one_line
+from mlxqwen.errors import OptionError, one_line
 from mlxqwen.files.atomic import write_file
+from mlxqwen.installation import install_command
 
 if TYPE_CHECKING:
     from mlxqwen.engine.benchmark import Speed

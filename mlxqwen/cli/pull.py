@@ -39,7 +39,7 @@ def pull(model: str | None, revision: str | None, force: bool) -> None:
         from mlxqwen.model.footprint import size_up
         from mlxqwen_convert.sizes import size_of
 
-    place = located(model, revision)
+    place = located(model, revision, hub_alone=True)
     if isinstance(place, Path):
         raise OptionError(
             f"{model}: a folder of this machine, expected a model of a hub", hint="It is used as it is, by its path."

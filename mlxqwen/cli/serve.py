@@ -25,8 +25,9 @@ from mlxqwen.cli.interrupts import INTERRUPTED, end_interrupted_line, leave_at_o
 from mlxqwen.cli.served_models import sources_of
 from mlxqwen.cli.spellings import SettableCommand, SpelledOption
 from mlxqwen.console import Output
-from mlxqwen.errors import OptionError, ServerError, install_command, one_line
+from mlxqwen.errors import OptionError, ServerError, one_line
 from mlxqwen.files.json_file import parse_json
+from mlxqwen.installation import install_command
 from mlxqwen.status_line import StatusLine
 
 if TYPE_CHECKING:

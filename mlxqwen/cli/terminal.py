@@ -25,7 +25,7 @@ __all__ = [
     "progress_lines",
 ]
 
-_COMMAND = re.compile(r"(?<=: )(\S*/)?(mlxqwen|pip|python[\d.]*|hf) .*")  # a hint's, which ends it
+_COMMAND = re.compile(r"(?<=: )(\S*/)?(mlxqwen|pip|pipx|python[\d.]*|uvx?|hf) .*")  # a hint's, which ends it
 
 
 def count_of(number: int) -> str:

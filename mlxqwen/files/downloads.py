@@ -149,7 +149,7 @@ def removal_of(name: str, revision: str | None = None) -> Removal:
 def _found(name: str, revision: str | None) -> Removal:
     if name.startswith(("/", ".", "~")) and os.path.lexists(expanded(name)):  # whatever it is
         raise _own_folder(name)
-    place = located(name, None)
+    place = located(name, None, hub_alone=True)
     if isinstance(place, Path):
         raise _own_folder(name)
     known = [

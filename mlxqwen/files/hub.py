@@ -34,6 +34,11 @@ _FOLDER_HINT = (
     "Give the folder that holds config.json and the weights, or a hub id, such as Qwen/Qwen3-0.6B, or "
     "qwen3:0.6b for short."
 )
+_NAME_HINT = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
+_HUB_HINT = (
+    "Give an alias, such as qwen3:0.6b, or a hub id, such as Qwen/Qwen3-0.6B: mlxqwen list --aliases tells all "
+    "aliases, mlxqwen list what is downloaded."
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!\.{1,2}\Z)[\w.-]+", re.ASCII)  # "." and ".." are folders
 USE_MODELSCOPE = "MLXQWEN_USE_MODELSCOPE"  # makes ModelScope the hub of ids without a prefix
 _ADDRESSES = ("http://", "https://", "hf.co/", "huggingface.co/")  # of pages, also without their scheme
@@ -88,8 +93,18 @@ def looked_at(path_or_id: str | os.PathLike[str] | None = None, *, revision: str
         yield folder
 
 
-def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> Path | HubModel:
-    """The folder that a name means, or the model of a hub. Raises `HubError`, `OptionError`."""
+def located(
+    path_or_id: str | os.PathLike[str] | None, revision: str | None, *, hub_alone: bool = False
+) -> Path | HubModel:
+    """The folder that a name means, or the model of a hub.
+
+    Args:
+        path_or_id, revision: see `resolve_model`.
+        hub_alone: whether models of hubs alone are of use, which errors then ask for.
+
+    Raises:
+        HubError, OptionError: see `resolve_model`.
+    """
     if path_or_id is None:
         refuse_revision(revision, "the demo model")
         if not DEMO_FOLDER.is_dir():
@@ -109,25 +124,31 @@ def located(path_or_id: str | os.PathLike[str] | None, revision: str | None) -> 
         return folder
     is_prefixed = name.startswith(MODELSCOPE_PREFIX)
     repo_id, is_page = name.removeprefix(MODELSCOPE_PREFIX), False
-    if (alias := hub_id_of_alias(repo_id)) is not None and not isinstance(path_or_id, Path):
+    try:
+        alias = hub_id_of_alias(repo_id)
+    except HubError as error:
+        raise HubError(error.problem, hint=_HUB_HINT if hub_alone else error.hint) from None
+    if alias is not None and not isinstance(path_or_id, Path):
         repo_id = alias
     elif name.startswith(_ADDRESSES):
         address = name if "://" in name else f"https://{name}"
         (repo_id, revision), is_page = hub_id_in_address(address, revision), True
     if looks_like_path(repo_id) or isinstance(path_or_id, Path) or os.path.isfile(folder):
-        return existing_folder(folder, name)
+        return existing_folder(folder, name, hub_alone=hub_alone)
     if not HUB_ID.fullmatch(repo_id):
         refuse_tag(name, repo_id)
-        way_out = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
+        way_out = _HUB_HINT if hub_alone else _NAME_HINT
         if alias := alias_of_tag(*repo_id.partition(":")[::2]):
             way_out = f"Did you mean {alias}? {way_out}"
         if repo_id.lower() == "qwen3":
             way_out = (
                 f"Say which size: qwen3:{DEFAULT_SIZE} is Ollama's; mlxqwen list --aliases tells all, and which fit."
             )
-        raise HubError(
-            f"{name!r}: neither an existing folder nor a hub id, which is written organisation/model", hint=way_out
-        )
+        if repo_id.lower() == "demo":
+            is_where = f"The demo model runs where no model is named; its folder is {DEMO_FOLDER}."
+            way_out = "The demo model comes with the package, and stays with it." if hub_alone else is_where
+        problem = "neither an alias nor a hub id" if hub_alone else "neither an existing folder nor a hub id"
+        raise HubError(f"{name!r}: {problem}, which is written organisation/model", hint=way_out)
     if revision is not None and not REVISION.fullmatch(revision):
         raise OptionError(f"revision: found {revision!r}", hint="Expected a branch, a tag or a commit's hash.")
     from mlxqwen.files.hub_settings import is_true
@@ -259,16 +280,17 @@ def looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def existing_folder(folder: Path, typed: str) -> Path:
+def existing_folder(folder: Path, typed: str, *, hub_alone: bool = False) -> Path:
     """The folder that was typed as a path. Raises `HubError` if it is a file or does not exist."""
+    way_out = _HUB_HINT if hub_alone else _FOLDER_HINT
     if os.path.isdir(folder):
         return folder
     if os.path.isfile(folder) and folder.suffix.lower() in GGUF_SUFFIXES:
         raise HubError(f"{folder}: a GGUF file, which is not read, expected a model's folder", hint=NO_GGUF_HINT)
     if os.path.isfile(folder):
         is_of_a_model = os.path.isfile(folder.parent / "config.json")
-        hint = f"Give {folder.parent} instead." if is_of_a_model else _FOLDER_HINT
+        hint = f"Give {folder.parent} instead." if is_of_a_model and not hub_alone else way_out
         raise HubError(f"{folder}: a file, expected a model's folder", hint=hint)
     raise HubError(
-        f"{typed}: no such folder; it is a path, and no hub id, which is written organisation/model", hint=_FOLDER_HINT
+        f"{typed}: no such folder; it is a path, and no hub id, which is written organisation/model", hint=way_out
     )

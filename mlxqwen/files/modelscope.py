@@ -14,7 +14,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mlxqwen.errors import CheckpointError, HubError, MlxqwenError, install_command
+from mlxqwen.errors import CheckpointError, HubError, MlxqwenError
 from mlxqwen.files.atomic import write_file
 from mlxqwen.files.hub_download import UNWANTED_FILES, WANTED_FILES
 from mlxqwen.files.hub_settings import TRUE
@@ -28,6 +28,7 @@ from mlxqwen.files.modelscope_errors import (
 )
 from mlxqwen.files.preview import Listing, bytes_of, first_adapters, first_gguf
 from mlxqwen.files.transfer import Download, Given, QuietLog, SilenceError, waited_for
+from mlxqwen.installation import install_command
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxqwen.chat.structured.trial import UNDECIDED, compile_in_bounds, parser_limits, readable
-from mlxqwen.errors import MlxqwenError, OptionError, install_command
+from mlxqwen.errors import MlxqwenError, OptionError
+from mlxqwen.installation import install_command
 from mlxqwen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
