@@ -86,11 +86,10 @@ class Device:
 
     @property
     def attends_by_head(self) -> bool:
-        """Whether attention of many float32 queries is computed by the heads that share keys, each core some of them.
-
-        With MLX's own products that is no gain, and its numbers are kept to the last bit.
+        """Whether attention in float32 is computed by the heads that share keys, each core some of them, where it is
+        much work. MLX computes it on one core of a CPU.
         """
-        return self.multiplies_by_openblas
+        return not self.is_gpu and (self.cores > 1 or self.has_openblas)
 
     def dense_from(self, bits: int = 32) -> int:
         """From how many rows on one product of dequantized weights is quicker than what MLX does row by row.
@@ -113,6 +112,14 @@ class Device:
         nothing to hide it behind.
         """
         return self.is_gpu
+
+    @property
+    def begins_layers(self) -> bool:
+        """Whether a layer's computation is begun before the next one is described.
+
+        A CPU computes on another thread meanwhile. A GPU's decode step is begun ahead as a whole: see `overlaps_steps`.
+        """
+        return not self.is_gpu
 
     @property
     def compiles_kernels(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,17 +33,18 @@ from tests.one_layer_cache import (
     random_tokens,
 )
 from tests.reference_attention import Floats, rotated
-from tests.tolerance import assert_close, to_numpy, worst
+from tests.tolerance import assert_close, own_products, to_numpy, worst
 
 
 def look_in_parts(patch: pytest.MonkeyPatch, data: st.DataObject) -> None:
     """Few queries at a time; on some machines some heads at a time, on up to three cores."""
-    smallest, cores = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 3))
+    smallest, cores = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
     for module in (cache_layer, by_head):
         patch.setattr(module, "_MOST_SCORES", data.draw(st.sampled_from([0, 60])))
         patch.setattr(module, "_SMALLEST_BLOCK", smallest)
     patch.setattr(model_cores, "_LEAST", 1)
-    device = replace(current_device(), is_gpu=False, has_openblas=cores > 0, cores=max(cores, 1))
+    patch.setattr(cache_layer, "_MUCH", data.draw(st.sampled_from([0, 1 << 30])))
+    device = replace(current_device(), is_gpu=False, has_openblas=data.draw(st.booleans()), cores=cores)
     patch.setattr(cache_layer, "current_device", lambda: device)
 
 
@@ -98,6 +100,38 @@ def test_ragged_rows_get_what_each_gets_alone(data: st.DataObject) -> None:
         queries, keys, values = (part[:, :total] for part in row)
         alone = expected((queries, keys, values), window, keep, kv_bits) if total else queries
         assert worst(np.concatenate(output, axis=1), alone) <= ATTENTION_TOLERANCE[kv_bits]
+
+
+@own_products
+@pytest.mark.parametrize("max_kv_size", [None, 12])
+def test_attention_by_head_gives_the_same_bits_with_the_products_of_mlx(
+    max_kv_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of unequal length, then tokens one by one, on three cores and on one."""
+    rows = [random_tokens(30, seed) for seed in (1, 2)]
+    steps = [(9, (9, 5)), (6, (6, 6)), *[(1, (1, 1))] * 8]
+    by_heads: list[int] = []
+    attend_by_head = by_head.attend_by_head
+
+    def recorded(queries: mx.array, *others: Any) -> mx.array:
+        by_heads.append(queries.shape[2])
+        return attend_by_head(queries, *others)
+
+    monkeypatch.setattr(cache_layer, "attend_by_head", recorded)
+    monkeypatch.setattr(model_cores, "_LEAST", 1)
+    monkeypatch.setattr(cache_layer, "_MUCH", 0)
+    found = []
+    for cores in (1, 3):
+        device = replace(current_device(), is_gpu=False, has_openblas=False, cores=cores)
+        monkeypatch.setattr(cache_layer, "current_device", lambda device=device: device)
+        cache, outputs = new_cache(max_kv_size=max_kv_size, keep=0, batch_size=2), []
+        for length, lengths in steps:
+            spans = [(offset, offset + count) for offset, count in zip(cache.offsets, lengths, strict=True)]
+            outputs += attend(cache, rows, spans, length)
+        found.append(outputs)
+        assert by_heads == ([] if cores == 1 else [length for length, _ in steps])
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_query_sees_the_window_and_the_sinks_and_nothing_else() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mlxqwen.cache import make_cache
 from mlxqwen.device import NEVER, Device
-from mlxqwen.model import cores, dense_product
+from mlxqwen.model import blocks, cores, dense_product
 from mlxqwen.model.dense_product import Packed, for_codes, scaled_codes
 from mlxqwen.model.linear import quantized_product
 from mlxqwen.model.loading import load_model
@@ -50,7 +50,7 @@ def packed(rows: int, columns: int, group_size: int, bits: int) -> Packed:
 def test_both_ways_give_the_same_numbers(
     bits: int, group_size: int, dense_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense_product, "_BLOCK", 20 * 256)
+    monkeypatch.setattr(blocks, "_BLOCK", 20 * 256)
     weights = packed(70, 256, group_size, bits)
     for rows in (1, FROM - 1, FROM, 3 * FROM + 1):
         x = mx.random.normal((rows, 256), key=mx.random.key(2))
@@ -81,7 +81,7 @@ def test_small_products_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_of_matrices_of_which_one_is_twice_as_large_are_equal() -> None:
     """So that MLX uses the memory of one for the other: those of an expert of the 30B."""
     for at_once in (1, 2, 3):
-        small, large = (dense_product._cuts(rows, columns, at_once) for rows, columns in ((2048, 768), (1536, 2048)))
+        small, large = (blocks._cuts(rows, columns, at_once) for rows, columns in ((2048, 768), (1536, 2048)))
         sizes = [{(cut.stop - cut.start) * columns for cut in cuts} for cuts, columns in ((small, 768), (large, 2048))]
         if at_once < 3:
             assert sizes[0] == sizes[1] == {2048 * 768 // 2}
@@ -94,7 +94,7 @@ def test_blocks_are_shared_among_cores(
     rows: int, dense_shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cores, "_LEAST", 1)
-    monkeypatch.setattr(dense_product, "_BLOCK", 10 * 256)
+    monkeypatch.setattr(blocks, "_BLOCK", 10 * 256)
     used: list[int] = []
     on_core = cores.on_core
 
@@ -102,7 +102,7 @@ def test_blocks_are_shared_among_cores(
         used.append(core)
         return on_core(core)
 
-    monkeypatch.setattr(dense_product, "on_core", recorded)
+    monkeypatch.setattr(blocks, "on_core", recorded)
     weights, x = packed(rows, 256, 64, 4), mx.random.normal((5, 256), key=mx.random.key(2))
     product = dense_product.dense_product(x, weights, 64, 4, 3)
     assert_close(product, mx.quantized_matmul(x, *weights, True, 64, 4))

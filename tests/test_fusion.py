@@ -146,10 +146,34 @@ def test_layers_share_the_angles_of_a_step_on_a_cpu(tmp_path: Path) -> None:
     model = load_model(folder_of(tmp_path, WIDE_DENSE), device=CPU)
     cache = make_cache(model, batch_size=2)
     mx.eval(model(mx.array([[1, 2, 3], [4, 5, 6]]), cache, lengths=[3, 2]), cache.state)
+    model.model.begins_layers = False  # else the graph of the last layer alone is left
     logits = model.model(mx.array([[7], [8]]), cache)
     counts = count_primitives([logits, *cache.state])
     assert (counts["Cos"], counts["Sin"]) == (1, 1)
     assert counts["Rsqrt"] == 3 * len(model.layers) + 1
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["CPU", "GPU"])
+def test_a_cpu_begins_a_layer_before_the_next_one_is_described(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(folder_of(tmp_path, WIDE_DENSE), device=device)
+    model.model.decoder = None
+    cache, ids, begun = make_cache(model), mx.array([prompt(9, 96)]), list[tuple[int, ...]]()
+    expected = [model(ids[:, :8], cache), model(ids[:, 8:], cache)]
+    async_eval = mx.async_eval
+
+    def recorded(*arrays: Any) -> None:
+        begun.append(arrays[0].shape)
+        async_eval(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", recorded)
+    model(ids)  # without a cache, as in training, nothing is evaluated
+    assert begun == []
+    cache = make_cache(model)
+    for part, logits in zip((ids[:, :8], ids[:, 8:]), expected, strict=True):
+        assert mx.array_equal(model(part, cache), logits)
+    assert begun == ([] if device.is_gpu else [(8, 64)] * 2 + [(1, 64)] * 2)
 
 
 @can_compile
@@ -427,8 +451,9 @@ def test_primitives_per_decoded_token(tmp_path: Path, experts: bool, bits: int |
     assert counts[0] - 2 * per_layer <= 14
 
 
-def test_a_step_is_built_without_evaluating_anything(tmp_path: Path) -> None:
+def test_a_step_is_built_without_evaluating_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path, False, 4, 3)
+    monkeypatch.setattr(Device, "begins_layers", False)
     for device in (CPU, GPU):
         side = ours(tmp_path, device)
         token = mx.array([[5]])

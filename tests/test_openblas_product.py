@@ -76,10 +76,20 @@ def test_narrow_matrices_and_many_rows_are_multiplied_plainly(monkeypatch: pytes
     assert asked == [4 * 1024, 32 * 1024]
 
 
-def test_only_openblas_gets_other_forms() -> None:
-    for device in (CPU, GPU, replace(GPU, has_openblas=True)):
-        assert FusedLinear([nn.Linear(8, 8, bias=False)], ["o_proj"], device).product is mx.matmul
-    assert FusedLinear([nn.Linear(8, 8, bias=False)], ["o_proj"], FAST).product is not mx.matmul
+def test_only_openblas_gets_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[mx.array] = []
+
+    def recorded(x: mx.array, rows: mx.array) -> mx.array:
+        used.append(x)
+        return openblas_product(x, rows)
+
+    monkeypatch.setattr("mlxqwen.model.linear.openblas_product", recorded)
+    monkeypatch.setattr("mlxqwen.model.linear._SMALL", 1)
+    for device in (CPU, GPU, replace(GPU, has_openblas=True), FAST):
+        linear = FusedLinear([nn.Linear(8, 8, bias=False)], ["o_proj"], device)
+        assert_close(linear(mx.eye(8)), linear.weight)
+        linear(mx.eye(8, dtype=mx.float16))
+        assert len(used) == (device is FAST)
 
 
 @pytest.mark.usefixtures("any_shape")

@@ -1,6 +1,7 @@
-"""Attention of many queries on a CPU: some heads and queries at a time, each core others.
+"""Attention on a CPU: some heads and queries at a time, each core others.
 
-MLX's attention has no kernel there: it multiplies head by head on one core, and most of its time goes into the softmax.
+MLX's attention has no kernel there: it multiplies head by head on one core. With OpenBLAS most of the time goes into
+the softmax, which is computed in powers. With MLX's own products its softmax is kept, and all numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlxqwen.cache.placement import Step
+from mlxqwen.device import Device
 from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.exponential import softmax
 
@@ -20,7 +22,7 @@ _UNSEEN = mx.finfo(mx.float32).min  # a query that sees nothing, as padding may,
 
 
 def attend_by_head(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: Step, scale: float, cores: int
+    queries: mx.array, keys: mx.array, values: mx.array, plan: Step, scale: float, device: Device
 ) -> mx.array:
     """Queries `[B, num_attention_heads, L, head_dim]` on keys and values `[B, num_key_value_heads, S, head_dim]`,
     evaluated.
@@ -29,13 +31,14 @@ def attend_by_head(
         queries, keys: rotated.
         plan: which slots each query may see.
         scale: of the scores.
-        cores: that may compute.
+        device: that computes.
     """
+    weights_of = softmax if device.multiplies_by_openblas else _precise_softmax
     B, heads, L, head_dim = queries.shape
     kv_heads, S = keys.shape[1:3]
     group = heads // kv_heads
     queries = (queries * scale).reshape(B, kv_heads, group, L, head_dim)
-    at_once = len(ranges(kv_heads, cores, 2 * queries.size * S))
+    at_once = len(ranges(kv_heads, device.cores, 2 * queries.size * S))
     length = min(L, max(_SMALLEST_BLOCK, _MOST_SCORES // (B * group * S)))
     together = min(-(-kv_heads // at_once), max(1, _MOST_SCORES // (B * group * S * length)))
     parts = [(start, plan.part(start, min(start + length, L))) for start in range(0, L, length)]
@@ -49,12 +52,16 @@ def attend_by_head(
                 if part.mask_array is not None:
                     by_query = scores.reshape(B, -1, group, part.length, scores.shape[-1])
                     scores = mx.where(part.mask_array[:, :, None], by_query, _UNSEEN).reshape(scores.shape)
-                mixed = softmax(scores) @ values[:, head, seen]
+                mixed = weights_of(scores) @ values[:, head, seen]
                 outputs.append(mixed.reshape(B, -1, part.length, head_dim))
         mx.eval(outputs[first:])  # MLX allocates what it has been asked for: all blocks at once, if it is let
     count = len(blocks) // len(parts)
     by_part = [mx.concatenate(outputs[first : first + count], axis=1) for first in range(0, len(outputs), count)]
     return mx.concatenate(by_part, axis=2)
+
+
+def _precise_softmax(scores: mx.array) -> mx.array:
+    return mx.softmax(scores, axis=-1, precise=True)
 
 
 def _grouped(queries: mx.array) -> mx.array:

@@ -17,6 +17,8 @@ __all__ = ["KVLayer"]
 _MOST_SCORES = 1 << 21
 _MOST_SCORES_ON_GPU = 1 << 23
 _SMALLEST_BLOCK = 16  # queries
+_MUCH = 1 << 21
+"""Multiplications of attention from which on it is computed by heads."""
 _NOTHING: tuple[Stored, Stored] = (), ()
 
 
@@ -29,6 +31,7 @@ class KVLayer:
         self.rope = rope
         self._device = current_device()
         self._is_plain = isinstance(storage, PlainStorage)
+        self._by_head = self._is_plain and self._device.attends_by_head
         self.keys: Stored = ()
         self.values: Stored = ()
         self.unstored = _NOTHING  # of the last step, if its plan stores later
@@ -64,16 +67,17 @@ class KVLayer:
             new, visible = plan.new_slots, plan.visible_slots
             all_keys[new], all_values[new] = keys, values
             self.unstored = _NOTHING
-            return mx.fast.scaled_dot_product_attention(
-                rotated, all_keys[visible], all_values[visible], scale=scale, mask=plan.mask
-            )
+            all_keys, all_values = all_keys[visible], all_values[visible]
+            if self._by_head and 2 * rotated.size * plan.visible >= _MUCH and rotated.dtype == mx.float32:
+                return attend_by_head(rotated, all_keys, all_values, plan, scale, self._device)
+            return mx.fast.scaled_dot_product_attention(rotated, all_keys, all_values, scale=scale, mask=plan.mask)
         new_keys, new_values = self.storage.encode(keys), self.storage.encode(values)
         self.keys, seen_keys = _store(self.keys, new_keys, plan)
         self.values, seen_values = _store(self.values, new_values, plan)
         self.unstored = (new_keys, new_values) if plan.stores_later else _NOTHING
         length = plan.length
-        if length > 1 and self._attends_by_head(rotated):
-            return attend_by_head(rotated, seen_keys[0], seen_values[0], plan, scale, self._device.cores)
+        if self._by_head and plan.sink_positions is None and self._is_much(rotated, plan):
+            return attend_by_head(rotated, seen_keys[0], seen_values[0], plan, scale, self._device)
         size = 1 if length == 1 else self._block(queries, seen_keys)
         if length <= size:
             return self._look(queries, rotated, seen_keys, seen_values, plan, rope, scale)
@@ -91,9 +95,12 @@ class KVLayer:
             mx.eval(outputs[:-1] if self._device.overlaps_steps else outputs)
         return mx.concatenate(outputs, axis=2)
 
-    def _attends_by_head(self, queries: mx.array) -> bool:
-        kernel = self._is_plain and self.plan.sink_positions is None
-        return kernel and self._device.attends_by_head and queries.dtype == mx.float32
+    def _is_much(self, queries: mx.array, plan: Step) -> bool:
+        """Whether attention of queries in float32 is worth more steps of MLX's; with OpenBLAS that of any prompt is."""
+        if queries.dtype != mx.float32:
+            return False
+        prompt = plan.length > 1 and self._device.multiplies_by_openblas
+        return prompt or 2 * queries.size * plan.visible >= _MUCH
 
     def _block(self, queries: mx.array, seen: Stored) -> int:
         """How many queries to look from at a time, so that their scores take little memory."""

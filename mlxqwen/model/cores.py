@@ -40,24 +40,22 @@ def ranges(size: int, cores: int, multiplications: int) -> list[slice]:
 
 
 class Shares:
-    """What each core multiplies by, of a matrix whose arrays have its outputs in one axis. No bytes are copied.
+    """What each core multiplies, of a matrix whose arrays have its outputs in the first axis. No bytes are copied.
 
     Args:
         cores: among how many.
-        axis: of the outputs.
         rows_at_once: rows that a matrix which is not packed is multiplied by in the time that reading it takes.
     """
 
-    def __init__(self, cores: int, axis: int = 0, rows_at_once: int = 1) -> None:
-        self.cores, self.axis, self.rows_at_once = cores, axis, rows_at_once
+    def __init__(self, cores: int, rows_at_once: int = 1) -> None:
+        self.cores, self.rows_at_once = cores, rows_at_once
 
     def product(self, product: Callable[..., mx.array], x: mx.array, *arrays: mx.array) -> mx.array:
         """`product(x, *arrays)`, `[..., in]` → `[..., out]`; by parts of the arrays where that is a gain.
 
         The arrays are cut in every call: parts that were kept would not see what is changed in place.
         """
-        size = arrays[0].shape[self.axis]
-        width = x.shape[-1]
+        size, width = len(arrays[0]), x.shape[-1]
         rows = x.size // width
         at_once = self.rows_at_once if len(arrays) == 1 else 1  # packed ones are multiplied row by row
         cuts = ranges(size, self.cores, width * size * max(1, rows // at_once))
@@ -65,12 +63,22 @@ class Shares:
             return product(x, *arrays)
         outputs = []
         for core, cut in enumerate(cuts):
-            part = (*[slice(None)] * self.axis, cut)
             with on_core(core):
-                outputs.append(product(x, *[array[part] for array in arrays]))
+                outputs.append(product(x, *[array[cut] for array in arrays]))
         return mx.concatenate(outputs, axis=-1)
 
+    def product_of_rows(self, x: mx.array, weight: mx.array) -> mx.array:
+        """`[..., in]` through `[in, out]`, a small matrix: each core reads it all, for some of the rows `[N, in]`."""
+        multiplications = weight.size * (len(x) // self.rows_at_once)
+        if x.ndim > 2 or multiplications < 2 * _LEAST:
+            return x @ weight
+        outputs = []
+        for core, cut in enumerate(ranges(len(x), self.cores, multiplications)):
+            with on_core(core):
+                outputs.append(x[cut] @ weight)
+        return mx.concatenate(outputs)
 
-def shares_of(device: Device, axis: int = 0) -> Shares | None:
-    """The shares of a matrix, whose outputs are in this axis; None where one core, or a GPU, computes all."""
-    return None if device.cores == 1 else Shares(device.cores, axis, 64 if device.multiplies_by_openblas else 1)
+
+def shares_of(device: Device) -> Shares | None:
+    """The shares of a matrix; None where one core, or a GPU, computes all."""
+    return None if device.cores == 1 else Shares(device.cores, 64 if device.multiplies_by_openblas else 1)

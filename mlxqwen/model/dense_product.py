@@ -9,23 +9,15 @@ it is not added to each weight.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import mlx.core as mx
 
-from mlxqwen.model.cores import on_core, ranges
+from mlxqwen.model.blocks import by_blocks
 from mlxqwen.model.openblas_product import openblas_product
 
 __all__ = ["Packed", "dense_product", "for_codes", "is_dense", "scaled_codes"]
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Affine-quantized weights as MLX packs them: codes, scales, biases."""
-
-_BLOCK = 1 << 20
-"""Numbers of a matrix that a core dequantizes at once, at most: 4 MiB. Larger blocks do not stay in its caches."""
-
-_TILES = 64
-"""Blocks begin at multiples of so many rows, where there are as many: see `openblas_product`."""
 
 _LEAST = 1 << 18
 """Multiplications of a product from which on its weights are dequantized: for fewer, MLX's steps take too long."""
@@ -41,9 +33,6 @@ def is_dense(rows: float, numbers: int, dense_from: int) -> bool:
 def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores: int = 1) -> mx.array:
     """Rows `[N, in]` through affine-quantized weights → `[N, out]`, evaluated.
 
-    Each core's block is there before the next ones are begun: MLX's CPU backend runs ahead, and would hold the
-    dequantized weights of many layers at once.
-
     Args:
         x: activations in float32.
         packed: `weight`, `[out, in * bits / 32]`, `scales` and `biases`, `[out, in / group_size]` in float32.
@@ -51,29 +40,13 @@ def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores
         cores: that may compute.
     """
     weight, scales, biases = packed
-    activations, rows = for_codes(x, bits), len(weight)
-    at_once = len(ranges(rows, cores, x.shape[0] * x.shape[1] * rows))
-    cuts = _cuts(rows, x.shape[1], at_once)
-    outputs: list[mx.array] = []
-    for first in range(0, len(cuts), at_once):
-        for core, cut in enumerate(cuts[first : first + at_once]):
-            with on_core(core):
-                codes = scaled_codes(weight[cut], scales[cut], group_size, bits)
-                outputs.append(openblas_product(activations, codes))
-        del codes  # else its memory is not used again
-        mx.eval(outputs[first:])
+    activations = for_codes(x, bits)
+
+    def product(cut: slice) -> mx.array:
+        return openblas_product(activations, scaled_codes(weight[cut], scales[cut], group_size, bits))
+
     sums = x.reshape(len(x), -1, group_size).sum(axis=-1)
-    return (outputs[0] if len(cuts) == 1 else mx.concatenate(outputs, axis=-1)) + sums @ biases.T
-
-
-def _cuts(rows: int, columns: int, at_once: int) -> list[slice]:
-    """Blocks of a matrix, `at_once` times a power of two of them: matrices of which one is twice as large as the other
-    then have blocks of one size, for which MLX uses the same memory again.
-    """
-    count = at_once << (-(-rows * columns // (_BLOCK * at_once)) - 1).bit_length()
-    step = _TILES if rows >= _TILES * count else 1
-    starts = [rows // step * number // count * step for number in range(count)]
-    return [slice(start, stop) for start, stop in pairwise([*starts, rows])]
+    return by_blocks(product, len(weight), x.shape[1], len(x), cores) + sums @ biases.T
 
 
 def scaled_codes(weight: mx.array, scales: mx.array, group_size: int, bits: int) -> mx.array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,12 @@ from mlxqwen.device import NEVER, Device
 from mlxqwen.model.cores import Shares, shares_of
 from mlxqwen.model.dense_product import Packed, dense_product, is_dense
 from mlxqwen.model.openblas_product import openblas_product
+from mlxqwen.model.turned_product import turned_product, turns
 
-__all__ = ["FusedLinear", "JoinedRows", "fuse_children", "quantized_product"]
+__all__ = ["FusedLinear", "JoinedRows", "PlainProduct", "fuse_children", "quantized_product"]
+
+_SMALL = 1 << 18
+"""Numbers of a matrix that stays in a core's caches: 1 MiB."""
 
 
 class JoinedRows(nn.Module):
@@ -56,25 +60,52 @@ class FusedLinear(JoinedRows):
     them, `[out, in * bits / 32]` with `scales` and `biases`.
     """
 
+    lies_turned = False
+
     def __init__(self, parts: Sequence[nn.Module], names: Sequence[str], device: Device) -> None:
         super().__init__(parts, names, device)
-        self.shares = shares_of(device, axis=0 if "scales" in self else 1)
-        self.product: Callable[[mx.array, mx.array], mx.array] = (
-            _by_columns if device.multiplies_by_openblas else mx.matmul
-        )
+        is_plain_on_cpu = "scales" not in self and not device.is_gpu
+        self.lies_turned = is_plain_on_cpu and self.weight.size <= _SMALL
+        self.shares = shares_of(device)
+        self.by_rows = PlainProduct(device) if is_plain_on_cpu and not self.lies_turned else None
 
     def __call__(self, x: mx.array) -> mx.array:
         if "scales" in self:
             packed = self["weight"], self["scales"], self["biases"]
             return quantized_product(x, packed, self.group_size, self.bits, self.dense_from, self.shares)
-        if self.shares is None:
-            return self.product(x, self["weight"])
-        return self.shares.product(self.product, x, self["weight"])
+        if self.by_rows is not None:
+            return self.by_rows(x, self["weight"].T)
+        return x @ self["weight"] if self.shares is None else self.shares.product_of_rows(x, self["weight"])
+
+    def turned(self, rows: mx.array) -> mx.array:
+        """See `JoinedRows`; a small matrix is copied: where it lies as it is held, it is multiplied by more quickly."""
+        turned = super().turned(rows)
+        if self.lies_turned:
+            turned = mx.contiguous(turned)
+            mx.eval(turned)
+        return turned
 
 
-def _by_columns(x: mx.array, weight: mx.array) -> mx.array:
-    """`[..., in]` through `[in, out]`, a matrix that is held turned → `[..., out]`, by OpenBLAS."""
-    return openblas_product(x, weight.T) if x.dtype == mx.float32 else x @ weight
+class PlainProduct:
+    """Multiplies by plain matrices whose rows lie one after another, in the way that is quickest on a CPU."""
+
+    def __init__(self, device: Device) -> None:
+        self._shares, self._has_openblas, self._cores = shares_of(device), device.multiplies_by_openblas, device.cores
+
+    def __call__(self, x: mx.array, rows: mx.array) -> mx.array:
+        """`[..., in]` through rows `[out, in]` → `[..., out]`."""
+        product = _by_rows
+        if x.dtype == mx.float32:
+            if self._has_openblas:
+                product = openblas_product
+            elif turns(x.size // x.shape[-1], rows):
+                outputs = turned_product(x.reshape(-1, x.shape[-1]), rows, self._cores)
+                return outputs.reshape(*x.shape[:-1], -1)
+        return product(x, rows) if self._shares is None else self._shares.product(product, x, rows)
+
+
+def _by_rows(x: mx.array, rows: mx.array) -> mx.array:
+    return x @ rows.T
 
 
 def quantized_product(

@@ -31,9 +31,8 @@ from mlxqwen.files.purpose import refuse_other_purpose
 from mlxqwen.files.tensor_names import is_rotary_buffer
 from mlxqwen.forks import check_process
 from mlxqwen.model.cores import shares_of
-from mlxqwen.model.linear import JoinedRows
+from mlxqwen.model.linear import JoinedRows, PlainProduct
 from mlxqwen.model.moe import QuantizedSwitchLinear, SwitchLinear
-from mlxqwen.model.openblas_product import openblas_product
 from mlxqwen.model.qwen3 import CompiledDecoder, Qwen3ForCausalLM
 from mlxqwen.model.reading import ParameterSource, WeightReader
 
@@ -241,10 +240,10 @@ def prepare_model(
         mx.clear_cache()
         if fused:
             if "scales" in model.head:
-                model.dense_from = device.dense_from(model.head.bits)
-            model.shares = shares_of(device)
-            if device.multiplies_by_openblas and model.dtype == mx.float32:
-                model.product = openblas_product
+                model.dense_from, model.shares = device.dense_from(model.head.bits), shares_of(device)
+            elif not device.is_gpu:
+                model.by_rows = PlainProduct(device)
+            model.model.begins_layers = device.begins_layers
         if fused and device.compiles_kernels:
             model.model.decoder = CompiledDecoder(model.model)
         return model

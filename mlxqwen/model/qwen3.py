@@ -22,7 +22,7 @@ from mlxqwen.forks import check_process
 from mlxqwen.model.attention import Attention, LayerCache, Rotation
 from mlxqwen.model.compiled import CompiledByForm
 from mlxqwen.model.cores import Shares
-from mlxqwen.model.linear import quantized_product
+from mlxqwen.model.linear import PlainProduct, quantized_product
 from mlxqwen.model.mlp import MLP
 from mlxqwen.model.moe import SparseMoeBlock
 from mlxqwen.model.packing import Packing
@@ -199,6 +199,7 @@ class Qwen3Model(nn.Module):
         self.layers = [DecoderLayer(config, layer, rope) for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.decoder: CompiledDecoder | None = None
+        self.begins_layers = False  # see `Device`
 
     def __call__(
         self,
@@ -232,6 +233,8 @@ class Qwen3Model(nn.Module):
             hidden = layer(hidden, B, layer_cache, packing=packing)
             if after_layer is not None:
                 after_layer(index, hidden)
+            if self.begins_layers and caches is not None:
+                mx.async_eval(hidden)
         last = mx.array([max(n, 1) - 1 for n in lengths or [L] * B], dtype=mx.int32) if last_only else None
         hidden = layers[-1](hidden, B, of_layers[-1], last, packing)
         return self.norm(hidden).reshape(B, -1, hidden.shape[-1])
@@ -249,11 +252,6 @@ def _check_tokens(tokens: object) -> None:
     )
 
 
-def _by_rows(x: mx.array, weight: mx.array) -> mx.array:
-    """`[..., in]` through rows `[out, in]` → `[..., out]`."""
-    return x @ weight.swapaxes(-1, -2)
-
-
 class Qwen3ForCausalLM(nn.Module):
     """Tokens `[B, L]` → logits `[B, L, vocab_size]` of the token that comes next."""
 
@@ -263,8 +261,8 @@ class Qwen3ForCausalLM(nn.Module):
         self.generation_config = generation_config or GenerationConfig()
         self.model = Qwen3Model(config)
         self.dense_from = NEVER  # of the head; see `Device`
-        self.shares: Shares | None = None  # of the head
-        self.product: Callable[[mx.array, mx.array], mx.array] = _by_rows  # with the head
+        self.shares: Shares | None = None  # of a quantized head
+        self.by_rows: PlainProduct | None = None  # with a plain head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -301,10 +299,8 @@ class Qwen3ForCausalLM(nn.Module):
             rows = hidden.reshape(-1, hidden.shape[-1]) if many else hidden
             logits = quantized_product(rows, packed, head.group_size, head.bits, self.dense_from, self.shares)
             return logits.reshape(*hidden.shape[:-1], -1) if many else logits
-        if self.shares is not None:
-            return self.shares.product(self.product, hidden, head["weight"])
-        if self.product is not _by_rows:
-            return self.product(hidden, head["weight"])
+        if self.by_rows is not None:
+            return self.by_rows(hidden, head["weight"])
         return head.as_linear(hidden) if self.config.tie_word_embeddings else head(hidden)
 
     @property
