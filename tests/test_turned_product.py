@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,7 +112,12 @@ def test_rows_are_dealt_out_among_cores_that_read_a_whole_matrix(
 ) -> None:
     used: list[int] = []
     on_core = cores.on_core
-    monkeypatch.setattr(cores, "on_core", lambda core: used.append(core) or on_core(core))
+
+    def recorded(core: int) -> AbstractContextManager[object]:
+        used.append(core)
+        return on_core(core)
+
+    monkeypatch.setattr(cores, "on_core", recorded)
     shares = cores.shares_of(replace(CPU, cores=3))
     assert shares is not None
     x = mx.random.normal((rows, 256), key=mx.random.key(1))
