@@ -59,6 +59,11 @@ class Device:
         """
         return checkpoint_dtype if self.is_gpu else mx.float32
 
+    @property
+    def gpu(self) -> mx.Device | None:
+        """Where MLX computes on the GPU; None without one."""
+        return mx.Device(mx.gpu) if self.is_gpu else None
+
     def keep_resident(self) -> None:
         """On a GPU, ask the system to keep as much memory wired as it recommends, so that weights are not paged out."""
         if self.is_gpu:

@@ -27,6 +27,7 @@ def test_mac_holds_its_working_set() -> None:
     assert device.compute_dtype(mx.bfloat16) == mx.bfloat16
     assert device.overlaps_steps
     assert device.compiles_kernels
+    assert device.gpu == mx.Device(mx.gpu)
 
 
 def test_cpu_leaves_a_tenth_and_computes_in_float32() -> None:
@@ -36,6 +37,7 @@ def test_cpu_leaves_a_tenth_and_computes_in_float32() -> None:
         assert device.compute_dtype(mx.bfloat16) == mx.float32
         assert not device.overlaps_steps
         assert not device.compiles_kernels
+        assert device.gpu is None
 
 
 @pytest.mark.parametrize(("limit", "memory"), [(None, 10 * GIB), (2 * GIB, 2 * GIB), (20 * GIB, 10 * GIB)])

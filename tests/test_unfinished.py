@@ -29,6 +29,7 @@ OPTIONS = st.builds(
     keep=st.lists(st.tuples(PRINTABLE, BITS)).map(tuple),
     quality=st.booleans(),
     strict=st.booleans(),
+    device=st.sampled_from(["cpu", "gpu"]),
 )
 
 
@@ -40,7 +41,7 @@ def test_the_command_line_reads_its_options_back(options: Options) -> None:
     numbers: dict[str, Any] = {
         name: read[name] and int(read[name]) for name in ("bits", "group_size", "lm_head_bits", "embed_bits")
     }
-    others = {name: read[name] for name in ("dtype", "keep", "quality", "strict")}
+    others = {name: read[name] for name in ("dtype", "keep", "quality", "strict", "device")}
     assert Options(**numbers, **others) == options
 
 
@@ -62,6 +63,8 @@ STRANGE: list[Any] = [
     {"bits": {}},
     {"dtype": "int8"},
     {"dtype": ["auto"]},
+    {"device": "tpu"},
+    {"device": ["cpu"]},
     {"quality": 1},
     {"strict": "yes"},
     {"keep": {"a": 8}},

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 import mlxqwen
+from mlxqwen.device import current_device
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.checkpoint import TensorInfo
@@ -43,7 +44,7 @@ from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.target_files import PARTIAL_SUFFIX, TargetFiles, unwritable
-from mlxqwen_convert.tasks import Allowance, Task, cores, run, tasks_of
+from mlxqwen_convert.tasks import Allowance, Task, computing_on, cores, run, tasks_of
 from mlxqwen_convert.upload import check_repo_id, require_token, upload
 from mlxqwen_convert.verification import ModuleError, check_errors
 
@@ -77,6 +78,7 @@ def convert(
     dry_run: bool = False,
     upload_repo: str | None = None,
     workers: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
     """Turn a Qwen3 checkpoint into a folder that MLX's loaders read.
@@ -102,6 +104,8 @@ def convert(
             refused for, such as an output that exists already; all that is in its way is a note.
         upload_repo: a hub id to push the finished folder to.
         workers: threads; by default one for each core.
+        device: "cpu" or "gpu", where MLX then computes. Another device may round otherwise: codes near the middle
+            between two, and scales that `quality` finds, can differ.
         progress: see `Progress`.
 
     Raises:
@@ -110,7 +114,8 @@ def convert(
     check_process()
     started = time.perf_counter()
     globs = tuple(keep.items()) if isinstance(keep, Mapping) else tuple(keep)
-    options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict)
+    options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict, device)
+    computing = _computing_device(options)
     if upload_repo is not None:
         check_repo_id(upload_repo)
         require_token(upload_repo)
@@ -141,7 +146,9 @@ def convert(
         plan = make_plan(folder, options)
         if not ignore_adapter:
             refuse_adapter(folder)
-        job = _Job(plan, files, target, None if local.is_dir() else str(source), workers, progress or _silent)
+        job = _Job(
+            plan, files, target, None if local.is_dir() else str(source), workers, computing, progress or _silent
+        )
         report = job.run(verify_it=verify, resume=resume, started=started)
     finally:
         files.close()
@@ -175,6 +182,19 @@ def _planned(
         return replace(report, refusal=obstacles[0].problem, hint=obstacles[0].hint) if obstacles else report
     finally:
         files.close()
+
+
+def _computing_device(options: Options) -> mx.Device:
+    """Raises `OptionError` for a GPU where there is none."""
+    gpu = current_device().gpu
+    if options.device == "cpu":
+        return mx.Device(mx.cpu)
+    if gpu is None:
+        raise OptionError(
+            "device: found gpu, expected cpu: MLX has no GPU here",
+            hint="Leave it out: the processor converts on all its cores.",
+        )
+    return gpu
 
 
 def _path(given: str | os.PathLike[str]) -> Path:
@@ -234,6 +254,7 @@ class _Job:
     output: Path
     hub_id: str | None
     workers: int
+    device: mx.Device
     progress: Progress
 
     def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
@@ -292,7 +313,8 @@ class _Job:
             def check(task: Task) -> None:
                 check_on_disk(plan, task, target, written[task].digest)
 
-            self._run("converting", write, note)
+            with computing_on(self.device):
+                self._run("converting", write, note)
             target.flush()
             if not verify_it:
                 return None

@@ -56,6 +56,8 @@ def _how(plan: Plan) -> list[str]:
     lines = [text for method, text in described.items() if method in methods]
     if plan.options.quality and "quantize" in methods:
         lines.append("Scale and bias of each group were searched for the least squared error.")
+    if plan.options.device == "gpu" and "quantize" in methods:
+        lines.append("That was computed on a GPU, which may round otherwise than a processor does.")
     lines.append(f"Scales, biases and unquantized weights are {plan.dtype}.")
     return lines
 

@@ -121,8 +121,10 @@ def write_task(
 
 def numpy_target(plan: Plan, planned: PlannedModule, part: int) -> AffineQuantization | None:
     """The target of a matrix that NumPy quantizes, BF16 or FP8 to nearest codes with BF16 scales; else None."""
-    target, reader = planned.target, planned.readers[part]
-    if target is None or target.bits not in _NUMPY_BITS or plan.dtype != "BF16" or plan.options.quality:
+    target, reader, options = planned.target, planned.readers[part], plan.options
+    if target is None or target.bits not in _NUMPY_BITS or plan.dtype != "BF16":
+        return None
+    if options.quality or options.device == "gpu":
         return None
     if isinstance(reader, Fp8Reader):
         return target if reader.has_scales_of_groups(target.group_size) else None

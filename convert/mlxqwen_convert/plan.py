@@ -52,6 +52,7 @@ class Options:
     keep: tuple[tuple[str, int], ...] = ()
     quality: bool = False
     strict: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         asked = [("bits", self.bits), ("lm_head_bits", self.lm_head_bits), ("embed_bits", self.embed_bits)]
@@ -69,6 +70,8 @@ class Options:
             raise OptionError(f"group_size: found {self.group_size}, expected 32, 64 or 128")
         if self.dtype not in ("auto", *DTYPES):
             raise OptionError(f"dtype: found {self.dtype}, expected auto, {', '.join(DTYPES)}")
+        if self.device not in ("cpu", "gpu"):
+            raise OptionError(f"device: found {self.device!r}, expected cpu or gpu")
 
 
 @dataclass(frozen=True, slots=True)

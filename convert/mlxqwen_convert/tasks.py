@@ -16,7 +16,8 @@ from mlxqwen.device import usable_cores
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import AwqReader, GptqReader, PackedReader, Reader
 
-__all__ = ["Allowance", "Task", "chunks_of", "cores", "is_read_by_columns", "run", "smallest_chunk", "tasks_of"]
+__all__ = ["Allowance", "Task", "chunks_of", "computing_on", "cores", "is_read_by_columns", "run", "smallest_chunk"]
+__all__ += ["tasks_of"]
 
 # Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
 # too many tasks to remember.
@@ -28,6 +29,8 @@ ROW_STEP = 32
 _WORD_ROWS = 8
 # With more, chunks become so small that weights of FP8, AWQ and GPTQ take as much longer as there are threads more.
 MAX_WORKERS = 16
+
+_DEFAULT_DEVICE = threading.Lock()
 
 T = TypeVar("T")
 
@@ -105,8 +108,24 @@ class Allowance:
                 self._changed.notify()
 
 
+@contextmanager
+def computing_on(device: mx.Device) -> Iterator[None]:
+    """Meanwhile MLX computes on `device`, whichever thread asks; who wants another device then waits.
+
+    MLX has one default device for all threads. `mx.stream` sets it, too, and sets it back to what the thread found:
+    workers that used it would end at different times, and leave behind the device of each other.
+    """
+    with _DEFAULT_DEVICE:
+        before = mx.default_device()
+        mx.set_default_device(device)
+        try:
+            yield
+        finally:
+            mx.set_default_device(before)
+
+
 def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Callable[[Task, T], None]) -> None:
-    """Do `work` on every task, a thread for each worker and a stream of MLX's for each thread.
+    """Do `work` on every task, a thread for each worker. MLX has a default stream for each of them.
 
     `done` is called with each task and its result, by one thread at a time. The first error ends it all and is raised
     here, as is a KeyboardInterrupt; either way no worker is left running.
@@ -117,15 +136,14 @@ def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Ca
 
     def loop() -> None:
         try:
-            with mx.stream(mx.new_stream(mx.cpu)):
-                while not stop.is_set():
-                    with lock:
-                        task = next(tasks, None)
-                    if task is None:
-                        return
-                    result = work(task)
-                    with lock:
-                        done(task, result)
+            while not stop.is_set():
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                result = work(task)
+                with lock:
+                    done(task, result)
         except BaseException as failure:  # carried over to the caller's thread
             failures.append(failure)
             stop.set()

@@ -114,6 +114,13 @@ _option = partial(spelled_option, "Options")
     help='Other bits for some modules, such as "*.down_proj=8"; of several that match one, the last counts.',
 )
 @_option("--quality", is_flag=True, help="Search for better scales; several times slower.")
+@_option(
+    "--device",
+    type=click.Choice(["cpu", "gpu"]),
+    default="cpu",
+    show_default=True,
+    help="Where to compute; a GPU may round otherwise than a processor does.",
+)
 @_option("--strict", is_flag=True, help="Refuse what groups do not divide, instead of leaving it unquantized.")
 @_option("--ignore-adapter", is_flag=True, help="Leave out an adapter that lies beside the weights.")
 @_option("--verify/--no-verify", default=True, show_default=True, help="Read everything back and compare.")

@@ -22,7 +22,9 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
     "lm_head_bits": _BITS,
     "embed_bits": _BITS,
+    "device": ("gpu",),
 }
+_DEFAULTS = {"dtype": "auto", "device": "cpu"}
 _FLAGS = ("quality", "strict")
 
 
@@ -52,7 +54,7 @@ def words_of_options(options: object) -> str | None:
     words: list[str] = []
     for name, choices in _CHOICES.items():
         value = options.get(name)
-        if value is None or (name, value) == ("dtype", "auto"):
+        if value is None or value == _DEFAULTS.get(name):
             continue
         if type(value) is not type(choices[0]) or value not in choices:
             return None
