@@ -48,6 +48,7 @@ def _run() -> int:
         import click
 
         from mlxqwen.cli.commands import mlxqwen
+        from mlxqwen.cli.spellings import usage_message
         from mlxqwen.cli.streams import name_streams, open_missing_streams
         from mlxqwen.cli.terminal import print_error
         from mlxqwen.errors import MlxqwenError
@@ -68,8 +69,7 @@ def _run() -> int:
         takes_prompt = error.ctx is not None and any(param.name == "prompt" for param in error.ctx.command.params)
         dash = isinstance(error, click.NoSuchOption) and takes_prompt
         way_out = " Put -- before a prompt that begins with a dash." if dash else ""
-        # click puts each choice on a line of its own.
-        print_error(error.format_message().replace("\n\t", " "), f"Try '{command} --help'.{way_out}")
+        print_error(usage_message(error), f"Try '{command} --help'.{way_out}")
         return error.exit_code
     except click.ClickException as error:
         print_error(error.format_message())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+from mlxqwen.cli.nearest import nearest
 from mlxqwen.errors import OptionError
 
 __all__ = ["ALIASES", "COMMANDS", "HELP", "HELP_INDENT", "ChatCommand", "Message", "parse_line"]
@@ -90,6 +90,6 @@ def parse_line(text: str) -> Message | ChatCommand | None:
 
 
 def _way_out(name: str) -> str:
-    close = get_close_matches(name, [*COMMANDS, *ALIASES], n=1) if len(name) > 1 else []
+    close = nearest(name, [*COMMANDS, *ALIASES]) if len(name) > 1 else []
     guess = f"Did you mean {close[0]}? " if close else "/help lists all. "
     return f"{guess}To send it to the model, begin with //."

@@ -62,10 +62,10 @@ class LazyGroup(click.Group):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            from difflib import get_close_matches
+            from mlxqwen.cli.nearest import nearest
 
             option = error.option_name
-            if get_close_matches(option, ("--help", "--version"), cutoff=0.8):
+            if nearest(option, ("--help", "--version")):
                 raise
             raise click.UsageError(
                 f"No such option {option!r} before a command: a command's options stand behind it, as in "
@@ -129,10 +129,11 @@ _OTHERWISE = {
 
 def _way(word: str) -> str:
     """Where to go from a word that is no command: a similar one, or what a model or a text is given to."""
-    from difflib import get_close_matches
     from shlex import quote
 
-    meant = get_close_matches(word, _COMMANDS, n=1)
+    from mlxqwen.cli.nearest import nearest
+
+    meant = nearest(word, _COMMANDS)
     if word in _OTHERWISE:
         return _OTHERWISE[word]
     if word in _ELSEWHERE or meant:

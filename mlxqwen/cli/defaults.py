@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mlxqwen.cli.nearest import nearest
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
 
 __all__ = ["config_path", "defaults_named", "give_way", "read_defaults", "told_defaults"]
 
 _MOST_BYTES = 2**16
 _MODEL_VARIABLE = "MLXQWEN_MODEL"
+_MOST_SHOWN = 8  # of the keys that there are
 # What is asked, what is trusted and where results go is said each time.
 _NOT_SETTABLE = {
     *(
@@ -74,17 +76,18 @@ def read_defaults(name: str, commands: Collection[str], find: Callable[[str], cl
     """
     path, command, chosen = config_path(), find(name), {}
     values = _read(path)
+    everywhere = [command, find("generate"), find("chat")]
     for key, value in values.items():
         if isinstance(value, dict):
             if key not in commands:
-                raise _unknown(path, f"[{key}]", {f"[{name}]": f"[{name}]" for name in commands})
-        elif not any(_parameter(one, key) for one in (command, find("generate"), find("chat"))):
-            raise _unknown(path, key, _settable(find("generate")))
+                raise _unknown_table(path, key, commands)
+        elif not any(_parameter(one, key) for one in everywhere):
+            raise _unknown(path, key, everywhere[1:], {one: find(one) for one in commands})
         else:
             chosen[key] = value
     for key, value in values.get(name, {}).items():
         if _parameter(command, key) is None:
-            raise _unknown(path, key, _settable(command), table=f" in [{name}]")
+            raise _unknown(path, key, [command], {one: find(one) for one in commands}, table=f" in [{name}]")
         chosen[key] = value
     defaults = {}
     for key, value in chosen.items():
@@ -109,21 +112,56 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if len(data) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # some systems begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise OptionError(
+            f"{path}: not TOML: found byte {data[error.start]:#04x} in line {line}, expected UTF-8 text",
+            hint="Save it as UTF-8.",
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{path}: not TOML: {error}", hint='A line is such as model = "qwen3:4b".') from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise OptionError(f"{path}: not TOML: {reason}", hint='A line is such as model = "qwen3:4b".') from None
 
 
-def _unknown(path: Path, found: str, known: Mapping[str, str], *, table: str = "") -> OptionError:
-    from difflib import get_close_matches
+def _unknown_table(path: Path, found: str, commands: Collection[str]) -> OptionError:
+    near = nearest(found, commands)
+    hint = f"Did you mean [{near[0]}]?" if near else f"A table has the name of a command: {_some(commands)}."
+    return OptionError(f"{path}: found [{found}], which is no command", hint=hint)
 
-    meant = get_close_matches(found.replace("_", "-"), known, n=1)
-    if meant:
-        return OptionError(
-            f"{path}: found {found}{table}, which is no setting", hint=f"Did you mean {known[meant[0]]}?"
-        )
-    expected = ", ".join(sorted({*known.values()}))
-    return OptionError(f"{path}: found {found}{table}, expected one of {expected}", hint="Correct or remove it.")
+
+def _unknown(
+    path: Path, found: str, expected: Sequence[click.Command], commands: Mapping[str, click.Command], *, table: str = ""
+) -> OptionError:
+    """The error for a key that is none where it stands.
+
+    Args:
+        path: of the file.
+        found: the key.
+        expected: commands whose options are keys there.
+        commands: all of them.
+        table: where it stands, in words.
+    """
+    problem = f"{path}: found {found}{table}, which is no setting"
+    wanted = found.replace("_", "-")
+    known = {name: key for command in expected for name, key in _settable(command).items()}
+    owners = [name for name, command in commands.items() if _parameter(command, wanted) is not None]
+    if owners and wanted not in known:
+        tables = " or ".join(f"[{name}]" for name in owners)
+        return OptionError(f"{problem} there", hint=f"It is a setting of {_some(owners)}: put it below {tables}.")
+    if param := next((one for command in commands.values() for one in command.params if _key(one) == wanted), None):
+        way = f", or by {param.envvar}" if param.envvar else ""
+        return OptionError(f"{problem}: it is given each time{way}", hint="Remove it.")
+    if near := nearest(wanted, known):
+        return OptionError(problem, hint=f"Did you mean {known[near[0]]}?")
+    listed = _some(dict.fromkeys(known.values()))
+    return OptionError(f"{path}: found {found}{table}, expected one of {listed}", hint="Correct or remove it.")
+
+
+def _some(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _MOST_SHOWN
+    return f"{', '.join(list(names)[:_MOST_SHOWN])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _check_kind(path: Path, key: str, value: object, parameter: click.Parameter) -> None:
@@ -230,6 +268,8 @@ def _source_of_problem(ctx: click.Context, error: MlxqwenError) -> str | None:
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
         is_subject = param.name == "model" and value and (isinstance(error, HubError) or subject == value)
+        if param.name == "models":  # each is NAME=MODEL, or MODEL
+            is_subject = subject.strip("'") in {word for one in value or () for word in (one, *one.partition("="))}
         if is_subject and (source := _source(ctx, param)) is not None:
             return source
     return None

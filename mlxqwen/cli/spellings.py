@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mlxqwen.cli.defaults import defaults_named, give_way
+from mlxqwen.cli.nearest import nearest
 
 __all__ = [
     "DtypeChoice",
@@ -19,8 +20,10 @@ __all__ = [
     "SpelledCommand",
     "SpelledOption",
     "spelled_option",
+    "usage_message",
 ]
 
+_MOST_SUGGESTED = 3
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 
@@ -43,13 +46,13 @@ class SpelledOption(click.Option):
     ) -> None:
         super().__init__(*arguments, **options)
         self.also = (*also, *also_off)
+        self.also_on, self.also_off = list(also), list(also_off)
         self.group = group
-        self._also_on, self._also_off = list(also), list(also_off)
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         """Let the parser know all names."""
         on, off = self.opts, self.secondary_opts
-        self.opts, self.secondary_opts = on + self._also_on, off + self._also_off
+        self.opts, self.secondary_opts = on + self.also_on, off + self.also_off
         try:
             super().add_to_parser(parser, ctx)
         finally:
@@ -118,18 +121,13 @@ class ModelCommand(SettableCommand):
 
 
 class SpelledCommand(SettableCommand):
-    """A command with its options in groups, whose suggestions are the names that its help shows."""
+    """A command with its options in groups."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; an option that does not exist is told with those that are spelled alike."""
-        try:
-            rest = super().parse_args(ctx, args)
-            give_way(ctx)
-            return rest
-        except click.NoSuchOption as error:
-            known = {name: _shown(option) for option in self.params for name in _names(option)}
-            meant = sorted({known.get(name, name) for name in error.possibilities or ()})
-            raise click.NoSuchOption(error.option_name, possibilities=meant, ctx=ctx) from None
+        """Parse; defaults that contradict what was typed are left out."""
+        rest = super().parse_args(ctx, args)
+        give_way(ctx)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """A section of the help for each group, in the order of their first options; the last has what is left."""
@@ -147,11 +145,24 @@ class SpelledCommand(SettableCommand):
                 formatter.write_dl(records)
 
 
-def _names(option: click.Parameter) -> list[str]:
-    also = option.also if isinstance(option, SpelledOption) else ()
-    return [*option.opts, *option.secondary_opts, *also]
+def usage_message(error: click.UsageError) -> str:
+    """What a usage error says; of an option that does not exist, with those that may have been meant."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        # click puts each choice on a line of its own.
+        return error.format_message().replace("\n\t", " ")
+    known: dict[str, str] = {}
+    for param in error.ctx.command.get_params(error.ctx):
+        if isinstance(param, click.Option):
+            known |= _names(param)
+    shown = list(dict.fromkeys(known[name] for name in nearest(error.option_name, known)))[:_MOST_SUGGESTED]
+    message = f"No such option {error.option_name!r}."
+    return f"{message} Did you mean {' or '.join(map(repr, shown))}?" if shown else message
 
 
-def _shown(option: click.Parameter) -> str:
-    """The name of an option that stands in the help: its long one."""
-    return max(option.opts, key=len)
+def _names(option: click.Option) -> dict[str, str]:
+    """The long names of an option → those that its help shows."""
+    names = {name: name for name in (*option.opts, *option.secondary_opts)}
+    if isinstance(option, SpelledOption):
+        names |= {name: max(option.opts, key=len) for name in option.also_on}
+        names |= {name: max(option.secondary_opts, key=len) for name in option.also_off}
+    return {name: shown for name, shown in names.items() if name.startswith("--")}
