@@ -128,6 +128,13 @@ def test_only_the_files_touch_weight_files() -> None:
                 assert node.attr not in {"load", "save", "savez", "save_safetensors", "save_gguf"}, str(module)
 
 
+def test_no_thread_sets_the_default_device_of_all_others() -> None:
+    """`mx.stream` does, for as long as it lasts; cores are shared where MLX has the processor alone."""
+    sources = [*MODULES, *(PACKAGE.parent / "convert" / "mlxqwen_convert").rglob("*.py")]
+    setters = {path.name for path in sources if re.search(r"\bmx\.stream\(", path.read_text())}
+    assert setters == {"cores.py"}
+
+
 def test_every_module_has_the_names_it_lists() -> None:
     for module in MODULES:
         name = ".".join(("mlxqwen", *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")

@@ -182,10 +182,10 @@ class _PieceReader:
         for piece in pieces:
             self._files.read_into(passing[filled : filled + piece.nbytes], piece.tensor, piece.start)
             filled += piece.nbytes
-        with mx.stream(mx.cpu):
-            stored = self._passing[:filled].view(_dtype_of(pieces[0].tensor))
-            converted = stored.astype(self._dtype).view(_writable(self._dtype))
-            mx.eval(converted)
+        # Each step is sent to the processor: `mx.stream` would set the default device of all threads.
+        stored = mx.as_strided(self._passing, (filled,), stream=mx.cpu).view(_dtype_of(pieces[0].tensor), stream=mx.cpu)
+        converted = stored.astype(self._dtype, stream=mx.cpu).view(_writable(self._dtype), stream=mx.cpu)
+        mx.eval(converted)
         numbers, copied = _bytes_of(converted), 0
         for piece in pieces:
             piece.memory[:] = numbers[copied : copied + len(piece.memory)]
