@@ -55,6 +55,24 @@ def test_what_is_piped_is_the_context_of_the_prompt(asked: Asked, tmp_path: Path
     assert asked("--messages", "-", "c", stdin=(tmp_path / "open").read_bytes()) == "c"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["-"], "the prompt"),
+        (["Review this:", "-"], "the prompt"),
+        (["--messages", "-"], "the messages, as JSON"),
+        (["--tools", "-", "a"], "the tools, as JSON"),
+        (["--json-schema", "-", "a"], "the schema, as JSON"),
+        (["--batch", "-", "--output", "/dev/null/x"], "prompts, a line of JSON each"),
+    ],
+)
+def test_a_terminal_is_told_that_it_is_waited_for(arguments: list[str], what: str) -> None:
+    note = f"note: type {what}; Ctrl-D on an empty line ends it\n"
+    assert run("generate", *arguments, stdin=None).err.startswith(note)
+    assert "note: " not in run("generate", *arguments, stdin=b"").err
+    assert "note: " not in run("generate", *arguments, "--quiet", stdin=None).err
+
+
 def test_a_dash_is_where_it_stands(asked: Asked) -> None:
     stdin = b"one\ntwo\n"
     assert asked("-", stdin=stdin) == asked(stdin=stdin) == "one\ntwo"

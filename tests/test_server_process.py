@@ -21,6 +21,7 @@ import pytest
 from mlxqwen.engine.engine import Engine
 from mlxqwen.files.hub import DEMO_FOLDER
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.server.settings import ServerSettings
 from mlxqwen.text.tokenizer import Tokenizer
 from tests.asgi_calls import events_of
 from tests.command_line import run
@@ -284,6 +285,19 @@ def test_options_that_cannot_be() -> None:
     too_long = run("serve", "--max-model-len", "100000", "--port", "0")
     assert "--max-model-len: found 100,000, but the model's context is" in too_long.err
     assert too_long.status == 1
+
+
+def test_a_limit_that_no_chat_prompt_fits_is_refused() -> None:
+    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
+    shortest = len(tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True))
+    told = f"--max-model-len: found {shortest}, but the shortest chat prompt of the model takes {shortest} tokens"
+    for names in ([], ["-m", f"a={DEMO_FOLDER}", "-m", f"b={DEMO_FOLDER}"]):
+        result = run("serve", "--port", "0", *names, "--max-model-len", str(shortest))
+        assert result.status == 1
+        assert told in result.err
+    ServerSettings(max_model_len=shortest + 1).check_holds_prompts(tokenizer)
+    tokenizer.chat_templates.clear()  # texts may be shorter
+    ServerSettings(max_model_len=1).check_holds_prompts(tokenizer)
 
 
 def test_a_model_that_cannot_be_loaded_is_told_in_two_lines(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "prepare_for",
     "render_prompt",
     "said_of_extending",
+    "shortest_prompt",
 ]
 
 _BY_REQUEST = 'extend the context (--yarn auto or --yarn-factor; in Python load(yarn="auto") or load(yarn_factor=…)), '
@@ -232,6 +233,14 @@ def least_tokens(tokenizer: Tokenizer, messages: Messages, *, trust_special_toke
     """A lower bound of the length of the prompt for `messages`, computed without encoding it."""
     kept = without_old_reasoning(messages, trust_special_tokens=trust_special_tokens)
     return tokenizer.least_tokens("".join((message["content"] or "").strip() for message in kept))
+
+
+def shortest_prompt(tokenizer: Tokenizer) -> int | None:
+    """The tokens of a prompt that asks one letter; None where no conversation can be rendered."""
+    try:
+        return len(render_prompt(tokenizer, [{"role": "user", "content": "a"}]))
+    except MlxqwenError:
+        return None
 
 
 def asks_for_thought(

@@ -74,14 +74,14 @@ def generate_batch(options: Mapping[str, Any]) -> int:
     if source != "-" and output.exists() and output.samefile(source):
         raise OptionError(f"{output}: found as --batch and --output, expected two files")
     requests = parse_requests(
-        read_text(source, max_bytes=MAX_BATCH_BYTES),
+        read_text(source, what="prompts, a line of JSON each", max_bytes=MAX_BATCH_BYTES),
         source_name(source),
         system=options["system"],
         thinking=options["thinking"],
     )
     tools = None
     if options["tools"] is not None:
-        tools = parse_tools(read_text(options["tools"]), source_name(options["tools"]))
+        tools = parse_tools(read_text(options["tools"], what="the tools, as JSON"), source_name(options["tools"]))
         requests = [request.with_default_tools(tools) for request in requests]
     form = read_form(options)
     with AnswerFile(output, requests, _shape(options, tools, form)) as answers:

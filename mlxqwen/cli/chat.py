@@ -140,7 +140,10 @@ def _with_files(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["messages"] is not None:
         read_conversation(Path(options["messages"]))
     tools = options["tools"]
-    return {**options, "tools": None if tools is None else list(parse_tools(read_text(tools), tools))}
+    return {
+        **options,
+        "tools": None if tools is None else list(parse_tools(read_text(tools, what="the tools, as JSON"), tools)),
+    }
 
 
 def _run(engine: Engine, options: Mapping[str, Any]) -> int:

@@ -170,11 +170,13 @@ def _read_conversation(options: Mapping[str, Any], words: PromptWords) -> Messag
     messages, tools = options["messages"], options["tools"]
     conversation = MessagesWithTools(())
     if messages is not None:
-        conversation = parse_conversation(read_text(messages), source_name(messages))
+        conversation = parse_conversation(read_text(messages, what="the messages, as JSON"), source_name(messages))
     if messages is None or options["prompt"] is not None or options["prompt_file"] is not None:
         conversation = conversation.with_user(_read_text(options, words))
     if tools is not None:
-        conversation = conversation.with_tools(parse_tools(read_text(tools), source_name(tools)))
+        conversation = conversation.with_tools(
+            parse_tools(read_text(tools, what="the tools, as JSON"), source_name(tools))
+        )
     return conversation.with_system(options["system"])
 
 

@@ -140,7 +140,7 @@ def read_form(options: Mapping[str, Any]) -> AnswerFormat | None:
     with leave_at_once():
         from mlxqwen.chat.request_files.schema_file import parse_schema
 
-    return parse_schema(read_text(options["json_schema"]), _schema_name(options))
+    return parse_schema(read_text(options["json_schema"], what="the schema, as JSON"), _schema_name(options))
 
 
 def _schema_name(options: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def read_context() -> str:
     """
     if not _has_arrived():
         return ""
-    text = read_text("-").removesuffix("\n")
+    text = read_text("-", what="the context").removesuffix("\n")
     return text if text.strip() else ""
 
 

@@ -90,6 +90,7 @@ def _naming(typed: str | None, *, several: bool) -> Iterator[None]:
 def _source(
     name: str | None, model: str | None, options: Mapping[str, Any], settings: ServerSettings, *, is_alone: bool
 ) -> ModelSource:
+    from mlxqwen.engine.loading import read_fitting_tokenizer
     from mlxqwen.server.leases import ModelSource
 
     place = located(model, options["revision"])
@@ -111,6 +112,7 @@ def _source(
         fetched.clear()  # a load that is put off comes again
         with options_named():
             settings.context(engine.model.config)
+            settings.check_holds_prompts(engine.tokenizer)
         return engine
 
     context = None
@@ -123,6 +125,9 @@ def _source(
                 context = settings.context(read_model_config(folder, chosen))
             if is_whole and not is_alone:  # what is alone is loaded before the server listens
                 check_model_files(folder, chosen)
+                if settings.max_model_len is not None:
+                    with options_named():
+                        settings.check_holds_prompts(read_fitting_tokenizer(folder))
     return ModelSource(
         name=_checked(name or options["served_model_name"], model),
         load=load,

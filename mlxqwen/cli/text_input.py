@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mlxqwen.files.json_file import find_lone_surrogate
 __all__ = ["check_unicode", "read_prompt", "read_text", "source_name"]
 
 MAX_PROMPT_BYTES = 64 * 1024 * 1024
+
+logger = logging.getLogger("mlxqwen")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None, *, raw: bool) -> str:
@@ -34,7 +37,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, *, raw: bool) -> s
     if prompt is not None and prompt != "-":
         text = prompt
     else:
-        text = read_text("-" if prompt_file is None else str(prompt_file))
+        text = read_text("-" if prompt_file is None else str(prompt_file), what="the prompt")
         text = text if raw else text.removesuffix("\n")
     if not text.strip():
         raise OptionError("prompt: found no text, expected a question", hint='For example: mlxqwen generate "Hello"')
@@ -56,9 +59,20 @@ def source_name(path: str) -> str:
     return "standard input" if path == "-" else path
 
 
-def read_text(path: str, *, max_bytes: int = MAX_PROMPT_BYTES) -> str:
-    """The text of a file, or of standard input for "-". Raises `OptionError`: not UTF-8, or too large."""
+def read_text(path: str, *, what: str, max_bytes: int = MAX_PROMPT_BYTES) -> str:
+    """The text of a file, or of standard input for "-"; a user at a terminal is told that it is waited for.
+
+    Args:
+        path: of the file.
+        what: is in it, in words.
+        max_bytes: the most that is read.
+
+    Raises:
+        OptionError: not UTF-8, or too large.
+    """
     if path == "-":
+        if sys.stdin.isatty():
+            logger.warning("type %s; Ctrl-D on an empty line ends it", what)
         return _decode(source_name(path), sys.stdin.buffer.read(max_bytes + 1), max_bytes)
     with open(path, "rb") as file:
         return _decode(path, file.read(max_bytes + 1), max_bytes)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlxqwen.checks import check_integer, check_number
 from mlxqwen.errors import OptionError
 from mlxqwen.files.config import ModelConfig
+
+if TYPE_CHECKING:
+    from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = ["MOST_CHOICES", "ReasoningField", "ServerSettings", "is_loopback"]
 
@@ -114,6 +117,20 @@ class ServerSettings:
                 hint=f"Slide over it with --max-kv-size, {extend}or ask for less.",
             )
         return min(room, self.max_model_len or room)
+
+    def check_holds_prompts(self, tokenizer: Tokenizer) -> None:
+        """Raise `OptionError` for a `max_model_len` that no chat prompt of a model would leave an answer's token."""
+        if self.max_model_len is None:
+            return
+        from mlxqwen.chat.prompts import shortest_prompt
+
+        shortest = shortest_prompt(tokenizer)
+        if shortest is not None and self.max_model_len <= shortest:
+            raise OptionError(
+                f"max_model_len: found {self.max_model_len:,}, but the shortest chat prompt of the model takes "
+                f"{shortest:,} tokens",
+                hint=f"Give more than {shortest:,}, by as many as questions and answers need, or leave it out.",
+            )
 
 
 def is_loopback(host: str) -> bool:
