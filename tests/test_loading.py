@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -26,11 +27,11 @@ from mlxqwen.errors import (
     OptionError,
     UnsupportedFormatError,
 )
-from mlxqwen.files.checkpoint import Checkpoint
+from mlxqwen.files.checkpoint import Checkpoint, read_header
 from mlxqwen.files.config import AffineQuantization, ModelConfig, Quantization
 from mlxqwen.model import loading
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
-from mlxqwen.model.loading import load_model, parse_dtype
+from mlxqwen.model.loading import load_model, parse_dtype, prepare_model
 from mlxqwen.model.moe import QuantizedSwitchLinear
 from tests.checkpoint_arrays import arrays_of
 from tests.sparse_checkpoints import RELEASES, write_sparse
@@ -481,6 +482,25 @@ def test_loading_holds_little_more_than_the_model(tmp_path: Path, is_gpu: bool, 
 
 MAC = Device("Apple M4", True, 16 << 30, 12 << 30)
 WEIGHT_BYTES = 2 * sum(int(np.prod(shape)) for shape in published_shapes(DENSE).values())
+
+
+def test_headers_are_read_once_for_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config asks what the weights are, too. Afterwards nothing is kept: files may change."""
+    section = {"group_size": 32, "bits": 4}
+    folder = write_folder(tmp_path, {**DENSE, "quantization": section}, make_weights(DENSE))
+    files: list[str] = []
+
+    def recorded(path: Path) -> Any:
+        files.append(path.name)
+        return read_header(path)
+
+    monkeypatch.setattr("mlxqwen.files.checkpoint.folder.read_header", recorded)
+    for look in (prepare_model, measure, load_model):
+        look(folder)
+        assert len(files) == len(set(files)) > 0
+        files.clear()
+        stat = (folder / "model.safetensors").stat()
+        os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
 
 
 def test_weights_that_do_not_fit_are_refused_unless_forced(tmp_path: Path) -> None:

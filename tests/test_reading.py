@@ -168,13 +168,21 @@ def test_of_several_files_that_end_early_the_first_is_named(
     assert not under_way
 
 
-def test_blank_arrays_are_what_is_written_to_them() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_blank_arrays_are_what_is_written_to_them(*, together: bool) -> None:
     forms: dict[str, Any] = {
         f"{dtype} {size}": ((2, size), dtype)
         for dtype in (mx.uint16, mx.uint32, mx.float16, mx.float32)
         for size in (3, 1 << 17)
     }
-    arrays = blank.blank_arrays(forms)
+    forms["large"] = (1 << 23,), mx.uint16
+    before = mx.get_active_memory()
+    arrays = blank.blank_arrays(forms, [*forms] if together else ())
+    gone = f"{mx.float32} {1 << 17}"
+    arrays.pop(gone)
+    held = mx.get_active_memory() - before - sum(array.nbytes for array in arrays.values())
+    assert (held > 1 << 19) == together  # of the others that are parts of one
+    forms.pop(gone)
     assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == forms
     for number, array in enumerate(arrays.values()):
         numbers_of: Any = array

@@ -19,6 +19,7 @@ from mlxqwen.engine.scheduler import EVALUATION
 from mlxqwen.errors import MlxqwenError, OptionError
 from mlxqwen.files.adapters import refuse_adapter
 from mlxqwen.files.aliases import naming_alias
+from mlxqwen.files.checkpoint import headers_read_once
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.hub import resolve_model
 from mlxqwen.forks import check_process
@@ -203,22 +204,27 @@ class _Checked(NamedTuple):
 
 def _check(folder: Path, convert: Converter, held: ExitStack, options: LoadOptions) -> _Checked:
     """Check all of a folder that can be checked before weights are read or converted. Raises `MlxqwenError`."""
-    config = read_config(
-        folder,
-        dtype=options.get("dtype"),
-        rope_scaling=options.get("rope_scaling"),
-        yarn_factor=options.get("yarn_factor"),
-        yarn=options.get("yarn"),
-    )
-    if config.foreign_quantization is not None:
-        if not options.get("ignore_adapter", False):
-            refuse_adapter(folder)
-        conversion = convert(folder, held)
-        if conversion.size is not None:
-            checked = _Checked(folder, options, *_in_memory(conversion.size, options), conversion)
-            checked.check_memory()
-            return checked
-        folder = conversion.run()
+    with headers_read_once():
+        config = read_config(
+            folder,
+            dtype=options.get("dtype"),
+            rope_scaling=options.get("rope_scaling"),
+            yarn_factor=options.get("yarn_factor"),
+            yarn=options.get("yarn"),
+        )
+        if config.foreign_quantization is None:
+            return _as_it_is(folder, options)
+    if not options.get("ignore_adapter", False):
+        refuse_adapter(folder)
+    conversion = convert(folder, held)
+    if conversion.size is None:
+        return _as_it_is(conversion.run(), options)
+    checked = _Checked(folder, options, *_in_memory(conversion.size, options), conversion)
+    checked.check_memory()
+    return checked
+
+
+def _as_it_is(folder: Path, options: LoadOptions) -> _Checked:
     prepared = prepare_model(folder, **options)
     return _Checked(folder, options, prepared.weight_bytes, prepared.dtype, prepared)
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxqwen.checks import check_integer
 from mlxqwen.device import Device
 from mlxqwen.files.adapters import adapter_files, adapters_below
-from mlxqwen.files.checkpoint import Checkpoint, spare_tensors
+from mlxqwen.files.checkpoint import Checkpoint, headers_read_once, spare_tensors
 from mlxqwen.files.config import ModelConfig
 from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import other_purpose
@@ -143,8 +143,9 @@ def measure(folder: Path, *, check: bool = False) -> Footprint:
     Raises:
         ConfigError, CheckpointError, UnsupportedFormatError: it is no checkpoint.
     """
-    config = ModelConfig.from_folder(folder)
-    checkpoint = Checkpoint.open(folder)
+    with headers_read_once():
+        config = ModelConfig.from_folder(folder)
+        checkpoint = Checkpoint.open(folder)
     spare = spare_tensors(checkpoint)
     tensors = model_tensors(config, checkpoint, spare)
     floats = [info for info in tensors.values() if info.dtype in FLOAT_DTYPES]

@@ -24,7 +24,7 @@ from mlxqwen.daemons import in_lasting_thread
 from mlxqwen.device import Device, current_device
 from mlxqwen.errors import CheckpointError, InsufficientMemoryError, OptionError, UnsupportedFormatError
 from mlxqwen.files.adapters import adapters_below, refuse_adapter
-from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, spare_tensors
+from mlxqwen.files.checkpoint import Checkpoint, SpareTensors, TensorInfo, headers_read_once, spare_tensors
 from mlxqwen.files.config import GenerationConfig, ModelConfig, Quantization
 from mlxqwen.files.headers_only import has_weights
 from mlxqwen.files.purpose import refuse_other_purpose
@@ -194,9 +194,10 @@ def prepare_model(
         OptionError: an argument out of range.
         InsufficientMemoryError: the weights do not fit, and `force` is not set.
     """
-    config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, yarn=yarn)
-    folder, device = Path(folder), device or current_device()
-    checkpoint = Checkpoint.open(folder)
+    with headers_read_once():
+        config = read_config(folder, dtype=dtype, rope_scaling=rope_scaling, yarn_factor=yarn_factor, yarn=yarn)
+        folder, device = Path(folder), device or current_device()
+        checkpoint = Checkpoint.open(folder)
     refuse_other_purpose(folder, config.architecture, checkpoint.tensors)
     _refuse_foreign(folder, config, checkpoint)
     if not ignore_adapter:
@@ -232,7 +233,7 @@ def prepare_model(
             for layer in model.model.layers:
                 layer.fuse(device)
         mx.clear_cache()  # else small arrays get the larger memory of what was there before
-        layers = _read_by_layer(model, sources, compute, device.reading_threads)
+        layers = _read_by_layer(model, sources, compute, device)
         goes_on = True
         while goes_on:
             with turn:
@@ -436,7 +437,12 @@ def _quantize(
         if isinstance(module, SwitchLinear):
             replaced.append((path, QuantizedSwitchLinear(width, rows, stack[0], affine)))
         else:
-            replaced.append((path, module.to_quantized(affine.group_size, affine.bits)))
+            quantized: nn.Module = (
+                nn.QuantizedEmbedding(rows, width, group_size=affine.group_size, bits=affine.bits)
+                if isinstance(module, nn.Embedding)
+                else nn.QuantizedLinear(width, rows, bias=False, group_size=affine.group_size, bits=affine.bits)
+            )
+            replaced.append((path, quantized))
     model.update_modules(tree_unflatten(replaced))
 
 
@@ -492,7 +498,7 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def _read_by_layer(
-    model: Qwen3ForCausalLM, sources: Mapping[str, ParameterSource], dtype: mx.Dtype, threads: int
+    model: Qwen3ForCausalLM, sources: Mapping[str, ParameterSource], dtype: mx.Dtype, device: Device
 ) -> Iterator[bool]:
     """Read the weights of `model`, fused or not, in `dtype` except packed codes; yields after each layer."""
     modules = dict(model.named_modules())
@@ -504,9 +510,10 @@ def _read_by_layer(
             parent = path.rpartition(".")[0]
             parts = [f"{parent}.{part}.{key}" for part in module.names]
         layers.setdefault(".".join(name.split(".")[:3]), {})[name] = [sources[part] for part in parts]
-    with WeightReader(dtype, threads) as reader:
+    with WeightReader(dtype, device.reading_threads) as reader:
         for parameters in layers.values():
-            for name, array in reader.read(parameters).items():
+            quantized = [name for name in parameters if "scales" in modules[name.rpartition(".")[0]]]
+            for name, array in reader.read(parameters, () if device.is_gpu else quantized).items():
                 path, _, key = name.rpartition(".")
                 module = modules[path]
                 setattr(module, key, module.turned(array) if isinstance(module, JoinedRows) else array)

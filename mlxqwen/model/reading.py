@@ -8,7 +8,7 @@ memory that each thread uses again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -87,14 +87,21 @@ class WeightReader:
     ) -> None:
         self._files.close()
 
-    def read(self, parameters: Mapping[str, Sequence[ParameterSource]]) -> dict[str, mx.array]:
+    def read(
+        self, parameters: Mapping[str, Sequence[ParameterSource]], together: Collection[str] = ()
+    ) -> dict[str, mx.array]:
         """Read parameters, each of whose sources are rows of one `[..., rows, width]`.
+
+        Args:
+            parameters: their sources.
+            together: parameters whose memory may be one.
 
         Raises:
             CheckpointError: a file cannot be read, or has become shorter.
         """
         dtypes = {name: mx.uint32 if sources[0].is_packed else self.dtype for name, sources in parameters.items()}
-        blank = blank_arrays({name: (_shape(parameters[name]), _writable(dtype)) for name, dtype in dtypes.items()})
+        forms = {name: (_shape(parameters[name]), _writable(dtype)) for name, dtype in dtypes.items()}
+        blank = blank_arrays(forms, together)
         pieces = [
             piece
             for name, sources in parameters.items()

@@ -4,7 +4,7 @@ The only room that touches weight files.
 """
 
 from mlxqwen.files.checkpoint.blank import blank_arrays, have_pages
-from mlxqwen.files.checkpoint.folder import INDEX_NAME, Checkpoint
+from mlxqwen.files.checkpoint.folder import INDEX_NAME, Checkpoint, headers_read_once
 from mlxqwen.files.checkpoint.reading import TensorReader
 from mlxqwen.files.checkpoint.safetensors_file import (
     ITEM_BYTES,
@@ -26,6 +26,7 @@ __all__ = [
     "TensorReader",
     "blank_arrays",
     "have_pages",
+    "headers_read_once",
     "load_safetensors",
     "read_header",
     "save_safetensors",

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 
@@ -74,6 +76,9 @@ class Checkpoint:
             CheckpointError: files missing, damaged, incomplete, or outside the folder.
             UnsupportedFormatError: weights in a foreign format.
         """
+        opened_before = _OPENED.get()
+        if opened_before is not None and folder in opened_before:
+            return opened_before[folder]
         if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: no such folder", hint="Give the folder that holds the model.")
         index = folder / INDEX_NAME
@@ -83,6 +88,8 @@ class Checkpoint:
             checkpoint = open_unindexed(folder, weight_files(folder))
         if not checkpoint.tensors:
             raise CheckpointError(f"{folder}: the weight files hold no tensors, expected those of a model")
+        if opened_before is not None:
+            opened_before[folder] = checkpoint
         return checkpoint
 
     def lacks(self, names: Collection[str]) -> CheckpointError:
@@ -134,6 +141,22 @@ class Checkpoint:
             )
         with opened(tensor.path) as descriptor:
             return read_exactly(tensor.path, descriptor, tensor.start + start, stop - start)
+
+
+_OPENED: ContextVar[dict[Path, Checkpoint] | None] = ContextVar("opened", default=None)
+
+
+@contextmanager
+def headers_read_once() -> Iterator[None]:
+    """Within it `Checkpoint.open` reads the headers of a folder once; afterwards nothing is kept of them."""
+    if _OPENED.get() is not None:
+        yield
+        return
+    token = _OPENED.set({})
+    try:
+        yield
+    finally:
+        _OPENED.reset(token)
 
 
 def unwrapped(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
