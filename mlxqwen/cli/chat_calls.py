@@ -30,6 +30,10 @@ class OpenCalls:
         self._results.append({"role": "tool", **call_id, "content": text})
         return None if len(calls) > 1 else self._results
 
+    def take_back(self) -> None:
+        """Forget the last result, which could not be sent."""
+        self._results.pop()
+
     def are_open(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the conversation waits for the result of a call."""
         return bool(self._waiting(messages))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlxqwen.chat.prompts import said_of_extending
 from mlxqwen.cli.chat_answer import show_answer
 from mlxqwen.cli.chat_calls import OpenCalls
 from mlxqwen.cli.chat_commands import HELP, HELP_INDENT, ChatCommand, Message, parse_line
+from mlxqwen.cli.chat_room import check_system_fits, explained
 from mlxqwen.cli.chat_thinking import describe_thinking, without_sentence
 from mlxqwen.cli.chat_view import ChatView
 from mlxqwen.cli.generate_options import sampling_overrides
@@ -23,16 +23,9 @@ from mlxqwen.engine.conversation import Conversation
 from mlxqwen.engine.engine import Engine
 from mlxqwen.engine.events import Done, Event
 from mlxqwen.engine.text_generation import drafts_line, yarn_line
-from mlxqwen.errors import ContextLengthError, OptionError
+from mlxqwen.errors import ContextLengthError, MlxqwenError, OptionError
 
 __all__ = ["ChatSession"]
-
-_WAYS_OUT = (
-    "/drop forgets the oldest turn, /clear all of them. Started with --drop-oldest the chat leaves old turns out by "
-    "itself, with --max-kv-size it slides over them{extend}."
-)
-_WAYS_OUT_ALONE = "Shorten it. Started with --max-kv-size the chat slides over its beginning{extend}."
-
 
 _WORDS_TO_LEAVE = ("exit", "quit")  # of users of llm, Python and mlx-lm
 _MOST_BUDGET = 999_999_999
@@ -97,7 +90,16 @@ class ChatSession:
             self._ask_for_result()
         else:
             message = said
-            self._answer(lambda options: self._conversation.stream(message, keep_partial=True, **options))
+            new = [{"role": "user", "content": message}] if isinstance(message, str) else message
+            try:
+                self._answer(
+                    [*self._conversation.messages, *new],
+                    lambda options: self._conversation.stream(message, keep_partial=True, **options),
+                )
+            except MlxqwenError:
+                if not isinstance(message, str):  # the result is asked for again
+                    self._calls.take_back()
+                raise
 
     def _ask_for_result(self) -> None:
         question = self._calls.next_question(self._conversation.messages)
@@ -112,7 +114,8 @@ class ChatSession:
                     event = without_sentence(event, self._engine.tokenizer, self._options)
                 yield event
 
-    def _answer(self, begin: Callable[[dict[str, Any]], Generator[Event]]) -> None:
+    def _answer(self, asked: Sequence[Mapping[str, Any]], begin: Callable[[dict[str, Any]], Generator[Event]]) -> None:
+        """Show the answer that `begin` streams to the messages `asked`."""
         seed = self._options.get("seed")
         options: dict[str, Any] = {} if seed is None else {"seed": seed + self._answers}
         try:
@@ -122,7 +125,7 @@ class ChatSession:
                 stoppable=self._is_interactive,
             )
         except ContextLengthError as error:
-            raise ContextLengthError(error.problem, hint=self._ways_out(said_of_extending(error.hint))) from None
+            raise explained(error, self._engine, asked, self._options) from None
         self._answers += 1
         if answer.done is not None or answer.has_begun:
             self._last, self._was_stopped = answer.done, answer.done is None
@@ -137,15 +140,9 @@ class ChatSession:
         else:
             self._view.say("Stopped before the first word: nothing has changed.")
 
-    def _ways_out(self, extending: str) -> str:
-        """What to do about a prompt that is too long; a single message has no older turns to drop."""
-        has_turns = any(message["role"] == "user" for message in self._conversation.messages)
-        ways = _WAYS_OUT if has_turns and not self._options.get("drop_oldest") else _WAYS_OUT_ALONE
-        flags = " or ".join(flag for flag in ("--yarn auto", "--yarn-factor") if flag in extending)
-        return ways.format(extend=f", {flags} extends the context" if flags else "")
-
     def _retry(self) -> None:
-        self._answer(lambda options: self._conversation.retry(keep_partial=True, **options))
+        asked = self._conversation.messages
+        self._answer(asked, lambda options: self._conversation.retry(keep_partial=True, **options))
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -210,6 +207,8 @@ class ChatSession:
         return ""
 
     def _set_system(self, argument: str) -> None:
+        if argument and argument != "-":
+            check_system_fits(self._engine, argument, self._given)
         if argument:
             self._conversation.system = None if argument == "-" else argument
         system = self._conversation.system
@@ -266,7 +265,11 @@ class ChatSession:
             else "There is no last answer."
         )
         return (
-            (_last_answer(self._last, self._engine) if self._last is not None else f"{none}\n")
+            (
+                _last_answer(self._last, self._engine, self._given.get("max_kv_size"))
+                if self._last is not None
+                else f"{none}\n"
+            )
             + f"Conversation: {self._count()}.\n"
             + f"{self._describe_thinking()}\n"
             + f"Answers are drawn with {self._sampling()}.\n"
@@ -280,9 +283,12 @@ class ChatSession:
 def _conversation(engine: Engine, options: Mapping[str, Any], given: Mapping[str, Any]) -> Conversation:
     """A new conversation, or that of --messages."""
     system = {} if options["system"] is None else {"system": options["system"]}
-    if options["messages"] is None:
-        return Conversation(engine, **system, **given)
-    return Conversation.load(options["messages"], engine, **system, **given)
+    try:
+        if options["messages"] is None:
+            return Conversation(engine, **system, **given)
+        return Conversation.load(options["messages"], engine, **system, **given)
+    except ContextLengthError as error:  # whatever is asked, the functions leave it no room
+        raise explained(error, engine, [{"role": "user", "content": "Hello"}], given) from None
 
 
 def _path(command: str, argument: str) -> Path:
@@ -318,8 +324,11 @@ def _turn_options(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _last_answer(done: Done, engine: Engine) -> str:
+def _last_answer(done: Done, engine: Engine, window: int | None) -> str:
     usage, timings = done.usage, done.timings
+    context = engine.model.config.context_length
+    slides = window is not None and window <= context
+    of_what = f"tokens, a window of {window:,} slides over them" if slides else f"of {context:,} tokens"
     ended = ", all that its budget allows" if usage.budget_exhausted else ""
     tokens = usage.prompt_tokens + usage.completion_tokens
     return (
@@ -329,5 +338,5 @@ def _last_answer(done: Done, engine: Engine) -> str:
         f"{timings.decode_tokens_per_second:.1f} tokens/s, ended by {done.finish_reason}.\n"
         f"{drafts_line('Drafts', usage.drafted_tokens, usage.accepted_tokens)}"
         f"{yarn_line('YaRN', done.yarn_factor)}"
-        f"Context: {tokens:,} of {engine.model.config.context_length:,} tokens.\n"
+        f"Context: {tokens:,} {of_what}.\n"
     )
