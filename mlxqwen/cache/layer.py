@@ -17,7 +17,7 @@ __all__ = ["KVLayer"]
 _MOST_SCORES = 1 << 21
 _MOST_SCORES_ON_GPU = 1 << 23
 _SMALLEST_BLOCK = 16  # queries
-_MUCH = 1 << 21
+_MUCH = 1 << 22
 """Multiplications of attention from which on it is computed by heads."""
 _NOTHING: tuple[Stored, Stored] = (), ()
 
