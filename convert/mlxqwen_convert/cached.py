@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mlxqwen_convert.target_files import unwritable
 __all__ = ["Conversion", "ModelSize", "converted", "find_or_plan", "planned"]
 
 logger = logging.getLogger("mlxqwen")
+
+Turn = Callable[[], AbstractContextManager[object] | None]
 
 ModelSize = tuple[mx.Dtype, int, int]
 """The dtype of a model's numbers, the bytes of its packed codes, and how many numbers there are."""
@@ -66,6 +68,7 @@ class Conversion:
 
     Args:
         size: of the model that `run` will make; None if it is in the cache.
+        turn: gives that of `convert` when it begins.
     """
 
     source: Source
@@ -73,6 +76,7 @@ class Conversion:
     facts: Mapping[str, Any]
     size: ModelSize | None
     held: ExitStack | None
+    turn: Turn | None = None
 
     def run(self, progress: Progress | None = None) -> Path:
         """The folder of the MLX form, made if need be. Errors are those of `converted`."""
@@ -89,7 +93,8 @@ class Conversion:
 
     def _convert(self, progress: Progress | None) -> None:
         """An adapter is not asked for here: whoever loads has decided before."""
-        convert(self.source.folder, self.model.folder, resume=True, ignore_adapter=True, progress=progress)
+        turn = None if self.turn is None else self.turn()
+        convert(self.source.folder, self.model.folder, resume=True, ignore_adapter=True, progress=progress, turn=turn)
 
     def _make(self, progress: Progress | None) -> None:
         model, entry = self.model, self.model.entry
@@ -124,12 +129,13 @@ class Conversion:
                 entry.remove()
 
 
-def find_or_plan(folder: Path, held: ExitStack | None = None) -> Conversion:
+def find_or_plan(folder: Path, held: ExitStack | None = None, turn: Turn | None = None) -> Conversion:
     """Find the MLX form of a checkpoint in the cache, or else plan it; nothing is written.
 
     Args:
         folder: the checkpoint.
         held: see `converted`.
+        turn: see `Conversion`.
 
     Raises:
         MlxqwenError: the checkpoint cannot be converted.
@@ -149,7 +155,7 @@ def find_or_plan(folder: Path, held: ExitStack | None = None) -> Conversion:
         "bytes": plan.target_bytes,
         "notes": plan.source_notes,
     }
-    return Conversion(source, model, facts, _size(plan), held)
+    return Conversion(source, model, facts, _size(plan), held, turn)
 
 
 def _tell(notes: object) -> None:

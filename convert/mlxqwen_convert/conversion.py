@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ from mlxqwen_convert.report import Report, kind_rows, module_facts
 from mlxqwen_convert.sizes import size_of
 from mlxqwen_convert.source_files import SourceFiles
 from mlxqwen_convert.target_files import PARTIAL_SUFFIX, TargetFiles, unwritable
-from mlxqwen_convert.tasks import Allowance, Task, computing_on, cores, run, tasks_of
+from mlxqwen_convert.tasks import Allowance, Task, computing, cores, run, tasks_of
 from mlxqwen_convert.upload import check_repo_id, require_token, upload
 from mlxqwen_convert.verification import ModuleError, check_errors
 
@@ -80,6 +81,7 @@ def convert(
     workers: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    turn: AbstractContextManager[object] | None = None,
 ) -> Report:
     """Turn a Qwen3 checkpoint into a folder that MLX's loaders read.
 
@@ -107,6 +109,8 @@ def convert(
         device: "cpu" or "gpu", where MLX then computes. Another device may round otherwise: codes near the middle
             between two, and scales that `quality` finds, can differ.
         progress: see `Progress`.
+        turn: for processes that compute something else meanwhile, on another device: nobody else computes while it is
+            held. It is entered for each part of the work, by any thread.
 
     Raises:
         MlxqwenError: one of the trees in `mlxqwen.errors` and `mlxqwen_convert.errors`, by what is wrong.
@@ -115,7 +119,7 @@ def convert(
     started = time.perf_counter()
     globs = tuple(keep.items()) if isinstance(keep, Mapping) else tuple(keep)
     options = Options(bits, group_size, dtype, lm_head_bits, embed_bits, globs, quality, strict, device)
-    computing = _computing_device(options)
+    computing_device = _computing_device(options)
     if upload_repo is not None:
         check_repo_id(upload_repo)
         require_token(upload_repo)
@@ -147,7 +151,14 @@ def convert(
         if not ignore_adapter:
             refuse_adapter(folder)
         job = _Job(
-            plan, files, target, None if local.is_dir() else str(source), workers, computing, progress or _silent
+            plan,
+            files,
+            target,
+            None if local.is_dir() else str(source),
+            workers,
+            computing_device,
+            turn,
+            progress or _silent,
         )
         report = job.run(verify_it=verify, resume=resume, started=started)
     finally:
@@ -255,6 +266,7 @@ class _Job:
     hub_id: str | None
     workers: int
     device: mx.Device
+    turn: AbstractContextManager[object] | None
     progress: Progress
 
     def run(self, *, verify_it: bool, resume: bool, started: float) -> Report:
@@ -295,6 +307,7 @@ class _Job:
         numpy_rows = NumpyRows(numpy_bytes(plan, self.workers))
         self._check_space(partial)
         target = TargetFiles(partial.path, plan.shards)
+        around_all, around_each = computing(self.device, self.turn)
         try:
             written: dict[Task, Written] = {}
 
@@ -303,7 +316,8 @@ class _Job:
                 usable = noted is not None and (noted.error is not None or not verify_it)
                 if noted is not None and usable and is_on_disk(plan, task, target, noted.digest):
                     return noted
-                return write_task(plan, task, files, target, chunk, verify_it, allowance, numpy_rows)
+                with around_each():
+                    return write_task(plan, task, files, target, chunk, verify_it, allowance, numpy_rows)
 
             def note(task: Task, result: Written) -> None:
                 written[task] = result
@@ -313,7 +327,7 @@ class _Job:
             def check(task: Task) -> None:
                 check_on_disk(plan, task, target, written[task].digest)
 
-            with computing_on(self.device):
+            with around_all:
                 self._run("converting", write, note)
             target.flush()
             if not verify_it:

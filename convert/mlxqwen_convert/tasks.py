@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,17 @@ from mlxqwen.device import usable_cores
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import AwqReader, GptqReader, PackedReader, Reader
 
-__all__ = ["Allowance", "Task", "chunks_of", "computing_on", "cores", "is_read_by_columns", "run", "smallest_chunk"]
+__all__ = [
+    "Allowance",
+    "Task",
+    "chunks_of",
+    "computing",
+    "computing_on",
+    "cores",
+    "is_read_by_columns",
+    "run",
+    "smallest_chunk",
+]
 __all__ += ["tasks_of"]
 
 # Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
@@ -122,6 +132,27 @@ def computing_on(device: mx.Device) -> Iterator[None]:
             yield
         finally:
             mx.set_default_device(before)
+
+
+def computing(
+    device: mx.Device, turn: AbstractContextManager[object] | None
+) -> tuple[AbstractContextManager[object], Callable[[], AbstractContextManager[object]]]:
+    """What is entered around all tasks, and around each of them, so that MLX computes them on `device`.
+
+    Args:
+        device: that computes.
+        turn: nobody else in the process computes while it is held. So those who compute on another device go on between
+            two tasks, of which one is done at a time.
+    """
+    if turn is None or mx.default_device() == device:
+        return computing_on(device), nullcontext
+
+    @contextmanager
+    def one_task() -> Iterator[None]:
+        with turn, computing_on(device):
+            yield
+
+    return nullcontext(), one_task
 
 
 def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Callable[[Task, T], None]) -> None:

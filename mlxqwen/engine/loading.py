@@ -133,7 +133,7 @@ def load_model_alone(
 
 
 class _Turn:
-    """Holds the process's right to evaluate for one layer; then replies of other models have theirs."""
+    """Holds the process's right to evaluate for a part of the work; then replies of other models have theirs."""
 
     def __enter__(self) -> None:
         EVALUATION.acquire()
@@ -170,9 +170,14 @@ def _default_converter() -> Converter:
     def find_or_plan(folder: Path, held: ExitStack) -> Conversion:
         from mlxqwen_convert.cached import find_or_plan  # the only way from `mlxqwen` to the converter of weights
 
-        return find_or_plan(folder, held)
+        return find_or_plan(folder, held, _turn_beside_replies)
 
     return find_or_plan
+
+
+def _turn_beside_replies() -> _Turn | None:
+    """What a conversion takes for each part of its work where models reply meanwhile: theirs may be another device."""
+    return _Turn() if list(account().schedulers) else None
 
 
 class _Checked(NamedTuple):

@@ -124,6 +124,24 @@ def test_load_converts_once(tmp_path: Path, form: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in entry.model.iterdir()} == before
 
 
+def test_parts_are_converted_in_turns_with_the_replies_of_other_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs may be computed on another device; nobody else, and nobody has to wait."""
+    turns: list[bool] = []
+
+    def recorded(*arguments: Any, turn: object, **options: Any) -> Any:
+        turns.append(turn is not None)
+        return convert(*arguments, turn=turn, **options)
+
+    monkeypatch.setattr("mlxqwen_convert.cached.convert", recorded)
+    mlxqwen.load(make_demo(tmp_path / "one", "fp8").folder)
+    with mlxqwen.Engine.load() as engine:
+        assert engine.chat([{"role": "user", "content": "hello"}], max_tokens=1)
+        mlxqwen.load(make_demo(tmp_path / "other", "fp8").folder)
+    assert turns == [False, True]
+
+
 def test_one_line_of_notice(tmp_path: Path) -> None:
     source = make_demo(tmp_path / "in", "fp8").folder
     out, err = generate(source, slow=False).communicate()

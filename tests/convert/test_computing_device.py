@@ -130,6 +130,52 @@ def test_mlx_is_left_as_it_was(
     assert defaults == [GPU, computing, GPU]
 
 
+class Turn:
+    """Held by one thread at a time, while nothing else is computed; notes MLX's default device around it."""
+
+    def __init__(self, defaults: list[mx.Device]) -> None:
+        self.defaults, self.lock, self.around = defaults, threading.Lock(), list[mx.Device]()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.around.append(self.defaults[-1])
+
+    def __exit__(self, *_: object) -> None:
+        self.around.append(self.defaults[-1])
+        self.lock.release()
+
+
+def test_others_compute_on_their_device_between_two_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defaults: list[mx.Device]
+) -> None:
+    source = make_source(tmp_path / "in", "awq").write().folder
+    convert(source, tmp_path / "whole")
+    turn, tasks = Turn(defaults), 0
+
+    def write(*rest: Any) -> Written:
+        nonlocal tasks
+        tasks += 1
+        assert turn.lock.locked()
+        assert defaults[-1] == CPU
+        return write_task(*rest)
+
+    monkeypatch.setattr("mlxqwen_convert.conversion.write_task", write)
+    convert(source, tmp_path / "out", workers=4, turn=turn)
+    assert tasks > 4
+    assert turn.around == [GPU, GPU] * tasks
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_all_workers_convert_at_once_where_all_compute_on_one_device(tmp_path: Path) -> None:
+    class Never:
+        def __enter__(self) -> None:
+            pytest.fail("taken")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    convert(make_source(tmp_path / "in", "awq").write().folder, tmp_path / "out", turn=Never())
+
+
 def test_who_wants_another_device_waits(defaults: list[mx.Device]) -> None:
     def other() -> None:
         with computing_on(CPU):
