@@ -130,7 +130,7 @@ def test_parts_are_converted_in_turns_with_the_replies_of_other_models(
     """Theirs may be computed on another device; nobody else, and nobody has to wait."""
     turns: list[bool] = []
 
-    def recorded(*arguments: Any, turn: object, **options: Any) -> Any:
+    def recorded(*arguments: Any, turn: Any, **options: Any) -> Any:
         turns.append(turn is not None)
         return convert(*arguments, turn=turn, **options)
 
