@@ -103,10 +103,17 @@ def test_what_needs_no_asking_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
         (["--json-model-override-args", "{"], "--json-model-override-args: found {, expected"),
         (["--json-model-override-args", '{"num_hidden_layers": 1}'], "--json-model-override-args: found"),
         (["--json-model-override-args", '{"rope_scaling": 1}'], "--rope-scaling: found 1, expected a JSON object"),
-        (["--json-model-override-args", '{"rope_scaling": {}}', "--rope-scaling", YARN], "expected one of them"),
         (["--rope-scaling", "yarn"], "--rope-scaling: not JSON"),
+        (["--prefix-cache", "much"], "--prefix-cache: found 'much', expected a size"),
+        (["--speculative", "lookup", "--draft-tokens", "0"], "--draft-tokens: found 0, expected an integer from 1"),
+        (["--prompt-cache", __file__], "a file, expected a folder"),
     ],
     ids=str,
 )
 def test_what_cannot_be(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words in serve(monkeypatch, context, *arguments, status=1)[1].err
+
+
+def test_options_that_exclude_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ["--json-model-override-args", '{"rope_scaling": {}}', "--rope-scaling", YARN]
+    assert "expected one of them" in serve(monkeypatch, context, *both, status=2)[1].err

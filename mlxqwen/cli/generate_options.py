@@ -65,9 +65,7 @@ def check_usage(options: Mapping[str, Any]) -> None:
     _refuse(given, "batch", {"prompt", "prompt_file", "messages"}, "reads its prompts from the file")
     _refuse(given, "batch", {"raw"}, "asks by the chat template")
     _refuse(given, "batch", {"as_json"}, "writes JSON to --output")
-    _refuse(given, "draft", {"speculative"}, "does the guessing")
-    if "draft_tokens" in given and not given & {"speculative", "draft"}:
-        raise click.UsageError("--draft-tokens needs --draft or --speculative, whose guesses it is about.")
+    _check_guessing_usage(options)
     if "batch" in given and "output" not in given:
         raise click.UsageError("--batch needs --output, the file that the answers go to.")
     if options["output"] == "-":
@@ -106,9 +104,6 @@ def check_values(options: Mapping[str, Any]) -> None:
     with leave_at_once():
         from mlxqwen.chat.thinking import check_early_stop_text
         from mlxqwen.checks import check_integer
-        from mlxqwen.device import current_device
-        from mlxqwen.engine.request import check_draft_tokens
-        from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes
         from mlxqwen.sampling.params import SamplingParams
         from mlxqwen.text.stop import StopStrings
 
@@ -124,12 +119,6 @@ def check_values(options: Mapping[str, Any]) -> None:
         for name in ("max_tokens", "batch_size"):
             if options[name] is not None:
                 check_integer(name, options[name], 1)
-        if options["draft_tokens"] is not None:
-            check_draft_tokens(options["draft_tokens"])
-        if options["prefix_cache"] is not None:
-            prefix_cache_bytes(options["prefix_cache"], current_device())
-        if options["prompt_cache"] is not None:
-            open_prompt_cache(options["prompt_cache"])
     check_model_options(options)
 
 
@@ -168,10 +157,17 @@ def check_model_options(options: Mapping[str, Any]) -> None:
     with leave_at_once():
         from mlxqwen.cache import check_window
         from mlxqwen.checks import check_integer, check_number
+        from mlxqwen.device import current_device
+        from mlxqwen.engine.request import check_draft_tokens
+        from mlxqwen.engine.stores import open_prompt_cache, prefix_cache_bytes
 
     _check_window_usage(options)
-    if options.get("yarn") is not None and options["yarn_factor"] is not None:
-        raise click.UsageError("--yarn chooses the factor: leave out --yarn-factor.")
+    _check_guessing_usage(options)
+    if options["yarn_factor"] is not None:
+        if options.get("yarn") is not None:
+            raise click.UsageError("--yarn chooses the factor: leave out --yarn-factor.")
+        if options["rope_scaling"] is not None:
+            raise click.UsageError("--rope-scaling and --yarn-factor: found both, expected one, as either sets YaRN.")
     with options_named():
         check_unicode(model=options["model"], revision=options["revision"])
         if options["prefill_chunk"] is not None:
@@ -179,7 +175,21 @@ def check_model_options(options: Mapping[str, Any]) -> None:
         if options["yarn_factor"] is not None:
             check_number("yarn_factor", options["yarn_factor"], 1.0, 1024.0)
         check_window(options["max_kv_size"], _kv_keep(options))
+        if options.get("draft_tokens") is not None:
+            check_draft_tokens(options["draft_tokens"])
+        if options.get("prefix_cache") is not None:
+            prefix_cache_bytes(options["prefix_cache"], current_device())
+        if options.get("prompt_cache") is not None:
+            open_prompt_cache(options["prompt_cache"])
     parse_rope_scaling(options["rope_scaling"])
+
+
+def _check_guessing_usage(options: Mapping[str, Any]) -> None:
+    draft, speculative = options.get("draft"), options.get("speculative")
+    if draft is not None and speculative is not None:
+        raise click.UsageError("--draft does the guessing: leave out --speculative.")
+    if options.get("draft_tokens") is not None and draft is None and speculative is None:
+        raise click.UsageError("--draft-tokens needs --draft or --speculative, whose guesses it is about.")
 
 
 def _check_window_usage(options: Mapping[str, Any]) -> None:

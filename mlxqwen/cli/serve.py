@@ -284,7 +284,7 @@ def _note_needless(options: Mapping[str, Any]) -> None:
 
 
 def _overridden_rope_scaling(text: str, other: str | None) -> str:
-    """The value of --rope-scaling in SGLang's spelling. Raises `OptionError` for anything else."""
+    """The value of --rope-scaling in SGLang's spelling. Raises `OptionError`, or `click.UsageError` beside `other`."""
     hint = "Give --rope-scaling JSON."
     try:
         given = parse_json(text)
@@ -294,7 +294,7 @@ def _overridden_rope_scaling(text: str, other: str | None) -> str:
         found = f"found {one_line(text, 100)}"
         raise OptionError(f'--json-model-override-args: {found}, expected {{"rope_scaling": …}}', hint=hint)
     if other is not None:
-        raise OptionError("--json-model-override-args: found beside --rope-scaling, expected one of them")
+        raise click.UsageError("--json-model-override-args: found beside --rope-scaling, expected one of them.")
     return json.dumps(given["rope_scaling"])
 
 
