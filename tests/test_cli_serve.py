@@ -107,6 +107,10 @@ def test_what_needs_no_asking_for_is_a_note(monkeypatch: pytest.MonkeyPatch) -> 
         (["--prefix-cache", "much"], "--prefix-cache: found 'much', expected a size"),
         (["--speculative", "lookup", "--draft-tokens", "0"], "--draft-tokens: found 0, expected an integer from 1"),
         (["--prompt-cache", __file__], "a file, expected a folder"),
+        (["--cors-origin", "example.org"], "--cors-origin: found 'example.org', expected scheme and host alone"),
+        (["--cors-origin", "https://example.org/"], "--cors-origin: found 'https://example.org/', expected scheme"),
+        (["--allowed-host", "http://box"], "--allowed-host: found 'http://box', expected a name"),
+        (["--allowed-host", "box:8000"], "--allowed-host: found 'box:8000', expected a name"),
     ],
     ids=str,
 )

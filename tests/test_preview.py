@@ -208,6 +208,12 @@ def test_what_is_wrong_is_told_before_weights_come(
     assert hub.sent_bytes < WEIGHTS // 4
 
 
+def test_info_tells_of_a_tokenizer_that_cannot_be_used(commands: Commands) -> None:
+    facts = json.loads(commands.run("info", "org/foreign", "--json").out)
+    assert facts["tokenizer_error"].startswith("org/foreign/tokenizer.json: ")
+    assert not commands.weights_kept()
+
+
 def test_a_model_that_is_there_is_not_downloaded_again(hub: LoopbackHub, commands: Commands) -> None:
     assert commands.run("generate", "Hello", "--model", "org/whole", "--max-tokens", "1").status == 0
     assert len(commands.weights_kept()) == 1

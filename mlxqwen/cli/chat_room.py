@@ -80,7 +80,7 @@ def check_system_fits(engine: Engine, text: str, options: Mapping[str, Any]) -> 
         raise OptionError(
             f"/system: found {told} tokens, but the model's context of {context:,} has to hold messages and answers, "
             "too",
-            hint="Shorten it; the one before it stays. Started with --max-kv-size the chat slides over its beginning.",
+            hint="Shorten it: nothing has changed. Started with --max-kv-size the chat slides over its beginning.",
         )
 
 

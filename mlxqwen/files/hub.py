@@ -36,7 +36,7 @@ _FOLDER_HINT = (
 )
 _NAME_HINT = "Give a folder, such as ./my-model, or a hub id, such as Qwen/Qwen3-0.6B, or qwen3:0.6b for short."
 _HUB_HINT = (
-    "Give an alias, such as qwen3:0.6b, or a hub id, such as Qwen/Qwen3-0.6B: mlxqwen list --aliases tells all "
+    "Give an alias, such as qwen3:0.6b, or a hub id, such as Qwen/Qwen3-0.6B. mlxqwen list --aliases tells all "
     "aliases, mlxqwen list what is downloaded."
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!\.{1,2}\Z)[\w.-]+", re.ASCII)  # "." and ".." are folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +18,10 @@ __all__ = ["MOST_CHOICES", "ReasoningField", "ServerSettings", "is_loopback"]
 
 MOST_CHOICES = 128
 """The most replies that one request may ask for (`n`)."""
+
+# As browsers write them: with anything else no request could agree.
+_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
 
 ReasoningField = Literal["reasoning_content", "reasoning", "both"]
 
@@ -49,7 +54,7 @@ class ServerSettings:
         stuck_seconds: how long a step of the engine may take before it counts as stuck.
 
     Raises:
-        OptionError: a value out of range, or an open host without a key.
+        OptionError: a value out of range, a host or origin that no request has, or an open host without a key.
     """
 
     host: str = "127.0.0.1"
@@ -93,6 +98,14 @@ class ServerSettings:
                 raise OptionError("api_key: found an empty one, expected a plain word")
             if not key.isascii() or not key.isprintable() or key != key.strip():
                 raise OptionError("api_key: found one with other than visible ASCII characters, expected a plain word")
+        for name in self.allowed_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise OptionError(f"allowed_host: found {name!r}, expected a name such as box.local, without a port")
+        for origin in self.cors_origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise OptionError(
+                    f"cors_origin: found {origin!r}, expected scheme and host alone, such as https://example.org, or *"
+                )
         if not (self.api_keys or self.allow_open or is_loopback(self.host)):
             raise OptionError(
                 f"host: found {self.host} without a key, expected 127.0.0.1, localhost or ::1",
