@@ -378,7 +378,19 @@ def test_compiling_is_switched_on_again_where_it_was_on(switched_off: bool, monk
     assert switched == (["off"] if switched_off else ["off", "on"])
 
 
-def test_steps_are_timed_in_turn_and_the_first_two_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("most", "sides", "expected"),
+    [
+        (1, [(90, 80, 80, 1, 2), (70, 60, 60, 3, 5)], [[1, 2], [3, 5]]),
+        (4, [(90, 80, 80, 1, 2), (70, 60, 60, 3, 5)], [[1, 2], [3, 5]]),
+        (4, [(90, 0.025, 80, 80, 1, 2, 3, 4), (70, 60, 60, 60, 3, 5, 1, 1)], [[1.5, 3.5], [4, 1]]),
+        (2, [(90, 0.001, 80, 80, 1, 2, 3, 4)], [[1.5, 3.5]]),
+    ],
+)
+def test_steps_are_timed_in_turn_short_ones_several_at_once(
+    most: int, sides: list[tuple[float, ...]], expected: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one of each side, the one that tells how long they are, and the first turn do not count."""
     seconds = [0.0]
     monkeypatch.setattr(steps, "now", lambda: seconds[0])
 
@@ -387,7 +399,8 @@ def test_steps_are_timed_in_turn_and_the_first_two_do_not_count(monkeypatch: pyt
             seconds[0] += length
             yield
 
-    assert steps.seconds_per_step([side(90, 80, 1, 2), side(70, 60, 3, 5)], 2) == [[1.0, 2.0], [3.0, 5.0]]
+    found = steps.seconds_per_step([side(*lengths) for lengths in sides], 2, most)
+    assert [pytest.approx(times) for times in expected] == found
 
 
 def test_many_rows_of_the_demo_model_beside_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:

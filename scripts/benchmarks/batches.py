@@ -24,7 +24,8 @@ _SIZES = (1, 8, 32)
 _LAYERS = 2
 _PROMPT = 4  # tokens: reading them is not measured
 _MOST_IN_BFLOAT16 = 8  # quantized rows; on a CPU mlx-lm would take minutes to read the prompts of more
-_MOST_TOKENS = 256  # never decoded to the end
+_MOST_TOKENS = 400  # never decoded to the end
+_MOST_STEPS = 16  # of a turn
 
 
 def batch(settings: Settings) -> Iterator[Comparison]:
@@ -43,7 +44,8 @@ def tokens_per_second(
         what = f"batch of {size}, {name}"
         settings.tell(what)
         sides = _sides(folder, bits, size)
-        times = seconds_per_step([*sides.values()], settings.turns(5, quick=2))
+        turns = settings.turns(5, quick=2)
+        times = seconds_per_step([*sides.values()], turns, min(_MOST_STEPS, _MOST_TOKENS // (turns + 3)))
         rates = {side: [size / seconds for seconds in some] for side, some in zip(sides, times, strict=True)}
         yield from compared(what, unit, rates, more_is_better=True, point=Point("rows", name, size))
 
