@@ -13,7 +13,7 @@ from mlxqwen.device import Device
 from mlxqwen.model.cores import on_core, ranges
 from mlxqwen.model.exponential import softmax
 
-__all__ = ["attend_by_head"]
+__all__ = ["attend_by_head", "attend_token"]
 
 _MOST_SCORES = 1 << 20
 """Numbers that a core computes at a time; 4 MiB."""
@@ -58,6 +58,20 @@ def attend_by_head(
     count = len(blocks) // len(parts)
     by_part = [mx.concatenate(outputs[first : first + count], axis=1) for first in range(0, len(outputs), count)]
     return mx.concatenate(by_part, axis=2)
+
+
+def attend_token(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float
+) -> mx.array:
+    """One query a head, `[B, num_attention_heads, 1, head_dim]`, in float32: `attend_by_head` on one core, all at once.
+
+    Nothing is evaluated. `mask` is `[B, 1, 1, S]`.
+    """
+    B, _, _, head_dim = queries.shape
+    scores = (queries * scale).reshape(B, keys.shape[1], -1, head_dim) @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, _UNSEEN)
+    return (softmax(scores) @ values).reshape(queries.shape)
 
 
 def _precise_softmax(scores: mx.array) -> mx.array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxqwen.cache.by_head import attend_by_head
+from mlxqwen.cache.by_head import attend_by_head, attend_token
 from mlxqwen.cache.placement import Step
 from mlxqwen.cache.storage import PlainStorage, Storage, Stored
 from mlxqwen.device import current_device
@@ -32,6 +32,7 @@ class KVLayer:
         self._device = current_device()
         self._is_plain = isinstance(storage, PlainStorage)
         self._by_head = self._is_plain and self._device.attends_by_head
+        self._by_powers = self._by_head and self._device.multiplies_by_openblas
         self.keys: Stored = ()
         self.values: Stored = ()
         self.unstored = _NOTHING  # of the last step, if its plan stores later
@@ -68,8 +69,11 @@ class KVLayer:
             all_keys[new], all_values[new] = keys, values
             self.unstored = _NOTHING
             all_keys, all_values = all_keys[visible], all_values[visible]
-            if self._by_head and 2 * rotated.size * plan.visible >= _MUCH and rotated.dtype == mx.float32:
-                return attend_by_head(rotated, all_keys, all_values, plan, scale, self._device)
+            if self._by_head and rotated.dtype == mx.float32:
+                if 2 * rotated.size * plan.visible >= _MUCH:
+                    return attend_by_head(rotated, all_keys, all_values, plan, scale, self._device)
+                if self._by_powers:
+                    return attend_token(rotated, all_keys, all_values, plan.mask_array, scale)
             return mx.fast.scaled_dot_product_attention(rotated, all_keys, all_values, scale=scale, mask=plan.mask)
         new_keys, new_values = self.storage.encode(keys), self.storage.encode(values)
         self.keys, seen_keys = _store(self.keys, new_keys, plan)
@@ -99,7 +103,7 @@ class KVLayer:
         """Whether attention of queries in float32 is worth more steps of MLX's; with OpenBLAS that of any prompt is."""
         if queries.dtype != mx.float32:
             return False
-        prompt = plan.length > 1 and self._device.multiplies_by_openblas
+        prompt = plan.length > 1 and self._by_powers
         return prompt or 2 * queries.size * plan.visible >= _MUCH
 
     def _block(self, queries: mx.array, seen: Stored) -> int:
@@ -116,6 +120,8 @@ class KVLayer:
     ) -> mx.array:
         """Attention of queries, which are also given rotated to where they stand, on stored keys and values."""
         if plan.sink_positions is None and self._is_plain:
+            if self._by_powers and plan.length == 1 and rotated.dtype == mx.float32:
+                return attend_token(rotated, keys[0], values[0], plan.mask_array, scale)
             return mx.fast.scaled_dot_product_attention(rotated, keys[0], values[0], scale=scale, mask=plan.mask)
         B, heads, L, head_dim = rotated.shape
         kv_heads = keys[0].shape[1]
