@@ -60,9 +60,7 @@ def attend_by_head(
     return mx.concatenate(by_part, axis=2)
 
 
-def attend_token(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float
-) -> mx.array:
+def attend_token(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> mx.array:
     """One query a head, `[B, num_attention_heads, 1, head_dim]`, in float32: `attend_by_head` on one core, all at once.
 
     Nothing is evaluated. `mask` is `[B, 1, 1, S]`.
