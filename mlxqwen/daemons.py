@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
+from mlxqwen.shutdown import NATIVE_WORK
+
 __all__ = ["Daemon", "in_lasting_thread"]
 
 _T = TypeVar("_T")
@@ -57,8 +59,9 @@ def in_lasting_thread(work: Callable[[], _T]) -> _T:
         except BaseException as error:
             result.set_exception(error)
 
-    Daemon(do)
-    return result.result()
+    with NATIVE_WORK:
+        Daemon(do)
+        return result.result()
 
 
 _Tasks = SimpleQueue[tuple[Callable[[], None], threading.Event]]

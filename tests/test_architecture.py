@@ -23,6 +23,7 @@ LAYERS = [
     "console",
     "status_line",
     "forks",
+    "shutdown",
     "daemons",
     "symbol_alias",
     "blas",

@@ -13,6 +13,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlxqwen.device import usable_cores
+from mlxqwen.shutdown import NATIVE_WORK
 from mlxqwen_convert.plan import Plan, PlannedModule
 from mlxqwen_convert.readers import AwqReader, GptqReader, PackedReader, Reader
 
@@ -167,14 +168,16 @@ def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Ca
 
     def loop() -> None:
         try:
-            while not stop.is_set():
-                with lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                result = work(task)
-                with lock:
-                    done(task, result)
+            with NATIVE_WORK:
+                while not stop.is_set():
+                    NATIVE_WORK.pause()
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        return
+                    result = work(task)
+                    with lock:
+                        done(task, result)
         except BaseException as failure:  # carried over to the caller's thread
             failures.append(failure)
             stop.set()
@@ -190,6 +193,7 @@ def run(work: Callable[[Task], T], tasks: Iterator[Task], workers: int, done: Ca
             running += 1
         while running:  # in short waits, so that Ctrl-C is heard
             running -= ended.acquire(timeout=0.1)
+            NATIVE_WORK.pause()
     finally:
         stop.set()
         for _ in range(running):

@@ -6,7 +6,6 @@ evaluates: the first that waits, while it is the only one; from then on a daemon
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -33,14 +32,6 @@ PATIENCE = 60.0
 """Seconds that a reply waits for another thread to read or close the replies that hold the memory it needs."""
 
 _POLL = 0.02  # seconds between looks for memory that others give back
-_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_daemons() -> None:
-    """End daemon threads before the interpreter goes: one that computes then ends the process by a signal."""
-    for driver in list(_drivers):
-        driver.stop()
 
 
 class Driver:
@@ -51,7 +42,6 @@ class Driver:
         self._owner: weakref.ref[threading.Thread] | None = None
         self._changed = threading.Condition()
         self._daemon: Daemon | None = None
-        self._stopped = threading.Event()
         self._listeners: list[Callable[[], None]] = []
 
     @property
@@ -109,15 +99,6 @@ class Driver:
         _notify(self._changed)
         _tell(self._listeners)
 
-    def stop(self) -> None:
-        """End the daemon thread behind the step that it takes."""
-        if self.is_of_another_process:
-            return
-        self._stopped.set()
-        self.wake()
-        if self._daemon is not None:
-            self._daemon.join(timeout=10.0)
-
     def wait_for_work(self, scheduler: Scheduler, timeout: float | None) -> bool:
         """Wait until `scheduler` has work, at most `timeout` seconds → whether it has."""
         with self._changed:
@@ -134,8 +115,7 @@ class Driver:
     def _start(self, scheduler: Scheduler) -> None:
         if self._daemon is None or not self._daemon.is_alive():
             weakref.finalize(scheduler, _notify, self._changed).atexit = False
-            _drivers.add(self)
-            arguments = (weakref.ref(scheduler), self._changed, self._stopped, self._listeners)
+            arguments = (weakref.ref(scheduler), self._changed, self._listeners)
             self._daemon = Daemon(partial(_run, *arguments))
 
 
@@ -162,13 +142,12 @@ def _tell(listeners: list[Callable[[], None]]) -> None:
 def _run(
     reference: weakref.ref[Scheduler],
     changed: threading.Condition,
-    stopped: threading.Event,
     listeners: list[Callable[[], None]],
 ) -> None:
     """Take steps while there is work, else wait for it; end when the scheduler is gone or closed."""
     while True:
         scheduler = reference()
-        if scheduler is None or scheduler.is_closed or stopped.is_set():
+        if scheduler is None or scheduler.is_closed:
             return
         try:
             worked = scheduler.step()

@@ -32,6 +32,7 @@ from mlxqwen.model.loading import (
     read_config,
 )
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.shutdown import NATIVE_WORK
 from mlxqwen.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -95,7 +96,7 @@ def load_models(
     check_process()
     convert = converter or _default_converter()
     folder = locate_model(path_or_id, revision=revision, **options)
-    with naming_alias(path_or_id), ExitStack() as held:
+    with NATIVE_WORK, naming_alias(path_or_id), ExitStack() as held:
         checked = _check(folder, convert, held, options)
         tokenizer = read_fitting_tokenizer(folder)
         make_room = make_room or (lambda nbytes: None)
@@ -128,7 +129,7 @@ def load_model_alone(
     """
     check_process()
     folder = locate_model(path_or_id, revision=revision, needs_tokenizer=False, **options)
-    with naming_alias(path_or_id), ExitStack() as held:
+    with NATIVE_WORK, naming_alias(path_or_id), ExitStack() as held:
         return _check(folder, _default_converter(), held, options).prepare(on_convert).read(_Turn())
 
 
@@ -140,6 +141,7 @@ class _Turn:
 
     def __exit__(self, *error: object) -> None:
         EVALUATION.release()
+        NATIVE_WORK.pause()
         if any(one.running or one.reading or one.waiting for one in account().schedulers):
             time.sleep(0.001)  # a lock that is asked for again at once is not given to others
 

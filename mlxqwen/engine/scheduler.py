@@ -49,6 +49,7 @@ from mlxqwen.engine.room import (
 from mlxqwen.engine.running import RunningBatch
 from mlxqwen.errors import CacheError, OptionError
 from mlxqwen.model.qwen3 import Qwen3ForCausalLM
+from mlxqwen.shutdown import NATIVE_WORK
 
 if TYPE_CHECKING:
     from mlxqwen.cache.disk_tier import DiskTier
@@ -131,7 +132,7 @@ class Scheduler:
     def use_store(self, capacity: int, disk: DiskTier | None = None) -> None:
         """Replace the store by an empty one of `capacity` bytes, with a disk tier."""
         self.check_outside_step()
-        with EVALUATION:
+        with NATIVE_WORK, EVALUATION:
             self._prefixes.use_store(capacity, disk)
 
     def check_outside_step(self) -> None:
@@ -204,7 +205,7 @@ class Scheduler:
         batch = generation.batch
         if batch is None or self._is_stepping or not self.driver.is_mine():
             return
-        with EVALUATION:
+        with NATIVE_WORK, EVALUATION:
             self._keep_said(generation, batch, batch.generations.index(generation))
             self._prefixes.has_looked = False
 
@@ -224,7 +225,7 @@ class Scheduler:
             return
         self.check_outside_step()
         account().remove(self)
-        with EVALUATION:
+        with NATIVE_WORK, EVALUATION:
             for one in self._all():
                 one.fail(
                     OptionError("engine: closed before this reply was over", hint="Close it behind the last reply.")
@@ -307,7 +308,7 @@ class Scheduler:
 
         An exception in a forward pass ends the replies of that pass. An interrupt leaves everything as before.
         """
-        with EVALUATION, self._stepping():
+        with NATIVE_WORK, EVALUATION, self._stepping():
             with interrupts_deferred():
                 self._take_submitted()
                 self._drop_cancelled()
