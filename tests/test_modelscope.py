@@ -75,6 +75,8 @@ def settings(url: str, home: Path) -> dict[str, str]:
         "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
         "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "1",
         "MODELSCOPE_API_MAX_RETRIES": "1",
+        "MODELSCOPE_API_TIMEOUT": "60",  # by default 10: more is lost where the machine has other things to do
+        "MODELSCOPE_DOWNLOAD_TIMEOUT": "60",
     }
 
 
