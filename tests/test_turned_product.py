@@ -127,6 +127,42 @@ def test_rows_are_dealt_out_among_cores_that_read_a_whole_matrix(
     assert_close(shares.product_of_rows(x[None], weight), (to_numpy(x) @ to_numpy(weight))[None])
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_functions_of_a_model_can_be_traced(
+    tmp_path: Path, turned: list[tuple[int, ...]], quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `mx.compile` and `mx.vmap`, which refuse whatever evaluates; `mx.grad` does not."""
+    monkeypatch.setattr("mlxqwen.model.dense_product._LEAST", 1)
+    name = "dense, quantized" if quantized else "dense, tied"
+    model = load_model(folder_of(tmp_path, *MODELS[name]), device=FAST if quantized else CPU)
+    ids = mx.array([prompt(9, 96, seed) for seed in (1, 2)])
+
+    def logits(ids: mx.array) -> mx.array:
+        return model.logits(model.model(ids))
+
+    assert_close(mx.compile(logits)(ids), logits(ids))
+    assert_close(mx.vmap(lambda row: logits(row[None])[0])(ids), logits(ids))
+    assert bool(turned) != quantized
+
+
+def test_other_failures_of_a_block_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: object) -> None:
+        raise ValueError("[malloc] too much")
+
+    monkeypatch.setattr(mx, "eval", failing)
+    with pytest.raises(ValueError, match="too much"):
+        turned_product.turned_product(mx.ones((8, 48)), mx.ones((64, 48)))
+
+
+@pytest.mark.parametrize("lies_turned", [False, True])
+def test_one_vector_is_multiplied_as_a_row_is(lies_turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_SMALL", 1 << 18 if lies_turned else 1)
+    monkeypatch.setattr(cores, "_LEAST", 1)
+    fused = FusedLinear([nn.Linear(48, 64, bias=False)], ["o_proj"], replace(CPU, cores=3))
+    x = mx.random.normal((48,), key=mx.random.key(1))
+    assert_close(fused(x), fused(x[None])[0])
+
+
 @pytest.mark.slow
 @own_products
 def test_matrices_are_turned_a_block_at_a_time() -> None:

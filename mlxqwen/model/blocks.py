@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ _TILES = 64
 def by_blocks(
     product: Callable[[slice], mx.array], rows: int, columns: int, count: int, cores: int, multiple: int = 1
 ) -> mx.array:
-    """`product` of each block of a matrix's rows → their outputs side by side, evaluated.
+    """`product` of each block of a matrix's rows → their outputs side by side, evaluated unless MLX traces a function.
 
     Each core's block is there before the next ones are begun: MLX's CPU backend runs ahead, and would hold what was
     made of many matrices at once.
@@ -40,8 +40,17 @@ def by_blocks(
         for core, cut in enumerate(cuts[first : first + at_once]):
             with on_core(core):
                 outputs.append(product(cut))
-        mx.eval(outputs[first:])
+        _evaluate(outputs[first:])
     return outputs[0] if len(cuts) == 1 else mx.concatenate(outputs, axis=-1)
+
+
+def _evaluate(arrays: Sequence[mx.array]) -> None:
+    """Nothing is done of arrays without numbers, as in a function that `mx.compile` traces."""
+    try:
+        mx.eval(arrays)
+    except ValueError as error:
+        if "function transformations" not in str(error):
+            raise
 
 
 def _cuts(rows: int, columns: int, at_once: int, multiple: int = 1) -> list[slice]:

@@ -70,7 +70,7 @@ class Shares:
     def product_of_rows(self, x: mx.array, weight: mx.array) -> mx.array:
         """`[..., in]` through `[in, out]`, a small matrix: each core reads it all, for some of the rows `[N, in]`."""
         multiplications = weight.size * (len(x) // self.rows_at_once)
-        if x.ndim > 2 or multiplications < 2 * _LEAST:
+        if x.ndim != 2 or multiplications < 2 * _LEAST:
             return x @ weight
         outputs = []
         for core, cut in enumerate(ranges(len(x), self.cores, multiplications)):

@@ -31,7 +31,7 @@ def is_dense(rows: float, numbers: int, dense_from: int) -> bool:
 
 
 def dense_product(x: mx.array, packed: Packed, group_size: int, bits: int, cores: int = 1) -> mx.array:
-    """Rows `[N, in]` through affine-quantized weights → `[N, out]`, evaluated.
+    """Rows `[N, in]` through affine-quantized weights → `[N, out]`; see `by_blocks`.
 
     Args:
         x: activations in float32.

@@ -28,7 +28,7 @@ def turns(count: int, rows: mx.array) -> bool:
 
 
 def turned_product(x: mx.array, rows: mx.array, cores: int = 1) -> mx.array:
-    """`[N, in]` through the rows `[out, in]` of a matrix, as many as `turns` takes → `[N, out]`, evaluated.
+    """`[N, in]` through the rows `[out, in]` of a matrix, as many as `turns` takes → `[N, out]`; see `by_blocks`.
 
     Args:
         x: activations in float32.
