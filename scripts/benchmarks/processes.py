@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from benchmarks.settings import Settings
 
-__all__ = ["ROOT", "ProcessError", "Run", "environment", "own_cache", "python", "timed"]
+__all__ = ["ROOT", "ProcessError", "Run", "environment", "output_of", "own_cache", "python", "timed"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +53,14 @@ def own_cache(folder: Path) -> Iterator[None]:
 def python(*arguments: str | Path) -> list[str]:
     """This interpreter's command line."""
     return [sys.executable, *map(str, arguments)]
+
+
+def output_of(command: list[str]) -> str:
+    """What a command prints. Raises `ProcessError` with what it wrote beside that if it fails."""
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ProcessError(f"{' '.join(command)} failed:\n{result.stderr}")
+    return result.stdout
 
 
 def timed(command: list[str]) -> Run:
