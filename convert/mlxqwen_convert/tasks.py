@@ -27,8 +27,8 @@ __all__ = [
     "is_read_by_columns",
     "run",
     "smallest_chunk",
+    "tasks_of",
 ]
-__all__ += ["tasks_of"]
 
 # Weights of one task: what is done again, at worst, by each worker after an interruption. More where there would be
 # too many tasks to remember.
@@ -121,7 +121,7 @@ class Allowance:
 
 @contextmanager
 def computing_on(device: mx.Device) -> Iterator[None]:
-    """Meanwhile MLX computes on `device`, whichever thread asks; who wants another device then waits.
+    """Meanwhile MLX computes on `device`, whichever thread asks; who enters it meanwhile waits, for any device.
 
     MLX has one default device for all threads. `mx.stream` sets it, too, and sets it back to what the thread found:
     workers that used it would end at different times, and leave behind the device of each other.
