@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from mlxqwen.model import loading
 from mlxqwen.model.footprint import cache_bytes, measure, size_up
 from mlxqwen.model.loading import load_model, parse_dtype, prepare_model
 from mlxqwen.model.moe import QuantizedSwitchLinear
+from mlxqwen.model.qwen3 import Qwen3ForCausalLM
 from tests.checkpoint_arrays import arrays_of
 from tests.sparse_checkpoints import RELEASES, write_sparse
 from tests.tiny_checkpoints import (
@@ -501,6 +503,22 @@ def test_headers_are_read_once_for_a_load(tmp_path: Path, monkeypatch: pytest.Mo
         files.clear()
         stat = (folder / "model.safetensors").stat()
         os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "MoE"])
+def test_another_thread_computes_with_a_model_than_the_one_that_loaded_it(
+    tmp_path: Path, config: Config, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left to evaluate belongs to the thread that asked for it. Large matrices are not copied to be turned."""
+    monkeypatch.setattr("mlxqwen.model.linear._SMALL", 1)
+    folder = write_folder(tmp_path, config, make_weights(config))
+    models: list[Qwen3ForCausalLM] = []
+    thread = threading.Thread(target=lambda: models.append(load_model(folder, fused=fused)))
+    thread.start()
+    thread.join()
+    mx.eval(models[0].parameters())
+    assert models[0](mx.array([[1, 2, 3]])).shape == (1, 3, config["vocab_size"])
 
 
 def test_weights_that_do_not_fit_are_refused_unless_forced(tmp_path: Path) -> None:

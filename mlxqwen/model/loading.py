@@ -513,10 +513,13 @@ def _read_by_layer(
     with WeightReader(dtype, device.reading_threads) as reader:
         for parameters in layers.values():
             quantized = [name for name in parameters if "scales" in modules[name.rpartition(".")[0]]]
+            held = []
             for name, array in reader.read(parameters, () if device.is_gpu else quantized).items():
                 path, _, key = name.rpartition(".")
                 module = modules[path]
-                setattr(module, key, module.turned(array) if isinstance(module, JoinedRows) else array)
+                held.append(module.turned(array) if isinstance(module, JoinedRows) else array)
+                setattr(module, key, held[-1])
+            mx.eval(held)  # what is left to do belongs to this thread
             yield True
 
 
