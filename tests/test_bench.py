@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from benchmarks import baseline, batches, conversion_counts, counts, graph, parts, sampling, starting, steps
 from benchmarks.baseline import Baseline, Change, changes, report
-from benchmarks.comparison import HEAD, Comparison, Table, quartiles, take_turns
+from benchmarks.comparison import FLOAT32, HEAD, Comparison, Table, compared, quartiles, take_turns
 from benchmarks.machine import Machine, describe
 from benchmarks.primitives import KINDS, uncompiled
 from benchmarks.processes import ROOT, ProcessError, Run, own_cache, python, timed
@@ -376,6 +376,12 @@ def test_compiling_is_switched_on_again_where_it_was_on(switched_off: bool, monk
     with uncompiled():
         assert switched == ["off"]
     assert switched == (["off"] if switched_off else ["off", "on"])
+
+
+def test_the_side_of_the_same_numbers_leads() -> None:
+    sides = {"mlxqwen": [1.0], "mlx-lm": [3.0], FLOAT32: [2.0]}
+    assert [row.beside for row in compared("decode", "s", sides)] == [FLOAT32, "mlx-lm"]
+    assert [row.beside for row in compared("decode", "s", {"mlxqwen": [1.0]})] == [""]
 
 
 @pytest.mark.parametrize(

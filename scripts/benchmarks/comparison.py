@@ -7,11 +7,15 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["HEAD", "Comparison", "Point", "Table", "compared", "quartiles", "take_turns"]
+__all__ = ["FLOAT32", "HEAD", "Comparison", "Point", "Table", "compared", "quartiles", "take_turns"]
 
 HEAD = """\
 | what | beside | mlxqwen | the other | ratio | quartiles | turns |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+
+
+FLOAT32 = "mlx-lm set to float32"
+"""The side that computes the same numbers as mlxqwen on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,12 @@ def compared(
     more_is_better: bool = False,
     point: Point | None = None,
 ) -> Iterator[Comparison]:
-    """The first of the sides, mlxqwen, beside each of the others, or alone where there are none."""
+    """The first of the sides, mlxqwen, beside each of the others, or alone where there are none.
+
+    The one that computes the same numbers leads: what another dtype costs on a CPU is no merit of ours.
+    """
     (_, ours), *others = sides.items()
+    others.sort(key=lambda side: side[0] != FLOAT32)
     for beside, theirs in others or [("", ())]:
         yield Comparison(what, beside, unit, ours, theirs, more_is_better=more_is_better, point=point)
 

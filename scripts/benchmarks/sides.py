@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from benchmarks.clock import now
+from benchmarks.comparison import FLOAT32
 from benchmarks.machine import has_mlx_lm
 from mlxqwen.cache import make_cache
 from mlxqwen.engine.token_stream import generate_tokens
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 MLX_LM = "mlx-lm"
-FLOAT32 = "mlx-lm set to float32"
 
 
 class Side(Protocol):
