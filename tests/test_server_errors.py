@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import re
@@ -68,6 +69,19 @@ def test_broken_json_is_told(served: Served, body: bytes) -> None:
         assert (response.status_code, error["type"]) == (400, "invalid_request_error")
         assert error.get("code", "invalid_json") == "invalid_json"  # Anthropic's errors have none
         assert len(error["message"]) < 400
+
+
+def test_an_empty_body_and_a_compressed_one_are_told(served: Served) -> None:
+    for path in BODIES:
+        response = served.client.post(path, content=b" \n")
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "body: is empty, expected a JSON object"
+        body = gzip.compress(json.dumps(ask()).encode())
+        response = served.client.post(path, content=body, headers={"content-encoding": "GZIP"})
+        assert response.status_code == 415
+        assert "found Content-Encoding 'gzip', expected none" in response.json()["error"]["message"]
+        assert response.headers["accept-encoding"] == "identity"
+    assert served.client.post(CHAT, json=ask(), headers={"content-encoding": "identity"}).status_code == 200
 
 
 def test_too_large_a_body_is_not_read(served: Served) -> None:

@@ -50,9 +50,17 @@ async def read_body(
         limits: has the limit of time in it as long as the body is read, so that it can be made to end now.
 
     Raises:
-        ApiError: 413 if it is too large, 408 if it takes too long.
+        ApiError: 413 if it is too large, 408 if it takes too long, 415 if it is compressed.
         ClientDisconnect: the client has gone.
     """
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"body: found Content-Encoding {encoding[:40]!r}, expected none: send it uncompressed",
+            code="unsupported_content_encoding",
+            headers={"accept-encoding": "identity", "connection": "close"},
+        )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > most:
         raise _too_large(most)
@@ -86,6 +94,8 @@ def _too_large(most: int) -> ApiError:
 
 def parse_body(body: bytes, form: type[_FormT]) -> _FormT:
     """The fields that a JSON body holds. Raises `ApiError` for what is no JSON, or not of that form."""
+    if not body.strip():
+        raise ApiError(400, "body: is empty, expected a JSON object", code="invalid_json")
     try:
         value = parse_json(body.decode("utf-8"), max_items=_MOST_VALUES)
     except UnicodeDecodeError as error:
