@@ -11,7 +11,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mlxqwen.cli.nearest import nearest
 from mlxqwen.errors import HubError, MlxqwenError, OptionError
 
 __all__ = ["config_path", "defaults_named", "give_way", "read_defaults", "told_defaults"]
@@ -76,7 +75,7 @@ def read_defaults(name: str, commands: Collection[str], find: Callable[[str], cl
     """
     path, command, chosen = config_path(), find(name), {}
     values = _read(path)
-    everywhere = [command, find("generate"), find("chat")]
+    everywhere = [command, find("generate"), find("chat")] if values else [command]  # which are imported
     for key, value in values.items():
         if isinstance(value, dict):
             if key not in commands:
@@ -125,6 +124,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unknown_table(path: Path, found: str, commands: Collection[str]) -> OptionError:
+    from mlxqwen.cli.nearest import nearest  # hardly any start needs it
+
     near = nearest(found, commands)
     hint = f"Did you mean [{near[0]}]?" if near else f"A table has the name of a command: {_some(commands)}."
     return OptionError(f"{path}: found [{found}], which is no command", hint=hint)
@@ -152,6 +153,8 @@ def _unknown(
     if param := next((one for command in commands.values() for one in command.params if _key(one) == wanted), None):
         way = f", or by {param.envvar}" if param.envvar else ""
         return OptionError(f"{problem}: it is given each time{way}", hint="Remove it.")
+    from mlxqwen.cli.nearest import nearest
+
     if near := nearest(wanted, known):
         return OptionError(problem, hint=f"Did you mean {known[near[0]]}?")
     listed = _some(dict.fromkeys(known.values()))

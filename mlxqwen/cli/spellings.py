@@ -10,7 +10,6 @@ import click
 from click.core import ParameterSource
 
 from mlxqwen.cli.defaults import defaults_named, give_way
-from mlxqwen.cli.nearest import nearest
 
 __all__ = [
     "DtypeChoice",
@@ -150,6 +149,8 @@ def usage_message(error: click.UsageError) -> str:
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         # click puts each choice on a line of its own.
         return error.format_message().replace("\n\t", " ")
+    from mlxqwen.cli.nearest import nearest  # hardly any start needs it
+
     known: dict[str, str] = {}
     for param in error.ctx.command.get_params(error.ctx):
         if isinstance(param, click.Option):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 
@@ -76,7 +76,7 @@ class Checkpoint:
             CheckpointError: files missing, damaged, incomplete, or outside the folder.
             UnsupportedFormatError: weights in a foreign format.
         """
-        opened_before = _OPENED.get()
+        opened_before = _OPENED.by_folder
         if opened_before is not None and folder in opened_before:
             return opened_before[folder]
         if not os.path.isdir(folder):
@@ -143,20 +143,26 @@ class Checkpoint:
             return read_exactly(tensor.path, descriptor, tensor.start + start, stop - start)
 
 
-_OPENED: ContextVar[dict[Path, Checkpoint] | None] = ContextVar("opened", default=None)
+class _Opened(threading.local):
+    """What a thread has opened within `headers_read_once`; None without."""
+
+    by_folder: dict[Path, Checkpoint] | None = None
+
+
+_OPENED = _Opened()
 
 
 @contextmanager
 def headers_read_once() -> Iterator[None]:
     """Within it `Checkpoint.open` reads the headers of a folder once; afterwards nothing is kept of them."""
-    if _OPENED.get() is not None:
+    if _OPENED.by_folder is not None:
         yield
         return
-    token = _OPENED.set({})
+    _OPENED.by_folder = {}
     try:
         yield
     finally:
-        _OPENED.reset(token)
+        _OPENED.by_folder = None
 
 
 def unwrapped(folder: Path, tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
